@@ -1,0 +1,34 @@
+# make train: speech and captions in, a trained model out.   make test: everything CI checks.
+# Each target makes .venv and installs what it needs; nothing but python3, make and a C++ compiler is assumed.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* clsp_fast/* kernels/*)
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test bench lint clean
+train: .venv/.train
+	$(BIN)/python -m clsp_fast.train $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp)
+	$(BIN)/codespell clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
+
+clean:
+	rm -rf .venv build
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.train: .venv/bin/python $(SOURCES)
+	$(INSTALL) '.[demo,demo-espeak]'
+	touch $@
+
+.venv/.test: .venv/bin/python $(SOURCES)
+	$(INSTALL) '.[test,demo,demo-espeak]'
+	touch $@

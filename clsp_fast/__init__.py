@@ -1,0 +1,57 @@
+"""Contrastive language-speech pre-training (CLSP, arXiv 2601.03065): train, load and use, fast and lean.
+
+One embedding space for speech and for free-text descriptions of how something is said. The public names are
+`CLSP` and the modules `audio`, `features`, `loss`, `similarity`, `metrics` and `convert`; each is imported on
+first use, so `import clsp_fast` costs little more than its extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Beside a checkout that holds no built extension this finds the installed copy's `_C` (and `kernels`).
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+if TYPE_CHECKING:
+    from clsp_fast import audio, config, convert, features, loss, metrics, similarity
+    from clsp_fast.model import CLSP
+
+__all__ = [
+    "CLSP",
+    "__version__",
+    "audio",
+    "config",
+    "convert",
+    "features",
+    "loss",
+    "metrics",
+    "similarity",
+]
+
+
+def _check_extension() -> None:
+    """Raises ImportError, naming the fix, if the compiled extension is missing or of another version."""
+    fix = "run `pip install .` again in the source tree"
+    try:
+        extension = importlib.import_module("clsp_fast._C")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"clsp_fast is not installed: its extension clsp_fast._C was not found; {fix}"
+        ) from error
+    if extension.__version__ != __version__:
+        raise ImportError(f"clsp_fast is {__version__} but its extension is {extension.__version__}; {fix}")
+
+
+_check_extension()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CLSP":
+        return importlib.import_module("clsp_fast.model").CLSP
+    if name in __all__:
+        return importlib.import_module(f"clsp_fast.{name}")
+    raise AttributeError(f"module 'clsp_fast' has no attribute {name!r}")
