@@ -33,14 +33,12 @@ def test_equals_the_recipe(golden, task: str, batch: int, dim: int) -> None:
         for k, v in golden("loss").items()
         if k.startswith(f"ws1.{task}.B{batch}.D{dim}.")
     }
-    audio, text, scale = (case[k].requires_grad_() for k in ("audio", "text", "scale"))
+    audio, text, scale = (case[k].double().requires_grad_() for k in ("audio", "text", "scale"))
     loss = contrastive_loss(audio, text, scale, text_owner=captions_owner(batch, len(text)))
     loss.backward()
-    exact = audio.dtype == torch.float64  # the largest case was recorded in float32
-    torch.testing.assert_close(loss.detach(), case["loss"], rtol=1e-12 if exact else 1e-6, atol=1e-13)
+    torch.testing.assert_close(loss.detach(), case["loss"], rtol=1e-12, atol=1e-13)
     for name, value in (("audio", audio), ("text", text), ("scale", scale)):
-        tolerance = {"rtol": 1e-10, "atol": 1e-12} if exact else {"rtol": 1e-5, "atol": 1e-7}
-        torch.testing.assert_close(value.grad, case[f"grad_{name}"], **tolerance)
+        torch.testing.assert_close(value.grad, case[f"grad_{name}"], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
