@@ -1,0 +1,180 @@
+#include "batch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "resample.h"
+#include "wav.h"
+
+namespace clsp {
+namespace {
+
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.7g", value);
+  return text;
+}
+
+std::string seconds(double value) { return number(value) + " s"; }
+
+void check_header(const Header& header, int channel, const LoadPolicy& policy) {
+  const std::string channels = "has " + std::to_string(header.channels) + " channels; ";
+  if (header.channels < 1 || header.channels > policy.max_channels) {
+    throw AudioFailure("channels",
+                       channels + "1 .. " + std::to_string(policy.max_channels) + " are accepted");
+  }
+  if (channel >= header.channels) {
+    throw AudioFailure("channels", channels + "there is no channel " + std::to_string(channel) +
+                                       " (they count from 0)");
+  }
+  if (header.sample_rate_hz < policy.min_rate_hz || header.sample_rate_hz > policy.max_rate_hz) {
+    throw AudioFailure("rate", "has a sample rate of " + std::to_string(header.sample_rate_hz) +
+                                   " Hz; " + std::to_string(policy.min_rate_hz) + " .. " +
+                                   std::to_string(policy.max_rate_hz) + " Hz are accepted");
+  }
+}
+
+void check_samples(Span<const float> samples, const LoadPolicy& policy) {
+  const auto acceptable = [limit = policy.max_amplitude](float x) { return std::abs(x) <= limit; };
+  unsigned bad = 0;
+  for (const float x : samples) bad |= acceptable(x) ? 0u : 1u;
+  if (bad == 0) return;
+  const float* first = std::find_if_not(samples.begin(), samples.end(), acceptable);
+  const std::string what =
+      "holds " + std::to_string(*first) + " at sample " + std::to_string(first - samples.begin());
+  if (!std::isfinite(*first)) throw AudioFailure("non_finite", what);
+  throw AudioFailure("amplitude", what + "; samples are in [-1, 1] and up to " +
+                                      number(policy.max_amplitude) + " is accepted: rescale it");
+}
+
+Samples conditioned(Samples samples, int sample_rate_hz, const LoadPolicy& policy, Isa isa) {
+  check_samples(samples.view(), policy);
+  if (sample_rate_hz == policy.sample_rate_hz) return samples;
+  Samples out(resampled_size(samples.size(), sample_rate_hz, policy.sample_rate_hz));
+  resample(*resample_plan(sample_rate_hz, policy.sample_rate_hz), samples.view(), out.span(), isa);
+  check_samples(out.view(), policy);  // the filter overshoots at steps
+  return out;
+}
+
+template <class Work>
+Loaded guarded(const Work& work) {
+  Loaded loaded;
+  try {
+    loaded.samples = work();
+  } catch (const AudioFailure& failure) {
+    loaded.reason = failure.reason();
+    loaded.message = failure.what();
+  } catch (const std::bad_alloc&) {
+    loaded.reason = "memory";
+    loaded.message = "there is not enough memory to decode it; load a shorter segment";
+  }
+  return loaded;
+}
+
+Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {
+  const auto source = request.path.empty() ? open_memory(request.bytes) : open_file(request.path);
+  if (source->size() == 0) throw AudioFailure("empty", "has 0 bytes");
+  if (!is_wav(*source)) throw AudioFailure(kNotWav, "");
+  const WavInfo info = parse_wav(*source);
+  const Section section =
+      select_section({info.channels, info.sample_rate_hz, info.frames}, request.part, policy);
+  Samples samples(checked_size(section.count));
+  decode_wav(*source, info, section.first, request.part.channel, samples.span());
+  return conditioned(std::move(samples), info.sample_rate_hz, policy, isa);
+}
+
+}  // namespace
+
+void for_each(std::size_t count, int threads, const std::function<void(std::size_t)>& work) {
+  std::atomic<std::size_t> next{0};
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  const auto run = [&] {
+    for (std::size_t i = next++; i < count; i = next++) {
+      try {
+        work(i);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(failure_mutex);
+        if (!failure) failure = std::current_exception();
+      }
+    }
+  };
+  std::vector<std::thread> helpers;
+  const std::size_t wanted = std::min(count, static_cast<std::size_t>(std::max(threads, 1)));
+  try {
+    while (helpers.size() + 1 < wanted) helpers.emplace_back(run);
+  } catch (const std::system_error&) {
+    // The system has no more threads to give: those that started and this one do the work.
+  }
+  run();
+  for (std::thread& helper : helpers) helper.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+Section select_section(const Header& header, const Part& part, const LoadPolicy& policy) {
+  check_header(header, part.channel, policy);
+  if (header.frames == 0) throw AudioFailure("empty", "has no samples");
+  const double rate = header.sample_rate_hz, total_s = static_cast<double>(header.frames) / rate;
+  const double rest_s = total_s - part.start_s;
+  if (rest_s * rate < 0.5) {
+    throw AudioFailure("segment", "ends at " + seconds(total_s) +
+                                      ", before the segment's start at " + seconds(part.start_s));
+  }
+  if (part.duration_s - rest_s > policy.slack_s) {
+    throw AudioFailure("truncated", "ends at " + seconds(total_s) +
+                                        ", before the segment's end at " +
+                                        seconds(part.start_s + part.duration_s));
+  }
+  const double length_s = part.duration_s < 0 ? rest_s : std::min(part.duration_s, rest_s);
+  if (length_s > policy.max_s) {
+    throw AudioFailure("too_long", "lasts " + seconds(length_s) + ", more than the limit of " +
+                                       seconds(policy.max_s) +
+                                       "; load segments of it or raise the limit");
+  }
+  Section section{};
+  section.first = static_cast<std::uint64_t>(std::floor(part.start_s * rate + 0.5));
+  section.count = std::min(header.frames - section.first,
+                           static_cast<std::uint64_t>(std::floor(length_s * rate + 0.5)));
+  if (section.count == 0 || static_cast<double>(section.count) < policy.min_s * rate) {
+    throw AudioFailure("too_short", "lasts " + seconds(static_cast<double>(section.count) / rate) +
+                                        ", less than the limit of " + seconds(policy.min_s));
+  }
+  return section;
+}
+
+std::vector<Loaded> load_batch(const std::vector<LoadRequest>& requests, const LoadPolicy& policy,
+                               int threads, Isa isa) {
+  std::vector<Loaded> loaded(requests.size());
+  for_each(requests.size(), threads, [&](std::size_t i) {
+    loaded[i] = guarded([&] { return load(requests[i], policy, isa); });
+  });
+  return loaded;
+}
+
+Loaded finish(Span<const float> samples, int sample_rate_hz, const LoadPolicy& policy, Isa isa) {
+  return guarded([&] {
+    Samples copy(samples.size());
+    std::copy(samples.begin(), samples.end(), copy.data());
+    return conditioned(std::move(copy), sample_rate_hz, policy, isa);
+  });
+}
+
+void fbank_batch(const std::vector<Clip>& clips, float* out, std::size_t rows, int threads,
+                 Isa isa) {
+  const std::size_t item = checked_multiply(rows, kBins);
+  checked_multiply(clips.size(), item);
+  for_each(clips.size(), threads, [&](std::size_t i) {
+    float* const begin = out + i * item;
+    const std::size_t used = frame_count(clips[i].samples.size()) * kBins;
+    if (used != 0) fbank(clips[i], begin, isa);
+    std::fill(begin + used, begin + item, kPaddingValue);
+  });
+}
+
+}  // namespace clsp

@@ -1,0 +1,183 @@
+#include "fbank.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "fft.h"
+
+namespace clsp {
+namespace {
+
+#include "fbank_tables.inc"
+
+constexpr float kPreemphasis = 0.97f;
+constexpr float kFloor = 1.1920929e-07f;
+constexpr int kBlock = 80;  // frames begin and end on multiples of 80 samples
+constexpr int kBlocksPerFrame = kWindow / kBlock;
+
+// L consecutive frames and the sample before them.
+template <int L>
+constexpr int kSpan = (L - 1) * kHop + kWindow;
+
+template <int L>
+struct Workspace {
+  using V = typename Lanes<L>::Float;
+  V even[FftPlan::kComplex], odd[FftPlan::kComplex], power[FftPlan::kComplex], energy[kBins];
+  V mean;  // 0.03 x the mean of each frame: what pre-emphasis leaves of it
+  alignas(64) float emphasised[kSpan<L>];
+  float gathered[kSpan<L> + 1];
+};
+
+// What the framing sees at `index` of the clip: its samples, zeros behind them, mirrored for ever.
+float framed_sample(const Clip& clip, std::ptrdiff_t index) {
+  const auto size = static_cast<std::ptrdiff_t>(clip.padded_size);
+  std::ptrdiff_t i = index % (2 * size);
+  if (i < 0) i += 2 * size;
+  if (i >= size) i = 2 * size - 1 - i;
+  const auto inside = static_cast<std::size_t>(i);
+  return inside < clip.samples.size() ? clip.samples[inside] : 0.0f;
+}
+
+// Pointer to the group's samples; source[-1] is the one before. Only groups at an edge are copied.
+template <int L>
+const float* group_source(const Clip& clip, std::size_t group, Workspace<L>& w) {
+  const auto begin = static_cast<std::ptrdiff_t>(group * kHop) - kLeft;
+  const auto size = static_cast<std::ptrdiff_t>(clip.samples.size());
+  if (begin >= 1 && begin + kSpan<L> <= size) return clip.samples.data() + begin;
+  for (int i = -1; i < kSpan<L>; ++i) w.gathered[i + 1] = framed_sample(clip, begin + i);
+  return w.gathered + 1;
+}
+
+// Removing the mean and pre-emphasis commute up to a factor:
+// (x[i] - mean) - 0.97 (x[i-1] - mean) = (x[i] - 0.97 x[i-1]) - 0.03 mean,
+// so pre-emphasis is done once a sample and the means come from sums over blocks of 80.
+template <int L>
+CLSP_INLINE void emphasise(const float* source, Workspace<L>& w) {
+  using V = typename Workspace<L>::V;
+  constexpr int kBlocks = kSpan<L> / kBlock;
+  float sums[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    V sum{};
+    for (int i = b * kBlock; i < (b + 1) * kBlock; i += L) {
+      const V x = load<V>(source + i);
+      sum += x;
+      store(w.emphasised + i, x - load<V>(source + i - 1) * kPreemphasis);
+    }
+    sums[b] = horizontal_sum(sum);
+  }
+  for (int lane = 0; lane < L; ++lane) {
+    float total = 0.0f;
+    for (int b = 0; b < kBlocksPerFrame; ++b) total += sums[lane * (kHop / kBlock) + b];
+    w.mean[lane] = total * ((1.0f - kPreemphasis) / kWindow);
+  }
+}
+
+template <int L>
+CLSP_INLINE void put_sample(Workspace<L>& w, int i, const typename Workspace<L>::V& x) {
+  // Half the window: power_spectrum() returns |2 X|^2.
+  (i % 2 ? w.odd : w.even)[i / 2] = (x - w.mean) * (0.5f * kPoveyWindow[i]);
+}
+
+// Turns L rows, one a frame, into columns, one a sample. Frame l + 1 starts 160 samples after frame
+// l, so column i + 160 is column i moved by one lane: a third of the tiles need a transpose.
+template <int L>
+CLSP_INLINE void window_columns(Workspace<L>& w) {
+  using V = typename Workspace<L>::V;
+  for (int i = 0; i < kHop; i += L) {
+    V columns[L];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L; ++lane) columns[lane] = load<V>(w.emphasised + lane * kHop + i);
+    transpose(columns);
+#pragma GCC unroll 16
+    for (int c = 0; c < L; ++c) {
+      put_sample(w, i + c, columns[c]);
+      const V second = next_lane(columns[c], w.emphasised[L * kHop + i + c]);
+      put_sample(w, i + c + kHop, second);
+      if (i + c + 2 * kHop < kWindow) {
+        const V third = next_lane(second, w.emphasised[(L + 1) * kHop + i + c]);
+        put_sample(w, i + c + 2 * kHop, third);
+      }
+    }
+  }
+  // The window is 0 here, and what pre-emphasis put here belongs to the frame before: not a NaN of
+  // that frame times 0.
+  w.even[0] = V{};
+  for (int i = kWindow / 2; i < FftPlan::kComplex; ++i) w.even[i] = w.odd[i] = V{};
+}
+
+template <int L>
+CLSP_INLINE void log_mel(Workspace<L>& w) {
+  using V = typename Workspace<L>::V;
+  const V floor = broadcast<V>(kFloor);
+  const float* weight = kMelWeights;
+  for (int m = 0; m < kBins; ++m) {
+    V energy{};
+    for (int k = kMelFirst[m]; k < kMelFirst[m] + kMelCount[m]; ++k) {
+      energy += w.power[k] * *weight++;
+    }
+    if (kMelCount[m] == 0) energy = w.mean - w.mean;  // 0, or NaN like the rest of the frame
+    w.energy[m] = energy < floor ? floor : energy;    // keeps NaN
+  }
+  for (int m = 0; m < kBins; ++m) w.energy[m] = log_positive(w.energy[m]);
+}
+
+template <int L>
+CLSP_INLINE void store_rows(const Workspace<L>& w, float* rows, std::size_t count) {
+  using V = typename Workspace<L>::V;
+  for (int m = 0; m < kBins; m += L) {
+    V tile[L];
+#pragma GCC unroll 16
+    for (int c = 0; c < L; ++c) tile[c] = w.energy[m + c];
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L; ++lane) {
+      if (static_cast<std::size_t>(lane) < count) store(rows + lane * kBins + m, tile[lane]);
+    }
+  }
+}
+
+template <int L>
+CLSP_INLINE void fbank_lanes(const Clip& clip, float* rows) {
+  Workspace<L> w;
+  const FftPlan& plan = fft_plan();
+  const std::size_t frames = frame_count(clip.samples.size());
+  for (std::size_t group = 0; group < frames; group += L) {
+    emphasise<L>(group_source<L>(clip, group, w), w);
+    window_columns(w);
+    power_spectrum(w.even, w.odd, w.power, plan);
+    log_mel(w);
+    store_rows(w, rows + group * kBins, std::min<std::size_t>(L, frames - group));
+  }
+}
+
+void fbank_baseline(const Clip& clip, float* rows) { fbank_lanes<4>(clip, rows); }
+#ifdef CLSP_X86
+CLSP_TARGET_AVX2 void fbank_avx2(const Clip& clip, float* rows) { fbank_lanes<8>(clip, rows); }
+CLSP_TARGET_AVX512 void fbank_avx512(const Clip& clip, float* rows) { fbank_lanes<16>(clip, rows); }
+#endif
+
+}  // namespace
+
+void fbank(const Clip& clip, float* rows, Isa isa) {
+#ifdef CLSP_X86
+  if (isa == Isa::kAvx512) return fbank_avx512(clip, rows);
+  if (isa == Isa::kAvx2) return fbank_avx2(clip, rows);
+#endif
+  (void)isa;
+  fbank_baseline(clip, rows);
+}
+
+const float* povey_window() { return kPoveyWindow; }
+
+void mel_matrix(float* matrix) {
+  std::fill_n(matrix, (FftPlan::kComplex + 1) * kBins, 0.0f);
+  const float* weight = kMelWeights;
+  for (int m = 0; m < kBins; ++m) {
+    for (int k = kMelFirst[m]; k < kMelFirst[m] + kMelCount[m]; ++k) {
+      matrix[k * kBins + m] = *weight++;
+    }
+  }
+}
+
+}  // namespace clsp

@@ -1,0 +1,35 @@
+// The CLSP log-mel filterbank: 16 kHz, 25 ms Povey windows every 10 ms, 128 bins, 20 .. 7600 Hz.
+// Same semantics as lhotse's Fbank(num_mel_bins=128, snip_edges=False, dither=0).
+#pragma once
+
+#include <cstddef>
+
+#include "checked.h"
+#include "simd.h"
+
+namespace clsp {
+
+constexpr int kSampleRate = 16000;
+constexpr int kWindow = 400;
+constexpr int kHop = 160;
+constexpr int kLeft = (kWindow - kHop) / 2;  // samples of frame 0 that lie before the clip
+constexpr int kBins = 128;
+constexpr float kPaddingValue = -23.025850929940457f;  // log(1e-10), far below real silence
+
+inline std::size_t frame_count(std::size_t samples) { return (samples + kHop / 2) / kHop; }
+
+// One clip as it is framed: `samples`, then zeros up to `padded_size`, then its mirror image. With
+// padded_size == samples.size() that is the reference's inference, with the batch's longest clip it
+// is its training.
+struct Clip {
+  Span<const float> samples;
+  std::size_t padded_size;
+};
+
+// Writes frame_count(clip.samples.size()) rows of kBins natural-log energies.
+void fbank(const Clip& clip, float* rows, Isa isa);
+
+const float* povey_window();     // (kWindow,)
+void mel_matrix(float* matrix);  // (257, kBins), row-major
+
+}  // namespace clsp

@@ -1,0 +1,146 @@
+// The one place that names instruction sets.
+//
+// Kernels are templates over the number of lanes L, written with the compiler's vector extensions
+// and always inlined into one entry point per instruction set; the entry point carries the target
+// attribute and best_isa() chooses among them when the program runs.
+#pragma once
+
+#include <utility>
+
+#define CLSP_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define CLSP_X86 1
+#define CLSP_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define CLSP_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
+
+namespace clsp {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+inline Isa best_isa() {
+#ifdef CLSP_X86
+  static const Isa best = [] {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("fma"))
+      return Isa::kAvx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+    return Isa::kBaseline;
+  }();
+  return best;
+#else
+  return Isa::kBaseline;
+#endif
+}
+
+template <int L>
+struct Lanes {
+  typedef float Float __attribute__((vector_size(L * sizeof(float))));
+  typedef int Int __attribute__((vector_size(L * sizeof(int))));
+};
+
+template <class V>
+constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(float));
+
+template <class V>
+CLSP_INLINE V load(const float* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+CLSP_INLINE void store(float* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class V>
+CLSP_INLINE V broadcast(float x) {
+  return V{} + x;
+}
+
+template <class To, class From>
+CLSP_INLINE To bits_of(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+CLSP_INLINE float horizontal_sum(const V& v) {
+  float lanes[kLanesOf<V>];
+  store(lanes, v);
+  for (int width = kLanesOf<V> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// {a[1], ..., a[L-1], b[0]}: lane l takes what lane l + 1 holds.
+template <class V, int... Q>
+CLSP_INLINE V next_lane(const V& a, const V& b, std::integer_sequence<int, Q...>) {
+  return __builtin_shufflevector(a, b, (Q + 1)...);
+}
+
+template <class V>
+CLSP_INLINE V next_lane(const V& a, float last) {
+  return next_lane(a, broadcast<V>(last), std::make_integer_sequence<int, kLanesOf<V>>{});
+}
+
+// Exchanges the off-diagonal S x S blocks of the row pair (a, b).
+template <int S, class V, int... Q>
+CLSP_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, Q...>) {
+  constexpr int L = kLanesOf<V>;
+  const V low = __builtin_shufflevector(a, b, ((Q & S) ? L + Q - S : Q)...);
+  const V high = __builtin_shufflevector(a, b, ((Q & S) ? L + Q : Q + S)...);
+  a = low;
+  b = high;
+}
+
+template <int S, class V>
+CLSP_INLINE void transpose_step(V* rows) {
+  constexpr int L = kLanesOf<V>;
+#pragma GCC unroll 16
+  for (int r = 0; r < L; ++r) {
+    if ((r & S) == 0)
+      exchange_blocks<S>(rows[r], rows[r | S], std::make_integer_sequence<int, L>{});
+  }
+}
+
+// Transposes an L x L tile in registers.
+template <class V>
+CLSP_INLINE void transpose(V* rows) {
+  constexpr int L = kLanesOf<V>;
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  if constexpr (L >= 8) transpose_step<4>(rows);
+  if constexpr (L >= 16) transpose_step<8>(rows);
+}
+
+// Natural logarithm of positive normal numbers within 1 ulp; NaN and infinity give NaN.
+template <class V>
+CLSP_INLINE V log_positive(const V& x) {
+  using Int = typename Lanes<kLanesOf<V>>::Int;
+  constexpr int kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)), so that no result cancels; f = m - 1.
+  const Int above = bits_of<Int>(x) - kSqrtHalf;
+  const Int m = (above & 0x007fffff) + kSqrtHalf;
+  const V e = __builtin_convertvector(above >> 23, V);
+  const V f = bits_of<V>(m) - 1.0f;
+  // (log(1 + f) - f + f^2/2) / f^3, a weighted minimax fit of degree 7: error 6.5e-9 in the result.
+  V q = f * -0.0785961151f + 0.128816471f;
+  q = q * f - 0.131287545f;
+  q = q * f + 0.141811922f;
+  q = q * f - 0.166245535f;
+  q = q * f + 0.200022861f;
+  q = q * f - 0.250008106f;
+  q = q * f + 0.333333164f;
+  const V log_m = f + f * f * (f * q - 0.5f);
+  return log_m + e * 0.693147181f + (x - x);
+}
+
+}  // namespace clsp
