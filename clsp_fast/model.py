@@ -1,0 +1,447 @@
+"""CLSP: a speech tower and a text tower with one embedding space (arXiv 2601.03065).
+
+Semantics and parameter names are those of the reference recipe (icefall, CLSP). Shape suffixes: B clips or
+captions, T frames, F mel bins, L tokens, C channels, D dimensions of the joint space, 1 a broadcast
+dimension.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clsp_fast import folder, roberta, zipformer
+from clsp_fast.config import ModelConfig
+from clsp_fast.tokenizer import Tokenizer
+
+Padding = Literal["alone", "batch"]
+MIN_FRAMES = 9
+"""Fewest input frames that give one frame after the convolutional front."""
+
+
+class ClspOutput(NamedTuple):
+    """Unit-norm embeddings (B, D) of both towers, and the multiplier of their cosines (a scalar)."""
+
+    audio: Tensor
+    text: Tensor
+    logit_scale: Tensor
+
+
+class Transform(nn.Module):
+    """Linear, ReLU, dropout, linear."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        parts = (nn.Linear(channels, channels), nn.ReLU(), nn.Dropout(dropout), nn.Linear(channels, channels))
+        self.sequential = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sequential(x)  # type: ignore[no-any-return]
+
+
+def _projection(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(channels_in, channels_out), nn.ReLU(), nn.Linear(channels_out, channels_out)
+    )
+
+
+class CLSP(nn.Module):
+    """Dual encoder of speech and of text that describes how something is said.
+
+    Args:
+        config: the architecture; `clsp_fast.config.MODEL_PRESETS` has named ones.
+        tokenizer: needed by `encode_text` and `classify` alone.
+
+    A new model has random weights; `from_pretrained` reads trained ones.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        if tokenizer is not None and tokenizer.vocab_size > config.text.vocab_size:
+            raise ValueError(
+                f"text.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
+                f"got {config.text.vocab_size}"
+            )
+        self.config, self.tokenizer = config, tokenizer
+        self.encoder_embed = zipformer.Conv2dSubsampling(config)
+        self.encoder = zipformer.Zipformer(config)
+        if config.post_encoder_downsampling_factor > 1:
+            self.encoder_downsample = zipformer.Downsample(config.post_encoder_downsampling_factor)
+        pooled = config.audio_dim * (4 if config.audio_pooling == "statistics" else 1)
+        self.audio_projection = _projection(pooled, config.joint_dim)
+        self.audio_transform = Transform(config.joint_dim, config.dropout)
+        self.text_encoder = roberta.Roberta(config.text)
+        self.text_projection = _projection(config.text.hidden_size, config.joint_dim)
+        self.text_transform = Transform(config.joint_dim, config.dropout)
+        # The reference saves the logarithm under the name that the public property below has: hence no
+        # setattr.
+        self._parameters["logit_scale"] = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if not self.log_logit_scale.is_meta:
+            zipformer.initialise(self.encoder_embed, self.encoder)
+            roberta.initialise(self.text_encoder)
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        """The learned logarithm of `logit_scale`; its state_dict name is "logit_scale"."""
+        parameter = self._parameters["logit_scale"]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The multiplier of the cosines: exp of the learned parameter, a scalar tensor."""
+        return self.log_logit_scale.exp()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.log_logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self.log_logit_scale.dtype
+
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        token_ids: Tensor,
+        attention_mask: Tensor,
+        padding: Padding = "alone",
+    ) -> ClspOutput:
+        """Both embeddings of a batch, with gradient: arguments as in `encode_features` and
+        `encode_tokens`."""
+        audio = self.encode_features(features, lengths, padding=padding)
+        return ClspOutput(audio, self.encode_tokens(token_ids, attention_mask), self.logit_scale)
+
+    def encode_features(self, features: Tensor, lengths: Tensor, *, padding: Padding = "alone") -> Tensor:
+        """Embed log-mel features.
+
+        Args:
+            features: (B, T, F) floating point; frames beyond a clip's length are padding.
+            lengths: (B,) int64, frames of each clip, 9 <= length <= T. On the CPU they cost no
+                synchronisation.
+            padding: "alone": every clip gives what the reference gives for it in a batch of one, whatever the
+                batch and the padding's values; "batch": the reference's numbers for this padded batch.
+
+        Returns:
+            (B, D) unit-norm embeddings, float32 or wider.
+
+        Raises:
+            ValueError: a wrong shape, dtype, length or padding.
+        """
+        hidden_BTC, lengths = self.encode_frames(features, lengths, padding=padding)
+        pooled = _pool(hidden_BTC, lengths, statistics=self.config.audio_pooling == "statistics")
+        return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
+
+    def encode_frames(
+        self, features: Tensor, lengths: Tensor, *, padding: Padding = "alone"
+    ) -> tuple[Tensor, Tensor]:
+        """The speech tower's output (B, T', C) and its lengths (B,), before pooling; arguments as in
+        `encode_features`. The paper's model gives 25 frames a second."""
+        self._check_features(features, lengths, padding)
+        lengths = lengths.cpu()
+        frames = int(lengths.max())
+        x = features[:, :frames].to(self.device, self.dtype)
+        lengths = torch.div(lengths - 7, 2, rounding_mode="floor")
+        equal = bool((lengths == lengths[0]).all())
+        lengths = lengths.to(self.device, non_blocking=True)
+        ragged = None
+        if not equal:
+            ragged = zipformer.make_ragged(lengths, (frames - 7) // 2, alone=padding == "alone")
+        x = self.encoder(self.encoder_embed(x, ragged), ragged)
+        lengths = zipformer.frames_after(lengths, self.config.output_downsampling_factor)
+        if hasattr(self, "encoder_downsample"):
+            x = self.encoder_downsample(x, ragged)
+            lengths = zipformer.frames_after(lengths, self.config.post_encoder_downsampling_factor)
+        return x, lengths
+
+    def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:
+        bins = self.config.feature_dim
+        if features.dim() != 3 or features.shape[2] != bins or not features.is_floating_point():
+            got = f"{features.dtype} {tuple(features.shape)}"
+            raise ValueError(f"features must be floating point of shape (B, T, {bins}), got {got}")
+        if lengths.dtype != torch.int64 or lengths.shape != features.shape[:1] or len(lengths) == 0:
+            got = f"{lengths.dtype} {tuple(lengths.shape)}"
+            raise ValueError(f"lengths must be int64 of shape ({len(features)},) with B >= 1, got {got}")
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < MIN_FRAMES or longest > features.shape[1]:
+            expected = f"in [{MIN_FRAMES}, {features.shape[1]}]"
+            raise ValueError(f"lengths must be {expected} frames, got {shortest} to {longest}")
+        if padding not in ("alone", "batch"):
+            raise ValueError(f'padding must be "alone" or "batch", got {padding!r}')
+
+    def encode_tokens(self, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed tokenised captions.
+
+        Args:
+            token_ids: (B, L) int64, each row from <s> to </s>, then padding.
+            attention_mask: (B, L) int64, 1 on tokens, 0 on padding.
+
+        Returns:
+            (B, D) unit-norm embeddings, float32 or wider.
+
+        Raises:
+            ValueError: a wrong shape or dtype, more tokens than the tower has positions, an id beyond the
+                vocabulary (checked where the ids are on the CPU).
+        """
+        self._check_tokens(token_ids, attention_mask)
+        if attention_mask.device.type == "cpu":
+            longest = int(attention_mask.sum(1).max())
+            token_ids, attention_mask = token_ids[:, :longest], attention_mask[:, :longest]
+        device = self.device
+        hidden = self.text_encoder(token_ids.to(device), attention_mask.to(device))
+        return _unit_norm(self.text_transform(self.text_projection(hidden)))
+
+    def _check_tokens(self, token_ids: Tensor, attention_mask: Tensor) -> None:
+        text = self.config.text
+        if token_ids.dtype != torch.int64 or token_ids.dim() != 2 or token_ids.numel() == 0:
+            got = f"{token_ids.dtype} {tuple(token_ids.shape)}"
+            raise ValueError(f"token_ids must be int64 of shape (B, L), not empty, got {got}")
+        if attention_mask.dtype != torch.int64 or attention_mask.shape != token_ids.shape:
+            got = f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
+            raise ValueError(f"attention_mask must be int64 of shape {tuple(token_ids.shape)}, got {got}")
+        if token_ids.shape[1] > text.max_tokens:
+            raise ValueError(
+                f"token_ids must have at most {text.max_tokens} tokens, got {token_ids.shape[1]}"
+            )
+        if token_ids.device.type == "cpu":
+            least, most = int(token_ids.min()), int(token_ids.max())
+            if least < 0 or most >= text.vocab_size:
+                raise ValueError(f"token_ids must be in [0, {text.vocab_size}), got {least} to {most}")
+
+    def encode_audio(
+        self,
+        audio: Sequence[Any],
+        *,
+        sample_rate: int | None = None,
+        batch_seconds: float = 120.0,
+        progress: bool = False,
+    ) -> Tensor:
+        """Embed recordings, without gradient and in evaluation mode.
+
+        Args:
+            audio: B paths, or B mono waveforms (numpy arrays or tensors of shape (samples,)).
+            sample_rate: rate of the waveforms in Hz; None: 16000. Files carry their own.
+            batch_seconds: most seconds of audio, padding included, to go through the model at once: the bound
+                on its memory. A longer clip goes alone; clips beyond the 30 s of the paper's training are
+                accepted, and need memory that grows with their length squared.
+            progress: show a counter on standard error.
+
+        Returns:
+            (B, D) unit-norm embeddings in the order given, on the model's device.
+
+        Raises:
+            TypeError: one path or waveform instead of a list, or paths and waveforms mixed.
+            clsp_fast.audio.AudioError: a recording that cannot be read or is too short.
+        """
+        from clsp_fast import features
+
+        items = _as_list(audio, "audio")
+        embeddings = torch.zeros(len(items), self.config.joint_dim, device=self.device)
+        done = 0
+        with self._evaluating():
+            for block in _blocks(items):
+                chosen = [items[i] for i in block]
+                if isinstance(chosen[0], (str, os.PathLike)):
+                    batch = features.extract_files(chosen)
+                else:
+                    batch = features.extract(chosen, sample_rate=sample_rate)
+                for rows in _batches(batch.lengths, most_frames=100.0 * batch_seconds):
+                    lengths = batch.lengths[rows]
+                    values = batch.values[rows, : int(lengths.max())]
+                    embedded = self.encode_features(values, lengths)
+                    embeddings = embeddings.to(embedded.dtype)
+                    embeddings[torch.tensor(block)[rows]] = embedded
+                    done += len(rows)
+                    if progress:
+                        sys.stderr.write(f"\rencoded {done} of {len(items)} clips")
+        if progress:
+            sys.stderr.write("\n")
+        return embeddings
+
+    def encode_text(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Embed captions, without gradient and in evaluation mode.
+
+        Args:
+            captions: B strings, none empty; what exceeds the text tower's positions is cut off.
+            batch_size: captions that go through the model at once.
+
+        Returns:
+            (B, D) unit-norm embeddings, on the model's device.
+
+        Raises:
+            TypeError: a single string instead of a list.
+            ValueError: an empty caption, or a model without tokenizer.
+        """
+        captions = _as_list(captions, "captions")
+        if self.tokenizer is None:
+            raise ValueError(
+                "the model has no tokenizer: give one to CLSP(...), or put tokenizer.json in its folder"
+            )
+        parts = [torch.zeros(0, self.config.joint_dim, device=self.device)]
+        with self._evaluating():
+            for start in range(0, len(captions), batch_size):
+                batch = captions[start : start + batch_size]
+                tokens = self.tokenizer.encode_batch(batch, self.config.text.max_tokens)
+                parts.append(self.encode_tokens(*tokens))
+        return torch.cat(parts)
+
+    def classify(
+        self, audio: Sequence[Any] | Tensor, labels: Sequence[str], template: str = "A speaker in a {} tone."
+    ) -> Tensor:
+        """Zero-shot classification: softmax over labels of logit_scale times the cosine.
+
+        Args:
+            audio: as in `encode_audio`, or (B, D) embeddings from it.
+            labels: L words or phrases.
+            template: sentence with {} where the label goes.
+
+        Returns:
+            (B, L) probabilities; each row sums to 1.
+
+        Raises:
+            TypeError: a single string or waveform instead of a list.
+            ValueError: no labels, or a template without {}.
+        """
+        labels = _as_list(labels, "labels")
+        if not labels:
+            raise ValueError("labels must have one entry or more, got none")
+        if "{}" not in template:
+            raise ValueError(f"template must contain {{}}, got {template!r}")
+        if isinstance(audio, Tensor) and audio.dim() == 2 and audio.shape[1] == self.config.joint_dim:
+            audio_BD = audio.to(self.device)
+        else:
+            audio_BD = self.encode_audio(cast(Sequence[Any], audio))
+        text_LD = self.encode_text([template.replace("{}", label) for label in labels])
+        with torch.no_grad():
+            return (self.logit_scale * audio_BD @ text_LD.to(audio_BD.dtype).T).softmax(dim=1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> CLSP:
+        """Read a model that `save_pretrained` wrote.
+
+        Args:
+            source: a folder, or the name of a repository on the Hugging Face hub (needs the extra `hub`).
+            device: where to put it; None: the CPU.
+            dtype: what to convert its parameters to; None: as saved.
+
+        Returns:
+            The model in evaluation mode; its tokenizer is None if the folder has none.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file of it is missing.
+            ValueError: a file that is damaged or does not fit the others.
+        """
+        path = folder.resolve(source)
+        config, tokenizer = folder.read_config(path), folder.read_tokenizer(path)
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        model.load_state_dict(folder.read_weights(path, model.state_dict()), strict=True, assign=True)
+        return model.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors, README.md and, if there is one, tokenizer.json.
+
+        Each file is replaced whole or not at all; other files in the folder stay.
+        """
+        folder.write(Path(path), self.config, self.state_dict(), self.tokenizer)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; afterwards every module has its own mode again."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            # Not inference_mode: its tensors could not be inputs of a layer that someone trains on top.
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _unit_norm(x_BD: Tensor) -> Tensor:
+    return F.normalize(x_BD.to(torch.promote_types(x_BD.dtype, torch.float32)), dim=1)
+
+
+def _pool(x_BTC: Tensor, lengths_B: Tensor, *, statistics: bool) -> Tensor:
+    """Mean over each clip's frames; with `statistics` (B, 4 C): mean, deviation, mean absolute change from
+    frame to frame, and second half minus first half (the middle frame of an odd number belongs to both)."""
+    time_T = torch.arange(x_BTC.shape[1], device=x_BTC.device)
+    mean_BC = _mean_between(x_BTC, torch.zeros_like(lengths_B), lengths_B, time_T)
+    if not statistics:
+        return mean_BC
+    valid_BT1 = (time_T < lengths_B[:, None])[:, :, None]
+    centred = (x_BTC - mean_BC[:, None]) * valid_BT1
+    deviation = (centred.square().sum(1) / lengths_B[:, None] + 1e-5).sqrt()
+    change = (x_BTC[:, 1:] - x_BTC[:, :-1]).abs() * valid_BT1[:, 1:]
+    change = change.sum(1) / (lengths_B - 1).clamp(min=1)[:, None]
+    first = _mean_between(x_BTC, torch.zeros_like(lengths_B), (lengths_B + 1) // 2, time_T)
+    second = _mean_between(x_BTC, lengths_B // 2, lengths_B, time_T)
+    return torch.cat([mean_BC, deviation, change, second - first], dim=1)
+
+
+def _mean_between(x_BTC: Tensor, start_B: Tensor, stop_B: Tensor, time_T: Tensor) -> Tensor:
+    inside_BT = (time_T >= start_B[:, None]) & (time_T < stop_B[:, None])
+    weights_BT = inside_BT.to(x_BTC.dtype) / (stop_B - start_B)[:, None]
+    return (weights_BT.to(x_BTC.dtype)[:, None] @ x_BTC)[:, 0]
+
+
+def _as_list(values: Any, name: str) -> list[Any]:
+    """`values` as a list; TypeError where someone gave the one thing itself."""
+    if isinstance(values, (str, bytes, os.PathLike)) or hasattr(values, "shape"):
+        raise TypeError(
+            f"{name} must be a list, got a single {type(values).__name__}; put it into a list: [...]"
+        )
+    return list(values)
+
+
+def _blocks(items: list[Any], most_bytes: int = 64 * 2**20) -> Iterator[list[int]]:
+    """Indices of clips of like size, longest first, in blocks whose features fit in memory together.
+
+    A file's length is not known before it is decoded; its size is near enough for this purpose.
+    """
+    paths = [isinstance(item, (str, os.PathLike)) for item in items]
+    if any(paths) and not all(paths):
+        raise TypeError("audio must be all paths or all waveforms, got both")
+    if any(paths):
+        files = [Path(item) for item in items]
+        sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+    else:
+        sizes = [2 * len(item) for item in items]
+    order = sorted(range(len(items)), key=lambda i: -sizes[i])
+    block: list[int] = []
+    for index in order:
+        if block and (len(block) + 1) * sizes[block[0]] > most_bytes:
+            yield block
+            block = []
+        block.append(index)
+    if block:
+        yield block
+
+
+def _batches(lengths: Tensor, *, most_frames: float) -> Iterator[Tensor]:
+    """Rows of like length, longest first; count times the longest stays within `most_frames`."""
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        count = max(1, int(most_frames // int(lengths[order[start]])))
+        yield order[start : start + count]
+        start += count

@@ -1,0 +1,81 @@
+"""Elementwise operations of the speech tower, with their gradients: what a kernel may replace behind the same
+name.
+
+Each keeps for the backward pass only its input and at most one number a frame. Semantics: Yao et al.,
+arXiv 2310.11230, section 3; checked against the reference implementation in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Swoosh(torch.autograd.Function):
+    """softplus(x - shift) - 0.08 x - offset; only x is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shift = shift
+        # Beyond a threshold torch returns z for softplus(z); 40 keeps that exact in float64.
+        return F.softplus(x - shift, threshold=40.0).add_(x, alpha=-0.08).sub_(offset)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return (x - ctx.shift).sigmoid_().sub_(0.08).mul_(grads[0]), None, None
+
+
+def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
+    # x - shift in 16 bits would lose the digits that softplus keeps.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return cast(Tensor, _Swoosh.apply(wide, shift, offset)).to(x.dtype)  # type: ignore[no-untyped-call]
+
+
+def swoosh_l(x: Tensor) -> Tensor:
+    """SwooshL(x) = softplus(x - 4) - 0.08 x - 0.035, any shape, same dtype."""
+    return _swoosh(x, 4.0, 0.035)
+
+
+def swoosh_r(x: Tensor) -> Tensor:
+    """SwooshR(x) = softplus(x - 1) - 0.08 x - 0.313261687 (0 at 0), any shape, same dtype."""
+    return _swoosh(x, 1.0, 0.313261687)
+
+
+class _BiasNorm(torch.autograd.Function):
+    """y = x e^l / rms(x - b) with its gradient in closed form, so that x alone is kept beside one number a
+    frame."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias_C: Tensor, log_scale: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x - bias_C, dim=-1, keepdim=True, dtype=exact)
+        scale = log_scale.to(exact).exp() * math.sqrt(x.shape[-1]) / norm
+        ctx.save_for_backward(x, bias_C, norm, scale)
+        return cast(Tensor, x * scale.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, bias_C, norm, scale = ctx.saved_tensors
+        grad = grads[0]
+        dot = (grad * x).sum(-1, keepdim=True, dtype=scale.dtype) * scale
+        pull = (x - bias_C).mul_((dot / norm.square()).to(x.dtype))
+        grad_bias = pull.sum(dim=tuple(range(x.dim() - 1)))
+        return (grad * scale.to(x.dtype)).sub_(pull), grad_bias, dot.sum().to(bias_C.dtype)
+
+
+class BiasNorm(nn.Module):
+    """x e^log_scale / sqrt(mean_c (x - bias)^2) over the last dimension; there is no epsilon."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _BiasNorm.apply(x, self.bias, self.log_scale))  # type: ignore[no-untyped-call]

@@ -1,0 +1,142 @@
+"""Captions to token ids: byte-level BPE with RoBERTa's special tokens, over Hugging Face's `tokenizers`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+class Tokenizer:
+    """Captions -> token ids between <s> and </s>; any text has a code, as bytes are the alphabet."""
+
+    def __init__(self, engine: Engine) -> None:
+        vocabulary = engine.get_vocab(with_added_tokens=True)
+        missing = [token for token in ("<s>", "<pad>", "</s>") if token not in vocabulary]
+        if missing:
+            raise ValueError(f"tokenizer must have the tokens <s>, <pad> and </s>, it lacks {missing}")
+        engine.no_padding()
+        engine.no_truncation()
+        self._engine = engine
+        self.bos_id, self.pad_id, self.eos_id = (vocabulary[token] for token in ("<s>", "<pad>", "</s>"))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return max(self._engine.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, *, lowercase: bool = False) -> Tokenizer:
+        """Byte-level BPE from captions; the same captions give the same tokenizer.
+
+        Args:
+            captions: the corpus.
+            vocab_size: most tokens to make, at least 261 (256 bytes and 5 special tokens); a small corpus
+                gives fewer.
+            lowercase: fold case before coding.
+
+        Raises:
+            ValueError: vocab_size below 261.
+        """
+        least = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
+        engine = Engine(models.BPE())
+        if lowercase:
+            engine.normalizer = normalizers.Lowercase()
+        # With the space before the first word too, a word has one code wherever it stands.
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        engine.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        engine.train_from_iterator(captions, trainer)
+        engine.post_processor = _between_ends(engine, add_prefix_space=True)
+        return cls(engine)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a tokenizer.json, or a folder with one or with RoBERTa's vocab.json and merges.txt.
+
+        Raises:
+            FileNotFoundError: neither is there.
+            ValueError: a file that is no tokenizer, or one without RoBERTa's special tokens.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        pair = (path / "vocab.json", path / "merges.txt")
+        try:
+            if file.is_file():
+                return cls(Engine.from_file(str(file)))
+            if all(part.is_file() for part in pair):
+                return cls(_roberta_engine(*pair))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise ValueError(f"{path} is no tokenizer: {error}") from error
+        raise FileNotFoundError(f"{path}: no tokenizer.json, nor vocab.json and merges.txt")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one tokenizer.json."""
+        self._engine.save(str(path))
+
+    def to_json(self) -> str:
+        """The content that `save` writes."""
+        return self._engine.to_str(pretty=True)
+
+    def encode_batch(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+        """Token ids, padded to the longest caption of the batch.
+
+        Args:
+            captions: B strings, none empty or blank.
+            max_length: most tokens a caption, <s> and </s> included, at least 3; longer captions lose their
+                end and keep </s>.
+
+        Returns:
+            (token_ids, attention_mask), both int64 of shape (B, L); the mask is 1 on tokens and 0 on padding.
+
+        Raises:
+            TypeError: a single string in place of a list.
+            ValueError: an empty caption, or max_length below 3.
+        """
+        if isinstance(captions, str):
+            raise TypeError("captions must be a list of strings, got a single string; put it into a list")
+        if max_length < 3:
+            raise ValueError(f"max_length must be at least 3, got {max_length}")
+        for index, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise TypeError(f"captions[{index}] must be a string, got {type(caption).__name__}")
+            if not caption.strip():
+                raise ValueError(f"captions[{index}] must not be empty, got {caption!r}")
+        rows = [encoding.ids for encoding in self._engine.encode_batch(list(captions))]
+        rows = [row if len(row) <= max_length else [*row[: max_length - 1], self.eos_id] for row in rows]
+        token_ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id, dtype=torch.int64)
+        for row, ids in enumerate(rows):
+            token_ids[row, : len(ids)] = torch.tensor(ids)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        return token_ids, (torch.arange(token_ids.shape[1]) < lengths[:, None]).long()
+
+
+def _roberta_engine(vocab: Path, merges: Path) -> Engine:
+    """The tokenizer of RoBERTa's original pair of files."""
+    engine = Engine(models.BPE.from_file(str(vocab), str(merges)))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens(list(SPECIAL_TOKENS))
+    engine.post_processor = _between_ends(engine, add_prefix_space=False)
+    return engine
+
+
+def _between_ends(engine: Engine, *, add_prefix_space: bool) -> processors.RobertaProcessing:
+    ends = [(token, int(engine.token_to_id(token) or 0)) for token in ("</s>", "<s>")]
+    return processors.RobertaProcessing(ends[0], ends[1], add_prefix_space=add_prefix_space)
