@@ -240,6 +240,9 @@ Converter converter(SampleFormat format) {
 }  // namespace
 
 std::unique_ptr<ByteSource> open_file(const std::string& path) {
+  if (path.find('\0') != std::string::npos) {
+    throw AudioFailure("open", "the path holds a NUL character");
+  }
   return std::make_unique<FileSource>(path);
 }
 

@@ -1,0 +1,57 @@
+"""The compiled engine. Private: `clsp_fast.audio` and `clsp_fast.features` are its public face."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Float32 = NDArray[np.float32]
+
+__version__: str
+
+class LoadPolicy:
+    def __init__(
+        self,
+        *,
+        sample_rate_hz: int,
+        min_s: float,
+        max_s: float,
+        slack_s: float,
+        min_rate_hz: int,
+        max_rate_hz: int,
+        max_channels: int,
+        max_amplitude: float,
+    ) -> None: ...
+
+# A source is (path or buffer, start_s, duration_s, channel); a failure is (reason, message).
+def load_batch(
+    sources: Sequence[tuple[Any, float, float | None, int | None]], *, policy: LoadPolicy, num_threads: int
+) -> list[_Float32 | tuple[str, str]]: ...
+def finish(waveform: _Float32, *, sample_rate_hz: int, policy: LoadPolicy) -> _Float32 | tuple[str, str]: ...
+def select_section(
+    *,
+    channels: int,
+    sample_rate_hz: int,
+    frames: int,
+    start_s: float,
+    duration_s: float | None,
+    channel: int | None,
+    policy: LoadPolicy,
+) -> tuple[int, int] | tuple[str, str]: ...
+def resample_batch(
+    waveforms: Sequence[_Float32], *, from_hz: int, to_hz: int, num_threads: int = 1, isa: str = "auto"
+) -> list[_Float32]: ...
+def fbank_batch(
+    waveforms: Sequence[_Float32],
+    out: _Float32,
+    *,
+    padded_size: int = 0,
+    num_threads: int = 1,
+    isa: str = "auto",
+) -> None: ...
+def resampled_size(samples: int, from_hz: int, to_hz: int) -> int: ...
+def frame_count(samples: int) -> int: ...
+def mel_matrix() -> _Float32: ...
+def povey_window() -> _Float32: ...
+def instruction_sets() -> list[str]: ...

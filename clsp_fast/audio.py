@@ -1,0 +1,471 @@
+"""Any recording -> finite mono float32 at the model's rate, or an `AudioError` that says why not.
+
+WAV files are decoded by the extension, in threads and without the GIL, touching only the bytes of the part
+that is asked for; every other format goes through libsndfile in blocks, so that no header can make it
+allocate. Resampling is the reference's filter (torchaudio's `sinc_interp_hann`: width 6, rolloff 0.99),
+because the model was trained through it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import multiprocessing
+import operator
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clsp_fast import _C
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
+
+Waveform: TypeAlias = NDArray[np.float32]
+# A path, the bytes of a file, a binary file object, a waveform (samples,) as array or tensor, or a `Segment`.
+Source: TypeAlias = Any
+
+_BLOCK_SAMPLES = 1 << 18
+_UNKNOWN_LENGTH = 1 << 62  # what libsndfile reports for a FLAC stream that does not state its length
+_MAGIC = (b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"RIFX", b"RF64", b"caff", b"riff", b"NIST")
+
+
+class AudioErrorReason(str, Enum):
+    """Why a recording cannot be used; fixed names, so that skips can be counted."""
+
+    OPEN = "open"  # missing, not readable, not a regular file
+    EMPTY = "empty"  # no bytes or no samples
+    FORMAT = "format"  # not audio, an unsupported encoding, or a damaged header
+    CHANNELS = "channels"  # too many, or not the one asked for
+    RATE = "rate"  # sample rate outside the limits
+    SEGMENT = "segment"  # the part asked for starts behind the end
+    TOO_SHORT = "too_short"
+    TOO_LONG = "too_long"
+    TRUNCATED = "truncated"  # holds less than its header, or the part asked for, promises
+    NON_FINITE = "non_finite"  # NaN or infinity among the samples
+    AMPLITUDE = "amplitude"  # samples far outside [-1, 1]
+    MEMORY = "memory"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class AudioError(Exception):
+    """A recording that cannot be used.
+
+    Attributes:
+        path: the file, or a description of what was passed instead of one.
+        reason: one of `AudioErrorReason`.
+        detail: one sentence part for a person, with the fix where there is one.
+    """
+
+    def __init__(self, path: str, reason: AudioErrorReason | str, detail: str) -> None:
+        self.path = path
+        self.reason = AudioErrorReason(reason)
+        self.detail = detail
+        super().__init__(path, self.reason, detail)  # the arguments that pickle calls it with
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.detail} [{self.reason}]"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioLimits:
+    """What a recording may be before it is refused; the defaults are generous and bound memory and time."""
+
+    min_s: float = 0.005
+    """Shortest length in seconds; 5 ms is one frame of features."""
+    max_s: float = 3600.0
+    """Longest length in seconds of what is loaded; a segment of a longer file is fine."""
+    min_rate_hz: int = 1000
+    """Lowest sample rate in Hz."""
+    max_rate_hz: int = 192_000
+    """Highest sample rate in Hz."""
+    max_channels: int = 64
+    """Largest number of channels."""
+    max_amplitude: float = 16.0
+    """Largest absolute sample; full scale is 1, and a float recording in its right scale stays near it."""
+    slack_s: float = 0.1
+    """How far a segment may reach behind the end, in seconds, before it counts as truncated."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.min_s < self.max_s < math.inf, f"need 0 <= min_s < max_s, got {self}")
+        _require(
+            1 <= self.min_rate_hz <= self.max_rate_hz <= 1_000_000, f"rates must be in 1 .. 10^6: {self}"
+        )
+        _require(
+            1 <= self.max_channels <= 1024, f"max_channels must be in 1 .. 1024, got {self.max_channels}"
+        )
+        _require(
+            0 < self.max_amplitude < math.inf, f"max_amplitude must be positive, got {self.max_amplitude}"
+        )
+        _require(0 <= self.slack_s < math.inf, f"slack_s must not be negative, got {self.slack_s}")
+
+
+DEFAULT_LIMITS = AudioLimits()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a recording, accepted wherever a recording is."""
+
+    source: Source
+    """A path, bytes, file object or waveform."""
+    start_s: float = 0.0
+    """Start in seconds."""
+    duration_s: float | None = None
+    """Length in seconds; None: up to the end."""
+    channel: int | None = None
+    """Channel, counted from 0; None: the mean over channels."""
+
+    def __post_init__(self) -> None:
+        _require(not isinstance(self.source, Segment), "source must not be a Segment itself")
+        _require(0 <= self.start_s < math.inf, f"start_s must be finite and >= 0, got {self.start_s}")
+        _require(
+            self.duration_s is None or 0 < self.duration_s < math.inf,
+            f"duration_s must be None or positive and finite, got {self.duration_s}",
+        )
+        _require(
+            self.channel is None or 0 <= operator.index(self.channel) < 1 << 31,
+            f"channel must be None or >= 0, got {self.channel}",
+        )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A source made uniform: `data` is a path (str), a buffer, or a waveform with its rate."""
+
+    data: Any
+    segment: Segment
+    label: str
+    rate_hz: int | None = None
+
+    @property
+    def part(self) -> tuple[float, float | None, int | None]:
+        return float(self.segment.start_s), self.segment.duration_s, self.segment.channel
+
+    def fail(self, reason: AudioErrorReason | str, detail: str) -> AudioError:
+        return AudioError(self.label, reason, detail)
+
+
+def load(
+    source: Source,
+    *,
+    sample_rate: int = 16000,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    channel: int | None = None,
+    source_rate: int | None = None,
+    limits: AudioLimits = DEFAULT_LIMITS,
+) -> Waveform:
+    """Loads a recording, or a part of it, as mono float32.
+
+    Integer encodings map to [-1, 1); float ones are kept as they are. Nothing is clipped or dithered.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object (read from where it stands), a waveform as
+            numpy array or torch tensor of shape (samples,) and a floating dtype, or a `Segment`.
+        sample_rate: rate of the result in Hz.
+        start_s: where to start, in seconds.
+        duration_s: how much to load, in seconds; None: up to the end.
+        channel: which channel, counted from 0; None: the mean over channels.
+        source_rate: rate of a waveform in Hz, `sample_rate` if None; files know theirs.
+        limits: what is refused.
+
+    Returns:
+        float32 (samples,), finite, at `sample_rate`; never empty.
+
+    Raises:
+        AudioError: the recording cannot be used; its `reason` says why.
+        ValueError, TypeError: an argument is wrong.
+    """
+    if isinstance(source, Segment):
+        _require(
+            (start_s, duration_s, channel) == (0.0, None, None),
+            "start_s, duration_s and channel must be left out: the Segment has its own",
+        )
+    else:
+        source = Segment(source, start_s, duration_s, channel)
+    request = _parse(source, sample_rate if source_rate is None else source_rate)
+    _require(
+        source_rate is None or request.rate_hz is not None, "source_rate is for waveforms: a file has its own"
+    )
+    (result,) = _load_requests([request], sample_rate, limits, 1)
+    if isinstance(result, AudioError):
+        raise result
+    return result
+
+
+def load_batch(
+    sources: Sequence[Source],
+    *,
+    sample_rate: int = 16000,
+    limits: AudioLimits = DEFAULT_LIMITS,
+    num_threads: int | None = None,
+) -> list[Waveform | AudioError]:
+    """Loads many recordings in threads; what `load` would raise for an item is returned in its place.
+
+    Args:
+        sources: as for `load`; waveforms must already be at `sample_rate`.
+        sample_rate: rate of the results in Hz.
+        limits: what is refused.
+        num_threads: how many threads; None: `default_num_threads()`.
+
+    Returns:
+        For each source a float32 (samples,) waveform or an `AudioError`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+    """
+    segments = [item if isinstance(item, Segment) else Segment(item) for item in sources]
+    requests = [_parse(segment, sample_rate) for segment in segments]
+    return _load_requests(requests, sample_rate, limits, check_num_threads(num_threads))
+
+
+def resample(waveform: Source, *, from_hz: int, to_hz: int) -> Waveform:
+    """Resamples with the reference's filter.
+
+    Args:
+        waveform: (samples,), numpy array or torch tensor of a floating dtype.
+        from_hz: its rate in Hz, 1 .. 10^6.
+        to_hz: the wanted rate in Hz, 1 .. 10^6.
+
+    Returns:
+        float32 of round_half_up(samples * to_hz / from_hz) samples (lhotse's length rule); always a copy.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+    """
+    samples = as_waveform(waveform, "waveform")
+    if from_hz == to_hz and from_hz > 0:
+        return samples.copy()
+    (out,) = _C.resample_batch([samples], from_hz=operator.index(from_hz), to_hz=operator.index(to_hz))
+    return out
+
+
+def as_waveform(value: Any, name: str) -> Waveform:
+    """A numpy array or torch tensor as C-contiguous float32 (samples,), copied only where there is need.
+
+    Raises:
+        ValueError, TypeError: it has another shape or no floating dtype; the message calls it `name`.
+    """
+    if hasattr(value, "detach"):  # a tensor; this module does not import torch
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy array or torch tensor, got {type(value).__name__}")
+    if value.dtype.kind != "f":
+        raise TypeError(
+            f"{name} must be floating point in [-1, 1], got {value.dtype}; divide integers by full scale"
+        )
+    if value.ndim != 1:
+        raise ValueError(
+            f"{name} must have shape (samples,), got {value.shape}; choose a channel or take their mean"
+        )
+    return np.ascontiguousarray(value, dtype=np.float32)
+
+
+def default_num_threads() -> int:
+    """The CPUs this process may use, at most 16; 1 in a daemonic process such as a DataLoader worker."""
+    if multiprocessing.current_process().daemon:
+        return 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, 16)
+
+
+def check_num_threads(num_threads: int | None) -> int:
+    """`num_threads`, or the default for None.
+
+    Raises:
+        ValueError: it is less than 1.
+    """
+    if num_threads is None:
+        return default_num_threads()
+    _require(operator.index(num_threads) >= 1, f"num_threads must be >= 1, got {num_threads}")
+    return min(num_threads, 1024)
+
+
+def _parse(segment: Segment, waveform_rate_hz: int) -> _Request:
+    source = segment.source
+    if isinstance(source, str | os.PathLike):
+        path = os.fsdecode(source)
+        _require(path != "", "source must not be an empty path")
+        return _Request(path, segment, path)
+    if hasattr(source, "read"):
+        data = source.read()
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(
+                f"a file object must be opened in binary mode, read() returned {type(data).__name__}"
+            )
+        return _Request(data, segment, str(getattr(source, "name", "<file object>")))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _Request(source, segment, "<bytes>")
+    samples = as_waveform(source, "source")
+    return _Request(samples, segment, "<waveform>", operator.index(waveform_rate_hz))
+
+
+@functools.lru_cache(maxsize=16)
+def _policy(limits: AudioLimits, sample_rate: int) -> _C.LoadPolicy:
+    if not isinstance(limits, AudioLimits):
+        raise TypeError(f"limits must be AudioLimits, got {type(limits).__name__}")
+    _require(
+        1 <= operator.index(sample_rate) <= 1_000_000, f"sample_rate must be 1 .. 10^6 Hz, got {sample_rate}"
+    )
+    return _C.LoadPolicy(sample_rate_hz=sample_rate, **asdict(limits))
+
+
+def _load_requests(
+    requests: Sequence[_Request], sample_rate: int, limits: AudioLimits, num_threads: int
+) -> list[Waveform | AudioError]:
+    policy = _policy(limits, sample_rate)
+    results: list[Waveform | AudioError | None] = [None] * len(requests)
+    encoded = [i for i, request in enumerate(requests) if request.rate_hz is None]
+    items = [(requests[i].data, *requests[i].part) for i in encoded]
+    others = [i for i, request in enumerate(requests) if request.rate_hz is not None]
+    for i, loaded in zip(encoded, _C.load_batch(items, policy=policy, num_threads=num_threads), strict=True):
+        if isinstance(loaded, tuple) and loaded[0] == "not_wav":
+            others.append(i)
+        else:
+            results[i] = requests[i].fail(*loaded) if isinstance(loaded, tuple) else loaded
+
+    def load_other(i: int) -> None:
+        results[i] = _load_other(requests[i], limits, policy)
+
+    if num_threads > 1 and len(others) > 1:
+        with ThreadPoolExecutor(min(num_threads, len(others))) as pool:
+            list(pool.map(load_other, others))
+    else:
+        for i in others:
+            load_other(i)
+    return cast("list[Waveform | AudioError]", results)
+
+
+def _load_other(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> Waveform | AudioError:
+    """Everything that is no WAV file: waveforms, and formats that libsndfile decodes."""
+    try:
+        if request.rate_hz is not None:
+            rate_hz = request.rate_hz
+            first, count = _select(request, policy, 1, rate_hz, len(request.data))
+            samples = request.data[first : first + count]
+        else:
+            samples, rate_hz = _decode(request, limits, policy)
+        result = _C.finish(samples, sample_rate_hz=rate_hz, policy=policy)
+    except AudioError as error:
+        return error
+    except MemoryError:
+        return request.fail(AudioErrorReason.MEMORY, "not enough memory to decode it; load a shorter segment")
+    return request.fail(*result) if isinstance(result, tuple) else result
+
+
+def _select(
+    request: _Request, policy: _C.LoadPolicy, channels: int, rate_hz: int, frames: int
+) -> tuple[int, int]:
+    """First frame and number of frames of the part that is asked for, checked against the policy."""
+    start_s, duration_s, channel = request.part
+    first, second = _C.select_section(
+        channels=channels,
+        sample_rate_hz=rate_hz,
+        frames=frames,
+        start_s=start_s,
+        duration_s=duration_s,
+        channel=channel,
+        policy=policy,
+    )
+    if isinstance(first, str):
+        raise request.fail(first, cast(str, second))
+    return first, cast(int, second)
+
+
+def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tuple[Waveform, int]:
+    """Decodes through libsndfile: (mono samples at the file's rate, rate)."""
+    import soundfile
+
+    is_path = isinstance(request.data, str)
+    with Path(request.data).open("rb") if is_path else io.BytesIO(request.data) as file:
+        head = file.read(4096)
+        file.seek(0)
+        _check_magic(request, head)
+        try:
+            # A descriptor rather than a path: libsndfile then judges by content and not by the file's name.
+            with _stream_class()(file.fileno() if is_path else file, closefd=False) as stream:
+                return _decode_stream(request, stream, head, limits, policy), stream.samplerate
+        except soundfile.LibsndfileError as error:
+            raise request.fail(AudioErrorReason.FORMAT, f"cannot be decoded: {error.error_string}") from error
+
+
+def _check_magic(request: _Request, head: bytes) -> None:
+    if head.startswith(_MAGIC) or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0):
+        return
+    found = "an MP4/M4A container" if head[4:8] == b"ftyp" else f"it begins with {head[:8]!r}"
+    fix = "convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
+    raise request.fail(AudioErrorReason.FORMAT, f"not in a known audio format ({found}); {fix}")
+
+
+@functools.lru_cache(maxsize=1)
+def _stream_class() -> type[SoundFile]:
+    import soundfile
+
+    class Stream(soundfile.SoundFile):  # type: ignore[misc]
+        """Reads on where SoundFile.read would seek: behind the last frame that a wrong header promised."""
+
+        def seekable(self) -> bool:
+            return False
+
+    return Stream
+
+
+def _decode_stream(
+    request: _Request, stream: SoundFile, head: bytes, limits: AudioLimits, policy: _C.LoadPolicy
+) -> Waveform:
+    rate_hz, channels = stream.samplerate, stream.channels
+    # An MP3 file without a table of contents has no length but an estimate.
+    estimated = stream.format == "MP3" and not any(tag in head for tag in (b"Xing", b"Info", b"VBRI"))
+    known = stream.frames < _UNKNOWN_LENGTH and not estimated
+    start = min(round(request.segment.start_s * rate_hz), _UNKNOWN_LENGTH)
+    claimed = stream.frames if known else start + int(limits.max_s * rate_hz)
+    first, count = _select(request, policy, channels, rate_hz, claimed)
+    seeks = known and stream.format != "MP3"  # MP3 seeks are not exact
+    if seeks:
+        stream.seek(first)
+    # One more where the end is unknown: it tells a file of just the longest length from a longer one.
+    mono, read, problem = _read_mono(
+        stream, request.segment.channel, 0 if seeks else first, count + (not known)
+    )
+    if known and len(mono) < count:
+        what = f"decoding stopped after {len(mono)} of {count} samples{problem}"
+        raise request.fail(AudioErrorReason.TRUNCATED, what)
+    if not known:
+        _, count = _select(request, policy, channels, rate_hz, read)
+    return mono[:count]
+
+
+def _read_mono(stream: SoundFile, channel: int | None, skip: int, count: int) -> tuple[Waveform, int, str]:
+    """Drops `skip` frames and decodes up to `count`: (mono samples, frames read in all, what went wrong)."""
+    import soundfile
+
+    buffer = np.empty((max(1, _BLOCK_SAMPLES // stream.channels), stream.channels), np.float32)
+    blocks, read = [np.empty(0, np.float32)], 0
+    try:
+        while read < skip + count:
+            block = stream.read(min(skip + count - read, len(buffer)), out=buffer)
+            if len(block) == 0:
+                break
+            kept = block[max(skip - read, 0) :]
+            read += len(block)
+            blocks.append(kept.mean(axis=1) if channel is None else kept[:, channel].copy())
+    except soundfile.LibsndfileError as error:
+        return np.concatenate(blocks), read, f": {error.error_string}"
+    return np.concatenate(blocks), read, ""

@@ -1,0 +1,251 @@
+"""The CLSP log-mel features: waveforms or files -> (B, T, 128) and lengths, exactly as the reference's.
+
+16 kHz, 25 ms Povey windows every 10 ms, 128 mel bins from 20 to 7600 Hz, natural log: lhotse's
+`Fbank(FbankConfig(num_mel_bins=128))`. `python -m clsp_fast.features --check-parity` compares with lhotse.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clsp_fast import _C, audio
+from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Source, Waveform
+
+SAMPLE_RATE_HZ = 16000
+WINDOW_SAMPLES = 400
+HOP_SAMPLES = 160
+NUM_MEL_BINS = 128
+PADDING_VALUE = -23.025850929940457  # log(1e-10); real silence is log(2^-23) = -15.942385
+_MIN_SAMPLES = HOP_SAMPLES // 2
+_ENERGY_FLOOR = 1.1920929e-07
+
+
+@dataclass(frozen=True, kw_only=True)
+class FbankConfig:
+    """How clips are framed. Everything else is fixed: it is what the published models were trained on."""
+
+    tail: Literal["reflect", "zero"] = "reflect"
+    """What lies behind a clip's last sample: its mirror image, as in the reference's inference, or zeros up
+    to the end of the batch's longest clip and the mirror image of all that, as in its training."""
+
+    def __post_init__(self) -> None:
+        if self.tail not in ("reflect", "zero"):
+            raise ValueError(f"tail must be 'reflect' or 'zero', got {self.tail!r}")
+
+
+CLSP_FBANK = FbankConfig()
+
+
+@dataclass(frozen=True)
+class Features:
+    """A padded batch of features."""
+
+    values: torch.Tensor
+    """(B, T, 128) float32, natural log; `PADDING_VALUE` behind each clip's last frame."""
+    lengths: torch.Tensor
+    """(B,) int64, frames of each clip."""
+    kept: torch.Tensor
+    """(B,) int64, position in the input of each clip of the batch."""
+    errors: tuple[tuple[int, AudioError], ...] = ()
+    """Position in the input and error of each clip that was left out."""
+
+
+def extract(
+    waveforms: Any,
+    *,
+    config: FbankConfig = CLSP_FBANK,
+    num_threads: int | None = None,
+    sample_rate: int | None = None,
+    out: torch.Tensor | None = None,
+) -> Features:
+    """Computes the features of waveforms.
+
+    Args:
+        waveforms: one waveform (samples,), a batch (B, samples), or a sequence of waveforms of any lengths;
+            numpy arrays or torch tensors of a floating dtype, mono, in [-1, 1].
+        config: how clips are framed.
+        num_threads: how many threads; None: `audio.default_num_threads()`. It does not change any bit.
+        sample_rate: rate of the waveforms in Hz, resampled unless it is 16000; None: 16000.
+        out: (B, at least T, 128) float32, contiguous, on the CPU, to be written and returned as `values`.
+            Without it the batch is page-locked where CUDA is in use.
+
+    Returns:
+        `Features`; T = floor((samples + 80) / 160) of the longest clip. NaN samples poison exactly the frames
+        that cover them.
+
+    Raises:
+        AudioError: a clip has less than 80 samples at 16 kHz (reason too_short).
+        ValueError, TypeError: an argument is wrong.
+    """
+    samples = _as_waveforms(waveforms)
+    num_threads = audio.check_num_threads(num_threads)
+    if sample_rate is not None and sample_rate != SAMPLE_RATE_HZ:
+        samples = _C.resample_batch(
+            samples, from_hz=sample_rate, to_hz=SAMPLE_RATE_HZ, num_threads=num_threads
+        )
+    for i, item in enumerate(samples):
+        if len(item) < _MIN_SAMPLES:
+            what = f"has {len(item)} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
+            raise AudioError(f"waveforms[{i}]", AudioErrorReason.TOO_SHORT, what)
+    return _fbank(samples, config, num_threads, out, torch.arange(len(samples)), ())
+
+
+def extract_files(
+    paths: Sequence[Source],
+    *,
+    config: FbankConfig = CLSP_FBANK,
+    num_threads: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    limits: AudioLimits = DEFAULT_LIMITS,
+    out: torch.Tensor | None = None,
+) -> Features:
+    """Decodes, resamples and computes the features of recordings, in threads and without the GIL.
+
+    Args:
+        paths: paths, bytes of files, binary file objects, or `audio.Segment` of these.
+        config: how clips are framed.
+        num_threads: how many threads; None: `audio.default_num_threads()`. It does not change any bit.
+        on_error: "raise" the first recording's error, or "skip" such recordings and list them in `errors`.
+        limits: what is refused.
+        out: as for `extract`.
+
+    Returns:
+        `Features` of the good recordings in order; (0, 0, 128) if there are none.
+
+    Raises:
+        AudioError: a recording cannot be used, and `on_error` is "raise".
+        ValueError, TypeError: an argument is wrong.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    if isinstance(paths, str | bytes) or not isinstance(paths, Sequence):
+        raise TypeError(
+            f"paths must be a sequence of recordings, got {type(paths).__name__}; put one in a list"
+        )
+    num_threads = audio.check_num_threads(num_threads)
+    loaded = audio.load_batch(paths, sample_rate=SAMPLE_RATE_HZ, limits=limits, num_threads=num_threads)
+    samples: list[Waveform] = []
+    kept: list[int] = []
+    errors: list[tuple[int, AudioError]] = []
+    for i, item in enumerate(loaded):
+        if not isinstance(item, AudioError) and len(item) < _MIN_SAMPLES:
+            what = f"has {len(item)} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
+            item = AudioError(str(paths[i]), AudioErrorReason.TOO_SHORT, what)
+        if not isinstance(item, AudioError):
+            samples.append(item)
+            kept.append(i)
+        elif on_error == "raise":
+            raise item
+        else:
+            errors.append((i, item))
+    return _fbank(samples, config, num_threads, out, torch.tensor(kept, dtype=torch.int64), tuple(errors))
+
+
+def reference(
+    waveform: Waveform, config: FbankConfig = CLSP_FBANK, *, padded_samples: int | None = None
+) -> NDArray[np.float64]:
+    """The features of one clip in plain float64 numpy: the oracle that `extract` is tested against.
+
+    Args:
+        waveform: (samples,) at 16 kHz.
+        config: how the clip is framed.
+        padded_samples: length of the batch's longest clip; used with tail="zero".
+
+    Returns:
+        (T, 128) float64.
+    """
+    x = np.asarray(waveform, np.float64)
+    size = max(len(x), padded_samples or 0) if config.tail == "zero" else len(x)
+    frames = (len(x) + HOP_SAMPLES // 2) // HOP_SAMPLES
+    starts = HOP_SAMPLES * np.arange(frames)[:, None] - (WINDOW_SAMPLES - HOP_SAMPLES) // 2
+    index = (starts + np.arange(WINDOW_SAMPLES)) % max(2 * size, 1)
+    z = np.pad(x, (0, size - len(x)))[np.minimum(index, 2 * size - 1 - index)]
+    z = z - z.mean(axis=1, keepdims=True)
+    z = z - 0.97 * np.concatenate([z[:, :1], z[:, :-1]], axis=1)
+    power = np.abs(np.fft.rfft(z * _C.povey_window().astype(np.float64), 512)) ** 2
+    energy: NDArray[np.float64] = power @ _C.mel_matrix().astype(np.float64)
+    return np.log(np.maximum(energy, _ENERGY_FLOOR))
+
+
+def _as_waveforms(waveforms: Any) -> list[Waveform]:
+    if hasattr(waveforms, "ndim") and waveforms.ndim == 2:
+        waveforms = list(waveforms)
+    elif hasattr(waveforms, "ndim"):
+        waveforms = [waveforms]
+    if not isinstance(waveforms, Sequence) or isinstance(waveforms, str | bytes):
+        raise TypeError(f"waveforms must be arrays or a sequence of arrays, got {type(waveforms).__name__}")
+    return [audio.as_waveform(item, f"waveforms[{i}]") for i, item in enumerate(waveforms)]
+
+
+def _fbank(
+    samples: Sequence[Waveform],
+    config: FbankConfig,
+    num_threads: int,
+    out: torch.Tensor | None,
+    kept: torch.Tensor,
+    errors: tuple[tuple[int, AudioError], ...],
+) -> Features:
+    if not isinstance(config, FbankConfig):
+        raise TypeError(f"config must be FbankConfig, got {type(config).__name__}")
+    longest = max(map(len, samples), default=0)
+    shape = (len(samples), _C.frame_count(longest), NUM_MEL_BINS)
+    if out is None:
+        # Page-locked memory lets the copy to the GPU overlap with work.
+        pin: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        out = torch.empty(shape, dtype=torch.float32, pin_memory=pin)
+    _check_out(out, shape)
+    padded = longest if config.tail == "zero" else 0
+    _C.fbank_batch(samples, out.numpy(), padded_size=padded, num_threads=num_threads)
+    lengths = torch.tensor([_C.frame_count(len(item)) for item in samples], dtype=torch.int64)
+    return Features(out, lengths, kept, errors)
+
+
+def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
+    fits = (
+        out.ndim == 3 and out.shape[0] == shape[0] and out.shape[1] >= shape[1] and out.shape[2] == shape[2]
+    )
+    usable = out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+    if not fits or not usable or out.requires_grad:
+        raise ValueError(
+            f"out must be contiguous float32 of shape ({shape[0]}, >= {shape[1]}, {shape[2]}) on the CPU "
+            f"without gradient, got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+
+
+def _check_parity() -> None:
+    """Prints how far these features, lhotse's and the float64 reference are apart on a synthetic voice."""
+    rng = np.random.default_rng(0)
+    time = np.arange(5 * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
+    voice = np.sin(2 * np.pi * 120 * time[:, None] * np.arange(1, 40)) @ (1 / np.arange(1, 40))
+    wave = (0.05 * voice * np.sin(3 * time) ** 2 + 0.002 * rng.standard_normal(len(time))).astype(np.float32)
+    truth = reference(wave)
+    rows = {"clsp_fast": extract(wave).values[0].numpy()}
+    try:
+        from lhotse import Fbank
+        from lhotse import FbankConfig as LhotseConfig
+
+        rows["lhotse"] = Fbank(LhotseConfig(num_mel_bins=NUM_MEL_BINS)).extract(wave, SAMPLE_RATE_HZ)
+    except ImportError:
+        print("lhotse is not installed: pip install 'clsp_fast[lhotse]'")
+    print(f"{'against float64':16s} {'max':>10s} {'rms':>10s} {'energy / peak':>14s}")
+    for name, values in rows.items():
+        difference = values - truth
+        energy = np.abs(np.exp(values.astype(np.float64)) - np.exp(truth)) / np.exp(truth).max(
+            1, keepdims=True
+        )
+        rms = np.sqrt((difference**2).mean())
+        print(f"{name:16s} {np.abs(difference).max():10.2e} {rms:10.2e} {energy.max():14.2e}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m clsp_fast.features", description=_check_parity.__doc__)
+    parser.add_argument("--check-parity", action="store_true", required=True)
+    parser.parse_args()
+    _check_parity()
