@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 
@@ -96,7 +97,7 @@ class TextConfig:
 
     @property
     def max_tokens(self) -> int:
-        """Longest caption in tokens, special ones included (RoBERTa counts positions from pad_token_id + 1)."""
+        """Longest caption in tokens, special ones included; positions count from pad_token_id + 1."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,8 +179,8 @@ class ModelConfig:
     """Dimension of the joint embedding space."""
     text: TextConfig = TextConfig()
     """The text tower."""
-    embed_channels: tuple[int, int, int] = (8, 32, 128)
-    """Channels of the three convolutions of the front; the reference has 8, 32, 128."""
+    embed_channels: tuple[int, ...] = (8, 32, 128)
+    """Three: channels of the front's 2-D convolutions (the paper). One: a cheap convolution over time."""
     audio_pooling: Literal["mean", "statistics"] = "mean"
     """"mean" over time (the paper); "statistics": also deviation, mean absolute change, change of halves."""
     dropout: float = 0.1
@@ -202,7 +203,8 @@ class ModelConfig:
         self._check_stacks()
         _require(self.feature_dim >= 7, "feature_dim", "at least 7", self.feature_dim)
         _require(self.pos_dim % 2 == 0, "pos_dim", "even", self.pos_dim)
-        _require(len(self.embed_channels) == 3, "embed_channels", "three integers", self.embed_channels)
+        front = self.embed_channels
+        _require(len(front) in (1, 3), "embed_channels", "one or three integers", front)
         output, post = self.output_downsampling_factor, self.post_encoder_downsampling_factor
         _require(output in (1, 2), "output_downsampling_factor", "1 or 2", output)
         only_one = post == 1 or output == 1
@@ -258,7 +260,7 @@ class ModelConfig:
 
 
 MODEL_PRESETS: dict[str, ModelConfig] = {
-    # CPU time decides here: few channels in the front, one slow stack, pooled statistics, words without layers.
+    # CPU time decides here: a small front, one slow stack, pooled statistics, words without layers.
     "tiny": ModelConfig(
         downsampling_factor=(4,),
         num_encoder_layers=(2,),
@@ -270,7 +272,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         query_head_dim=(16,),
         output_downsampling_factor=1,
         joint_dim=128,
-        embed_channels=(2, 4, 8),
+        embed_channels=(64,),
         audio_pooling="statistics",
         dropout=0.0,
         regularize=False,
@@ -314,3 +316,202 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     "xlarge": ModelConfig(),
 }
 """Named models. "xlarge" is the paper's (724,244,405 parameters); "base" has a speech tower of about 90 M."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which clips are read, and how they become batches."""
+
+    manifest: Path | None = None
+    """Training clips: a JSONL manifest or lhotse cuts (.jsonl, .jsonl.gz). None: the demo corpus, made on the spot."""
+    validation: Path | None = None
+    """Clips for the retrieval figures during training. None with a manifest: no validation."""
+    test: Path | None = None
+    """Clips for the final results table. None: the validation clips."""
+    zeroshot: Path | None = None
+    """JSON of zero-shot tasks, {tag: {label: [prompts]}}: the label is compared with the clip's tag of that name."""
+    tokenizer: Path | None = None
+    """tokenizer.json or a RoBERTa folder. None: a byte-level BPE trained on the training captions."""
+    batch_seconds: float = 800.0
+    """Audio per rank and step, in seconds, counted with padding: clips x upper bound of their duration bucket."""
+    batch_clips: int = 1024
+    """At most this many clips per rank and step."""
+    buckets: int = 30
+    """Duration buckets (quantiles) from which batches are drawn."""
+    min_seconds: float = 0.3
+    """Shorter clips are left out, and counted."""
+    max_seconds: float = 30.0
+    """Longer clips are left out, and counted."""
+    tail: Literal["reflect", "zero"] = "reflect"
+    """How the last frame is completed: "reflect" as at inference, "zero" as the reference recipe trains."""
+    augment: float = 0.0
+    """Strength of log-mel augmentation (equaliser, noise floor, band limit): 0 none, 1 as the demo uses it."""
+    threads: int = 0
+    """Threads that decode and extract features; 0: one for each core."""
+    prefetch: int = 4
+    """Batches prepared ahead."""
+    cache_mb: int = 1024
+    """Features of clips already seen are kept in memory up to this many MiB; 0: never."""
+    max_bad_share: float = 0.01
+    """Training stops, with the list, when more than this share of the clips (and more than 10) cannot be read."""
+    demo_clips: int = 3000
+    """Training clips of the demo corpus."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_seconds", "min_seconds", "max_seconds"):
+            _require(getattr(self, name) > 0, f"data.{name}", "positive", getattr(self, name))
+        for name in ("batch_clips", "buckets", "prefetch", "demo_clips"):
+            _require(
+                _positive(getattr(self, name)), f"data.{name}", "a positive integer", getattr(self, name)
+            )
+        for name in ("threads", "cache_mb", "augment"):
+            _require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
+        longer = f"more than data.min_seconds {self.min_seconds}"
+        _require(self.max_seconds > self.min_seconds, "data.max_seconds", longer, self.max_seconds)
+        enough = f"at least data.max_seconds {self.max_seconds}"
+        _require(self.batch_seconds >= self.max_seconds, "data.batch_seconds", enough, self.batch_seconds)
+        _require(0 <= self.max_bad_share <= 1, "data.max_bad_share", "in [0, 1]", self.max_bad_share)
+        _require(self.tail in ("reflect", "zero"), "data.tail", '"reflect" or "zero"', self.tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay; both stages have a warm-up and a decay of their own."""
+
+    lr: float = 1e-3
+    """Peak learning rate of the speech tower in stage 1."""
+    stage2_lr: float = 2e-4
+    """Peak learning rate of the speech tower in stage 2."""
+    text_lr_scale: float = 1.0
+    """Learning rate of the text tower, relative to the speech tower's."""
+    head_lr_scale: float = 1.0
+    """Learning rate of the projection heads and logit_scale, relative to the speech tower's."""
+    final_lr_share: float = 0.05
+    """The cosine ends at this share of the peak."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up, at most a tenth of the stage."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices and filters of the speech tower and the heads; never of vectors or embeddings."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the moment estimates."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "stage2_lr", "text_lr_scale", "head_lr_scale", "clip_norm"):
+            _require(getattr(self, name) > 0, f"optim.{name}", "positive", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
+        _require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", "in [0, 1]", self.final_lr_share)
+        _require(all(_rate(beta) for beta in self.betas), "optim.betas", "two rates in [0, 1)", self.betas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: stage 1 (one fine caption a clip), then stage 2 (two captions a clip)."""
+
+    run: Path = Path("runs/demo")
+    """Folder of the run: config.json, log.jsonl, checkpoints, results, model/. The same command resumes it."""
+    model: ModelConfig = ModelConfig()
+    """The two towers."""
+    data: DataConfig = DataConfig()
+    """Clips and batches."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    stage1_steps: int = 100_000
+    """Steps with one fine-grained caption a clip; 0 skips the stage."""
+    stage2_steps: int = 4_000
+    """Steps with a global and a fine-grained caption, or two fine-grained ones; 0 skips the stage."""
+    init: Path | None = None
+    """Folder of a saved model to start from; its configuration must be `model`."""
+    seed: int = 42
+    """Everything random is a function of this, the step and the rank."""
+    device: str = "auto"
+    """"auto": the CUDA device of this rank if there is one, else the CPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the towers; weights and loss stay in float32."""
+    max_logit_scale: float = 100.0
+    """The learned logit_scale is clamped to [1, this] after each step."""
+    log_every: int = 20
+    """Steps between log lines."""
+    validate_every: int = 1000
+    """Steps between validations."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    max_bad_steps: int = 3
+    """Training stops after this many steps in a row with a non-finite loss or gradient."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder (extra [tensorboard])."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "max_bad_steps"):
+            _require(_positive(getattr(self, name)), name, "a positive integer", getattr(self, name))
+        for name in ("stage1_steps", "stage2_steps"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        steps = self.stage1_steps + self.stage2_steps
+        _require(steps > 0, "stage1_steps + stage2_steps", "positive", steps)
+        _require(self.max_logit_scale >= 1, "max_logit_scale", "at least 1", self.max_logit_scale)
+        _require(self.precision in ("fp32", "bf16"), "precision", '"fp32" or "bf16"', self.precision)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON stores them."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; absent keys take their defaults, unknown ones raise ValueError."""
+        _reject_unknown_keys(cls, values)
+        plain = dict(values)
+        if "model" in plain:
+            plain["model"] = ModelConfig.from_dict(plain["model"])
+        for key, kind in (("data", DataConfig), ("optim", OptimConfig)):
+            if key in plain:
+                _reject_unknown_keys(kind, plain[key])
+                plain[key] = kind(**_typed(kind, plain[key]))
+        return cls(**_typed(cls, plain))
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types for anything a configuration holds."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _typed(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths and tuples again, where `kind` has them."""
+    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    restored = dict(values)
+    for key, value in values.items():
+        if types[key].startswith("Path") and value is not None:
+            restored[key] = Path(value)
+        elif types[key].startswith("tuple"):
+            restored[key] = tuple(value)
+    return restored
+
+
+TRAIN_PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        model=MODEL_PRESETS["tiny"],
+        data=DataConfig(batch_clips=128, buckets=6, augment=1.0),
+        optim=OptimConfig(lr=2e-3, stage2_lr=1e-3, text_lr_scale=4.0, warmup_steps=50),
+        stage1_steps=600,
+        stage2_steps=500,
+        validate_every=275,
+        save_every=275,
+    ),
+    "small": TrainConfig(run=Path("runs/small"), model=MODEL_PRESETS["small"], stage1_steps=20_000),
+    "base": TrainConfig(run=Path("runs/base"), model=MODEL_PRESETS["base"], precision="bf16"),
+    "xlarge": TrainConfig(
+        run=Path("runs/xlarge"),
+        model=MODEL_PRESETS["xlarge"],
+        precision="bf16",
+        optim=OptimConfig(lr=2e-4, stage2_lr=2e-5, head_lr_scale=5.0),
+    ),
+}
+"""Named runs: `python -m clsp_fast.train NAME`."""

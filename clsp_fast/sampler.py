@@ -73,10 +73,10 @@ class BatchPlan:
         return order[start:stop][rank :: self.world]
 
     def spare(self, step: int, rank: int, clip: int, attempt: int) -> int:
-        """The clip that stands in for an unreadable `clip`: of the same bucket, drawn deterministically."""
-        own = np.flatnonzero(self.bucket == self.bucket[clip])
+        """A clip that may stand in for the unreadable `clip`: of its bucket or a shorter one, repeatable."""
+        pool = np.flatnonzero(self.bucket <= self.bucket[clip])
         draw = np.random.default_rng((self.seed, _STREAM_SPARE, step, rank, clip, attempt))
-        return int(own[draw.integers(len(own))])
+        return int(pool[draw.integers(len(pool))])
 
     def _cut(self, counts: NDArray[np.int64]) -> list[tuple[int, int]]:
         """(start, stop) of each batch in an epoch's order: full batches bucket by bucket, then what they

@@ -70,11 +70,11 @@ def test_clips_of_a_batch_are_of_similar_length() -> None:
     assert np.median(ratios) < 30 / 8
 
 
-def test_a_spare_is_another_clip_of_the_bucket_and_repeatable() -> None:
+def test_a_spare_is_no_longer_than_the_bucket_and_repeatable() -> None:
     made = plan(500)
     drawn = [made.spare(3, 0, 17, attempt) for attempt in range(8)]
     assert drawn == [made.spare(3, 0, 17, attempt) for attempt in range(8)]
-    assert {int(made.bucket[i]) for i in drawn} == {int(made.bucket[17])}
+    assert max(int(made.bucket[i]) for i in drawn) <= int(made.bucket[17])
     assert len(set(drawn)) > 4
 
 

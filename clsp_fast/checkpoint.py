@@ -1,0 +1,144 @@
+"""Checkpoints that survive a crash at any instant: written aside, hashed, renamed.
+
+A checkpoint is a folder `step-<N>` with model.safetensors, optim.safetensors and state.json, which holds the
+SHA-256 of the other two. It is written as `.step-<N>.tmp`, flushed to the disk and renamed, so a folder of
+that name is either complete or recognisably damaged.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_TENSOR_FILES = ("model.safetensors", "optim.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training state.
+
+    Attributes:
+        step: steps done.
+        model: parameters and buffers by name.
+        optim: optimiser state by "<parameter>/<key>".
+        state: everything else; plain JSON values.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optim: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Writes `folder/step-<N>` atomically and removes all but the newest `keep` checkpoints.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; older checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step-{checkpoint.step:08d}", folder / f".step-{checkpoint.step:08d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        _write(temporary, checkpoint)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush(folder)
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    """The three files, on the disk when this returns."""
+    for name, tensors in zip(_TENSOR_FILES, (checkpoint.model, checkpoint.optim), strict=True):
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / name)
+    hashes = {name: _sha256(folder / name) for name in _TENSOR_FILES}
+    record = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
+    (folder / "state.json").write_text(json.dumps(record, indent=1))
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; damaged ones are passed over with a warning. None: there is
+    none."""
+    for candidate in _folders(folder):
+        try:
+            return _load(candidate)
+        except (OSError, ValueError, KeyError) as error:
+            warnings.warn(f"checkpoint {candidate} is damaged and was passed over: {error}", stacklevel=2)
+    return None
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder for one process.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"{folder} is in use by another training process; choose another --run"
+            ) from None
+        yield
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _load(folder: Path) -> Checkpoint:
+    record = json.loads((folder / "state.json").read_text())
+    for name in _TENSOR_FILES:
+        if _sha256(folder / name) != record["sha256"][name]:
+            raise ValueError(f"{name} does not match its SHA-256")
+    model, optim = (load_file(folder / name) for name in _TENSOR_FILES)
+    return Checkpoint(int(record["step"]), model, optim, record["state"])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Makes a file, or a folder's list of names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,329 @@
+"""From a manifest to batches: what a step sees is a pure function of (seed, step, rank, world).
+
+`python -m clsp_fast.data validate MANIFEST` names everything in a manifest that training would trip over.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clsp_fast import captions as caption_sampling
+from clsp_fast import manifest as manifests
+from clsp_fast.audio import AudioLimits, Segment
+from clsp_fast.augment import augment
+from clsp_fast.config import DataConfig
+from clsp_fast.features import PADDING_VALUE, FbankConfig, extract_files
+from clsp_fast.manifest import Clip
+from clsp_fast.sampler import BatchPlan
+
+_STREAM_AUGMENT = 21
+_SPARE_ATTEMPTS = 20
+_FORGIVEN_CLIPS = 10
+_LONGEST_STATED_S = 1e6  # headers of unknown length state astronomical ones
+_MIN_CLIP_S = 0.1  # nine frames, the least that the model takes
+
+Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""Captions -> token_ids and attention_mask, both int64 (N, L)."""
+
+
+class DataError(RuntimeError):
+    """The data cannot be trained on; the message lists what is wrong."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one step.
+
+    Attributes:
+        step: step of the run.
+        ids: the B clips.
+        features: float32 (B, T, 128), padded with log(1e-10).
+        lengths: int64 (B,), frames.
+        token_ids: int64 (N, L), N = B in stage 1 and 2 B in stage 2 (first captions, then second captions).
+        attention_mask: int64 (N, L), 1 for tokens.
+        text_owner: int64 (N,), the clip that each caption describes.
+        seconds: audio in the batch, without padding.
+    """
+
+    step: int
+    ids: list[str]
+    features: Tensor
+    lengths: Tensor
+    token_ids: Tensor
+    attention_mask: Tensor
+    text_owner: Tensor
+    seconds: float
+
+
+class ClipFeatures:
+    """Log-mel features of clips, kept in memory while they fit; unreadable clips are counted by reason.
+
+    Args:
+        config: threads, limits and memory.
+
+    Attributes:
+        bad: why each unreadable clip met so far could not be read: id -> reason.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.bad: dict[str, str] = {}
+        self._fbank = FbankConfig(tail=config.tail)
+        self._limits = AudioLimits(min_s=_MIN_CLIP_S, max_s=config.max_seconds + 1)
+        self._threads = config.threads or os.cpu_count() or 1
+        # With tail="zero" a clip's last frame depends on its batch, so it cannot be kept.
+        self._room = config.cache_mb << 20 if config.tail == "reflect" else 0
+        self._kept: dict[str, Tensor] = {}
+
+    def read(self, clips: Sequence[Clip]) -> list[Tensor | None]:
+        """Features float32 (T, 128) of each clip; None, and an entry in `bad`, where it cannot be read."""
+        found = [self._kept.get(clip.id) for clip in clips]
+        missing = [i for i, value in enumerate(found) if value is None and clips[i].id not in self.bad]
+        if not missing:
+            return found
+        result = extract_files(
+            [segment(clips[i]) for i in missing],
+            config=self._fbank,
+            num_threads=self._threads,
+            on_error="skip",
+            limits=self._limits,
+        )
+        for failed, error in result.errors:
+            self.bad[clips[missing[failed]].id] = error.reason.value
+        for row, kept in enumerate(result.kept.tolist()):
+            values = result.values[row, : int(result.lengths[row])]
+            found[missing[kept]] = self._keep(clips[missing[kept]].id, values)
+        return found
+
+    def _keep(self, clip_id: str, values: Tensor) -> Tensor:
+        size = values.numel() * values.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[clip_id] = values = values.clone()
+        return values
+
+
+class Loader:
+    """The batches of a training run.
+
+    Args:
+        clips: training clips; those outside the duration limits, or whose header cannot be read, are left
+        out and
+            counted.
+        encode: captions to tokens.
+        config: batches, buckets, augmentation, limits.
+        seed: seed of the run.
+        stage1_steps: steps before stage 2 begins.
+        rank: this process.
+        world: number of processes.
+
+    Attributes:
+        plan: clips of each step, a pure function.
+        left_out: number of clips left out, by reason.
+
+    Raises:
+        DataError: no clip is left, or too many cannot be read.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        encode: Encode,
+        config: DataConfig,
+        *,
+        seed: int,
+        stage1_steps: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.clips, self.left_out = usable(clips, config)
+        if len(self.clips) < world:
+            raise DataError(
+                f"{len(self.clips)} usable clips for {world} ranks; left out: {dict(self.left_out)}"
+            )
+        self._encode, self._config, self._seed = encode, config, seed
+        self._stage1_steps, self._rank = stage1_steps, rank
+        self._features = ClipFeatures(config)
+        self.plan = BatchPlan(
+            durations_s=np.array([clip.duration_s or config.max_seconds for clip in self.clips]),
+            batch_seconds=config.batch_seconds,
+            batch_clips=config.batch_clips,
+            buckets=config.buckets,
+            seed=seed,
+            world=world,
+        )
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Clips that could not be read so far: id -> reason."""
+        return self._features.bad
+
+    def batches(self, first_step: int, stop: int) -> Iterator[Batch]:
+        """Batches of steps first_step .. stop-1, prepared ahead in a background thread."""
+        with ThreadPoolExecutor(1, thread_name_prefix="clsp-loader") as pool:
+            ahead: deque[Future[Batch]] = deque()
+            try:
+                for step in range(first_step, stop):
+                    ahead.append(pool.submit(self.batch, step))
+                    if len(ahead) > self._config.prefetch:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step."""
+        clips, features = self._read(step)
+        lengths_B = torch.tensor([len(values) for values in features])
+        features_BTF = torch.nn.utils.rnn.pad_sequence(
+            features, batch_first=True, padding_value=PADDING_VALUE
+        )
+        seed = (self._seed, _STREAM_AUGMENT, step, self._rank)
+        features_BTF = augment(features_BTF, lengths_B, strength=self._config.augment, seed=seed)
+        texts = self._captions(clips, step)
+        token_ids_NL, attention_mask_NL = self._encode([text for column in texts for text in column])
+        return Batch(
+            step=step,
+            ids=[clip.id for clip in clips],
+            features=features_BTF,
+            lengths=lengths_B,
+            token_ids=token_ids_NL,
+            attention_mask=attention_mask_NL,
+            text_owner=torch.arange(len(clips)).repeat(len(texts)),
+            seconds=float(lengths_B.sum()) * 0.01,
+        )
+
+    def _captions(self, clips: Sequence[Clip], step: int) -> list[list[str]]:
+        own, ids = [clip.captions for clip in clips], [_number(clip.id) for clip in clips]
+        if step < self._stage1_steps:
+            return caption_sampling.stage1(own, ids, seed=self._seed, step=step)
+        return caption_sampling.stage2(own, ids, seed=self._seed, step=step - self._stage1_steps)
+
+    def _read(self, step: int) -> tuple[list[Clip], list[Tensor]]:
+        """Clips and features of a step; an unreadable clip gives its place to another, or leaves it empty."""
+        ids = self.plan.batch(step, self._rank).tolist()
+        features = self._features.read([self.clips[i] for i in ids])
+        for slot, planned in enumerate(list(ids)):
+            for attempt in range(_SPARE_ATTEMPTS):
+                if features[slot] is not None:
+                    break
+                self._check_bad()
+                spare = self.plan.spare(step, self._rank, planned, attempt)
+                if spare not in ids:
+                    ids[slot] = spare
+                    features[slot] = self._features.read([self.clips[spare]])[0]
+        good = [
+            (self.clips[i], values) for i, values in zip(ids, features, strict=True) if values is not None
+        ]
+        if not good:
+            raise DataError(f"step {step}: not one readable clip was found; {self._bad_list()}")
+        return [clip for clip, _ in good], [values for _, values in good]
+
+    def _check_bad(self) -> None:
+        if len(self.bad) > max(_FORGIVEN_CLIPS, self._config.max_bad_share * len(self.clips)):
+            raise DataError(
+                f"{len(self.bad)} of {len(self.clips)} clips cannot be read, over data.max_bad_share "
+                f"{self._config.max_bad_share}; {self._bad_list()}"
+            )
+
+    def _bad_list(self) -> str:
+        shown = [f"{clip_id} ({reason})" for clip_id, reason in sorted(self.bad.items())[:20]]
+        return (
+            f"{dict(Counter(self.bad.values()))}: {', '.join(shown)}{', ...' if len(self.bad) > 20 else ''}"
+        )
+
+
+def segment(clip: Clip) -> Segment:
+    """What the frontend reads for a clip."""
+    return Segment(clip.audio, start_s=clip.start_s, duration_s=clip.duration_s, channel=clip.channel)
+
+
+def usable(clips: Sequence[Clip], config: DataConfig) -> tuple[list[Clip], Counter[str]]:
+    """The clips within the duration limits, and how many were left out by reason.
+
+    Durations that the manifest does not state are read from the files' headers; a header that does not tell
+    is left to the decoder.
+    """
+    with ThreadPoolExecutor(config.threads or os.cpu_count() or 1) as pool:
+        probed = list(pool.map(_with_duration, clips))
+    kept: list[Clip] = []
+    left_out: Counter[str] = Counter()
+    for clip in probed:
+        seconds = clip.duration_s
+        if seconds is not None and seconds < config.min_seconds:
+            left_out["too_short"] += 1
+        elif seconds is not None and seconds > config.max_seconds:
+            left_out["too_long"] += 1
+        else:
+            kept.append(clip)
+    return kept, left_out
+
+
+def _with_duration(clip: Clip) -> Clip:
+    if clip.duration_s is not None:
+        return clip
+    import soundfile
+
+    try:
+        header = soundfile.info(clip.audio)
+    except (soundfile.LibsndfileError, OSError):
+        return clip
+    seconds = header.frames / header.samplerate - clip.start_s
+    return replace(clip, duration_s=seconds) if 0 < seconds < _LONGEST_STATED_S else clip
+
+
+def _number(text: str) -> int:
+    """A stable non-negative integer for a clip's id: Python's own hash differs from run to run."""
+    return int.from_bytes(text.encode()[-8:], "little")
+
+
+def validate(manifest: Path, *, decode: bool = False) -> int:
+    """Checks a manifest and prints what it finds.
+
+    Args:
+        manifest: JSONL manifest or lhotse cuts.
+        decode: also decode every clip and compute its features, as training will.
+
+    Returns:
+        The number of findings; the command's exit code is 1 if there is one.
+    """
+    found = manifests.read(manifest)
+    findings = [f"line {problem.line}: {problem.message}" for problem in found.problems]
+    if decode:
+        features = ClipFeatures(DataConfig(cache_mb=0))
+        for start in range(0, len(found.clips), 64):
+            features.read(found.clips[start : start + 64])
+        findings += [f"clip {clip_id}: {reason}" for clip_id, reason in features.bad.items()]
+    else:
+        findings += [f"clip {c.id}: {c.audio} is missing" for c in found.clips if not Path(c.audio).is_file()]
+    print(manifests.describe(found))
+    for finding in findings:
+        print(finding)
+    print(f"{len(findings)} findings")
+    return len(findings)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m clsp_fast.data validate MANIFEST [--decode]`."""
+    import tyro
+
+    try:
+        count = tyro.extras.subcommand_cli_from_dict({"validate": validate}, args=arguments)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"clsp_fast.data: {error}")
+    sys.exit(1 if count else 0)
+
+
+if __name__ == "__main__":
+    main()

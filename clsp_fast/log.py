@@ -1,0 +1,91 @@
+"""What a run writes while it runs: log.jsonl always, TensorBoard if asked, one line to read."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class RunLog:
+    """Appends records to `<folder>/log.jsonl`; records of steps that a resumed run does again are dropped
+    first.
+
+    Args:
+        folder: run folder.
+        first_step: step that this process starts with.
+        tensorboard: also write TensorBoard events.
+        active: False on all ranks but the first: nothing is written or printed.
+
+    Raises:
+        ImportError: `tensorboard` is asked for and not installed.
+    """
+
+    def __init__(
+        self, folder: Path, *, first_step: int, tensorboard: bool = False, active: bool = True
+    ) -> None:
+        self._active = active
+        if not active:
+            return
+        path = folder / "log.jsonl"
+        _keep_before(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = _tensorboard(folder) if tensorboard else None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._active:
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    def record(self, kind: str, step: int, **figures: Any) -> None:
+        """Writes one record, {"kind", "step", "time", ...}; numbers also go to TensorBoard as kind/name."""
+        if not self._active:
+            return
+        self._file.write(
+            json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | figures) + "\n"
+        )
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def say(self, text: str) -> None:
+        """Prints a line, on the first rank only."""
+        if self._active:
+            print(text, flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, oldest first; a last line that a crash cut short is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+def _keep_before(path: Path, step: int) -> None:
+    kept = [record for record in read(path) if record["step"] < step]
+    temporary = path.with_name(".log.jsonl.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs the extra: pip install 'clsp_fast[tensorboard]'") from error
+    return SummaryWriter(str(folder))

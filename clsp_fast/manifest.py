@@ -1,0 +1,266 @@
+"""Manifests: JSONL lines or lhotse cuts -> clips, and `python -m clsp_fast.data validate`'s findings.
+
+A file of its own because reading a manifest must not need torch, audio or a tokenizer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clsp_fast.captions import Captions
+
+_KEYS = {
+    "audio",
+    "captions",
+    "channel",
+    "claims",
+    "duration_s",
+    "finegrained_captions",
+    "gender",
+    "global_captions",
+    "id",
+    "speaker",
+    "start_s",
+    "tags",
+}
+_GLOBAL_KEYS = ("global_captions", "short_captions")
+_FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One stretch of speech and what is known about it.
+
+    Attributes:
+        id: unique within a manifest.
+        audio: path of the file.
+        start_s: offset in the file, seconds.
+        duration_s: length in seconds; None: to the end of the file.
+        channel: channel to take; None: the mean of all.
+        captions: global and fine-grained captions.
+        tags: labels such as speaker and gender; what zero-shot tasks compare with.
+        claims: per caption kind ("global", "fine"), what each caption asserts (tag -> value), aligned with
+            `captions`; empty where unknown. Lets evaluation count every clip that a caption is true of.
+    """
+
+    id: str
+    audio: str
+    start_s: float
+    duration_s: float | None
+    channel: int | None
+    captions: Captions
+    tags: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, tuple[Mapping[str, str], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A line that gave no clip: 1-based line number and what is wrong with it."""
+
+    line: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The clips of a file, in its order, and the lines that gave none."""
+
+    path: Path
+    clips: list[Clip]
+    problems: list[Problem]
+
+
+def read(path: Path | str) -> Manifest:
+    """Reads a manifest: JSON lines of clips, or of lhotse MonoCuts, plain or gzipped.
+
+    A bad line becomes a `Problem` and costs nothing but itself. Relative audio paths are relative to the
+    manifest (those of lhotse cuts to the working directory, as lhotse has it, where no such file is beside
+    the manifest).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be decompressed, or no line gives a clip.
+    """
+    path = Path(path)
+    clips: list[Clip] = []
+    problems: list[Problem] = []
+    seen: dict[str, int] = {}
+    for number, text in _lines(path):
+        try:
+            clip = _clip(text, path.parent, f"{path.stem}-{number}")
+            if clip.id in seen:
+                raise ValueError(f"id {clip.id!r} was used in line {seen[clip.id]} already")
+        except (ValueError, RecursionError) as error:
+            problems.append(Problem(number, str(error)))
+            continue
+        seen[clip.id] = number
+        clips.append(clip)
+    if not clips:
+        why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"
+        raise ValueError(f"{path} holds no usable clip{why}")
+    return Manifest(path, clips, problems)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(1-based number, text) of each non-empty line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"manifest {path} does not exist or is not a file")
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file, 1):
+                if text.strip():
+                    yield number, text
+    except (OSError, EOFError) as error:
+        raise ValueError(f"manifest {path} cannot be read: {error}") from error
+
+
+def _clip(text: str, folder: Path, default_id: str) -> Clip:
+    """The clip of one line; ValueError says what is wrong with it."""
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must hold one JSON object, got {type(row).__name__}")
+    if "recording" in row or str(row.get("type", "")).endswith("Cut"):
+        return _lhotse_clip(row, folder, default_id)
+    audio = row.get("audio")
+    if not isinstance(audio, str) or not audio:
+        raise ValueError(f'"audio" must be a path{_nearest(row, "audio")}')
+    captions = _captions(row)
+    if not any(captions):
+        raise ValueError(f"no captions{_nearest(row, 'finegrained_captions')}")
+    tags = _tags(row.get("tags", {}))
+    tags |= {key: str(row[key]) for key in ("speaker", "gender") if row.get(key) is not None}
+    return Clip(
+        id=str(row.get("id", default_id)),
+        audio=str(folder / audio),
+        start_s=_seconds(row, "start_s", 0.0),
+        duration_s=_seconds(row, "duration_s", None),
+        channel=_channel(row.get("channel")),
+        captions=captions,
+        tags=tags,
+        claims=_claims(row.get("claims", {}), captions),
+    )
+
+
+def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str) -> Clip:
+    """A MonoCut line: recording.sources[0], start, duration, channel, captions in the supervision's
+    custom."""
+    kind = row.get("type", "MonoCut")
+    if kind not in ("MonoCut", "MultiCut"):
+        raise ValueError(
+            f"a lhotse {kind} has no single recording; save the cuts as MonoCuts (cuts.trim_to_...)"
+        )
+    recording = row.get("recording")
+    sources = recording.get("sources") if isinstance(recording, Mapping) else None
+    if not sources or sources[0].get("type") != "file":
+        raise ValueError('recording.sources[0] must be of type "file"')
+    supervisions = row.get("supervisions") or [{}]
+    custom = dict(supervisions[0].get("custom") or {})
+    captions = _captions(custom)
+    text = supervisions[0].get("text")
+    if not captions.fine_captions and isinstance(text, str) and text.strip():
+        captions = Captions(captions.global_captions, (text.strip(),))
+    if not any(captions):
+        raise ValueError("no captions in supervisions[0].custom or supervisions[0].text")
+    source = folder / sources[0]["source"]
+    tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}
+    tags |= {key: value for key, value in custom.items() if isinstance(value, str)}
+    several = len(sources[0].get("channels") or [0]) > 1
+    return Clip(
+        id=str(row.get("id", default_id)),
+        audio=str(source if source.exists() else sources[0]["source"]),
+        start_s=_seconds(row, "start", 0.0),
+        duration_s=_seconds(row, "duration", None),
+        channel=_channel(row.get("channel")) if several else None,
+        captions=captions,
+        tags=tags,
+    )
+
+
+def _captions(row: Mapping[str, Any]) -> Captions:
+    return Captions(*(_strings(row, keys) for keys in (_GLOBAL_KEYS, _FINE_KEYS)))
+
+
+def _strings(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The first of `keys` that is there, as non-empty strings; a single string counts as a list of one."""
+    for key in keys:
+        value = row.get(key)
+        if value is None:
+            continue
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise ValueError(f'"{key}" must be a list of strings')
+        if any(not v.strip() for v in values):
+            raise ValueError(f'"{key}" holds an empty caption')
+        if values:
+            return tuple(v.strip() for v in values)
+    return ()
+
+
+def _seconds(row: Mapping[str, Any], key: str, default: float | None) -> Any:
+    value = row.get(key)
+    if value is None:
+        return default
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and "duration" in key):
+        raise ValueError(f'"{key}" must be seconds{" > 0" if "duration" in key else " >= 0"}, got {value!r}')
+    return float(value)
+
+
+def _channel(value: object) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError(f'"channel" must be an integer >= 0, got {value!r}')
+
+
+def _tags(value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise ValueError('"tags" must be an object')
+    return {str(key): str(item) for key, item in value.items() if item is not None}
+
+
+def _claims(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, str], ...]]:
+    """Claims that are aligned with their captions; ValueError if they are not."""
+    if not isinstance(value, Mapping):
+        raise ValueError('"claims" must be an object')
+    claims = {}
+    for kind, own in (("global", captions.global_captions), ("fine", captions.fine_captions)):
+        rows = value.get(kind, [])
+        if not isinstance(rows, list) or len(rows) not in (0, len(own)):
+            raise ValueError(f'"claims"."{kind}" must have one object for each of the {len(own)} captions')
+        claims[kind] = tuple(_tags(row) for row in rows)
+    return claims
+
+
+def _nearest(row: Mapping[str, Any], wanted: str) -> str:
+    """A hint when an unknown key looks like the one that is missing."""
+    unknown = [key for key in row if key not in _KEYS]
+    near = difflib.get_close_matches(wanted, unknown, n=1)
+    return f'; is "{near[0]}" meant to be "{wanted}"?' if near else ""
+
+
+def describe(manifest: Manifest) -> str:
+    """A few lines of figures: clips, hours, captions by kind, their lengths."""
+    clips = manifest.clips
+    known = [clip.duration_s for clip in clips if clip.duration_s is not None]
+    kinds = Counter(
+        kind for clip in clips for kind, own in zip(("global", "fine"), clip.captions, strict=True) if own
+    )
+    words = sorted(len(text.split()) for clip in clips for own in clip.captions for text in own)
+    lines = [f"{len(clips)} clips, {len(manifest.problems)} bad lines"]
+    if known:
+        lines.append(f"{sum(known) / 3600:.2f} h in the {len(known)} clips that state a duration")
+    lines.append(f"{kinds['global']} clips with global captions, {kinds['fine']} with fine-grained ones")
+    lines.append(f"{len(words)} captions of {words[0]} to {words[-1]} words, median {words[len(words) // 2]}")
+    return "\n".join(lines)

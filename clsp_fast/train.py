@@ -1,0 +1,419 @@
+"""Training: `python -m clsp_fast.train [PRESET | CONFIG.json] [--flags]`; under torchrun, on several
+processes.
+
+Without arguments it makes a demo corpus and trains the tiny preset on it. Running the same command again
+resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clsp_fast import checkpoint, evaluation, optim
+from clsp_fast.config import TRAIN_PRESETS, TrainConfig
+from clsp_fast.corpus import Corpus
+from clsp_fast.data import Batch, ClipFeatures, DataError, Loader
+from clsp_fast.log import RunLog
+from clsp_fast.loss import contrastive_loss
+from clsp_fast.manifest import Clip
+from clsp_fast.model import CLSP, ClspOutput
+from clsp_fast.place import Place
+from clsp_fast.report import save_report
+
+_EVALUATION_CLIPS = 64
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; the checkpoint has been written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command resumes")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Meter:
+    """Figures between two log lines."""
+
+    seconds: float = 0.0
+    clips: int = 0
+    waited_s: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, batch: Batch, loss: float, waited_s: float) -> None:
+        self.seconds += batch.seconds
+        self.clips += len(batch.ids)
+        self.waited_s += waited_s
+        self.losses.append(loss)
+
+    def figures(self, world: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.started
+        return {
+            "loss": sum(self.losses) / max(1, len(self.losses)),
+            "step_s": elapsed / max(1, len(self.losses)),
+            "audio_s_per_s": world * self.seconds / elapsed,
+            "clips_per_s": world * self.clips / elapsed,
+            "data_wait": self.waited_s / elapsed,
+        }
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains a model as `config` says, or resumes or reports the run that is in its folder.
+
+    Returns:
+        The results of the finished run, as in results.json: figures of `evaluation.evaluate` by set of clips.
+
+    Raises:
+        DataError: the data cannot be trained on. ValueError: the run folder holds another model, or a file is
+        not what its flag says. FloatingPointError: too many steps in a row were not finite. Interrupted: a
+        signal came; the state was saved. RuntimeError: another process uses the run folder.
+    """
+    with Place.join(config.device) as place, place.exclusive(config.run):
+        corpus = place.first_then_all(lambda: Corpus.open(config))
+        model = build_model(config, corpus).to(place.device)
+        optimizer = optim.build(model, config.optim)
+        first_step, bad = resume(config, model, optimizer)
+        log = RunLog(config.run, first_step=first_step, tensorboard=config.tensorboard, active=place.first)
+        with log:
+            log.say(opening(config, corpus, model, place, first_step))
+            fit(config, corpus, model, optimizer, place, log, first_step, bad)
+            return finish(config, corpus, model, log) if place.first else {}
+
+
+def fit(
+    config: TrainConfig,
+    corpus: Corpus,
+    model: CLSP,
+    optimizer: torch.optim.Optimizer,
+    place: Place,
+    log: RunLog,
+    first_step: int,
+    bad: dict[str, str],
+) -> None:
+    """The steps of both stages, from `first_step` on."""
+    loader = Loader(
+        corpus.train,
+        corpus.encode,
+        config.data,
+        seed=config.seed,
+        stage1_steps=config.stage1_steps,
+        rank=place.rank,
+        world=place.world,
+    )
+    loader.bad.update(bad)
+    total = config.stage1_steps + config.stage2_steps
+    validation = ClipFeatures(config.data)
+    meter, bad_steps = Meter(), 0
+    with stop_signals() as stop:
+        waiting = time.perf_counter()
+        for batch in loader.batches(first_step, total):
+            waited_s, step = time.perf_counter() - waiting, batch.step
+            optim.set_learning_rate(optimizer, learning_rate(config, step))
+            torch.manual_seed(config.seed * 1_000_003 + step * place.world + place.rank)
+            output, loss = forward(model, batch, place, config.precision)
+            loss.backward()
+            norm = clip_gradients(model, place, config.optim.clip_norm)
+            if math.isfinite(loss.item()) and math.isfinite(norm):
+                optimizer.step()
+                with torch.no_grad():
+                    model.log_logit_scale.clamp_(0.0, math.log(config.max_logit_scale))
+                bad_steps = 0
+            else:
+                bad_steps = count_bad_step(bad_steps, batch, loss.item(), norm, config, log)
+            optimizer.zero_grad()
+            meter.add(batch, loss.item(), waited_s)
+            done = step + 1
+            if done % config.log_every == 0 or done == total:
+                progress(log, meter, output, batch, step, total, loader, optimizer, place)
+                meter = Meter()
+            if done % config.validate_every == 0 and done < total and place.first:
+                validate(log, model, corpus.validation, validation, corpus.tasks, step)
+            stopping = place.any(bool(stop))
+            if place.first and (done % config.save_every == 0 or done == total or stopping):
+                save(config, model, optimizer, done, loader.bad)
+            if stopping:
+                raise Interrupted(stop[0] if stop else signal.SIGTERM)
+            waiting = time.perf_counter()
+
+
+def forward(model: CLSP, batch: Batch, place: Place, precision: str) -> tuple[ClspOutput, Tensor]:
+    """Embeddings and loss of a batch; the loss is that of the batches of all ranks together."""
+    model.train()
+    to = place.device
+    with torch.autocast(to.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = model(batch.features.to(to), batch.lengths, batch.token_ids, batch.attention_mask)
+    loss = contrastive_loss(
+        output.audio.float(),
+        output.text.float(),
+        output.logit_scale,
+        text_owner=batch.text_owner.to(to),
+        group=place.group,
+    )
+    return output, loss
+
+
+def clip_gradients(model: CLSP, place: Place, most: float) -> float:
+    """Averages the gradients over the ranks, scales them down to the norm `most`, and returns the norm they
+    had."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    place.average([p.grad for p in parameters if p.grad is not None])
+    return float(torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True))
+
+
+def count_bad_step(
+    so_far: int, batch: Batch, loss: float, norm: float, config: TrainConfig, log: RunLog
+) -> int:
+    """Records a step that was not applied; FloatingPointError when there were too many in a row."""
+    log.record("bad_step", batch.step, loss=str(loss), norm=str(norm), clips=batch.ids)
+    log.say(f"step {batch.step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl")
+    if so_far + 1 >= config.max_bad_steps:
+        raise FloatingPointError(
+            f"{so_far + 1} steps in a row had a non-finite loss or gradient (last: step {batch.step}, "
+            f"clips {', '.join(batch.ids[:8])} ...); lower --optim.lr or look at these clips"
+        )
+    return so_far + 1
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The speech tower's rate: each stage has its own peak, warm-up and decay."""
+    if step < config.stage1_steps:
+        return optim.learning_rate(step, config.stage1_steps, config.optim.lr, config.optim)
+    within = step - config.stage1_steps
+    return optim.learning_rate(within, config.stage2_steps, config.optim.stage2_lr, config.optim)
+
+
+def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:
+    """A new model from the seed, or the one of `config.init`."""
+    if config.init is None:
+        torch.manual_seed(config.seed)
+        return CLSP(config.model, tokenizer=corpus.tokenizer)
+    model = CLSP.from_pretrained(config.init)
+    if model.config != config.model:
+        raise ValueError(f"the model in {config.init} has another configuration than --model")
+    model.tokenizer = corpus.tokenizer
+    return model
+
+
+def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, str]]:
+    """Takes up the newest checkpoint; returns the step to go on with and the clips known to be unreadable."""
+    path = config.run / "config.json"
+    if path.exists():
+        before = TrainConfig.from_dict(json.loads(path.read_text()))
+        for name in ("model", "seed", "init"):
+            if getattr(before, name) != getattr(config, name):
+                raise ValueError(
+                    f"{config.run} holds a run with another {name}; give another --run, or delete the folder"
+                )
+        if before != config:
+            warnings.warn(f"the configuration of {config.run} has changed since it was started", stacklevel=2)
+    checkpoint.write_json(path, config.to_dict())
+    found = checkpoint.newest(config.run / "checkpoints")
+    if found is None:
+        return 0, {}
+    model.load_state_dict(found.model)
+    optim.load_state_tensors(model, optimizer, found.optim)
+    return found.step, dict(found.state["bad"])
+
+
+def save(
+    config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer, step: int, bad: dict[str, str]
+) -> None:
+    """Writes a checkpoint after `step` steps."""
+    state = checkpoint.Checkpoint(
+        step, model.state_dict(), optim.state_tensors(model, optimizer), {"bad": bad}
+    )
+    checkpoint.save(config.run / "checkpoints", state, keep=config.keep_checkpoints)
+
+
+def progress(
+    log: RunLog,
+    meter: Meter,
+    output: ClspOutput,
+    batch: Batch,
+    step: int,
+    total: int,
+    loader: Loader,
+    optimizer: torch.optim.Optimizer,
+    place: Place,
+) -> None:
+    """One log record and one line."""
+    figures = meter.figures(place.world)
+    with torch.no_grad():
+        own = len(output.audio)
+        best = (output.audio @ output.text[:own].T).argmax(1)
+        figures["batch_R@1"] = float((best == torch.arange(own, device=best.device)).float().mean())
+    figures |= {
+        "logit_scale": float(output.logit_scale),
+        "lr": optimizer.param_groups[0]["lr"],
+        "peak_memory_mib": place.peak_memory_mib(),
+        "eta_s": (total - step - 1) * figures["step_s"],
+    }
+    skipped = Counter(loader.bad.values())
+    log.record("train", step, **figures, skipped=dict(skipped), left_out=dict(loader.left_out))
+    rate = f"{figures['audio_s_per_s']:.0f} audio-s/s  {figures['clips_per_s']:.0f} clips/s"
+    log.say(
+        f"step {step + 1}/{total}  loss {figures['loss']:.3f}  R@1 {figures['batch_R@1']:.3f}  "
+        f"scale {figures['logit_scale']:.1f}  lr {figures['lr']:.1e}  {rate}  "
+        f"wait {figures['data_wait']:.1%}  {figures['peak_memory_mib']:.0f} MiB  "
+        f"skipped {sum(skipped.values())}  eta {_clock(figures['eta_s'])}"
+    )
+
+
+def validate(
+    log: RunLog,
+    model: CLSP,
+    clips: Sequence[Clip],
+    features: ClipFeatures,
+    tasks: evaluation.Tasks,
+    step: int,
+) -> None:
+    """Logs and prints the figures of the validation clips."""
+    if not clips:
+        return
+    results = evaluate(model, clips, features, tasks)
+    log.record("validation", step, results=results)
+    log.say(f"validation after step {step + 1}: {evaluation.summary(results)}")
+
+
+def evaluate(
+    model: CLSP, clips: Sequence[Clip], features: ClipFeatures, tasks: evaluation.Tasks
+) -> dict[str, Any]:
+    """Figures of a set of clips; those that cannot be read are left out, and counted in `features.bad`."""
+    model.eval()
+    kept: list[Clip] = []
+    parts: list[Tensor] = []
+    ordered = sorted(clips, key=lambda clip: clip.duration_s or 0.0)
+    with torch.no_grad():
+        for start in range(0, len(ordered), _EVALUATION_CLIPS):
+            chunk = ordered[start : start + _EVALUATION_CLIPS]
+            read = [(c, f) for c, f in zip(chunk, features.read(chunk), strict=True) if f is not None]
+            if read:
+                kept += [clip for clip, _ in read]
+                lengths = torch.tensor([len(values) for _, values in read])
+                values = torch.nn.utils.rnn.pad_sequence([values for _, values in read], batch_first=True)
+                parts.append(model.encode_features(values.to(model.device), lengths).float().cpu())
+    if not parts:
+        raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
+    return evaluation.evaluate(
+        torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks
+    )
+
+
+def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dict[str, Any]:
+    """Evaluates the final model and leaves results.json, curves.png and model/ in the run folder."""
+    results: dict[str, Any] = {}
+    features = ClipFeatures(config.data)
+    for name, clips in corpus.final_sets.items():
+        results[name] = evaluate(model, clips, features, corpus.tasks)
+        log.say("\n" + evaluation.table(results[name], name) + "\n")
+    checkpoint.write_json(config.run / "results.json", results)
+    model.save_pretrained(config.run / "model")
+    log.say(save_report(config.run))
+    log.say(f"model: {config.run / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")
+    if corpus.is_demo:
+        log.say(
+            "The demo corpus is synthetic speech: these figures say that the software works, not how well the"
+        )
+        log.say("paper's model does.")
+    return results
+
+
+def opening(config: TrainConfig, corpus: Corpus, model: CLSP, place: Place, first_step: int) -> str:
+    """What is about to be trained, where."""
+    parts = Counter[str]()
+    for name, parameter in model.named_parameters():
+        parts[optim.part_of(name)] += parameter.numel()
+    sizes = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    resumed = f", resumed after step {first_step}" if first_step else ""
+    return (
+        f"{corpus.describe()}\n"
+        f"model: {sum(parts.values()):,} parameters ({sizes})\n"
+        f"run: {config.run}, {config.stage1_steps} + {config.stage2_steps} steps on "
+        f"{place.describe()}{resumed}"
+    )
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM put their number into the list; the loop looks once a step. A second SIGINT
+    interrupts."""
+    seen: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller owns the signals
+        before = {}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration of a command line: a preset's name or a config.json first (default: tiny), then
+    flags.
+
+    Raises:
+        SystemExit: an unknown preset, flag or key, with the nearest known name; a value out of range; --help.
+    """
+    import tyro
+
+    words = list(arguments)
+    name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
+    if name.endswith(".json"):
+        try:
+            default = TrainConfig.from_dict(json.loads(Path(name).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            sys.exit(f"clsp_fast.train: {name}: {error}")
+    elif name in TRAIN_PRESETS:
+        default = TRAIN_PRESETS[name]
+    else:
+        near = difflib.get_close_matches(name, TRAIN_PRESETS, n=1, cutoff=0.0)[0]
+        sys.exit(f"clsp_fast.train: no preset {name!r}; did you mean {near!r}? ({', '.join(TRAIN_PRESETS)})")
+    return tyro.cli(TrainConfig, default=default, args=words, prog="python -m clsp_fast.train")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    config = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        train(config)
+    except Interrupted as stop:
+        print(f"clsp_fast.train: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except (DataError, ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        sys.exit(f"clsp_fast.train: {error}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Manifests: JSON lines and lhotse cuts, good and bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import lhotse
+import numpy as np
+import pytest
+import soundfile
+
+from clsp_fast import manifest
+from clsp_fast.captions import Captions
+
+
+def write(folder: Path, *rows: object, name: str = "m.jsonl") -> Path:
+    path = folder / name
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+GOOD = {
+    "id": "a",
+    "audio": "clips/a.wav",
+    "start_s": 1.5,
+    "duration_s": 2,
+    "channel": 1,
+    "global_captions": ["A man speaks."],
+    "finegrained_captions": ["A man speaks slowly, then fast.", " Slow, then fast. "],
+    "speaker": "s1",
+    "gender": "male",
+    "tags": {"speed": "slow>fast", "age": 40, "accent": None},
+    "claims": {"global": [{"gender": "male"}], "fine": [{"speed": "slow>fast"}, {}]},
+}
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
+def test_reads_every_field(tmp_path: Path, name: str) -> None:
+    found = manifest.read(write(tmp_path, GOOD, "", name=name))
+    (clip,) = found.clips
+    assert not found.problems
+    assert (clip.id, clip.audio) == ("a", str(tmp_path / "clips/a.wav"))
+    assert (clip.start_s, clip.duration_s, clip.channel) == (1.5, 2.0, 1)
+    assert clip.captions == Captions(
+        ("A man speaks.",), ("A man speaks slowly, then fast.", "Slow, then fast.")
+    )
+    assert clip.tags == {"speed": "slow>fast", "age": "40", "speaker": "s1", "gender": "male"}
+    assert clip.claims["fine"] == ({"speed": "slow>fast"}, {})
+
+
+def test_a_bare_line_is_enough(tmp_path: Path) -> None:
+    (clip,) = manifest.read(write(tmp_path, {"audio": "/x/b.flac", "captions": "One caption"})).clips
+    assert clip.audio == "/x/b.flac"
+    assert (clip.start_s, clip.duration_s, clip.channel) == (0.0, None, None)
+    assert clip.captions == Captions((), ("One caption",))
+
+
+BAD = [
+    ("{", "not JSON"),
+    ("[1]", "one JSON object"),
+    ("[" * 100_000, ""),
+    ({"captions": ["x"]}, '"audio" must be a path'),
+    ({"audoi": "a.wav", "captions": ["x"]}, 'is "audoi" meant to be "audio"?'),
+    ({"audio": "a.wav", "finegrained_caption": ["x"]}, 'meant to be "finegrained_captions"?'),
+    ({"audio": "a.wav", "captions": [1]}, "list of strings"),
+    ({"audio": "a.wav", "captions": ["x", " "]}, "empty caption"),
+    ({"audio": "a.wav", "captions": ["x"], "duration_s": 0}, '"duration_s" must be seconds > 0'),
+    ({"audio": "a.wav", "captions": ["x"], "start_s": -1}, '"start_s" must be seconds >= 0'),
+    ({"audio": "a.wav", "captions": ["x"], "duration_s": float("nan")}, '"duration_s"'),
+    ({"audio": "a.wav", "captions": ["x"], "channel": "left"}, '"channel"'),
+    ({"audio": "a.wav", "captions": ["x"], "tags": [1]}, '"tags"'),
+    ({"audio": "a.wav", "captions": ["x"], "claims": {"fine": [{}, {}]}}, '"claims"."fine"'),
+    ({"type": "MixedCut", "id": "m", "tracks": []}, "MixedCut"),
+    ({"type": "MonoCut", "recording": {"sources": [{"type": "url"}]}}, 'type "file"'),
+    ({"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}]}}, "no captions"),
+    (GOOD, "was used in line 1 already"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+def test_a_bad_line_costs_only_itself_and_says_why(tmp_path: Path, row: object, message: str) -> None:
+    found = manifest.read(write(tmp_path, GOOD, row, GOOD | {"id": "c"}))
+    assert [clip.id for clip in found.clips] == ["a", "c"]
+    (problem,) = found.problems
+    assert problem.line == 2
+    assert message in problem.message
+
+
+def test_a_file_without_clips_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        manifest.read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="holds no usable clip: the file is empty"):
+        manifest.read(write(tmp_path))
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        manifest.read(write(tmp_path, "oops"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"audio"' * 100)[:-9])
+    with pytest.raises(ValueError, match="cannot be read"):
+        manifest.read(tmp_path / "b.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    "keys", [("short_captions", "long_captions"), ("global_captions", "finegrained_captions")]
+)
+def test_reads_what_lhotse_writes(tmp_path: Path, keys: tuple[str, str]) -> None:
+    soundfile.write(tmp_path / "r.wav", np.zeros((32000, 2), np.float32), 16000)
+    recording = lhotse.Recording.from_file(tmp_path / "r.wav")
+    custom = {keys[0]: ["A woman."], keys[1]: ["A woman, quick.", "Quick."], "emotion": "calm"}
+    supervision = lhotse.SupervisionSegment(
+        "s", recording.id, 0, 1.5, speaker="p9", gender="F", custom=custom
+    )
+    cut = lhotse.MonoCut("cut-1", 0.25, 1.5, channel=1, recording=recording, supervisions=[supervision])
+    lhotse.CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl.gz")
+    (clip,) = manifest.read(tmp_path / "cuts.jsonl.gz").clips
+    assert (clip.id, clip.start_s, clip.duration_s, clip.channel) == ("cut-1", 0.25, 1.5, 1)
+    assert Path(clip.audio) == tmp_path / "r.wav"
+    assert clip.captions == Captions(("A woman.",), ("A woman, quick.", "Quick."))
+    assert clip.tags == {"speaker": "p9", "gender": "F", "emotion": "calm"}
+
+
+def test_the_text_of_a_cut_is_its_fine_caption(tmp_path: Path) -> None:
+    row = {
+        "type": "MonoCut",
+        "id": "c",
+        "start": 0,
+        "duration": 1,
+        "channel": 0,
+        "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "r.wav"}]},
+        "supervisions": [{"id": "s", "text": "He whispers."}],
+    }
+    (clip,) = manifest.read(write(tmp_path, row)).clips
+    assert clip.captions == Captions((), ("He whispers.",))
+    assert clip.channel is None
+
+
+def test_describe_counts(tmp_path: Path) -> None:
+    text = manifest.describe(manifest.read(write(tmp_path, GOOD, "oops")))
+    assert "1 clips, 1 bad lines" in text
+    assert "3 captions of 3 to 6 words" in text
