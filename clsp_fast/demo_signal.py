@@ -1,0 +1,188 @@
+"""Signal tools of the demo corpus, in numpy: what is measured on a clip and what is changed in it.
+
+Every waveform is a float64 array of shape (samples,) at SAMPLE_RATE_HZ; frames advance by HOP samples.
+Whisper and creak are made here, from any engine's voice, so that no engine owns a voice quality.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Signal = npt.NDArray[np.float64]
+
+SAMPLE_RATE_HZ = 16_000
+HOP = 160
+_WINDOW = 3 * HOP  # a Hann window of 3 hops adds up to a constant
+_FFT = 1024
+_LPC_ORDER = 18
+_PITCH_WINDOW = 640  # two periods of the lowest voice (60 Hz) and a little more
+_SHORTEST_LAG, _LONGEST_LAG = 40, 267  # 400 Hz and 60 Hz
+_ACTIVE_POWER = 1e-3  # frames within 30 dB of the loudest one count as speech
+
+
+def _fft_length(samples: int) -> int:
+    """A length of at least `samples` that an FFT is quick at."""
+    unit = 1 << max(0, (samples - 1).bit_length() - 4)
+    return next(m * unit for m in (8, 9, 10, 12, 15, 16) if m * unit >= samples)
+
+
+def resample(x: Signal, ratio: float) -> Signal:
+    """Change the number of samples by `ratio` through one FFT (band-limited, no delay)."""
+    padded = _fft_length(len(x) + 256)  # silence, into which the periodic interpolation may ring
+    total = round(padded * ratio)
+    spectrum = np.fft.rfft(x, padded)
+    kept = np.zeros(total // 2 + 1, np.complex128)
+    kept[: len(spectrum)] = spectrum[: len(kept)]
+    return np.fft.irfft(kept, total)[: round(len(x) * ratio)] * (total / padded)
+
+
+def trim(x: Signal, *, threshold_db: float = -40.0, margin_s: float = 0.04) -> Signal:
+    """Cut silence off both ends, leaving `margin_s` of it; a signal without speech comes back as it is."""
+    block = 2 * HOP
+    count = len(x) // block
+    if count < 3:
+        return x
+    level = 10 * np.log10(np.mean(x[: count * block].reshape(count, block) ** 2, axis=1) + 1e-10)
+    (active,) = np.nonzero(level > np.percentile(level, 95) + threshold_db)
+    margin = round(margin_s * SAMPLE_RATE_HZ)
+    return x[max(0, active[0] * block - margin) : (active[-1] + 1) * block + margin]
+
+
+def _frames(x: Signal, size: int) -> Signal:
+    return np.lib.stride_tricks.sliding_window_view(x, size)[::HOP]
+
+
+def f0_track(x: Signal) -> Signal:
+    """Fundamental frequency in Hz, one value every 10 ms, 0 where the frame has no voice.
+
+    Autocorrelation over its window's own (Boersma 1993, eq. 9), with a small cost per lag against octave
+    errors.
+    """
+    if len(x) < 2 * _PITCH_WINDOW:
+        return np.zeros(1)
+    window = np.hanning(_PITCH_WINDOW)
+    power = np.abs(np.fft.rfft(_frames(x, _PITCH_WINDOW) * window, _FFT)) ** 2
+    correlation = np.fft.irfft(power)[:, : _LONGEST_LAG + 1]
+    own = np.fft.irfft(np.abs(np.fft.rfft(window, _FFT)) ** 2)[: _LONGEST_LAG + 1]
+    energy = correlation[:, 0]
+    ratio = correlation / (energy[:, None] + 1e-9) / (own / own[0])
+    lags = np.arange(_SHORTEST_LAG, _LONGEST_LAG + 1)
+    best = np.argmax(ratio[:, lags] - 6e-4 * (lags - _SHORTEST_LAG), axis=1)
+    strength = ratio[np.arange(len(ratio)), lags[best]]
+    voiced = (strength > 0.55) & (energy > energy.max() * _ACTIVE_POWER)
+    return np.where(voiced, SAMPLE_RATE_HZ / lags[best], 0.0)
+
+
+def f0_statistics(track: Signal) -> tuple[float, float]:
+    """Median in Hz and spread (standard deviation in semitones) of a track; zeros with too little voice."""
+    voiced = track[track > 0]
+    if len(voiced) < 8:
+        return 0.0, 0.0
+    median = float(np.median(voiced))
+    semitones = 12 * np.log2(voiced / median)
+    return median, float(np.std(semitones[np.abs(semitones) < 9]))  # beyond: an octave error
+
+
+def active_level_db(x: Signal) -> float:
+    """Level of the frames that hold speech, in dB relative to full scale."""
+    count = len(x) // (2 * HOP)
+    power = np.mean(x[: count * 2 * HOP].reshape(count, -1) ** 2, axis=1)
+    return float(10 * np.log10(np.mean(power[power >= power.max() * _ACTIVE_POWER]) + 1e-12))
+
+
+def set_level(x: Signal, level_db: float) -> Signal:
+    """Scale to an active level; peaks above full scale are rounded off, never wrapped."""
+    y = x * 10 ** ((level_db - active_level_db(x)) / 20)
+    knee = 0.8
+    over = np.maximum(np.abs(y) - knee, 0.0)
+    return np.where(over > 0, np.sign(y) * (knee + (1 - knee) * np.tanh(over / (1 - knee))), y)
+
+
+def tilt(x: Signal, db_per_octave: float) -> Signal:
+    """Turn the spectrum around 500 Hz: vocal effort raises it, soft speech lowers it."""
+    length = _fft_length(len(x) + 256)
+    octaves = np.log2(np.clip(np.linspace(0, SAMPLE_RATE_HZ / 2, length // 2 + 1), 125, 4000) / 500)
+    spectrum = np.fft.rfft(x, length) * 10 ** (db_per_octave * octaves / 20)
+    return np.fft.irfft(spectrum, length)[: len(x)]
+
+
+def shape(excitation: Signal, envelopes: npt.NDArray[np.complex128]) -> Signal:
+    """Filter frame by frame: row m of `envelopes` (frames, 513) acts on the frame that starts at m * HOP.
+
+    Overlap-add in the frequency domain; the filters' tails are kept up to _FFT samples. Returns as many
+    samples as came.
+    """
+    count = len(envelopes)
+    padded = np.pad(excitation, (0, max(0, (count - 1) * HOP + _WINDOW - len(excitation))))
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)
+    spectra = np.fft.rfft(_frames(padded, _WINDOW)[:count] * window, _FFT)
+    pieces = np.fft.irfft(spectra * envelopes, _FFT)
+    blocks = -(-_FFT // HOP)
+    pieces = np.pad(pieces, ((0, 0), (0, blocks * HOP - _FFT))).reshape(count, blocks, HOP)
+    out = np.zeros((count + blocks - 1, HOP))
+    for block in range(blocks):
+        out[block : block + count] += pieces[:, block]
+    result = out.reshape(-1)[: len(excitation)] / 1.5
+    return np.pad(result, (0, len(excitation) - len(result)))
+
+
+def _linear_prediction(x: Signal) -> tuple[Signal, Signal]:
+    """Coefficients (frames, order + 1) and residual amplitude (frames,), by Levinson's recursion."""
+    window = np.hanning(_WINDOW)
+    frames = _frames(np.pad(x, (0, _WINDOW)), _WINDOW) * window
+    correlation = np.fft.irfft(np.abs(np.fft.rfft(frames, _FFT)) ** 2)[:, : _LPC_ORDER + 1]
+    correlation[:, 0] = correlation[:, 0] * 1.002 + 1e-8  # white noise correction: keeps silent frames stable
+    coefficients = np.zeros_like(correlation)
+    coefficients[:, 0] = 1.0
+    error = correlation[:, 0].copy()
+    for order in range(1, _LPC_ORDER + 1):
+        reflection = -np.sum(coefficients[:, :order] * correlation[:, order:0:-1], axis=1) / error
+        previous = coefficients[:, :order].copy()
+        coefficients[:, 1 : order + 1] += reflection[:, None] * previous[:, ::-1]
+        error *= 1 - reflection**2
+    return coefficients, np.sqrt(np.maximum(error, 0.0) / np.sum(window**2))
+
+
+def _resynthesize(x: Signal, excitation: Signal, *, tilt_pole: float) -> Signal:
+    """Speak `excitation` (unit power) through the vocal tract of `x`."""
+    emphasised = np.append(x[:1], x[1:] - 0.95 * x[:-1])
+    coefficients, gain = _linear_prediction(emphasised)
+    delay = np.exp(-1j * np.linspace(0, np.pi, _FFT // 2 + 1))
+    envelopes = gain[:, None] / (np.fft.rfft(coefficients, _FFT) * (1 - tilt_pole * delay))
+    return shape(excitation, envelopes)
+
+
+def whisper(x: Signal, rng: np.random.Generator) -> Signal:
+    """The same words without voice: noise through the vocal tract, weaker at low frequencies."""
+    return _resynthesize(x, rng.standard_normal(len(x)), tilt_pole=float(rng.uniform(0.3, 0.6)))
+
+
+def creak(x: Signal, pulse_hz: float, rng: np.random.Generator) -> Signal:
+    """The same words in vocal fry: slow, irregular, unequal pulses wherever `x` has voice."""
+    steps = 1 + 0.28 * rng.standard_normal(int(2 * len(x) * pulse_hz / SAMPLE_RATE_HZ) + 8)
+    onsets = np.cumsum(np.clip(steps, 0.35, 1.8)) * SAMPLE_RATE_HZ / pulse_hz
+    times = onsets[onsets < len(x)].astype(np.int64)
+    noise = rng.standard_normal(len(x))
+    voiced = np.repeat(f0_track(x) > 0, HOP)
+    voiced = np.pad(voiced, (HOP, len(x)))[: len(x)]  # a pitch frame speaks for its middle
+    excitation = np.where(voiced, 0.05, 0.7) * noise
+    pulses = rng.uniform(0.5, 1.3, len(times)) * np.sqrt(SAMPLE_RATE_HZ / pulse_hz)
+    np.add.at(excitation, times, pulses * voiced[times])
+    return _resynthesize(x, excitation, tilt_pole=0.95)
+
+
+def scale_intonation(x: Signal, factor: float) -> Signal:
+    """Widen (factor > 1) or flatten (< 1) the melody by changes of playing speed, smoothed over 70 ms."""
+    track = f0_track(x)
+    (voiced,) = np.nonzero(track)
+    if len(voiced) < 8:
+        return x
+    relative = np.clip(track[voiced] / np.median(track[voiced]), 0.6, 1.7)
+    contour = np.interp(np.arange(len(track)), voiced, relative)
+    contour = np.convolve(np.pad(contour, 3, mode="edge"), np.full(7, 1 / 7), "valid")
+    centres = np.arange(len(track)) * HOP + _PITCH_WINDOW // 2
+    speed = np.interp(np.arange(len(x)), centres, np.clip(contour ** (factor - 1), 0.7, 1.4))
+    times = np.append(0.0, np.cumsum(speed))
+    wanted = times[: int(np.searchsorted(times, len(x) - 1))]
+    return np.asarray(np.interp(wanted, np.arange(len(x)), x), np.float64)
