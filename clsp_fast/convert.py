@@ -24,8 +24,7 @@ IGNORED_KEYS = ("text_encoder.embeddings.position_ids", "text_encoder.embeddings
 
 
 class KeyReport(NamedTuple):
-    """What became of the keys of a checkpoint; `missing` are those that the model has and the checkpoint
-    lacks."""
+    """What became of the keys of a checkpoint; the checkpoint lacks `missing`."""
 
     matched: list[str]
     missing: list[str]
@@ -124,8 +123,7 @@ def from_reference(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors of a .safetensors or .pt file; .pt files are read with weights_only=True, so no code in them
-    runs."""
+    """Tensors of a .safetensors or .pt file; the latter is read with weights_only=True: no code in it runs."""
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     content = torch.load(path, map_location="cpu", weights_only=True)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from clsp_fast import folder, roberta, zipformer
 from clsp_fast.config import ModelConfig
+from clsp_fast.ops import frames_after, make_ragged
+from clsp_fast.subsampling import make_front
 from clsp_fast.tokenizer import Tokenizer
 
 Padding = Literal["alone", "batch"]
@@ -72,7 +74,7 @@ class CLSP(nn.Module):
                 f"got {config.text.vocab_size}"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.encoder_embed = zipformer.Conv2dSubsampling(config)
+        self.encoder_embed = make_front(config)
         self.encoder = zipformer.Zipformer(config)
         if config.post_encoder_downsampling_factor > 1:
             self.encoder_downsample = zipformer.Downsample(config.post_encoder_downsampling_factor)
@@ -158,12 +160,12 @@ class CLSP(nn.Module):
         lengths = lengths.to(self.device, non_blocking=True)
         ragged = None
         if not equal:
-            ragged = zipformer.make_ragged(lengths, (frames - 7) // 2, alone=padding == "alone")
+            ragged = make_ragged(lengths, (frames - 7) // 2, alone=padding == "alone")
         x = self.encoder(self.encoder_embed(x, ragged), ragged)
-        lengths = zipformer.frames_after(lengths, self.config.output_downsampling_factor)
+        lengths = frames_after(lengths, self.config.output_downsampling_factor)
         if hasattr(self, "encoder_downsample"):
             x = self.encoder_downsample(x, ragged)
-            lengths = zipformer.frames_after(lengths, self.config.post_encoder_downsampling_factor)
+            lengths = frames_after(lengths, self.config.post_encoder_downsampling_factor)
         return x, lengths
 
     def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:

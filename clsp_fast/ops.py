@@ -1,18 +1,49 @@
-"""Elementwise operations of the speech tower, with their gradients: what a kernel may replace behind the same
-name.
+"""What both parts of the speech tower share: padding, activations and norm.
 
-Each keeps for the backward pass only its input and at most one number a frame. Semantics: Yao et al.,
-arXiv 2310.11230, section 3; checked against the reference implementation in float64.
+The activations and the norm keep for the backward pass only their input and at most two numbers a frame.
+Semantics: Yao et al., arXiv 2310.11230, section 3; checked against the reference implementation in float64.
+
+Shape suffixes: N clips, T frames, C channels, 1 a broadcast dimension.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Ragged(NamedTuple):
+    """Which frames of a batch of unequal clips are padding; batches of equal clips have None in its place."""
+
+    lengths_N: Tensor
+    pad_NT: Tensor
+    alone: bool
+
+    def every(self, factor: int) -> Ragged:
+        """The same clips at `factor` times fewer frames: a group is padding if its first frame is."""
+        return Ragged(frames_after(self.lengths_N, factor), self.pad_NT[:, ::factor], self.alone)
+
+
+def make_ragged(lengths_N: Tensor, frames: int, *, alone: bool) -> Ragged:
+    """Ragged for clips of `lengths_N` valid frames (int64) in a tensor of `frames` frames."""
+    return Ragged(lengths_N, torch.arange(frames, device=lengths_N.device) >= lengths_N[:, None], alone)
+
+
+def frames_after(lengths_N: Tensor, factor: int) -> Tensor:
+    """ceil(lengths / factor), in whole numbers."""
+    return torch.div(lengths_N + (factor - 1), factor, rounding_mode="floor")
+
+
+def drop_channels(x_NTC: Tensor, rate: float, *, training: bool) -> Tensor:
+    """Dropout whose mask is one draw per clip and channel, constant in time."""
+    if not training or rate == 0.0:
+        return x_NTC
+    keep = x_NTC.new_empty(len(x_NTC), 1, x_NTC.shape[2]).bernoulli_(1.0 - rate)
+    return x_NTC * keep.div_(1.0 - rate)
 
 
 class _Swoosh(torch.autograd.Function):
@@ -48,8 +79,7 @@ def swoosh_r(x: Tensor) -> Tensor:
 
 
 class _BiasNorm(torch.autograd.Function):
-    """y = x e^l / rms(x - b) with its gradient in closed form, so that x alone is kept beside one number a
-    frame."""
+    """y = x e^l / rms(x - b) with its gradient in closed form: x and two numbers a frame are kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias_C: Tensor, log_scale: Tensor) -> Tensor:

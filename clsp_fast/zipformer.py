@@ -16,108 +16,25 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast.config import ModelConfig, StackConfig
-from clsp_fast.ops import BiasNorm, swoosh_l, swoosh_r
+from clsp_fast.ops import BiasNorm, Ragged, drop_channels, swoosh_l, swoosh_r
+from clsp_fast.subsampling import Conv1dSubsampling
 
 # Where the recipe's schedules end; it trains with these from its first step.
 FEATURE_MASK_RATE = 0.125
 POSITION_DROPOUT = 0.15
 LAYER_SKIP_RATE = 0.035
-CONVNEXT_SKIP_RATE = 0.015
-
-
-class Ragged(NamedTuple):
-    """Which frames of a batch of unequal clips are padding; batches of equal clips have None in its place."""
-
-    lengths_N: Tensor
-    pad_NT: Tensor
-    alone: bool
-
-    def every(self, factor: int) -> Ragged:
-        """The same clips at `factor` times fewer frames: a group is padding if its first frame is."""
-        return Ragged(frames_after(self.lengths_N, factor), self.pad_NT[:, ::factor], self.alone)
-
-
-def make_ragged(lengths_N: Tensor, frames: int, *, alone: bool) -> Ragged:
-    """Ragged for clips of `lengths_N` valid frames (int64) in a tensor of `frames` frames."""
-    return Ragged(lengths_N, torch.arange(frames, device=lengths_N.device) >= lengths_N[:, None], alone)
-
-
-def frames_after(lengths_N: Tensor, factor: int) -> Tensor:
-    """ceil(lengths / factor), in whole numbers."""
-    return torch.div(lengths_N + (factor - 1), factor, rounding_mode="floor")
-
-
-class ConvNeXt(nn.Module):
-    """x + pointwise2(SwooshL(pointwise1(depthwise 7x7(x)))) on images (N, C, T, F)."""
-
-    def __init__(self, channels: int, *, skip_rate: float) -> None:
-        super().__init__()
-        self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.pointwise_conv1 = nn.Conv2d(channels, 3 * channels, 1)
-        self.pointwise_conv2 = nn.Conv2d(3 * channels, channels, 1)
-        self.skip_rate = skip_rate
-
-    def forward(self, x_NCTF: Tensor) -> Tensor:
-        branch = self.pointwise_conv2(swoosh_l(self.pointwise_conv1(self.depthwise_conv(x_NCTF))))
-        if self.training and self.skip_rate > 0:
-            branch = branch * (torch.rand(len(x_NCTF), 1, 1, 1, device=x_NCTF.device) >= self.skip_rate)
-        return cast(Tensor, branch.add_(x_NCTF))
-
-
-class Conv2dSubsampling(nn.Module):
-    """Log-mel (N, T, F) at 100 Hz -> (N, (T - 7) // 2, C) at 50 Hz; frame t reads input frames 2t .. 2t + 8.
-
-    The ConvNeXt layer reads three frames to either side of these, up to 2t + 14: the one place where a clip
-    can see beyond its own end.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        first, second, third = config.embed_channels
-        # Numbered as in the reference's Sequential, whose other entries have no parameters.
-        self.conv = nn.ModuleDict(
-            {
-                "0": nn.Conv2d(1, first, 3, padding=(0, 1)),
-                "4": nn.Conv2d(first, second, 3, stride=2),
-                "7": nn.Conv2d(second, third, 3, stride=(1, 2)),
-            }
-        )
-        self.convnext = ConvNeXt(third, skip_rate=CONVNEXT_SKIP_RATE if config.regularize else 0.0)
-        bands = ((config.feature_dim - 1) // 2 - 1) // 2
-        self.out = nn.Linear(third * bands, config.stacks[0].dim)
-        self.out_norm = BiasNorm(config.stacks[0].dim)
-        self.dropout = config.dropout
-
-    def forward(self, features_NTF: Tensor, ragged: Ragged | None) -> Tensor:
-        # Strides of a channels-last image: every convolution below is several times faster on them.
-        x = features_NTF[..., None].permute(0, 3, 1, 2)
-        for conv in self.conv.values():
-            x = swoosh_r(conv(x))
-        if ragged is not None and ragged.alone:
-            x = x.masked_fill(ragged.pad_NT[:, None, :, None], 0.0)
-        x = self.convnext(x).transpose(1, 2).flatten(2)
-        return _drop_channels(self.out_norm(self.out(x)), self.dropout, training=self.training)
-
-
-def _drop_channels(x_NTC: Tensor, rate: float, *, training: bool) -> Tensor:
-    """Dropout whose mask is one draw per clip and channel, constant in time."""
-    if not training or rate == 0.0:
-        return x_NTC
-    keep = x_NTC.new_empty(len(x_NTC), 1, x_NTC.shape[2]).bernoulli_(1.0 - rate)
-    return x_NTC * keep.div_(1.0 - rate)
 
 
 @functools.lru_cache(maxsize=64)
 def _offset_table(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Encodings (2 reach - 1, pos_dim) of the offsets -(reach - 1) .. reach - 1; shared, so nobody writes to
-    it."""
+    """Encodings (2 reach - 1, pos_dim) of offsets -(reach - 1) .. reach - 1; shared: nobody writes to it."""
     with torch.inference_mode(False), torch.no_grad():
         # In float32 and this order, like the reference: even its float64 results rest on these values.
         offset = torch.arange(-(reach - 1), reach, dtype=torch.float32, device=device)[:, None]
@@ -139,8 +56,7 @@ def position_encoding(pos_dim: int, frames: int, *, dtype: torch.dtype, device: 
 
 
 class AttentionWeights(nn.Module):
-    """softmax_j(q_i . k_j + p_i . W_pos pe(j - i)), (N, H, T, T): shared by the three attentions of a
-    layer."""
+    """softmax_j(q_i . k_j + p_i . W_pos pe(j - i)), (N, H, T, T): one for three modules of a layer."""
 
     def __init__(self, stack: StackConfig, pos_dim: int) -> None:
         super().__init__()
@@ -209,7 +125,7 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x_NTC: Tensor) -> Tensor:
-        hidden = _drop_channels(swoosh_l(self.in_proj(x_NTC)), self.dropout, training=self.training)
+        hidden = drop_channels(swoosh_l(self.in_proj(x_NTC)), self.dropout, training=self.training)
         return cast(Tensor, self.out_proj(hidden))
 
 
@@ -313,8 +229,7 @@ class ZipformerStack(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Weighted mean of every `factor` frames, softmax(bias) weights; the end is filled by repeating a
-    frame."""
+    """Weighted mean of every `factor` frames, softmax(bias) weights; a frame repeated fills the end."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -442,3 +357,5 @@ def initialise(*towers: nn.Module) -> None:
     for _, module in modules:
         if isinstance(module, AttentionWeights):
             module.in_proj.weight.mul_(module.query_dim**-0.25)
+        elif isinstance(module, Conv1dSubsampling):
+            module.standardise()
