@@ -30,7 +30,6 @@ def load_batch(
 ) -> list[_Float32 | tuple[str, str]]: ...
 def finish(waveform: _Float32, *, sample_rate_hz: int, policy: LoadPolicy) -> _Float32 | tuple[str, str]: ...
 def select_section(
-    *,
     channels: int,
     sample_rate_hz: int,
     frames: int,

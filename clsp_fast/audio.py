@@ -102,17 +102,12 @@ class AudioLimits:
     """How far a segment may reach behind the end, in seconds, before it counts as truncated."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.min_s < self.max_s < math.inf, f"need 0 <= min_s < max_s, got {self}")
-        _require(
-            1 <= self.min_rate_hz <= self.max_rate_hz <= 1_000_000, f"rates must be in 1 .. 10^6: {self}"
-        )
-        _require(
-            1 <= self.max_channels <= 1024, f"max_channels must be in 1 .. 1024, got {self.max_channels}"
-        )
-        _require(
-            0 < self.max_amplitude < math.inf, f"max_amplitude must be positive, got {self.max_amplitude}"
-        )
-        _require(0 <= self.slack_s < math.inf, f"slack_s must not be negative, got {self.slack_s}")
+        got = f"got {self}"
+        _require(0 <= self.min_s < self.max_s < math.inf, f"need 0 <= min_s < max_s, {got}")
+        _require(1 <= self.min_rate_hz <= self.max_rate_hz <= 10**6, f"need 1 <= rates <= 10^6, {got}")
+        _require(1 <= self.max_channels <= 1024, f"need 1 <= max_channels <= 1024, {got}")
+        _require(0 < self.max_amplitude < math.inf, f"need max_amplitude > 0, {got}")
+        _require(0 <= self.slack_s < math.inf, f"need slack_s >= 0, {got}")
 
 
 DEFAULT_LIMITS = AudioLimits()
@@ -132,16 +127,13 @@ class Segment:
     """Channel, counted from 0; None: the mean over channels."""
 
     def __post_init__(self) -> None:
+        start, duration, channel = self.start_s, self.duration_s, self.channel
         _require(not isinstance(self.source, Segment), "source must not be a Segment itself")
-        _require(0 <= self.start_s < math.inf, f"start_s must be finite and >= 0, got {self.start_s}")
-        _require(
-            self.duration_s is None or 0 < self.duration_s < math.inf,
-            f"duration_s must be None or positive and finite, got {self.duration_s}",
-        )
-        _require(
-            self.channel is None or 0 <= operator.index(self.channel) < 1 << 31,
-            f"channel must be None or >= 0, got {self.channel}",
-        )
+        _require(0 <= start < math.inf, f"start_s must be finite and >= 0, got {start}")
+        valid = duration is None or 0 < duration < math.inf
+        _require(valid, f"duration_s must be None or finite and > 0, got {duration}")
+        valid = channel is None or 0 <= operator.index(channel) < 1 << 31
+        _require(valid, f"channel must be None or >= 0, got {channel}")
 
 
 @dataclass(frozen=True)
@@ -193,16 +185,13 @@ def load(
         ValueError, TypeError: an argument is wrong.
     """
     if isinstance(source, Segment):
-        _require(
-            (start_s, duration_s, channel) == (0.0, None, None),
-            "start_s, duration_s and channel must be left out: the Segment has its own",
-        )
+        given = (start_s, duration_s, channel) != (0.0, None, None)
+        _require(not given, "start_s, duration_s and channel must be left out: the Segment has its own")
     else:
         source = Segment(source, start_s, duration_s, channel)
     request = _parse(source, sample_rate if source_rate is None else source_rate)
-    _require(
-        source_rate is None or request.rate_hz is not None, "source_rate is for waveforms: a file has its own"
-    )
+    fits = source_rate is None or request.rate_hz is not None
+    _require(fits, "source_rate is for waveforms: a file has its own")
     (result,) = _load_requests([request], sample_rate, limits, 1)
     if isinstance(result, AudioError):
         raise result
@@ -307,9 +296,7 @@ def _parse(segment: Segment, waveform_rate_hz: int) -> _Request:
     if hasattr(source, "read"):
         data = source.read()
         if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(
-                f"a file object must be opened in binary mode, read() returned {type(data).__name__}"
-            )
+            raise TypeError(f"a file object must be opened in binary mode, it gave {type(data).__name__}")
         return _Request(data, segment, str(getattr(source, "name", "<file object>")))
     if isinstance(source, bytes | bytearray | memoryview):
         return _Request(source, segment, "<bytes>")
@@ -321,9 +308,7 @@ def _parse(segment: Segment, waveform_rate_hz: int) -> _Request:
 def _policy(limits: AudioLimits, sample_rate: int) -> _C.LoadPolicy:
     if not isinstance(limits, AudioLimits):
         raise TypeError(f"limits must be AudioLimits, got {type(limits).__name__}")
-    _require(
-        1 <= operator.index(sample_rate) <= 1_000_000, f"sample_rate must be 1 .. 10^6 Hz, got {sample_rate}"
-    )
+    _require(1 <= operator.index(sample_rate) <= 10**6, f"sample_rate must be 1 .. 10^6, got {sample_rate}")
     return _C.LoadPolicy(sample_rate_hz=sample_rate, **asdict(limits))
 
 
@@ -374,16 +359,7 @@ def _select(
     request: _Request, policy: _C.LoadPolicy, channels: int, rate_hz: int, frames: int
 ) -> tuple[int, int]:
     """First frame and number of frames of the part that is asked for, checked against the policy."""
-    start_s, duration_s, channel = request.part
-    first, second = _C.select_section(
-        channels=channels,
-        sample_rate_hz=rate_hz,
-        frames=frames,
-        start_s=start_s,
-        duration_s=duration_s,
-        channel=channel,
-        policy=policy,
-    )
+    first, second = _C.select_section(channels, rate_hz, frames, *request.part, policy)
     if isinstance(first, str):
         raise request.fail(first, cast(str, second))
     return first, cast(int, second)
@@ -394,16 +370,18 @@ def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tu
     import soundfile
 
     is_path = isinstance(request.data, str)
-    with Path(request.data).open("rb") if is_path else io.BytesIO(request.data) as file:
-        head = file.read(4096)
-        file.seek(0)
-        _check_magic(request, head)
-        try:
+    try:
+        with Path(request.data).open("rb") if is_path else io.BytesIO(request.data) as file:
+            head = file.read(4096)
+            file.seek(0)
+            _check_magic(request, head)
             # A descriptor rather than a path: libsndfile then judges by content and not by the file's name.
             with _stream_class()(file.fileno() if is_path else file, closefd=False) as stream:
                 return _decode_stream(request, stream, head, limits, policy), stream.samplerate
-        except soundfile.LibsndfileError as error:
-            raise request.fail(AudioErrorReason.FORMAT, f"cannot be decoded: {error.error_string}") from error
+    except soundfile.LibsndfileError as error:
+        raise request.fail(AudioErrorReason.FORMAT, f"cannot be decoded: {error.error_string}") from error
+    except OSError as error:
+        raise request.fail(AudioErrorReason.OPEN, str(error.strerror)) from error
 
 
 def _check_magic(request: _Request, head: bytes) -> None:

@@ -207,8 +207,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("load_batch", &load_batch, arg("sources"), py::kw_only(), arg("policy"),
         arg("num_threads"));
   m.def("finish", &finish, arg("waveform"), py::kw_only(), arg("sample_rate_hz"), arg("policy"));
-  m.def("select_section", &select_section, py::kw_only(), arg("channels"), arg("sample_rate_hz"),
-        arg("frames"), arg("start_s"), arg("duration_s"), arg("channel"), arg("policy"));
+  m.def("select_section", &select_section, arg("channels"), arg("sample_rate_hz"), arg("frames"),
+        arg("start_s"), arg("duration_s"), arg("channel"), arg("policy"));
   m.def("resample_batch", &resample_batch, arg("waveforms"), py::kw_only(), arg("from_hz"),
         arg("to_hz"), arg("num_threads") = 1, arg("isa") = "auto");
   m.def("fbank_batch", &fbank_batch, arg("waveforms"), arg("out"), py::kw_only(),

@@ -11,7 +11,7 @@ namespace {
 
 #include "fbank_tables.inc"
 
-constexpr float kPreemphasis = 0.97f;
+constexpr float kLeak = 0.03f;  // 1 - the pre-emphasis coefficient
 constexpr float kFloor = 1.1920929e-07f;
 constexpr int kBlock = 80;  // frames begin and end on multiples of 80 samples
 constexpr int kBlocksPerFrame = kWindow / kBlock;
@@ -60,23 +60,25 @@ CLSP_INLINE void emphasise(const float* source, Workspace<L>& w) {
   for (int b = 0; b < kBlocks; ++b) {
     V sum{};
     for (int i = b * kBlock; i < (b + 1) * kBlock; i += L) {
-      const V x = load<V>(source + i);
+      const V x = load<V>(source + i), before = load<V>(source + i - 1);
       sum += x;
-      store(w.emphasised + i, x - load<V>(source + i - 1) * kPreemphasis);
+      // Near samples subtract exactly, and 0.03 has 33 times less to round than 0.97.
+      store(w.emphasised + i, (x - before) + before * kLeak);
     }
     sums[b] = horizontal_sum(sum);
   }
   for (int lane = 0; lane < L; ++lane) {
     float total = 0.0f;
     for (int b = 0; b < kBlocksPerFrame; ++b) total += sums[lane * (kHop / kBlock) + b];
-    w.mean[lane] = total * ((1.0f - kPreemphasis) / kWindow);
+    w.mean[lane] = total * (kLeak / kWindow);
   }
 }
 
 template <int L>
 CLSP_INLINE void put_sample(Workspace<L>& w, int i, const typename Workspace<L>::V& x) {
   // Half the window: power_spectrum() returns |2 X|^2.
-  (i % 2 ? w.odd : w.even)[i / 2] = (x - w.mean) * (0.5f * kPoveyWindow[i]);
+  const float window = 0.5f * kPoveyWindow[i];
+  (i % 2 ? w.odd : w.even)[i / 2] = x * window - w.mean * window;
 }
 
 // Turns L rows, one a frame, into columns, one a sample. Frame l + 1 starts 160 samples after frame

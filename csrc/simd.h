@@ -70,14 +70,19 @@ CLSP_INLINE To bits_of(const From& from) {
   return to;
 }
 
+template <class V, int... Q>
+CLSP_INLINE auto sum_of_halves(const V& v, std::integer_sequence<int, Q...>) {
+  constexpr int kHalf = kLanesOf<V> / 2;
+  return __builtin_shufflevector(v, v, Q...) + __builtin_shufflevector(v, v, (Q + kHalf)...);
+}
+
 template <class V>
 CLSP_INLINE float horizontal_sum(const V& v) {
-  float lanes[kLanesOf<V>];
-  store(lanes, v);
-  for (int width = kLanesOf<V> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  if constexpr (kLanesOf<V> == 2) {
+    return v[0] + v[1];
+  } else {
+    return horizontal_sum(sum_of_halves(v, std::make_integer_sequence<int, kLanesOf<V> / 2>{}));
   }
-  return lanes[0];
 }
 
 // {a[1], ..., a[L-1], b[0]}: lane l takes what lane l + 1 holds.
