@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clsp_fast import folder, roberta, zipformer
 from clsp_fast.config import ModelConfig
-from clsp_fast.ops import frames_after, make_ragged
+from clsp_fast.ops import frames_after, make_ragged, pool
 from clsp_fast.subsampling import make_front
 from clsp_fast.tokenizer import Tokenizer
 
@@ -143,7 +143,7 @@ class CLSP(nn.Module):
             ValueError: a wrong shape, dtype, length or padding.
         """
         hidden_BTC, lengths = self.encode_frames(features, lengths, padding=padding)
-        pooled = _pool(hidden_BTC, lengths, statistics=self.config.audio_pooling == "statistics")
+        pooled = pool(hidden_BTC, lengths, statistics=self.config.audio_pooling == "statistics")
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def encode_frames(
@@ -233,7 +233,8 @@ class CLSP(nn.Module):
         """Embed recordings, without gradient and in evaluation mode.
 
         Args:
-            audio: B paths, or B mono waveforms (numpy arrays or tensors of shape (samples,)).
+            audio: B recordings (paths, or what else `features.extract_files` takes), or B mono waveforms (numpy
+                arrays or tensors of shape (samples,)).
             sample_rate: rate of the waveforms in Hz; None: 16000. Files carry their own.
             batch_seconds: most seconds of audio, padding included, to go through the model at once: the bound
                 on its memory. A longer clip goes alone; clips beyond the 30 s of the paper's training are
@@ -244,30 +245,24 @@ class CLSP(nn.Module):
             (B, D) unit-norm embeddings in the order given, on the model's device.
 
         Raises:
-            TypeError: one path or waveform instead of a list, or paths and waveforms mixed.
+            TypeError: one path or waveform instead of a list, or recordings and waveforms mixed.
+            ValueError: a waveform with NaN or infinity.
             clsp_fast.audio.AudioError: a recording that cannot be read or is too short.
         """
-        from clsp_fast import features
-
         items = _as_list(audio, "audio")
         embeddings = torch.zeros(len(items), self.config.joint_dim, device=self.device)
         done = 0
         with self._evaluating():
-            for block in _blocks(items):
-                chosen = [items[i] for i in block]
-                if isinstance(chosen[0], (str, os.PathLike)):
-                    batch = features.extract_files(chosen)
-                else:
-                    batch = features.extract(chosen, sample_rate=sample_rate)
-                for rows in _batches(batch.lengths, most_frames=100.0 * batch_seconds):
-                    lengths = batch.lengths[rows]
-                    values = batch.values[rows, : int(lengths.max())]
-                    embedded = self.encode_features(values, lengths)
-                    embeddings = embeddings.to(embedded.dtype)
-                    embeddings[torch.tensor(block)[rows]] = embedded
-                    done += len(rows)
-                    if progress:
-                        sys.stderr.write(f"\rencoded {done} of {len(items)} clips")
+            for index, values, lengths in _feature_batches(items, sample_rate, 100.0 * batch_seconds):
+                embedded = self.encode_features(values, lengths)
+                if not bool(embedded.isfinite().all()):
+                    bad = index[~embedded.isfinite().all(1).cpu()].tolist()
+                    raise ValueError(f"audio must be finite, got NaN or infinity from the clips {bad}")
+                embeddings = embeddings.to(embedded.dtype)
+                embeddings[index.to(self.device)] = embedded
+                done += len(index)
+                if progress:
+                    sys.stderr.write(f"\rencoded {done} of {len(items)} clips")
         if progress:
             sys.stderr.write("\n")
         return embeddings
@@ -383,54 +378,54 @@ def _unit_norm(x_BD: Tensor) -> Tensor:
     return F.normalize(x_BD.to(torch.promote_types(x_BD.dtype, torch.float32)), dim=1)
 
 
-def _pool(x_BTC: Tensor, lengths_B: Tensor, *, statistics: bool) -> Tensor:
-    """Mean over each clip's frames; with `statistics` (B, 4 C): mean, deviation, mean absolute change from
-    frame to frame, and second half minus first half (the middle frame of an odd number belongs to both)."""
-    time_T = torch.arange(x_BTC.shape[1], device=x_BTC.device)
-    mean_BC = _mean_between(x_BTC, torch.zeros_like(lengths_B), lengths_B, time_T)
-    if not statistics:
-        return mean_BC
-    valid_BT1 = (time_T < lengths_B[:, None])[:, :, None]
-    centred = (x_BTC - mean_BC[:, None]) * valid_BT1
-    deviation = (centred.square().sum(1) / lengths_B[:, None] + 1e-5).sqrt()
-    change = (x_BTC[:, 1:] - x_BTC[:, :-1]).abs() * valid_BT1[:, 1:]
-    change = change.sum(1) / (lengths_B - 1).clamp(min=1)[:, None]
-    first = _mean_between(x_BTC, torch.zeros_like(lengths_B), (lengths_B + 1) // 2, time_T)
-    second = _mean_between(x_BTC, lengths_B // 2, lengths_B, time_T)
-    return torch.cat([mean_BC, deviation, change, second - first], dim=1)
-
-
-def _mean_between(x_BTC: Tensor, start_B: Tensor, stop_B: Tensor, time_T: Tensor) -> Tensor:
-    inside_BT = (time_T >= start_B[:, None]) & (time_T < stop_B[:, None])
-    weights_BT = inside_BT.to(x_BTC.dtype) / (stop_B - start_B)[:, None]
-    return (weights_BT.to(x_BTC.dtype)[:, None] @ x_BTC)[:, 0]
-
-
 def _as_list(values: Any, name: str) -> list[Any]:
     """`values` as a list; TypeError where someone gave the one thing itself."""
-    if isinstance(values, (str, bytes, os.PathLike)) or hasattr(values, "shape"):
-        raise TypeError(
-            f"{name} must be a list, got a single {type(values).__name__}; put it into a list: [...]"
-        )
+    single = isinstance(values, (str, bytes, os.PathLike))
+    if single or hasattr(values, "shape") or hasattr(values, "read"):
+        got = type(values).__name__
+        raise TypeError(f"{name} must be a list, got a single {got}; put it into a list: [...]")
     return list(values)
+
+
+def _feature_batches(
+    items: list[Any], sample_rate: int | None, most_frames: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(index, features, lengths) of clips of like length, count times the longest within `most_frames`."""
+    from clsp_fast import features
+    from clsp_fast.audio import AudioError, AudioErrorReason
+
+    for block in _blocks(items):
+        chosen = [items[i] for i in block]
+        if hasattr(chosen[0], "shape"):
+            batch = features.extract(chosen, sample_rate=sample_rate)
+        else:
+            batch = features.extract_files(chosen)
+        order = batch.lengths.argsort(descending=True, stable=True)
+        least = int(batch.lengths[order[-1]])
+        if least < MIN_FRAMES:
+            name = chosen[int(order[-1])]
+            name = f"audio[{block[int(order[-1])]}]" if hasattr(name, "shape") else str(name)
+            what = f"has {least} frames of 10 ms, less than the {MIN_FRAMES} that the model needs"
+            raise AudioError(name, AudioErrorReason.TOO_SHORT, what)
+        start = 0
+        while start < len(order):
+            longest = int(batch.lengths[order[start]])
+            rows = order[start : start + max(1, int(most_frames // longest))]
+            yield torch.tensor(block)[rows], batch.values[rows, :longest], batch.lengths[rows]
+            start += len(rows)
 
 
 def _blocks(items: list[Any], most_bytes: int = 64 * 2**20) -> Iterator[list[int]]:
     """Indices of clips of like size, longest first, in blocks whose features fit in memory together.
 
-    A file's length is not known before it is decoded; its size is near enough for this purpose.
+    A recording's length is not known before it is decoded; its size in bytes is near enough for this purpose.
     """
-    paths = [isinstance(item, (str, os.PathLike)) for item in items]
-    if any(paths) and not all(paths):
-        raise TypeError("audio must be all paths or all waveforms, got both")
-    if any(paths):
-        files = [Path(item) for item in items]
-        sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
-    else:
-        sizes = [2 * len(item) for item in items]
-    order = sorted(range(len(items)), key=lambda i: -sizes[i])
+    arrays = [hasattr(item, "shape") for item in items]
+    if any(arrays) and not all(arrays):
+        raise TypeError("audio must be all waveforms or all recordings, got both")
+    sizes = [_bytes_of(item) for item in items]
     block: list[int] = []
-    for index in order:
+    for index in sorted(range(len(items)), key=lambda i: -sizes[i]):
         if block and (len(block) + 1) * sizes[block[0]] > most_bytes:
             yield block
             block = []
@@ -439,11 +434,11 @@ def _blocks(items: list[Any], most_bytes: int = 64 * 2**20) -> Iterator[list[int
         yield block
 
 
-def _batches(lengths: Tensor, *, most_frames: float) -> Iterator[Tensor]:
-    """Rows of like length, longest first; count times the longest stays within `most_frames`."""
-    order = lengths.argsort(descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        count = max(1, int(most_frames // int(lengths[order[start]])))
-        yield order[start : start + count]
-        start += count
+def _bytes_of(item: Any) -> int:
+    """Size of a recording as 16-bit audio, roughly; files that cannot be opened are reported when they are."""
+    if hasattr(item, "shape"):
+        return 2 * int(item.shape[0]) if len(item.shape) else 0
+    if isinstance(item, (str, os.PathLike)):
+        path = Path(item)
+        return path.stat().st_size if path.is_file() else 0
+    return len(item) if isinstance(item, bytes) else 2**20

@@ -1,4 +1,4 @@
-"""What both parts of the speech tower share: padding, activations and norm.
+"""What both parts of the speech tower share: padding, activations, norm and pooling.
 
 The activations and the norm keep for the backward pass only their input and at most two numbers a frame.
 Semantics: Yao et al., arXiv 2310.11230, section 3; checked against the reference implementation in float64.
@@ -109,3 +109,26 @@ class BiasNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _BiasNorm.apply(x, self.bias, self.log_scale))  # type: ignore[no-untyped-call]
+
+
+def pool(x_NTC: Tensor, lengths_N: Tensor, *, statistics: bool) -> Tensor:
+    """Mean over each clip's frames; with `statistics` (N, 4 C): mean, deviation, mean absolute change from
+    frame to frame, and second half minus first half (the middle frame of an odd number belongs to both)."""
+    time_T = torch.arange(x_NTC.shape[1], device=x_NTC.device)
+    mean_NC = _mean_between(x_NTC, torch.zeros_like(lengths_N), lengths_N, time_T)
+    if not statistics:
+        return mean_NC
+    valid_NT1 = (time_T < lengths_N[:, None])[:, :, None]
+    centred = (x_NTC - mean_NC[:, None]) * valid_NT1
+    deviation = (centred.square().sum(1) / lengths_N[:, None] + 1e-5).sqrt()
+    change = (x_NTC[:, 1:] - x_NTC[:, :-1]).abs() * valid_NT1[:, 1:]
+    change = change.sum(1) / (lengths_N - 1).clamp(min=1)[:, None]
+    first = _mean_between(x_NTC, torch.zeros_like(lengths_N), (lengths_N + 1) // 2, time_T)
+    second = _mean_between(x_NTC, lengths_N // 2, lengths_N, time_T)
+    return torch.cat([mean_NC, deviation, change, second - first], dim=1)
+
+
+def _mean_between(x_NTC: Tensor, start_N: Tensor, stop_N: Tensor, time_T: Tensor) -> Tensor:
+    inside_NT = (time_T >= start_N[:, None]) & (time_T < stop_N[:, None])
+    weights_NT = inside_NT.to(x_NTC.dtype) / (stop_N - start_N)[:, None]
+    return (weights_NT.to(x_NTC.dtype)[:, None] @ x_NTC)[:, 0]
