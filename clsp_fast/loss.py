@@ -224,7 +224,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient, group=ctx.group)
-        return gradient.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
+        return torch.split(gradient, ctx.sizes)[dist.get_rank(ctx.group)], None, None
 
 
 def _all_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> list[Tensor]:

@@ -234,7 +234,7 @@ def _claims(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, s
     """Claims that are aligned with their captions; ValueError if they are not."""
     if not isinstance(value, Mapping):
         raise ValueError('"claims" must be an object')
-    claims = {}
+    claims: dict[str, tuple[Mapping[str, str], ...]] = {}
     for kind, own in (("global", captions.global_captions), ("fine", captions.fine_captions)):
         rows = value.get(kind, [])
         if not isinstance(rows, list) or len(rows) not in (0, len(own)):

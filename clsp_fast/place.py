@@ -95,7 +95,7 @@ class Place:
             flat = torch.cat([tensor.reshape(-1) for tensor in own])
             dist.all_reduce(flat, group=self.group)
             flat /= self.world
-            for tensor, mean in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
+            for tensor, mean in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
     def peak_memory_mib(self) -> float:

@@ -128,7 +128,7 @@ def fit(
             optim.set_learning_rate(optimizer, learning_rate(config, step))
             torch.manual_seed(config.seed * 1_000_003 + step * place.world + place.rank)
             output, loss = forward(model, batch, place, config.precision)
-            loss.backward()
+            torch.autograd.backward(loss)
             norm = clip_gradients(model, place, config.optim.clip_norm)
             if math.isfinite(loss.item()) and math.isfinite(norm):
                 optimizer.step()
@@ -260,7 +260,7 @@ def progress(
         best = (output.audio @ output.text[:own].T).argmax(1)
         figures["batch_R@1"] = float((best == torch.arange(own, device=best.device)).float().mean())
     figures |= {
-        "logit_scale": float(output.logit_scale),
+        "logit_scale": float(output.logit_scale.detach()),
         "lr": optimizer.param_groups[0]["lr"],
         "peak_memory_mib": place.peak_memory_mib(),
         "eta_s": (total - step - 1) * figures["step_s"],

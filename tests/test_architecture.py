@@ -1,0 +1,125 @@
+"""Which module may import which, what importing costs, and sizes that keep the code readable."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "clsp_fast"
+COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "caption"}
+
+# module -> what it may import of clsp_fast; commands may import everything but commands.
+ALLOWED = {
+    "__init__": {"audio", "config", "convert", "features", "loss", "metrics", "similarity", "model"},
+    "_C": set(),
+    "audio": {"_C"},
+    "features": {"_C", "audio"},
+    "loss": {"_C", "kernels"},
+    "similarity": {"_C", "kernels"},
+    "config": set(),
+    "ops": set(),
+    "subsampling": {"config", "ops"},
+    "zipformer": {"config", "kernels", "ops", "subsampling"},
+    "roberta": {"config", "ops"},
+    "tokenizer": set(),
+    "folder": {"config", "tokenizer"},
+    "model": {"audio", "config", "features", "folder", "roberta", "tokenizer", "zipformer"},
+    "captions": set(),
+    "manifest": {"captions"},
+    "sampler": set(),
+    "augment": set(),
+    "data": {"audio", "augment", "captions", "config", "features", "manifest", "sampler"},
+    "metrics": set(),
+    "evaluation": {"manifest", "metrics", "similarity"},
+    "log": set(),
+    "optim": {"config"},
+    "checkpoint": {"config"},
+    "place": {"checkpoint"},
+    "report": {"log"},
+    "demo": {"demo_clips", "demo_engines", "demo_signal", "demo_text"},
+    "demo_clips": {"demo_engines", "demo_signal", "demo_text"},
+    "demo_engines": {"demo_signal", "demo_synth"},
+    "demo_signal": set(),
+    "demo_synth": {"demo_signal"},
+    "demo_text": set(),
+    "corpus": {"config", "data", "demo", "evaluation", "manifest", "tokenizer"},
+}
+MODULES = sorted(path for path in PACKAGE.glob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Names of clsp_fast's modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "clsp_fast":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clsp_fast."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("clsp_fast.")}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_modules_import_only_what_they_may(path: Path) -> None:
+    name = path.stem
+    if name in COMMANDS:
+        assert not imports(path) & COMMANDS, f"{name} imports a command"
+    else:
+        assert imports(path) <= ALLOWED[name], f"{name} imports {imports(path) - ALLOWED[name]}"
+
+
+def test_the_engine_knows_neither_python_nor_torch() -> None:
+    for path in (ROOT / "csrc").iterdir():
+        if path.name != "bind.cpp":
+            text = path.read_text()
+            assert "Python.h" not in text, path
+            assert "pybind11" not in text, path
+        assert "include <torch" not in path.read_text(), path
+
+
+def test_kernels_stay_a_namespace_package() -> None:
+    # With an __init__.py, running in the root would shadow the `kernels` distribution and break transformers.
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_importing_is_cheap() -> None:
+    code = (
+        "import sys, time, torch; start = time.perf_counter(); import clsp_fast.model, clsp_fast.loss;"
+        "heavy = {'triton', 'transformers', 'lhotse', 'matplotlib', 'soundfile'} & set(sys.modules);"
+        "print(time.perf_counter() - start, sorted(heavy))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    seconds, heavy = min(run.stdout.split(" ", 1) for run in runs)
+    assert heavy.strip() == "[]"
+    assert float(seconds) < 0.3
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def test_files_and_functions_stay_small() -> None:
+    for path in [*MODULES, *(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.cpp")]:
+        assert path.read_text().count("\n") <= 450, f"{path.name} has over 450 lines"
+    for path in MODULES:
+        for function in functions(ast.parse(path.read_text())):
+            lines = (function.end_lineno or 0) - function.lineno + 1
+            assert lines <= 80, f"{path.name}: {function.name} has {lines} lines"
+
+
+def test_every_module_and_public_function_is_documented() -> None:
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{path.name} has no docstring"
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"

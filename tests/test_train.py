@@ -1,0 +1,387 @@
+"""The trainer on a small folder of real files: learning, faults, signals, resume, several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import clsp_fast
+from clsp_fast import log, train
+from clsp_fast.config import DataConfig, ModelConfig, OptimConfig, TextConfig, TrainConfig
+from clsp_fast.data import DataError
+
+FORMATS = [
+    ("wav", "PCM_16", 16000),
+    ("wav", "PCM_24", 44100),
+    ("wav", "PCM_32", 48000),
+    ("flac", "PCM_16", 16000),
+    ("mp3", None, 44100),
+    ("ogg", None, 48000),
+]
+PITCHES = {"low": 120.0, "middle": 400.0, "high": 1500.0}
+
+MODEL = ModelConfig(
+    downsampling_factor=(4,),
+    num_encoder_layers=(1,),
+    feedforward_dim=(32,),
+    encoder_dim=(24,),
+    encoder_unmasked_dim=(16,),
+    cnn_module_kernel=(5,),
+    num_heads=(2,),
+    query_head_dim=(8,),
+    output_downsampling_factor=1,
+    joint_dim=16,
+    embed_channels=(2, 2, 4),
+    audio_pooling="statistics",
+    dropout=0.1,
+    regularize=True,
+    text=TextConfig(
+        vocab_size=300,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=66,
+        pooling="mean",
+    ),
+)
+
+
+def tone(pitch_hz: float, rate_hz: int, seconds: float, random: np.random.Generator) -> np.ndarray:
+    time_s = np.arange(int(seconds * rate_hz)) / rate_hz
+    wave = sum(np.sin(2 * np.pi * pitch_hz * k * time_s) / k for k in (1, 2, 3))
+    return (0.2 * wave + 0.01 * random.standard_normal(len(time_s))).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 clips in six formats, three pitches; train.jsonl and validation.jsonl."""
+    root, random, rows = tmp_path_factory.mktemp("clips"), np.random.default_rng(0), []
+    for i in range(36):
+        suffix, subtype, rate = FORMATS[i % len(FORMATS)]
+        label, pitch = list(PITCHES.items())[i // len(FORMATS) % 3]
+        path = root / f"clip{i}.{suffix}"
+        wave = tone(pitch * random.uniform(0.9, 1.1), rate, random.uniform(0.5, 1.2), random)
+        soundfile.write(path, wave, rate, subtype=subtype)
+        rows.append(
+            {
+                "id": f"c{i}",
+                "audio": path.name,
+                "global_captions": [f"a {label} voice"],
+                "finegrained_captions": [f"the voice is {label}", f"someone speaks with a {label} pitch"],
+                "tags": {"pitch": label},
+                "claims": {"global": [{"pitch": label}], "fine": [{"pitch": label}] * 2},
+            }
+        )
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
+    (root / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[24:]))
+    tasks = {"pitch": {label: [f"a {label} voice"] for label in PITCHES}}
+    (root / "tasks.json").write_text(json.dumps(tasks))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def config(folder: Path, run: Path, data: dict | None = None, **changes) -> TrainConfig:
+    files = {
+        "manifest": folder / "train.jsonl",
+        "validation": folder / "validation.jsonl",
+        "zeroshot": folder / "tasks.json",
+    }
+    defaults = {
+        "run": run,
+        "model": MODEL,
+        "data": DataConfig(
+            **files | {"batch_clips": 8, "buckets": 2, "threads": 1, "augment": 0.5} | (data or {})
+        ),
+        "optim": OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2),
+        "stage1_steps": 6,
+        "stage2_steps": 4,
+        "log_every": 1,
+        "validate_every": 5,
+        "save_every": 3,
+        "device": "cpu",
+    }
+    return TrainConfig(**defaults | changes)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in log.read(run / "log.jsonl") if r["kind"] == "train"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return clsp_fast.CLSP.from_pretrained(run / "model").state_dict()
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert losses(first) == losses(second)
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+def test_learns_and_leaves_everything_behind(folder: Path, tmp_path: Path) -> None:
+    made = config(
+        folder, tmp_path / "run", stage1_steps=90, stage2_steps=30, save_every=60, validate_every=60
+    )
+    results = train.train(made)
+    figures = results["validation"]
+    assert figures["n"] == 12
+    assert figures["zeroshot"]["pitch"]["accuracy"] >= 0.9
+    assert figures["retrieval"]["fine"]["text_to_audio"]["hit@5"] >= 0.9
+    assert json.loads((tmp_path / "run/results.json").read_text()) == results
+    assert TrainConfig.from_dict(json.loads((tmp_path / "run/config.json").read_text())) == made
+    assert (tmp_path / "run/curves.png").stat().st_size > 5000
+    model = clsp_fast.CLSP.from_pretrained(tmp_path / "run/model")
+    clips = [folder / "clip0.wav", folder / "clip16.mp3"]
+    best = model.classify(clips, list(PITCHES), template="a {} voice").argmax(1)
+    assert best.tolist() == [0, 2]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train.train(config(folder, run))
+    return run
+
+
+def test_the_same_seed_gives_the_same_run(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    train.train(config(folder, tmp_path / "run", data={"cache_mb": 0, "prefetch": 1}))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_resumes_bit_exactly_from_any_step(
+    folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    real = train.forward
+
+    def crash(model, batch, place, precision):
+        if batch.step == stop_at:
+            raise RuntimeError("power cut")
+        return real(model, batch, place, precision)
+
+    monkeypatch.setattr(train, "forward", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.train(config(folder, tmp_path / "run"))
+    monkeypatch.setattr(train, "forward", real)
+    train.train(config(folder, tmp_path / "run"))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_finished_run_is_reported_not_repeated(folder: Path, uninterrupted: Path) -> None:
+    before = losses(uninterrupted)
+    results = train.train(config(folder, uninterrupted))
+    assert losses(uninterrupted) == before
+    assert results["validation"]["n"] == 12
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real, number = train.forward, signal.Signals[name]
+
+    def interrupt(model, batch, place, precision):
+        if batch.step == 4:
+            os.kill(os.getpid(), number)
+        return real(model, batch, place, precision)
+
+    monkeypatch.setattr(train, "forward", interrupt)
+    with pytest.raises(train.Interrupted, match=name) as stop:
+        train.train(config(folder, tmp_path / "run"))
+    assert stop.value.exit_code == 128 + number
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.endswith("5")] == [
+        "step-00000005"
+    ]
+    monkeypatch.setattr(train, "forward", real)
+    train.train(config(folder, tmp_path / "run"))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def poison(real: Callable, steps: set[int], where: str) -> Callable:
+    def forward(model, batch, place, precision):
+        output, loss = real(model, batch, place, precision)
+        if batch.step in steps and where == "loss":
+            loss = loss * float("nan")
+        if batch.step in steps and where == "gradient":
+            # A finite loss whose gradient is not: the square root's slope at zero.
+            loss = loss + (model.log_logit_scale * 0).abs().sqrt()
+        return output, loss
+
+    return forward
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(train, "forward", poison(train.forward, {0}, where))
+    made = config(folder, tmp_path / "run", stage1_steps=1, stage2_steps=0)
+    train.train(made)
+    torch.manual_seed(made.seed)
+    fresh = clsp_fast.CLSP(MODEL)
+    found = weights(tmp_path / "run")
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, found[name]), name
+    (record,) = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "bad_step"]
+    assert len(record["clips"]) == 8
+
+
+def test_stops_after_bad_steps_in_a_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "forward", poison(train.forward, {0, 2, 3, 4}, "loss"))
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        train.train(config(folder, tmp_path / "run"))
+    assert [step for step, _ in losses(tmp_path / "run")][-1] <= 4
+
+
+def spoil(folder: Path, target: Path, faults: int) -> Path:
+    """A manifest whose first clips are missing, empty, text, short, NaN, and one line that is no JSON."""
+    target.mkdir()
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["audio"] = str(folder / row["audio"])
+    (target / "empty.wav").write_bytes(b"")
+    (target / "text.mp3").write_text("not audio at all " * 50)
+    (target / "half.flac").write_bytes((folder / "clip3.flac").read_bytes()[:300])
+    soundfile.write(target / "short.wav", np.zeros(300, np.float32), 16000)
+    soundfile.write(target / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    names = ["missing.wav", "empty.wav", "text.mp3", "half.flac", "short.wav", "nan.wav"]
+    bad = [rows[0] | {"id": f"bad{i}", "audio": names[i % len(names)]} for i in range(faults)]
+    lines = [json.dumps(row) for row in bad + rows]
+    (target / "spoiled.jsonl").write_text("\n".join(["{oops", *lines]) + "\n")
+    return target / "spoiled.jsonl"
+
+
+def test_bad_clips_are_counted_and_cost_nothing_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = spoil(folder, tmp_path / "bad", faults=6)
+    train.train(config(folder, tmp_path / "run", data={"manifest": manifest}))
+    records = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "train"]
+    assert len(records) == 10
+    skipped = records[-1]["skipped"] | records[-1]["left_out"]
+    # The short clip is left out by its header; every other fault is met by the decoder and named.
+    assert sum(skipped.values()) == 6
+    assert skipped["too_short"] == 1
+    assert skipped["open"] == skipped["empty"] == skipped["non_finite"] == 1
+    assert "line 1: not JSON" in capsys.readouterr().err
+
+
+def test_too_many_bad_clips_stop_the_run_with_their_list(folder: Path, tmp_path: Path) -> None:
+    manifest = spoil(folder, tmp_path / "bad", faults=18)
+    with pytest.raises(
+        DataError, match=r"clips cannot be read, over data\.max_bad_share.*missing|bad0 \(open\)"
+    ):
+        train.train(config(folder, tmp_path / "run", data={"manifest": manifest, "batch_clips": 32}))
+
+
+def test_another_model_in_the_run_folder_is_refused(folder: Path, uninterrupted: Path) -> None:
+    other = dataclasses.replace(MODEL, joint_dim=8)
+    with pytest.raises(ValueError, match="holds a run with another model"):
+        train.train(config(folder, uninterrupted, model=other))
+
+
+def test_starts_from_a_saved_model(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    made = config(folder, tmp_path / "run", init=uninterrupted / "model", stage1_steps=1, stage2_steps=0)
+    train.train(made)
+    torch.manual_seed(made.seed)
+    fresh = clsp_fast.CLSP(MODEL).state_dict()
+    name = "encoder.encoders.0.encoder.layers.0.feed_forward1.in_proj.weight"
+    found, start = weights(tmp_path / "run")[name], weights(uninterrupted)[name]
+    assert (found - start).abs().max() < 0.1 * (found - fresh[name]).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tinny"], "did you mean 'tiny'"),
+        (["tiny", "--data.manifst", "x"], "--data.manifest"),
+        (["--optim.lr", "-1"], "optim.lr must be positive"),
+        (["nowhere.json"], "nowhere.json"),
+        (["--data.manifest", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--device", "tpu9"], "device must be"),
+        (["base", "--data.manifest", "{folder}/train.jsonl"], "give --data.tokenizer"),
+    ],
+)
+def test_wrong_flags_are_named_with_the_fix(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    words = [word.replace("{folder}", str(folder)) for word in arguments]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*words, "--run", str(tmp_path / "run")])
+    captured = capsys.readouterr()
+    assert stop.value.code not in (0, None)
+    assert message in f"{stop.value.code} {captured.err} {captured.out}"
+
+
+def test_a_config_file_repeats_a_run(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    path = uninterrupted / "config.json"
+    again = train.parse([str(path), "--run", str(tmp_path / "run")])
+    assert again == dataclasses.replace(config(folder, uninterrupted), run=tmp_path / "run")
+    wrong = json.loads(path.read_text())
+    wrong["data"]["batch_clip"] = 3
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+    with pytest.raises(SystemExit, match=r"batch_clip.*batch_clips"):
+        train.parse([str(tmp_path / "wrong.json")])
+
+
+COMMAND = [sys.executable, "-m", "clsp_fast.train"]
+
+
+@pytest.mark.multiproc
+def test_killed_anywhere_the_same_command_ends_the_same(
+    folder: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    path = tmp_path / "config.json"
+    made = config(folder, tmp_path / "run")
+    path.write_text(json.dumps(made.to_dict()))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*COMMAND, str(path)], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(losses(tmp_path / "run")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run([*COMMAND, str(path)], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.multiproc
+def test_two_ranks_train_like_one(folder: Path, tmp_path: Path) -> None:
+    """Without dropout, two ranks of 4 clips and one of 8 see the same batches and take the same steps."""
+    plain = dataclasses.replace(MODEL, dropout=0.0, regularize=False)
+    text = dataclasses.replace(plain.text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain = dataclasses.replace(plain, text=text)
+    runs = {}
+    for world in (1, 2):
+        runs[world] = tmp_path / f"run{world}"
+        data = {"batch_clips": 8 // world, "buckets": 1, "augment": 0.0}
+        made = config(folder, runs[world], data=data, model=plain)
+        path = tmp_path / f"{world}.json"
+        path.write_text(json.dumps(made.to_dict()))
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
+        command = [*launch, "-m", "clsp_fast.train", str(path)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    for (step, one), (_, two) in zip(losses(runs[1]), losses(runs[2]), strict=True):
+        assert one == pytest.approx(two, rel=1e-5), step
+    for name, value in weights(runs[1]).items():
+        torch.testing.assert_close(value, weights(runs[2])[name], rtol=1e-3, atol=1e-4, msg=name)
