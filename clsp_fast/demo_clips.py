@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from clsp_fast.demo_signal import (
     f0_statistics,
     f0_track,
     set_level,
+    syllable_nuclei,
     tilt,
     trim,
     whisper,
@@ -34,7 +36,7 @@ from clsp_fast.demo_text import ATTRIBUTES, Split
 
 Bands = dict[str, tuple[float, float]]
 # label -> (lowest, highest) measured value; the gaps between labels belong to none of them.
-_SPEED: Bands = {"slow": (2.0, 3.45), "medium": (3.8, 4.85), "fast": (5.45, 9.0)}  # syllables per second
+_SPEED: Bands = {"slow": (1.5, 3.4), "medium": (3.8, 4.8), "fast": (5.35, 10.0)}  # syllables per second
 _PITCH: dict[str, Bands] = {  # median F0 in Hz, relative to sex
     "male": {"low": (60, 102), "medium": (108, 129), "high": (137, 164)},
     "female": {"low": (150, 186), "medium": (194, 228), "high": (242, 340)},
@@ -42,7 +44,7 @@ _PITCH: dict[str, Bands] = {  # median F0 in Hz, relative to sex
 _LIVELINESS: Bands = {"monotone": (0.0, 0.95), "normal": (1.1, 2.25), "lively": (2.6, 9.0)}  # semitones
 _LOUDNESS: Bands = {"quiet": (-60, -35), "normal": (-31, -24), "loud": (-21, 0)}  # dB re full scale
 # label -> range from which the wanted value is drawn, well inside the band
-_WANTED_SPEED: Bands = {"slow": (2.5, 3.25), "medium": (3.95, 4.65), "fast": (5.7, 7.2)}
+_WANTED_SPEED: Bands = {"slow": (2.3, 3.2), "medium": (3.95, 4.65), "fast": (5.7, 7.4)}
 _WANTED_PITCH: dict[str, Bands] = {
     "male": {"low": (80, 98), "medium": (111, 126), "high": (140, 159)},
     "female": {"low": (162, 180), "medium": (198, 222), "high": (250, 292)},
@@ -208,7 +210,7 @@ class _Speaker:
                 whisper=bool(whispers),
             )
             x = trim(self._engine.speak(f"{text}.", voice, manner, rng))
-            measured_rate = count / max(0.2, len(x) / SAMPLE_RATE_HZ - 0.08)  # less the margins of trim
+            measured_rate = _syllables_per_s(x, count)
             measured_f0, spread = (0.0, 0.0) if whispers else f0_statistics(f0_track(x))
             rate_gain *= float(np.clip(rate / measured_rate, 0.5, 2.0))
             self._rate_gain.learn(voice.name, style.speed, rate_gain)
@@ -235,6 +237,15 @@ class _Speaker:
             "quality": style.quality,
         }
         return x, {attribute: label for attribute, label in tags.items() if label}
+
+
+def _syllables_per_s(x: Signal, count: int) -> float:
+    """Speaking rate, from the geometric mean of the text's syllables and of those that are heard.
+
+    Foreign voices add syllables, fast ones swallow some: neither count alone is what a listener would say.
+    """
+    heard = max(1, syllable_nuclei(x))
+    return math.sqrt(count * heard) / max(0.2, len(x) / SAMPLE_RATE_HZ - 0.08)  # less the margins of trim
 
 
 def _label(value: float, bands: Bands) -> str:

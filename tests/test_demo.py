@@ -332,6 +332,13 @@ def test_pitch_is_found_and_taken_away(f0_hz: float) -> None:
     assert demo_signal.f0_statistics(demo_signal.f0_track(crept))[0] < 0.95 * f0_hz
 
 
+@pytest.mark.parametrize("rate", [2.5, 4.0, 6.5])
+def test_syllables_are_heard(rate: float) -> None:
+    t = np.arange(32000) / 16000
+    x = (1.05 - np.cos(2 * np.pi * rate * t)) * np.random.default_rng(0).standard_normal(32000)
+    assert abs(demo_signal.syllable_nuclei(x) - 2 * rate) <= 1
+
+
 def test_intonation_is_widened_and_flattened() -> None:
     t = np.arange(32000) / 16000
     phase = 2 * np.pi * np.cumsum(150 * 2 ** (2 * np.sin(2 * np.pi * 1.5 * t) / 12)) / 16000
