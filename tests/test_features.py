@@ -127,11 +127,10 @@ def test_error_on_speech(name: str, variant: str, isa: str, lhotse_fbank: Any) -
 
 
 @pytest.mark.parametrize("isa", _C.instruction_sets())
-def test_a_constant_offset_does_no_more_harm_than_in_lhotse(isa: str, lhotse_fbank: Any) -> None:
-    shifted = (speech("speech_en-US") + np.float32(0.25)).astype(np.float32)
-    truth = reference(shifted)
-    theirs = linear_error(lhotse_fbank.extract(shifted, 16000), truth)
-    assert linear_error(fbank([shifted], isa)[0], truth) <= theirs <= 1e-4
+def test_a_constant_offset_does_no_harm(isa: str) -> None:
+    for name in VOICES:
+        shifted = (speech(name) + np.float32(0.05)).astype(np.float32)
+        assert linear_error(fbank([shifted], isa)[0], reference(shifted)) <= 5e-6
 
 
 @pytest.mark.parametrize("isa", _C.instruction_sets())
