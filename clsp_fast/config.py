@@ -182,7 +182,8 @@ class ModelConfig:
     embed_channels: tuple[int, ...] = (8, 32, 128)
     """Three: channels of the front's 2-D convolutions (the paper). One: a cheap convolution over time."""
     audio_pooling: Literal["mean", "statistics"] = "mean"
-    """"mean" over time (the paper); "statistics": also deviation, mean absolute change, change of halves."""
+    """"mean" over time (the paper), or "statistics" of the tower's output and of the log-mel: mean,
+    deviation, change from frame to frame, change from half to half."""
     dropout: float = 0.1
     """Dropout of the speech tower's feed-forward modules, its front and the heads, while training."""
     regularize: bool = True

@@ -123,7 +123,7 @@ def from_reference(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors of a .safetensors or .pt file; the latter is read with weights_only=True: no code in it runs."""
+    """Tensors of a .safetensors or .pt file; the latter with weights_only=True: no code in it runs."""
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     content = torch.load(path, map_location="cpu", weights_only=True)

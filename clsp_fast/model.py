@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from clsp_fast import folder, roberta, zipformer
 from clsp_fast.config import ModelConfig
-from clsp_fast.ops import frames_after, make_ragged, pool
-from clsp_fast.subsampling import make_front
+from clsp_fast.ops import frames_after, make_ragged, pool, pool_statistics
+from clsp_fast.subsampling import make_front, standardise
 from clsp_fast.tokenizer import Tokenizer
 
 Padding = Literal["alone", "batch"]
@@ -78,7 +78,9 @@ class CLSP(nn.Module):
         self.encoder = zipformer.Zipformer(config)
         if config.post_encoder_downsampling_factor > 1:
             self.encoder_downsample = zipformer.Downsample(config.post_encoder_downsampling_factor)
-        pooled = config.audio_dim * (4 if config.audio_pooling == "statistics" else 1)
+        pooled = config.audio_dim
+        if config.audio_pooling == "statistics":
+            pooled = 4 * (config.audio_dim + config.feature_dim)
         self.audio_projection = _projection(pooled, config.joint_dim)
         self.audio_transform = Transform(config.joint_dim, config.dropout)
         self.text_encoder = roberta.Roberta(config.text)
@@ -142,8 +144,13 @@ class CLSP(nn.Module):
         Raises:
             ValueError: a wrong shape, dtype, length or padding.
         """
-        hidden_BTC, lengths = self.encode_frames(features, lengths, padding=padding)
-        pooled = pool(hidden_BTC, lengths, statistics=self.config.audio_pooling == "statistics")
+        hidden_BTC, hidden_lengths = self.encode_frames(features, lengths, padding=padding)
+        if self.config.audio_pooling == "mean":
+            pooled = pool(hidden_BTC, hidden_lengths)
+        else:
+            x = standardise(features.to(self.device, self.dtype))
+            parts = (pool_statistics(hidden_BTC, hidden_lengths), pool_statistics(x, lengths.to(self.device)))
+            pooled = torch.cat(parts, dim=1)
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def encode_frames(
@@ -233,8 +240,8 @@ class CLSP(nn.Module):
         """Embed recordings, without gradient and in evaluation mode.
 
         Args:
-            audio: B recordings (paths, or what else `features.extract_files` takes), or B mono waveforms (numpy
-                arrays or tensors of shape (samples,)).
+            audio: B recordings (paths, or what else `features.extract_files` takes), or B mono waveforms
+                (numpy arrays or tensors of shape (samples,)).
             sample_rate: rate of the waveforms in Hz; None: 16000. Files carry their own.
             batch_seconds: most seconds of audio, padding included, to go through the model at once: the bound
                 on its memory. A longer clip goes alone; clips beyond the 30 s of the paper's training are
@@ -435,7 +442,7 @@ def _blocks(items: list[Any], most_bytes: int = 64 * 2**20) -> Iterator[list[int
 
 
 def _bytes_of(item: Any) -> int:
-    """Size of a recording as 16-bit audio, roughly; files that cannot be opened are reported when they are."""
+    """Size of a recording as 16-bit audio, roughly; a file that cannot be opened is reported later."""
     if hasattr(item, "shape"):
         return 2 * int(item.shape[0]) if len(item.shape) else 0
     if isinstance(item, (str, os.PathLike)):

@@ -111,24 +111,29 @@ class BiasNorm(nn.Module):
         return cast(Tensor, _BiasNorm.apply(x, self.bias, self.log_scale))  # type: ignore[no-untyped-call]
 
 
-def pool(x_NTC: Tensor, lengths_N: Tensor, *, statistics: bool) -> Tensor:
-    """Mean over each clip's frames; with `statistics` (N, 4 C): mean, deviation, mean absolute change from
-    frame to frame, and second half minus first half (the middle frame of an odd number belongs to both)."""
+def pool(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
+    """Mean (N, C) over each clip's own frames."""
+    return _means(x_NTC, [(torch.zeros_like(lengths_N), lengths_N)])[:, 0]
+
+
+def pool_statistics(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
+    """(N, 4 C) of each clip's own frames: mean, deviation, mean absolute change from frame to frame, and
+    second half minus first half (the middle frame of an odd number belongs to both)."""
+    start_N, time_T = torch.zeros_like(lengths_N), torch.arange(x_NTC.shape[1], device=x_NTC.device)
+    pad_NT = time_T >= lengths_N[:, None]
+    x = x_NTC.masked_fill(pad_NT[:, :, None], 0.0).to(torch.promote_types(x_NTC.dtype, torch.float32))
+    halves = [(start_N, (lengths_N + 1) // 2), (lengths_N // 2, lengths_N)]
+    mean, first, second = _means(x, [(start_N, lengths_N), *halves]).unbind(1)
+    power = _means(x.square(), [(start_N, lengths_N)])[:, 0]
+    deviation = ((power - mean.square()).clamp(min=0.0) + 1e-5).sqrt()
+    change = _means((x[:, 1:] - x[:, :-1]).abs(), [(start_N, lengths_N - 1)])[:, 0]
+    return torch.cat([mean, deviation, change, second - first], dim=1).to(x_NTC.dtype)
+
+
+def _means(x_NTC: Tensor, spans: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Means (N, len(spans), C) over frames start <= t < stop; 0 over an empty span."""
     time_T = torch.arange(x_NTC.shape[1], device=x_NTC.device)
-    mean_NC = _mean_between(x_NTC, torch.zeros_like(lengths_N), lengths_N, time_T)
-    if not statistics:
-        return mean_NC
-    valid_NT1 = (time_T < lengths_N[:, None])[:, :, None]
-    centred = (x_NTC - mean_NC[:, None]) * valid_NT1
-    deviation = (centred.square().sum(1) / lengths_N[:, None] + 1e-5).sqrt()
-    change = (x_NTC[:, 1:] - x_NTC[:, :-1]).abs() * valid_NT1[:, 1:]
-    change = change.sum(1) / (lengths_N - 1).clamp(min=1)[:, None]
-    first = _mean_between(x_NTC, torch.zeros_like(lengths_N), (lengths_N + 1) // 2, time_T)
-    second = _mean_between(x_NTC, lengths_N // 2, lengths_N, time_T)
-    return torch.cat([mean_NC, deviation, change, second - first], dim=1)
-
-
-def _mean_between(x_NTC: Tensor, start_N: Tensor, stop_N: Tensor, time_T: Tensor) -> Tensor:
-    inside_NT = (time_T >= start_N[:, None]) & (time_T < stop_N[:, None])
-    weights_NT = inside_NT.to(x_NTC.dtype) / (stop_N - start_N)[:, None]
-    return (weights_NT.to(x_NTC.dtype)[:, None] @ x_NTC)[:, 0]
+    inside = [(time_T >= start[:, None]) & (time_T < stop[:, None]) for start, stop in spans]
+    count = torch.stack([stop - start for start, stop in spans], dim=1).clamp(min=1)
+    weights = torch.stack(inside, dim=1).to(x_NTC.dtype) / count[:, :, None].to(x_NTC.dtype)
+    return weights @ x_NTC

@@ -16,8 +16,13 @@ from clsp_fast.ops import BiasNorm, Ragged, drop_channels, swoosh_l, swoosh_r
 
 # Where the recipe's schedule of the ConvNeXt layer's skip rate ends.
 CONVNEXT_SKIP_RATE = 0.015
-# Mean and deviation of log-mel over speech, near enough to start the one-dimensional front well scaled.
+# Mean and deviation of log-mel over speech, near enough to bring it to the scale that fresh weights expect.
 LOG_MEL_MEAN, LOG_MEL_DEVIATION = -8.0, 4.0
+
+
+def standardise(features: Tensor) -> Tensor:
+    """Log-mel at mean 0 and deviation 1 over speech; the level of a clip stays in it."""
+    return (features - LOG_MEL_MEAN) / LOG_MEL_DEVIATION
 
 
 def make_front(config: ModelConfig) -> nn.Module:
@@ -98,8 +103,8 @@ class Conv1dSubsampling(nn.Module):
         return drop_channels(x, self.dropout, training=self.training)
 
     @torch.no_grad()
-    def standardise(self) -> None:
-        """Fold (x - mean) / deviation of speech's log-mel into the convolution's weights."""
+    def fold_standardisation(self) -> None:
+        """Fold `standardise` into the convolution's weights."""
         self.conv.weight.div_(LOG_MEL_DEVIATION)
         bias = cast(Tensor, self.conv.bias)
         bias.sub_(self.conv.weight.sum(dim=(1, 2)), alpha=LOG_MEL_MEAN)

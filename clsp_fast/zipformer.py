@@ -358,4 +358,4 @@ def initialise(*towers: nn.Module) -> None:
         if isinstance(module, AttentionWeights):
             module.in_proj.weight.mul_(module.query_dim**-0.25)
         elif isinstance(module, Conv1dSubsampling):
-            module.standardise()
+            module.fold_standardisation()

@@ -1,0 +1,436 @@
+"""CLSP as a whole: recorded embeddings and gradients, sizes, folders, the public calls and their errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import wave
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clsp_fast import convert, features
+from clsp_fast.audio import AudioError, AudioErrorReason
+from clsp_fast.config import MODEL_PRESETS, ModelConfig, TextConfig
+from clsp_fast.model import CLSP, ClspOutput
+from clsp_fast.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+Golden = Callable[[str], dict[str, Tensor]]
+CAPTIONS = ["A calm, low-pitched male voice.", "A lively woman speaks fast.", "She whispers."]
+
+
+@pytest.fixture
+def recorded(golden: Golden) -> tuple[CLSP, dict[str, Tensor]]:
+    config = json.loads((GOLDEN / "golden_a.config.json").read_text())
+    return convert.from_reference(golden("golden_a.weights"), config), golden("golden_a.io")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CLSP:
+    torch.manual_seed(1)
+    return CLSP(MODEL_PRESETS["tiny"], Tokenizer.train(CAPTIONS * 5, 300)).eval()
+
+
+def inputs(io: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    names = ("fbank", "fbank_lens", "input_ids", "attention_mask")
+    return tuple(io[f"main.in.{name}"] for name in names)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key", "tolerance"), [(torch.float32, "out", 3e-6), (torch.float64, "out64", 1e-10)], ids=str
+)
+def test_embeddings_match_the_recorded_ones(
+    recorded: tuple[CLSP, dict[str, Tensor]], dtype: torch.dtype, key: str, tolerance: float
+) -> None:
+    model, io = recorded
+    model = model.to(dtype)
+    with torch.no_grad():
+        output = model(*inputs(io), padding="batch")
+        alone = model.encode_features(*inputs(io)[:2])
+    assert isinstance(output, ClspOutput)
+    torch.testing.assert_close(output.audio, io[f"main.{key}.audio_embedding"], atol=tolerance, rtol=0)
+    torch.testing.assert_close(output.text, io[f"main.{key}.text_embedding"], atol=tolerance, rtol=0)
+    torch.testing.assert_close(alone[1], io[f"single.{key}.audio_embedding"][0], atol=tolerance, rtol=0)
+    torch.testing.assert_close(output.logit_scale.float(), io["main.out.logit_scale_exp"])
+
+
+def test_parameter_gradients_match_the_recorded_ones_in_float64(
+    recorded: tuple[CLSP, dict[str, Tensor]], golden: Golden
+) -> None:
+    model, io = recorded
+    truth = golden("golden_a.gradients")
+    output = model.double()(*inputs(io), padding="batch")
+    logits = output.logit_scale * output.audio @ output.text.T
+    loss = (F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))) / 2
+    torch.testing.assert_close(loss, truth["loss"], atol=1e-12, rtol=0)
+    loss.backward()
+    checked = 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        gradient = parameter.grad.flatten()
+        size = float(truth[f"statistics.{name}"][0])
+        if name.endswith("key.bias"):  # a constant added to every score of a query changes nothing
+            assert float(gradient.norm()) < 1e-12
+            continue
+        wave_ = torch.cos(0.37 * torch.arange(len(gradient), dtype=torch.float64))
+        statistics = torch.stack([gradient.norm(), gradient.sum(), (gradient * wave_).sum()])
+        error = (statistics - truth[f"statistics.{name}"]).abs().max() / size
+        assert error < 1e-6, (name, float(error))
+        if f"gradient.{name}" in truth:
+            whole = truth[f"gradient.{name}"].double().flatten()
+            assert float((gradient - whole).norm()) / size < 1e-6, name
+        checked += 1
+    assert checked == len([k for k in truth if k.startswith("statistics.")]) - 2
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def test_xlarge_has_the_papers_parameters() -> None:
+    with torch.device("meta"):
+        model = CLSP(MODEL_PRESETS["xlarge"])
+    assert count(model) == 724_244_405
+    assert len(model.state_dict()) == 815
+    groups = {name: count(module) for name, module in model.named_children()}
+    assert groups == {
+        "encoder_embed": 5_226_225,
+        "encoder": 591_747_011,
+        "text_encoder": 124_645_632,
+        "audio_projection": 918_528,
+        "audio_transform": 525_312,
+        "text_projection": 656_384,
+        "text_transform": 525_312,
+    }
+    layer = model.encoder.encoders[0].layers[0]
+    assert count(layer) == 45_543_713
+    assert len([name for name, _ in model.named_buffers() if name.endswith(".bypass_scale")]) == 13
+
+
+@pytest.mark.parametrize(
+    ("preset", "speech", "everything"),
+    [
+        ("tiny", (1e5, 5e5), (2e5, 7e5)),
+        ("small", (8e6, 15e6), (10e6, 20e6)),
+        ("base", (88e6, 95e6), (2.1e8, 2.3e8)),
+    ],
+)
+def test_presets_have_their_size(
+    preset: str, speech: tuple[float, float], everything: tuple[float, float]
+) -> None:
+    with torch.device("meta"):
+        model = CLSP(MODEL_PRESETS[preset])
+    assert speech[0] <= count(model.encoder) + count(model.encoder_embed) <= speech[1]
+    assert everything[0] <= count(model) <= everything[1]
+    assert not any(name.endswith("logit_scale") for name, _ in model.named_buffers())
+
+
+def test_folder_round_trip_is_exact(tiny: CLSP, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    tiny.save_pretrained(tmp_path / "m")
+    tiny.save_pretrained(tmp_path / "m")
+    names = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "notes.txt"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == names
+    restored = CLSP.from_pretrained(tmp_path / "m")
+    assert restored.config == tiny.config
+    assert not restored.training
+    assert list(restored.state_dict()) == list(tiny.state_dict())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(restored.state_dict().values(), tiny.state_dict().values(), strict=True)
+    )
+    assert all(parameter.requires_grad for parameter in restored.parameters())
+    assert torch.equal(restored.encode_text(CAPTIONS), tiny.encode_text(CAPTIONS))
+    assert CLSP.from_pretrained(str(tmp_path / "m"), dtype=torch.float64).dtype == torch.float64
+
+
+def test_folder_without_tokenizer_still_encodes_audio(tiny: CLSP, tmp_path: Path) -> None:
+    CLSP(tiny.config).save_pretrained(tmp_path)
+    model = CLSP.from_pretrained(tmp_path)
+    assert model.encode_audio([np.zeros(8000, np.float32)]).shape == (1, tiny.config.joint_dim)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        model.encode_text(["A calm voice."])
+
+
+def test_damaged_folders_are_named(tiny: CLSP, tmp_path: Path) -> None:
+    def saved(name: str) -> Path:
+        tiny.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        CLSP.from_pretrained(tmp_path / "nothing")
+    for file in ("config.json", "model.safetensors"):
+        folder = saved(f"without {file}")
+        (folder / file).unlink()
+        with pytest.raises(FileNotFoundError, match=file):
+            CLSP.from_pretrained(folder)
+    for content in ("{", "[]", "{}", '{"format": "clsp_fast", "format_version": 99}'):
+        folder = saved("config")
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            CLSP.from_pretrained(folder)
+    folder = saved("unknown key")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"joint_dim"', '"joint_dims"'))
+    with pytest.raises(ValueError, match="nearest is 'joint_dim'"):
+        CLSP.from_pretrained(folder)
+    (folder / "config.json").write_text(text.replace('"joint_dim": 128', '"joint_dim": 64'))
+    with pytest.raises(ValueError, match=r"audio_projection.*shape"):
+        CLSP.from_pretrained(folder)
+    folder = saved("cut")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        CLSP.from_pretrained(folder)
+
+
+def test_failed_write_leaves_the_old_file(
+    tiny: CLSP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("clsp_fast.folder.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tiny.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_hub_name_without_the_extra_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"clsp_fast\[hub\]"):
+        CLSP.from_pretrained("someone/some-model")
+
+
+def speech(seconds: float, rate: int = 16000, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * rate)) / rate
+    return (0.2 * np.sin(2 * np.pi * 150 * time) + 0.02 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    return path
+
+
+def test_encode_audio_keeps_the_order_whatever_the_batches(
+    tiny: CLSP, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = [speech(s, seed=i) for i, s in enumerate((0.5, 2.0, 0.2, 1.1, 2.0))]
+    together = tiny.encode_audio(clips)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(5))
+    for batch_seconds in (0.1, 2.5):
+        torch.testing.assert_close(
+            tiny.encode_audio(clips, batch_seconds=batch_seconds, progress=True), together, atol=1e-5, rtol=0
+        )
+    assert "encoded 5 of 5 clips" in capsys.readouterr().err
+    batch = features.extract([clips[3]])
+    torch.testing.assert_close(
+        tiny.encode_features(batch.values, batch.lengths)[0].detach(), together[3], atol=1e-5, rtol=0
+    )
+    assert tiny.encode_audio([]).shape == (0, tiny.config.joint_dim)
+
+
+def test_encode_audio_takes_files_tensors_and_other_rates(tiny: CLSP, tmp_path: Path) -> None:
+    clips = [speech(0.7), speech(0.3, seed=3)]
+    paths = [write_wav(tmp_path / f"{i}.wav", clip) for i, clip in enumerate(clips)]
+    from_files = tiny.encode_audio([str(paths[0]), paths[1]])
+    torch.testing.assert_close(
+        from_files, tiny.encode_audio([torch.from_numpy(c) for c in clips]), atol=5e-3, rtol=0
+    )
+    assert torch.equal(from_files, tiny.encode_audio([path.read_bytes() for path in paths]))
+    slow = tiny.encode_audio([speech(1.0, rate=8000)], sample_rate=8000)
+    assert torch.equal(
+        slow[0], tiny.encode_audio([features.audio.resample(speech(1.0, 8000), from_hz=8000, to_hz=16000)])[0]
+    )
+
+
+def test_encode_audio_names_what_is_wrong(tiny: CLSP, tmp_path: Path) -> None:
+    clip, path = speech(0.5), write_wav(tmp_path / "a.wav", speech(0.5))
+    for single in (str(path), path, clip, torch.from_numpy(clip), path.read_bytes()):
+        with pytest.raises(TypeError, match="list"):
+            tiny.encode_audio(single)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="both"):
+        tiny.encode_audio([path, clip])
+    with pytest.raises(AudioError) as missing:
+        tiny.encode_audio([path, tmp_path / "missing.wav"])
+    assert missing.value.reason == AudioErrorReason.OPEN
+    short = write_wav(tmp_path / "short.wav", speech(0.05))
+    for item, name in ((short, "short.wav"), (speech(0.05), r"audio\[1\]")):
+        with pytest.raises(AudioError, match=name) as error:
+            tiny.encode_audio([path if item is short else clip, item])
+        assert error.value.reason == AudioErrorReason.TOO_SHORT
+    clip[100] = np.nan
+    with pytest.raises((ValueError, AudioError), match=r"(?i)nan|finite"):
+        tiny.encode_audio([clip])
+
+
+def test_statistics_of_a_clip_do_not_depend_on_its_batch(tiny: CLSP) -> None:
+    lengths = [9, 40, 33]
+    x = torch.randn(3, 60, 128) * 3 - 8
+    for row, length in enumerate(lengths):
+        x[row, length:] = float("nan")
+    with torch.no_grad():
+        together = tiny.encode_features(x, torch.tensor(lengths))
+        for row, length in enumerate(lengths):
+            single = tiny.encode_features(x[row : row + 1, :length], torch.tensor([length]))
+            torch.testing.assert_close(together[row], single[0], atol=1e-5, rtol=0)
+
+
+def test_encode_text_batches_and_truncates(tiny: CLSP) -> None:
+    captions = [*CAPTIONS, "calm " * 500]
+    together = tiny.encode_text(captions)
+    torch.testing.assert_close(together, tiny.encode_text(captions, batch_size=1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(4))
+    assert tiny.encode_text([]).shape == (0, tiny.config.joint_dim)
+    with pytest.raises(TypeError, match="list"):
+        tiny.encode_text("a caption")
+    with pytest.raises(ValueError, match="empty"):
+        tiny.encode_text([" "])
+
+
+def test_classify_is_the_softmax_of_scaled_cosines(tiny: CLSP) -> None:
+    clips = [speech(0.5), speech(0.8, seed=2)]
+    probabilities = tiny.classify(clips, ["calm", "lively", "sad"])
+    text = tiny.encode_text([f"A speaker in a {label} tone." for label in ("calm", "lively", "sad")])
+    audio = tiny.encode_audio(clips)
+    expected = (tiny.logit_scale.detach() * audio @ text.T).softmax(1)
+    torch.testing.assert_close(probabilities, expected)
+    torch.testing.assert_close(tiny.classify(audio, ["calm", "lively", "sad"]), expected)
+    for arguments, error in (
+        ((clips, "calm"), TypeError),
+        ((clips[0], ["calm"]), TypeError),
+        ((clips, []), ValueError),
+        ((clips, ["calm"], "no place"), ValueError),
+    ):
+        with pytest.raises(error):
+            tiny.classify(*arguments)  # type: ignore[arg-type]
+
+
+def test_encoding_is_deterministic_and_leaves_the_mode_alone(tiny: CLSP) -> None:
+    config = replace(tiny.config, dropout=0.5, regularize=True)
+    model = CLSP(config, tiny.tokenizer).train()
+    model.text_encoder.eval()
+    clips = [speech(0.5), speech(0.3)]
+    assert torch.equal(model.encode_audio(clips), model.encode_audio(clips))
+    assert model.training
+    assert model.encoder.training
+    assert not model.text_encoder.training
+    assert not model.encode_audio(clips).requires_grad
+    assert not model.encode_audio(clips).is_inference()
+
+
+def test_logit_scale_is_the_multiplier_and_trains(tiny: CLSP) -> None:
+    assert float(tiny.logit_scale.detach()) == pytest.approx(1 / 0.07)
+    assert "logit_scale" in dict(tiny.named_parameters())
+    assert dict(tiny.named_parameters())["logit_scale"] is tiny.log_logit_scale
+    gradient = torch.autograd.grad(tiny.logit_scale, tiny.log_logit_scale)[0]
+    assert float(gradient) == pytest.approx(1 / 0.07)
+
+
+def test_wrong_inputs_are_named(tiny: CLSP) -> None:
+    x, lengths = torch.zeros(2, 30, 128), torch.tensor([30, 20])
+    ids = torch.tensor([[0, 5, 2], [0, 2, 1]])
+    for arguments, message in (
+        ((x[0], lengths), "features must"),
+        ((x[..., :5], lengths), r"features must .*\(B, T, 128\)"),
+        ((x.long(), lengths), "features must be floating"),
+        ((x, lengths.float()), r"lengths must be int64 of shape \(2,\)"),
+        ((x, lengths[:, None]), "lengths must be int64"),
+        ((x, torch.tensor([31, 20])), r"lengths must be in \[9, 30\]"),
+        ((x, torch.tensor([30, 8])), r"lengths must be in \[9, 30\] frames, got 8 to 30"),
+        ((x[:0], lengths[:0]), "B >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.encode_features(*arguments)
+    with pytest.raises(ValueError, match="padding must be"):
+        tiny.encode_features(x, lengths, padding="own")  # type: ignore[arg-type]
+    for arguments, message in (
+        ((ids.int(), ids), "token_ids must be int64"),
+        ((ids, (ids != 1).float()), "attention_mask must be int64"),
+        ((ids, ids[:1]), "attention_mask must be int64"),
+        ((ids + 5000, (ids != 1).long()), "vocab|token_ids must be in"),
+        (
+            (torch.zeros(1, 500, dtype=torch.int64), torch.ones(1, 500, dtype=torch.int64)),
+            "at most 128 tokens",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.encode_tokens(*arguments)
+    small = replace(tiny.config, text=replace(tiny.config.text, vocab_size=100))
+    with pytest.raises(ValueError, match="vocab_size must be at least"):
+        CLSP(small, tiny.tokenizer)
+
+
+def test_tokens_beyond_the_longest_caption_cost_and_change_nothing(tiny: CLSP) -> None:
+    ids = torch.tensor([[0, 5, 9, 2, 1, 1, 1, 1], [0, 7, 2, 1, 1, 1, 1, 1]])
+    mask = (ids != 1).long()
+    seen: list[int] = []
+    hook = tiny.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    torch.testing.assert_close(tiny.encode_tokens(ids, mask), tiny.encode_tokens(ids[:, :4], mask[:, :4]))
+    hook.remove()
+    assert seen == [4, 4]
+
+
+def test_configuration_round_trips_and_names_what_is_wrong() -> None:
+    for config in MODEL_PRESETS.values():
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for change, message in (
+        ({"encoder_dim": (64, 64)}, "encoder_dim must be of length 1 or 7"),
+        ({"encoder_dim": (0,)}, "encoder_dim must be a tuple of positive integers"),
+        ({"cnn_module_kernel": (4,)}, "cnn_module_kernel must be odd"),
+        ({"encoder_unmasked_dim": (2000,)}, "encoder_unmasked_dim must be at most"),
+        ({"pos_dim": 7}, "pos_dim must be even"),
+        ({"post_encoder_downsampling_factor": 2}, "post_encoder_downsampling_factor must be 1 unless"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"embed_channels": (1, 2)}, "embed_channels"),
+        ({"audio_pooling": "max"}, "audio_pooling"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(**change)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"text.num_attention_heads must be a divisor of hidden_size 768, got 7"
+    ):
+        TextConfig(num_attention_heads=7)
+    with pytest.raises(ValueError, match="nearest is 'hidden_size'"):
+        ModelConfig.from_dict({"text": {"hidden_sizes": 3}})
+
+
+def test_a_fresh_tiny_model_learns_a_batch_by_heart() -> None:
+    torch.manual_seed(0)
+    model = CLSP(MODEL_PRESETS["tiny"])
+    x = torch.randn(16, 60, 128) + 2 * torch.randn(16, 1, 128) - 8
+    ids, mask = torch.randint(5, 300, (16, 6)), torch.ones(16, 6, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
+    lengths, target = torch.full((16,), 60), torch.arange(16)
+    losses = []
+    for _ in range(25):
+        output = model(x, lengths, ids, mask)
+        losses.append(F.cross_entropy(output.logit_scale * output.audio @ output.text.T, target))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert float(losses[0].detach()) > 2.5
+    assert float(losses[-1].detach()) < 0.5
+
+
+def test_import_leaves_triton_and_transformers_out() -> None:
+    code = "import sys, clsp_fast.model; print([m for m in ('triton', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

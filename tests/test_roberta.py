@@ -1,0 +1,123 @@
+"""The text tower against recorded outputs of the reference, transformers, and its own formulas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clsp_fast import convert, roberta
+from clsp_fast.config import TextConfig
+from clsp_fast.roberta import Roberta
+
+GOLDEN = Path(__file__).parent / "golden"
+Golden = Callable[[str], dict[str, Tensor]]
+TEXT = TextConfig(
+    vocab_size=50,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=20,
+)
+
+
+def captions(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    token_ids = torch.ones(len(lengths), max(lengths), dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        token_ids[row, :length] = torch.randint(4, 50, (length,))
+        token_ids[row, 0], token_ids[row, length - 1] = 0, 2
+    return token_ids, (token_ids != 1).long()
+
+
+def randomised(config: TextConfig, dtype: torch.dtype = torch.float64) -> Roberta:
+    tower = Roberta(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.normal_(std=0.3)
+    return tower
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pooler_output_matches_the_recorded_one(golden: Golden, dtype: torch.dtype) -> None:
+    config = json.loads((GOLDEN / "golden_a.config.json").read_text())
+    model = convert.from_reference(golden("golden_a.weights"), config).to(dtype)
+    io = golden("golden_a.io")
+    with torch.no_grad():
+        pooled = model.text_encoder(io["main.in.input_ids"], io["main.in.attention_mask"])
+    torch.testing.assert_close(pooled, io["main.out.text_pooler"].to(dtype), atol=3e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_equals_transformers_in_float64() -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    values = {name: getattr(TEXT, name) for name in names}
+    config = RobertaConfig(
+        **values, max_position_embeddings=TEXT.max_position_embeddings, type_vocab_size=1, layer_norm_eps=1e-5
+    )
+    theirs = RobertaModel(config).double().eval()
+    ours = Roberta(TEXT).double().eval()
+    weights = {k: v for k, v in theirs.state_dict().items() if not k.endswith(("position_ids", "type_ids"))}
+    ours.load_state_dict(weights, strict=True)
+    token_ids, mask = captions([18, 3, 7])
+    with torch.no_grad():
+        expected = theirs(token_ids, mask)
+        hidden = ours.hidden(token_ids, mask)
+        pooled = ours(token_ids, mask)
+    torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-12, rtol=0)
+    keep = mask.bool()
+    torch.testing.assert_close(hidden[keep], expected.last_hidden_state[keep], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_caption_does_not_depend_on_its_batch(pooling: str) -> None:
+    tower = randomised(replace(TEXT, pooling=pooling))  # type: ignore[arg-type]
+    token_ids, mask = captions([18, 3, 7, 11])
+    with torch.no_grad():
+        together = tower(token_ids, mask)
+        for row, length in enumerate(mask.sum(1).tolist()):
+            single = tower(token_ids[row : row + 1, :length], mask[row : row + 1, :length])
+            torch.testing.assert_close(together[row], single[0], atol=1e-12, rtol=0)
+
+
+def test_tower_without_layers_is_the_mean_of_normalised_embeddings() -> None:
+    tower = randomised(replace(TEXT, num_hidden_layers=0, pooling="mean"))
+    token_ids, mask = captions([5, 9])
+    e = tower.embeddings
+    x = e.word_embeddings.weight[token_ids[0, :5]] + e.position_embeddings.weight[2:7]
+    x = torch.nn.functional.layer_norm(
+        x + e.token_type_embeddings.weight[0], (24,), e.LayerNorm.weight, e.LayerNorm.bias, 1e-5
+    )
+    torch.testing.assert_close(tower(token_ids, mask)[0], x.mean(0), atol=1e-12, rtol=0)
+
+
+def test_fresh_tower_starts_as_its_embeddings_and_learns_from_the_first_step() -> None:
+    config = replace(TEXT, pooling="mean", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tower = Roberta(config)
+    roberta.initialise(tower)
+    token_ids, mask = captions([6, 6])
+    embedded = tower.embeddings(token_ids)
+    # A LayerNorm of normalised values changes them by its epsilon alone.
+    torch.testing.assert_close(tower.hidden(token_ids, mask), embedded, atol=0.03, rtol=0)
+    tower(token_ids, mask).pow(3).sum().backward()
+    for layer in tower.encoder["layer"]:
+        assert float(layer.output.dense.weight.grad.abs().max()) > 0
+    bag = Roberta(replace(config, num_hidden_layers=0))
+    roberta.initialise(bag)
+    order = torch.tensor([0, 3, 1, 2, 4, 5])
+    torch.testing.assert_close(bag(token_ids[:, order], mask), bag(token_ids, mask))
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    tower = randomised(TEXT)
+    token_ids, mask = captions([6, 4])
+    evaluated = tower(token_ids, mask)
+    assert torch.equal(evaluated, tower(token_ids, mask))
+    assert not torch.equal(evaluated, tower.train()(token_ids, mask))
