@@ -9,7 +9,6 @@ because the model was trained through it.
 from __future__ import annotations
 
 import functools
-import io
 import math
 import multiprocessing
 import operator
@@ -18,24 +17,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clsp_fast import _C
-
-if TYPE_CHECKING:
-    from soundfile import SoundFile
+from clsp_fast import _C, sndfile
 
 Waveform: TypeAlias = NDArray[np.float32]
 # A path, the bytes of a file, a binary file object, a waveform (samples,) as array or tensor, or a `Segment`.
 Source: TypeAlias = Any
-
-_BLOCK_SAMPLES = 1 << 18
-_UNKNOWN_LENGTH = 1 << 62  # what libsndfile reports for a FLAC stream that does not state its length
-_MAGIC = (b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"RIFX", b"RF64", b"caff", b"riff", b"NIST")
 
 
 class AudioErrorReason(str, Enum):
@@ -367,83 +358,24 @@ def _select(
 
 def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tuple[Waveform, int]:
     """Decodes through libsndfile: (mono samples at the file's rate, rate)."""
-    import soundfile
-
-    is_path = isinstance(request.data, str)
+    segment = request.segment
     try:
-        with Path(request.data).open("rb") if is_path else io.BytesIO(request.data) as file:
-            head = file.read(4096)
-            file.seek(0)
-            _check_magic(request, head)
-            # A descriptor rather than a path: libsndfile then judges by content and not by the file's name.
-            with _stream_class()(file.fileno() if is_path else file, closefd=False) as stream:
-                return _decode_stream(request, stream, head, limits, policy), stream.samplerate
-    except soundfile.LibsndfileError as error:
-        raise request.fail(AudioErrorReason.FORMAT, f"cannot be decoded: {error.error_string}") from error
+        with sndfile.open_stream(request.data) as stream:
+            rate_hz, channels = stream.samplerate, stream.channels
+            known = stream.frames < sndfile.UNKNOWN_LENGTH
+            start = min(round(segment.start_s * rate_hz), sndfile.UNKNOWN_LENGTH)
+            claimed = stream.frames if known else start + int(limits.max_s * rate_hz)
+            first, count = _select(request, policy, channels, rate_hz, claimed)
+            # One more where the end is unknown tells a file of just the longest length from a longer one.
+            mono, end, problem = sndfile.read_mono(stream, first, count + (not known), segment.channel)
+    except sndfile.DecodeError as error:
+        raise request.fail(AudioErrorReason.FORMAT, str(error)) from error
     except OSError as error:
         raise request.fail(AudioErrorReason.OPEN, str(error.strerror)) from error
-
-
-def _check_magic(request: _Request, head: bytes) -> None:
-    if head.startswith(_MAGIC) or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0):
-        return
-    found = "an MP4/M4A container" if head[4:8] == b"ftyp" else f"it begins with {head[:8]!r}"
-    fix = "convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
-    raise request.fail(AudioErrorReason.FORMAT, f"not in a known audio format ({found}); {fix}")
-
-
-@functools.lru_cache(maxsize=1)
-def _stream_class() -> type[SoundFile]:
-    import soundfile
-
-    class Stream(soundfile.SoundFile):  # type: ignore[misc]
-        """Reads on where SoundFile.read would seek: behind the last frame that a wrong header promised."""
-
-        def seekable(self) -> bool:
-            return False
-
-    return Stream
-
-
-def _decode_stream(
-    request: _Request, stream: SoundFile, head: bytes, limits: AudioLimits, policy: _C.LoadPolicy
-) -> Waveform:
-    rate_hz, channels = stream.samplerate, stream.channels
-    # An MP3 file without a table of contents has no length but an estimate.
-    estimated = stream.format == "MP3" and not any(tag in head for tag in (b"Xing", b"Info", b"VBRI"))
-    known = stream.frames < _UNKNOWN_LENGTH and not estimated
-    start = min(round(request.segment.start_s * rate_hz), _UNKNOWN_LENGTH)
-    claimed = stream.frames if known else start + int(limits.max_s * rate_hz)
-    first, count = _select(request, policy, channels, rate_hz, claimed)
-    seeks = known and stream.format != "MP3"  # MP3 seeks are not exact
-    if seeks:
-        stream.seek(first)
-    # One more where the end is unknown: it tells a file of just the longest length from a longer one.
-    mono, read, problem = _read_mono(
-        stream, request.segment.channel, 0 if seeks else first, count + (not known)
-    )
-    if known and len(mono) < count:
-        what = f"decoding stopped after {len(mono)} of {count} samples{problem}"
+    if problem or (known and len(mono) < count):
+        promised = f" of {count}" if known else ""
+        what = f"decoding stopped after {len(mono)}{promised} samples: {problem or 'the file ends'}"
         raise request.fail(AudioErrorReason.TRUNCATED, what)
     if not known:
-        _, count = _select(request, policy, channels, rate_hz, read)
-    return mono[:count]
-
-
-def _read_mono(stream: SoundFile, channel: int | None, skip: int, count: int) -> tuple[Waveform, int, str]:
-    """Drops `skip` frames and decodes up to `count`: (mono samples, frames read in all, what went wrong)."""
-    import soundfile
-
-    buffer = np.empty((max(1, _BLOCK_SAMPLES // stream.channels), stream.channels), np.float32)
-    blocks, read = [np.empty(0, np.float32)], 0
-    try:
-        while read < skip + count:
-            block = stream.read(min(skip + count - read, len(buffer)), out=buffer)
-            if len(block) == 0:
-                break
-            kept = block[max(skip - read, 0) :]
-            read += len(block)
-            blocks.append(kept.mean(axis=1) if channel is None else kept[:, channel].copy())
-    except soundfile.LibsndfileError as error:
-        return np.concatenate(blocks), read, f": {error.error_string}"
-    return np.concatenate(blocks), read, ""
+        _, count = _select(request, policy, channels, rate_hz, end)
+    return mono[:count], rate_hz

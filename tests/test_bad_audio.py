@@ -1,0 +1,277 @@
+"""Bad recordings: each has a named reason, and none crashes, hangs, allocates or comes through."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from clsp_fast.audio import AudioError, AudioLimits, Segment, load, load_batch
+from clsp_fast.features import extract_files
+
+RATE = 16000
+
+
+def encode(samples: int = 8000, kind: str = "WAV", subtype: str | None = None, channels: int = 1) -> bytes:
+    x = 0.2 * np.random.default_rng(samples).standard_normal((samples, channels))
+    file = io.BytesIO()
+    soundfile.write(file, x.clip(-0.9, 0.9), RATE, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def patch(data: bytes, offset: int, layout: str, *values: float) -> bytes:
+    """`data` with values written at an offset."""
+    out = bytearray(data)
+    struct.pack_into(layout, out, offset, *values)
+    return bytes(out)
+
+
+WAV, FLOAT, FLAC, MP3 = encode(), encode(subtype="FLOAT"), encode(kind="FLAC"), encode(64000, "MP3")
+DATA = FLOAT.index(b"data") + 8
+
+
+def flac_with_total(total: int, rate: int | None = None, channels: int | None = None) -> bytes:
+    """FLAC whose STREAMINFO says something else: 20 bits of rate, 3 of channels, 5 of width, 36 of length."""
+    fields = int.from_bytes(FLAC[18:26], "big")
+    fields = fields >> 36 << 36 | total
+    if rate is not None:
+        fields = fields & ~(0xFFFFF << 44) | rate << 44
+    if channels is not None:
+        fields = fields & ~(7 << 41) | (channels - 1) << 41
+    return FLAC[:18] + fields.to_bytes(8, "big") + FLAC[26:]
+
+
+CASES: dict[str, tuple[bytes, str]] = {
+    "no bytes": (b"", "empty"),
+    "no samples": (encode(0), "empty"),
+    "no samples in flac": (encode(0, "AIFF"), "empty"),
+    "text": (b"Dear Sir or Madam,\n" * 50, "format"),
+    "zeros": (bytes(5000), "format"),
+    "pickle": (b"\x80\x04\x95" + bytes(500), "format"),
+    "m4a": (b"\0\0\0\x20ftypM4A " + bytes(500), "format"),
+    "riff but no wave": (b"RIFF\x10\0\0\0AVI " + bytes(500), "format"),
+    "header only": (WAV[:12], "format"),
+    "half a format chunk": (WAV[:24], "format"),
+    "no data chunk": (WAV[:36], "format"),
+    "data before format": (WAV[:12] + WAV[36:] + WAV[12:36], "format"),
+    "adpcm": (patch(WAV, 20, "<H", 2), "format"),
+    "mp3 in wav": (patch(WAV, 20, "<H", 0x55), "format"),
+    "40 bits": (patch(WAV, 34, "<H", 40), "format"),
+    "0 bits": (patch(WAV, 34, "<H", 0), "format"),
+    "frame size 0": (patch(WAV, 32, "<H", 0), "format"),
+    "0 channels": (patch(WAV, 22, "<H", 0), "channels"),
+    "200 channels": (patch(patch(WAV, 22, "<H", 200), 32, "<H", 400), "channels"),
+    "rate 0": (patch(WAV, 24, "<I", 0), "rate"),
+    "rate 4 GHz": (patch(WAV, 24, "<I", 0xFFFFFFFF), "rate"),
+    "79 samples": (encode(79), "too_short"),
+    "79 samples in flac": (encode(79, "FLAC"), "too_short"),
+    "nan": (patch(FLOAT, DATA + 400, "<f", float("nan")), "non_finite"),
+    "infinite": (patch(FLOAT, DATA + 400, "<f", float("-inf")), "non_finite"),
+    "last is nan": (patch(FLOAT, len(FLOAT) - 4, "<f", float("nan")), "non_finite"),
+    "nan in au": (patch(encode(kind="AU", subtype="FLOAT"), 64, ">f", float("nan")), "non_finite"),
+    "int16 scale": (patch(FLOAT, DATA, "<f", 20000.0), "amplitude"),
+    "double beyond float": (patch(encode(subtype="DOUBLE"), DATA, "<d", 1e300), "non_finite"),
+    "flac cut": (FLAC[: len(FLAC) // 2], "truncated"),
+    "mp3 cut": (MP3[: len(MP3) // 2], "truncated"),
+    "flac header only": (FLAC[:42], "truncated"),
+    "flac magic only": (FLAC[:4], "format"),
+    "ogg cut in its head": (encode(kind="OGG")[:100], "format"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_has_its_reason(name: str, tmp_path: Path) -> None:
+    data, reason = CASES[name]
+    path = tmp_path / "recording"
+    path.write_bytes(data)
+    for source in (path, data):
+        with pytest.raises(AudioError) as caught:
+            load(source)
+        assert caught.value.reason.value == reason, caught.value
+        assert len(caught.value.detail) > 8
+
+
+def test_places_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "secret.wav").write_bytes(WAV)
+    places = [
+        tmp_path / "missing.wav",
+        tmp_path,
+        tmp_path / "pipe",
+        "/dev/null",
+        str(tmp_path / "secret.wav") + "\0x",
+    ]
+    got = load_batch(places, num_threads=1)
+    assert [item.reason.value for item in got if isinstance(item, AudioError)] == ["open"] * len(places)
+    assert "No such file" in str(got[0])
+
+
+BOMBS: dict[str, tuple[bytes, str]] = {
+    **{f"flac of 2^{bits} samples": (flac_with_total(1 << bits), "too_long") for bits in range(26, 36)},
+    "flac of 2^36 - 1 samples": (flac_with_total((1 << 36) - 1), "too_long"),
+    "flac just below the limit": (flac_with_total(3600 * RATE), "truncated"),
+    "flac at 655 kHz": (flac_with_total(1 << 35, rate=655350), "rate"),
+    "flac with 8 channels": (flac_with_total(1 << 35, channels=8), "too_long"),
+    "aiff": (patch(encode(kind="AIFF"), encode(kind="AIFF").index(b"COMM") + 10, ">I", 0xFFFFFFFF), ""),
+    "au": (patch(encode(kind="AU"), 8, ">I", 0xFFFFFFF0), ""),
+    "w64": (patch(encode(kind="W64"), encode(kind="W64").index(b"data") + 16, "<Q", 1 << 62), ""),
+    "rf64": (patch(encode(kind="RF64"), 28, "<Q", 1 << 62), ""),
+    "wav": (patch(WAV, 40, "<I", 0xFFFFFFF0), ""),
+    "wav of empty chunks": (WAV[:12] + b"junk\0\0\0\0" * 100_000 + WAV[12:], "format"),
+    "ogg granule": (
+        patch(encode(kind="OGG"), encode(kind="OGG").rindex(b"OggS") + 6, "<q", 1 << 60),
+        "empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_header_bombs_neither_allocate_nor_hang(name: str) -> None:
+    data, reason = BOMBS[name]
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        got = load_batch([data], num_threads=1)[0]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - start < 1
+    assert peak < 16e6
+    if reason:
+        assert isinstance(got, AudioError)
+        assert got.reason.value == reason, got
+    elif not isinstance(got, AudioError):  # clamped to what the file holds
+        assert 0 < len(got) <= 8000
+
+
+def test_flac_of_unknown_length_is_accepted(tmp_path: Path) -> None:
+    data = flac_with_total(0)
+    (tmp_path / "stream.flac").write_bytes(data)
+    expected = load(FLAC)
+    assert np.array_equal(load(data), expected)
+    assert np.array_equal(load(tmp_path / "stream.flac"), expected)
+    assert np.array_equal(load(data, start_s=0.2, duration_s=0.1), expected[3200:4800])
+    assert np.array_equal(load(data, limits=AudioLimits(max_s=0.5)), expected)
+    for segment, limits, reason in (
+        (Segment(data), AudioLimits(max_s=0.49), "too_long"),
+        (Segment(data, start_s=0.3, duration_s=0.4), AudioLimits(), "truncated"),
+        (Segment(data, start_s=9.0), AudioLimits(), "segment"),
+        (Segment(data, start_s=1e300), AudioLimits(), "segment"),
+    ):
+        (got,) = load_batch([segment], limits=limits)
+        assert isinstance(got, AudioError)
+        assert got.reason.value == reason
+
+
+def test_mp3_that_does_not_state_its_length_is_decoded_to_its_end(tmp_path: Path) -> None:
+    head = MP3[:3]
+    second = MP3.index(head, 10)  # the first frame holds the table
+    bare = MP3[second:]
+    assert b"Xing" not in bare[:4096]
+    assert b"Info" not in bare[:4096]
+    (tmp_path / "bare.mp3").write_bytes(bare)
+    whole = load(bare)
+    assert 64000 <= len(whole) < 68000
+    assert np.array_equal(load(tmp_path / "bare.mp3"), whole)
+    assert np.array_equal(load(bare, start_s=2.0, duration_s=0.5), whole[32000:40000])
+    for data, max_s, reason in ((bare, 3.0, "too_long"), (bare[: len(bare) // 2], 10.0, "truncated")):
+        (error,) = load_batch([data], limits=AudioLimits(max_s=max_s))
+        assert isinstance(error, AudioError)
+        assert error.reason.value == reason
+
+
+def test_the_good_ones_of_a_bad_folder_are_not_lost(tmp_path: Path) -> None:
+    for i, (data, _) in enumerate(CASES.values()):
+        (tmp_path / f"{i}.bad").write_bytes(data)
+    bad = sorted(tmp_path.iterdir())
+    paths = [WAV, *bad[:20], FLAC, *bad[20:], tmp_path / "missing", MP3]
+    got = extract_files(paths, on_error="skip", num_threads=2)
+    assert got.kept.tolist() == [0, 21, len(paths) - 1]
+    assert len(got.errors) == len(CASES) + 1
+    assert bool(got.values.isfinite().all())
+
+
+Mutation = Callable[[bytearray, np.random.Generator], None]
+
+
+def flip_bits(data: bytearray, rng: np.random.Generator) -> None:
+    for _ in range(int(rng.integers(1, 9))):
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+
+
+def damage_header(data: bytearray, rng: np.random.Generator) -> None:
+    for _ in range(int(rng.integers(1, 5))):
+        data[rng.integers(min(len(data), 64))] = int(rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.integers(256)]))
+
+
+def cut(data: bytearray, rng: np.random.Generator) -> None:
+    del data[rng.integers(len(data)) :]
+
+
+def drop_a_part(data: bytearray, rng: np.random.Generator) -> None:
+    at = int(rng.integers(len(data)))
+    del data[at : at + int(rng.integers(1, 200))]
+
+
+def insert_noise(data: bytearray, rng: np.random.Generator) -> None:
+    at = int(rng.integers(len(data)))
+    data[at:at] = rng.bytes(int(rng.integers(1, 200)))
+
+
+def overwrite(data: bytearray, rng: np.random.Generator) -> None:
+    at = int(rng.integers(len(data)))
+    noise = rng.bytes(int(rng.integers(1, 400)))
+    data[at : at + len(noise)] = noise
+
+
+MUTATIONS: list[Mutation] = [flip_bits, damage_header, cut, drop_a_part, insert_noise, overwrite]
+SEEDS = [
+    *(encode(3000, "WAV", s) for s in ("PCM_16", "PCM_24", "FLOAT", "DOUBLE", "ULAW")),
+    encode(3000, "WAVEX", "PCM_32", channels=3),
+    encode(3000, "FLAC"),
+    encode(3000, "OGG", "VORBIS"),
+    encode(3000, "OGG", "OPUS"),
+    encode(3000, "MP3"),
+    encode(3000, "AIFF", "FLOAT"),
+    encode(3000, "AU", "DOUBLE"),
+    encode(3000, "CAF", "PCM_16", channels=2),
+    encode(3000, "W64", "FLOAT"),
+    encode(3000, "RF64", "PCM_16"),
+]
+
+
+def check_mutants(first: int, count: int) -> None:
+    """No crash, no hang, no foreign exception, and what comes out is finite, in range and not empty."""
+    for number in range(first, first + count):
+        rng = np.random.default_rng(number)
+        data = bytearray(SEEDS[number % len(SEEDS)])
+        MUTATIONS[number // len(SEEDS) % len(MUTATIONS)](data, rng)
+        start = time.perf_counter()
+        (got,) = load_batch([bytes(data)], num_threads=1)
+        assert time.perf_counter() - start < 1, number
+        if isinstance(got, AudioError):
+            assert got.reason.value not in ("open", "memory"), (number, got)
+            continue
+        assert got.dtype == np.float32
+        assert 80 <= len(got) <= 3600 * RATE, number
+        assert np.abs(got).max() <= 16, number
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_mutants(part: int) -> None:
+    check_mutants(part * 150, 150)
+
+
+@pytest.mark.fuzz
+@pytest.mark.slow
+def test_many_mutants() -> None:
+    count = int(os.environ.get("CLSP_FUZZ", "0")) or 600
+    check_mutants(10_000, count)
