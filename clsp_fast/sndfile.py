@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,15 +43,13 @@ def open_stream(data: str | bytes | bytearray | memoryview) -> Iterator[SoundFil
     """
     import soundfile
 
-    with Path(data).open("rb") if isinstance(data, str) else io.BytesIO(data) as file:
+    with _open_file(data) as file:
         head = file.read(4096)
         file.seek(0)
-        # A descriptor rather than a path: libsndfile then judges by content and not by the file's name.
-        source: Any = file.fileno() if isinstance(data, str) else file
         try:
             with (
-                _pipe(file) if _is_bare_mp3(head) else contextlib.nullcontext(source) as opened,
-                _stream_class()(opened, closefd=False) as stream,
+                _pipe(file) if _is_bare_mp3(head) else contextlib.nullcontext(file.fileno()) as descriptor,
+                _stream_class()(descriptor, closefd=False) as stream,
             ):
                 yield stream
         except soundfile.LibsndfileError as error:
@@ -87,6 +85,21 @@ def read_mono(
     except soundfile.LibsndfileError as error:
         problem = str(error.error_string)
     return np.concatenate(blocks), position, problem
+
+
+def _open_file(data: str | bytes | bytearray | memoryview) -> IO[bytes]:
+    """A file with a descriptor: libsndfile then judges by content, not by a name, and needs no callbacks."""
+    if isinstance(data, str):
+        return Path(data).open("rb", buffering=0)
+    if hasattr(os, "memfd_create"):
+        file: IO[bytes] = os.fdopen(os.memfd_create("clsp_fast"), "w+b", buffering=0)
+    else:
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
+    file.seek(0)
+    return file
 
 
 def check_magic(head: bytes) -> None:
