@@ -166,7 +166,8 @@ class Bypass(nn.Module):
         scale: Tensor = self.bypass_scale
         if self.training and self.skip_rate > 0:
             scale = scale * (torch.rand(len(x_NTC), 1, 1, device=scale.device) >= self.skip_rate)
-        return original_NTC.lerp(x_NTC, scale.to(x_NTC.dtype))
+        dtype = original_NTC.dtype  # autocast may have given the two different ones
+        return original_NTC.lerp(x_NTC.to(dtype), scale.to(dtype))
 
 
 class ZipformerLayer(nn.Module):
@@ -246,7 +247,7 @@ class Downsample(nn.Module):
         if missing:
             x = torch.cat([x, x[:, -1:].expand(clips, missing, channels)], dim=1)
         groups_NT1C = x.reshape(clips, -1, factor, channels)
-        return (groups_NT1C * self.bias.softmax(0).to(x.dtype)[:, None]).sum(dim=2)
+        return (groups_NT1C * self.bias.softmax(0).to(x.dtype)[:, None]).sum(dim=2, dtype=x.dtype)
 
 
 class DownsampledStack(nn.Module):

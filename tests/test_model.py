@@ -91,6 +91,22 @@ def test_parameter_gradients_match_the_recorded_ones_in_float64(
     assert checked == len([k for k in truth if k.startswith("statistics.")]) - 2
 
 
+def test_autocast_trains_every_parameter_and_stays_close(recorded: tuple[CLSP, dict[str, Tensor]]) -> None:
+    model, io = recorded
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(*inputs(io), padding="batch")
+    for got, name in ((output.audio, "audio_embedding"), (output.text, "text_embedding")):
+        assert got.dtype == torch.float32
+        assert float(F.cosine_similarity(got, io[f"main.out.{name}"]).min().detach()) >= 0.9995
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model.train()(*inputs(io))
+    (output.logit_scale * output.audio @ output.text.T).trace().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert bool(parameter.grad.isfinite().all()), name
+
+
 def count(module: torch.nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.state_dict().values())
 

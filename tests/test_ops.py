@@ -89,6 +89,13 @@ def test_statistics_of_a_single_frame_have_finite_gradients() -> None:
     assert bool((x.grad[0, 1:] == 0).all())
 
 
+def test_statistics_keep_their_digits_under_autocast() -> None:
+    x = torch.randn(2, 50, 4) * 0.01 + 3
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = pool_statistics(x, torch.tensor([50, 31]))
+    torch.testing.assert_close(pooled, pool_statistics(x, torch.tensor([50, 31])))
+
+
 def test_ragged_marks_a_group_as_padding_by_its_first_frame() -> None:
     ragged = make_ragged(torch.tensor([7, 1, 6]), 7, alone=True).every(3)
     assert ragged.lengths_N.tolist() == [3, 1, 2]
