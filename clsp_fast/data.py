@@ -319,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     try:
-        count = tyro.extras.subcommand_cli_from_dict({"validate": validate}, args=arguments)
+        count = tyro.extras.subcommand_cli_from_dict(
+            {"validate": validate}, args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
+        )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"clsp_fast.data: {error}")
     sys.exit(1 if count else 0)
