@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -27,6 +25,11 @@ UNKNOWN_LENGTH = 1 << 62
 _BLOCK_SAMPLES = 1 << 18
 _MAGIC = (b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"RIFX", b"RF64", b"caff", b"riff", b"NIST")
 _MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
+_MP3_RATES_HZ = (44100, 48000, 32000)
+_MP3_KBPS = (  # MPEG-2 and 2.5, MPEG-1
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
 
 
 class DecodeError(Exception):
@@ -44,13 +47,10 @@ def open_stream(data: str | bytes | bytearray | memoryview) -> Iterator[SoundFil
     import soundfile
 
     with _open_file(data) as file:
-        head = file.read(4096)
+        check_magic(file.read(16))
         file.seek(0)
         try:
-            with (
-                _pipe(file) if _is_bare_mp3(head) else contextlib.nullcontext(file.fileno()) as descriptor,
-                _stream_class()(descriptor, closefd=False) as stream,
-            ):
+            with _with_length(file) as complete, _stream_class()(complete.fileno(), closefd=False) as stream:
                 yield stream
         except soundfile.LibsndfileError as error:
             raise DecodeError(f"cannot be decoded: {error.error_string}") from error
@@ -118,28 +118,57 @@ def _is_mpeg(head: bytes) -> bool:
     return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
 
 
-def _is_bare_mp3(head: bytes) -> bool:
-    """An MP3 file without a frame that states its length."""
-    check_magic(head)
-    return (_is_mpeg(head) or head.startswith(b"ID3")) and not any(tag in head for tag in _MP3_LENGTH_TAGS)
-
-
 @contextlib.contextmanager
-def _pipe(file: IO[bytes]) -> Iterator[int]:
-    """A descriptor that cannot seek: otherwise libsndfile guesses a bare MP3's length and stops there."""
-    reader, writer = os.pipe()
+def _with_length(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The file, or for an MP3 file that does not state its length a copy that does.
 
-    def feed() -> None:
-        with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "wb") as sink:
-            shutil.copyfileobj(file, sink)
+    From such files libsndfile stops at a guess, which is far off where the bit rate varies.
+    """
+    first = _mp3_start(file)
+    file.seek(first)
+    head = file.read(2048)
+    file.seek(0)
+    if not _mp3_frame_bytes(head) or any(tag in head for tag in _MP3_LENGTH_TAGS):
+        yield file
+        return
+    audio = file.read()[first:]
+    with _open_file(_mp3_length_frame(audio) + audio) as complete:
+        yield complete
 
-    thread = threading.Thread(target=feed, daemon=True)
-    thread.start()
-    try:
-        yield reader
-    finally:
-        os.close(reader)
-        thread.join()
+
+def _mp3_start(file: IO[bytes]) -> int:
+    """Where the audio begins: behind an ID3v2 tag, if there is one."""
+    head = file.read(10)
+    if len(head) < 10 or not head.startswith(b"ID3"):
+        return 0
+    return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+
+
+def _mp3_frame_bytes(head: bytes) -> int:
+    """Length of the layer III frame that begins like this; 0 if none does (ISO 11172-3, 2.4.2.3)."""
+    if len(head) < 4 or not _is_mpeg(head):
+        return 0
+    version, layer, rate, kbps = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 2 & 3, head[2] >> 4
+    if version == 1 or layer != 1 or rate == 3 or kbps in (0, 15):
+        return 0
+    bits_per_s = 1000 * _MP3_KBPS[version == 3][kbps]
+    rate_hz = _MP3_RATES_HZ[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    return (144 if version == 3 else 72) * bits_per_s // rate_hz + (head[2] >> 1 & 1)
+
+
+def _mp3_length_frame(audio: bytes) -> bytes:
+    """A frame that states how many frames follow, as encoders write it (the Xing header)."""
+    frames, at = 0, 0
+    while at < len(audio):
+        size = _mp3_frame_bytes(audio[at : at + 4])
+        frames += at + size <= len(audio) if size else 0
+        at = at + size if size else audio.find(b"\xff", at + 1) % (len(audio) + 1)  # -1 becomes the end
+    # The first frame's header with bit rate 9 (room enough), no padding and no checksum.
+    head = bytes([0xFF, audio[1] | 1, 9 << 4 | audio[2] & 0x0C, audio[3]])
+    mpeg1, mono = head[1] >> 3 & 3 == 3, head[3] >> 6 == 3
+    side_bytes = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
+    body = head + bytes(side_bytes) + b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big")
+    return body.ljust(_mp3_frame_bytes(head), b"\0")
 
 
 @functools.lru_cache(maxsize=1)
