@@ -78,7 +78,8 @@ template <int L>
 CLSP_INLINE void put_sample(Workspace<L>& w, int i, const typename Workspace<L>::V& x) {
   // Half the window: power_spectrum() returns |2 X|^2.
   const float window = 0.5f * kPoveyWindow[i];
-  (i % 2 ? w.odd : w.even)[i / 2] = x * window - w.mean * window;
+  auto* const half = i % 2 ? w.odd : w.even;
+  half[i / 2] = x * window - w.mean * window;
 }
 
 // Turns L rows, one a frame, into columns, one a sample. Frame l + 1 starts 160 samples after frame
