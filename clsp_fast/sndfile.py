@@ -69,6 +69,7 @@ def read_mono(
 
     buffer = np.empty((max(1, _BLOCK_SAMPLES // stream.channels), stream.channels), np.float32)
     blocks = [np.empty(0, np.float32)]
+    mean = channel is None and stream.channels > 1
     position, last, problem = 0, first + count, ""
     try:
         # MP3 seeks are not exact, and without a length there are none.
@@ -81,7 +82,7 @@ def read_mono(
             kept = block[max(first - position, 0) :]
             position += len(block)
             with np.errstate(all="ignore"):  # what is not finite is the caller's to refuse
-                blocks.append(kept.mean(axis=1) if channel is None else kept[:, channel].copy())
+                blocks.append(kept.mean(axis=1) if mean else kept[:, channel or 0].copy())
     except soundfile.LibsndfileError as error:
         problem = str(error.error_string)
     return np.concatenate(blocks), position, problem

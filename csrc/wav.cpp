@@ -161,7 +161,11 @@ constexpr std::array<float, 256> kAlawTable = alaw_table(), kMulawTable = mulaw_
 template <class T>
 T load_as(const std::uint8_t* p) {
   T value;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
   std::memcpy(&value, p, sizeof value);
+#else
+  std::reverse_copy(p, p + sizeof value, reinterpret_cast<std::uint8_t*>(&value));
+#endif
   return value;
 }
 
@@ -174,7 +178,7 @@ float sample_at(const std::uint8_t* p) {
 }
 template <>
 float sample_at<SampleFormat::kS16>(const std::uint8_t* p) {
-  return static_cast<float>(static_cast<std::int16_t>(little_endian(p, 2))) / 32768.0f;
+  return static_cast<float>(load_as<std::int16_t>(p)) / 32768.0f;
 }
 template <>
 float sample_at<SampleFormat::kS24>(const std::uint8_t* p) {
@@ -182,7 +186,7 @@ float sample_at<SampleFormat::kS24>(const std::uint8_t* p) {
 }
 template <>
 float sample_at<SampleFormat::kS32>(const std::uint8_t* p) {
-  return static_cast<float>(static_cast<std::int32_t>(little_endian(p, 4))) / 2147483648.0f;
+  return static_cast<float>(load_as<std::int32_t>(p)) / 2147483648.0f;
 }
 template <>
 float sample_at<SampleFormat::kF32>(const std::uint8_t* p) {
