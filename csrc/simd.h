@@ -12,8 +12,7 @@
 #if defined(__x86_64__)
 #define CLSP_X86 1
 #define CLSP_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define CLSP_TARGET_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define CLSP_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
 
 namespace clsp {
@@ -70,10 +69,22 @@ CLSP_INLINE To bits_of(const From& from) {
   return to;
 }
 
-template <class V, int... Q>
-CLSP_INLINE auto sum_of_halves(const V& v, std::integer_sequence<int, Q...>) {
-  constexpr int kHalf = kLanesOf<V> / 2;
-  return __builtin_shufflevector(v, v, Q...) + __builtin_shufflevector(v, v, (Q + kHalf)...);
+// Lanes I... of a followed by b.
+template <int... I, class V>
+CLSP_INLINE V shuffle(const V& a, const V& b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, typename Lanes<kLanesOf<V>>::Int{I...});
+#endif
+}
+
+template <class V>
+CLSP_INLINE auto sum_of_halves(const V& v) {
+  typename Lanes<kLanesOf<V> / 2>::Float halves[2];
+  static_assert(sizeof halves == sizeof v);
+  __builtin_memcpy(halves, &v, sizeof v);
+  return halves[0] + halves[1];
 }
 
 template <class V>
@@ -81,14 +92,14 @@ CLSP_INLINE float horizontal_sum(const V& v) {
   if constexpr (kLanesOf<V> == 2) {
     return v[0] + v[1];
   } else {
-    return horizontal_sum(sum_of_halves(v, std::make_integer_sequence<int, kLanesOf<V> / 2>{}));
+    return horizontal_sum(sum_of_halves(v));
   }
 }
 
 // {a[1], ..., a[L-1], b[0]}: lane l takes what lane l + 1 holds.
 template <class V, int... Q>
 CLSP_INLINE V next_lane(const V& a, const V& b, std::integer_sequence<int, Q...>) {
-  return __builtin_shufflevector(a, b, (Q + 1)...);
+  return shuffle<(Q + 1)...>(a, b);
 }
 
 template <class V>
@@ -100,8 +111,8 @@ CLSP_INLINE V next_lane(const V& a, float last) {
 template <int S, class V, int... Q>
 CLSP_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, Q...>) {
   constexpr int L = kLanesOf<V>;
-  const V low = __builtin_shufflevector(a, b, ((Q & S) ? L + Q - S : Q)...);
-  const V high = __builtin_shufflevector(a, b, ((Q & S) ? L + Q : Q + S)...);
+  const V low = shuffle<((Q & S) ? L + Q - S : Q)...>(a, b);
+  const V high = shuffle<((Q & S) ? L + Q : Q + S)...>(a, b);
   a = low;
   b = high;
 }
