@@ -184,6 +184,8 @@ class ModelConfig:
     audio_pooling: Literal["mean", "statistics"] = "mean"
     """"mean" over time (the paper), or "statistics" of the tower's output and of the log-mel: mean,
     deviation, change from frame to frame, change from half to half."""
+    running_norm: bool = False
+    """Standardise pooled vectors by running statistics before the projection heads: starts small models faster."""
     dropout: float = 0.1
     """Dropout of the speech tower's feed-forward modules, its front and the heads, while training."""
     regularize: bool = True
@@ -275,6 +277,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
         joint_dim=128,
         embed_channels=(64,),
         audio_pooling="statistics",
+        running_norm=True,
         dropout=0.0,
         regularize=False,
         text=TextConfig(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clsp_fast import folder, roberta, zipformer
 from clsp_fast.config import ModelConfig
-from clsp_fast.ops import frames_after, make_ragged, pool, pool_statistics
+from clsp_fast.ops import RunningNorm, frames_after, make_ragged, pool, pool_statistics
 from clsp_fast.subsampling import make_front, standardise
 from clsp_fast.tokenizer import Tokenizer
 
@@ -81,10 +81,13 @@ class CLSP(nn.Module):
         pooled = config.audio_dim
         if config.audio_pooling == "statistics":
             pooled = 4 * (config.audio_dim + config.feature_dim)
+        width = config.text.hidden_size
+        self.audio_norm = RunningNorm(pooled) if config.running_norm else nn.Identity()
+        self.text_norm = RunningNorm(width) if config.running_norm else nn.Identity()
         self.audio_projection = _projection(pooled, config.joint_dim)
         self.audio_transform = Transform(config.joint_dim, config.dropout)
         self.text_encoder = roberta.Roberta(config.text)
-        self.text_projection = _projection(config.text.hidden_size, config.joint_dim)
+        self.text_projection = _projection(width, config.joint_dim)
         self.text_transform = Transform(config.joint_dim, config.dropout)
         # The reference saves the logarithm under the name that the public property below has: hence no
         # setattr.
@@ -104,6 +107,11 @@ class CLSP(nn.Module):
     def logit_scale(self) -> Tensor:
         """The multiplier of the cosines: exp of the learned parameter, a scalar tensor."""
         return self.log_logit_scale.exp()
+
+    @property
+    def running_norms(self) -> list[RunningNorm]:
+        """The running norms, if the configuration has them; who trains the model calls their `absorb`."""
+        return [module for module in self.modules() if isinstance(module, RunningNorm)]
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +159,7 @@ class CLSP(nn.Module):
             x = standardise(features.to(self.device, self.dtype))
             parts = (pool_statistics(hidden_BTC, hidden_lengths), pool_statistics(x, lengths.to(self.device)))
             pooled = torch.cat(parts, dim=1)
-        return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
+        return _unit_norm(self.audio_transform(self.audio_projection(self.audio_norm(pooled))))
 
     def encode_frames(
         self, features: Tensor, lengths: Tensor, *, padding: Padding = "alone"
@@ -210,7 +218,7 @@ class CLSP(nn.Module):
             token_ids, attention_mask = token_ids[:, :longest], attention_mask[:, :longest]
         device = self.device
         hidden = self.text_encoder(token_ids.to(device), attention_mask.to(device))
-        return _unit_norm(self.text_transform(self.text_projection(hidden)))
+        return _unit_norm(self.text_transform(self.text_projection(self.text_norm(hidden))))
 
     def _check_tokens(self, token_ids: Tensor, attention_mask: Tensor) -> None:
         text = self.config.text

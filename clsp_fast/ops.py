@@ -111,6 +111,45 @@ class BiasNorm(nn.Module):
         return cast(Tensor, _BiasNorm.apply(x, self.bias, self.log_scale))  # type: ignore[no-untyped-call]
 
 
+class RunningNorm(nn.Module):
+    """Shifts and scales each channel by the mean and deviation over earlier batches.
+
+    Unlike batch normalisation it makes no embedding depend on its batch, and gives what it gives at inference.
+    Without it, pooled vectors that share a large constant start as one narrow cone of embeddings, which
+    contrastive training needs hundreds of steps to leave.
+
+    While training, `forward` notes the batch's moments in `seen` (2, C); `absorb` takes them up.
+    """
+
+    mean: Tensor
+    power: Tensor
+    batches: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("power", torch.ones(channels))
+        self.register_buffer("batches", torch.tensor(0.0))
+        self.seen: Tensor | None = None
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        if self.training:
+            wide = x_NC.detach().to(self.mean.dtype)
+            self.seen = torch.stack([wide.mean(0), wide.square().mean(0)])
+        deviation = (self.power - self.mean.square()).clamp(min=1e-6).sqrt()
+        return (x_NC - self.mean) / deviation
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Takes the noted moments into the running ones: their average at first, the last 50 batches later."""
+        if self.seen is not None:
+            self.batches += 1
+            weight = (1 / self.batches).clamp(min=0.02)
+            self.mean.lerp_(self.seen[0], weight)
+            self.power.lerp_(self.seen[1], weight)
+            self.seen = None
+
+
 def pool(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
     """Mean (N, C) over each clip's own frames."""
     return _means(x_NTC, [(torch.zeros_like(lengths_N), lengths_N)])[:, 0]

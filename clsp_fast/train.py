@@ -55,18 +55,21 @@ class Meter:
     clips: int = 0
     waited_s: float = 0.0
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, batch: Batch, loss: float, waited_s: float) -> None:
+    def add(self, batch: Batch, loss: float, norm: float, waited_s: float) -> None:
         self.seconds += batch.seconds
         self.clips += len(batch.ids)
         self.waited_s += waited_s
         self.losses.append(loss)
+        self.norms.append(norm)
 
     def figures(self, world: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.started
         return {
             "loss": sum(self.losses) / max(1, len(self.losses)),
+            "gradient_norm": sum(self.norms) / max(1, len(self.norms)),
             "step_s": elapsed / max(1, len(self.losses)),
             "audio_s_per_s": world * self.seconds / elapsed,
             "clips_per_s": world * self.clips / elapsed,
@@ -134,11 +137,12 @@ def fit(
                 optimizer.step()
                 with torch.no_grad():
                     model.log_logit_scale.clamp_(0.0, math.log(config.max_logit_scale))
+                absorb_statistics(model, place)
                 bad_steps = 0
             else:
                 bad_steps = count_bad_step(bad_steps, batch, loss.item(), norm, config, log)
             optimizer.zero_grad()
-            meter.add(batch, loss.item(), waited_s)
+            meter.add(batch, loss.item(), norm, waited_s)
             done = step + 1
             if done % config.log_every == 0 or done == total:
                 progress(log, meter, output, batch, step, total, loader, optimizer, place)
@@ -175,6 +179,14 @@ def clip_gradients(model: CLSP, place: Place, most: float) -> float:
     parameters = [p for p in model.parameters() if p.grad is not None]
     place.average([p.grad for p in parameters if p.grad is not None])
     return float(torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True))
+
+
+def absorb_statistics(model: CLSP, place: Place) -> None:
+    """Takes up the batch's moments, averaged over the ranks, so that all ranks keep the same ones."""
+    norms = model.running_norms
+    place.average([norm.seen for norm in norms if norm.seen is not None])
+    for norm in norms:
+        norm.absorb()
 
 
 def count_bad_step(
