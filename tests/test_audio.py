@@ -101,7 +101,7 @@ def test_five_channels_are_averaged() -> None:
         ("MP3", None),
         ("AIFF", "PCM_16"),
         ("AU", "FLOAT"),
-        ("CAF", "PCM_24"),
+        ("CAF", "PCM_24"),  # codespell:ignore caf
         ("W64", "PCM_16"),
         ("RF64", "PCM_16"),
     ],

@@ -254,7 +254,7 @@ SEEDS = [
     encode(3000, "MP3"),
     encode(3000, "AIFF", "FLOAT"),
     encode(3000, "AU", "DOUBLE"),
-    encode(3000, "CAF", "PCM_16", channels=2),
+    encode(3000, "CAF", "PCM_16", channels=2),  # codespell:ignore caf
     encode(3000, "W64", "FLOAT"),
     encode(3000, "RF64", "PCM_16"),
 ]
