@@ -114,9 +114,9 @@ class BiasNorm(nn.Module):
 class RunningNorm(nn.Module):
     """Shifts and scales each channel by the mean and deviation over earlier batches.
 
-    Unlike batch normalisation it makes no embedding depend on its batch, and gives what it gives at inference.
-    Without it, pooled vectors that share a large constant start as one narrow cone of embeddings, which
-    contrastive training needs hundreds of steps to leave.
+    Unlike batch normalisation it makes no embedding depend on its batch, and gives what it gives at
+    inference. Without it, pooled vectors that share a large constant start as one narrow cone of embeddings,
+    which contrastive training needs hundreds of steps to leave.
 
     While training, `forward` notes the batch's moments in `seen` (2, C); `absorb` takes them up.
     """
@@ -136,12 +136,14 @@ class RunningNorm(nn.Module):
         if self.training:
             wide = x_NC.detach().to(self.mean.dtype)
             self.seen = torch.stack([wide.mean(0), wide.square().mean(0)])
-        deviation = (self.power - self.mean.square()).clamp(min=1e-6).sqrt()
-        return (x_NC - self.mean) / deviation
+        # The floor keeps rounding out of channels that hardly vary.
+        variance = torch.maximum(self.power - self.mean.square(), 1e-4 * self.power + 1e-6)
+        return (x_NC - self.mean) * variance.rsqrt()
 
     @torch.no_grad()
     def absorb(self) -> None:
-        """Takes the noted moments into the running ones: their average at first, the last 50 batches later."""
+        """Takes the noted moments into the running ones: their average at first, the last 50 batches
+        later."""
         if self.seen is not None:
             self.batches += 1
             weight = (1 / self.batches).clamp(min=0.02)

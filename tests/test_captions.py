@@ -1,4 +1,5 @@
-"""Caption sampling of the two stages: what is drawn, how often, and what happens when captions are missing."""
+"""Caption sampling of the two stages: what is drawn, how often, and what happens when captions are
+missing."""
 
 from __future__ import annotations
 

@@ -374,21 +374,22 @@ def test_two_ranks_train_like_one(folder: Path, tmp_path: Path) -> None:
     plain = dataclasses.replace(MODEL, dropout=0.0, regularize=False)
     text = dataclasses.replace(plain.text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     plain = dataclasses.replace(plain, text=text)
-    runs = {}
+    runs, slow = {}, OptimConfig(lr=1e-4, stage2_lr=1e-4)
     for world in (1, 2):
         runs[world] = tmp_path / f"run{world}"
         data = {"batch_clips": 8 // world, "buckets": 1, "augment": 0.0}
-        made = config(folder, runs[world], data=data, model=plain)
+        made = config(folder, runs[world], data=data, model=plain, optim=slow)
         path = tmp_path / f"{world}.json"
         path.write_text(json.dumps(made.to_dict()))
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
         command = [*launch, "-m", "clsp_fast.train", str(path)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
     records = [[r for r in log.read(runs[w] / "log.jsonl") if r["kind"] == "train"] for w in (1, 2)]
     for alone, together in zip(*records, strict=True):
         # Adam turns rounding into steps, so only the first step is the same to rounding.
-        tolerance = 1e-6 if alone["step"] == 0 else 5e-2
+        tolerance = 1e-6 if alone["step"] == 0 else 2e-2
         for figure in ("loss", "gradient_norm"):
             assert together[figure] == pytest.approx(alone[figure], rel=tolerance), (alone["step"], figure)
     one, two = weights(runs[1]), weights(runs[2])
