@@ -30,10 +30,10 @@ ALLOWED = {
     "roberta": {"config", "ops"},
     "tokenizer": set(),
     "folder": {"config", "tokenizer"},
+    "batches": {"audio", "features"},
     "model": {
-        "audio",
+        "batches",
         "config",
-        "features",
         "folder",
         "ops",
         "roberta",
