@@ -49,10 +49,13 @@ class Transform(nn.Module):
         return self.sequential(x)  # type: ignore[no-any-return]
 
 
-def _projection(channels_in: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(channels_in, channels_out), nn.ReLU(), nn.Linear(channels_out, channels_out)
-    )
+def _head(channels: int, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """Projection and transform of one tower."""
+    joint = config.joint_dim
+    if config.heads == "linear":
+        return nn.Sequential(RunningNorm(channels), nn.Linear(channels, joint)), nn.Identity()
+    projection = nn.Sequential(nn.Linear(channels, joint), nn.ReLU(), nn.Linear(joint, joint))
+    return projection, Transform(joint, config.dropout)
 
 
 class CLSP(nn.Module):
@@ -80,14 +83,9 @@ class CLSP(nn.Module):
         pooled = config.audio_dim
         if config.audio_pooling == "statistics":
             pooled = 4 * (config.audio_dim + config.feature_dim)
-        width = config.text.hidden_size
-        self.audio_norm = RunningNorm(pooled) if config.running_norm else nn.Identity()
-        self.text_norm = RunningNorm(width) if config.running_norm else nn.Identity()
-        self.audio_projection = _projection(pooled, config.joint_dim)
-        self.audio_transform = Transform(config.joint_dim, config.dropout)
+        self.audio_projection, self.audio_transform = _head(pooled, config)
         self.text_encoder = roberta.Roberta(config.text)
-        self.text_projection = _projection(width, config.joint_dim)
-        self.text_transform = Transform(config.joint_dim, config.dropout)
+        self.text_projection, self.text_transform = _head(config.text.hidden_size, config)
         # The reference saves the logarithm under the name that the public property below has: hence no
         # setattr.
         self._parameters["logit_scale"] = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -158,7 +156,7 @@ class CLSP(nn.Module):
             x = standardise(features.to(self.device, self.dtype))
             parts = (pool_statistics(hidden_BTC, hidden_lengths), pool_statistics(x, lengths.to(self.device)))
             pooled = torch.cat(parts, dim=1)
-        return _unit_norm(self.audio_transform(self.audio_projection(self.audio_norm(pooled))))
+        return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def encode_frames(
         self, features: Tensor, lengths: Tensor, *, padding: Padding = "alone"
@@ -217,7 +215,7 @@ class CLSP(nn.Module):
             token_ids, attention_mask = token_ids[:, :longest], attention_mask[:, :longest]
         device = self.device
         hidden = self.text_encoder(token_ids.to(device), attention_mask.to(device))
-        return _unit_norm(self.text_transform(self.text_projection(self.text_norm(hidden))))
+        return _unit_norm(self.text_transform(self.text_projection(hidden)))
 
     def _check_tokens(self, token_ids: Tensor, attention_mask: Tensor) -> None:
         text = self.config.text
