@@ -25,6 +25,10 @@ from torch import Tensor
 _TENSOR_FILES = ("model.safetensors", "optim.safetensors")
 
 
+class FolderInUse(RuntimeError):
+    """Another process holds the folder."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A training state.
@@ -59,6 +63,9 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _flush(folder)
+    # Later steps than this one are damaged, or of a run that was taken up again before them.
+    for old in [path for path in _folders(folder) if _step(path) > checkpoint.step]:
+        shutil.rmtree(old)
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
@@ -91,23 +98,33 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Holds the folder for one process.
 
     Raises:
-        RuntimeError: another process holds it.
+        FolderInUse: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(
+            raise FolderInUse(
                 f"{folder} is in use by another training process; choose another --run"
             ) from None
         yield
 
 
+def exists(folder: Path) -> bool:
+    """Whether there is any checkpoint, damaged or not."""
+    return bool(_folders(folder))
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all; several processes may write the same file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
     temporary.replace(path)
 
@@ -115,7 +132,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _load(folder: Path) -> Checkpoint:

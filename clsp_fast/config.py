@@ -125,7 +125,8 @@ class OptimConfig:
         for name in ("warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
         require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", "in [0, 1]", self.final_lr_share)
-        require(all(is_rate(beta) for beta in self.betas), "optim.betas", "two rates in [0, 1)", self.betas)
+        two = len(self.betas) == 2 and all(is_rate(beta) for beta in self.betas)
+        require(two, "optim.betas", "two rates in [0, 1)", self.betas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "max_bad_steps"):
             require(is_positive(getattr(self, name)), name, "a positive integer", getattr(self, name))
-        for name in ("stage1_steps", "stage2_steps"):
+        for name in ("stage1_steps", "stage2_steps", "seed"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         steps = self.stage1_steps + self.stage2_steps
         require(steps > 0, "stage1_steps + stage2_steps", "positive", steps)

@@ -6,6 +6,7 @@ python -m clsp_fast.convert reference --checkpoint epoch-1.pt --out model/ [--co
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -126,7 +127,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Tensors of a .safetensors or .pt file; the latter with weights_only=True: no code in it runs."""
     if path.suffix == ".safetensors":
         return dict(load_file(path))
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    # icefall stores its whole parameter set beside the weights, paths included.
+    with torch.serialization.safe_globals([pathlib.PosixPath, pathlib.WindowsPath]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
     return dict(content)

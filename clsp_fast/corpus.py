@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from clsp_fast import demo, evaluation, manifest
+from clsp_fast import checkpoint, demo, evaluation, manifest
 from clsp_fast.config import TrainConfig
 from clsp_fast.data import DataError, usable
 from clsp_fast.manifest import Clip, Manifest
@@ -59,12 +59,11 @@ class Corpus:
         for name in ("validation", "test"):
             path: Path | None = getattr(config.data, name)
             if path is not None:
-                clips, left_out = usable(_read(path, config).clips, config.data)
-                sets[name] = clips
+                sets[name], _, left_out = usable(_read(path, config).clips, config.data)
+                if not sets[name]:
+                    raise DataError(f"--data.{name} {path}: all clips are left out: {dict(left_out)}")
                 if left_out:
-                    print(
-                        f"{path}: {sum(left_out.values())} clips left out: {dict(left_out)}", file=sys.stderr
-                    )
+                    print(f"{path}: clips left out: {dict(left_out)}", file=sys.stderr)
         tasks = evaluation.read_tasks(config.data.zeroshot) if config.data.zeroshot else {}
         final = {name: clips for name, clips in sets.items() if name == "test" or "test" not in sets}
         return cls(
@@ -120,9 +119,9 @@ def _read(path: Path, config: TrainConfig) -> Manifest:
 
 
 def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
-    """The tokenizer of the run folder, of `data.tokenizer`, or a new one trained on the captions."""
+    """That of a run that has begun, of `data.tokenizer` or `init`, or a new one trained on the captions."""
     kept = config.run / "tokenizer.json"
-    if kept.exists():
+    if kept.exists() and checkpoint.exists(config.run / "checkpoints"):
         return Tokenizer.from_file(kept)
     size = config.model.text.vocab_size
     if config.data.tokenizer is not None:
@@ -139,7 +138,7 @@ def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
     if tokenizer.vocab_size > size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower only {size} rows")
     config.run.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(kept)
+    checkpoint.write_text(kept, tokenizer.to_json())
     return tokenizer
 
 

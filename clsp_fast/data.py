@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from clsp_fast import captions as caption_sampling
 from clsp_fast import manifest as manifests
-from clsp_fast.audio import AudioLimits, Segment
+from clsp_fast.audio import AudioLimits, Segment, default_num_threads
 from clsp_fast.augment import augment
 from clsp_fast.config import DataConfig
 from clsp_fast.features import PADDING_VALUE, FbankConfig, extract_files
@@ -79,7 +78,7 @@ class ClipFeatures:
         self.bad: dict[str, str] = {}
         self._fbank = FbankConfig(tail=config.tail)
         self._limits = AudioLimits(min_s=_MIN_CLIP_S, max_s=config.max_seconds + 1)
-        self._threads = config.threads or os.cpu_count() or 1
+        self._threads = config.threads or default_num_threads()
         # With tail="zero" a clip's last frame depends on its batch, so it cannot be kept.
         self._room = config.cache_mb << 20 if config.tail == "reflect" else 0
         self._kept: dict[str, Tensor] = {}
@@ -145,7 +144,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.clips, self.left_out = usable(clips, config)
+        self.clips, seconds, self.left_out = usable(clips, config)
         if len(self.clips) < world:
             raise DataError(
                 f"{len(self.clips)} usable clips for {world} ranks; left out: {dict(self.left_out)}"
@@ -154,7 +153,7 @@ class Loader:
         self._stage1_steps, self._rank = stage1_steps, rank
         self._features = ClipFeatures(config)
         self.plan = BatchPlan(
-            durations_s=np.array([clip.duration_s or config.max_seconds for clip in self.clips]),
+            durations_s=np.array(seconds),
             batch_seconds=config.batch_seconds,
             batch_clips=config.batch_clips,
             buckets=config.buckets,
@@ -213,6 +212,7 @@ class Loader:
     def _read(self, step: int) -> tuple[list[Clip], list[Tensor]]:
         """Clips and features of a step; an unreadable clip gives its place to another, or leaves it empty."""
         ids = self.plan.batch(step, self._rank).tolist()
+        taken = {int(i) for rank in range(self.plan.world) for i in self.plan.batch(step, rank)}
         features = self._features.read([self.clips[i] for i in ids])
         for slot, planned in enumerate(list(ids)):
             for attempt in range(_SPARE_ATTEMPTS):
@@ -220,7 +220,8 @@ class Loader:
                     break
                 self._check_bad()
                 spare = self.plan.spare(step, self._rank, planned, attempt)
-                if spare not in ids:
+                if spare not in taken:
+                    taken.add(spare)
                     ids[slot] = spare
                     features[slot] = self._features.read([self.clips[spare]])[0]
         good = [
@@ -231,7 +232,10 @@ class Loader:
         return [clip for clip, _ in good], [values for _, values in good]
 
     def _check_bad(self) -> None:
-        if len(self.bad) > max(_FORGIVEN_CLIPS, self._config.max_bad_share * len(self.clips)):
+        # Each rank meets its share of the clips only.
+        if len(self.bad) * self.plan.world > max(
+            _FORGIVEN_CLIPS, self._config.max_bad_share * len(self.clips)
+        ):
             raise DataError(
                 f"{len(self.bad)} of {len(self.clips)} clips cannot be read, over data.max_bad_share "
                 f"{self._config.max_bad_share}; {self._bad_list()}"
@@ -249,38 +253,46 @@ def segment(clip: Clip) -> Segment:
     return Segment(clip.audio, start_s=clip.start_s, duration_s=clip.duration_s, channel=clip.channel)
 
 
-def usable(clips: Sequence[Clip], config: DataConfig) -> tuple[list[Clip], Counter[str]]:
-    """The clips within the duration limits, and how many were left out by reason.
+def usable(clips: Sequence[Clip], config: DataConfig) -> tuple[list[Clip], list[float], Counter[str]]:
+    """The clips within the duration limits, their seconds for planning, and how many were left out by reason.
 
-    Durations that the manifest does not state are read from the files' headers; a header that does not tell
-    is left to the decoder.
+    Durations that the manifest does not state are taken from the files' headers, for planning alone: a header
+    may be wrong, and what is read is the whole file. A header that does not tell counts as data.max_seconds.
     """
-    with ThreadPoolExecutor(config.threads or os.cpu_count() or 1) as pool:
-        probed = list(pool.map(_with_duration, clips))
+    with ThreadPoolExecutor(config.threads or default_num_threads()) as pool:
+        probed = list(pool.map(lambda clip: _seconds(clip, config), clips))
     kept: list[Clip] = []
+    seconds: list[float] = []
     left_out: Counter[str] = Counter()
-    for clip in probed:
-        seconds = clip.duration_s
-        if seconds is not None and seconds < config.min_seconds:
+    for clip, length in zip(clips, probed, strict=True):
+        if length < config.min_seconds:
             left_out["too_short"] += 1
-        elif seconds is not None and seconds > config.max_seconds:
+        elif length > config.max_seconds:
             left_out["too_long"] += 1
         else:
             kept.append(clip)
-    return kept, left_out
+            seconds.append(length)
+    return kept, seconds, left_out
 
 
-def _with_duration(clip: Clip) -> Clip:
+def _seconds(clip: Clip, config: DataConfig) -> float:
     if clip.duration_s is not None:
-        return clip
+        return clip.duration_s
     import soundfile
 
+    path = Path(clip.audio)
+    if not path.is_file():  # the decoder names it; a pipe would block here
+        return config.max_seconds
     try:
-        header = soundfile.info(clip.audio)
-    except (soundfile.LibsndfileError, OSError):
-        return clip
-    seconds = header.frames / header.samplerate - clip.start_s
-    return replace(clip, duration_s=seconds) if 0 < seconds < _LONGEST_STATED_S else clip
+        # A descriptor rather than a path: libsndfile then judges by content and not by the file's name.
+        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as header:
+            seconds = float(header.frames / header.samplerate) - clip.start_s
+            estimated = bool(header.format == "MP3")
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError):
+        return config.max_seconds
+    if seconds > _LONGEST_STATED_S:
+        return config.max_seconds
+    return min(max(seconds, config.min_seconds), config.max_seconds) if estimated else seconds
 
 
 def _number(text: str) -> int:

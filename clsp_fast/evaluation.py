@@ -7,9 +7,11 @@ Shape suffixes: M clips, N captions, D joint dimension.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsp_fast import metrics, similarity
+from clsp_fast.config import DataConfig
+from clsp_fast.data import ClipFeatures, DataError
 from clsp_fast.manifest import Clip
+from clsp_fast.model import CLSP
 
 Tasks = Mapping[str, Mapping[str, Sequence[str]]]
 """Zero-shot tasks: tag -> label -> prompts."""
 EncodeText = Callable[[Sequence[str]], Tensor]
 
 _KS = (1, 5, 10)
+_EVALUATION_SECONDS = 120.0
 
 
 def caption_of(clip: Clip, kind: str) -> int | None:
@@ -69,6 +75,44 @@ def evaluate(
     return results
 
 
+def evaluate_clips(
+    model: CLSP, clips: Sequence[Clip], features: ClipFeatures, tasks: Tasks
+) -> dict[str, Any]:
+    """Figures of a set of clips; those that cannot be read are left out, and counted in `features.bad`."""
+    model.eval()
+    kept: list[Clip] = []
+    parts: list[Tensor] = []
+    ordered = sorted(clips, key=lambda clip: clip.duration_s or 0.0)
+    with torch.no_grad():
+        for chunk in _chunks(ordered):
+            read = [(c, f) for c, f in zip(chunk, features.read(chunk), strict=True) if f is not None]
+            if read:
+                kept += [clip for clip, _ in read]
+                lengths = torch.tensor([len(values) for _, values in read])
+                values = torch.nn.utils.rnn.pad_sequence([values for _, values in read], batch_first=True)
+                parts.append(model.encode_features(values.to(model.device), lengths).float().cpu())
+    if not parts:
+        raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
+    return evaluate(torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks)
+
+
+def _chunks(clips: Sequence[Clip]) -> Iterator[list[Clip]]:
+    """Clips in order of length, so many at a time that memory stays within bounds."""
+    chunk: list[Clip] = []
+    for clip in clips:
+        if chunk and (len(chunk) + 1) * (clip.duration_s or _EVALUATION_SECONDS) > _EVALUATION_SECONDS:
+            yield chunk
+            chunk = []
+        chunk.append(clip)
+    if chunk:
+        yield chunk
+
+
+def features_for(config: DataConfig) -> ClipFeatures:
+    """Features as at inference, whatever tail training uses."""
+    return ClipFeatures(dataclasses.replace(config, tail="reflect"))
+
+
 def retrieval_figures(audio_MD: Tensor, text_MD: Tensor, true_MM: Tensor | None) -> dict[str, Any]:
     """Retrieval with one caption a clip, both directions.
 
@@ -86,14 +130,13 @@ def retrieval_figures(audio_MD: Tensor, text_MD: Tensor, true_MM: Tensor | None)
     count = len(audio_MD)
     found = similarity.ranks(audio_MD, text_MD)
     figures: dict[str, Any] = {"n": count}
-    for direction, own, scores in (
-        ("audio_to_text", found.audio_to_text, audio_MD @ text_MD.T),
-        ("text_to_audio", found.text_to_audio, text_MD @ audio_MD.T),
-    ):
+    for direction, own in (("audio_to_text", found.audio_to_text), ("text_to_audio", found.text_to_audio)):
         way: dict[str, Any] = metrics.retrieval(own)
         way["chance"] = {f"R@{k}": min(1.0, k / count) for k in _KS}
         if true_MM is not None:
-            true = true_MM if direction == "audio_to_text" else true_MM.T
+            scores, true = audio_MD @ text_MD.T, true_MM
+            if direction == "text_to_audio":
+                scores, true = scores.T, true.T
             answers = true.sum(1)
             way["ceiling"] = {f"R@{k}": float((k / answers).clamp(max=1).mean()) for k in _KS}
             best = scores.topk(min(5, count), dim=1).indices
@@ -120,9 +163,7 @@ def zeroshot_figures(
         "accuracy": metrics.accuracy(predicted, labels),
         "uar": metrics.unweighted_average_recall(predicted, labels),
         "chance": 1 / len(names),
-        "majority": max(labels.count(name) for name in names) / len(labels)
-        if isinstance(labels, list)
-        else 0.0,
+        "majority": max(Counter(labels).values()) / len(labels),
     }
 
 
@@ -201,10 +242,14 @@ def _truth(clips: Sequence[Clip], chosen: Sequence[int], kind: str) -> Tensor | 
     if not all(claims):
         return None
     own = [rows[i] for rows, i in zip(claims, chosen, strict=True)]
-    holds = [
-        [all(clip.tags.get(tag) == value for tag, value in row.items()) for row in own] for clip in clips
-    ]
-    return torch.tensor(holds) | torch.eye(len(clips), dtype=torch.bool)
+    # Many captions claim the same, so each distinct claim is compared with the clips once.
+    columns: dict[frozenset[tuple[str, str]], Tensor] = {}
+    for row in own:
+        key = frozenset(row.items())
+        if key not in columns:
+            columns[key] = torch.tensor([key <= clip.tags.items() for clip in clips])
+    holds_MM = torch.stack([columns[frozenset(row.items())] for row in own], dim=1)
+    return holds_MM | torch.eye(len(clips), dtype=torch.bool)
 
 
 def _hit_chance(total: int, good: int, draws: int) -> float:

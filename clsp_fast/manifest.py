@@ -9,6 +9,7 @@ import difflib
 import gzip
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,9 @@ def read(path: Path | str) -> Manifest:
         except (ValueError, RecursionError) as error:
             problems.append(Problem(number, str(error)))
             continue
+        except (KeyError, TypeError, AttributeError, OverflowError, IndexError) as error:
+            problems.append(Problem(number, f"not of a manifest's form: {type(error).__name__}: {error}"))
+            continue
         seen[clip.id] = number
         clips.append(clip)
     if not clips:
@@ -115,11 +119,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise FileNotFoundError(f"manifest {path} does not exist or is not a file")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             for number, text in enumerate(file, 1):
                 if text.strip():
                     yield number, text
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"manifest {path} cannot be read: {error}") from error
 
 
@@ -134,7 +138,7 @@ def _clip(text: str, folder: Path, default_id: str) -> Clip:
     if "recording" in row or str(row.get("type", "")).endswith("Cut"):
         return _lhotse_clip(row, folder, default_id)
     audio = row.get("audio")
-    if not isinstance(audio, str) or not audio:
+    if not isinstance(audio, str) or not audio or not _is_text(audio):
         raise ValueError(f'"audio" must be a path{_nearest(row, "audio")}')
     captions = _captions(row)
     if not any(captions):
@@ -142,7 +146,7 @@ def _clip(text: str, folder: Path, default_id: str) -> Clip:
     tags = _tags(row.get("tags", {}))
     tags |= {key: str(row[key]) for key in ("speaker", "gender") if row.get(key) is not None}
     return Clip(
-        id=str(row.get("id", default_id)),
+        id=default_id if row.get("id") is None else str(row["id"]),
         audio=str(folder / audio),
         start_s=_seconds(row, "start_s", 0.0),
         duration_s=_seconds(row, "duration_s", None),
@@ -161,11 +165,15 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str) -> Clip:
         raise ValueError(
             f"a lhotse {kind} has no single recording; save the cuts as MonoCuts (cuts.trim_to_...)"
         )
-    recording = row.get("recording")
-    sources = recording.get("sources") if isinstance(recording, Mapping) else None
+    recording = row.get("recording") or {}
+    sources = recording.get("sources")
     if not sources or sources[0].get("type") != "file":
         raise ValueError('recording.sources[0] must be of type "file"')
     supervisions = row.get("supervisions") or [{}]
+    if recording.get("transforms"):
+        raise ValueError(
+            "recording.transforms is not supported: write the audio out first (CutSet.save_audios)"
+        )
     custom = dict(supervisions[0].get("custom") or {})
     captions = _captions(custom)
     text = supervisions[0].get("text")
@@ -178,7 +186,7 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str) -> Clip:
     tags |= {key: value for key, value in custom.items() if isinstance(value, str)}
     several = len(sources[0].get("channels") or [0]) > 1
     return Clip(
-        id=str(row.get("id", default_id)),
+        id=default_id if row.get("id") is None else str(row["id"]),
         audio=str(source if source.exists() else sources[0]["source"]),
         start_s=_seconds(row, "start", 0.0),
         duration_s=_seconds(row, "duration", None),
@@ -203,9 +211,16 @@ def _strings(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f'"{key}" must be a list of strings')
         if any(not v.strip() for v in values):
             raise ValueError(f'"{key}" holds an empty caption')
+        if not all(_is_text(v) for v in values):
+            raise ValueError(f'"{key}" holds half a surrogate pair, which is no text')
         if values:
             return tuple(v.strip() for v in values)
     return ()
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be encoded; JSON may hold half of an emoji."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _seconds(row: Mapping[str, Any], key: str, default: float | None) -> Any:

@@ -11,8 +11,9 @@ import platform
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,13 +49,15 @@ class Place:
             ValueError: the device does not exist.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        where = _device(device)
+        where = _device(device, world)
         if where.type == "cuda":
             torch.cuda.set_device(where)
         if world == 1:
             yield cls(0, 1, where, None)
             return
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        # Others wait while the first rank makes a corpus or validates: the default of ten minutes is too
+        # short.
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         try:
             yield cls(rank, world, where, dist.group.WORLD)
         finally:
@@ -86,6 +89,14 @@ class Place:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flag)
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in rank order; anything that can be pickled."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def average(self, tensors: list[Tensor]) -> None:
         """Replaces each tensor by its mean over the ranks: one collective for all of one dtype."""
         if self.group is None:
@@ -114,7 +125,7 @@ class Place:
         return name if self.world == 1 else f"{self.world} processes, {name}"
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, world: int) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -122,6 +133,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {name!r}') from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ValueError(f'device is {name!r}, but no CUDA device was found; use --device cpu or "auto"')
-    return device
+    if device.index is not None and world > 1:
+        raise ValueError(f'device must be "auto", "cpu" or "cuda" with several processes, got {name!r}')
+    return torch.device("cuda", local) if device.index is None else device

@@ -36,7 +36,8 @@ def save_report(run: Path) -> str:
         _validation_line(axes[0, 1], validation, kind, "R@10", colour, "-")
         _validation_line(axes[0, 1], validation, kind, "hit@5", colour, "--")
     for tag in sorted({tag for record in validation for tag in record["results"]["zeroshot"]}):
-        points = [(r["step"], r["results"]["zeroshot"][tag]["accuracy"]) for r in validation]
+        having = [r for r in validation if tag in r["results"]["zeroshot"]]
+        points = [(r["step"], r["results"]["zeroshot"][tag]["accuracy"]) for r in having]
         axes[1, 0].plot(*zip(*points, strict=True), marker=".", label=tag)
     for axis, title in (
         (axes[0, 1], "validation retrieval, mean of both ways"),

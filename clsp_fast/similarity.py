@@ -37,7 +37,7 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
 
     Raises:
-        ValueError: shapes or owners do not fit together.
+        ValueError: shapes or owners do not fit together, or a value is not finite.
     """
     m, n = len(audio_MD), len(text_ND)
     if audio_MD.ndim != 2 or text_ND.ndim != 2 or audio_MD.shape[1] != text_ND.shape[1]:
@@ -50,6 +50,8 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
     )
     if owner_N.shape != (n,) or (n and not 0 <= int(owner_N.min()) <= int(owner_N.max()) < m):
         raise ValueError(f"text_owner must hold {n} indices in 0..{m - 1}")
+    if not (bool(audio_MD.isfinite().all()) and bool(text_ND.isfinite().all())):
+        raise ValueError("audio_MD and text_ND must be finite: NaN compares as neither better nor worse")
     audio_order = torch.arange(m, device=audio_MD.device)
     return Ranks(
         _ranks_one_way(audio_MD, text_ND, audio_order, owner_N),

@@ -36,8 +36,6 @@ from clsp_fast.model import CLSP, ClspOutput
 from clsp_fast.place import Place
 from clsp_fast.report import save_report
 
-_EVALUATION_CLIPS = 64
-
 
 class Interrupted(Exception):
     """A signal asked the run to stop; the checkpoint has been written."""
@@ -90,9 +88,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     with Place.join(config.device) as place, place.exclusive(config.run):
         corpus = place.first_then_all(lambda: Corpus.open(config))
+        if place.first:
+            claim(config)
         model = build_model(config, corpus).to(place.device)
         optimizer = optim.build(model, config.optim)
         first_step, bad = resume(config, model, optimizer)
+        if len(set(place.gather(first_step))) > 1:
+            raise ValueError(
+                f"the ranks see different checkpoints: --run {config.run} must be a shared folder"
+            )
         log = RunLog(config.run, first_step=first_step, tensorboard=config.tensorboard, active=place.first)
         with log:
             log.say(opening(config, corpus, model, place, first_step))
@@ -121,8 +125,10 @@ def fit(
         world=place.world,
     )
     loader.bad.update(bad)
+    log.record("start", first_step, left_out=dict(loader.left_out))
+    log.say(f"{len(loader.clips)} clips; left out: {dict(loader.left_out) or 'none'}")
     total = config.stage1_steps + config.stage2_steps
-    validation = ClipFeatures(config.data)
+    validation = evaluation.features_for(config.data)
     meter, bad_steps = Meter(), 0
     with stop_signals() as stop:
         waiting = time.perf_counter()
@@ -138,23 +144,25 @@ def fit(
                 with torch.no_grad():
                     model.log_logit_scale.clamp_(0.0, math.log(config.max_logit_scale))
                 absorb_statistics(model, place)
+                meter.add(batch, loss.item(), norm, waited_s)
                 bad_steps = 0
             else:
-                bad_steps = count_bad_step(bad_steps, batch, loss.item(), norm, config, log)
+                bad_steps = count_bad_step(bad_steps, batch, loss.item(), norm, config, log, place)
             optimizer.zero_grad()
-            meter.add(batch, loss.item(), norm, waited_s)
-            done = step + 1
+            done, other_work = step + 1, time.perf_counter()
             if done % config.log_every == 0 or done == total:
-                progress(log, meter, output, batch, step, total, loader, optimizer, place)
-                meter = Meter()
+                bad = merge(place.gather(dict(loader.bad)))
+                progress(log, meter, output, step, total, bad, optimizer, place)
+                meter = Meter(started=other_work)
             if done % config.validate_every == 0 and done < total and place.first:
                 validate(log, model, corpus.validation, validation, corpus.tasks, step)
             stopping = place.any(bool(stop))
             if place.first and (done % config.save_every == 0 or done == total or stopping):
-                save(config, model, optimizer, done, loader.bad)
+                save(config, model, optimizer, done, merge([bad, dict(loader.bad)]))
             if stopping:
                 raise Interrupted(stop[0] if stop else signal.SIGTERM)
             waiting = time.perf_counter()
+            meter.started += waiting - other_work
 
 
 def forward(model: CLSP, batch: Batch, place: Place, precision: str) -> tuple[ClspOutput, Tensor]:
@@ -190,15 +198,16 @@ def absorb_statistics(model: CLSP, place: Place) -> None:
 
 
 def count_bad_step(
-    so_far: int, batch: Batch, loss: float, norm: float, config: TrainConfig, log: RunLog
+    so_far: int, batch: Batch, loss: float, norm: float, config: TrainConfig, log: RunLog, place: Place
 ) -> int:
     """Records a step that was not applied; FloatingPointError when there were too many in a row."""
-    log.record("bad_step", batch.step, loss=str(loss), norm=str(norm), clips=batch.ids)
+    clips = [clip for ids in place.gather(batch.ids) for clip in ids]
+    log.record("bad_step", batch.step, loss=str(loss), norm=str(norm), clips=clips)
     log.say(f"step {batch.step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl")
     if so_far + 1 >= config.max_bad_steps:
         raise FloatingPointError(
             f"{so_far + 1} steps in a row had a non-finite loss or gradient (last: step {batch.step}, "
-            f"clips {', '.join(batch.ids[:8])} ...); lower --optim.lr or look at these clips"
+            f"clips {', '.join(clips[:8])} ...); lower --optim.lr or look at these clips"
         )
     return so_far + 1
 
@@ -223,10 +232,10 @@ def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:
     return model
 
 
-def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, str]]:
-    """Takes up the newest checkpoint; returns the step to go on with and the clips known to be unreadable."""
+def claim(config: TrainConfig) -> None:
+    """Writes the run's config.json; ValueError if its folder holds a run with another model."""
     path = config.run / "config.json"
-    if path.exists():
+    if path.exists() and checkpoint.exists(config.run / "checkpoints"):
         before = TrainConfig.from_dict(json.loads(path.read_text()))
         for name in ("model", "seed", "init"):
             if getattr(before, name) != getattr(config, name):
@@ -236,6 +245,10 @@ def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -
         if before != config:
             warnings.warn(f"the configuration of {config.run} has changed since it was started", stacklevel=2)
     checkpoint.write_json(path, config.to_dict())
+
+
+def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, str]]:
+    """Takes up the newest checkpoint; returns the step to go on with and the clips known to be unreadable."""
     found = checkpoint.newest(config.run / "checkpoints")
     if found is None:
         return 0, {}
@@ -254,18 +267,24 @@ def save(
     checkpoint.save(config.run / "checkpoints", state, keep=config.keep_checkpoints)
 
 
+def merge(parts: Sequence[dict[str, str]]) -> dict[str, str]:
+    """One dictionary of all."""
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def progress(
     log: RunLog,
     meter: Meter,
     output: ClspOutput,
-    batch: Batch,
     step: int,
     total: int,
-    loader: Loader,
+    bad: dict[str, str],
     optimizer: torch.optim.Optimizer,
     place: Place,
 ) -> None:
-    """One log record and one line."""
+    """One log record and one line, unless no step was applied since the last."""
+    if not meter.losses:
+        return
     figures = meter.figures(place.world)
     with torch.no_grad():
         own = len(output.audio)
@@ -277,8 +296,8 @@ def progress(
         "peak_memory_mib": place.peak_memory_mib(),
         "eta_s": (total - step - 1) * figures["step_s"],
     }
-    skipped = Counter(loader.bad.values())
-    log.record("train", step, **figures, skipped=dict(skipped), left_out=dict(loader.left_out))
+    skipped = Counter(bad.values())
+    log.record("train", step, **figures, skipped=dict(skipped))
     rate = f"{figures['audio_s_per_s']:.0f} audio-s/s  {figures['clips_per_s']:.0f} clips/s"
     log.say(
         f"step {step + 1}/{total}  loss {figures['loss']:.3f}  R@1 {figures['batch_R@1']:.3f}  "
@@ -299,44 +318,24 @@ def validate(
     """Logs and prints the figures of the validation clips."""
     if not clips:
         return
-    results = evaluate(model, clips, features, tasks)
+    try:
+        results = evaluation.evaluate_clips(model, clips, features, tasks)
+    except (DataError, ValueError) as error:  # not worth the run
+        log.say(f"validation after step {step + 1} failed: {error}")
+        return
     log.record("validation", step, results=results)
     log.say(f"validation after step {step + 1}: {evaluation.summary(results)}")
-
-
-def evaluate(
-    model: CLSP, clips: Sequence[Clip], features: ClipFeatures, tasks: evaluation.Tasks
-) -> dict[str, Any]:
-    """Figures of a set of clips; those that cannot be read are left out, and counted in `features.bad`."""
-    model.eval()
-    kept: list[Clip] = []
-    parts: list[Tensor] = []
-    ordered = sorted(clips, key=lambda clip: clip.duration_s or 0.0)
-    with torch.no_grad():
-        for start in range(0, len(ordered), _EVALUATION_CLIPS):
-            chunk = ordered[start : start + _EVALUATION_CLIPS]
-            read = [(c, f) for c, f in zip(chunk, features.read(chunk), strict=True) if f is not None]
-            if read:
-                kept += [clip for clip, _ in read]
-                lengths = torch.tensor([len(values) for _, values in read])
-                values = torch.nn.utils.rnn.pad_sequence([values for _, values in read], batch_first=True)
-                parts.append(model.encode_features(values.to(model.device), lengths).float().cpu())
-    if not parts:
-        raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
-    return evaluation.evaluate(
-        torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks
-    )
 
 
 def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dict[str, Any]:
     """Evaluates the final model and leaves results.json, curves.png and model/ in the run folder."""
     results: dict[str, Any] = {}
-    features = ClipFeatures(config.data)
+    model.save_pretrained(config.run / "model")
+    features = evaluation.features_for(config.data)
     for name, clips in corpus.final_sets.items():
-        results[name] = evaluate(model, clips, features, corpus.tasks)
+        results[name] = evaluation.evaluate_clips(model, clips, features, corpus.tasks)
         log.say("\n" + evaluation.table(results[name], name) + "\n")
     checkpoint.write_json(config.run / "results.json", results)
-    model.save_pretrained(config.run / "model")
     log.say(save_report(config.run))
     log.say(f"model: {config.run / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")
     if corpus.is_demo:
@@ -416,9 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted as stop:
         print(f"clsp_fast.train: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (DataError, ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (DataError, ValueError, OSError, FloatingPointError, ImportError, checkpoint.FolderInUse) as error:
         sys.exit(f"clsp_fast.train: {error}")
 
 

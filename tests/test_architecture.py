@@ -47,7 +47,7 @@ ALLOWED = {
     "augment": set(),
     "data": {"audio", "augment", "captions", "config", "features", "manifest", "sampler"},
     "metrics": set(),
-    "evaluation": {"manifest", "metrics", "similarity"},
+    "evaluation": {"config", "data", "manifest", "metrics", "model", "similarity"},
     "log": set(),
     "optim": {"config"},
     "checkpoint": {"config"},
@@ -59,7 +59,7 @@ ALLOWED = {
     "demo_signal": set(),
     "demo_synth": {"demo_engines", "demo_signal", "demo_text"},
     "demo_text": set(),
-    "corpus": {"config", "data", "demo", "evaluation", "manifest", "tokenizer"},
+    "corpus": {"checkpoint", "config", "data", "demo", "evaluation", "manifest", "tokenizer"},
 }
 MODULES = sorted(path for path in PACKAGE.glob("*.py"))
 

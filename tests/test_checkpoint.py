@@ -77,6 +77,15 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm) -> None:
         assert_is(checkpoint.newest(tmp_path), 1)
 
 
+def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
+    for step in (1000, 2000):
+        _flip(checkpoint.save(tmp_path, make(step), keep=2))
+    written = checkpoint.save(tmp_path, make(500), keep=2)
+    assert written.exists()
+    assert_is(checkpoint.newest(tmp_path), 500)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000500"]
+
+
 def test_foreign_names_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".step-00000009.tmp").mkdir()
     (tmp_path / "step-best").mkdir()

@@ -84,7 +84,8 @@ def test_command_converts_a_file_to_a_folder(
 ) -> None:
     checkpoint = tmp_path / f"epoch-1{suffix}"
     if suffix == ".pt":
-        torch.save({"model": {f"module.{k}": v for k, v in weights.items()}, "epoch": 1}, checkpoint)
+        others = {"epoch": 1, "exp_dir": Path("exp")}  # icefall stores its whole parameter set
+        torch.save({"model": {f"module.{k}": v for k, v in weights.items()}, **others}, checkpoint)
     else:
         save_file(weights, checkpoint)
     Tokenizer.train(["a calm voice"] * 3, 270).save(tmp_path / "tokenizer.json")

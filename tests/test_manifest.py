@@ -76,6 +76,19 @@ BAD = [
     ({"type": "MixedCut", "id": "m", "tracks": []}, "MixedCut"),
     ({"type": "MonoCut", "recording": {"sources": [{"type": "url"}]}}, 'type "file"'),
     ({"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}]}}, "no captions"),
+    ({"type": "MonoCut", "recording": {"sources": {"type": "file"}}}, "form"),
+    (
+        {"type": "MonoCut", "recording": {"sources": [{"type": "file"}]}, "supervisions": [{"text": "a"}]},
+        "form",
+    ),
+    ({"type": "MonoCut", "recording": {"sources": ["a.wav"]}}, "form"),
+    (
+        {"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}], "transforms": [{}]}},
+        "transforms is not supported",
+    ),
+    ({"audio": "a.wav", "captions": ["half \ud83d"]}, "surrogate"),
+    ({"audio": "a\udc80.wav", "captions": ["x"]}, '"audio"'),
+    ('{"audio": "a.wav", "captions": ["x"], "start_s": ' + "9" * 400 + "}", ""),
     (GOOD, "was used in line 1 already"),
 ]
 
@@ -87,6 +100,17 @@ def test_a_bad_line_costs_only_itself_and_says_why(tmp_path: Path, row: object, 
     (problem,) = found.problems
     assert problem.line == 2
     assert message in problem.message
+
+
+def test_a_byte_order_mark_and_null_ids_are_fine(tmp_path: Path) -> None:
+    rows = [
+        {"id": None, "audio": "a.wav", "captions": ["x"]},
+        {"id": None, "audio": "b.wav", "captions": ["y"]},
+    ]
+    path = write(tmp_path, *rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = manifest.read(path)
+    assert [clip.id for clip in found.clips] == ["m-1", "m-2"]
 
 
 def test_a_file_without_clips_is_refused_by_name(tmp_path: Path) -> None:

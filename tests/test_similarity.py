@@ -42,6 +42,15 @@ def test_equal_embeddings_give_the_index_order() -> None:
     assert found.audio_to_text.tolist() == found.text_to_audio.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_nan_is_no_perfect_score() -> None:
+    for audio, text in (
+        (torch.full((2, 3), torch.nan), torch.ones(2, 3)),
+        (torch.ones(2, 3), torch.full((2, 3), torch.inf)),
+    ):
+        with pytest.raises(ValueError, match="must be finite"):
+            similarity.ranks(audio, text)
+
+
 def test_wrong_shapes_and_owners_are_refused() -> None:
     with pytest.raises(ValueError, match="same number of columns"):
         similarity.ranks(torch.ones(5, 3), torch.ones(5, 4))
