@@ -223,7 +223,7 @@ TRAIN_PRESETS: dict[str, TrainConfig] = {
     "tiny": TrainConfig(
         model=MODEL_PRESETS["tiny"],
         data=DataConfig(batch_clips=128, buckets=6, augment=1.0),
-        optim=OptimConfig(lr=2e-3, stage2_lr=1e-3, text_lr_scale=4.0, warmup_steps=50),
+        optim=OptimConfig(lr=2e-3, stage2_lr=1e-3, text_lr_scale=4.0, head_lr_scale=2.0, warmup_steps=50),
         stage1_steps=600,
         stage2_steps=500,
         validate_every=275,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,9 +155,17 @@ def reference(checkpoint: Path, out: Path, config: Path | None = None, tokenizer
     print(f"{out}: {len(report.matched)} tensors, {len(report.ignored)} ignored")
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
     import tyro
 
     app = tyro.extras.SubcommandApp()
     app.command(reference)
-    app.cli()
+    try:
+        app.cli(args=arguments, prog="python -m clsp_fast.convert")
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        sys.exit(f"clsp_fast.convert: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -109,3 +109,21 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Exception, match=r"(?i)weights"):
         convert.read_checkpoint(Path("bad.pt"))
     assert not Path("attack_ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reference", "--checkpoint", "nowhere.pt", "--out", "x"], "nowhere.pt"),
+        (["reference", "--checkpoint", "{text}", "--out", "x"], "clsp_fast.convert: "),
+        (["reference", "--out", "x"], "--checkpoint"),
+    ],
+)
+def test_the_command_names_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    words = [word.replace("{text}", str(tmp_path / "text.pt")) for word in arguments]
+    with pytest.raises(SystemExit) as stop:
+        convert.main(words)
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
