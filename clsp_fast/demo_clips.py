@@ -127,7 +127,7 @@ class _Speaker:
             cards = np.resize(self._rng.permutation(np.asarray(labels)), count)
             return [str(card) for card in self._rng.permutation(cards)]
 
-        qualities = deck(["normal"] * 7 + ["whisper"] * 2 + ["creaky"] * 2)
+        qualities = deck(["normal"] * 7 + ["whisper"] * 3 + ["creaky"] * 3)
         drawn = zip(
             deck(ATTRIBUTES["sex"]),
             deck(ATTRIBUTES["pitch"]),
