@@ -107,7 +107,7 @@ class ClipFeatures:
         size = values.numel() * values.element_size()
         if size <= self._room:
             self._room -= size
-            self._kept[clip_id] = values = values.clone()
+            self._kept[clip_id] = values = torch.from_numpy(values.numpy().copy())
         return values
 
 
@@ -185,9 +185,7 @@ class Loader:
         """The batch of one step."""
         clips, features = self._read(step)
         lengths_B = torch.tensor([len(values) for values in features])
-        features_BTF = torch.nn.utils.rnn.pad_sequence(
-            features, batch_first=True, padding_value=PADDING_VALUE
-        )
+        features_BTF = collate(features)
         seed = (self._seed, _STREAM_AUGMENT, step, self._rank)
         features_BTF = augment(features_BTF, lengths_B, strength=self._config.augment, seed=seed)
         texts = self._captions(clips, step)
@@ -246,6 +244,18 @@ class Loader:
         return (
             f"{dict(Counter(self.bad.values()))}: {', '.join(shown)}{', ...' if len(self.bad) > 20 else ''}"
         )
+
+
+def collate(features: Sequence[Tensor]) -> Tensor:
+    """Features (T, 128) of several clips, padded to the longest: float32 (B, T, 128).
+
+    In numpy, for the reason that augment.py gives.
+    """
+    longest = max(len(values) for values in features)
+    batch = np.full((len(features), longest, features[0].shape[1]), PADDING_VALUE, np.float32)
+    for row, values in zip(batch, features, strict=True):
+        row[: len(values)] = values.numpy()
+    return torch.from_numpy(batch)
 
 
 def segment(clip: Clip) -> Segment:
