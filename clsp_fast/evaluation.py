@@ -123,9 +123,9 @@ def retrieval_figures(audio_MD: Tensor, text_MD: Tensor, true_MM: Tensor | None)
 
     Returns:
         "n" and, for "audio_to_text" and "text_to_audio", the figures of `metrics.retrieval`, "chance" (R@k
-        of a random order) and, with `true_MM`, "ceiling" (expected R@k of a perfect model, which cannot
-        tell captions apart that are true of the same clips), "hit@5" (share of queries with a true answer
-        among the first five) and its "hit@5_chance".
+        of a random order) and, with `true_MM`, "ceiling" (expected R@k of a model that knows what is true of
+        what and guesses among several true answers), "hit@5" (share of queries with a true answer among the
+        first five) and its "hit@5_chance".
     """
     count = len(audio_MD)
     found = similarity.ranks(audio_MD, text_MD)
