@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* clsp_fast/* kernels/*)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test bench lint clean
+.PHONY: train test lint clean
 train: .venv/.train
 	$(BIN)/python -m clsp_fast.train $(ARGS)
 
