@@ -34,8 +34,7 @@ def augment(features_BTF: Tensor, lengths_B: Tensor, *, strength: float, seed: t
         features_BTF: float32 (B, T, F), natural-log mel energies.
         lengths_B: int64 (B,), valid frames.
         strength: scales the equaliser and the level; a clip gets noise with probability min(strength, 1)
-        and a
-            band limit with 0.3 times that. 0 returns the input.
+            and a band limit with 0.3 times that. 0 returns the input.
         seed: non-negative integers that determine every draw.
 
     Returns:

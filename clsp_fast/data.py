@@ -115,9 +115,7 @@ class Loader:
     """The batches of a training run.
 
     Args:
-        clips: training clips; those outside the duration limits, or whose header cannot be read, are left
-        out and
-            counted.
+        clips: training clips; those outside the duration limits are left out and counted.
         encode: captions to tokens.
         config: batches, buckets, augmentation, limits.
         seed: seed of the run.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clsp_fast import metrics, similarity
 from clsp_fast.config import DataConfig
-from clsp_fast.data import ClipFeatures, DataError
+from clsp_fast.data import ClipFeatures, DataError, collate
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP
 
@@ -30,7 +30,8 @@ Tasks = Mapping[str, Mapping[str, Sequence[str]]]
 EncodeText = Callable[[Sequence[str]], Tensor]
 
 _KS = (1, 5, 10)
-_EVALUATION_SECONDS = 120.0
+_CLIPS_READ = 256
+_FRAMES_AT_ONCE = 12_000
 
 
 def caption_of(clip: Clip, kind: str) -> int | None:
@@ -82,30 +83,31 @@ def evaluate_clips(
     model.eval()
     kept: list[Clip] = []
     parts: list[Tensor] = []
-    ordered = sorted(clips, key=lambda clip: clip.duration_s or 0.0)
     with torch.no_grad():
-        for chunk in _chunks(ordered):
+        for start in range(0, len(clips), _CLIPS_READ):
+            chunk = clips[start : start + _CLIPS_READ]
             read = [(c, f) for c, f in zip(chunk, features.read(chunk), strict=True) if f is not None]
-            if read:
-                kept += [clip for clip, _ in read]
-                lengths = torch.tensor([len(values) for _, values in read])
-                values = torch.nn.utils.rnn.pad_sequence([values for _, values in read], batch_first=True)
-                parts.append(model.encode_features(values.to(model.device), lengths).float().cpu())
+            read.sort(key=lambda pair: len(pair[1]))
+            for batch in _batches(read):
+                kept += [clip for clip, _ in batch]
+                lengths = torch.tensor([len(values) for _, values in batch])
+                values = collate([values for _, values in batch]).to(model.device)
+                parts.append(model.encode_features(values, lengths).float().cpu())
     if not parts:
         raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
     return evaluate(torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks)
 
 
-def _chunks(clips: Sequence[Clip]) -> Iterator[list[Clip]]:
-    """Clips in order of length, so many at a time that memory stays within bounds."""
-    chunk: list[Clip] = []
-    for clip in clips:
-        if chunk and (len(chunk) + 1) * (clip.duration_s or _EVALUATION_SECONDS) > _EVALUATION_SECONDS:
-            yield chunk
-            chunk = []
-        chunk.append(clip)
-    if chunk:
-        yield chunk
+def _batches(read: Sequence[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, Tensor]]]:
+    """Clips in order of length, so many at a time that their padded frames stay within bounds."""
+    batch: list[tuple[Clip, Tensor]] = []
+    for pair in read:
+        if batch and (len(batch) + 1) * len(pair[1]) > _FRAMES_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
 
 
 def features_for(config: DataConfig) -> ClipFeatures:

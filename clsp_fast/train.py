@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         DataError: the data cannot be trained on. ValueError: the run folder holds another model, or a file is
         not what its flag says. FloatingPointError: too many steps in a row were not finite. Interrupted: a
-        signal came; the state was saved. RuntimeError: another process uses the run folder.
+        signal came; the state was saved. checkpoint.FolderInUse: another process has the run folder.
     """
     with Place.join(config.device) as place, place.exclusive(config.run):
         corpus = place.first_then_all(lambda: Corpus.open(config))
@@ -412,6 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         train(config)
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        sys.exit(130)
     except Interrupted as stop:
         print(f"clsp_fast.train: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
