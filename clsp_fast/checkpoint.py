@@ -1,27 +1,34 @@
-"""Checkpoints that survive a crash at any instant: written aside, hashed, renamed.
+"""A run's place among processes, and its checkpoints that survive a crash at any instant.
 
 A checkpoint is a folder `step-<N>` with model.safetensors, optim.safetensors and state.json, which holds the
 SHA-256 of the other two. It is written as `.step-<N>.tmp`, flushed to the disk and renamed, so a folder of
-that name is either complete or recognisably damaged.
+that name is either complete or recognisably damaged. `Place` says which of the processes writes; every method
+of it is a no-op for a single process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import platform
+import resource
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+T = TypeVar("T")
 _TENSOR_FILES = ("model.safetensors", "optim.safetensors")
 
 
@@ -93,7 +100,7 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Holds the folder for one process.
 
@@ -163,3 +170,121 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of `world` processes.
+
+    Attributes:
+        rank: 0 .. world-1.
+        world: number of processes.
+        device: where the model of this process lives.
+        group: the process group; None for a single process.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    @contextlib.contextmanager
+    def join(cls, device: str = "auto") -> Iterator[Place]:
+        """The place of this process: torchrun's environment if there is one, otherwise a world of one.
+
+        Raises:
+            ValueError: the device does not exist.
+        """
+        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        where = _device(device, world)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        if world == 1:
+            yield cls(0, 1, where, None)
+            return
+        # Others wait while the first rank makes a corpus or validates: the default of ten minutes is too
+        # short.
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        try:
+            yield cls(rank, world, where, dist.group.WORLD)
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def exclusive(self, folder: Path) -> Iterator[None]:
+        """The first rank holds the folder for this run; RuntimeError if another run has it."""
+        with exclusive(folder) if self.first else contextlib.nullcontext():
+            yield
+
+    def first_then_all(self, make: Callable[[], T]) -> T:
+        """Runs `make` on the first rank, then on all others, which find what the first one wrote."""
+        made = make() if self.first else None
+        if self.group is not None:
+            dist.barrier(self.group)
+        return make() if made is None else made
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any rank."""
+        if self.group is None:
+            return here
+        flag = torch.tensor(int(here), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in rank order; anything that can be pickled."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces each tensor by its mean over the ranks: one collective for all of one dtype."""
+        if self.group is None:
+            return
+        for dtype in {tensor.dtype for tensor in tensors}:
+            own = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            dist.all_reduce(flat, group=self.group)
+            flat /= self.world
+            for tensor, mean in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def peak_memory_mib(self) -> float:
+        """Peak of the CUDA allocator, or of the process on a CPU, in MiB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+    def describe(self) -> str:
+        """For people."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"CPU, {torch.get_num_threads()} threads"
+        return name if self.world == 1 else f"{self.world} processes, {name}"
+
+
+def _device(name: str, world: int) -> torch.device:
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {name!r}') from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f'device is {name!r}, but no CUDA device was found; use --device cpu or "auto"')
+    if device.index is not None and world > 1:
+        raise ValueError(f'device must be "auto", "cpu" or "cuda" with several processes, got {name!r}')
+    return torch.device("cuda", local) if device.index is None else device

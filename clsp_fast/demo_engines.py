@@ -5,7 +5,7 @@
 | espeak | espeakng-loader ([demo-espeak]) | GPL-3+, never shipped | formant synthesis, many speakers    |
 | pico   | py-nanotts ([demo])             | Apache-2.0            | SVOX Pico, one woman per language   |
 | hibari | hibari-tts ([demo])             | Apache-2.0            | a neural US woman's voice           |
-| synth  | none                            | ours (`demo_synth`)   | source and filter, in numpy         |
+| synth  | none                            | ours                  | source and filter, in numpy         |
 
 A package is imported only when its engine is made. The espeak-ng engine is under the GPL: it is an extra
 of its own, loaded from its own wheel, and nothing of it is copied here. Voices that a package lacks,
@@ -26,12 +26,16 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from clsp_fast.demo_signal import (
+    HOP,
     SAMPLE_RATE_HZ,
     Signal,
     f0_statistics,
     f0_track,
+    pulses,
     resample,
+    resonances,
     scale_intonation,
+    shape,
     trim,
 )
 from clsp_fast.demo_text import Split, syllables
@@ -99,8 +103,6 @@ def package_version(name: str) -> str:
 def make(name: str, seed: int) -> Engine:
     """Load an engine. Raises whatever its package raises when it cannot run on this machine."""
     if name == "synth":
-        from clsp_fast.demo_synth import Synth
-
         return Synth()
     makers: dict[str, Callable[[], Engine]] = {"espeak": lambda: Espeak(seed), "pico": Pico, "hibari": Hibari}
     return makers[name]()
@@ -332,3 +334,98 @@ class Hibari:
             pieces.append(self._synthesise(harmonic, theta, noise, free, phase, f0, rng))
         x = np.concatenate(pieces).astype(np.float64)
         return resample(x, SAMPLE_RATE_HZ / self._RATE_HZ)
+
+
+_VOWELS = {
+    "a": (730, 1090, 2440), "e": (530, 1840, 2480), "i": (390, 1990, 2550), "o": (570, 840, 2410),
+    "u": (440, 1020, 2240), "y": (300, 2200, 2900), "ee": (270, 2290, 3010), "ea": (290, 2250, 2980),
+    "oo": (300, 870, 2240), "ou": (640, 1190, 2390), "ai": (500, 1900, 2500),
+}  # fmt: skip
+# consonant -> (three formants, amplitude of voice, amplitude of noise, its centre in Hz)
+_CONSONANTS = {
+    "m": (250, 1000, 2200, 0.35, 0.0, 0), "n": (250, 1500, 2500, 0.35, 0.0, 0),
+    "ng": (250, 1900, 2500, 0.3, 0.0, 0), "l": (360, 1100, 2700, 0.5, 0.0, 0),
+    "r": (420, 1250, 1650, 0.5, 0.0, 0), "w": (300, 700, 2200, 0.45, 0.0, 0),
+    "j": (300, 2200, 2900, 0.4, 0.1, 3000), "h": (500, 1500, 2500, 0.0, 0.25, 1500),
+    "s": (300, 1600, 2600, 0.0, 0.5, 5500), "z": (280, 1600, 2600, 0.2, 0.35, 5500),
+    "sh": (300, 1700, 2500, 0.0, 0.5, 3200), "ch": (300, 1700, 2500, 0.0, 0.5, 3500),
+    "f": (300, 1000, 2300, 0.0, 0.12, 6000), "v": (280, 1000, 2300, 0.25, 0.1, 5000),
+    "th": (280, 1400, 2500, 0.12, 0.12, 5500), "ck": (280, 1900, 2400, 0.0, 0.35, 2200),
+    "p": (280, 800, 2200, 0.0, 0.25, 1000), "b": (250, 800, 2200, 0.15, 0.15, 900),
+    "t": (280, 1700, 2600, 0.0, 0.35, 4500), "d": (250, 1700, 2600, 0.15, 0.2, 4000),
+    "k": (280, 1900, 2400, 0.0, 0.35, 2200), "c": (280, 1900, 2400, 0.0, 0.35, 2200),
+    "q": (280, 1900, 2400, 0.0, 0.35, 2200), "g": (250, 1900, 2400, 0.15, 0.2, 2200),
+    "x": (280, 1900, 2400, 0.0, 0.4, 5000),
+}  # fmt: skip
+_STOPS = frozenset("ptkbdgcq") | {"ck", "ch"}
+
+
+class Synth:
+    """Pulses and noise through four formants, frame by frame: rough speech, but free, with pitch, speed,
+    melody and length of the tract exactly under control.
+
+    Letters become phones by a few rules, phones become tracks of formants and amplitudes.
+    """
+
+    can_whisper = True
+    _FORMANTS: ClassVar[dict[Split, tuple[float, ...]]] = {
+        "train": (0.90, 0.93, 0.96, 0.99, 1.02, 1.05),
+        "validation": (0.945, 1.0),
+        "test": (0.915, 0.975, 1.035),
+    }
+
+    def voices(self, sex: str, split: Split) -> list[Voice]:
+        scale = 1.19 if sex == "female" else 1.0
+        return [Voice(f"{sex}-{i}", scale * factor) for i, factor in enumerate(self._FORMANTS[split])]
+
+    @staticmethod
+    def _phones(text: str) -> list[str]:
+        units = sorted({*_VOWELS, *_CONSONANTS}, key=len, reverse=True)
+        found: list[str] = []
+        for word in text.lower().replace(".", "").split():
+            rest = word[:-1] if word.endswith("e") and syllables(word) < syllables(word[:-1] + "a") else word
+            while rest:
+                unit = next((u for u in units if rest.startswith(u)), "")
+                if unit and unit not in found[-1:]:
+                    found.append(unit)
+                rest = rest[max(1, len(unit)) :]
+        return found
+
+    def _score(self, text: str, rate: float, voice: Voice) -> tuple[Signal, Signal, Signal, Signal]:
+        """Per frame: formants (T, 4) in Hz; amplitudes of voice and noise, centre of the noise (T,)."""
+        phones = self._phones(text)
+        weights = np.array([1.0 if p in _VOWELS else 0.42 for p in phones])
+        edges = np.round(np.append(0.0, np.cumsum(weights / weights.sum())) * 100 * syllables(text) / rate)
+        rows = np.zeros((max(1, int(edges[-1])), 6))
+        for phone, start, stop in zip(phones, edges[:-1].astype(int), edges[1:].astype(int), strict=True):
+            rows[start:stop] = (*_VOWELS[phone], 1.0, 0.0, 0) if phone in _VOWELS else _CONSONANTS[phone]
+            if phone in _STOPS:  # closure, then burst
+                rows[start : stop - max(1, (stop - start) // 2), 3:5] *= 0.05
+        kernel = np.hanning(7)[1:-1] / np.hanning(7)[1:-1].sum()
+        padded = np.pad(rows, ((2, 2), (0, 0)), mode="edge")
+        smooth = np.stack([np.convolve(padded[:, i], kernel, "valid") for i in range(5)], axis=1)
+        personal = np.random.default_rng(list(voice.name.encode())).uniform(0.95, 1.05, 4)
+        formants = np.column_stack([smooth[:, :3], np.full(len(rows), 3500.0)]) * personal * voice.formants
+        return formants, smooth[:, 3], smooth[:, 4], rows[:, 5]
+
+    def speak(self, text: str, voice: Voice, manner: Manner, rng: np.random.Generator) -> Signal:
+        formants, voiced, noisy, centre = self._score(text, manner.syllables_per_s, voice)
+        count = len(voiced)
+        knots = max(3, round(count / 100 * manner.syllables_per_s))
+        accents = np.interp(
+            np.linspace(0, knots - 1, count), np.arange(knots), rng.choice([-1.0, 1.0], knots)
+        )
+        spread = {"monotone": 0.2, "normal": 2.2, "lively": 5.5}[manner.liveliness]
+        f0 = manner.f0_hz * 2 ** (spread * (accents * 0.8 + np.linspace(0.7, -0.7, count)) / 12)
+        bandwidths = np.array([70.0, 100.0, 160.0, 280.0])
+        tract = resonances(formants, bandwidths)
+        frication = resonances(centre[:, None], np.array([1800.0]))
+        noise = rng.standard_normal(count * HOP)
+        z = np.exp(-1j * np.linspace(0, np.pi, 513))
+        hiss = noisy[:, None] * frication * (1 - 0.9 * z)
+        if manner.whisper:
+            return shape(noise, 0.1 * (hiss + 0.5 * voiced[:, None] * tract * (1 - 0.7 * z)))
+        glottis = (1 - z) / (1 - 0.94 * z) ** 2 / 4  # -6 dB an octave after radiation from the lips
+        breath = 0.01 * voiced[:, None] * tract
+        x = shape(pulses(f0, rng), voiced[:, None] * tract * glottis)
+        return 0.1 * (x + shape(noise, 0.3 * hiss + breath))

@@ -207,3 +207,29 @@ def scale_intonation(x: Signal, factor: float) -> Signal:
     times = np.append(0.0, np.cumsum(speed))
     wanted = times[: int(np.searchsorted(times, len(x) - 1))]
     return np.asarray(np.interp(wanted, np.arange(len(x)), x), np.float64)
+
+
+def resonances(formants: Signal, bandwidths: Signal) -> npt.NDArray[np.complex128]:
+    """Response (T, bins) of the product of two-pole resonators that are 1 at 0 Hz."""
+    z = np.exp(-1j * np.linspace(0, np.pi, 513))
+    radius = np.exp(-np.pi * bandwidths / SAMPLE_RATE_HZ)
+    a1 = -2 * radius * np.cos(2 * np.pi * formants / SAMPLE_RATE_HZ)
+    a2 = np.broadcast_to(radius**2, a1.shape)
+    response = np.ones((len(formants), 513), np.complex128)
+    for k in range(formants.shape[1]):
+        response *= (1 + a1[:, k] + a2[:, k])[:, None] / (1 + a1[:, k, None] * z + a2[:, k, None] * z * z)
+    return response
+
+
+def pulses(f0_T: Signal, rng: np.random.Generator) -> Signal:
+    """Unit-power pulse train that follows F0, with the small irregularity of a human voice."""
+    jitter = 1 + 0.01 * rng.standard_normal(len(f0_T))
+    f0 = np.interp(np.arange(len(f0_T) * HOP), np.arange(len(f0_T)) * HOP + HOP / 2, f0_T * jitter)
+    cycles = np.cumsum(f0 / SAMPLE_RATE_HZ)
+    (at,) = np.nonzero(np.diff(np.floor(cycles), prepend=0.0))
+    late = (cycles[at] % 1.0) / (f0[at] / SAMPLE_RATE_HZ)  # in samples, since the cycle began
+    height = np.sqrt(SAMPLE_RATE_HZ / f0[at]) * rng.uniform(0.93, 1.07, len(at))
+    train = np.zeros(len(f0) + 1)
+    train[at] += height * (1 - late)
+    train[np.maximum(at - 1, 0)] += height * late
+    return train[:-1]

@@ -22,8 +22,15 @@ from torch import Tensor, nn
 from clsp_fast import folder, roberta, zipformer
 from clsp_fast.batches import MIN_FRAMES, feature_batches
 from clsp_fast.config import ModelConfig
-from clsp_fast.ops import RunningNorm, frames_after, make_ragged, pool, pool_statistics
-from clsp_fast.subsampling import make_front, standardise
+from clsp_fast.ops import (
+    RunningNorm,
+    frames_after,
+    make_front,
+    make_ragged,
+    pool,
+    pool_statistics,
+    standardise,
+)
 from clsp_fast.tokenizer import Tokenizer
 
 Padding = Literal["alone", "batch"]

@@ -26,15 +26,14 @@ import torch
 from torch import Tensor
 
 from clsp_fast import checkpoint, evaluation, optim
+from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
 from clsp_fast.data import Batch, ClipFeatures, DataError, Loader
-from clsp_fast.log import RunLog
+from clsp_fast.log import RunLog, save_report
 from clsp_fast.loss import contrastive_loss
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP, ClspOutput
-from clsp_fast.place import Place
-from clsp_fast.report import save_report
 
 
 class Interrupted(Exception):

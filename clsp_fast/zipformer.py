@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast.config import ModelConfig, StackConfig
-from clsp_fast.ops import BiasNorm, Ragged, drop_channels, swoosh_l, swoosh_r
-from clsp_fast.subsampling import Conv1dSubsampling
+from clsp_fast.ops import BiasNorm, Conv1dSubsampling, Ragged, drop_channels, swoosh_l, swoosh_r
 
 # Where the recipe's schedules end; it trains with these from its first step.
 FEATURE_MASK_RATE = 0.125
