@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast import folder, roberta, zipformer
-from clsp_fast.batches import MIN_FRAMES, feature_batches
+from clsp_fast.audio import AudioError
+from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed
 from clsp_fast.config import ModelConfig
 from clsp_fast.ops import (
     RunningNorm,
@@ -247,6 +247,9 @@ class CLSP(nn.Module):
         *,
         sample_rate: int | None = None,
         batch_seconds: float = 120.0,
+        long_audio: LongAudio = "whole",
+        window_s: float = 30.0,
+        errors: dict[int, AudioError] | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Embed recordings, without gradient and in evaluation mode.
@@ -256,35 +259,33 @@ class CLSP(nn.Module):
                 (numpy arrays or tensors of shape (samples,)).
             sample_rate: rate of the waveforms in Hz; None: 16000. Files carry their own.
             batch_seconds: most seconds of audio, padding included, to go through the model at once: the bound
-                on its memory. A longer clip goes alone; clips beyond the 30 s of the paper's training are
-                accepted, and need memory that grows with their length squared.
+                on its memory. A longer clip goes alone.
+            long_audio: what is done with a clip longer than `window_s`. "whole": embed it as it is, which
+                needs memory that grows with its length squared; "window": the mean of the embeddings of its
+                windows of that length, weighted by their lengths and scaled to unit norm; "error": refuse it.
+            window_s: seconds; 30, as in the paper's training.
+            errors: a dictionary that takes the error of each recording that cannot be used, by position; its
+                row is NaN. None: the first one is raised.
             progress: show a counter on standard error.
 
         Returns:
-            (B, D) unit-norm embeddings in the order given, on the model's device.
+            (B, D) unit-norm embeddings in the order given, on the model's device. A clip's embedding depends
+            on no other clip: alone or in any batch it is the same up to rounding.
 
         Raises:
             TypeError: one path or waveform instead of a list, or recordings and waveforms mixed.
-            ValueError: a waveform with NaN or infinity.
-            clsp_fast.audio.AudioError: a recording that cannot be read or is too short.
+            ValueError: a waveform with NaN or infinity, an option that is none.
+            clsp_fast.audio.AudioError: a recording that cannot be read, is too short or, if asked, too long.
         """
         items = _as_list(audio, "audio")
-        embeddings = torch.zeros(len(items), self.config.joint_dim, device=self.device)
-        done = 0
+        batching = Batching(
+            sample_rate=sample_rate, batch_seconds=batch_seconds, long_audio=long_audio, window_s=window_s
+        )
         with self._evaluating():
-            for index, values, lengths in feature_batches(items, sample_rate, 100.0 * batch_seconds):
-                embedded = self.encode_features(values, lengths)
-                if not bool(embedded.isfinite().all()):
-                    bad = index[~embedded.isfinite().all(1).cpu()].tolist()
-                    raise ValueError(f"audio must be finite, got NaN or infinity from the clips {bad}")
-                embeddings = embeddings.to(embedded.dtype)
-                embeddings[index.to(self.device)] = embedded
-                done += len(index)
-                if progress:
-                    sys.stderr.write(f"\rencoded {done} of {len(items)} clips")
-        if progress:
-            sys.stderr.write("\n")
-        return embeddings
+            found = embed(self.encode_features, items, batching, errors=errors, progress=progress)
+        if found.shape[1] == 0:  # no recording was embedded
+            found = torch.full((len(items), self.config.joint_dim), torch.nan, device=self.device)
+        return found
 
     def encode_text(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Embed captions, without gradient and in evaluation mode.

@@ -31,6 +31,7 @@ ALLOWED = {
     "folder": {"config", "tokenizer"},
     "batches": {"audio", "features"},
     "model": {
+        "audio",
         "batches",
         "config",
         "folder",

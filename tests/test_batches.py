@@ -1,0 +1,128 @@
+"""Embedding many recordings: no dependence on the batch, windows of long ones, errors by recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+
+from clsp_fast import batches, features
+from clsp_fast.audio import AudioError, AudioErrorReason, Segment
+from clsp_fast.config import MODEL_PRESETS
+from clsp_fast.model import CLSP
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CLSP:
+    torch.manual_seed(1)
+    return CLSP(MODEL_PRESETS["tiny"]).eval()
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    envelope = 0.1 + 0.1 * np.sin(np.arange(int(seconds * 16000)) / (700 + 100 * seed))
+    return (envelope * rng.standard_normal(int(seconds * 16000))).astype(np.float32)
+
+
+def test_one_utterance_one_embedding_alone_or_in_any_batch(tiny: CLSP) -> None:
+    rng = np.random.default_rng(0)
+    clips = [noise(float(seconds), i) for i, seconds in enumerate(rng.uniform(0.1, 3.0, 16))]
+    for long_audio in ("whole", "window"):
+        alone = torch.cat([tiny.encode_audio([c], long_audio=long_audio, window_s=1.0) for c in clips])
+        worst = 0.0
+        for _ in range(100):
+            chosen = rng.permutation(len(clips))[: rng.integers(2, 9)]
+            together = tiny.encode_audio(
+                [clips[i] for i in chosen],
+                batch_seconds=float(rng.uniform(0.5, 12)),
+                long_audio=long_audio,
+                window_s=1.0,
+            )
+            worst = max(worst, float((together - alone[torch.from_numpy(chosen)]).abs().max()))
+        assert worst <= 1e-5
+
+
+def test_a_long_clip_is_the_weighted_mean_of_its_windows(tiny: CLSP) -> None:
+    clip = noise(2.6)
+    found = tiny.encode_audio([clip, noise(0.5)], long_audio="window", window_s=1.0)[0]
+    frames = features.extract(clip).values[0]
+    parts = [frames[:100], frames[100:200], frames[200:260]]
+    with torch.no_grad():
+        own = torch.cat([tiny.encode_features(x[None], torch.tensor([len(x)])) for x in parts])
+    expected = F.normalize(own.T @ torch.tensor([100.0, 100.0, 60.0]) / 260, dim=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    whole = tiny.encode_audio([clip])[0]
+    assert float((whole - found).abs().max()) > 1e-3
+
+
+def test_a_rest_too_short_for_a_window_joins_the_one_before(tiny: CLSP) -> None:
+    clip = noise(2.05)
+    found = tiny.encode_audio([clip], long_audio="window", window_s=1.0)[0]
+    frames = features.extract(clip).values[0]
+    with torch.no_grad():
+        own = torch.cat(
+            [tiny.encode_features(x[None], torch.tensor([len(x)])) for x in (frames[:100], frames[100:])]
+        )
+    expected = F.normalize(own.T @ torch.tensor([100.0, 105.0]), dim=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_long_clip_can_be_refused(tiny: CLSP) -> None:
+    assert tiny.encode_audio([noise(1.0)], long_audio="error", window_s=1.0).shape == (1, 128)
+    with pytest.raises(AudioError, match=r"audio\[1\]: is 1\.1 s long, over 1 s") as error:
+        tiny.encode_audio([noise(1.0), noise(1.1)], long_audio="error", window_s=1.0)
+    assert error.value.reason == AudioErrorReason.TOO_LONG
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"long_audio": "windows"}, "long_audio must be"),
+        ({"window_s": 0.5}, "window_s must be at least 1 second, got 0.5"),
+        ({"window_s": float("nan")}, "window_s must be"),
+        ({"batch_seconds": 0}, "batch_seconds must be positive, got 0"),
+    ],
+)
+def test_wrong_options_are_named(tiny: CLSP, option: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.encode_audio([noise(1.0)], **option)  # type: ignore[arg-type]
+
+
+def test_errors_are_kept_by_recording(tiny: CLSP, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(1.5), 16000)
+    soundfile.write(tmp_path / "short.wav", noise(0.05), 16000)
+    (tmp_path / "text.wav").write_text("no audio")
+    names = ["short.wav", "a.wav", "missing.wav", "text.wav", "a.wav"]
+    sources = [tmp_path / name for name in names[:4]] + [Segment(tmp_path / "a.wav", start_s=0.5)]
+    errors: dict[int, AudioError] = {}
+    found = tiny.encode_audio(sources, errors=errors, long_audio="error", window_s=1.2)
+    reasons = {i: str(error.reason) for i, error in sorted(errors.items())}
+    assert reasons == {0: "too_short", 1: "too_long", 2: "open", 3: "format"}
+    for i, error in errors.items():
+        assert error.path.endswith(names[i])
+    assert found[:4].isnan().all()
+    torch.testing.assert_close(found[4], tiny.encode_audio([sources[4]])[0])
+    waves = [noise(1.0), noise(1.0)[:79], np.full(16000, np.nan, np.float32)]
+    errors.clear()
+    found = tiny.encode_audio(waves, errors=errors)
+    assert {i: str(error.reason) for i, error in errors.items()} == {1: "too_short", 2: "non_finite"}
+    torch.testing.assert_close(found[0], tiny.encode_audio(waves[:1])[0])
+    assert tiny.encode_audio([tmp_path / "missing.wav"], errors={}).shape == (1, 128)
+
+
+def test_blocks_of_recordings_come_in_order_of_size(tiny: CLSP, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = [noise(0.2 + 0.1 * i, i) for i in range(9)]
+    together = tiny.encode_audio(clips)
+    sizes: list[int] = []
+    extract = features.extract
+    monkeypatch.setattr(features, "extract", lambda x, **kw: (sizes.append(len(x)), extract(x, **kw))[1])
+    blocks = batches._blocks
+    monkeypatch.setattr(batches, "_blocks", lambda items: blocks(items, 60_000))
+    torch.testing.assert_close(tiny.encode_audio(clips), together, atol=1e-5, rtol=0)
+    assert len(sizes) > 3
+    assert sum(sizes) == 9
+    assert sizes == sorted(sizes)
