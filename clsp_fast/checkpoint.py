@@ -113,7 +113,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderInUse(
-                f"{folder} is in use by another training process; choose another --run"
+                f"{folder} is in use by another process; wait for it, or choose another folder"
             ) from None
         yield
 

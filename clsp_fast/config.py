@@ -26,6 +26,7 @@ __all__ = [
     "MODEL_PRESETS",
     "TRAIN_PRESETS",
     "DataConfig",
+    "EncodeConfig",
     "ModelConfig",
     "OptimConfig",
     "StackConfig",
@@ -127,6 +128,37 @@ class OptimConfig:
         require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", "in [0, 1]", self.final_lr_share)
         two = len(self.betas) == 2 and all(is_rate(beta) for beta in self.betas)
         require(two, "optim.betas", "two rates in [0, 1)", self.betas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """A model, and how it embeds recordings: what every command that uses a trained model is told."""
+
+    model: str = "runs/demo/model"
+    """Folder of the model, or the name of a repository on the Hugging Face hub."""
+    device: str = "auto"
+    """"auto": the CUDA device of this rank if there is one, else the CPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic and weights of the towers."""
+    batch_seconds: float = 120.0
+    """Most seconds of audio, padding included, that go through the model at once."""
+    long_audio: Literal["whole", "window", "error"] = "window"
+    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
+    squared), average its windows, or refuse it."""
+    window_s: float = 30.0
+    """Length of a window in seconds."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_seconds > 0, "batch_seconds", "positive", self.batch_seconds)
+        require(self.window_s >= 1, "window_s", "at least 1 second", self.window_s)
+        require(self.precision in ("fp32", "bf16"), "precision", '"fp32" or "bf16"', self.precision)
+        known = self.long_audio in ("whole", "window", "error")
+        require(known, "long_audio", '"whole", "window" or "error"', self.long_audio)
+
+    @property
+    def batching(self) -> dict[str, Any]:
+        """What `CLSP.encode_audio` is told of it."""
+        return {name: getattr(self, name) for name in ("batch_seconds", "long_audio", "window_s")}
 
 
 @dataclass(frozen=True, kw_only=True)

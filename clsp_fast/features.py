@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +42,14 @@ class FbankConfig:
 
 
 CLSP_FBANK = FbankConfig()
+
+
+def identity(config: FbankConfig = CLSP_FBANK) -> str:
+    """SHA-256 of the settings that fix the values of the features."""
+    window = (WINDOW_SAMPLES, HOP_SAMPLES, "povey", "preemphasis 0.97")
+    mel = (NUM_MEL_BINS, "20 to 7600 Hz", "log power", _ENERGY_FLOOR)
+    settings = (SAMPLE_RATE_HZ, "sinc_interp_hann", window, mel, config.tail)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -126,15 +127,28 @@ def write(
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_json()
     for name, text in texts.items():
-        _replace(folder / name, lambda file, text=text: _write_text(file, text))  # type: ignore[misc]
-    _replace(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        replace_file(folder / name, lambda file, text=text: _write_text(file, text))  # type: ignore[misc]
+    replace_file(
+        folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"})
+    )
+
+
+def fingerprint(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> str:
+    """SHA-256 of a model: architecture, every tensor with its dtype, vocabulary."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(b"" if tokenizer is None else tokenizer.to_json().encode())
+    return digest.hexdigest()
 
 
 def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _replace(file: Path, write_to: Callable[[Path], None]) -> None:
+def replace_file(file: Path, write_to: Callable[[Path], None]) -> None:
     """Write a neighbour and rename it over `file`, so that a crash leaves the old content or the new."""
     neighbour = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:

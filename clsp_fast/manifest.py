@@ -9,12 +9,13 @@ import difflib
 import gzip
 import json
 import math
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from clsp_fast.captions import Captions
 
@@ -33,6 +34,24 @@ _KEYS = {
     "tags",
 }
 _GLOBAL_KEYS = ("global_captions", "short_captions")
+AUDIO_SUFFIXES = frozenset(
+    {
+        ".aif",
+        ".aiff",
+        ".au",
+        ".caf",
+        ".flac",
+        ".m4a",
+        ".mp3",
+        ".oga",
+        ".ogg",
+        ".opus",
+        ".rf64",
+        ".w64",
+        ".wav",
+    }
+)
+"""Files of a folder with these endings are taken for recordings."""
 _FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
 
 
@@ -79,12 +98,16 @@ class Manifest:
     problems: list[Problem]
 
 
-def read(path: Path | str) -> Manifest:
+def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
     """Reads a manifest: JSON lines of clips, or of lhotse MonoCuts, plain or gzipped.
 
     A bad line becomes a `Problem` and costs nothing but itself. Relative audio paths are relative to the
     manifest (those of lhotse cuts to the working directory, as lhotse has it, where no such file is beside
     the manifest).
+
+    Args:
+        path: the file.
+        need_captions: whether a line without captions is a problem.
 
     Raises:
         FileNotFoundError: no such file.
@@ -96,7 +119,7 @@ def read(path: Path | str) -> Manifest:
     seen: dict[str, int] = {}
     for number, text in _lines(path):
         try:
-            clip = _clip(text, path.parent, f"{path.stem}-{number}")
+            clip = _clip(text, path.parent, f"{path.stem}-{number}", need_captions)
             if clip.id in seen:
                 raise ValueError(f"id {clip.id!r} was used in line {seen[clip.id]} already")
         except (ValueError, RecursionError) as error:
@@ -113,6 +136,41 @@ def read(path: Path | str) -> Manifest:
     return Manifest(path, clips, problems)
 
 
+def sources(source: str, stream: TextIO = sys.stdin) -> tuple[list[Clip], list[Problem]]:
+    """Clips of whatever names recordings; captions are not needed.
+
+    Args:
+        source: a manifest (.jsonl, .jsonl.gz); a folder, searched for recordings at any depth, in order of
+            their paths; a recording; any other file: a list with one path a line; "-": such a list from
+            `stream`. Paths of a list are relative to the working directory, those of a manifest to it.
+        stream: standard input.
+
+    Returns:
+        The clips, and the lines of a manifest that gave none.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder. ValueError: it names no recording.
+    """
+    path = Path(source)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        found = read(path, need_captions=False)
+        return found.clips, found.problems
+    if source == "-":
+        names = [line.rstrip("\n") for line in stream if line.strip()]
+    elif path.is_dir():
+        names = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+    elif path.suffix.lower() in AUDIO_SUFFIXES:
+        names = [source]
+    elif path.is_file():
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+            names = [line.rstrip("\r\n") for line in file if line.strip()]
+    else:
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if not names:
+        raise ValueError(f"{source} names no recording")
+    return [Clip(name, name, 0.0, None, None, Captions((), ())) for name in names], []
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(1-based number, text) of each non-empty line."""
     if not path.is_file():
@@ -127,7 +185,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"manifest {path} cannot be read: {error}") from error
 
 
-def _clip(text: str, folder: Path, default_id: str) -> Clip:
+def _clip(text: str, folder: Path, default_id: str, need_captions: bool) -> Clip:
     """The clip of one line; ValueError says what is wrong with it."""
     try:
         row = json.loads(text)
@@ -136,12 +194,12 @@ def _clip(text: str, folder: Path, default_id: str) -> Clip:
     if not isinstance(row, dict):
         raise ValueError(f"a line must hold one JSON object, got {type(row).__name__}")
     if "recording" in row or str(row.get("type", "")).endswith("Cut"):
-        return _lhotse_clip(row, folder, default_id)
+        return _lhotse_clip(row, folder, default_id, need_captions)
     audio = row.get("audio")
     if not isinstance(audio, str) or not audio or not _is_text(audio):
         raise ValueError(f'"audio" must be a path{_nearest(row, "audio")}')
     captions = _captions(row)
-    if not any(captions):
+    if need_captions and not any(captions):
         raise ValueError(f"no captions{_nearest(row, 'finegrained_captions')}")
     tags = _tags(row.get("tags", {}))
     tags |= {key: str(row[key]) for key in ("speaker", "gender") if row.get(key) is not None}
@@ -157,7 +215,7 @@ def _clip(text: str, folder: Path, default_id: str) -> Clip:
     )
 
 
-def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str) -> Clip:
+def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_captions: bool) -> Clip:
     """A MonoCut line: recording.sources[0], start, duration, channel, captions in the supervision's
     custom."""
     kind = row.get("type", "MonoCut")
@@ -179,7 +237,7 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str) -> Clip:
     text = supervisions[0].get("text")
     if not captions.fine_captions and isinstance(text, str) and text.strip():
         captions = Captions(captions.global_captions, (text.strip(),))
-    if not any(captions):
+    if need_captions and not any(captions):
         raise ValueError("no captions in supervisions[0].custom or supervisions[0].text")
     source = folder / sources[0]["source"]
     tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}

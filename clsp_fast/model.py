@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clsp_fast import folder, roberta, zipformer
 from clsp_fast.audio import AudioError
 from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed
-from clsp_fast.config import ModelConfig
+from clsp_fast.config import EncodeConfig, ModelConfig
 from clsp_fast.ops import (
     RunningNorm,
     frames_after,
@@ -392,6 +392,12 @@ class CLSP(nn.Module):
         finally:
             for module in training:
                 module.training = True
+
+
+def load(config: EncodeConfig, device: torch.device) -> CLSP:
+    """The model that a command is told to use, on its device and in its precision."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return CLSP.from_pretrained(config.model, device=device, dtype=dtype)
 
 
 def _unit_norm(x_BD: Tensor) -> Tensor:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
+
+from clsp_fast.config import MODEL_PRESETS
+from clsp_fast.model import CLSP
+from clsp_fast.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -21,3 +27,29 @@ def _repeatable() -> None:
 def golden() -> Callable[[str], dict[str, torch.Tensor]]:
     """Loads tests/golden/<name>.safetensors."""
     return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tiny model, as `save_pretrained` writes it: what the commands are given."""
+    torch.manual_seed(1)
+    tokenizer = Tokenizer.train(["A calm, low-pitched male voice.", "She whispers, fast."] * 5, 300)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    CLSP(MODEL_PRESETS["tiny"], tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_clips() -> Callable[[Path, int], list[Path]]:
+    """Writes recordings of a fraction of a second, each with another noise, into a folder."""
+
+    def make(folder: Path, count: int) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        paths = [folder / f"{i:05d}.wav" for i in range(count)]
+        for path in paths:
+            samples = int(rng.integers(2400, 6400))
+            soundfile.write(path, rng.uniform(0.01, 0.3) * rng.standard_normal(samples), 16000)
+        return paths
+
+    return make

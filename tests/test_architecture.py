@@ -29,6 +29,7 @@ ALLOWED = {
     "roberta": {"config", "ops"},
     "tokenizer": set(),
     "folder": {"config", "tokenizer"},
+    "store": {"folder", "model_config"},
     "batches": {"audio", "features"},
     "model": {
         "audio",

@@ -1,0 +1,273 @@
+"""Embeddings of many recordings: `python -m clsp_fast.embed SOURCE FOLDER --model MODEL`.
+
+SOURCE is a manifest (.jsonl), a folder, a list with one path a line, or - for such a list on standard input.
+Killed at any moment, the same command goes on; under torchrun, the processes share the work. The exit code
+is 0 if every recording was embedded, 3 if some could not be: index.jsonl says which and why.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from clsp_fast import checkpoint, features, folder, manifest, store
+from clsp_fast.audio import AudioError
+from clsp_fast.checkpoint import FolderInUse, Place
+from clsp_fast.config import EncodeConfig
+from clsp_fast.data import segment
+from clsp_fast.log import INCOMPLETE, Progress
+from clsp_fast.manifest import Clip
+from clsp_fast.model import CLSP, load
+from clsp_fast.model_config import require
+from clsp_fast.store import EmbeddingHeader
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(EncodeConfig):
+    """What is embedded, and where to."""
+
+    source: str
+    """Manifest (.jsonl, .jsonl.gz), folder, list with one path a line, or - for standard input."""
+    out: Path
+    """Folder to write; one that an earlier run of the same command left unfinished is completed."""
+    shard_format: Literal["npy", "safetensors"] = "npy"
+    """Format of the shards."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """What the embeddings are stored as."""
+    shard_rows: int = 1024
+    """Recordings a shard; what a crash costs at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.shard_format in ("npy", "safetensors"),
+            "shard_format",
+            '"npy" or "safetensors"',
+            self.shard_format,
+        )
+        require(self.dtype in ("float32", "float16"), "dtype", '"float32" or "float16"', self.dtype)
+        require(1 <= self.shard_rows <= 2**20, "shard_rows", "in [1, 1048576]", self.shard_rows)
+
+
+class EmbedResult(NamedTuple):
+    """Recordings, how many of them failed by reason, and bad lines of the manifest."""
+
+    clips: int
+    failed: Counter[str]
+    problems: list[manifest.Problem]
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was named has an embedding."""
+        return not self.failed and not self.problems
+
+
+def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
+    """Embeds recordings into a folder; goes on where an earlier call stopped.
+
+    The folder is the same, bit for bit, however often the work was interrupted on a machine.
+
+    Args:
+        config: what, and where to.
+        model: the model, if it is loaded already; `config.model` is not read then.
+
+    Raises:
+        FileNotFoundError: no such model or source. ValueError: no recording, or the folder was begun with
+        another model, other settings or another list. FolderInUse: another process writes the folder.
+    """
+    with Place.join(config.device) as place:
+        require(
+            config.source != "-" or place.world == 1, "source", "a file or folder with several processes", "-"
+        )
+        clips, problems = manifest.sources(config.source)
+        model = load(config, place.device) if model is None else model
+        header = EmbeddingHeader(
+            model=folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
+            frontend=features.identity(),
+            dim=model.config.joint_dim,
+            dtype=config.dtype,
+            shard_rows=config.shard_rows,
+            shard_format=config.shard_format,
+            long_audio=config.long_audio,
+            window_s=float(config.window_s),
+        )
+        with place.exclusive(config.out):
+            job = _Job(config.out, header, clips, config.source)
+            todo = place.first_then_all(job.begin)
+            own = todo[place.rank :: place.world]
+            progress = Progress(
+                sum(len(job.clips_of(unit)) for unit in own), "recordings", active=place.first
+            )
+            for unit in own:
+                failed = job.run(unit, model, config)
+                progress.add(len(job.clips_of(unit)), failed)
+            place.gather(None)  # waits for the others
+            failures = job.finish() if place.first else Counter()
+            return EmbedResult(len(clips), place.gather(failures)[0], problems)
+
+
+def _record(clip: Clip) -> dict[str, Any]:
+    """A clip's line of the index, as far as it is known beforehand."""
+    record: dict[str, Any] = {"id": clip.id, "audio": clip.audio}
+    if clip.start_s:
+        record["start_s"] = clip.start_s
+    for key in ("duration_s", "channel"):
+        if getattr(clip, key) is not None:
+            record[key] = getattr(clip, key)
+    return record
+
+
+class _Job:
+    """The units of work: each gives one shard, and then its part of the index, which says that it is done."""
+
+    def __init__(self, out: Path, header: EmbeddingHeader, clips: list[Clip], source: str) -> None:
+        self._out, self._header, self._clips, self._source = out, header, clips, source
+        self._parts, self._index = out / ".parts", out / "index.jsonl"
+
+    def clips_of(self, unit: int) -> list[Clip]:
+        rows = self._header.shard_rows
+        return self._clips[unit * rows : (unit + 1) * rows]
+
+    def _part(self, unit: int) -> Path:
+        return self._parts / f"{unit:06d}.jsonl"
+
+    def begin(self) -> list[int]:
+        """Units that are left to do; ValueError if the folder was begun with anything else."""
+        units = range(-(-len(self._clips) // self._header.shard_rows))
+        before = self._index if self._index.exists() else self._parts / "header.jsonl"
+        if before.exists():
+            with before.open("rb") as file:
+                self._compare(before, file.readline(store.LONGEST_LINE))
+        self._parts.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(self._parts / "header.jsonl", self._header.to_line() + "\n")
+        if self._index.exists():
+            self._split_index()
+        return [unit for unit in units if not self._is_done(unit)]
+
+    def _compare(self, file: Path, line: bytes) -> None:
+        try:
+            old = EmbeddingHeader.from_line(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line 1: {error}") from error
+        for name in EmbeddingHeader.__dataclass_fields__:
+            was, now = getattr(old, name), getattr(self._header, name)
+            if was != now:
+                raise ValueError(f"{self._out} was begun with {name} {was}, not {now}; choose another folder")
+
+    def _split_index(self) -> None:
+        """Parts again from the index of a finished folder, whose list may have grown since."""
+        rows = self._header.shard_rows
+        with self._index.open("rb") as file:
+            file.readline()
+            unit = 0
+            while lines := [line for line in (file.readline() for _ in range(rows)) if line]:
+                if not self._part(unit).exists():
+                    checkpoint.write_text(self._part(unit), b"".join(lines).decode())
+                unit += 1
+
+    def _is_done(self, unit: int) -> bool:
+        part, wanted = self._part(unit), [_record(clip) for clip in self.clips_of(unit)]
+        if not part.exists():
+            return False
+        try:
+            shard = store.read_shard(self._header.shard(self._out, unit), self._header)
+            lines = part.read_text(encoding="utf-8").splitlines()
+            records = [store.check_record(store.parse_object(line), unit, len(shard)) for line in lines]
+        except (FileNotFoundError, ValueError):
+            return False  # made again
+        extra = {"shard", "row", "error", "detail"}
+        known = [{key: value for key, value in record.items() if key not in extra} for record in records]
+        for number, (was, now) in enumerate(zip(known, wanted, strict=False)):
+            if was != now:
+                at = unit * self._header.shard_rows + number + 1
+                raise ValueError(
+                    f"{self._out} was begun with another list: recording {at} was {was['audio']!r}, "
+                    f"is {now['audio']!r} in {self._source}; choose another folder"
+                )
+        if len(known) > len(wanted):
+            raise ValueError(
+                f"{self._out} was begun with a longer list than {self._source}; choose another folder"
+            )
+        return len(known) == len(wanted)
+
+    def run(self, unit: int, model: CLSP, config: EncodeConfig) -> int:
+        """Embeds the recordings of a unit; returns how many failed."""
+        clips, errors = self.clips_of(unit), dict[int, AudioError]()
+        embedded = model.encode_audio([segment(clip) for clip in clips], errors=errors, **config.batching)
+        good = [i for i in range(len(clips)) if i not in errors]
+        store.write_shard(
+            self._header.shard(self._out, unit),
+            embedded[good].cpu().to(getattr(torch, self._header.dtype)).numpy(),
+        )
+        rows = {i: row for row, i in enumerate(good)}
+        lines = []
+        for i, clip in enumerate(clips):
+            where: dict[str, Any] = (
+                {"shard": unit, "row": rows[i]}
+                if i in rows
+                else {"error": str(errors[i].reason), "detail": errors[i].detail}
+            )
+            lines.append(json.dumps(_record(clip) | where) + "\n")
+        checkpoint.write_text(self._part(unit), "".join(lines))
+        return len(errors)
+
+    def finish(self) -> Counter[str]:
+        """Joins the parts of the index and removes what killed runs left; returns the failures by reason."""
+        units = range(-(-len(self._clips) // self._header.shard_rows))
+        failures: Counter[str] = Counter()
+
+        def join(path: Path) -> None:
+            with path.open("wb") as file:
+                file.write(self._header.to_line().encode() + b"\n")
+                for unit in units:
+                    part = self._part(unit).read_bytes()
+                    file.write(part)
+                    failures.update(
+                        str(json.loads(line)["error"]) for line in part.splitlines() if b'"error": ' in line
+                    )
+
+        folder.replace_file(self._index, join)
+        shutil.rmtree(self._parts)
+        for left in self._out.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        return failures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    import tyro
+
+    config = tyro.cli(
+        EmbedConfig,
+        args=arguments,
+        prog="python -m clsp_fast.embed",
+        description=__doc__,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    try:
+        result = embed(config)
+    except (OSError, ValueError, FolderInUse) as error:
+        sys.exit(f"clsp_fast.embed: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    for problem in result.problems[:10]:
+        print(f"{config.source}, line {problem.line}: {problem.message}", file=sys.stderr)
+    failed = sum(result.failed.values())
+    print(f"{config.out}: {result.clips - failed} embeddings of {result.clips} recordings")
+    if not result.complete:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in result.failed.most_common())
+        bad = f"; {len(result.problems)} bad lines in {config.source}" if result.problems else ""
+        print(f'failed: {reasons or 0}; see "error" in {config.out / "index.jsonl"}{bad}', file=sys.stderr)
+        sys.exit(INCOMPLETE)
+
+
+if __name__ == "__main__":
+    main()
