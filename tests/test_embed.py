@@ -1,4 +1,4 @@
-"""Bulk embedding: complete and identical whatever interrupts it, errors by recording, folders that do not fit."""
+"""Bulk embedding: complete and identical whatever stops it, errors by recording, folders that do not fit."""
 
 from __future__ import annotations
 

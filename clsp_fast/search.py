@@ -1,0 +1,307 @@
+"""Search by description or by example: `python -m clsp_fast.search FOLDER --text "A woman whispers."`.
+
+FOLDER is what `clsp_fast.embed` wrote, by the same model. The search is exact unless --index asks for one of
+faiss; under torchrun each process searches a part of the shards. --html writes a page with players: the
+recordings are in the page itself (16 kHz, at most 30 s each), so that it can be sent to others.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import sys
+import wave
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clsp_fast import audio, features, folder, similarity
+from clsp_fast.audio import AudioError
+from clsp_fast.checkpoint import Place, write_text
+from clsp_fast.config import EncodeConfig
+from clsp_fast.model import CLSP, load
+from clsp_fast.model_config import require
+from clsp_fast.store import Embeddings
+
+_PLAYED_S = 30
+_TRAINED_ON = 2**18
+
+_STYLE = """body{font:16px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}
+h2{border-top:1px solid #ccc;padding-top:1em}li{margin:.7em 0}audio{display:block;width:100%;margin:.2em 0}
+.score{font-variant-numeric:tabular-nums;font-weight:bold}.where{color:#555;overflow-wrap:anywhere}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(EncodeConfig):
+    """What is searched, and for what."""
+
+    folder: Path
+    """Folder of embeddings."""
+    text: tuple[str, ...] = ()
+    """Descriptions to search for."""
+    clip: tuple[str, ...] = ()
+    """Recordings to search for what sounds like them."""
+    k: int = 10
+    """Answers a query, at most 1,024."""
+    index: str = "exact"
+    """"exact", or "faiss:" and a factory string, such as faiss:HNSW32 (needs the extra [faiss])."""
+    index_file: Path | None = None
+    """Where the index of faiss is kept: read if it exists, otherwise built and written. None: built anew. It
+    must be a file that you trust: faiss does not check what it reads."""
+    html: Path | None = None
+    """Also write a page with players."""
+    json: bool = False
+    """Print one JSON object a query instead of a table."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.text or self.clip), "text or clip", "at least one query", "none")
+        require(1 <= self.k <= similarity.MOST_NEIGHBOURS, "k", "in [1, 1024]", self.k)
+        known = self.index == "exact" or (self.index.startswith("faiss:") and len(self.index) > 6)
+        require(known, "index", '"exact" or "faiss:<factory string>"', self.index)
+        needs = self.index_file is None or self.index != "exact"
+        require(needs, "index_file", "given with --index faiss:... alone", self.index_file)
+
+
+class Hit(NamedTuple):
+    """One answer; `score` is the cosine with the query."""
+
+    score: float
+    id: str
+    audio: str
+    start_s: float
+    duration_s: float | None
+    channel: int | None
+
+
+class Result(NamedTuple):
+    """A query, "text" or "clip", and its answers, best first."""
+
+    kind: Literal["text", "clip"]
+    query: str
+    hits: list[Hit]
+
+
+def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
+    """Answers queries from a folder of embeddings, texts first.
+
+    Args:
+        config: what is searched, and for what.
+        model: the model, if it is loaded already; `config.model` is not read then.
+
+    Returns:
+        A result for each query; nothing on other ranks than the first.
+
+    Raises:
+        FileNotFoundError: no such folder or model. ValueError: the folder is of another model, or damaged.
+        AudioError: a clip that cannot be read. ImportError: faiss is asked for and not installed.
+    """
+    with Place.join(config.device) as place:
+        exact = config.index == "exact"
+        require(exact or place.world == 1, "index", '"exact" with several processes', config.index)
+        found = Embeddings(config.folder)
+        require(len(found) > 0, "folder", "a folder with embeddings", config.folder)
+        model = load(config, place.device) if model is None else model
+        _check_made_by(found, model, config.folder)
+        queries_QD = _embed_queries(config, model)
+        k = min(config.k, len(found))
+        if exact:
+            scores_QK, number_QK = _exact(
+                found, queries_QD, k, range(place.rank, len(found.shards), place.world)
+            )
+            parts = place.gather((scores_QK.cpu(), number_QK.cpu()))
+            scores_QK, number_QK = _merge([scores for scores, _ in parts], [n for _, n in parts], k)
+        else:
+            scores_QK, number_QK = _faiss(found, queries_QD, k, config.index[6:], config.index_file)
+        if not place.first:
+            return []
+    names = [("text", text) for text in config.text] + [("clip", clip) for clip in config.clip]
+    answers = zip(names, scores_QK.tolist(), number_QK.tolist(), strict=True)
+    return [
+        Result(kind, query, _hits(found, scores, numbers))  # type: ignore[arg-type]
+        for (kind, query), scores, numbers in answers
+    ]
+
+
+def _check_made_by(found: Embeddings, model: CLSP, path: Path) -> None:
+    own = folder.fingerprint(model.config, model.state_dict(), model.tokenizer)
+    if found.header.model != own:
+        raise ValueError(
+            f"{path} was made with the model {found.header.model[:16]}..., this one is {own[:16]}...: "
+            "give the same --model and --precision, or embed again"
+        )
+    if found.header.frontend != features.identity():
+        raise ValueError(f"{path} was made with other features than this version's; embed again")
+
+
+def _embed_queries(config: SearchConfig, model: CLSP) -> Tensor:
+    texts_QD = model.encode_text(config.text)
+    clips_QD = model.encode_audio(config.clip, **config.batching).to(texts_QD)
+    return torch.cat([texts_QD, clips_QD]).float()
+
+
+def _exact(found: Embeddings, queries_QD: Tensor, k: int, shards: range) -> tuple[Tensor, Tensor]:
+    """Best k of some shards; an embedding's number is shard * shard_rows + row."""
+    scores = [queries_QD.new_empty(len(queries_QD), 0)]
+    numbers = [torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)]
+    for shard in shards:
+        rows = found.shards[shard]
+        if len(rows):
+            try:
+                best, index = similarity.topk(queries_QD, rows, min(k, len(rows)))
+            except ValueError as error:
+                raise ValueError(f"{found.header.shard(Path(), shard)}: {error}") from error
+            both = _merge([scores[0], best], [numbers[0], index + shard * found.header.shard_rows], k)
+            scores, numbers = [both[0]], [both[1]]
+    return scores[0], numbers[0]
+
+
+def _merge(scores: list[Tensor], numbers: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The best k of all; equal scores in the order of their numbers."""
+    scores_QN, number_QN = torch.cat(scores, dim=1), torch.cat(numbers, dim=1)
+    number_QN, order_QN = number_QN.sort(dim=1)
+    scores_QN, order_QN = scores_QN.gather(1, order_QN).sort(dim=1, descending=True, stable=True)
+    return scores_QN[:, :k], number_QN.gather(1, order_QN[:, :k])
+
+
+def _faiss(
+    found: Embeddings, queries_QD: Tensor, k: int, factory: str, file: Path | None
+) -> tuple[Tensor, Tensor]:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("--index faiss:... needs the extra: pip install 'clsp_fast[faiss]'") from error
+    try:
+        if file is not None and file.exists():
+            index = faiss.read_index(str(file))
+        else:
+            index = faiss.index_factory(found.header.dim, factory, faiss.METRIC_INNER_PRODUCT)
+            rows = (np.ascontiguousarray(shard, np.float32) for shard in found.shards if len(shard))
+            if not index.is_trained:
+                index.train(np.concatenate([np.asarray(s, np.float32) for s in found.shards])[:_TRAINED_ON])
+            for shard in rows:
+                index.add(shard)
+            if file is not None:
+                faiss.write_index(index, str(file))
+    except RuntimeError as error:
+        where = factory if file is None else f"{factory}, {file}"
+        raise ValueError(f"index: faiss refuses {where}: {str(error).splitlines()[-1]}") from error
+    if (index.ntotal, index.d) != (len(found), found.header.dim):
+        expected = f"{len(found)} embeddings of {found.header.dim} dimensions"
+        raise ValueError(
+            f"{file} is not the index of this folder: expected {expected}, got {index.ntotal}, {index.d}"
+        )
+    scores_QK, position_QK = index.search(queries_QD.cpu().numpy(), k)
+    counts = np.cumsum([0, *map(len, found.shards)])
+    shard_QK = np.searchsorted(counts, np.maximum(position_QK, 0), side="right") - 1
+    number_QK = shard_QK * found.header.shard_rows + position_QK - counts[shard_QK]
+    return torch.from_numpy(scores_QK), torch.from_numpy(np.where(position_QK < 0, -1, number_QK))
+
+
+def _hits(found: Embeddings, scores: list[float], numbers: list[int]) -> list[Hit]:
+    hits = []
+    for score, number in zip(scores, numbers, strict=True):
+        if number < 0:  # faiss found fewer
+            continue
+        shard, row = divmod(number, found.header.shard_rows)
+        line = next((line for line in found.lines(shard) if line.get("row") == row), None)
+        if line is None:
+            raise ValueError(f"index.jsonl has no line for row {row} of shard {shard}")
+        where = (line.get("start_s", 0.0), line.get("duration_s"), line.get("channel"))
+        hits.append(Hit(score, line["id"], line["audio"], *where))
+    return hits
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as text, one answer a line."""
+    lines = []
+    for result in results:
+        lines.append(f"{result.kind}: {_printable(result.query)}")
+        lines += [f"{hit.score:8.4f}  {_printable(_title(hit))}" for hit in result.hits]
+    return "\n".join(lines)
+
+
+def _title(hit: Hit) -> str:
+    span = "" if hit.duration_s is None else f" {hit.start_s:g}-{hit.start_s + hit.duration_s:g} s"
+    return hit.audio + span + ("" if hit.id == hit.audio else f"  ({hit.id})")
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a file's name may smuggle into a terminal, and what is no text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def page(results: Sequence[Result]) -> str:
+    """The results as one HTML page that needs nothing else: recordings are in it, scripts are forbidden."""
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Search results</title>',
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; media-src data:; style-src 'unsafe-inline'\">",
+        f"<style>{_STYLE}</style></head><body><h1>Search results</h1>",
+    ]
+    for result in results:
+        parts.append(f"<h2>{_escaped(result.query)}</h2>")
+        if result.kind == "clip":
+            parts.append(_player(result.query, 0.0, None, None))
+        parts.append("<ol>")
+        for hit in result.hits:
+            parts.append(f'<li><span class="score">{hit.score:.4f}</span> ')
+            parts.append(f'<span class="where">{_escaped(_title(hit))}</span>')
+            parts.append(_player(hit.audio, hit.start_s, hit.duration_s, hit.channel) + "</li>")
+        parts.append("</ol>")
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_printable(text), quote=True)
+
+
+def _player(path: str, start_s: float, duration_s: float | None, channel: int | None) -> str:
+    try:
+        samples = audio.load(path, start_s=start_s, duration_s=duration_s, channel=channel)
+    except (AudioError, ValueError) as error:
+        return f"<p>no player: {_escaped(str(error))}</p>"
+    pcm = np.clip(samples[: 16000 * _PLAYED_S] * 32767, -32768, 32767).astype("<i2")
+    with io.BytesIO() as file:
+        with wave.open(file, "wb") as wav:
+            wav.setparams((1, 2, 16000, len(pcm), "NONE", ""))
+            wav.writeframes(pcm.tobytes())
+        content = base64.b64encode(file.getvalue()).decode()
+    return f'<audio controls preload="none" src="data:audio/wav;base64,{content}"></audio>'
+
+
+def _as_json(result: Result) -> str:
+    hits: list[dict[str, Any]] = [hit._asdict() for hit in result.hits]
+    return json.dumps({"kind": result.kind, "query": result.query, "hits": hits})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    import tyro
+
+    config = tyro.cli(
+        SearchConfig,
+        args=arguments,
+        prog="python -m clsp_fast.search",
+        description=__doc__,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    try:
+        results = search(config)
+        if results and config.html is not None:
+            write_text(config.html, page(results))
+    except (OSError, ValueError, ImportError, AudioError) as error:
+        sys.exit(f"clsp_fast.search: {error}")
+    if results:
+        print("\n".join(map(_as_json, results)) if config.json else table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Search over a folder of embeddings: exact, sharded, with faiss; the page; what does not fit."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from clsp_fast import search as command
+from clsp_fast.embed import EmbedConfig, embed
+from clsp_fast.model import CLSP
+from clsp_fast.search import Hit, Result, SearchConfig, page, search, table
+from clsp_fast.store import Embeddings
+
+MakeClips = Callable[[Path, int], list[Path]]
+TEXTS = ("A calm voice.", "She whispers, fast.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    root = tmp_path_factory.mktemp("search")
+    (root / "clips").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        samples = rng.uniform(0.01, 0.3) * rng.standard_normal(int(rng.integers(2400, 6400)))
+        soundfile.write(root / f"clips/{i:05d}.wav", samples, 16000)
+    (root / "clips/00007.wav").write_text("no audio")
+    shutil.copy(root / "clips/00003.wav", root / "clips/00039.wav")
+    source, out = str(root / "clips"), root / "embeddings"
+    embed(EmbedConfig(source=source, out=out, model=str(model_folder), shard_rows=8, device="cpu"))
+    return out
+
+
+def run(folder: Path, model: Path, **options: Any) -> list[Result]:
+    return search(SearchConfig(folder=folder, model=str(model), device="cpu", **options))
+
+
+def test_search_equals_sorting_all_cosines(folder: Path, model_folder: Path) -> None:
+    clips = sorted(folder.parent.glob("clips/*.wav"))
+    example = str(clips[3])
+    results = run(folder, model_folder, text=TEXTS, clip=(example,), k=39)
+    assert [(r.kind, r.query) for r in results] == [("text", t) for t in TEXTS] + [("clip", example)]
+    model = CLSP.from_pretrained(model_folder)
+    good = [path for path in clips if path.name != "00007.wav"]
+    audio = model.encode_audio(good)
+    queries = torch.cat([model.encode_text(TEXTS), model.encode_audio([example])])
+    for result, query in zip(results, queries, strict=True):
+        scores = (audio @ query).tolist()
+        truth = dict(zip(map(str, good), scores, strict=True))
+        assert len(result.hits) == 39
+        assert [hit.score for hit in result.hits] == sorted((h.score for h in result.hits), reverse=True)
+        for hit in result.hits:
+            assert hit.score == pytest.approx(truth[hit.audio], abs=1e-5)
+            assert hit.id == hit.audio
+    best = results[2].hits[:2]
+    assert {Path(hit.audio).name for hit in best} == {"00003.wav", "00039.wav"}
+    assert best[0].score == pytest.approx(1.0, abs=1e-5)
+    top = run(folder, model_folder, text=TEXTS, k=5)
+    assert [r.hits for r in top] == [r.hits[:5] for r in results[:2]]
+    assert len(run(folder, model_folder, text=TEXTS, k=1000)[0].hits) == 39
+
+
+@pytest.mark.multiproc
+def test_two_processes_search_their_shards(folder: Path, model_folder: Path) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words += ["clsp_fast.search", str(folder), "--model", str(model_folder), "--text", *TEXTS]
+    words += ["--k", "12", "--json", "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    alone = run(folder, model_folder, text=TEXTS, k=12)
+    assert len(found) == len(alone)
+    for result, other in zip(alone, found, strict=True):
+        assert [hit.audio for hit in result.hits] == [hit["audio"] for hit in other["hits"]]
+
+
+def test_faiss_finds_the_same_when_it_is_exact(folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="the extra [faiss] is not installed")
+    exact = run(folder, model_folder, text=TEXTS, k=6)
+    file = tmp_path / "flat.index"
+    for index in ("faiss:Flat", "faiss:IVF1,Flat"):
+        for _ in range(2):
+            found = run(folder, model_folder, text=TEXTS, k=6, index=index, index_file=file)
+            assert [[h.audio for h in r.hits] for r in found] == [[h.audio for h in r.hits] for r in exact]
+        file.unlink()
+    assert run(folder, model_folder, text=TEXTS, k=6, index="faiss:HNSW32")[0].hits
+    with pytest.raises(ValueError, match="faiss refuses Nonsense99"):
+        run(folder, model_folder, text=TEXTS, index="faiss:Nonsense99")
+    file.write_text("no index")
+    with pytest.raises(ValueError, match=r"faiss refuses Flat, .*flat\.index"):
+        run(folder, model_folder, text=TEXTS, index="faiss:Flat", index_file=file)
+    import faiss
+
+    faiss.write_index(faiss.IndexFlatIP(7), str(file))
+    with pytest.raises(ValueError, match="is not the index of this folder"):
+        run(folder, model_folder, text=TEXTS, index="faiss:Flat", index_file=file)
+
+
+def test_without_faiss_the_extra_is_named(
+    folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"clsp_fast\[faiss\]"):
+        run(folder, model_folder, text=TEXTS, index="faiss:Flat")
+
+
+def test_what_does_not_fit_is_named(
+    folder: Path, model_folder: Path, tmp_path: Path, make_clips: MakeClips
+) -> None:
+    other = CLSP.from_pretrained(model_folder, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"was made with the model \w{16}\.\.\., this one is"):
+        search(SearchConfig(folder=folder, text=TEXTS, device="cpu"), model=other)
+    with pytest.raises(FileNotFoundError, match=r"no index\.jsonl"):
+        run(tmp_path, model_folder, text=TEXTS)
+    with pytest.raises(command.AudioError, match=r"missing\.wav"):
+        run(folder, model_folder, clip=(str(tmp_path / "missing.wav"),))
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(folder, poisoned)
+    rows = np.load(poisoned / "shard-000002.npy")
+    rows[5, 0] = np.nan
+    np.save(poisoned / "shard-000002.npy", rows)
+    with pytest.raises(ValueError, match=r"shard-000002\.npy.*infinity in row 5"):
+        run(poisoned, model_folder, text=TEXTS)
+    header, *lines = (poisoned / "index.jsonl").read_text().splitlines()
+    (poisoned / "index.jsonl").write_text(
+        "\n".join([header.replace('"frontend": "', '"frontend": "0'), *lines, ""])
+    )
+    with pytest.raises(ValueError, match="other features"):
+        run(poisoned, model_folder, text=TEXTS)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.wav").write_text("no audio")
+    embed(
+        EmbedConfig(
+            source=str(tmp_path / "bad"), out=tmp_path / "none", model=str(model_folder), device="cpu"
+        )
+    )
+    assert len(Embeddings(tmp_path / "none")) == 0
+    with pytest.raises(ValueError, match="a folder with embeddings"):
+        run(tmp_path / "none", model_folder, text=TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "text or clip must be at least one query"),
+        ({"text": ("a",), "k": 0}, r"k must be in \[1, 1024\], got 0"),
+        ({"text": ("a",), "k": 1025}, "got 1025"),
+        ({"text": ("a",), "index": "hnsw"}, 'index must be "exact" or "faiss:'),
+        ({"text": ("a",), "index": "faiss:"}, "index must be"),
+        ({"text": ("a",), "index_file": Path("x")}, "index_file must be"),
+        ({"text": ("a",), "window_s": 0.0}, "window_s must be"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchConfig(folder=Path("x"), **options)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+EVIL = "</h2><script>alert(1)</script><img src=x onerror=alert(2)>\"'\x1b[2J\udce9"
+
+
+def test_the_page_plays_every_answer_and_runs_no_script(tmp_path: Path, make_clips: MakeClips) -> None:
+    (good,) = make_clips(tmp_path, 1)
+    hits = [
+        Hit(0.5, EVIL, str(good), 0.05, 0.1, None),
+        Hit(0.25, "gone", f"{tmp_path}/{EVIL}.wav", 0.0, None, None),
+    ]
+    text = page([Result("text", EVIL, hits), Result("clip", str(good), [])])
+    text.encode("utf-8")
+    found = Page(text)
+    assert {tag for tag, _ in found.tags} <= {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "ol",
+        "li",
+        "span",
+        "p",
+        "audio",
+    }
+    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+    assert "<script>alert(1)</script>" in found.text
+    assert "\x1b" not in text
+    assert "no player: " in found.text
+    players = [attributes["src"] or "" for tag, attributes in found.tags if tag == "audio"]
+    assert len(players) == 2
+    for player, samples in zip(players, (1600, soundfile.info(good).frames), strict=True):
+        kind, content = player.split(",")
+        assert kind == "data:audio/wav;base64"
+        wave, rate = soundfile.read(io.BytesIO(base64.b64decode(content)))
+        assert (len(wave), rate) == (samples, 16000)
+    whole, _ = soundfile.read(good)
+    np.testing.assert_allclose(wave, whole, atol=1e-4)
+    (policy,) = [a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in (policy or "")
+    assert "script" not in (policy or "")
+
+
+def test_a_browser_shows_the_page(tmp_path: Path, make_clips: MakeClips) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+    if browser is None:
+        assert os.environ.get("CLSP_REQUIRE_BROWSER") != "1", "no browser was found"
+        pytest.skip("no browser was found")
+    (good,) = make_clips(tmp_path, 1)
+    file = tmp_path / "page.html"
+    file.write_text(page([Result("text", EVIL, [Hit(0.5, EVIL, str(good), 0.0, None, None)])]))
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    assert "<audio controls" in done.stdout
+    assert "<script>" not in done.stdout
+
+
+def test_the_table_smuggles_nothing_into_a_terminal() -> None:
+    text = table([Result("text", EVIL, [Hit(0.5, EVIL, EVIL, 1.0, 2.5, None)])])
+    assert "\x1b" not in text
+    assert "1-3.5 s" in text
+    text.encode("utf-8")
+
+
+def test_the_command_prints_and_writes(
+    folder: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(folder), "--model", str(model_folder), "--device", "cpu", "--text", *TEXTS, "--k", "2"]
+    command.main([*words, "--html", str(tmp_path / "page.html")])
+    out = capsys.readouterr().out
+    assert out.count("text: ") == 2
+    assert out.count(".wav") == 4
+    assert (tmp_path / "page.html").read_text().count("<audio") == 4
+    command.main([*words, "--json"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert json.loads(first)["query"] == TEXTS[0]
+    assert len(json.loads(second)["hits"]) == 2
+    for bad, message in ((["--model", "nowhere"], "no such folder"), (["--html", "/nowhere/x"], "nowhere")):
+        with pytest.raises(SystemExit) as stop:
+            command.main([*words, *bad])
+        assert message in str(stop.value.code)
