@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ _TENSOR_FILES = ("model.safetensors", "optim.safetensors")
 
 
 class FolderInUse(RuntimeError):
-    """Another process holds the folder."""
+    """Another process holds the folder or file."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,16 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderInUse(
-                f"{folder} is in use by another process; wait for it, or choose another folder"
-            ) from None
+        hold(file, folder)
         yield
+
+
+def hold(file: IO[Any], name: Path) -> None:
+    """Locks an open file until it is closed; FolderInUse, with `name`, if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FolderInUse(f"{name} is in use by another process; wait for it, or choose another") from None
 
 
 def exists(folder: Path) -> bool:

@@ -73,10 +73,10 @@ class Progress:
     """A line on standard error that says how far a long job is; a new line now and then where that is a file.
 
     Args:
-        total: how many there are. what: what they are. active: False: nothing is written.
+        total: how many there are; None: not known. what: what they are. active: False: nothing is written.
     """
 
-    def __init__(self, total: int, what: str, *, active: bool = True) -> None:
+    def __init__(self, total: int | None, what: str, *, active: bool = True) -> None:
         self._total, self._what, self._active = total, what, active
         self._started, self._written = time.perf_counter(), 0.0
         self._done = self._bad = 0
@@ -85,15 +85,16 @@ class Progress:
         """`count` more are done, `bad` of them failed."""
         self._done += count
         self._bad += bad
-        now, last = time.perf_counter(), self._done >= self._total
+        now, last = time.perf_counter(), self._done == self._total
         live = sys.stderr.isatty()
         if not self._active or not (last or now - self._written > (0.2 if live else 10.0)):
             return
         self._written = now
         rate = self._done / max(1e-9, now - self._started)
-        left = (self._total - self._done) / max(1e-9, rate)
-        text = f"{self._done} of {self._total} {self._what}, {rate:.0f} a second, {self._bad} failed"
-        text += "" if last else f", {left:.0f} s left"
+        of = "" if self._total is None else f" of {self._total}"
+        text = f"{self._done}{of} {self._what}, {rate:.0f} a second, {self._bad} failed"
+        if self._total is not None and not last:
+            text += f", {(self._total - self._done) / max(1e-9, rate):.0f} s left"
         sys.stderr.write(f"\r{text}\x1b[K" + ("\n" if last else "") if live else text + "\n")
         sys.stderr.flush()
 

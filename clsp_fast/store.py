@@ -219,11 +219,15 @@ def _safetensors_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; ValueError for anything else, nesting that no parser survives included."""
+    """A JSON object; ValueError for anything else, nesting that no parser survives and NaN included."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")

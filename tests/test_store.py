@@ -133,7 +133,7 @@ HOSTILE = {
     "shard of another": (record(shard=1), '"shard" must be 0'),
     "audio is a number": (record(audio=5), '"audio" must be a string'),
     "start is negative": (record(start_s=-1), '"start_s" must be'),
-    "start is NaN": (record(start_s=float("nan")), '"start_s" must be'),
+    "start is NaN": (record(start_s=float("nan")), "line 2: NaN is no number"),
     "shard missing": (lambda folder: (folder / "shard-000001.npy").unlink(), "shard-000001.npy is missing"),
     "shard empty": (shard_bytes(b""), "shard-000000.npy is not a shard"),
     "shard cut": (shard_bytes(npy_with("<f4", (3, 4))[:-1]), "its size is not that of 3 rows"),

@@ -1,0 +1,252 @@
+"""How well clips fit descriptions, or each other: `python -m clsp_fast.score PAIRS.jsonl SCORES.jsonl`.
+
+A line of PAIRS has "audio" and either "caption" or "other", a second recording; further keys are kept. The
+same lines come out with "line" (its number), "model" (whose hash begins so), and "score", the cosine of the
+two embeddings, or "error" where there is none. Both files may be -, for standard input and output; relative
+paths are relative to PAIRS, or to the working directory if that is standard input. Killed at any moment, the
+same command goes on. The exit code is 0 if every line has a score, 3 if not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from clsp_fast import folder, store
+from clsp_fast.audio import AudioError
+from clsp_fast.checkpoint import FolderInUse, Place, hold
+from clsp_fast.config import EncodeConfig
+from clsp_fast.log import INCOMPLETE, Progress
+from clsp_fast.model import CLSP, load
+from clsp_fast.model_config import require
+
+Row = dict[str, Any]
+
+_OWN_KEYS = ("line", "model", "score", "error")
+
+
+class _Line(NamedTuple):
+    """1-based number and content of a line of pairs, or what is wrong with it."""
+
+    number: int
+    row: Row
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(EncodeConfig):
+    """What is scored, and where to."""
+
+    pairs: str
+    """JSONL file, or - for standard input."""
+    scores: str
+    """JSONL file to write, or - for standard output; one that an earlier run left unfinished is continued."""
+    shard: str = "1/1"
+    """"i/n": only every n-th line, from the i-th on; n processes with i = 1 .. n score everything."""
+    rows_at_once: int = 1024
+    """Lines that are embedded together, each recording and caption among them once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        require(
+            match is not None and 1 <= int(match[1]) <= int(match[2]),
+            "shard",
+            '"i/n", 1 <= i <= n',
+            self.shard,
+        )
+        require(self.rows_at_once >= 1, "rows_at_once", "at least 1", self.rows_at_once)
+
+
+class ScoreResult(NamedTuple):
+    """Lines that this call scored, lines without a score, and lines that an earlier call had done."""
+
+    rows: int
+    failed: int
+    before: int
+
+
+def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
+    """Scores the lines of a file; goes on where an earlier call stopped.
+
+    Args:
+        config: what, and where to.
+        model: the model, if it is loaded already; `config.model` is not read then.
+
+    Raises:
+        FileNotFoundError: no such file or model. ValueError: the scores that are there are of other pairs or
+        another model. FolderInUse: another process writes the file.
+    """
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(Place.join(config.device))
+        require(place.world == 1, "processes", "1; under torchrun, give each its --shard", place.world)
+        standard = config.pairs == "-"
+        pairs = sys.stdin.buffer if standard else stack.enter_context(Path(config.pairs).open("rb"))
+        base = Path() if standard else Path(config.pairs).parent
+        model = load(config, place.device) if model is None else model
+        made_by = folder.fingerprint(model.config, model.state_dict(), model.tokenizer)[:16]
+        todo, before, failed = _lines(pairs, config.shard), 0, 0
+        if config.scores == "-":
+            out: IO[bytes] = sys.stdout.buffer
+        else:
+            path = Path(config.scores)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(path.open("a+b"))
+            hold(out, path)
+            before, failed = _resume(out, todo, made_by, path)
+        progress, rows = Progress(None, "lines"), 0
+        while lines := list(itertools.islice(todo, config.rows_at_once)):
+            results = _score_lines(lines, model, config, base)
+            records = [_record(line, made_by, found) for line, found in zip(lines, results, strict=True)]
+            out.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+            out.flush()
+            if config.scores != "-":
+                os.fsync(out.fileno())
+            bad = sum("error" in record for record in records)
+            rows, failed = rows + len(lines), failed + bad
+            progress.add(len(lines), bad)
+        return ScoreResult(rows, failed, before)
+
+
+def score_rows(
+    rows: Sequence[Row], model: CLSP, config: EncodeConfig, *, base: Path = Path()
+) -> list[float | str]:
+    """The cosine of each row's two sides, or what is wrong with it; each recording is embedded once.
+
+    Args:
+        rows: {"audio": path, "caption": text} or {"audio": path, "other": path}.
+        model: the model.
+        config: how it embeds; `model`, `device` and `precision` of it are not used.
+        base: what relative paths are relative to.
+    """
+    found: list[float | str] = [_what_is_wrong(row) for row in rows]
+    good = [row for row, wrong in zip(rows, found, strict=True) if not wrong]
+    paths = list(dict.fromkeys(row[key] for row in good for key in ("audio", "other") if key in row))
+    captions = list(dict.fromkeys(row["caption"] for row in good if "caption" in row))
+    errors: dict[int, AudioError] = {}
+    audio_ND = model.encode_audio([base / path for path in paths], errors=errors, **config.batching)
+    audio_ND, text_MD = audio_ND.float().cpu(), model.encode_text(captions).float().cpu()
+    clip, text = ({name: i for i, name in enumerate(names)} for names in (paths, captions))
+    for number, row in enumerate(rows):
+        if found[number]:
+            continue
+        sides = [clip[row[key]] for key in ("audio", "other") if key in row]
+        bad = [errors[side] for side in sides if side in errors]
+        if bad:
+            found[number] = str(bad[0])
+        else:
+            other_D = text_MD[text[row["caption"]]] if "caption" in row else audio_ND[sides[1]]
+            found[number] = float(torch.dot(audio_ND[sides[0]], other_D))
+    return found
+
+
+def _what_is_wrong(row: Row) -> str:
+    if ("caption" in row) == ("other" in row):
+        return 'a line must have "audio" and either "caption" or "other"'
+    for key in ("audio", "caption" if "caption" in row else "other"):
+        value = row.get(key)
+        text = isinstance(value, str) and value.strip() and "\0" not in value
+        if not text or not _encodable(str(value), path=key != "caption"):
+            return f'"{key}" must be a string with something in it, got {value!a:.100}'
+    return ""
+
+
+def _encodable(value: str, *, path: bool) -> bool:
+    try:
+        value.encode("utf-8", "surrogateescape" if path else "strict")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines(file: IO[bytes], shard: str) -> Iterator[_Line]:
+    """The lines of a shard, without empty ones."""
+    first, step = (int(part) for part in shard.split("/"))
+    for number in itertools.count(1):
+        text = file.readline(store.LONGEST_LINE)
+        if not text:
+            return
+        whole = text.endswith(b"\n") or len(text) < store.LONGEST_LINE
+        rest = text
+        while not rest.endswith(b"\n") and rest:
+            rest = file.readline(store.LONGEST_LINE)
+        if (number - first) % step or not text.strip():
+            continue
+        try:
+            require(whole, "a line", f"shorter than {store.LONGEST_LINE} bytes", "a longer one")
+            row = store.parse_object(text)
+            yield _Line(number, {key: value for key, value in row.items() if key not in _OWN_KEYS}, "")
+        except ValueError as error:
+            yield _Line(number, {}, str(error))
+
+
+def _resume(file: IO[bytes], todo: Iterator[_Line], made_by: str, path: Path) -> tuple[int, int]:
+    """Passes over what is scored already and cuts off half a line; returns how many there are and how many of
+    them failed."""
+    file.seek(0)
+    done, failed, at = 0, 0, 0
+    while (text := file.readline()).endswith(b"\n"):
+        try:
+            record = store.parse_object(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {done + 1}: {error}; choose another file") from error
+        line = next(todo, None)
+        own = {key: value for key, value in record.items() if key not in _OWN_KEYS}
+        if line is None or (record.get("line"), own) != (line.number, line.row):
+            raise ValueError(f"{path}, line {done + 1}, is not of these pairs; choose another file")
+        if record.get("model") != made_by:
+            raise ValueError(f"{path} was begun with the model {record.get('model')}, not {made_by}")
+        done, failed, at = done + 1, failed + ("error" in record), at + len(text)
+    file.truncate(at)
+    return done, failed
+
+
+def _score_lines(
+    lines: Sequence[_Line], model: CLSP, config: EncodeConfig, base: Path
+) -> Iterator[float | str]:
+    scores = iter(score_rows([line.row for line in lines if not line.problem], model, config, base=base))
+    return (line.problem or next(scores) for line in lines)
+
+
+def _record(line: _Line, made_by: str, found: float | str) -> Row:
+    result: Row = {"error": found} if isinstance(found, str) else {"score": found}
+    return line.row | {"line": line.number, "model": made_by} | result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
+    import tyro
+
+    config = tyro.cli(
+        ScoreConfig,
+        args=arguments,
+        prog="python -m clsp_fast.score",
+        description=__doc__,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    try:
+        result = score(config)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, ValueError, FolderInUse) as error:
+        sys.exit(f"clsp_fast.score: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    done = f", {result.before} were done before" if result.before else ""
+    print(f"{result.rows} lines, {result.failed} failed{done}", file=sys.stderr)
+    sys.exit(INCOMPLETE if result.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Scores of pairs: right, in order, resumable, sharded; errors stay in their lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clsp_fast import score as command
+from clsp_fast import store
+from clsp_fast.model import CLSP
+from clsp_fast.score import ScoreConfig, score
+
+MakeClips = Callable[[Path, int], list[Path]]
+CAPTIONS = ("A calm voice.", "She whispers, fast.")
+
+
+def run(pairs: Any, scores: Any, model: Path, **options: Any) -> command.ScoreResult:
+    return score(ScoreConfig(pairs=str(pairs), scores=str(scores), model=str(model), device="cpu", **options))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, make_clips: MakeClips) -> Path:
+    """Twelve lines: descriptions, other recordings, and everything that can be wrong with one."""
+    make_clips(tmp_path / "clips", 3)
+    (tmp_path / "clips/text.wav").write_text("no audio")
+    lines = [
+        json.dumps({"id": "a", "audio": "clips/00000.wav", "caption": CAPTIONS[0]}),
+        json.dumps({"audio": "clips/00000.wav", "caption": CAPTIONS[1], "score": 7, "mine": [1]}),
+        json.dumps({"audio": "clips/00001.wav", "other": "clips/00000.wav"}),
+        json.dumps({"audio": "clips/missing.wav", "caption": CAPTIONS[0]}),
+        json.dumps({"audio": "clips/00002.wav", "other": "clips/text.wav"}),
+        json.dumps({"audio": "clips/00002.wav"}),
+        json.dumps({"audio": "clips/00002.wav", "caption": "a", "other": "b"}),
+        json.dumps({"audio": 3, "caption": "a"}),
+        json.dumps({"audio": "clips/00002.wav", "caption": "  "}),
+        json.dumps({"audio": "clips/00002.wav", "caption": "half \ud800"}),
+        "not JSON",
+        "[" * 100_000,
+        '{"audio": "' + "x" * store.LONGEST_LINE + '"}',
+        "",
+        json.dumps({"audio": str(tmp_path / "clips/00002.wav"), "other": "clips/00002.wav"}),
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+ERRORS = {
+    4: "missing.wav",
+    5: "text.wav",
+    6: 'either "caption" or "other"',
+    7: 'either "caption" or "other"',
+    8: '"audio" must be a string',
+    9: '"caption" must be a string with something in it',
+    10: '"caption" must be',
+    11: "Expecting value",
+    12: "nested too deeply",
+    13: "a line must be shorter than 1048576 bytes",
+}
+
+
+def test_scores_are_the_cosines_and_errors_stay_in_their_lines(
+    pairs: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    result = run(pairs, tmp_path / "out/scores.jsonl", model_folder, rows_at_once=4)
+    assert result == (14, len(ERRORS), 0)
+    found = read(tmp_path / "out/scores.jsonl")
+    assert [row["line"] for row in found] == [*range(1, 14), 15]
+    for row in found:
+        if row["line"] in ERRORS:
+            assert ERRORS[row["line"]] in row["error"]
+            assert "score" not in row
+    assert found[0]["id"] == "a"
+    assert found[1]["mine"] == [1]
+    model = CLSP.from_pretrained(model_folder)
+    audio = model.encode_audio([pairs.parent / f"clips/0000{i}.wav" for i in range(3)])
+    text = model.encode_text(CAPTIONS)
+    expected = {1: audio[0] @ text[0], 2: audio[0] @ text[1], 3: audio[1] @ audio[0], 15: torch.tensor(1.0)}
+    for row in found:
+        if "score" in row:
+            assert row["score"] == pytest.approx(float(expected[row["line"]]), abs=1e-5)
+
+
+def test_an_unfinished_file_is_continued(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
+    run(pairs, tmp_path / "whole.jsonl", model_folder, rows_at_once=4)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for cut in (b"".join(lines[:4]), b"".join(lines[:8]) + lines[8][:10], whole):
+        (tmp_path / "cut.jsonl").write_bytes(cut)
+        result = run(pairs, tmp_path / "cut.jsonl", model_folder, rows_at_once=4)
+        assert result.before == cut.count(b"\n")
+        assert result.rows + result.before == 14
+        assert result.failed == len(ERRORS)
+        assert (tmp_path / "cut.jsonl").read_bytes() == whole
+
+
+def test_scores_of_other_pairs_or_models_are_not_continued(
+    pairs: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    run(pairs, out, model_folder)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"was begun with the model \w{16}, not \w{16}"):
+        run(pairs, out, model_folder, precision="bf16")
+    with pytest.raises(ValueError, match="line 2, is not of these pairs"):
+        run(pairs, out, model_folder, shard="1/2")
+    pairs.write_text(pairs.read_text().replace('"mine": [1]', '"mine": [2]'))
+    with pytest.raises(ValueError, match="line 2, is not of these pairs"):
+        run(pairs, out, model_folder)
+    pairs.write_text("")
+    with pytest.raises(ValueError, match="line 1, is not of these pairs"):
+        run(pairs, out, model_folder)
+    assert out.read_bytes() == before
+    out.write_text("[]\n")
+    with pytest.raises(ValueError, match="line 1: expected a JSON object"):
+        run(pairs, out, model_folder)
+
+
+def test_shards_have_every_line_once(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
+    run(pairs, tmp_path / "whole.jsonl", model_folder)
+    found = []
+    for i in (1, 2, 3):
+        run(pairs, tmp_path / f"{i}.jsonl", model_folder, shard=f"{i}/3")
+        found += read(tmp_path / f"{i}.jsonl")
+    found.sort(key=lambda row: row["line"])
+    for row, whole in zip(found, read(tmp_path / "whole.jsonl"), strict=True):
+        assert (
+            row == whole | {"score": pytest.approx(whole["score"], abs=1e-5)} if "score" in whole else whole
+        )
+
+
+def test_standard_streams(
+    tmp_path: Path,
+    model_folder: Path,
+    make_clips: MakeClips,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    make_clips(tmp_path / "clips", 1)
+    monkeypatch.chdir(tmp_path)
+    row = {"audio": "clips/00000.wav", "caption": CAPTIONS[0]}
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(json.dumps(row).encode())))
+    with pytest.raises(SystemExit) as stop:
+        command.main(["-", "-", "--model", str(model_folder), "--device", "cpu"])
+    assert stop.value.code == 0
+    told = capfdbinary.readouterr()
+    (found,) = [json.loads(line) for line in told.out.splitlines()]
+    assert -1 <= found["score"] <= 1
+    assert b"1 lines, 0 failed" in told.err
+
+
+def test_a_closed_pipe_ends_it_quietly(pairs: Path, model_folder: Path) -> None:
+    words = [sys.executable, "-m", "clsp_fast.score", str(pairs), "-", "--model", str(model_folder)]
+    process = subprocess.Popen([*words, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read().decode()
+    assert process.wait() == 1
+    process.stderr.close()
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard": "0/2"}, r'shard must be "i/n", 1 <= i <= n, got \'0/2\''),
+        ({"shard": "3/2"}, "shard must be"),
+        ({"shard": "1"}, "shard must be"),
+        ({"rows_at_once": 0}, "rows_at_once must be at least 1"),
+        ({"precision": "fp8"}, "precision must be"),
+        ({"long_audio": "cut"}, "long_audio must be"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScoreConfig(pairs="a", scores="b", **options)
+
+
+def test_the_command_tells_of_failures(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
+    words = [str(pairs), str(tmp_path / "scores.jsonl"), "--model", str(model_folder), "--device", "cpu"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            command.main(words)
+        assert stop.value.code == 3
+    for bad, message in (
+        (["none.jsonl", *words[1:]], "none.jsonl"),
+        ([*words, "--model", "none"], "no such folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command.main(bad)
+        assert message in str(stop.value.code)
