@@ -35,12 +35,12 @@ _FRAMES_AT_ONCE = 12_000
 
 
 def caption_of(clip: Clip, kind: str) -> int | None:
-    """Index of the caption that stands for a clip: the first global, the longest fine-grained; None: it
-    has none."""
+    """Index of the caption that stands for a clip: the first global, the longest fine-grained (the later of
+    two as long, as in the recipe); None: it has none."""
     own = clip.captions.global_captions if kind == "global" else clip.captions.fine_captions
     if not own:
         return None
-    return 0 if kind == "global" else max(range(len(own)), key=lambda i: len(own[i]))
+    return 0 if kind == "global" else max(range(len(own)), key=lambda i: (len(own[i]), i))
 
 
 def evaluate(
@@ -143,7 +143,7 @@ def retrieval_figures(audio_MD: Tensor, text_MD: Tensor, true_MM: Tensor | None)
             way["ceiling"] = {f"R@{k}": float((k / answers).clamp(max=1).mean()) for k in _KS}
             best = scores.topk(min(5, count), dim=1).indices
             way["hit@5"] = float(true.gather(1, best).any(1).double().mean())
-            way["hit@5_chance"] = sum(_hit_chance(count, int(n), 5) for n in answers) / count
+            way["hit@5_chance"] = sum(hit_chance(count, int(n), 5) for n in answers) / count
         figures[direction] = way
     return figures
 
@@ -254,7 +254,7 @@ def _truth(clips: Sequence[Clip], chosen: Sequence[int], kind: str) -> Tensor | 
     return holds_MM | torch.eye(len(clips), dtype=torch.bool)
 
 
-def _hit_chance(total: int, good: int, draws: int) -> float:
+def hit_chance(total: int, good: int, draws: int) -> float:
     """Probability that `draws` items out of `total`, drawn without replacement, hold one of the `good`
     ones."""
     return 1 - math.comb(total - good, min(draws, total)) / math.comb(total, min(draws, total))

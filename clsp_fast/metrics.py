@@ -1,11 +1,23 @@
-"""Retrieval and classification figures as pure functions of ranks and predictions."""
+"""Figures of retrieval, classification and agreement with people, and their intervals, as pure functions.
+
+Intervals are percentiles of bootstrap resamples (Efron, 1979). A resample is how often each item was drawn,
+so that every figure is a function of such counts and all resamples are computed together.
+Shape suffixes: N items, R resamples, G groups of equal values, B rows of a block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float64]
+Interval = tuple[float, float]
+
+_BLOCK = 256
 
 
 def retrieval(ranks: Tensor) -> dict[str, float]:
@@ -57,3 +69,131 @@ def unweighted_average_recall(predicted: Sequence[str], labels: Sequence[str]) -
         own = [p == t for p, t in zip(predicted, labels, strict=True) if t == label]
         recalls.append(sum(own) / len(own))
     return sum(recalls) / len(recalls)
+
+
+def confusion(predicted: Sequence[str], labels: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
+    """Counts (len(names), len(names)): row the label, column the prediction."""
+    index = {name: i for i, name in enumerate(names)}
+    counts = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(counts, ([index[label] for label in labels], [index[name] for name in predicted]), 1)
+    return counts
+
+
+def draw(groups: NDArray[np.int64], *, resamples: int = 1000, seed: int = 0) -> Array:
+    """Bootstrap resamples: how often each item was drawn, float64 (R, N).
+
+    Args:
+        groups: int64 (N,); items of one group are drawn together, as several captions of a clip must be. With
+            `arange(N)` each item is drawn for itself.
+        resamples: R.
+        seed: of the draws.
+    """
+    names, group_N = np.unique(groups, return_inverse=True)
+    share = np.full(len(names), 1 / len(names))
+    counts = np.random.default_rng(seed).multinomial(len(names), share, size=resamples)
+    return counts[:, group_N].astype(np.float64)
+
+
+def interval(figures_R: Array) -> Interval:
+    """The middle 95 % of the resamples for which the figure is defined; NaN if it never is."""
+    defined = figures_R[~np.isnan(figures_R)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.percentile(defined, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def retrieval_intervals(ranks: Tensor, counts_RN: Array) -> dict[str, Interval]:
+    """Intervals of the figures of `retrieval`; `counts_RN` from `draw`, one column a query."""
+    known = (ranks >= 0).numpy()
+    rank_N, counts_RN = ranks.numpy()[known].astype(np.float64), counts_RN[:, known]
+    # A resample of groups may have drawn no query that has a positive.
+    counts_RN = counts_RN[counts_RN.sum(1) > 0]
+    total_R = counts_RN.sum(1)
+    found = {f"R@{k}": interval(counts_RN @ (rank_N < k) / total_R) for k in (1, 5, 10)}
+    found["MRR@10"] = interval(counts_RN @ np.where(rank_N < 10, 1 / (rank_N + 1), 0.0) / total_R)
+    order_N = rank_N.argsort(kind="stable")
+    middle_R = (counts_RN[:, order_N].cumsum(1) > ((total_R - 1) // 2)[:, None]).argmax(1)
+    return found | {"median_rank": interval(rank_N[order_N][middle_R] + 1)}
+
+
+def classification_intervals(
+    predicted: Sequence[str], labels: Sequence[str], counts_RN: Array
+) -> dict[str, Interval]:
+    """Intervals of `accuracy` and of `unweighted_average_recall` ("uar")."""
+    accuracy(predicted, labels)
+    label_N = np.array(labels)
+    right_N = label_N == np.array(predicted)
+    recalls = []
+    for label in np.unique(label_N):
+        own_RN = counts_RN[:, label_N == label]
+        with np.errstate(invalid="ignore"):  # a class that was not drawn has no recall
+            recalls.append(own_RN @ right_N[label_N == label] / own_RN.sum(1))
+    return {
+        "accuracy": interval(counts_RN @ right_N / counts_RN.sum(1)),
+        "uar": interval(np.nanmean(np.stack(recalls), axis=0)),
+    }
+
+
+def pearson(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
+    """Pearson's correlation of each resample (R,), or of the data themselves (1,); NaN if a side is constant.
+
+    Raises:
+        ValueError: lengths differ, are below 2, or a value is not finite.
+    """
+    x_N, y_N, counts_RN = _checked(x_N, y_N, counts_RN)
+    return _pearson(x_N[None] - x_N.mean(), y_N[None] - y_N.mean(), counts_RN)
+
+
+def spearman(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
+    """Spearman's correlation: Pearson's of the ranks, equal values sharing their mean rank. As `pearson`."""
+    x_N, y_N, counts_RN = _checked(x_N, y_N, counts_RN)
+    return _pearson(_ranks(x_N, counts_RN), _ranks(y_N, counts_RN), counts_RN)
+
+
+def kendall(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
+    """Kendall's tau-b: (concordant - discordant pairs) / sqrt(pairs untied in x * pairs untied in y). As
+    `pearson`; time grows with N^2."""
+    x_N, y_N, counts_RN = _checked(x_N, y_N, counts_RN)
+    sums = np.zeros((3, len(counts_RN)))
+    for start in range(0, len(x_N), _BLOCK):
+        own = slice(start, start + _BLOCK)
+        x_BN, y_BN = np.sign(x_N[own, None] - x_N), np.sign(y_N[own, None] - y_N)
+        for row, pairs_BN in enumerate((x_BN * y_BN, np.abs(x_BN), np.abs(y_BN))):
+            sums[row] += ((counts_RN @ pairs_BN.T) * counts_RN[:, own]).sum(1)
+    with np.errstate(invalid="ignore"):
+        tau_R: Array = np.clip(sums[0] / np.sqrt(sums[1] * sums[2]), -1.0, 1.0)
+    return tau_R
+
+
+CORRELATIONS: dict[str, Callable[..., Array]] = {"pearson": pearson, "spearman": spearman, "kendall": kendall}
+
+
+def _checked(x_N: Array, y_N: Array, counts_RN: Array | None) -> tuple[Array, Array, Array]:
+    x_N, y_N = np.asarray(x_N, np.float64), np.asarray(y_N, np.float64)
+    if x_N.shape != y_N.shape or x_N.ndim != 1 or len(x_N) < 2:
+        raise ValueError(f"x_N and y_N must be as long, 2 at least, got {x_N.shape} and {y_N.shape}")
+    if not (np.isfinite(x_N).all() and np.isfinite(y_N).all()):
+        raise ValueError("x_N and y_N must be finite")
+    return x_N, y_N, np.ones((1, len(x_N))) if counts_RN is None else counts_RN
+
+
+def _pearson(x_RN: Array, y_RN: Array, counts_RN: Array) -> Array:
+    """Correlation of each resample; `x_RN` and `y_RN` may have one row for all."""
+    total_R = counts_RN.sum(1, keepdims=True)
+    x_RN, y_RN = (v - (counts_RN * v).sum(1, keepdims=True) / total_R for v in (x_RN, y_RN))
+    xy_R, xx_R, yy_R = ((counts_RN * v).sum(1) for v in (x_RN * y_RN, x_RN * x_RN, y_RN * y_RN))
+    # What rounding leaves of a constant side is no variance.
+    tiny = 1e-24 * total_R[:, 0] * np.maximum(1.0, max(np.square(x_RN).max(), np.square(y_RN).max()))
+    scale_R = np.sqrt(xx_R * yy_R)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((xx_R > tiny) & (yy_R > tiny), np.clip(xy_R / scale_R, -1.0, 1.0), np.nan)
+
+
+def _ranks(x_N: Array, counts_RN: Array) -> Array:
+    """Mean rank (R, N) of each item in each resample."""
+    values_G, group_N = np.unique(x_N, return_inverse=True)
+    starts_G = np.searchsorted(np.sort(x_N), values_G)
+    drawn_RG = np.add.reduceat(counts_RN[:, x_N.argsort(kind="stable")], starts_G, axis=1)
+    rank_RG = drawn_RG.cumsum(1) - drawn_RG + (drawn_RG + 1) / 2
+    return rank_RG[:, group_N]

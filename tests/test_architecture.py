@@ -47,6 +47,7 @@ ALLOWED = {
     "augment": set(),
     "data": {"audio", "augment", "captions", "config", "features", "manifest", "sampler"},
     "metrics": set(),
+    "tasks": {"captions", "manifest"},
     "evaluation": {"config", "data", "manifest", "metrics", "model", "similarity"},
     "log": set(),
     "optim": {"config"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +44,99 @@ def test_accuracies_by_hand() -> None:
     for wrong in (([], []), (["a"], ["a", "b"])):
         with pytest.raises(ValueError, match="as long and not empty"):
             metrics.unweighted_average_recall(*wrong)
+
+
+def everyone(count: int) -> np.ndarray:
+    return np.ones((1, count))
+
+
+def test_correlations_by_hand() -> None:
+    x, y = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 5])
+    assert metrics.pearson(x, y) == pytest.approx([0.8])
+    assert metrics.spearman(x, y) == pytest.approx([0.8])
+    assert metrics.kendall(x, y) == pytest.approx([0.6])  # 8 of 10 pairs agree
+    tied = np.array([1.0, 2, 2, 3])
+    assert metrics.kendall(tied, np.array([1.0, 3, 2, 4])) == pytest.approx([5 / 30**0.5])
+    assert metrics.spearman(tied, np.array([1.0, 3, 2, 4])) == pytest.approx([4.5 / (4.5 * 5) ** 0.5])
+    for figure in metrics.CORRELATIONS.values():
+        assert figure(x, 3 - 2 * x) == pytest.approx([-1.0])
+        assert np.isnan(figure(x, np.full(5, 0.1)))
+        assert figure(x * 1e-9 + 1e3, y) == pytest.approx(figure(x, y), abs=1e-3)
+        for wrong in ((x, y[:4]), (x[:1], y[:1]), (x, y * np.nan), (x[None], y[None])):
+            with pytest.raises(ValueError, match="must be"):
+                figure(*wrong)
+
+
+def kendall_by_pairs(x: np.ndarray, y: np.ndarray) -> float:
+    pairs = list(itertools.combinations(range(len(x)), 2))
+    signs = [(np.sign(x[i] - x[j]), np.sign(y[i] - y[j])) for i, j in pairs]
+    untied = [sum(a != 0 for a, _ in signs), sum(b != 0 for _, b in signs)]
+    return float(sum(a * b for a, b in signs) / (untied[0] * untied[1]) ** 0.5)
+
+
+def spearman_by_sorting(x: np.ndarray, y: np.ndarray) -> float:
+    ranks = [[np.mean([i for i, w in enumerate(sorted(v)) if w == u]) for u in v] for v in (x, y)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def test_resampled_correlations_are_those_of_the_repeated_items() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 6, 300).astype(float), rng.standard_normal(300).round(1)
+    y += 0.2 * x
+    counts = np.concatenate([everyone(300), metrics.draw(np.arange(300), resamples=4)])
+    found = {name: figure(x, y, counts) for name, figure in metrics.CORRELATIONS.items()}
+    for row, count in enumerate(counts.astype(int)):
+        own = np.repeat(x, count), np.repeat(y, count)
+        assert found["pearson"][row] == pytest.approx(np.corrcoef(*own)[0, 1], abs=1e-12)
+        assert found["spearman"][row] == pytest.approx(spearman_by_sorting(*own), abs=1e-12)
+        assert found["kendall"][row] == pytest.approx(kendall_by_pairs(*own), abs=1e-12)
+
+
+def test_resamples_draw_groups_whole_and_as_many() -> None:
+    groups = np.array([0, 0, 1, 2, 2, 2])
+    counts = metrics.draw(groups, resamples=500, seed=1)
+    assert counts.shape == (500, 6)
+    assert (counts[:, 0] == counts[:, 1]).all()
+    assert (counts[:, 3] == counts[:, 5]).all()
+    assert (counts[:, [0, 2, 3]].sum(1) == 3).all()
+    assert counts[:, 0].mean() == pytest.approx(1, abs=0.15)
+    assert np.array_equal(counts, metrics.draw(groups, resamples=500, seed=1))
+    assert not np.array_equal(counts, metrics.draw(groups, resamples=500, seed=2))
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    covered = {"R@1": 0, "accuracy": 0, "pearson": 0}
+    for seed in range(200):
+        right = rng.random(150) < 0.3
+        counts = metrics.draw(np.arange(150), resamples=300, seed=seed)
+        low, high = metrics.retrieval_intervals(torch.from_numpy(np.where(right, 0, 20)), counts)["R@1"]
+        covered["R@1"] += low <= 0.3 <= high
+        own = metrics.classification_intervals(np.where(right, "a", "b").tolist(), ["a"] * 150, counts)
+        covered["accuracy"] += own["accuracy"][0] <= 0.3 <= own["accuracy"][1]
+        assert own["accuracy"] == own["uar"]
+        x = rng.standard_normal(150)
+        low, high = metrics.interval(metrics.pearson(x, x + rng.standard_normal(150), counts))
+        covered["pearson"] += low <= 0.5**0.5 <= high
+    assert all(0.89 <= count / 200 <= 0.99 for count in covered.values()), covered
+
+
+def test_intervals_are_those_of_the_repeated_items() -> None:
+    rng = np.random.default_rng(0)
+    ranks = torch.from_numpy(rng.integers(-1, 15, 60))
+    labels, predicted = (rng.choice(["a", "b", "c"], 60).tolist() for _ in range(2))
+    counts = metrics.draw(np.arange(60), resamples=1, seed=3)
+    own = counts[0].astype(int)
+    figures = metrics.retrieval(torch.repeat_interleave(ranks, torch.from_numpy(own)))
+    found = metrics.retrieval_intervals(ranks, counts)
+    assert found == {name: (pytest.approx(value), pytest.approx(value)) for name, value in figures.items()}
+    again = [np.repeat(np.array(names), own).tolist() for names in (predicted, labels)]
+    found = metrics.classification_intervals(predicted, labels, counts)
+    assert found["accuracy"][0] == pytest.approx(metrics.accuracy(*again))
+    assert found["uar"][0] == pytest.approx(metrics.unweighted_average_recall(*again))
+    assert all(np.isnan(metrics.interval(np.array([np.nan]))))
+
+
+def test_confusion_counts_labels_by_row() -> None:
+    counts = metrics.confusion(["a", "b", "b"], ["a", "a", "b"], ["a", "b", "c"])
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]

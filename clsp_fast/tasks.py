@@ -1,0 +1,280 @@
+"""Zero-shot tasks as data, and readers of the folders that the corpora behind them come in.
+
+A file of its own because a task is a table's line and a layout is a corpus' habit: neither knows of models.
+The tasks of the literature are in tasks.json; a user's file has the same form:
+
+    {"my-task": {"field": "mood",                          # the clips' tag that holds the truth
+                 "prompts": {"calm": ["A calm voice."], "tense": ["A tense voice.", "Someone tense."]},
+                 "merge": {"relaxed": "calm"},             # in labels and in predictions
+                 "below": {"young": 30, "old": null},      # the tag is a number: label of its range
+                 "layout": "manifest"}}                    # how --source is read, unless --layout says so
+
+"labels" with a "template" that has {} in it may stand for "prompts". {"tag": {"label": ["prompt"]}} is a
+short form of a task whose field has its name.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clsp_fast import manifest
+from clsp_fast.captions import Captions
+from clsp_fast.manifest import Clip
+
+_LARGEST_FILE = 2**20
+_KEYS = {"field", "labels", "template", "prompts", "merge", "below", "layout"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A zero-shot task.
+
+    Attributes:
+        name: what it is called.
+        field: the tag that holds the truth.
+        prompts: label -> descriptions; their mean embedding stands for the label.
+        merge: label -> the label that it counts as.
+        below: label -> upper bound of its range, in rising order, None for the last; empty: no number.
+        layout: key of `LAYOUTS`.
+    """
+
+    name: str
+    field: str
+    prompts: Mapping[str, tuple[str, ...]]
+    merge: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    below: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    layout: str = "manifest"
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"task {self.name!r}: {problem}")
+
+    def _problem(self) -> str:
+        if not isinstance(self.field, str) or not self.field:
+            return f'"field" must be the name of a tag, got {self.field!r}'
+        texts = [text for own in self.prompts.values() for text in own]
+        if not all(self.prompts.values()) or not all(isinstance(t, str) and t.strip() for t in texts):
+            return '"prompts" must have a description or more for each label'
+        for label, target in self.merge.items():
+            if not isinstance(target, str) or target not in self.prompts or target in self.merge:
+                return f'"merge" must lead to a label that has prompts and stays, got {label!r}: {target!r}'
+        if len(self.names) < 2:
+            return f"two labels at least must be left after merging, got {list(self.names)}"
+        bounds = list(self.below.values())
+        numbers = [b for b in bounds if isinstance(b, (int, float)) and not isinstance(b, bool)]
+        rising = numbers == sorted(set(numbers)) and bounds[:-1] == numbers[: len(bounds) - 1]
+        if bounds and (not rising or len(bounds) - len(numbers) > 1 or set(self.below) - set(self.prompts)):
+            return '"below" must give labels with prompts rising bounds, null for the last at most'
+        if self.layout not in LAYOUTS:
+            return f'"layout" must be one of {", ".join(LAYOUTS)}, got {self.layout!r}'
+        return ""
+
+    @property
+    def names(self) -> list[str]:
+        """The labels that are left after merging."""
+        return [label for label in self.prompts if label not in self.merge]
+
+    def label_of(self, clip: Clip) -> str | None:
+        """The clip's label after merging; None if it takes no part."""
+        value = clip.tags.get(self.field)
+        if value is not None and self.below:
+            value = self._range_of(value)
+        value = None if value is None else self.merge.get(value, value)
+        return value if value in self.names else None
+
+    def _range_of(self, value: str) -> str | None:
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        return next((name for name, bound in self.below.items() if bound is None or number < bound), None)
+
+
+def read(path: Path | None = None) -> dict[str, Task]:
+    """The tasks of a JSON file, by name; None: those of the package.
+
+    Raises:
+        ValueError: the file is not of the form; the message says where. FileNotFoundError: there is none.
+    """
+    path = Path(__file__).with_name("tasks.json") if path is None else path
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"{path} must have at most {_LARGEST_FILE} bytes, got {path.stat().st_size}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content:
+            raise ValueError("expected an object with a task or more")
+        return {name: _task(name, value) for name, value in content.items()}
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _task(name: str, value: Any) -> Task:
+    if not isinstance(value, dict):
+        raise ValueError(f"task {name!r} must be an object, got {type(value).__name__}")
+    if not _KEYS & set(value):
+        value = {"field": name, "prompts": value}
+    unknown = set(value) - _KEYS
+    if unknown or "field" not in value or ("prompts" in value) == ("labels" in value):
+        known = ", ".join(sorted(_KEYS))
+        raise ValueError(
+            f'task {name!r} must have "field" and "prompts" or "labels", of {known}; got {sorted(value)}'
+        )
+    prompts = value.get("prompts")
+    if prompts is None:
+        template, labels = value.get("template"), value["labels"]
+        if not isinstance(template, str) or "{}" not in template or not isinstance(labels, list):
+            raise ValueError(f'task {name!r}: "labels" must be a list, with a "template" that has {{}} in it')
+        prompts = {str(label): [template.replace("{}", str(label))] for label in labels}
+    parts = {"prompts": prompts, "merge": value.get("merge", {}), "below": value.get("below", {})}
+    for key, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f'task {name!r}: "{key}" must be an object')
+    if not all(isinstance(own, (str, list)) for own in prompts.values()):
+        raise ValueError(f'task {name!r}: "prompts" must have lists of descriptions')
+    parts["prompts"] = {k: (own,) if isinstance(own, str) else tuple(own) for k, own in prompts.items()}
+    return Task(name=name, field=value["field"], layout=value.get("layout", "manifest"), **parts)
+
+
+def clips_of(source: Path, layout: str) -> list[Clip]:
+    """The clips of a corpus.
+
+    Args:
+        source: its folder, or the file of a manifest or of ParaSpeechCaps rows.
+        layout: key of `LAYOUTS`.
+
+    Raises:
+        FileNotFoundError: there is no such thing. ValueError: it holds nothing of that layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    # Copies of RAVDESS hold each recording twice, in folders of two names.
+    clips = list({clip.id: clip for clip in LAYOUTS[layout](source)}.values())
+    if not clips:
+        raise ValueError(f"{source} holds no recording of the layout {layout!r}")
+    return clips
+
+
+def _manifest(source: Path) -> Iterator[Clip]:
+    yield from manifest.read(source, need_captions=False).clips
+
+
+_RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprised")
+
+
+def _ravdess(source: Path) -> Iterator[Clip]:
+    """Actor_NN/MM-VV-EE-II-SS-RR-AA.wav: modality 03 is sound alone, vocal channel 01 is speech; odd actors
+    are men (Livingstone & Russo, 2018)."""
+    for path in sorted(source.rglob("*.wav")):
+        codes = re.fullmatch(r"03-01-(0[1-8])-0[12]-0[12]-0[12]-(\d\d)", path.stem)
+        if codes:
+            actor = int(codes[2])
+            yield _clip(
+                path,
+                emotion=_RAVDESS[int(codes[1]) - 1],
+                gender="male" if actor % 2 else "female",
+                speaker=codes[2],
+            )
+
+
+_CREMA_D = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
+
+
+def _crema_d(source: Path) -> Iterator[Clip]:
+    """AudioWAV/NNNN_SSS_EEE_LL.wav and VideoDemographics.csv (Cao et al., 2014)."""
+    tables = sorted(source.rglob("VideoDemographics.csv"))
+    if not tables:
+        raise FileNotFoundError(f"{source} holds no VideoDemographics.csv")
+    with tables[0].open(encoding="utf-8-sig", newline="") as file:
+        try:
+            actors = {
+                row["ActorID"].strip(): (row["Age"].strip(), row["Sex"].strip().lower())
+                for row in csv.DictReader(file)
+            }
+        except (KeyError, AttributeError, csv.Error) as error:
+            raise ValueError(f"{tables[0]} must have the columns ActorID, Age and Sex: {error}") from error
+    for path in sorted(source.rglob("*.wav")):
+        codes = re.fullmatch(r"(\d{4})_[A-Z]{3}_([A-Z]{3})_[A-Z]{2}", path.stem)
+        if codes and codes[2] in _CREMA_D and codes[1] in actors:
+            age, sex = actors[codes[1]]
+            yield _clip(path, emotion=_CREMA_D[codes[2]], gender=sex, age=age, speaker=codes[1])
+
+
+_IEMOCAP = {
+    "ang": "angry", "dis": "disgust", "exc": "excited", "fea": "fear", "fru": "frustrated", "hap": "happy",
+    "neu": "neutral", "sad": "sad", "sur": "surprised", "oth": "other", "xxx": "no agreement",
+}  # fmt: skip
+_TURN = re.compile(r"\[\d+\.\d+ - \d+\.\d+\]\t(Ses\d\d[FM]_\w+_([FM])\d+)\t(\w{3})\t\[.*\]")
+
+
+def _iemocap(source: Path) -> Iterator[Clip]:
+    """Session<N>/dialog/EmoEvaluation/<dialog>.txt and Session<N>/sentences/wav/<dialog>/<turn>.wav (Busso et
+    al., 2008)."""
+    for table in sorted(source.glob("**/dialog/EmoEvaluation/Ses*.txt")):
+        session = table.parents[2]
+        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
+            turn = _TURN.fullmatch(line.rstrip())
+            if turn:
+                path = session / "sentences" / "wav" / table.stem / f"{turn[1]}.wav"
+                gender = "female" if turn[2] == "F" else "male"
+                speaker = f"{table.stem[:5]}{turn[2]}"
+                yield _clip(path, emotion=_IEMOCAP.get(turn[3], turn[3]), gender=gender, speaker=speaker)
+
+
+def _paraspeechcaps(source: Path) -> Iterator[Clip]:
+    """The rows of the dataset as JSON lines; recordings under the folder of the file, or under its subfolder
+    that is named like the row's "source" (Diwan et al., 2025). Descriptions become global captions."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} must be a file with one row of ParaSpeechCaps a line")
+    with source.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            if text.strip():
+                try:
+                    yield _paraspeechcaps_clip(json.loads(text), source, number)
+                except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+                    what = f"{type(error).__name__}: {error}"
+                    raise ValueError(
+                        f"{source}, line {number}, is no row of ParaSpeechCaps: {what}"
+                    ) from error
+
+
+def _paraspeechcaps_clip(row: Mapping[str, Any], source: Path, number: int) -> Clip:
+    relative = Path(row["relative_audio_path"])
+    inside = source.parent / str(row.get("source", "")) / relative
+    path = inside if inside.exists() else source.parent / relative
+    descriptions = row["text_description"]
+    descriptions = [descriptions] if isinstance(descriptions, str) else descriptions
+    if not all(isinstance(text, str) and text.strip() for text in descriptions):
+        raise ValueError('"text_description" must be text')
+    tags = {
+        key: str(row[key]) for key in ("gender", "accent", "pitch", "speaking_rate", "source") if row.get(key)
+    }
+    tags |= {"speaker": str(row["speakerid"])} if row.get("speakerid") else {}
+    for key in ("intrinsic_tags", "situational_tags"):
+        tags |= {key: ", ".join(map(str, row[key]))} if row.get(key) else {}
+    return Clip(f"{relative}-{number}", str(path), 0.0, None, None, Captions(tuple(descriptions), ()), tags)
+
+
+def _clip(path: Path, **tags: str) -> Clip:
+    return Clip(path.stem, str(path), 0.0, None, None, Captions((), ()), tags)
+
+
+LAYOUTS: dict[str, Callable[[Path], Iterator[Clip]]] = {
+    "manifest": _manifest,
+    "ravdess": _ravdess,
+    "crema-d": _crema_d,
+    "iemocap": _iemocap,
+    "paraspeechcaps": _paraspeechcaps,
+}
+"""How a corpus lies on the disk: name -> reader."""
