@@ -174,26 +174,26 @@ def test_iemocap(tmp_path: Path) -> None:
 
 
 def test_paraspeechcaps(tmp_path: Path) -> None:
-    touch(tmp_path / "expresso/a/b.wav")
+    touch(tmp_path / "ears/a/b.wav")
     row = {
-        "source": "expresso",
+        "source": "ears",
         "relative_audio_path": "a/b.wav",
         "text_description": ["A man, whispering.", "Two."],
         "intrinsic_tags": ["deep"],
         "situational_tags": ["whispered", "sad"],
         "gender": "male",
         "accent": None,
-        "speakerid": "ex01",
+        "speakerid": "p001",
         "duration": 2.5,
     }
     other = {"relative_audio_path": "c.wav", "text_description": "One."}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n\n" + json.dumps(other) + "\n")
     first, second = tasks.clips_of(path, "paraspeechcaps")
-    assert Path(first.audio) == tmp_path / "expresso/a/b.wav"
+    assert Path(first.audio) == tmp_path / "ears/a/b.wav"
     assert first.captions == Captions(("A man, whispering.", "Two."), ())
     assert dict(first.tags) == {
-        "gender": "male", "source": "expresso", "speaker": "ex01",
+        "gender": "male", "source": "ears", "speaker": "p001",
         "intrinsic_tags": "deep", "situational_tags": "whispered, sad",
     }  # fmt: skip
     assert Path(second.audio) == tmp_path / "c.wav"
