@@ -1,8 +1,9 @@
 """Contrastive language-speech pre-training (CLSP, arXiv 2601.03065): train, load and use, fast and lean.
 
 One embedding space for speech and for free-text descriptions of how something is said. The public names are
-`CLSP` and the modules `audio`, `features`, `loss`, `similarity`, `metrics` and `convert`; each is imported on
-first use, so `import clsp_fast` costs little more than its extension.
+`CLSP`, the modules `audio`, `features`, `loss`, `similarity` and `metrics`, and the commands `convert`,
+`embed`, `evaluate`, `score` and `search`; each is imported on first use, so `import clsp_fast` costs little
+more than its extension.
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ __version__ = "0.1.0"
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
-    from clsp_fast import audio, config, convert, features, loss, metrics, similarity
+    from clsp_fast import (
+        audio,
+        config,
+        convert,
+        embed,
+        evaluate,
+        features,
+        loss,
+        metrics,
+        score,
+        search,
+        similarity,
+    )
     from clsp_fast.model import CLSP
 
 __all__ = [
@@ -26,9 +39,13 @@ __all__ = [
     "audio",
     "config",
     "convert",
+    "embed",
+    "evaluate",
     "features",
     "loss",
     "metrics",
+    "score",
+    "search",
     "similarity",
 ]
 
