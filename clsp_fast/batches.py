@@ -67,7 +67,7 @@ def embed(
     batching: Batching,
     *,
     errors: Errors | None = None,
-    progress: bool = False,
+    progress: bool | Callable[[int], None] = False,
 ) -> Tensor:
     """Embeddings (N, D) of recordings or waveforms.
 
@@ -78,7 +78,7 @@ def embed(
         items: what `features.extract_files` takes, or waveforms.
         batching: see there.
         errors: takes the error of each recording that cannot be used, whose row is NaN; None: it is raised.
-        progress: show a counter on standard error.
+        progress: True: show a counter on standard error; a function: called with how many more were embedded.
 
     Raises:
         AudioError, ValueError, TypeError: as `CLSP.encode_audio`.
@@ -95,10 +95,13 @@ def embed(
             what = "gives an embedding that is not finite"
             errors[item] = AudioError(_name(items[item], item), AudioErrorReason.NON_FINITE, what)
         parts.append((item_B, start_B, lengths_B, embedded_BD))
-        done += int((start_B == 0).sum())
-        if progress:
+        more = int((start_B == 0).sum())
+        done += more
+        if callable(progress):
+            progress(more)
+        elif progress:
             sys.stderr.write(f"\rencoded {done} of {len(items)} clips")
-    if progress:
+    if progress is True:
         sys.stderr.write("\n")
     if not parts:
         return torch.full((len(items), 0), torch.nan)

@@ -107,8 +107,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
                 sum(len(job.clips_of(unit)) for unit in own), "recordings", active=place.first
             )
             for unit in own:
-                failed = job.run(unit, model, config)
-                progress.add(len(job.clips_of(unit)), failed)
+                job.run(unit, model, config, progress)
             place.gather(None)  # waits for the others
             failures = job.finish() if place.first else Counter()
             return EmbedResult(len(clips), place.gather(failures)[0], problems)
@@ -198,10 +197,12 @@ class _Job:
             )
         return len(known) == len(wanted)
 
-    def run(self, unit: int, model: CLSP, config: EncodeConfig) -> int:
-        """Embeds the recordings of a unit; returns how many failed."""
+    def run(self, unit: int, model: CLSP, config: EncodeConfig, progress: Progress) -> None:
+        """Embeds the recordings of a unit."""
         clips, errors = self.clips_of(unit), dict[int, AudioError]()
-        embedded = model.encode_audio([segment(clip) for clip in clips], errors=errors, **config.batching)
+        sources = [segment(clip) for clip in clips]
+        embedded = model.encode_audio(sources, errors=errors, progress=progress.add, **config.batching)
+        progress.add(len(errors), len(errors))
         good = [i for i in range(len(clips)) if i not in errors]
         store.write_shard(
             self._header.shard(self._out, unit),
@@ -217,7 +218,6 @@ class _Job:
             )
             lines.append(json.dumps(_record(clip) | where) + "\n")
         checkpoint.write_text(self._part(unit), "".join(lines))
-        return len(errors)
 
     def finish(self) -> Counter[str]:
         """Joins the parts of the index and removes what killed runs left; returns the failures by reason."""

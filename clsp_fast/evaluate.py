@@ -88,8 +88,8 @@ class ZeroshotConfig(_Config):
     task_file: Path | None = None
     """JSON file of tasks; see clsp_fast.tasks for its form."""
     layout: str | None = None
-    """How the source is laid out: manifest, ravdess, crema-d, iemocap, paraspeechcaps. None: as the task
-    says."""
+    """How the source is laid out: manifest, ravdess, crema-d, iemocap, paraspeechcaps. None: a .jsonl file is
+    a manifest, a folder what the task says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +170,8 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     for name in config.task:
         require(name in known, "task", "one of " + ", ".join(known), name)
     chosen = [known[name] for name in config.task]
-    layouts = {config.layout or task.layout for task in chosen}
+    rows = ".jsonl" in config.source.suffixes and config.source.is_file()
+    layouts = {config.layout or ("manifest" if rows else task.layout) for task in chosen}
     require(len(layouts) == 1, "task", "tasks of one layout, or --layout", sorted(layouts))
     clips = tasks.clips_of(config.source, layouts.pop())
     labelled = [clip for clip in clips if any(task.label_of(clip) for task in chosen)]

@@ -87,7 +87,7 @@ class Progress:
         self._bad += bad
         now, last = time.perf_counter(), self._done == self._total
         live = sys.stderr.isatty()
-        if not self._active or not (last or now - self._written > (0.2 if live else 10.0)):
+        if not count or not self._active or not (last or now - self._written > (0.2 if live else 10.0)):
             return
         self._written = now
         rate = self._done / max(1e-9, now - self._started)

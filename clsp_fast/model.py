@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -250,7 +250,7 @@ class CLSP(nn.Module):
         long_audio: LongAudio = "whole",
         window_s: float = 30.0,
         errors: dict[int, AudioError] | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[int], None] = False,
     ) -> Tensor:
         """Embed recordings, without gradient and in evaluation mode.
 
@@ -266,7 +266,7 @@ class CLSP(nn.Module):
             window_s: seconds; 30, as in the paper's training.
             errors: a dictionary that takes the error of each recording that cannot be used, by position; its
                 row is NaN. None: the first one is raised.
-            progress: show a counter on standard error.
+            progress: True: show a counter on standard error; a function: called with how many more are done.
 
         Returns:
             (B, D) unit-norm embeddings in the order given, on the model's device. A clip's embedding depends
@@ -302,11 +302,13 @@ class CLSP(nn.Module):
             ValueError: an empty caption, or a model without tokenizer.
         """
         captions = _as_list(captions, "captions")
+        if not captions:
+            return torch.zeros(0, self.config.joint_dim, device=self.device)
         if self.tokenizer is None:
             raise ValueError(
                 "the model has no tokenizer: give one to CLSP(...), or put tokenizer.json in its folder"
             )
-        parts = [torch.zeros(0, self.config.joint_dim, device=self.device)]
+        parts = []
         with self._evaluating():
             for start in range(0, len(captions), batch_size):
                 batch = captions[start : start + batch_size]

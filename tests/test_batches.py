@@ -114,6 +114,14 @@ def test_errors_are_kept_by_recording(tiny: CLSP, tmp_path: Path) -> None:
     assert tiny.encode_audio([tmp_path / "missing.wav"], errors={}).shape == (1, 128)
 
 
+def test_progress_counts_recordings_not_windows(tiny: CLSP, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[int] = []
+    clips = [noise(2.5), noise(0.5), noise(0.3)]
+    tiny.encode_audio(clips, long_audio="window", window_s=1, batch_seconds=1, progress=seen.append)
+    assert sum(seen) == 3
+    assert capsys.readouterr().err == ""
+
+
 def test_blocks_of_recordings_come_in_order_of_size(tiny: CLSP, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = [noise(0.2 + 0.1 * i, i) for i in range(9)]
     together = tiny.encode_audio(clips)

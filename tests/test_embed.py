@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from clsp_fast import embed as command
-from clsp_fast import manifest
+from clsp_fast import manifest, store
+from clsp_fast.checkpoint import FolderInUse, exclusive
 from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
 from clsp_fast.store import Embeddings
@@ -167,6 +168,35 @@ def test_names_that_are_not_utf8_survive(tmp_path: Path, model_folder: Path, mak
     (line,) = Embeddings(tmp_path / "out").lines(0)
     assert os.fsencode(line["audio"]).endswith(b"/\xe9t\xe9.wav")
     assert run(tmp_path / "clips", tmp_path / "out", model_folder).complete
+
+
+def test_a_full_disk_costs_nothing_that_was_done(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_clips(tmp_path / "clips", 9)
+    real = store.write_shard
+
+    def full(file: Path, rows: Any) -> None:
+        if "000002" in file.name:
+            raise OSError(28, "No space left on device")
+        real(file, rows)
+
+    monkeypatch.setattr(store, "write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=3)
+    monkeypatch.setattr(store, "write_shard", real)
+    assert len(list((tmp_path / "out/.parts").glob("0*.jsonl"))) == 2
+    run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=3)
+    run(tmp_path / "clips", tmp_path / "fresh", model_folder, shard_rows=3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_one_process_at_a_time_has_a_folder(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips
+) -> None:
+    make_clips(tmp_path / "clips", 1)
+    with exclusive(tmp_path / "out"), pytest.raises(FolderInUse, match="in use by another process"):
+        run(tmp_path / "clips", tmp_path / "out", model_folder)
 
 
 @pytest.mark.parametrize(

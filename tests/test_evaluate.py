@@ -150,6 +150,10 @@ def test_a_corpus_in_its_own_folder(tmp_path: Path, make_clips: MakeClips, model
     tasks = ("ravdess-emotion", "ravdess-gender")
     found = zeroshot(config(ZeroshotConfig, tmp_path / "RAVDESS", model_folder, task=tasks))
     assert [found["zeroshot"][name]["n"] for name in tasks] == [16, 16]
+    rows = [{"audio": str(p), "tags": {"gender": "male"}} for p in (tmp_path / "RAVDESS").rglob("*.wav")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = zeroshot(config(ZeroshotConfig, tmp_path / "m.jsonl", model_folder, task=("ravdess-gender",)))
+    assert found["zeroshot"]["ravdess-gender"]["majority"] == 1.0
     with pytest.raises(ValueError, match="task must be tasks of one layout"):
         zeroshot(config(ZeroshotConfig, tmp_path, model_folder, task=("ravdess-emotion", "crema-d-age")))
     with pytest.raises(ValueError, match="task must be one of iemocap-emotion"):

@@ -392,3 +392,10 @@ def test_parity_table(capsys: pytest.CaptureFixture[str], lhotse_fbank: Any) -> 
     printed = capsys.readouterr().out
     assert "clsp_fast" in printed
     assert "lhotse  " in printed
+
+
+def test_the_identity_changes_with_the_settings() -> None:
+    own = features.identity()
+    assert len(own) == 64
+    assert own == features.identity(features.FbankConfig())
+    assert own != features.identity(features.FbankConfig(tail="zero"))

@@ -174,6 +174,7 @@ def test_folder_without_tokenizer_still_encodes_audio(tiny: CLSP, tmp_path: Path
     assert model.encode_audio([np.zeros(8000, np.float32)]).shape == (1, tiny.config.joint_dim)
     with pytest.raises(ValueError, match="no tokenizer"):
         model.encode_text(["A calm voice."])
+    assert model.encode_text([]).shape == (0, tiny.config.joint_dim)
 
 
 def test_damaged_folders_are_named(tiny: CLSP, tmp_path: Path) -> None:
