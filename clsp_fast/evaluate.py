@@ -8,11 +8,12 @@ Shape suffixes: M clips, N captions, L labels, D joint dimension.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -144,11 +145,11 @@ def _both_ways(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor, config: _Conf
     for direction, of, group in zip(_DIRECTIONS, ranks, (torch.arange(len(audio_MD)), owner_N), strict=True):
         size, answers = (len(text_ND), own_M) if direction == "audio_to_text" else (len(audio_MD), [1])
         # Captions of one clip are no independent queries: a resample draws them together.
-        counts_RN = metrics.draw(group.numpy(), resamples=config.resamples, seed=config.seed)
+        resampled = functools.partial(metrics.resampled_retrieval, of)
         chance = {f"R@{k}": float(np.mean([hit_chance(size, n, k) for n in answers])) for k in _KS}
         curve = [float((of < k).double().mean()) for k in range(1, min(size, _CURVE) + 1)]
         found[direction] = metrics.retrieval(of) | {
-            "interval": metrics.retrieval_intervals(of, counts_RN),
+            "interval": _intervals(resampled, group.numpy(), config),
             "chance": chance,
             "n": len(of),
             "curve": curve,
@@ -199,12 +200,12 @@ def _classify(task: tasks.Task, audio_MD: Tensor, clips: list[Clip], model: CLSP
     names = list(task.prompts)
     best = (audio_MD[own] @ means_LD.cpu().T).argmax(1).tolist()
     predicted = [task.merge.get(names[i], names[i]) for i in best]
-    counts_RN = metrics.draw(np.arange(len(own)), resamples=config.resamples, seed=config.seed)
+    resampled = functools.partial(metrics.resampled_classification, predicted, labels)
     return {
         "n": len(own),
         "accuracy": metrics.accuracy(predicted, labels),
         "uar": metrics.unweighted_average_recall(predicted, labels),
-        "interval": metrics.classification_intervals(predicted, labels, counts_RN),
+        "interval": _intervals(resampled, np.arange(len(own)), config),
         "chance": 1 / len(task.names),
         "majority": max(Counter(labels).values()) / len(own),
         "labels": task.names,
@@ -273,12 +274,19 @@ def _ratings(path: Path) -> Iterator[tuple[str, str, str, str, float]]:
 
 
 def _correlations(x_N: NDArray[np.float64], y_N: NDArray[np.float64], config: _Config) -> Results:
-    counts_RN = metrics.draw(np.arange(len(x_N)), resamples=config.resamples, seed=config.seed)
-    found: Results = {"n": len(x_N), "interval": {}}
-    for name, correlation in metrics.CORRELATIONS.items():
-        found[name] = float(correlation(x_N, y_N)[0])
-        found["interval"][name] = metrics.interval(correlation(x_N, y_N, counts_RN))
-    return found
+    def resampled(counts_RN: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        return {name: figure(x_N, y_N, counts_RN) for name, figure in metrics.CORRELATIONS.items()}
+
+    figures = {name: float(figure(x_N, y_N)[0]) for name, figure in metrics.CORRELATIONS.items()}
+    return {"n": len(x_N)} | figures | {"interval": _intervals(resampled, np.arange(len(x_N)), config)}
+
+
+def _intervals(
+    resampled: Callable[[NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    groups: NDArray[np.int64],
+    config: _Config,
+) -> dict[str, metrics.Interval]:
+    return metrics.bootstrap(resampled, groups, resamples=config.resamples, seed=config.seed)
 
 
 def _model(config: EncodeConfig, model: CLSP | None) -> CLSP:

@@ -1,13 +1,13 @@
 """Figures of retrieval, classification and agreement with people, and their intervals, as pure functions.
 
 Intervals are percentiles of bootstrap resamples (Efron, 1979). A resample is how often each item was drawn,
-so that every figure is a function of such counts and all resamples are computed together.
+so that every figure is a function of such counts and many resamples are computed together.
 Shape suffixes: N items, R resamples, G groups of equal values, B rows of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 Interval = tuple[float, float]
 
 _BLOCK = 256
+_COUNTS_AT_ONCE = 2**22
 
 
 def retrieval(ranks: Tensor) -> dict[str, float]:
@@ -79,19 +80,38 @@ def confusion(predicted: Sequence[str], labels: Sequence[str], names: Sequence[s
     return counts
 
 
-def draw(groups: NDArray[np.int64], *, resamples: int = 1000, seed: int = 0) -> Array:
-    """Bootstrap resamples: how often each item was drawn, float64 (R, N).
+def bootstrap(
+    figures: Callable[[Array], dict[str, Array]],
+    groups: NDArray[np.int64],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """95 % intervals of figures.
 
     Args:
+        figures: how often each item was drawn (R, N) -> name -> figure of each resample (R,), NaN where it is
+            not defined. It is called with a few resamples at a time: memory does not grow with their number.
         groups: int64 (N,); items of one group are drawn together, as several captions of a clip must be. With
             `arange(N)` each item is drawn for itself.
-        resamples: R.
+        resamples: how many.
         seed: of the draws.
     """
+    found: dict[str, list[Array]] = {}
+    for counts_RN in draws(groups, resamples=resamples, seed=seed):
+        for name, values_R in figures(counts_RN).items():
+            found.setdefault(name, []).append(values_R)
+    return {name: interval(np.concatenate(parts)) for name, parts in found.items()}
+
+
+def draws(groups: NDArray[np.int64], *, resamples: int, seed: int) -> Iterator[Array]:
+    """Resamples, some at a time: how often each item was drawn, float64 (R, N)."""
     names, group_N = np.unique(groups, return_inverse=True)
-    share = np.full(len(names), 1 / len(names))
-    counts = np.random.default_rng(seed).multinomial(len(names), share, size=resamples)
-    return counts[:, group_N].astype(np.float64)
+    share, random = np.full(len(names), 1 / len(names)), np.random.default_rng(seed)
+    at_once = max(1, _COUNTS_AT_ONCE // len(groups))
+    for start in range(0, resamples, at_once):
+        counts = random.multinomial(len(names), share, size=min(at_once, resamples - start))
+        yield counts[:, group_N].astype(np.float64)
 
 
 def interval(figures_R: Array) -> Interval:
@@ -103,24 +123,23 @@ def interval(figures_R: Array) -> Interval:
     return float(low), float(high)
 
 
-def retrieval_intervals(ranks: Tensor, counts_RN: Array) -> dict[str, Interval]:
-    """Intervals of the figures of `retrieval`; `counts_RN` from `draw`, one column a query."""
+def resampled_retrieval(ranks: Tensor, counts_RN: Array) -> dict[str, Array]:
+    """The figures of `retrieval` for each resample; one column a query."""
     known = (ranks >= 0).numpy()
     rank_N, counts_RN = ranks.numpy()[known].astype(np.float64), counts_RN[:, known]
     # A resample of groups may have drawn no query that has a positive.
-    counts_RN = counts_RN[counts_RN.sum(1) > 0]
-    total_R = counts_RN.sum(1)
-    found = {f"R@{k}": interval(counts_RN @ (rank_N < k) / total_R) for k in (1, 5, 10)}
-    found["MRR@10"] = interval(counts_RN @ np.where(rank_N < 10, 1 / (rank_N + 1), 0.0) / total_R)
+    total_R = np.where(counts_RN.any(1), counts_RN.sum(1), np.nan)
+    found = {f"R@{k}": counts_RN @ (rank_N < k) / total_R for k in (1, 5, 10)}
+    found["MRR@10"] = counts_RN @ np.where(rank_N < 10, 1 / (rank_N + 1), 0.0) / total_R
     order_N = rank_N.argsort(kind="stable")
     middle_R = (counts_RN[:, order_N].cumsum(1) > ((total_R - 1) // 2)[:, None]).argmax(1)
-    return found | {"median_rank": interval(rank_N[order_N][middle_R] + 1)}
+    return found | {"median_rank": np.where(np.isnan(total_R), np.nan, rank_N[order_N][middle_R] + 1)}
 
 
-def classification_intervals(
+def resampled_classification(
     predicted: Sequence[str], labels: Sequence[str], counts_RN: Array
-) -> dict[str, Interval]:
-    """Intervals of `accuracy` and of `unweighted_average_recall` ("uar")."""
+) -> dict[str, Array]:
+    """`accuracy` and `unweighted_average_recall` ("uar") for each resample; one column an item."""
     accuracy(predicted, labels)
     label_N = np.array(labels)
     right_N = label_N == np.array(predicted)
@@ -130,8 +149,8 @@ def classification_intervals(
         with np.errstate(invalid="ignore"):  # a class that was not drawn has no recall
             recalls.append(own_RN @ right_N[label_N == label] / own_RN.sum(1))
     return {
-        "accuracy": interval(counts_RN @ right_N / counts_RN.sum(1)),
-        "uar": interval(np.nanmean(np.stack(recalls), axis=0)),
+        "accuracy": counts_RN @ right_N / counts_RN.sum(1),
+        "uar": np.nanmean(np.stack(recalls), axis=0),
     }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ class Task:
         try:
             number = float(value)
         except ValueError:
+            return None
+        if math.isnan(number):
             return None
         return next((name for name, bound in self.below.items() if bound is None or number < bound), None)
 

@@ -83,7 +83,8 @@ def test_resampled_correlations_are_those_of_the_repeated_items() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 6, 300).astype(float), rng.standard_normal(300).round(1)
     y += 0.2 * x
-    counts = np.concatenate([everyone(300), metrics.draw(np.arange(300), resamples=4)])
+    (drawn,) = metrics.draws(np.arange(300), resamples=4, seed=0)
+    counts = np.concatenate([everyone(300), drawn])
     found = {name: figure(x, y, counts) for name, figure in metrics.CORRELATIONS.items()}
     for row, count in enumerate(counts.astype(int)):
         own = np.repeat(x, count), np.repeat(y, count)
@@ -92,16 +93,22 @@ def test_resampled_correlations_are_those_of_the_repeated_items() -> None:
         assert found["kendall"][row] == pytest.approx(kendall_by_pairs(*own), abs=1e-12)
 
 
-def test_resamples_draw_groups_whole_and_as_many() -> None:
+def draw(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    return np.concatenate(list(metrics.draws(groups, resamples=resamples, seed=seed)))
+
+
+def test_resamples_draw_groups_whole_and_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = np.array([0, 0, 1, 2, 2, 2])
-    counts = metrics.draw(groups, resamples=500, seed=1)
+    counts = draw(groups, 500, 1)
     assert counts.shape == (500, 6)
     assert (counts[:, 0] == counts[:, 1]).all()
     assert (counts[:, 3] == counts[:, 5]).all()
     assert (counts[:, [0, 2, 3]].sum(1) == 3).all()
     assert counts[:, 0].mean() == pytest.approx(1, abs=0.15)
-    assert np.array_equal(counts, metrics.draw(groups, resamples=500, seed=1))
-    assert not np.array_equal(counts, metrics.draw(groups, resamples=500, seed=2))
+    assert not np.array_equal(counts, draw(groups, 500, 2))
+    monkeypatch.setattr(metrics, "_COUNTS_AT_ONCE", 100)
+    assert len(list(metrics.draws(groups, resamples=500, seed=1))) == 32
+    assert np.array_equal(counts, draw(groups, 500, 1))
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
@@ -109,32 +116,45 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     covered = {"R@1": 0, "accuracy": 0, "pearson": 0}
     for seed in range(200):
         right = rng.random(150) < 0.3
-        counts = metrics.draw(np.arange(150), resamples=300, seed=seed)
-        low, high = metrics.retrieval_intervals(torch.from_numpy(np.where(right, 0, 20)), counts)["R@1"]
-        covered["R@1"] += low <= 0.3 <= high
-        own = metrics.classification_intervals(np.where(right, "a", "b").tolist(), ["a"] * 150, counts)
-        covered["accuracy"] += own["accuracy"][0] <= 0.3 <= own["accuracy"][1]
-        assert own["accuracy"] == own["uar"]
+        ranks, names = torch.from_numpy(np.where(right, 0, 20)), np.where(right, "a", "b").tolist()
         x = rng.standard_normal(150)
-        low, high = metrics.interval(metrics.pearson(x, x + rng.standard_normal(150), counts))
-        covered["pearson"] += low <= 0.5**0.5 <= high
+        y = x + rng.standard_normal(150)
+
+        def figures(counts: np.ndarray, ranks=ranks, names=names, x=x, y=y) -> dict[str, np.ndarray]:
+            retrieval = metrics.resampled_retrieval(ranks, counts)
+            classified = metrics.resampled_classification(names, ["a"] * 150, counts)
+            return retrieval | classified | {"pearson": metrics.pearson(x, y, counts)}
+
+        found = metrics.bootstrap(figures, np.arange(150), resamples=300, seed=seed)
+        assert found["accuracy"] == found["uar"]
+        for name, truth in (("R@1", 0.3), ("accuracy", 0.3), ("pearson", 0.5**0.5)):
+            covered[name] += found[name][0] <= truth <= found[name][1]
     assert all(0.89 <= count / 200 <= 0.99 for count in covered.values()), covered
 
 
-def test_intervals_are_those_of_the_repeated_items() -> None:
+def test_resampled_figures_are_those_of_the_repeated_items() -> None:
     rng = np.random.default_rng(0)
     ranks = torch.from_numpy(rng.integers(-1, 15, 60))
     labels, predicted = (rng.choice(["a", "b", "c"], 60).tolist() for _ in range(2))
-    counts = metrics.draw(np.arange(60), resamples=1, seed=3)
-    own = counts[0].astype(int)
-    figures = metrics.retrieval(torch.repeat_interleave(ranks, torch.from_numpy(own)))
-    found = metrics.retrieval_intervals(ranks, counts)
-    assert found == {name: (pytest.approx(value), pytest.approx(value)) for name, value in figures.items()}
-    again = [np.repeat(np.array(names), own).tolist() for names in (predicted, labels)]
-    found = metrics.classification_intervals(predicted, labels, counts)
-    assert found["accuracy"][0] == pytest.approx(metrics.accuracy(*again))
-    assert found["uar"][0] == pytest.approx(metrics.unweighted_average_recall(*again))
-    assert all(np.isnan(metrics.interval(np.array([np.nan]))))
+    counts = draw(np.arange(60), 5, 3)
+    retrieval = metrics.resampled_retrieval(ranks, counts)
+    classified = metrics.resampled_classification(predicted, labels, counts)
+    for row, own in enumerate(counts.astype(int)):
+        figures = metrics.retrieval(torch.repeat_interleave(ranks, torch.from_numpy(own)))
+        assert {name: values[row] for name, values in retrieval.items()} == pytest.approx(figures)
+        again = [np.repeat(np.array(names), own).tolist() for names in (predicted, labels)]
+        assert classified["accuracy"][row] == pytest.approx(metrics.accuracy(*again))
+        assert classified["uar"][row] == pytest.approx(metrics.unweighted_average_recall(*again))
+
+
+def test_what_no_resample_defines_has_no_interval() -> None:
+    ranks = torch.tensor([-1, 3])
+    counts = np.array([[1.0, 0.0], [0.0, 1.0]])
+    found = metrics.resampled_retrieval(ranks, counts)
+    assert np.isnan([values[0] for values in found.values()]).all()
+    assert found["median_rank"][1] == 4
+    assert metrics.interval(found["R@5"]) == (1.0, 1.0)
+    assert np.isnan(metrics.interval(np.array([np.nan]))).all()
 
 
 def test_confusion_counts_labels_by_row() -> None:
