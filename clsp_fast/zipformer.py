@@ -35,16 +35,15 @@ LAYER_SKIP_RATE = 0.035
 def _offset_table(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Encodings (2 reach - 1, pos_dim) of offsets -(reach - 1) .. reach - 1; shared: nobody writes to it."""
     with torch.inference_mode(False), torch.no_grad():
-        # In float32 and this order, like the reference: even its float64 results rest on these values.
-        offset = torch.arange(-(reach - 1), reach, dtype=torch.float32, device=device)[:, None]
+        # In float64 and on the CPU: in float32, as the reference does it, each machine's logarithm rounds its own
+        # way, and the highest frequencies turn that into 2e-6 of the table and of what is computed from it.
+        offset = torch.arange(-(reach - 1), reach, dtype=torch.float64)[:, None]
         root = math.sqrt(pos_dim)
         compressed = root * offset.sign() * ((offset.abs() + root).log() - math.log(root))
-        angle = (compressed / (pos_dim / (2.0 * math.pi))).atan() * (
-            1 + torch.arange(pos_dim // 2, device=device)
-        )
+        angle = (compressed / (pos_dim / (2.0 * math.pi))).atan() * (1 + torch.arange(pos_dim // 2))
         table = torch.stack([angle.cos(), angle.sin()], dim=2).flatten(1)
         table[:, -1] = 1.0
-        return table.to(dtype)
+        return table.to(device, dtype)
 
 
 def position_encoding(pos_dim: int, frames: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
