@@ -120,15 +120,15 @@ def test_error_on_speech(name: str, isa: str, lhotse_fbank: Any) -> None:
     waves = [np.ascontiguousarray(change(speech(name)), np.float32) for change in VARIANTS.values()]
     truths = [reference(x) for x in waves]
     theirs = [lhotse_fbank.extract(x, 16000) - truth for x, truth in zip(waves, truths, strict=True)]
-    # lhotse's rounding is its machine's FFT's, so the largest error of one recording is a draw, not a constant:
-    # the gate is its largest over all variants of the voice.
+    # lhotse rounds as its machine's FFT does, so the largest error of one recording is a draw, no constant: the
+    # gate is the largest over all variants of the voice.
     largest = max(1.5e-3, 1.5 * max(np.abs(error).max() for error in theirs))
     for variant, x, truth, their in zip(VARIANTS, waves, truths, theirs, strict=True):
         values = fbank([x], isa)[0]
         assert linear_error(values, truth) <= 5e-6, variant
         assert np.abs(values - truth).max() <= largest, variant
-        # Some fricatives of the British voice lie 70 dB above its lowest bins, further than a float32 transform
-        # reaches: lhotse itself has an rms of 3.2e-5 there, and only its own error can be the gate.
+        # Some fricatives of the British voice lie 70 dB above its lowest bins, further than a float32
+        # transform reaches: lhotse has an rms of 3.2e-5 there, and only its own error can be the gate.
         assert rms(values - truth) <= (1.25 * rms(their) if name == "speech_en-GB" else 2e-5), variant
 
 
