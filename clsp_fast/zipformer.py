@@ -35,8 +35,8 @@ LAYER_SKIP_RATE = 0.035
 def _offset_table(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Encodings (2 reach - 1, pos_dim) of offsets -(reach - 1) .. reach - 1; shared: nobody writes to it."""
     with torch.inference_mode(False), torch.no_grad():
-        # In float64 and on the CPU: in float32, as the reference does it, each machine's logarithm rounds its own
-        # way, and the highest frequencies turn that into 2e-6 of the table and of what is computed from it.
+        # In float64 and on the CPU: in float32, as the reference does it, each machine's logarithm rounds its
+        # own way, and the highest frequencies turn that into 2e-6 of the table.
         offset = torch.arange(-(reach - 1), reach, dtype=torch.float64)[:, None]
         root = math.sqrt(pos_dim)
         compressed = root * offset.sign() * ((offset.abs() + root).log() - math.log(root))

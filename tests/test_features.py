@@ -120,8 +120,8 @@ def test_error_on_speech(name: str, isa: str, lhotse_fbank: Any) -> None:
     waves = [np.ascontiguousarray(change(speech(name)), np.float32) for change in VARIANTS.values()]
     truths = [reference(x) for x in waves]
     theirs = [lhotse_fbank.extract(x, 16000) - truth for x, truth in zip(waves, truths, strict=True)]
-    # lhotse rounds as its machine's FFT does, so the largest error of one recording is a draw, no constant: the
-    # gate is the largest over all variants of the voice.
+    # lhotse rounds as its machine's FFT does, so the largest error of one recording is a draw, no constant:
+    # the gate is the largest over all variants of the voice.
     largest = max(1.5e-3, 1.5 * max(np.abs(error).max() for error in theirs))
     for variant, x, truth, their in zip(VARIANTS, waves, truths, theirs, strict=True):
         values = fbank([x], isa)[0]
