@@ -23,8 +23,9 @@ constexpr int kSpan = (L - 1) * kHop + kWindow;
 template <int L>
 struct Workspace {
   using V = typename Lanes<L>::Float;
-  V even[FftPlan::kComplex], odd[FftPlan::kComplex], power[FftPlan::kComplex], energy[kBins];
-  V mean;  // 0.03 x the mean of each frame: what pre-emphasis leaves of it
+  V even[FftPlan::kComplex];  // samples, then powers in the order of position_of()
+  V odd[FftPlan::kComplex];   // samples, then energies
+  V mean;                     // 0.03 x the mean of each frame: what pre-emphasis leaves of it
   alignas(64) float emphasised[kSpan<L>];
   float gathered[kSpan<L> + 1];
 };
@@ -39,13 +40,23 @@ float framed_sample(const Clip& clip, std::ptrdiff_t index) {
   return inside < clip.samples.size() ? clip.samples[inside] : 0.0f;
 }
 
-// Pointer to the group's samples; source[-1] is the one before. Only groups at an edge are copied.
+// Pointer to what `frames` frames from frame `first` on cover; source[-1] is the sample before.
+// Only groups at an edge are copied. What lies behind the frames is of no matter, but it is
+// readable.
 template <int L>
-const float* group_source(const Clip& clip, std::size_t group, Workspace<L>& w) {
-  const auto begin = static_cast<std::ptrdiff_t>(group * kHop) - kLeft;
+const float* group_source(const Clip& clip, std::size_t first, std::size_t frames,
+                          Workspace<L>& w) {
   const auto size = static_cast<std::ptrdiff_t>(clip.samples.size());
+  const auto begin = static_cast<std::ptrdiff_t>(first * kHop) - kLeft;
   if (begin >= 1 && begin + kSpan<L> <= size) return clip.samples.data() + begin;
-  for (int i = -1; i < kSpan<L>; ++i) w.gathered[i + 1] = framed_sample(clip, begin + i);
+  const auto end = begin + static_cast<std::ptrdiff_t>((frames - 1) * kHop) + kWindow;
+  const std::ptrdiff_t inside = std::max<std::ptrdiff_t>(begin - 1, 0);
+  const std::ptrdiff_t inside_end = std::min(size, end);
+  float* out = w.gathered;
+  for (std::ptrdiff_t i = begin - 1; i < inside; ++i) *out++ = framed_sample(clip, i);
+  out = std::copy(clip.samples.data() + inside, clip.samples.data() + inside_end, out);
+  for (std::ptrdiff_t i = inside_end; i < end; ++i) *out++ = framed_sample(clip, i);
+  std::fill(out, w.gathered + kSpan<L> + 1, 0.0f);
   return w.gathered + 1;
 }
 
@@ -106,32 +117,44 @@ CLSP_INLINE void window_columns(Workspace<L>& w) {
   // The window is 0 here, and what pre-emphasis put here belongs to the frame before: not a NaN of
   // that frame times 0.
   w.even[0] = V{};
-  for (int i = kWindow / 2; i < FftPlan::kComplex; ++i) w.even[i] = w.odd[i] = V{};
 }
 
+constexpr std::array<int, kBins> first_weights() {
+  std::array<int, kBins> first{};
+  for (std::size_t m = 1; m < kBins; ++m) first[m] = first[m - 1] + kMelCount[m - 1];
+  return first;
+}
+
+// Adds what filter M takes of FFT bins kMelFirst[M] + 1 + I... to what it takes of the first.
+template <int M, int L, int... I>
+CLSP_INLINE void mel_filter(Workspace<L>& w, std::integer_sequence<int, I...>) {
+  constexpr int kFirst = kMelFirst[M];
+  constexpr const float* kWeights = kMelWeights + first_weights()[M];
+  auto energy = w.even[position_of(kFirst)] * kWeights[0];
+  ((energy += w.even[position_of(kFirst + 1 + I)] * kWeights[1 + I]), ...);
+  // A filter without bins: 0, or NaN like the rest of the frame.
+  w.odd[M] = kMelCount[M] == 0 ? w.mean - w.mean : energy;
+}
+
+// Unrolled over all filters: what is the length of a loop, an index or an address in tables is then
+// part of the program, and neighbours share the powers that they have in common.
+template <int L, int... M>
+CLSP_INLINE void mel_filters(Workspace<L>& w, std::integer_sequence<int, M...>) {
+  (mel_filter<M>(w, std::make_integer_sequence<int, std::max(kMelCount[M] - 1, 0)>{}), ...);
+}
+
+// Logarithms of the energies, stored as rows of `count` frames.
 template <int L>
-CLSP_INLINE void log_mel(Workspace<L>& w) {
+CLSP_INLINE void store_logarithms(const Workspace<L>& w, float* rows, std::size_t count) {
   using V = typename Workspace<L>::V;
   const V floor = broadcast<V>(kFloor);
-  const float* weight = kMelWeights;
-  for (int m = 0; m < kBins; ++m) {
-    V energy{};
-    for (int k = kMelFirst[m]; k < kMelFirst[m] + kMelCount[m]; ++k) {
-      energy += w.power[k] * *weight++;
-    }
-    if (kMelCount[m] == 0) energy = w.mean - w.mean;  // 0, or NaN like the rest of the frame
-    w.energy[m] = energy < floor ? floor : energy;    // keeps NaN
-  }
-  for (int m = 0; m < kBins; ++m) w.energy[m] = log_positive(w.energy[m]);
-}
-
-template <int L>
-CLSP_INLINE void store_rows(const Workspace<L>& w, float* rows, std::size_t count) {
-  using V = typename Workspace<L>::V;
   for (int m = 0; m < kBins; m += L) {
     V tile[L];
 #pragma GCC unroll 16
-    for (int c = 0; c < L; ++c) tile[c] = w.energy[m + c];
+    for (int c = 0; c < L; ++c) {
+      const V energy = w.odd[m + c];
+      tile[c] = log_positive(energy < floor ? floor : energy);  // keeps NaN
+    }
     transpose(tile);
 #pragma GCC unroll 16
     for (int lane = 0; lane < L; ++lane) {
@@ -146,11 +169,12 @@ CLSP_INLINE void fbank_lanes(const Clip& clip, float* rows) {
   const FftPlan& plan = fft_plan();
   const std::size_t frames = frame_count(clip.samples.size());
   for (std::size_t group = 0; group < frames; group += L) {
-    emphasise<L>(group_source<L>(clip, group, w), w);
+    const std::size_t count = std::min<std::size_t>(L, frames - group);
+    emphasise<L>(group_source<L>(clip, group, count, w), w);
     window_columns(w);
-    power_spectrum(w.even, w.odd, w.power, plan);
-    log_mel(w);
-    store_rows(w, rows + group * kBins, std::min<std::size_t>(L, frames - group));
+    power_spectrum(w.even, w.odd, plan);
+    mel_filters(w, std::make_integer_sequence<int, kBins>{});
+    store_logarithms(w, rows + group * kBins, count);
   }
 }
 

@@ -16,9 +16,8 @@ FftPlan make_plan() {
     for (int j = 0; j < 32; ++j) plan.first[j][q] = unit_root(j * q, 256);
     for (int j = 0; j < 4; ++j) plan.second[j][q] = unit_root(j * q, 32);
   }
-  for (int k = 0; k <= FftPlan::kComplex / 2; ++k) plan.split[k] = unit_root(k, FftPlan::kReal);
-  for (int k = 0; k < FftPlan::kComplex; ++k) {
-    plan.position[k] = static_cast<unsigned char>((k % 8) * 32 + (k / 8 % 8) * 4 + k / 64);
+  for (int k = 0; k <= 32; ++k) {
+    for (int r = 0; r < 4; ++r) plan.split[k][r] = unit_root(k + 64 * r, FftPlan::kReal);
   }
   return plan;
 }

@@ -4,7 +4,8 @@
 // three in-place decimation-in-frequency passes of radix 8, 8 and 4, and the real spectrum is
 // X[k] = E[k] + w^k O[k], w = exp(-2 pi i / 512), with E and O the transforms of the even and odd
 // samples. Frequencies leave the passes in digit-reversed order: across lanes that costs nothing
-// but an index.
+// but an index. The samples are all the memory there is: for 16 lanes they fill 32 KB, most
+// processors' first-level cache, so the last pass and the powers replace them where they lie.
 #pragma once
 
 #include "simd.h"
@@ -16,11 +17,13 @@ struct FftPlan {
   struct Twiddle {
     float re, im;
   };
-  Twiddle first[32][8];              // exp(-2 pi i j q / 256)
-  Twiddle second[4][8];              // exp(-2 pi i j q / 32)
-  Twiddle split[kComplex / 2 + 1];   // exp(-2 pi i k / 512)
-  unsigned char position[kComplex];  // where frequency k lies after the passes
+  Twiddle first[32][8];  // exp(-2 pi i j q / 256)
+  Twiddle second[4][8];  // exp(-2 pi i j q / 32)
+  Twiddle split[33][4];  // exp(-2 pi i (k + 64 r) / 512)
 };
+
+// Where frequency k lies after the passes; k, k + 64, k + 128 and k + 192 are neighbours.
+constexpr int position_of(int k) { return k % 8 * 32 + k / 8 % 8 * 4 + k / 64; }
 
 const FftPlan& fft_plan();
 
@@ -61,69 +64,95 @@ CLSP_INLINE void butterfly4(const Complex<V>* in, Complex<V>* out, int out_step)
   out[3 * out_step] = left - turned;
 }
 
-// out[r] = sum_j in[j] exp(-2 pi i j r / 8)
-template <class V>
+// out[r] = sum_j in[j] exp(-2 pi i j r / 8), where in[Live] .. in[7] are 0 and are not read.
+template <int Live, class V>
 CLSP_INLINE void butterfly8(const Complex<V>* in, Complex<V>* out) {
+  static_assert(Live >= 6 && Live <= 8);
   constexpr float kHalfRoot = 0.70710678118654752f;
-  const Complex<V> sums[4] = {in[0] + in[4], in[1] + in[5], in[2] + in[6], in[3] + in[7]};
-  const Complex<V> d1 = in[1] - in[5], d3 = in[3] - in[7];
+  Complex<V> sum2 = in[2], turned2 = {in[2].im, -in[2].re}, sum3 = in[3], d3 = in[3];
+  if constexpr (Live > 6) {
+    sum2 = in[2] + in[6];
+    turned2 = minus_i_difference(in[2], in[6]);
+  }
+  if constexpr (Live > 7) {
+    sum3 = in[3] + in[7];
+    d3 = in[3] - in[7];
+  }
+  const Complex<V> sums[4] = {in[0] + in[4], in[1] + in[5], sum2, sum3};
+  butterfly4(sums, out, 2);
+  const Complex<V> d1 = in[1] - in[5];
   const Complex<V> turned[4] = {in[0] - in[4],
                                 {(d1.re + d1.im) * kHalfRoot, (d1.im - d1.re) * kHalfRoot},
-                                minus_i_difference(in[2], in[6]),
+                                turned2,
                                 {(d3.im - d3.re) * kHalfRoot, (d3.re + d3.im) * -kHalfRoot}};
-  butterfly4(sums, out, 2);
   butterfly4(turned, out + 1, 2);
 }
 
-// One radix-8 pass over blocks of 8 * Q points.
-template <int Q, class V>
-CLSP_INLINE void pass8(V* re, V* im, const FftPlan::Twiddle (*twiddles)[8]) {
-  for (int block = 0; block < FftPlan::kComplex; block += 8 * Q) {
-    for (int j = 0; j < Q; ++j) {
-      Complex<V> in[8], out[8];
+// The radix-8 butterfly of points 0, Q, ..., 7 Q, with the twiddles of the pass.
+template <int Q, int Live, class V>
+CLSP_INLINE void step8(V* re, V* im, const FftPlan::Twiddle* twiddles) {
+  Complex<V> in[8], out[8];
 #pragma GCC unroll 8
-      for (int q = 0; q < 8; ++q) in[q] = {re[block + j + q * Q], im[block + j + q * Q]};
-      butterfly8(in, out);
+  for (int q = 0; q < Live; ++q) in[q] = {re[q * Q], im[q * Q]};
+  butterfly8<Live>(in, out);
 #pragma GCC unroll 8
-      for (int q = 0; q < 8; ++q) {
-        const Complex<V> y = q == 0 ? out[0] : out[q] * twiddles[j][q];
-        re[block + j + q * Q] = y.re;
-        im[block + j + q * Q] = y.im;
-      }
+  for (int q = 0; q < 8; ++q) {
+    const Complex<V> y = q == 0 ? out[0] : out[q] * twiddles[q];
+    re[q * Q] = y.re;
+    im[q * Q] = y.im;
+  }
+}
+
+// |2 X[k]|^2 and |2 X[256 - k]|^2 from Z[k], Z[256 - k] and w^k.
+template <class V>
+CLSP_INLINE void split_powers(const Complex<V>& z, const Complex<V>& mirrored,
+                              const FftPlan::Twiddle& twiddle, V& power, V& mirrored_power) {
+  const Complex<V> even = {z.re + mirrored.re, z.im - mirrored.im};
+  const Complex<V> odd = Complex<V>{z.im + mirrored.im, mirrored.re - z.re} * twiddle;
+  const Complex<V> low = even + odd, high = even - odd;
+  power = low.re * low.re + low.im * low.im;
+  mirrored_power = high.re * high.re + high.im * high.im;
+}
+
+template <class V>
+CLSP_INLINE void last_butterfly(const V* re, const V* im, int block, Complex<V>* out) {
+  Complex<V> in[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) in[q] = {re[block + q], im[block + q]};
+  butterfly4(in, out, 1);
+}
+
+// The radix-4 pass and the split in one: block k holds frequencies k + 64 r, whose mirror images
+// k + 64 r -> 64 - k + 64 (3 - r) are block 64 - k. Powers go to `re`.
+template <class V>
+CLSP_INLINE void last_pass(V* re, V* im, const FftPlan& plan) {
+  Complex<V> z[4], mirrored[4];
+  last_butterfly(re, im, 0, z);  // holds its own mirror images; frequency 0 is not wanted
+  split_powers(z[1], z[3], plan.split[0][1], re[1], re[3]);
+  split_powers(z[2], z[2], plan.split[0][2], re[2], re[2]);
+  for (int k = 1; k <= 32; ++k) {
+    const int block = position_of(k), mirrored_block = position_of(64 - k);
+    last_butterfly(re, im, block, z);
+    last_butterfly(re, im, mirrored_block, mirrored);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      split_powers(z[r], mirrored[3 - r], plan.split[k][r], re[block + r],
+                   re[mirrored_block + 3 - r]);
     }
   }
 }
 
+// Turns the even samples in re[0 .. 199] and the odd ones in im[0 .. 199], with zeros behind them,
+// into |2 X[k]|^2 at re[position_of(k)] for k = 1 .. 255; im is overwritten, and neither needs to
+// hold the zeros. The caller halves its window instead, which is exact.
 template <class V>
-CLSP_INLINE void pass4(V* re, V* im) {
-  for (int block = 0; block < FftPlan::kComplex; block += 4) {
-    Complex<V> in[4], out[4];
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) in[q] = {re[block + q], im[block + q]};
-    butterfly4(in, out, 1);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      re[block + q] = out[q].re;
-      im[block + q] = out[q].im;
-    }
+CLSP_INLINE void power_spectrum(V* re, V* im, const FftPlan& plan) {
+  for (int j = 0; j < 8; ++j) step8<32, 7>(re + j, im + j, plan.first[j]);
+  for (int j = 8; j < 32; ++j) step8<32, 6>(re + j, im + j, plan.first[j]);
+  for (int block = 0; block < FftPlan::kComplex; block += 32) {
+    for (int j = 0; j < 4; ++j) step8<4, 8>(re + block + j, im + block + j, plan.second[j]);
   }
-}
-
-// power[k] = |2 X[k]|^2 for k = 1 .. 255 from the even samples in re[0..255] and the odd ones in
-// im[0..255], which it overwrites. The caller halves its window instead, which is exact.
-template <class V>
-CLSP_INLINE void power_spectrum(V* re, V* im, V* power, const FftPlan& plan) {
-  pass8<32>(re, im, plan.first);
-  pass8<4>(re, im, plan.second);
-  pass4(re, im);
-  for (int k = 1; k <= FftPlan::kComplex / 2; ++k) {
-    const int p = plan.position[k], n = plan.position[FftPlan::kComplex - k];
-    const Complex<V> even = {re[p] + re[n], im[p] - im[n]};
-    const Complex<V> odd = Complex<V>{im[p] + im[n], re[n] - re[p]} * plan.split[k];
-    const Complex<V> low = even + odd, high = even - odd;
-    power[k] = low.re * low.re + low.im * low.im;
-    power[FftPlan::kComplex - k] = high.re * high.re + high.im * high.im;
-  }
+  last_pass(re, im, plan);
 }
 
 }  // namespace clsp

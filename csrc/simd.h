@@ -118,7 +118,7 @@ CLSP_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, Q...>) {
 }
 
 template <int S, class V>
-CLSP_INLINE void transpose_step(V* rows) {
+CLSP_INLINE void exchange_blocks(V* rows) {
   constexpr int L = kLanesOf<V>;
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r) {
@@ -127,14 +127,32 @@ CLSP_INLINE void transpose_step(V* rows) {
   }
 }
 
+// Transposes each 4 x 4 block of four rows, in shuffles that every instruction set has.
+template <class V, int... Q>
+CLSP_INLINE void transpose_quads(V* rows, std::integer_sequence<int, Q...>) {
+  constexpr int L = kLanesOf<V>;
+  const auto low_pairs = [](const V& a, const V& b) {
+    return shuffle<((Q & 1) * L + (Q & ~3) + (Q & 2) / 2)...>(a, b);
+  };
+  const auto high_pairs = [](const V& a, const V& b) {
+    return shuffle<((Q & 1) * L + (Q & ~3) + (Q & 2) / 2 + 2)...>(a, b);
+  };
+  const V low01 = low_pairs(rows[0], rows[1]), low23 = low_pairs(rows[2], rows[3]);
+  const V high01 = high_pairs(rows[0], rows[1]), high23 = high_pairs(rows[2], rows[3]);
+  rows[0] = shuffle<((Q & 2) ? L + Q - 2 : Q)...>(low01, low23);
+  rows[1] = shuffle<((Q & 2) ? L + Q : Q + 2)...>(low01, low23);
+  rows[2] = shuffle<((Q & 2) ? L + Q - 2 : Q)...>(high01, high23);
+  rows[3] = shuffle<((Q & 2) ? L + Q : Q + 2)...>(high01, high23);
+}
+
 // Transposes an L x L tile in registers.
 template <class V>
 CLSP_INLINE void transpose(V* rows) {
   constexpr int L = kLanesOf<V>;
-  transpose_step<1>(rows);
-  transpose_step<2>(rows);
-  if constexpr (L >= 8) transpose_step<4>(rows);
-  if constexpr (L >= 16) transpose_step<8>(rows);
+#pragma GCC unroll 4
+  for (int r = 0; r < L; r += 4) transpose_quads(rows + r, std::make_integer_sequence<int, L>{});
+  if constexpr (L >= 8) exchange_blocks<4>(rows);
+  if constexpr (L >= 16) exchange_blocks<8>(rows);
 }
 
 // Natural logarithm of positive normal numbers within 1 ulp; NaN and infinity give NaN.
