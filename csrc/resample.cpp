@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <list>
 #include <mutex>
@@ -15,7 +16,6 @@ namespace {
 
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kZeroCrossings = 6.0, kRolloff = 0.99;
-constexpr int kTapMultiple = 8;
 
 void check_rates(int from_hz, int to_hz) {
   for (const int rate : {from_hz, to_hz}) {
@@ -39,10 +39,9 @@ std::shared_ptr<const ResamplePlan> make_plan(int from_hz, int to_hz) {
   const int o = from_hz / divisor, n = to_hz / divisor;
   const double base = std::min(o, n) * kRolloff;
   const double reach = kZeroCrossings * o / base;  // half of the support, in input samples
-  const int support = 2 * static_cast<int>(std::ceil(reach)) + 1;
   plan->step_in = o;
   plan->step_out = n;
-  plan->taps = (support + kTapMultiple - 1) / kTapMultiple * kTapMultiple;
+  plan->taps = static_cast<int>(2.0 * reach) + 1;
   plan->first.resize(static_cast<std::size_t>(n));
   plan->coefficients.reserve(
       checked_multiply(static_cast<std::size_t>(n), static_cast<std::size_t>(plan->taps)));
@@ -58,7 +57,7 @@ std::shared_ptr<const ResamplePlan> make_plan(int from_hz, int to_hz) {
   return plan;
 }
 
-float output_at_edge(const float* h, int taps, std::int64_t begin, Span<const float> in) {
+float output(const float* h, int taps, std::int64_t begin, Span<const float> in) {
   const auto size = static_cast<std::int64_t>(in.size());
   const std::int64_t low = std::max<std::int64_t>(0, -begin);
   const std::int64_t high = std::min<std::int64_t>(taps, size - begin);
@@ -67,39 +66,170 @@ float output_at_edge(const float* h, int taps, std::int64_t begin, Span<const fl
   return sum;
 }
 
+// How the outputs are dealt to the lanes: each takes a stretch of `periods` x n outputs, so that
+// all lanes are at the same phase and read the same coefficients.
+struct Layout {
+  int periods;                            // 0: too many phases or inputs to hold a stretch of them
+  std::int64_t columns, inputs, outputs;  // of a stretch; the columns include the last taps
+};
+
+Layout choose_layout(const ResamplePlan& plan) {
+  constexpr std::int64_t kMaxColumns = 1024;  // 64 KB with 16 lanes
+  const std::int64_t n = plan.step_out, o = plan.step_in;
+  for (const std::int64_t periods : {8 * ((8 + n - 1) / n), std::int64_t{8}, std::int64_t{1}}) {
+    const std::int64_t columns = (periods - 1) * o + plan.first.back() - plan.first[0] + plan.taps;
+    if (std::max(columns, periods * n) <= kMaxColumns) {
+      return {static_cast<int>(periods), columns, periods * o, periods * n};
+    }
+  }
+  return {};
+}
+
 template <int L>
-CLSP_INLINE void resample_lanes(const ResamplePlan& plan, Span<const float> in, Span<float> out) {
+struct ResampleBuffers {
   using V = typename Lanes<L>::Float;
-  const int taps = plan.taps;
-  const std::int64_t last_begin = static_cast<std::int64_t>(in.size()) - taps;
-  const auto phases = static_cast<std::size_t>(plan.step_out);
-  std::int64_t origin = 0;
-  for (std::size_t j = 0; j < out.size(); j += phases, origin += plan.step_in) {
-    const std::size_t count = std::min(phases, out.size() - j);
-    for (std::size_t p = 0; p < count; ++p) {
-      const float* h = plan.coefficients.data() + p * static_cast<std::size_t>(taps);
-      const std::int64_t begin = origin + plan.first[p];
-      if (begin < 0 || begin > last_begin) {
-        out[j + p] = output_at_edge(h, taps, begin, in);
-        continue;
+  struct alignas(sizeof(V)) Column {
+    V lanes;  // what each lane's stretch holds at one place
+  };
+  std::vector<Column> in, out;
+  std::int64_t row;             // columns, rounded up to tiles
+  std::vector<float> gathered;  // (L, row), for stretches that reach beyond the ends
+
+  explicit ResampleBuffers(const Layout& layout) : row((layout.columns + L - 1) / L * L) {
+    in.resize(static_cast<std::size_t>(row));
+    out.resize(static_cast<std::size_t>((layout.outputs + L - 1) / L * L));
+  }
+};
+
+// Reads the stretches that begin at `begin`, `begin` + step, ... into columns.
+template <int L>
+CLSP_INLINE void read_columns(Span<const float> in, std::int64_t begin, std::int64_t step,
+                              ResampleBuffers<L>& b) {
+  using V = typename ResampleBuffers<L>::V;
+  const auto size = static_cast<std::int64_t>(in.size());
+  const float* rows = in.data() + begin;
+  if (begin < 0 || begin + (L - 1) * step + b.row > size) {
+    b.gathered.assign(static_cast<std::size_t>(L * b.row), 0.0f);
+    for (int lane = 0; lane < L; ++lane) {
+      const std::int64_t origin = begin + lane * step;
+      const std::int64_t low = std::max<std::int64_t>(origin, 0);
+      const std::int64_t high = std::min(origin + b.row, size);
+      if (low < high) {
+        std::copy(in.data() + low, in.data() + high,
+                  b.gathered.data() + lane * b.row + (low - origin));
       }
-      const float* x = in.data() + begin;
-      V sum{};
-      for (int i = 0; i < taps; i += L) sum += load<V>(h + i) * load<V>(x + i);
-      out[j + p] = horizontal_sum(sum);
+    }
+    rows = b.gathered.data();
+    step = b.row;
+  }
+  for (std::int64_t i = 0; i < b.row; i += L) {
+    V tile[L];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L; ++lane) tile[lane] = load<V>(rows + lane * step + i);
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int c = 0; c < L; ++c) b.in[static_cast<std::size_t>(i + c)].lanes = tile[c];
+  }
+}
+
+// `Count` outputs of all lanes, whose taps are at h + u * h_step and columns at x + u * x_step.
+template <int Count, class Column>
+CLSP_INLINE void filter(const float* h, std::int64_t h_step, const Column* x, std::int64_t x_step,
+                        int taps, Column* out, std::int64_t out_step) {
+  decltype(x->lanes + x->lanes) sum[Count] = {};
+  for (int i = 0; i < taps; ++i) {
+#pragma GCC unroll 8
+    for (int u = 0; u < Count; ++u) sum[u] += x[u * x_step + i].lanes * h[u * h_step + i];
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < Count; ++u) out[u * out_step].lanes = sum[u];
+}
+
+template <int L>
+CLSP_INLINE void filter_columns(const ResamplePlan& plan, int periods, ResampleBuffers<L>& b) {
+  constexpr int kAtOnce = L == 16 ? 8 : 4;  // sums that registers hold beside their operands
+  const int n = static_cast<int>(plan.step_out);
+  const float* h = plan.coefficients.data();
+  for (int p = 0; p < n; ++p, h += plan.taps) {
+    const auto* x = b.in.data() + (plan.first[static_cast<std::size_t>(p)] - plan.first[0]);
+    auto* out = b.out.data() + p;
+    if (periods == 1) {
+      filter<1>(h, 0, x, 0, plan.taps, out, 0);
+      continue;
+    }
+    for (int m = 0; m < periods; m += kAtOnce) {  // eights: kAtOnce divides them
+      filter<kAtOnce>(h, 0, x + m * plan.step_in, plan.step_in, plan.taps, out + m * n, n);
     }
   }
 }
 
-void resample_baseline(const ResamplePlan& plan, Span<const float> in, Span<float> out) {
-  resample_lanes<4>(plan, in, out);
+// Writes each lane's stretch of outputs, as far as `out` goes.
+template <int L>
+CLSP_INLINE void write_stretches(ResampleBuffers<L>& b, std::int64_t outputs, std::int64_t begin,
+                                 Span<float> out) {
+  using V = typename ResampleBuffers<L>::V;
+  for (std::int64_t j = 0; j < outputs; j += L) {
+    V tile[L];
+#pragma GCC unroll 16
+    for (int c = 0; c < L; ++c) tile[c] = b.out[static_cast<std::size_t>(j + c)].lanes;
+    transpose(tile);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < L; ++lane) {
+      const std::int64_t at = begin + lane * outputs + j;
+      const auto room = static_cast<std::int64_t>(out.size()) - at;
+      const std::int64_t count = std::min<std::int64_t>({L, outputs - j, room});
+      if (count == L) {
+        store(out.data() + at, tile[lane]);
+      } else if (count > 0) {
+        float values[L];
+        store(values, tile[lane]);
+        std::copy_n(values, count, out.data() + at);
+      }
+    }
+  }
+}
+
+template <int L>
+CLSP_INLINE void resample_lanes(const ResamplePlan& plan, const Layout& layout,
+                                Span<const float> in, Span<float> out) {
+  ResampleBuffers<L> buffers(layout);
+  const auto size = static_cast<std::int64_t>(out.size());
+  std::int64_t input = plan.first[0];
+  for (std::int64_t output = 0; output < size; output += L * layout.outputs) {
+    read_columns(in, input, layout.inputs, buffers);
+    filter_columns(plan, layout.periods, buffers);
+    write_stretches(buffers, layout.outputs, output, out);
+    input += L * layout.inputs;
+  }
+}
+
+void resample_baseline(const ResamplePlan& plan, const Layout& layout, Span<const float> in,
+                       Span<float> out) {
+  resample_lanes<4>(plan, layout, in, out);
 }
 #ifdef CLSP_X86
-CLSP_TARGET_AVX2 void resample_avx2(const ResamplePlan& plan, Span<const float> in,
-                                    Span<float> out) {
-  resample_lanes<8>(plan, in, out);
+CLSP_TARGET_AVX2 void resample_avx2(const ResamplePlan& plan, const Layout& layout,
+                                    Span<const float> in, Span<float> out) {
+  resample_lanes<8>(plan, layout, in, out);
+}
+CLSP_TARGET_AVX512 void resample_avx512(const ResamplePlan& plan, const Layout& layout,
+                                        Span<const float> in, Span<float> out) {
+  resample_lanes<16>(plan, layout, in, out);
 }
 #endif
+
+// Rates with thousands of phases: output by output.
+void resample_plainly(const ResamplePlan& plan, Span<const float> in, Span<float> out) {
+  const auto phases = static_cast<std::size_t>(plan.step_out);
+  const auto taps = static_cast<std::size_t>(plan.taps);
+  std::int64_t origin = 0;
+  for (std::size_t j = 0; j < out.size(); j += phases, origin += plan.step_in) {
+    for (std::size_t p = 0; p < std::min(phases, out.size() - j); ++p) {
+      out[j + p] =
+          output(plan.coefficients.data() + p * taps, plan.taps, origin + plan.first[p], in);
+    }
+  }
+}
 
 struct Entry {
   int from_hz, to_hz;
@@ -139,12 +269,14 @@ std::size_t resampled_size(std::size_t samples, int from_hz, int to_hz) {
 }
 
 void resample(const ResamplePlan& plan, Span<const float> in, Span<float> out, Isa isa) {
+  const Layout layout = choose_layout(plan);
+  if (layout.periods == 0) return resample_plainly(plan, in, out);
 #ifdef CLSP_X86
-  // Some 40 taps fill eight lanes better than sixteen.
-  if (isa != Isa::kBaseline) return resample_avx2(plan, in, out);
+  if (isa == Isa::kAvx512) return resample_avx512(plan, layout, in, out);
+  if (isa == Isa::kAvx2) return resample_avx2(plan, layout, in, out);
 #endif
   (void)isa;
-  resample_baseline(plan, in, out);
+  resample_baseline(plan, layout, in, out);
 }
 
 }  // namespace clsp

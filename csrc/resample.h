@@ -16,7 +16,7 @@ constexpr int kMaxRateHz =
 
 struct ResamplePlan {
   std::int64_t step_in, step_out;   // the rates over their greatest common divisor: o and n
-  int taps;                         // per phase, a multiple of 8; the surplus is 0
+  int taps;                         // per phase; the last ones of a phase may be 0
   std::vector<std::int64_t> first;  // (n,): input of the phase's first tap, relative to m * o
   std::vector<float> coefficients;  // (n, taps)
 };
