@@ -40,11 +40,24 @@ void check_header(const Header& header, int channel, const LoadPolicy& policy) {
   }
 }
 
-void check_samples(Span<const float> samples, const LoadPolicy& policy) {
-  const auto acceptable = [limit = policy.max_amplitude](float x) { return std::abs(x) <= limit; };
+CLSP_INLINE bool none_beyond(float limit, Span<const float> samples) {
   unsigned bad = 0;
-  for (const float x : samples) bad |= acceptable(x) ? 0u : 1u;
-  if (bad == 0) return;
+  for (const float x : samples) bad |= std::abs(x) <= limit ? 0u : 1u;  // NaN is bad
+  return bad == 0;
+}
+#ifdef CLSP_X86
+CLSP_TARGET_AVX2 bool none_beyond_avx2(float limit, Span<const float> samples) {
+  return none_beyond(limit, samples);
+}
+#endif
+
+void check_samples(Span<const float> samples, const LoadPolicy& policy, Isa isa) {
+#ifdef CLSP_X86
+  if (isa != Isa::kBaseline && none_beyond_avx2(policy.max_amplitude, samples)) return;
+#endif
+  (void)isa;
+  if (none_beyond(policy.max_amplitude, samples)) return;
+  const auto acceptable = [limit = policy.max_amplitude](float x) { return std::abs(x) <= limit; };
   const float* first = std::find_if_not(samples.begin(), samples.end(), acceptable);
   const std::string what =
       "holds " + std::to_string(*first) + " at sample " + std::to_string(first - samples.begin());
@@ -53,12 +66,14 @@ void check_samples(Span<const float> samples, const LoadPolicy& policy) {
                                       number(policy.max_amplitude) + " is accepted: rescale it");
 }
 
-Samples conditioned(Samples samples, int sample_rate_hz, const LoadPolicy& policy, Isa isa) {
-  check_samples(samples.view(), policy);
+// `bounded`: the encoding holds nothing but [-1, 1].
+Samples conditioned(Samples samples, int sample_rate_hz, bool bounded, const LoadPolicy& policy,
+                    Isa isa) {
+  if (!bounded || policy.max_amplitude < 1.0f) check_samples(samples.view(), policy, isa);
   if (sample_rate_hz == policy.sample_rate_hz) return samples;
   Samples out(resampled_size(samples.size(), sample_rate_hz, policy.sample_rate_hz));
   resample(*resample_plan(sample_rate_hz, policy.sample_rate_hz), samples.view(), out.span(), isa);
-  check_samples(out.view(), policy);  // the filter overshoots at steps
+  check_samples(out.view(), policy, isa);  // the filter overshoots at steps
   return out;
 }
 
@@ -85,8 +100,8 @@ Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {
   const Section section =
       select_section({info.channels, info.sample_rate_hz, info.frames}, request.part, policy);
   Samples samples(checked_size(section.count));
-  decode_wav(*source, info, section.first, request.part.channel, samples.span());
-  return conditioned(std::move(samples), info.sample_rate_hz, policy, isa);
+  decode_wav(*source, info, section.first, request.part.channel, samples.span(), isa);
+  return conditioned(std::move(samples), info.sample_rate_hz, is_bounded(info.format), policy, isa);
 }
 
 }  // namespace
@@ -161,7 +176,7 @@ Loaded finish(Span<const float> samples, int sample_rate_hz, const LoadPolicy& p
   return guarded([&] {
     Samples copy(samples.size());
     std::copy(samples.begin(), samples.end(), copy.data());
-    return conditioned(std::move(copy), sample_rate_hz, policy, isa);
+    return conditioned(std::move(copy), sample_rate_hz, false, policy, isa);
   });
 }
 

@@ -69,13 +69,14 @@ CLSP_INLINE To bits_of(const From& from) {
   return to;
 }
 
-// Lanes I... of a followed by b.
+// Elements I... of a followed by b.
 template <int... I, class V>
 CLSP_INLINE V shuffle(const V& a, const V& b) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, I...);
 #else
-  return __builtin_shuffle(a, b, typename Lanes<kLanesOf<V>>::Int{I...});
+  using Mask = decltype(a == b);
+  return __builtin_shuffle(a, b, Mask{I...});
 #endif
 }
 

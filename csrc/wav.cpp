@@ -94,22 +94,6 @@ SampleFormat sample_format(std::uint32_t tag, std::uint32_t bits) {
                                    " bits is not supported; convert it to 16-bit PCM");
 }
 
-std::uint32_t sample_bytes(SampleFormat format) {
-  switch (format) {
-    case SampleFormat::kS16:
-      return 2;
-    case SampleFormat::kS24:
-      return 3;
-    case SampleFormat::kS32:
-    case SampleFormat::kF32:
-      return 4;
-    case SampleFormat::kF64:
-      return 8;
-    default:
-      return 1;
-  }
-}
-
 WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint32_t size) {
   std::uint8_t chunk[40] = {};
   const std::size_t wanted = std::min<std::size_t>(size, sizeof chunk);
@@ -132,113 +116,6 @@ WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint32
                                      " bytes");
   }
   return info;
-}
-
-constexpr std::array<float, 256> alaw_table() {
-  std::array<float, 256> table{};
-  for (int code = 0; code < 256; ++code) {
-    const int bits = code ^ 0x55, exponent = (bits >> 4) & 7, mantissa = (bits & 15) * 16;
-    const int size = exponent == 0 ? mantissa + 8 : (mantissa + 0x108) << (exponent - 1);
-    table[static_cast<std::size_t>(code)] =
-        static_cast<float>((bits & 0x80) ? size : -size) / 32768.0f;
-  }
-  return table;
-}
-
-constexpr std::array<float, 256> mulaw_table() {
-  std::array<float, 256> table{};
-  for (int code = 0; code < 256; ++code) {
-    const int bits = ~code & 0xFF, exponent = (bits >> 4) & 7;
-    const int size = ((((bits & 15) << 3) + 0x84) << exponent) - 0x84;
-    table[static_cast<std::size_t>(code)] =
-        static_cast<float>((bits & 0x80) ? -size : size) / 32768.0f;
-  }
-  return table;
-}
-
-constexpr std::array<float, 256> kAlawTable = alaw_table(), kMulawTable = mulaw_table();
-
-template <class T>
-T load_as(const std::uint8_t* p) {
-  T value;
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  std::memcpy(&value, p, sizeof value);
-#else
-  std::reverse_copy(p, p + sizeof value, reinterpret_cast<std::uint8_t*>(&value));
-#endif
-  return value;
-}
-
-template <SampleFormat F>
-float sample_at(const std::uint8_t* p) {
-  static_assert(F == SampleFormat::kU8 || F == SampleFormat::kAlaw || F == SampleFormat::kMulaw);
-  if constexpr (F == SampleFormat::kAlaw) return kAlawTable[*p];
-  if constexpr (F == SampleFormat::kMulaw) return kMulawTable[*p];
-  return (static_cast<float>(*p) - 128.0f) / 128.0f;
-}
-template <>
-float sample_at<SampleFormat::kS16>(const std::uint8_t* p) {
-  return static_cast<float>(load_as<std::int16_t>(p)) / 32768.0f;
-}
-template <>
-float sample_at<SampleFormat::kS24>(const std::uint8_t* p) {
-  return static_cast<float>(static_cast<std::int32_t>(little_endian(p, 3) << 8)) / 2147483648.0f;
-}
-template <>
-float sample_at<SampleFormat::kS32>(const std::uint8_t* p) {
-  return static_cast<float>(load_as<std::int32_t>(p)) / 2147483648.0f;
-}
-template <>
-float sample_at<SampleFormat::kF32>(const std::uint8_t* p) {
-  return load_as<float>(p);
-}
-template <>
-float sample_at<SampleFormat::kF64>(const std::uint8_t* p) {
-  return static_cast<float>(load_as<double>(p));
-}
-
-template <SampleFormat F>
-void convert(const std::uint8_t* bytes, int channels, int channel, Span<float> mono) {
-  const std::size_t width = sample_bytes(F);
-  const std::size_t step = width * static_cast<std::size_t>(channels);
-  if (channels == 1 || channel >= 0) {
-    if (channel > 0) bytes += width * static_cast<std::size_t>(channel);
-    if (channels == 1) {  // a constant step lets the loop vectorise
-      for (std::size_t i = 0; i < mono.size(); ++i) mono[i] = sample_at<F>(bytes + i * width);
-    } else {
-      for (std::size_t i = 0; i < mono.size(); ++i) mono[i] = sample_at<F>(bytes + i * step);
-    }
-    return;
-  }
-  for (std::size_t i = 0; i < mono.size(); ++i) {
-    const std::uint8_t* frame = bytes + i * step;
-    float sum = 0.0f;
-    for (int c = 0; c < channels; ++c, frame += width) sum += sample_at<F>(frame);
-    mono[i] = sum / static_cast<float>(channels);
-  }
-}
-
-using Converter = void (*)(const std::uint8_t*, int, int, Span<float>);
-
-Converter converter(SampleFormat format) {
-  switch (format) {
-    case SampleFormat::kU8:
-      return convert<SampleFormat::kU8>;
-    case SampleFormat::kS16:
-      return convert<SampleFormat::kS16>;
-    case SampleFormat::kS24:
-      return convert<SampleFormat::kS24>;
-    case SampleFormat::kS32:
-      return convert<SampleFormat::kS32>;
-    case SampleFormat::kF32:
-      return convert<SampleFormat::kF32>;
-    case SampleFormat::kF64:
-      return convert<SampleFormat::kF64>;
-    case SampleFormat::kAlaw:
-      return convert<SampleFormat::kAlaw>;
-    default:
-      return convert<SampleFormat::kMulaw>;
-  }
 }
 
 }  // namespace
@@ -286,19 +163,24 @@ WavInfo parse_wav(const ByteSource& source) {
 }
 
 void decode_wav(const ByteSource& source, const WavInfo& info, std::uint64_t first, int channel,
-                Span<float> mono) {
-  constexpr std::size_t kBlockBytes = std::size_t{1} << 16;
-  const std::size_t step = static_cast<std::size_t>(info.channels) * sample_bytes(info.format);
-  const std::size_t block = std::max<std::size_t>(1, kBlockBytes / step);
-  const Converter convert_block = converter(info.format);
-  std::vector<std::uint8_t> bytes(step * std::min(block, mono.size()));
+                Span<float> mono, Isa isa) {
+  constexpr std::size_t kBlockBytes = std::size_t{1} << 15;  // stays in the first-level cache
+  const auto channels = static_cast<std::size_t>(info.channels);
+  const std::size_t step = channels * sample_bytes(info.format);
+  const std::size_t block = std::min(std::max<std::size_t>(1, kBlockBytes / step), mono.size());
+  std::vector<std::uint8_t> bytes(step * block);
+  Samples interleaved(channels == 1 ? 0 : channels * block);
   for (std::size_t done = 0; done < mono.size(); done += block) {
     const std::size_t frames = std::min(block, mono.size() - done);
     const std::uint64_t offset = info.data_offset + (first + done) * step;
     if (source.read(offset, bytes.data(), frames * step) != frames * step) {
       throw AudioFailure("truncated", "the file became shorter while it was read");
     }
-    convert_block(bytes.data(), info.channels, channel, mono.subspan(done, frames));
+    const Span<float> out = mono.subspan(done, frames);
+    const Span<float> decoded =
+        channels == 1 ? out : interleaved.span().subspan(0, channels * frames);
+    decode_samples(info.format, bytes.data(), decoded, isa);
+    if (channels > 1) mix_to_mono(decoded, info.channels, channel, out, isa);
   }
 }
 

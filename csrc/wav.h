@@ -7,6 +7,7 @@
 #include <string>
 
 #include "checked.h"
+#include "pcm.h"
 
 namespace clsp {
 
@@ -22,8 +23,6 @@ class ByteSource {
 // Throws AudioFailure("open") unless `path` is a regular file that can be read.
 std::unique_ptr<ByteSource> open_file(const std::string& path);
 std::unique_ptr<ByteSource> open_memory(Span<const std::uint8_t> bytes);
-
-enum class SampleFormat { kU8, kS16, kS24, kS32, kF32, kF64, kAlaw, kMulaw };
 
 struct WavInfo {
   SampleFormat format;
@@ -42,6 +41,6 @@ WavInfo parse_wav(const ByteSource& source);
 // Decodes frames [first, first + mono.size()) of one channel, or of the mean over channels where
 // `channel` is negative. Scale: integers to [-1, 1), floats as they are.
 void decode_wav(const ByteSource& source, const WavInfo& info, std::uint64_t first, int channel,
-                Span<float> mono);
+                Span<float> mono, Isa isa);
 
 }  // namespace clsp
