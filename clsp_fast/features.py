@@ -103,7 +103,7 @@ def extract(
         if len(item) < _MIN_SAMPLES:
             what = f"has {len(item)} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
             raise AudioError(f"waveforms[{i}]", AudioErrorReason.TOO_SHORT, what)
-    return _fbank(samples, config, num_threads, out, torch.arange(len(samples)), ())
+    return _fbank(samples, config, num_threads, out, range(len(samples)), ())
 
 
 def extract_files(
@@ -154,7 +154,7 @@ def extract_files(
             raise item
         else:
             errors.append((i, item))
-    return _fbank(samples, config, num_threads, out, torch.tensor(kept, dtype=torch.int64), tuple(errors))
+    return _fbank(samples, config, num_threads, out, kept, tuple(errors))
 
 
 def reference(
@@ -198,22 +198,30 @@ def _fbank(
     config: FbankConfig,
     num_threads: int,
     out: torch.Tensor | None,
-    kept: torch.Tensor,
+    kept: Sequence[int],
     errors: tuple[tuple[int, AudioError], ...],
 ) -> Features:
     if not isinstance(config, FbankConfig):
         raise TypeError(f"config must be FbankConfig, got {type(config).__name__}")
-    longest = max(map(len, samples), default=0)
+    sizes = [len(item) for item in samples]
+    longest = max(sizes, default=0)
     shape = (len(samples), _C.frame_count(longest), NUM_MEL_BINS)
     if out is None:
-        # Page-locked memory lets the copy to the GPU overlap with work.
-        pin: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        out = torch.empty(shape, dtype=torch.float32, pin_memory=pin)
-    _check_out(out, shape)
+        out = _new_batch(shape)
+    else:
+        _check_out(out, shape)
     padded = longest if config.tail == "zero" else 0
     _C.fbank_batch(samples, out.numpy(), padded_size=padded, num_threads=num_threads)
-    lengths = torch.tensor([_C.frame_count(len(item)) for item in samples], dtype=torch.int64)
-    return Features(out, lengths, kept, errors)
+    lengths = (np.array(sizes, np.int64) + HOP_SAMPLES // 2) // HOP_SAMPLES
+    return Features(out, torch.from_numpy(lengths), torch.from_numpy(np.array(kept, np.int64)), errors)
+
+
+def _new_batch(shape: tuple[int, int, int]) -> torch.Tensor:
+    """Memory to be written; page-locked where CUDA is in use, so that the copy to the GPU overlaps."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.empty(shape, dtype=torch.float32, pin_memory=True)
+    # numpy asks for huge pages, which torch does not: touching small ones costs as much as the features.
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
