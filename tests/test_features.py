@@ -6,8 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -357,41 +355,6 @@ sys.exit(os.waitstatus_to_exitcode(status) or not np.array_equal(work(), before)
 def test_works_after_fork() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=60, env=environment)
-
-
-def runs_beside(work: Callable[[], object]) -> bool:
-    """Whether another Python thread gets to run while `work` does: with a switch interval of a minute, only
-    if `work` lets go of the GIL."""
-    go, ran = threading.Event(), threading.Event()
-
-    def other() -> None:
-        go.wait()
-        ran.set()
-
-    thread = threading.Thread(target=other)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)
-    try:
-        thread.start()
-        time.sleep(0.02)  # the other thread waits by now
-        go.set()
-        work()
-        happened = ran.is_set()
-    finally:
-        sys.setswitchinterval(interval)
-    thread.join()
-    return happened
-
-
-def test_the_gil_is_released() -> None:
-    waves = [noise(16000 * 60, i) for i in range(8)]
-    out = np.empty((8, 6000, 128), np.float32)
-    file = io.BytesIO()
-    soundfile.write(file, waves[0], 44100, format="WAV", subtype="PCM_16")
-    assert not runs_beside(lambda: sum(range(10**6)))  # the control: this holds it
-    assert runs_beside(lambda: _C.fbank_batch(waves, out, num_threads=1))
-    assert runs_beside(lambda: _C.resample_batch(waves, from_hz=44100, to_hz=16000))
-    assert runs_beside(lambda: extract_files([file.getvalue()] * 8, num_threads=1))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

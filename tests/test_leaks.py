@@ -1,0 +1,82 @@
+"""Nothing is left behind by a call: neither memory nor file handles."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from clsp_fast.audio import AudioError, load, resample
+from clsp_fast.features import extract, extract_files
+
+CALLS = 10_000
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+WAVE = (0.1 * np.random.default_rng(0).standard_normal(1600)).astype(np.float32)
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)  # what earlier tests freed would hide a leak by taking it in
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_handles() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def growth(call: Callable[[], object], calls: int) -> tuple[int, int]:
+    """(bytes, handles) that the process has more of after many calls than after a tenth of them."""
+    for _ in range(calls // 10):
+        call()
+    before = resident_bytes(), open_handles()
+    for _ in range(calls):
+        call()
+    return resident_bytes() - before[0], open_handles() - before[1]
+
+
+def refused(path: Path) -> None:
+    with pytest.raises(AudioError):
+        load(path)
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> dict[str, Callable[[], object]]:
+    good, other, bad, missing = (tmp_path / name for name in ("a.wav", "a.flac", "b.wav", "none.wav"))
+    soundfile.write(good, WAVE, 24000)
+    soundfile.write(other, WAVE, 16000)
+    bad.write_bytes(good.read_bytes()[:40])
+    data = good.read_bytes()
+    return {
+        "extract": lambda: extract([WAVE, WAVE[:800]], num_threads=1),
+        "threads": lambda: extract([WAVE] * 2, num_threads=2, sample_rate=8000),
+        "files": lambda: extract_files([good, data, bad, missing], num_threads=2, on_error="skip"),
+        "refused": lambda: refused(bad),
+        "resample": lambda: resample(WAVE, from_hz=44100, to_hz=16000),
+        "flac": lambda: load(other),
+    }
+
+
+@pytest.mark.parametrize("name", ["extract", "threads", "files", "refused", "resample", "flac"])
+def test_no_call_leaves_memory_or_handles(name: str, calls: dict[str, Callable[[], object]]) -> None:
+    # libsndfile takes a hundred times as long for such a clip as the engine.
+    grown_bytes, grown_handles = growth(calls[name], CALLS // 10 if name == "flac" else CALLS)
+    assert grown_bytes < 5e6
+    assert grown_handles == 0
+
+
+def test_a_leak_would_be_seen() -> None:
+    kept: list[object] = []
+    assert growth(lambda: kept.append(bytes(1000)), CALLS)[0] > 5e6
+    files: list[object] = []
+    assert growth(lambda: files.append(Path(os.devnull).open()), 50)[1] == 50  # noqa: SIM115
+    for file in files:
+        file.close()  # type: ignore[attr-defined]
