@@ -1,23 +1,27 @@
 # make train: speech and captions in, a trained model out.   make test: everything CI checks.
+# make bench: throughput beside other libraries', within ten minutes; ARGS='--json --plot' records it.
 # Each target makes .venv and installs what it needs; nothing but python3, make and a C++ compiler is assumed.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* clsp_fast/* kernels/*)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint clean
+.PHONY: train test bench lint clean
 train: .venv/.train
 	$(BIN)/python -m clsp_fast.train $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+bench: .venv/.bench
+	$(BIN)/python -m bench.run $(ARGS)
+
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp)
-	$(BIN)/codespell clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
+	$(BIN)/codespell bench clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
 
 clean:
 	rm -rf .venv build
@@ -27,6 +31,10 @@ clean:
 
 .venv/.train: .venv/bin/python $(SOURCES)
 	$(INSTALL) '.[demo,demo-espeak]'
+	touch $@
+
+.venv/.bench: .venv/bin/python $(SOURCES)
+	$(INSTALL) '.[bench]'
 	touch $@
 
 .venv/.test: .venv/bin/python $(SOURCES)

@@ -1,0 +1,1 @@
+"""Throughput comparisons: `python -m bench.run`. Nothing is timed before it agrees with its reference."""

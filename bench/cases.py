@@ -1,0 +1,8 @@
+"""All cases by name, in the order in which they run."""
+
+from __future__ import annotations
+
+from bench import frontend_cases
+from bench.measure import Case
+
+CASES: dict[str, Case] = {case.name: case for case in frontend_cases.CASES}

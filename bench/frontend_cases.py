@@ -1,0 +1,214 @@
+"""The audio frontend: log-mel features, decoding, resampling, and all of it from a file.
+
+Peers that compute the same definition are held to it closely. Others (asrfront, kaldi-native-fbank with 120
+bins, librosa, transformers) do the same work towards other numbers, and are held to a correlation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from bench import frontend_peers as peers
+from bench.frontend_inputs import RATE_HZ, Recording, Waveform, recording, resampled, speech
+from bench.measure import Case, Provider, close, correlated, equal
+from clsp_fast import features
+
+SECONDS = 10
+CLIPS = 64
+FRAMES = 100 * SECONDS
+# Of a frame: real FFT of 512 points (2.5 n log2 n), mean, pre-emphasis and window, power, mel, logarithms.
+FRAME_FLOPS = 2.5 * 512 * 9 + 4 * 400 + 3 * 257 + 2 * 480 + 20 * 128
+
+# Float32 against float64, on log energies from -16 to 5. lhotse's own error is 2e-4 to 2e-3.
+same_features = close(5e-3, rms=1e-4)
+
+
+def like_features(expected: Any, got: Any) -> tuple[bool, str]:
+    """For other definitions: correlation over frames and bins of each clip, each bin's mean set aside.
+
+    The mean differs by scale and pre-emphasis, the number of frames by what is done at the edges, the place
+    of frames by less than one hop, and bins are interpolated where there are not 128.
+    """
+    if np.ndim(expected) == 2:
+        expected, got = [expected], [got]
+    found = []
+    for a, b in zip(expected, np.asarray(got, np.float64), strict=True):
+        if abs(len(a) - len(b)) > 3:
+            return False, f"{len(b)} frames, expected {len(a)}"
+        if a.shape[1] != b.shape[1]:
+            to, of = (np.linspace(0, 1, x.shape[1]) for x in (a, b))
+            b = np.stack([np.interp(to, of, row) for row in b])
+        found.append(max(_correlation(a, b), _correlation(a[1:], b)))
+    return min(found) >= 0.9, f"correlation {min(found):.3f} (at least 0.9), other definition"
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    rows = min(len(a), len(b))
+    a, b = (x[:rows] - x[:rows].mean(0) for x in (a, b))
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+ASRFRONT_NOTE = "Hamming window, 20 to 8000 Hz, whole windows only"
+FBANK_PEERS = (
+    Provider("reference (numpy)", peers.reference),
+    Provider("asrfront", peers.asrfront, "asrfront", like_features, ASRFRONT_NOTE),
+    Provider("lhotse", peers.lhotse, "lhotse"),
+    Provider("torchaudio", peers.torchaudio, "torchaudio"),
+    Provider("kaldi-native-fbank", peers.kaldi_native_fbank, "kaldi_native_fbank", like_features, "120 bins"),
+    Provider("librosa", peers.librosa, "librosa", like_features, "no pre-emphasis, Hann window"),
+    Provider("transformers", peers.transformers, "transformers", like_features, "whole windows only"),
+)
+
+
+def fbank_case(seconds: int, goals: dict[str, float]) -> Case:
+    frames = 100 * seconds
+    return Case(
+        name=f"fbank-{seconds}s",
+        area="frontend",
+        what=f"log-mel of {seconds} s at 16 kHz: ({frames}, 128)",
+        inputs=partial(speech, seconds),
+        expected=features.reference,
+        gate=same_features,
+        providers=(Provider("clsp_fast", peers.ours), *FBANK_PEERS),
+        goals=goals,
+        amount=seconds,
+        unit="audio seconds",
+        flops=frames * FRAME_FLOPS,
+        bytes=4 * (RATE_HZ * seconds + frames * 128),
+    )
+
+
+def batch_case(threads: int, goals: dict[str, float], **settings: Any) -> Case:
+    lone = Provider("clsp_fast, 1 thread", partial(peers.ours_batch, threads=1))
+    asrfront = partial(peers.asrfront_batch, threads=threads)
+    return Case(
+        name=f"fbank-batch-{threads}-thread{'s' * (threads > 1)}",
+        area="frontend",
+        what=f"log-mel of {CLIPS} clips of {SECONDS} s: ({CLIPS}, {FRAMES}, 128)",
+        inputs=lambda: [speech(SECONDS, seed=i) for i in range(CLIPS)],
+        expected=lambda waves: np.stack([features.reference(wave) for wave in waves]),
+        gate=same_features,
+        providers=(
+            Provider("clsp_fast", partial(peers.ours_batch, threads=threads)),
+            *([lone] if threads > 1 else []),
+            Provider("asrfront", asrfront, "asrfront", like_features, ASRFRONT_NOTE),
+            Provider("lhotse", peers.lhotse_batch, "lhotse"),
+            Provider("torchaudio", peers.torchaudio_batch, "torchaudio"),
+        ),
+        goals=goals,
+        amount=CLIPS * SECONDS,
+        unit="audio seconds",
+        flops=CLIPS * FRAMES * FRAME_FLOPS,
+        bytes=4 * CLIPS * (RATE_HZ * SECONDS + FRAMES * 128),
+        threads=threads,
+        **settings,
+    )
+
+
+def decode_case(kind: str, goals: dict[str, float]) -> Case:
+    rounding = correlated(0.999) if kind == "mp3" else close(1 / 32767)
+    others = [Provider("asrfront", peers.asrfront_decode, "asrfront", rounding, "rounds to 16 bits")]
+    return Case(
+        name=f"decode-{kind}",
+        area="frontend",
+        what=f"{kind} file of {SECONDS} s at 16 kHz to float32",
+        inputs=partial(recording, kind, RATE_HZ, SECONDS),
+        expected=lambda file: soundfile.read(file.path, dtype="float32")[0],
+        # libsndfile's MP3 rounds otherwise when it is read in blocks.
+        gate=close(1e-7) if kind == "mp3" else equal,
+        providers=(
+            Provider("clsp_fast", peers.ours_decode),
+            Provider("soundfile", peers.soundfile_decode, "soundfile"),
+            Provider("librosa", peers.librosa_decode, "librosa"),
+            *([] if kind == "ogg" else others),
+        ),
+        goals=goals,
+        amount=SECONDS,
+        unit="audio seconds",
+        bytes=4 * RATE_HZ * SECONDS,
+    )
+
+
+def resample_case(rate_hz: int, goals: dict[str, float]) -> Case:
+    steeper = correlated(0.99)
+    return Case(
+        name=f"resample-{rate_hz / 1000:g}k",
+        area="frontend",
+        what=f"{SECONDS} s from {rate_hz} to 16000 Hz",
+        inputs=lambda: Waveform(speech(SECONDS, rate_hz), rate_hz),
+        expected=resampled,
+        # At 44.1 kHz lhotse and torchaudio round their 160 phases to float32 before they make the kernel.
+        gate=close(1e-5 if rate_hz == 44100 else 1e-6),
+        providers=(
+            Provider("clsp_fast", peers.ours_resample),
+            Provider("lhotse", peers.lhotse_resample, "lhotse"),
+            Provider("torchaudio", peers.torchaudio_resample, "torchaudio"),
+            Provider("soxr HQ", peers.soxr_resample, "soxr", steeper, "steeper filter"),
+            Provider("librosa", peers.librosa_resample, "librosa", steeper, "soxr HQ inside"),
+        ),
+        goals=goals,
+        amount=SECONDS,
+        unit="audio seconds",
+        bytes=4 * SECONDS * (rate_hz + RATE_HZ),
+    )
+
+
+def file_features(file: Recording) -> np.ndarray:
+    """Decoded by libsndfile; the rest in float64."""
+    samples, rate_hz = soundfile.read(file.path)
+    return features.reference(resampled(Waveform(samples, rate_hz)) if rate_hz != RATE_HZ else samples)
+
+
+def file_case(kind: str, rate_hz: int, goals: dict[str, float]) -> Case:
+    return Case(
+        name=f"file-{rate_hz // 1000}k-{kind}",
+        area="frontend",
+        what=f"{kind} file of {SECONDS} s at {rate_hz} Hz to features: ({FRAMES}, 128)",
+        inputs=partial(recording, kind, rate_hz, SECONDS),
+        expected=file_features,
+        gate=same_features,
+        providers=(
+            Provider("clsp_fast", peers.ours_file),
+            Provider("soundfile + lhotse", peers.recipe_file, "lhotse", note="the recipe's parts"),
+            Provider("asrfront", peers.asrfront_file, "asrfront", like_features, ASRFRONT_NOTE),
+        ),
+        goals=goals,
+        amount=SECONDS,
+        unit="audio seconds",
+        flops=FRAMES * FRAME_FLOPS,
+        bytes=4 * FRAMES * 128,
+    )
+
+
+# The goals of fbank-10s are for AVX-512.
+CASES = (
+    fbank_case(3, {}),
+    fbank_case(10, {"asrfront": 2.0, "lhotse": 10.0, "torchaudio": 11.0, "kaldi-native-fbank": 35.0}),
+    fbank_case(30, {}),
+    batch_case(
+        1,
+        {"asrfront": 1.9, "lhotse": 40.0, "torchaudio": 10.0},
+        memory=True,
+        # The output and a tenth of it.
+        memory_goal=1.1 * 4 * CLIPS * FRAMES * 128,
+    ),
+    batch_case(2, {"clsp_fast, 1 thread": 1.8}),
+    decode_case("s16", {"soundfile": 5.0}),
+    decode_case("s24", {"soundfile": 10.0}),
+    decode_case("s32", {"soundfile": 7.0}),
+    decode_case("f32", {}),
+    decode_case("flac", {"soundfile": 1.6}),
+    decode_case("mp3", {}),
+    decode_case("ogg", {}),
+    resample_case(48000, {"torchaudio": 5.0, "soxr HQ": 2.0}),
+    resample_case(44100, {"lhotse": 4.0}),
+    resample_case(24000, {}),
+    file_case("s16", 16000, {"soundfile + lhotse": 10.0, "asrfront": 1.7}),
+    file_case("s24", 48000, {"soundfile + lhotse": 8.0}),
+    file_case("s32", 48000, {"soundfile + lhotse": 8.0}),
+    file_case("flac", 16000, {"soundfile + lhotse": 3.8}),
+)

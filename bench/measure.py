@@ -1,0 +1,293 @@
+"""What a benchmark case is, how providers are checked against each other, and how they are timed.
+
+A case is data: inputs, what is expected of them, and providers. The first provider is ours. Each provider's
+result has to pass the case's gate before anything is timed. Timing goes in interleaved rounds (A B C A B C),
+so that a slow phase of the machine slows all of them; ratios are taken within rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Call = Callable[[], Any]
+# (expected, got) -> whether they agree, and how closely, in words.
+Gate = Callable[[Any, Any], tuple[bool, str]]
+
+LEAST_BLOCK_S = 0.02
+"""Short calls are repeated within a round until a block takes this long."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do what the case does."""
+
+    name: str
+    prepare: Callable[[Any], Call]
+    """The case's inputs -> the call that is timed. Imports what it needs: an ImportError means missing."""
+    package: str = ""
+    """Distribution whose version is reported."""
+    gate: Gate | None = None
+    """For a provider whose definition differs from the case's; None: the case's gate."""
+    note: str = ""
+    """How its definition or work differs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison."""
+
+    name: str
+    area: str
+    """Table that it belongs to."""
+    what: str
+    """Inputs and shapes, in words."""
+    inputs: Callable[[], Any]
+    """Seeded: equal for every provider and run."""
+    expected: Callable[[Any], Any]
+    """The inputs' result by a reference."""
+    gate: Gate
+    providers: Sequence[Provider]
+    """Ours first."""
+    goals: Mapping[str, float] = field(default_factory=dict)
+    """Provider -> how many times its time ours should at least be faster by."""
+    amount: float = 1.0
+    """Units of work of one call."""
+    unit: str = "calls"
+    flops: float = 0.0
+    """Of one call, by count."""
+    bytes: float = 0.0
+    """Read and written by one call at least: inputs and outputs once."""
+    threads: int = 1
+    device: str = "cpu"
+    memory: bool = False
+    """Whether peak memory is of interest: a fresh process for each provider."""
+    memory_goal: float = 0.0
+    """Most bytes ours should take beyond what it starts with; 0: no goal."""
+    optional: bool = False
+    """Left out unless named: too slow or too large for the default set."""
+
+    @property
+    def clock(self) -> str:
+        """CPU time of all threads for one thread, wall time for several: there, waiting counts."""
+        return "cpu" if self.threads == 1 and self.device == "cpu" else "wall"
+
+
+# Gates.
+
+
+def close(most: float, rms: float = math.inf) -> Gate:
+    """Same shape; largest and root mean square difference within limits."""
+
+    def gate(expected: Any, got: Any) -> tuple[bool, str]:
+        worst, mean = 0.0, 0.0
+        for a, b in zip(_arrays(expected), _arrays(got), strict=True):
+            if a.shape != b.shape:
+                return False, f"shape {b.shape}, expected {a.shape}"
+            difference = np.abs(b.astype(np.float64) - a)
+            worst = max(worst, float(difference.max(initial=0.0)))
+            mean = max(mean, math.sqrt(float((difference**2).mean())) if difference.size else 0.0)
+        agrees = worst <= most and mean <= rms
+        limit = f"{most:.1e}" + (f" / {rms:.1e}" if math.isfinite(rms) else "")
+        return agrees, f"max {worst:.1e}, rms {mean:.1e} (at most {limit})"
+
+    return gate
+
+
+def relative(most: float) -> Gate:
+    """Same shapes; norm of the difference over the norm, of each array."""
+
+    def gate(expected: Any, got: Any) -> tuple[bool, str]:
+        worst = 0.0
+        for a, b in zip(_arrays(expected), _arrays(got), strict=True):
+            if a.shape != b.shape:
+                return False, f"shape {b.shape}, expected {a.shape}"
+            difference = np.linalg.norm(b.astype(np.float64) - a)
+            worst = max(worst, float(difference / max(np.linalg.norm(a.astype(np.float64)), 1e-30)))
+        return worst <= most, f"relative {worst:.1e} (at most {most:.1e})"
+
+    return gate
+
+
+def equal(expected: Any, got: Any) -> tuple[bool, str]:
+    """The same bits."""
+    pairs = list(zip(_arrays(expected), _arrays(got), strict=True))
+    same = all(np.array_equal(a, b) for a, b in pairs)
+    return same, "equal" if same else "differs"
+
+
+def correlated(least: float) -> Gate:
+    """For another definition of the same thing: correlation of two signals of the same length."""
+
+    def gate(expected: Any, got: Any) -> tuple[bool, str]:
+        if np.shape(expected) != np.shape(got):
+            return False, f"shape {np.shape(got)}, expected {np.shape(expected)}"
+        found = float(np.corrcoef(np.ravel(expected), np.ravel(got))[0, 1])
+        return found >= least, f"correlation {found:.4f} (at least {least})"
+
+    return gate
+
+
+def _arrays(value: Any) -> list[np.ndarray]:
+    values = value if isinstance(value, tuple | list) else [value]
+    return [
+        x.detach().float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in values
+    ]
+
+
+# Running.
+
+
+def run_case(case: Case, rounds: int) -> dict[str, Any]:
+    """Checks and times every provider of a case; the record that is printed and written."""
+    record: dict[str, Any] = {"area": case.area, "what": case.what, "threads": case.threads}
+    record |= {"clock": case.clock, "unit": case.unit, "amount": case.amount}
+    record |= {"flops": case.flops, "bytes": case.bytes, "rounds": rounds, "providers": {}}
+    if case.device == "cuda" and not torch.cuda.is_available():
+        return record | {"not_run": "no CUDA device: not run"}
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        inputs = case.inputs()
+        calls = _agreeing(case, inputs, record["providers"])
+        with _native_threads(case.threads):
+            times = _interleave(calls, rounds, case.device)
+    finally:
+        torch.set_num_threads(before)
+    for name, (cpu_s, wall_s) in times.items():
+        record["providers"][name] |= {"cpu_s": summary(cpu_s), "wall_s": summary(wall_s)}
+    _compare(case, record, times)
+    return record
+
+
+def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> dict[str, Call]:
+    """The calls of the providers that are there and agree; notes the others' status."""
+    expected = case.expected(inputs)
+    calls = {}
+    for provider in case.providers:
+        row: dict[str, Any] = {"status": "timed"}
+        results[provider.name] = row
+        if provider.note:
+            row["note"] = provider.note
+        try:
+            call = provider.prepare(inputs)
+        except ImportError as error:
+            row |= {"status": "missing", "reason": str(error).splitlines()[0]}
+            continue
+        agrees, how = (provider.gate or case.gate)(expected, call())
+        row["agreement"] = how
+        if agrees:
+            calls[provider.name] = call
+        else:
+            row["status"] = "disagrees"
+    return calls
+
+
+def _native_threads(count: int) -> AbstractContextManager[Any]:
+    """Limits the BLAS and OpenMP pools of the libraries that are loaded by now."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return nullcontext()
+    return threadpool_limits(count)
+
+
+def _interleave(
+    calls: Mapping[str, Call], rounds: int, device: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    """CPU and wall seconds a call of every provider in every round."""
+    repeats = {name: _repeats(call) for name, call in calls.items()}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                cpu_s, wall_s = _time(call, repeats[name], device)
+                times[name][0].append(cpu_s)
+                times[name][1].append(wall_s)
+            gc.collect()
+    finally:
+        gc.enable()
+    return times
+
+
+def _repeats(call: Call) -> int:
+    start = time.perf_counter()
+    call()
+    return max(1, math.ceil(LEAST_BLOCK_S / max(time.perf_counter() - start, 1e-7)))
+
+
+def _time(call: Call, repeats: int, device: str) -> tuple[float, float]:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Minimum, median, and spread: the distance of the quartiles over the median."""
+    low, middle, high = np.percentile(seconds, [25, 50, 75])
+    return {"min": min(seconds), "median": float(middle), "spread": float((high - low) / max(middle, 1e-12))}
+
+
+def _compare(
+    case: Case, record: dict[str, Any], times: Mapping[str, tuple[list[float], list[float]]]
+) -> None:
+    """Adds every provider's time over ours: of the minima, which goals are judged by, and within rounds."""
+    ours = case.providers[0].name
+    column = 0 if case.clock == "cpu" else 1
+    for name, row in record["providers"].items():
+        if name in case.goals:
+            row["goal"] = case.goals[name]
+        if ours not in times or name not in times or name == ours:
+            continue
+        mine, theirs = times[ours][column], times[name][column]
+        row["ratio"] = min(theirs) / min(mine)
+        row["round_ratio"] = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+        if name in case.goals:
+            row["reached"] = row["ratio"] >= case.goals[name]
+
+
+def peak_memory(case: Case, provider: Provider) -> int:
+    """Bytes that two calls add to the process' memory at most, outputs and what is kept for reuse included.
+
+    To be run in a fresh process: memory that others gave back to the allocator would hide what a call takes.
+
+    Raises:
+        OSError: this system does not tell.
+    """
+    torch.set_num_threads(case.threads)
+    inputs = case.inputs()
+    call = provider.prepare(inputs)
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - start
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    start = _status_bytes("VmRSS")
+    for _ in range(2):
+        call()
+    return _status_bytes("VmHWM") - start
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

@@ -1,0 +1,159 @@
+"""Redraws the README's tables and the plots of docs/ from bench/results: `python -m bench.plot [--check]`.
+
+A table stands between `<!-- bench:AREA -->` and `<!-- /bench -->`, and shows the newest results of that area.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from bench import machine
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
+COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1f78b4", "#666666")
+
+
+def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
+    """Command line; returns the exit code: with --check, 1 if something would change."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if out of date")
+    check = parser.parse_args(arguments).check
+    readme = root / "README.md"
+    files = {readme: render_readme(readme.read_text(), root / "bench/results")}
+    for area in areas(readme.read_text()):
+        files[root / f"docs/bench-{area}.svg"] = plot(*newest(root / "bench/results", area))
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path.relative_to(root)} {'does not follow from bench/results' if check else 'redrawn'}")
+        if not check:
+            path.write_text(files[path])
+    return int(check and bool(stale))
+
+
+def areas(readme: str) -> list[str]:
+    """The areas that the README has a table of."""
+    return [match[1] for match in BLOCK.finditer(readme)]
+
+
+def render_readme(readme: str, results: Path) -> str:
+    """The README with its tables made anew."""
+
+    def render(match: re.Match[str]) -> str:
+        return f"<!-- bench:{match[1]} -->\n{markdown(*newest(results, match[1]))}\n<!-- /bench -->"
+
+    return BLOCK.sub(render, readme)
+
+
+def newest(results: Path, area: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest results file that has cases of an area, and these cases.
+
+    Raises:
+        SystemExit: no file has any.
+    """
+    documents = [(json.loads(path.read_text()), path.name) for path in results.glob("*.json")]
+    for document, _ in sorted(documents, key=lambda item: (item[0]["date"], item[1]), reverse=True):
+        cases = {name: c for name, c in document["cases"].items() if c["area"] == area and "not_run" not in c}
+        if cases:
+            return document, cases
+    raise SystemExit(f"{results} has no results of {area!r}: run `python -m bench.run {area} --json`")
+
+
+def markdown(document: dict[str, Any], cases: dict[str, Any]) -> str:
+    """The table of an area: our time, and by how much it is shorter than each peer's."""
+    lines = ["| | clsp_fast | times faster than |", "|---|---|---|"]
+    for case in cases.values():
+        (ours, *_), rows = case["providers"], case["providers"]
+        if "cpu_s" not in rows[ours]:
+            lines.append(f"| {case['what']} | {rows[ours]['status']} | |")
+            continue
+        best_s = rows[ours][f"{case['clock']}_s"]["min"]
+        rate = f", {_digits(case['amount'] / best_s)} {case['unit']}/s" if case["unit"] != "calls" else ""
+        threads = f", {case['threads']} threads" if case["threads"] > 1 else ""
+        peers = ", ".join(_peer(name, row) for name, row in rows.items() if "ratio" in row)
+        lines.append(f"| {case['what']}{threads} | {_digits(best_s * 1e3)} ms{rate} | {peers} |")
+    return "\n".join([*lines, "", caption(document, cases)])
+
+
+def _peer(name: str, row: dict[str, Any]) -> str:
+    missed = f", goal {row['goal']:g}" if "goal" in row and not row["reached"] else ""
+    memory = f", {row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else ""
+    return f"{name} **{_digits(row['ratio'])}**{missed}{memory}"
+
+
+def caption(document: dict[str, Any], cases: dict[str, Any]) -> str:
+    """Machine, versions, commit, rounds and spread: what the figures have to be read with."""
+    commits = sorted({c["commit"] + " with changes" * c["dirty"] for c in cases.values()})
+    timed = [r for c in cases.values() for r in c["providers"].values() if r["status"] == "timed"]
+    spreads = sorted(row["cpu_s"]["spread"] for row in timed)
+    packages = {
+        f"{name} {row['version']}"
+        for c in cases.values()
+        for name, row in c["providers"].items()
+        if row.get("version")
+    }
+    rounds = sorted({c["rounds"] for c in cases.values()})
+    missing = {n for c in cases.values() for n, row in c["providers"].items() if row["status"] == "missing"}
+    text = (
+        f"{machine.line(document['machine'])}; {', '.join(sorted(packages))}. Commit {', '.join(commits)}, "
+        f"{document['date']}; n = {', '.join(map(str, rounds))} interleaved rounds, minimum CPU time of one thread "
+        f"(wall time of several); distance of quartiles over median: median {spreads[len(spreads) // 2]:.0%}, "
+        f"at most {spreads[-1]:.0%}."
+    )
+    return text + (f" Not there to compare with: {', '.join(sorted(missing))}." if missing else "")
+
+
+def plot(document: dict[str, Any], cases: dict[str, Any]) -> str:
+    """An SVG of every peer's time over ours, on a logarithmic axis."""
+    rows = [
+        (name, {p: r["ratio"] for p, r in c["providers"].items() if "ratio" in r})
+        for name, c in cases.items()
+    ]
+    peers = sorted({peer for _, ratios in rows for peer in ratios})
+    colour = {peer: COLOURS[i % len(COLOURS)] for i, peer in enumerate(peers)}
+    most = max([10.0, *(ratio for _, ratios in rows for ratio in ratios.values())])
+    least = min([0.5, *(ratio for _, ratios in rows for ratio in ratios.values())])
+    left, width, top, pitch = 210, 560, 60, 22
+    height = top + pitch * len(rows) + 40
+
+    def x(ratio: float) -> float:
+        return left + width * math.log(ratio / least) / math.log(most / least)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{left + width + 30}" height="{height}" fill="#ffffff"/>',
+    ]
+    for i, peer in enumerate(peers):
+        at_x, at_y = 20 + 190 * (i % 4), 18 + 18 * (i // 4)
+        parts.append(f'<circle cx="{at_x}" cy="{at_y - 4}" r="5" fill="{colour[peer]}"/>')
+        parts.append(f'<text x="{at_x + 10}" y="{at_y}">{escape(peer)}</text>')
+    for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500):
+        if least <= tick <= most:
+            line = f'x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top - 8}" y2="{height - 34}"'
+            parts.append(f'<line {line} stroke="{"#000000" if tick == 1 else "#dddddd"}"/>')
+            parts.append(f'<text x="{x(tick):.1f}" y="{height - 20}" text-anchor="middle">{tick:g}</text>')
+    for i, (name, ratios) in enumerate(rows):
+        y = top + pitch * i + 8
+        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        parts += [f'<circle cx="{x(r):.1f}" cy="{y}" r="5" fill="{colour[p]}"/>' for p, r in ratios.items()]
+    label = f"time over clsp_fast's (line at 1); {document['machine']['cpu']}, {document['date']}"
+    parts.append(f'<text x="{left}" y="{height - 4}">{escape(label)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

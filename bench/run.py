@@ -1,0 +1,221 @@
+"""Runs benchmark cases: `python -m bench.run [case ...]`; `--list` says which there are."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import machine, plot
+from bench.cases import CASES
+from bench.measure import Case, peak_memory, run_case
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 9
+WORSE = 1.10
+"""Ours counts as slower than before from this factor on, after what slowed the peers down as well."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 1 if ours disagrees with its reference or became slower."""
+    options = _parse(arguments)
+    warnings.simplefilter("ignore")  # peers warn about how they are used here; nothing follows from it
+    if options.memory_of:
+        case, provider = options.memory_of
+        print(peak_memory(CASES[case], next(p for p in CASES[case].providers if p.name == provider)))
+        return 0
+    if options.list:
+        for case in CASES.values():
+            print(f"{case.name:28s} {case.area:11s} {'(by name) ' * case.optional}{case.what}")
+        return 0
+    before = _read(options.against) if options.against else None
+    computer = machine.describe()
+    print(machine.line(computer))
+    records: dict[str, Any] = {}
+    failed = False
+    for case in _chosen(options.case):
+        start = time.perf_counter()
+        record = measure(case, options.rounds)
+        records[case.name] = record
+        print(f"\n{table(case.name, record)}\n{time.perf_counter() - start:.0f} s", flush=True)
+        failed |= record["providers"].get(case.providers[0].name, {}).get("status") == "disagrees"
+    if options.json:
+        path = default_path(computer) if options.json == "default" else Path(options.json)
+        write(path, computer, records)
+        print(f"\nwritten to {path}")
+    if options.plot:
+        plot.main([])
+    if before is not None:
+        worse = regressions(before["cases"], records)
+        print(
+            "\n" + "\n".join(worse or [f"no case is over {WORSE - 1:.0%} slower than in {options.against}"])
+        )
+        failed |= bool(worse)
+    return int(failed)
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """The record of a case: agreement, times, peak memory, and the commit that it was measured at."""
+    record = run_case(case, rounds)
+    commit, dirty = machine.commit()
+    record |= {"commit": commit, "dirty": dirty}
+    for provider in case.providers:
+        row = record["providers"].get(provider.name)
+        if row is None:
+            continue
+        if provider.package and row["status"] != "missing":
+            row["version"] = machine.version(provider.package)
+        if case.memory and row["status"] == "timed":
+            row["peak_bytes"] = _peak_in_a_fresh_process(case.name, provider.name)
+    ours = record["providers"].get(case.providers[0].name, {})
+    if case.memory_goal and ours.get("peak_bytes"):
+        ours["memory_goal"] = case.memory_goal
+        ours["memory_reached"] = ours["peak_bytes"] <= case.memory_goal
+    return record
+
+
+def table(name: str, record: dict[str, Any]) -> str:
+    """A case's record for the terminal."""
+    head = f"{name}: {record['what']}"
+    if "not_run" in record:
+        return f"{head}\n  {record['not_run']}"
+    seconds = "CPU time" if record["clock"] == "cpu" else "wall time"
+    head += f"; {record['threads']} thread(s), {seconds}, n = {record['rounds']}"
+    rows = [("", "min", "median", "spread", "/ ours", "rounds", "goal", "memory", "agreement")]
+    rows += [_row(provider, row, record["clock"]) for provider, row in record["providers"].items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join([head, *lines])
+
+
+def _row(provider: str, row: dict[str, Any], clock: str) -> tuple[str, ...]:
+    if row["status"] == "missing":
+        return (provider, *[""] * 7, f"missing: {row['reason']}")
+    if row["status"] == "disagrees":
+        return (provider, *[""] * 7, f"DISAGREES, not timed: {row['agreement']}")
+    time_s = row[f"{clock}_s"]
+    cells = [duration(time_s["min"]), duration(time_s["median"]), f"{time_s['spread']:.0%}"]
+    cells += [f"{row['ratio']:.2f}x", f"{row['round_ratio']:.2f}x"] if "ratio" in row else ["", ""]
+    goal = f"{row['goal']:g}x {'reached' if row.get('reached') else 'NOT REACHED'}" if "goal" in row else ""
+    memory = f"{row['peak_bytes'] / 2**20:.1f} MiB" if row.get("peak_bytes") is not None else ""
+    if "memory_goal" in row:
+        allowed = f"{row['memory_goal'] / 2**20:.1f}"
+        memory += f" of {allowed} {'reached' if row['memory_reached'] else 'NOT REACHED'}"
+    return (provider, *cells, goal, memory, row["agreement"])
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale or unit == "us":
+            return (
+                f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
+            )
+    raise AssertionError(seconds)
+
+
+def regressions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Cases of both in which ours became slower than the peers that were timed beside it did."""
+    found = []
+    for name in before.keys() & after.keys():
+        old, new = before[name]["providers"], after[name]["providers"]
+        key = f"{after[name]['clock']}_s"
+        change = {
+            p: new[p][key]["min"] / old[p][key]["min"] for p in new if key in new[p] and key in old.get(p, {})
+        }
+        ours = next(iter(new), "")
+        if ours not in change:
+            continue
+        peers = [math.log(value) for provider, value in change.items() if provider != ours]
+        slower = change[ours] / math.exp(sum(peers) / max(len(peers), 1))
+        if slower > WORSE:
+            found.append(
+                f"{name}: {slower:.2f}x the time of before, relative to {len(peers)} peers "
+                f"({duration(old[ours][key]['min'])} -> {duration(new[ours][key]['min'])})"
+            )
+    return sorted(found)
+
+
+def default_path(computer: dict[str, Any]) -> Path:
+    """Where results are recorded."""
+    return RESULTS / f"{machine.short_name(computer)}-{datetime.date.today().isoformat()}.json"
+
+
+def write(path: Path, computer: dict[str, Any], records: dict[str, Any]) -> None:
+    """Writes results; cases that the file already has, from the same machine, are replaced."""
+    if path.exists():
+        old = _read(path)
+        records = old["cases"] | records if old["machine"] == computer else records
+    document = {"format": 1, "date": datetime.date.today().isoformat(), "machine": computer, "cases": records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _peak_in_a_fresh_process(case: str, provider: str) -> int | None:
+    command = [sys.executable, "-m", "bench.run", "--memory-of", case, provider]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser.add_argument("case", nargs="*", help="case or area; default: every case that is not `by name`")
+    parser.add_argument("--list", action="store_true", help="say which cases there are, and stop")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"interleaved rounds, default {ROUNDS}")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="default",
+        help="write results; default bench/results/<machine>-<date>.json",
+    )
+    parser.add_argument(
+        "--against", type=Path, help="older results: say what became slower, exit code 1 if any"
+    )
+    parser.add_argument(
+        "--plot", action="store_true", help="redraw plots and README tables from bench/results"
+    )
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    known = {*CASES, *(case.area for case in CASES.values())}
+    unknown = [name for name in options.case if name not in known]
+    if unknown:
+        parser.error(f"unknown case {', '.join(unknown)}; `python -m bench.run --list` says which there are")
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.against and not options.against.is_file():
+        parser.error(f"--against {options.against}: no such file")
+    return options
+
+
+def _chosen(names: Sequence[str]) -> list[Case]:
+    if not names:
+        return [case for case in CASES.values() if not case.optional]
+    by_area = [case for case in CASES.values() if case.area in names and not case.optional]
+    return list({case.name: case for case in [*by_area, *(CASES[n] for n in names if n in CASES)]}.values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+        if document["format"] != 1:
+            raise ValueError(f"format {document['format']}, expected 1")
+        document["cases"], document["machine"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is not a results file of bench.run: {error!r}") from error
+    return document
+
+
+if __name__ == "__main__":
+    sys.exit(main())
