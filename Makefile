@@ -34,7 +34,7 @@ clean:
 	touch $@
 
 .venv/.bench: .venv/bin/python $(SOURCES)
-	$(INSTALL) '.[bench]'
+	$(INSTALL) '.[bench,demo]'
 	touch $@
 
 .venv/.test: .venv/bin/python $(SOURCES)

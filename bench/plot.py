@@ -104,9 +104,9 @@ def caption(document: dict[str, Any], cases: dict[str, Any]) -> str:
     missing = {n for c in cases.values() for n, row in c["providers"].items() if row["status"] == "missing"}
     text = (
         f"{machine.line(document['machine'])}; {', '.join(sorted(packages))}. Commit {', '.join(commits)}, "
-        f"{document['date']}; n = {', '.join(map(str, rounds))} interleaved rounds, minimum CPU time of one thread "
-        f"(wall time of several); distance of quartiles over median: median {spreads[len(spreads) // 2]:.0%}, "
-        f"at most {spreads[-1]:.0%}."
+        f"{document['date']}; n = {', '.join(map(str, rounds))} interleaved rounds, minimum CPU time of one "
+        f"thread, wall time of several. Distance of the quartiles over the median: in the middle "
+        f"{spreads[len(spreads) // 2]:.0%}, at most {spreads[-1]:.0%}."
     )
     return text + (f" Not there to compare with: {', '.join(sorted(missing))}." if missing else "")
 
