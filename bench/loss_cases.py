@@ -1,0 +1,228 @@
+"""The contrastive loss, forward and backward: gradients of both embeddings and of the scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import Call, Case, Gate, Provider, relative
+from clsp_fast.loss import contrastive_loss, contrastive_loss_reference
+
+DIM = 512
+SCALE = 1 / 0.07
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Embeddings of M clips and of K captions of each, texts j K .. j K + K - 1 of clip j."""
+
+    audio_MD: Tensor
+    text_ND: Tensor
+    scale: Tensor
+    captions: int
+
+    @property
+    def owner_N(self) -> Tensor:
+        return torch.arange(len(self.audio_MD), device=self.audio_MD.device).repeat_interleave(self.captions)
+
+
+def batch(clips: int, captions: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Batch:
+    """Unit vectors; a caption has a cosine of about 0.45 with its clip, and of about 0 with others."""
+    generator = torch.Generator().manual_seed(0)
+    audio_MD = F.normalize(torch.randn(clips, DIM, generator=generator), dim=1)
+    noise_ND = F.normalize(torch.randn(clips * captions, DIM, generator=generator), dim=1)
+    text_ND = F.normalize(0.5 * audio_MD.repeat_interleave(captions, 0) + noise_ND, dim=1)
+    tensors = [x.to(device, dtype).requires_grad_() for x in (audio_MD, text_ND)]
+    return Batch(*tensors, torch.tensor(SCALE, device=device, requires_grad=True), captions)
+
+
+def exact(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradients in float64 from their formulas, in blocks of rows: no M x N matrix."""
+    x_MD, y_ND = (t.detach().double() for t in (given.audio_MD, given.text_ND))
+    scale, owner_N, m, n = float(given.scale), given.owner_N, len(x_MD), len(y_ND)
+    blocks = torch.arange(m, device=x_MD.device).split(1024)
+    row_M, column_N = x_MD.new_empty(m), x_MD.new_full((n,), -torch.inf)
+    for rows in blocks:
+        logits_RN = scale * x_MD[rows] @ y_ND.T
+        row_M[rows] = logits_RN.logsumexp(1)
+        column_N = torch.logaddexp(column_N, logits_RN.logsumexp(0))
+    own_N = scale * (x_MD[owner_N] * y_ND).sum(1)
+    loss = ((row_M.sum() - own_N.sum() / given.captions) / m + (column_N - own_N).mean()) / 2
+    dx_MD, dy_ND = torch.empty_like(x_MD), torch.zeros_like(y_ND)
+    for rows in blocks:
+        logits_RN = scale * x_MD[rows] @ y_ND.T
+        own_RN = (rows[:, None] == owner_N).double()
+        row_RN = ((logits_RN - row_M[rows, None]).exp() - own_RN / given.captions) / m
+        grad_RN = (row_RN + ((logits_RN - column_N).exp() - own_RN) / n) / 2
+        dx_MD[rows] = scale * grad_RN @ y_ND
+        dy_ND += scale * grad_RN.T @ x_MD[rows]
+    return loss, dx_MD, dy_ND, (x_MD * dx_MD).sum() / scale
+
+
+def gradients(given: Batch, loss: Loss, *, cast: bool = False, scale: bool = True) -> Call:
+    """The timed call of a loss function: its value and the gradients, in the order of `exact`."""
+
+    def call() -> tuple[Tensor, ...]:
+        audio_MD, text_ND = given.audio_MD, given.text_ND
+        value = loss(
+            *((t.float() for t in (audio_MD, text_ND)) if cast else (audio_MD, text_ND)), given.scale
+        )
+        wanted = [audio_MD, text_ND, given.scale] if scale else [audio_MD, text_ND]
+        return value.detach(), *torch.autograd.grad(value, wanted)
+
+    return call
+
+
+def ours(given: Batch, implementation: Any = "auto") -> Call:
+    owner_N = given.owner_N if given.captions > 1 else None
+    return gradients(given, partial(contrastive_loss, text_owner=owner_N, implementation=implementation))
+
+
+def reference(given: Batch) -> Call:
+    owner_N = given.owner_N if given.captions > 1 else None
+    return gradients(given, partial(contrastive_loss_reference, text_owner=owner_N))
+
+
+def ours_one_caption(given: Batch) -> Call:
+    first = Batch(given.audio_MD, given.text_ND.detach()[:: given.captions].requires_grad_(), given.scale, 1)
+    return ours(first)
+
+
+def targets(given: Batch) -> Tensor:
+    """What clips are classified as: a text, or a distribution over texts."""
+    if given.captions == 1:
+        return given.owner_N
+    clips_M1 = torch.arange(len(given.audio_MD), device=given.audio_MD.device)[:, None]
+    return (clips_M1 == given.owner_N).to(torch.float32) / given.captions
+
+
+def dense(given: Batch, products: int, *, cast: bool = False) -> Call:
+    """Two cross-entropies of M x N logits, from one product, or from one each."""
+    targets_M, owner_N = targets(given), given.owner_N
+
+    def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
+        logits_MN = scale * audio_MD @ text_ND.T
+        logits_NM = scale * text_ND @ audio_MD.T if products == 2 else logits_MN.T
+        return (F.cross_entropy(logits_MN, targets_M) + F.cross_entropy(logits_NM, owner_N)) / 2
+
+    return gradients(given, loss, cast=cast)
+
+
+def linear_cross_entropy(given: Batch, *, chunked: bool) -> Call:
+    try:
+        from torch.nn import LinearCrossEntropyOptions
+    except ImportError as error:
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy") from error
+    options = LinearCrossEntropyOptions() if chunked else None
+    targets_M, owner_N = targets(given), given.owner_N
+
+    def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
+        audio_MD = scale * audio_MD
+        rows = F.linear_cross_entropy(audio_MD, text_ND, targets_M, options=options)
+        return (rows + F.linear_cross_entropy(text_ND, audio_MD, owner_N, options=options)) / 2
+
+    return gradients(given, loss)
+
+
+def memeff(given: Batch) -> Call:
+    from memeff import MemoryEfficientCLIPLoss
+
+    loss = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return gradients(given, lambda audio_MD, text_ND, _: loss(audio_MD, text_ND), scale=False)
+
+
+def inf_cl(given: Batch) -> Call:
+    from inf_cl import cal_flash_loss
+
+    def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
+        both = cal_flash_loss(audio_MD, text_ND, scale=scale), cal_flash_loss(text_ND, audio_MD, scale=scale)
+        return sum(x.mean() for x in both) / 2  # type: ignore[return-value]
+
+    return gradients(given, loss)
+
+
+def without_scale(gate: Gate) -> Gate:
+    return lambda expected, got: gate(expected[:3], got)
+
+
+def another_loss(expected: Any, got: Any) -> tuple[bool, str]:
+    return bool(torch.isfinite(got[0])), "of one caption a clip: for the time only"
+
+
+def loss_case(
+    clips: int,
+    *,
+    captions: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    goals: dict[str, float] | None = None,
+    dense_fits: bool = True,
+    **settings: Any,
+) -> Case:
+    half = dtype == torch.bfloat16
+    gate = relative(1e-2 if half else 3e-5)
+    texts = clips * captions
+    peers = [
+        Provider("reference", reference),
+        Provider("dense", partial(dense, products=1), note="the recipe's loss from one product"),
+        Provider("open_clip's form", partial(dense, products=2), note="the recipe's too: a product each way"),
+    ]
+    if half:
+        peers.append(Provider("dense in float32", partial(dense, products=1, cast=True)))
+    else:
+        peers.append(Provider("F.linear_cross_entropy", partial(linear_cross_entropy, chunked=False)))
+    if not half and captions == 1:
+        chunks = partial(linear_cross_entropy, chunked=True)
+        peers.append(Provider("F.linear_cross_entropy, chunked", chunks))
+    if captions > 1:
+        peers.append(Provider("clsp_fast, one caption", ours_one_caption, gate=another_loss))
+    if device == "cuda":
+        rounded = relative(5e-2)  # TF32, or bfloat16 before the subtraction
+        peers.append(Provider("memeff", memeff, "memeff", without_scale(rounded)))
+        peers.append(Provider("Inf-CL", inf_cl, "inf-cl", rounded))
+    labels = ["loss", *["cuda"] * (device == "cuda"), str(clips), *["two-captions"] * (captions == 2)]
+    return Case(
+        name="-".join([*labels, *["bf16"] * half]),
+        area="loss",
+        what=f"{clips} clips, {texts} captions, D = {DIM}, {'bfloat16' if half else 'float32'}",
+        inputs=partial(batch, clips, captions, dtype, device),
+        expected=exact,
+        gate=gate,
+        providers=(Provider("clsp_fast", ours), *(peers if dense_fits else ())),
+        goals=goals or {},
+        amount=clips,
+        unit="clips",
+        # Forward one product, backward two: what cannot be left out. Recomputing logits adds one.
+        flops=3 * 2.0 * clips * texts * DIM,
+        bytes=(2 if half else 4) * 2 * DIM * (clips + texts),
+        threads=2,
+        device=device,
+        memory=clips >= 4096,
+        **settings,
+    )
+
+
+ONE_CAPTION = {"clsp_fast, one caption": 1 / 2.05}
+CASES = (
+    loss_case(1024),
+    loss_case(4096, goals={"dense": 2.2}),
+    loss_case(4096, dtype=torch.bfloat16, goals={"dense in float32": 4.0}),
+    loss_case(2048, captions=2, goals=ONE_CAPTION),
+    loss_case(4096, captions=2, goals=ONE_CAPTION, optional=True),
+    loss_case(8192, goals={"dense": 2.2}, optional=True),
+    loss_case(16384, optional=True, dense_fits=False),
+    # Inputs, gradients and 600 MB, the embeddings being 64 MB each.
+    loss_case(32768, optional=True, dense_fits=False, memory_goal=2 * 4 * DIM * 32768 + 600 * 2**20),
+    *(
+        loss_case(clips, dtype=torch.bfloat16, device="cuda", dense_fits=clips <= 32768)
+        for clips in (8192, 32768, 65536, 262144)
+    ),
+    loss_case(8192, captions=2, dtype=torch.bfloat16, device="cuda"),
+)

@@ -1,0 +1,219 @@
+"""Retrieval ranks in both directions, and nearest neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.loss_cases import DIM, Batch, batch
+from bench.measure import Call, Case, Provider
+from clsp_fast import similarity
+
+QUERIES = 1000
+K = 10
+
+
+# Ranks. One caption a clip, so that text i belongs to clip i.
+
+
+def pairs(count: int, device: str = "cpu") -> Batch:
+    given = batch(count, 1, device=device)
+    # Close enough to chance that ranks spread.
+    noise_ND = F.normalize(
+        torch.randn(given.text_ND.shape, generator=torch.Generator().manual_seed(1)), dim=1
+    )
+    text_ND = F.normalize(given.text_ND.detach().cpu() + 6 * noise_ND, dim=1).to(device)
+    return Batch(given.audio_MD.detach(), text_ND, given.scale, 1)
+
+
+def counted(given: Batch) -> tuple[Tensor, Tensor]:
+    """Ranks in float64 by counting what scores more."""
+    audio_MD, text_ND = given.audio_MD.double(), given.text_ND.double()
+    own = (audio_MD * text_ND).sum(1)
+    index = torch.arange(len(own), device=own.device)
+
+    def ranks(queries: Tensor, items: Tensor) -> Tensor:
+        blocks = [(queries[i] @ items.T > own[i, None]) & (i[:, None] != index) for i in index.split(1024)]
+        return torch.cat([block.sum(1) for block in blocks])
+
+    return ranks(audio_MD, text_ND), ranks(text_ND, audio_MD)
+
+
+def same_ranks(expected: Any, got: Any) -> tuple[bool, str]:
+    """Equal but for scores that float32 cannot tell apart: one place in a thousand ranks."""
+    moved = [(a.to(b.device) - b).abs() for a, b in zip(expected, got, strict=True)]
+    worst = int(max(m.max() for m in moved))
+    share = float(torch.stack([(m > 0).float().mean() for m in moved]).max())
+    return worst <= 2 and share <= 0.02, f"{share:.2%} of ranks differ, by {worst} at most"
+
+
+def our_ranks(given: Batch) -> Call:
+    return lambda: tuple(similarity.ranks(given.audio_MD, given.text_ND))
+
+
+def one_product(given: Batch) -> Call:
+    return lambda: given.audio_MD @ given.text_ND.T
+
+
+def argsort_twice(given: Batch) -> Call:
+    def call() -> tuple[Tensor, ...]:
+        scores_MN = given.audio_MD @ given.text_ND.T
+        own_M1 = torch.arange(len(scores_MN), device=scores_MN.device)[:, None]
+        orders = (scores.argsort(dim=1, descending=True) for scores in (scores_MN, scores_MN.T))
+        return tuple((order == own_M1).int().argmax(1) for order in orders)
+
+    return call
+
+
+def chunked_count(given: Batch, rows: int = 4096) -> Call:
+    """A product each way in blocks, and a count of what scores more than the diagonal."""
+
+    def ranks(queries: Tensor, items: Tensor) -> Tensor:
+        found = []
+        for start in range(0, len(queries), rows):
+            scores = queries[start : start + rows] @ items.T
+            own = scores.diagonal(start).clone()
+            found.append((scores > own[:, None]).sum(1))
+        return torch.cat(found)
+
+    return lambda: (ranks(given.audio_MD, given.text_ND), ranks(given.text_ND, given.audio_MD))
+
+
+def no_ranks(expected: Any, got: Any) -> tuple[bool, str]:
+    return got.shape == (len(expected[0]), len(expected[1])), "scores only, no ranks"
+
+
+def ranks_case(count: int, device: str = "cpu", **settings: Any) -> Case:
+    return Case(
+        name=f"ranks-{'cuda-' * (device == 'cuda')}{count}",
+        area="similarity",
+        what=f"ranks of {count} clips among {count} texts and back, D = {DIM}",
+        inputs=partial(pairs, count, device),
+        expected=counted,
+        gate=same_ranks,
+        providers=(
+            Provider("clsp_fast", our_ranks),
+            Provider("one product", one_product, gate=no_ranks, note="the product alone"),
+            Provider("argsort twice", argsort_twice, note="the recipe's form"),
+            Provider("chunked count", chunked_count, note="open_clip's form"),
+        ),
+        goals={"one product": 1 / 1.1, "argsort twice": 8.0, "chunked count": 2.0},
+        amount=2 * count,
+        unit="queries",
+        flops=2.0 * count * count * DIM,
+        bytes=4 * (2 * DIM + 4) * count,
+        threads=2,
+        device=device,
+        memory=True,
+        **settings,
+    )
+
+
+# Top-k.
+
+
+@dataclass(frozen=True)
+class Search:
+    queries_QD: Tensor
+    database_ND: Tensor
+
+
+def search(rows: int, device: str = "cpu") -> Search:
+    generator = torch.Generator().manual_seed(0)
+    database_ND = F.normalize(torch.randn(rows, DIM, generator=generator), dim=1)
+    queries_QD = F.normalize(torch.randn(QUERIES, DIM, generator=generator), dim=1)
+    return Search(queries_QD.to(device), database_ND.to(device))
+
+
+def best(given: Search) -> tuple[Tensor, Tensor]:
+    """In float64, by blocks of queries."""
+    database_DN = given.database_ND.double().T
+    blocks = [(block.double() @ database_DN).topk(K) for block in given.queries_QD.split(100)]
+    return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
+
+
+def same_neighbours(expected: Any, got: Any) -> tuple[bool, str]:
+    """Scores to float32's accuracy, and the same rows but where scores are that close."""
+    scores, rows = (torch.as_tensor(x).cpu() for x in got)
+    error = float((scores.double() - expected[0].cpu()).abs().max())
+    share = float((rows != expected[1].cpu()).float().mean())
+    return error <= 1e-5 and share <= 0.005, f"scores to {error:.1e}, {share:.2%} of rows differ"
+
+
+def our_topk(given: Search) -> Call:
+    return lambda: similarity.topk(given.queries_QD, given.database_ND, K)
+
+
+def torch_topk(given: Search, rows: int = 16384) -> Call:
+    def call() -> tuple[Tensor, Tensor]:
+        found = []
+        for start in range(0, len(given.database_ND), rows):
+            chunk = (given.queries_QD @ given.database_ND[start : start + rows].T).topk(K)
+            found.append((chunk.values, chunk.indices + start))
+        scores, order = torch.cat([values for values, _ in found], 1).topk(K)
+        return scores, torch.cat([indices for _, indices in found], 1).gather(1, order)
+
+    return call
+
+
+def faiss_flat(given: Search, threads: int = 2) -> Call:
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatIP(DIM)
+    index.add(given.database_ND.cpu().numpy())
+    queries = given.queries_QD.cpu().numpy()
+    return lambda: index.search(queries, K)
+
+
+def sentence_transformers(given: Search) -> Call:
+    from sentence_transformers.util import dot_score, semantic_search
+
+    def call() -> tuple[np.ndarray, np.ndarray]:
+        found = semantic_search(given.queries_QD, given.database_ND, top_k=K, score_function=dot_score)
+        scores = np.array([[hit["score"] for hit in hits] for hits in found])
+        return scores, np.array([[hit["corpus_id"] for hit in hits] for hits in found])
+
+    return call
+
+
+def topk_case(rows: int, device: str = "cpu", **settings: Any) -> Case:
+    return Case(
+        name=f"topk-{'cuda-' * (device == 'cuda')}{rows}",
+        area="similarity",
+        what=f"{K} best of {rows} rows for {QUERIES} queries, D = {DIM}",
+        inputs=partial(search, rows, device),
+        expected=best,
+        gate=same_neighbours,
+        providers=(
+            Provider("clsp_fast", our_topk),
+            Provider("torch.topk in chunks", torch_topk),
+            Provider("faiss IndexFlatIP", faiss_flat, "faiss-cpu", note="index made before, on the CPU"),
+            Provider("sentence-transformers", sentence_transformers, "sentence-transformers"),
+        ),
+        goals={"faiss IndexFlatIP": 1.0},
+        amount=QUERIES,
+        unit="queries",
+        flops=2.0 * QUERIES * rows * DIM,
+        bytes=4 * DIM * (rows + QUERIES) + 12 * K * QUERIES,
+        threads=2,
+        device=device,
+        memory=True,
+        **settings,
+    )
+
+
+CASES = (
+    ranks_case(4096),
+    ranks_case(8192, optional=True),
+    topk_case(50_000),
+    topk_case(200_000, optional=True),
+    ranks_case(65536, "cuda"),
+    topk_case(1_000_000, "cuda"),
+)
