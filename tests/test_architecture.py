@@ -22,6 +22,7 @@ ALLOWED = {
     "audio": {"_C", "sndfile"},
     "sndfile": set(),
     "features": {"_C", "audio"},
+    "lhotse": {"features"},
     "loss": {"_C", "kernels"},
     "similarity": {"_C", "kernels"},
     "model_config": set(),
@@ -61,6 +62,7 @@ ALLOWED = {
     "demo_text": set(),
     "corpus": {"checkpoint", "config", "data", "demo", "evaluation", "manifest", "tokenizer"},
 }
+BENCH = sorted((ROOT / "bench").glob("*.py"))
 MODULES = sorted(path for path in PACKAGE.glob("*.py"))
 
 
@@ -77,6 +79,17 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def distributions(path: Path) -> set[str]:
+    """First names of all that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_modules_import_only_what_they_may(path: Path) -> None:
     name = path.stem
@@ -84,6 +97,16 @@ def test_modules_import_only_what_they_may(path: Path) -> None:
         assert not imports(path) & COMMANDS, f"{name} imports a command"
     else:
         assert imports(path) <= ALLOWED[name], f"{name} imports {imports(path) - ALLOWED[name]}"
+
+
+@pytest.mark.parametrize("path", BENCH, ids=lambda path: path.stem)
+def test_bench_imports_no_test(path: Path) -> None:
+    assert not distributions(path) & {"tests", "conftest", "numerics"}
+
+
+def test_the_package_does_not_know_bench() -> None:
+    for path in MODULES:
+        assert "bench" not in distributions(path), path
 
 
 def test_the_engine_knows_neither_python_nor_torch() -> None:
@@ -120,9 +143,9 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef]:
 
 
 def test_files_and_functions_stay_small() -> None:
-    for path in [*MODULES, *(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.cpp")]:
+    for path in [*MODULES, *BENCH, *(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc").glob("*.cpp")]:
         assert path.read_text().count("\n") <= 450, f"{path.name} has over 450 lines"
-    for path in MODULES:
+    for path in [*MODULES, *BENCH]:
         for function in functions(ast.parse(path.read_text())):
             lines = (function.end_lineno or 0) - function.lineno + 1
             assert lines <= 80, f"{path.name}: {function.name} has {lines} lines"
