@@ -1,13 +1,15 @@
 """The CLSP log-mel features: waveforms or files -> (B, T, 128) and lengths, exactly as the reference's.
 
 16 kHz, 25 ms Povey windows every 10 ms, 128 mel bins from 20 to 7600 Hz, natural log: lhotse's
-`Fbank(FbankConfig(num_mel_bins=128))`. `python -m clsp_fast.features --check-parity` compares with lhotse.
+`Fbank(FbankConfig(num_mel_bins=128))`. `python -m clsp_fast.features --check-parity` compares with it and
+with torchaudio.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -236,33 +238,10 @@ def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _check_parity() -> None:
-    """Prints how far these features, lhotse's and the float64 reference are apart on a synthetic voice."""
-    rng = np.random.default_rng(0)
-    time = np.arange(5 * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
-    voice = np.sin(2 * np.pi * 120 * time[:, None] * np.arange(1, 40)) @ (1 / np.arange(1, 40))
-    wave = (0.05 * voice * np.sin(3 * time) ** 2 + 0.002 * rng.standard_normal(len(time))).astype(np.float32)
-    truth = reference(wave)
-    rows = {"clsp_fast": extract(wave).values[0].numpy()}
-    try:
-        from lhotse import Fbank
-        from lhotse import FbankConfig as LhotseConfig
-
-        rows["lhotse"] = Fbank(LhotseConfig(num_mel_bins=NUM_MEL_BINS)).extract(wave, SAMPLE_RATE_HZ)
-    except ImportError:
-        print("lhotse is not installed: pip install 'clsp_fast[lhotse]'")
-    print(f"{'against float64':16s} {'max':>10s} {'rms':>10s} {'energy / peak':>14s}")
-    for name, values in rows.items():
-        difference = values - truth
-        energy = np.abs(np.exp(values.astype(np.float64)) - np.exp(truth)) / np.exp(truth).max(
-            1, keepdims=True
-        )
-        rms = np.sqrt((difference**2).mean())
-        print(f"{name:16s} {np.abs(difference).max():10.2e} {rms:10.2e} {energy.max():14.2e}")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m clsp_fast.features", description=_check_parity.__doc__)
+    from clsp_fast import parity
+
+    parser = argparse.ArgumentParser(prog="python -m clsp_fast.features", description=parity.check.__doc__)
     parser.add_argument("--check-parity", action="store_true", required=True)
     parser.parse_args()
-    _check_parity()
+    sys.exit(parity.check())

@@ -357,14 +357,6 @@ def test_works_after_fork() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=60, env=environment)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_parity_table(capsys: pytest.CaptureFixture[str], lhotse_fbank: Any) -> None:
-    features._check_parity()
-    printed = capsys.readouterr().out
-    assert "clsp_fast" in printed
-    assert "lhotse  " in printed
-
-
 def test_the_identity_changes_with_the_settings() -> None:
     own = features.identity()
     assert len(own) == 64

@@ -1,0 +1,104 @@
+"""`python -m clsp_fast.features --check-parity`: these features beside lhotse's and torchaudio's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clsp_fast.audio import Waveform
+from clsp_fast.features import HOP_SAMPLES, NUM_MEL_BINS, SAMPLE_RATE_HZ, FbankConfig, extract, reference
+
+Tail: TypeAlias = Literal["reflect", "zero"]
+TAILS: tuple[Tail, ...] = ("reflect", "zero")
+_Frames: TypeAlias = NDArray[np.float32]
+_DIFFERS = "DIFFERS"
+
+
+def check() -> int:
+    """Compares these features, lhotse's and torchaudio's with the float64 reference, on clips like speech.
+
+    Prints a table and a verdict; what is not installed, or cannot be imported, is named and does not fail.
+
+    Returns:
+        The exit code: 1 if any of them differs by more than float32's rounding.
+    """
+    clips = _voices()
+    print(f"{'against float64':16s} {'tail':8s} {'max':>10s} {'rms':>10s} {'energy / peak':>14s}")
+    verdicts = {"clsp_fast": _verdict("clsp_fast", _ours, clips)}
+    for name, compute in (("lhotse", _lhotse), ("torchaudio", _torchaudio)):
+        try:
+            verdicts[name] = _verdict(name, compute, clips)
+        except ImportError as error:
+            verdicts[name] = f"is not installed ({error})"
+        except (OSError, RuntimeError, AttributeError) as error:  # of a build for another torch
+            verdicts[name] = f"is broken here ({error!r})"
+    print("; ".join(f"{name} {verdict}" for name, verdict in verdicts.items()))
+    return int(_DIFFERS in verdicts.values())
+
+
+def _verdict(
+    name: str, compute: Callable[[list[Waveform], Tail], list[_Frames]], clips: list[Waveform]
+) -> str:
+    same = [_print_line(name, tail, clips, compute(clips, tail)) for tail in TAILS]
+    return "agrees" if all(same) else _DIFFERS
+
+
+def _voices() -> list[Waveform]:
+    """Clips like speech: a moving pitch with syllables and noise; hissing; voice and digital silence."""
+    rng = np.random.default_rng(0)
+    time_s = np.arange(5 * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
+    phase = 2 * np.pi * np.cumsum(130 + 40 * np.sin(3 * time_s)) / SAMPLE_RATE_HZ
+    harmonics = np.arange(1, 40)
+    voiced = 0.08 * np.sin(9 * time_s) ** 2 * (np.sin(phase[:, None] * harmonics) @ (1 / harmonics))
+    hiss = rng.standard_normal(len(time_s))
+    clips = [voiced + 0.002 * hiss, (0.05 * np.sin(9 * time_s) ** 2 * hiss)[:36010], voiced[:17000].copy()]
+    clips[2][6000:9000] = 0
+    return [clip.astype(np.float32) for clip in clips]
+
+
+def _lhotse(clips: list[Waveform], tail: Tail) -> list[_Frames]:
+    from lhotse import Fbank
+    from lhotse import FbankConfig as LhotseConfig
+
+    extractor = Fbank(LhotseConfig(num_mel_bins=NUM_MEL_BINS))
+    if tail == "reflect":
+        return [extractor.extract(clip, SAMPLE_RATE_HZ) for clip in clips]
+    return list(extractor.extract_batch(clips, SAMPLE_RATE_HZ))
+
+
+def _torchaudio(clips: list[Waveform], tail: Tail) -> list[_Frames]:
+    from torchaudio.compliance import kaldi
+
+    longest = max(map(len, clips)) if tail == "zero" else 0
+    found = []
+    for clip in clips:
+        padded = torch.from_numpy(np.pad(clip, (0, max(0, longest - len(clip)))))[None]
+        settings = {"num_mel_bins": NUM_MEL_BINS, "high_freq": -400.0, "snip_edges": False, "dither": 0.0}
+        values = kaldi.fbank(padded, sample_frequency=SAMPLE_RATE_HZ, **settings)
+        found.append(values[: (len(clip) + HOP_SAMPLES // 2) // HOP_SAMPLES].numpy())
+    return found
+
+
+def _ours(clips: list[Waveform], tail: Tail) -> list[_Frames]:
+    batch = extract(clips, config=FbankConfig(tail=tail))
+    return [row[:n].numpy() for row, n in zip(batch.values, batch.lengths.tolist(), strict=True)]
+
+
+def _print_line(name: str, tail: Tail, clips: list[Waveform], found: list[_Frames]) -> bool:
+    """A line of the table; whether the values are those of the definition, up to float32's rounding."""
+    longest, config = max(map(len, clips)), FbankConfig(tail=tail)
+    truths = [reference(clip, config, padded_samples=longest) for clip in clips]
+    if [x.shape for x in found] != [x.shape for x in truths]:
+        print(f"{name:16s} {tail:8s} shapes {[x.shape for x in found]}, expected {[x.shape for x in truths]}")
+        return False
+    truth, values = np.concatenate(truths), np.concatenate(found).astype(np.float64)
+    worst, rms = float(np.abs(values - truth).max()), float(np.sqrt(((values - truth) ** 2).mean()))
+    peak = np.exp(truth).max(axis=1, keepdims=True)
+    energy = float((np.abs(np.exp(values) - np.exp(truth)) / peak).max())
+    print(f"{name:16s} {tail:8s} {worst:10.2e} {rms:10.2e} {energy:14.2e}")
+    # Rounding is 1e-6 of a frame's peak; in quiet bins its logarithm is a few thousandths.
+    return worst <= 5e-3 and rms <= 1e-4 and energy <= 1e-5
