@@ -74,6 +74,8 @@ class Case:
     """Whether peak memory is of interest: a fresh process for each provider."""
     memory_goal: float = 0.0
     """Most bytes ours should take beyond what it starts with; 0: no goal."""
+    figures: Callable[[Any], dict[str, float]] | None = None
+    """What to read from a call's result besides its time: name -> value, of which the median is kept."""
     optional: bool = False
     """Left out unless named: too slow or too large for the default set."""
 
@@ -81,6 +83,18 @@ class Case:
     def clock(self) -> str:
         """CPU time of all threads for one thread, wall time for several: there, waiting counts."""
         return "cpu" if self.threads == 1 and self.device == "cpu" else "wall"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table that needs no timing."""
+
+    name: str
+    area: str
+    what: str
+    rows: Callable[[], list[tuple[str, ...]]]
+    """Header and rows; FileNotFoundError says what there is not."""
+    optional: bool = False
 
 
 # Gates.
@@ -161,11 +175,16 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
         inputs = case.inputs()
         calls = _agreeing(case, inputs, record["providers"])
         with _native_threads(case.threads):
-            times = _interleave(calls, rounds, case.device)
+            times, figures = _interleave(calls, rounds, case)
     finally:
         torch.set_num_threads(before)
     for name, (cpu_s, wall_s) in times.items():
         record["providers"][name] |= {"cpu_s": summary(cpu_s), "wall_s": summary(wall_s)}
+        if figures[name]:
+            keys = figures[name][0]
+            record["providers"][name]["figures"] = {
+                key: statistics.median(found[key] for found in figures[name]) for key in keys
+            }
     _compare(case, record, times)
     return record
 
@@ -175,21 +194,21 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> dict[str, Cal
     expected = case.expected(inputs)
     calls = {}
     for provider in case.providers:
-        row: dict[str, Any] = {"status": "timed"}
+        row: dict[str, Any] = {}
         results[provider.name] = row
         if provider.note:
             row["note"] = provider.note
         try:
             call = provider.prepare(inputs)
+            agrees, how = (provider.gate or case.gate)(expected, call())
         except ImportError as error:
             row |= {"status": "missing", "reason": str(error).splitlines()[0]}
-            continue
-        agrees, how = (provider.gate or case.gate)(expected, call())
-        row["agreement"] = how
-        if agrees:
-            calls[provider.name] = call
+        except Exception as error:  # of any library: it is named, and the others are timed
+            row |= {"status": "failed", "reason": repr(error)[:200]}
         else:
-            row["status"] = "disagrees"
+            row |= {"status": "timed" if agrees else "disagrees", "agreement": how}
+            if agrees:
+                calls[provider.name] = call
     return calls
 
 
@@ -203,23 +222,27 @@ def _native_threads(count: int) -> AbstractContextManager[Any]:
 
 
 def _interleave(
-    calls: Mapping[str, Call], rounds: int, device: str
-) -> dict[str, tuple[list[float], list[float]]]:
-    """CPU and wall seconds a call of every provider in every round."""
+    calls: Mapping[str, Call], rounds: int, case: Case
+) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, list[dict[str, float]]]]:
+    """CPU and wall seconds a call of every provider in every round; and the case's figures."""
     repeats = {name: _repeats(call) for name, call in calls.items()}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             for name, call in calls.items():
-                cpu_s, wall_s = _time(call, repeats[name], device)
+                cpu_s, wall_s, result = _time(call, repeats[name], case.device)
                 times[name][0].append(cpu_s)
                 times[name][1].append(wall_s)
+                if case.figures is not None:
+                    figures[name].append(case.figures(result))
+                del result
             gc.collect()
     finally:
         gc.enable()
-    return times
+    return times, figures
 
 
 def _repeats(call: Call) -> int:
@@ -228,14 +251,15 @@ def _repeats(call: Call) -> int:
     return max(1, math.ceil(LEAST_BLOCK_S / max(time.perf_counter() - start, 1e-7)))
 
 
-def _time(call: Call, repeats: int, device: str) -> tuple[float, float]:
+def _time(call: Call, repeats: int, device: str) -> tuple[float, float, Any]:
+    """CPU and wall seconds a call, and the last call's result."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(repeats):
-        call()
+        result = call()
     wait()
-    return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats
+    return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats, result
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import machine, plot
 from bench.cases import CASES
-from bench.measure import Case, peak_memory, run_case
+from bench.measure import Case, Report, peak_memory, run_case
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9
@@ -25,7 +25,7 @@ WORSE = 1.10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 1 if ours disagrees with its reference or became slower."""
+    """Command line; returns the exit code: 1 if ours disagrees, fails, or became slower."""
     options = _parse(arguments)
     warnings.simplefilter("ignore")  # peers warn about how they are used here; nothing follows from it
     if options.memory_of:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.list:
         for case in CASES.values():
-            print(f"{case.name:28s} {case.area:11s} {'(by name) ' * case.optional}{case.what}")
+            print(f"{case.name:32s} {case.area:11s} {'(by name) ' * case.optional}{case.what}")
         return 0
     before = _read(options.against) if options.against else None
     computer = machine.describe()
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = measure(case, options.rounds)
         records[case.name] = record
         print(f"\n{table(case.name, record)}\n{time.perf_counter() - start:.0f} s", flush=True)
-        failed |= record["providers"].get(case.providers[0].name, {}).get("status") == "disagrees"
+        ours = next(iter(record.get("providers", {}).values()), {})
+        failed |= ours.get("status", "timed") != "timed"
     if options.json:
         path = default_path(computer) if options.json == "default" else Path(options.json)
         write(path, computer, records)
@@ -62,11 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
+def measure(case: Case | Report, rounds: int) -> dict[str, Any]:
     """The record of a case: agreement, times, peak memory, and the commit that it was measured at."""
-    record = run_case(case, rounds)
     commit, dirty = machine.commit()
-    record |= {"commit": commit, "dirty": dirty}
+    if isinstance(case, Report):
+        record: dict[str, Any] = {"area": case.area, "what": case.what, "commit": commit, "dirty": dirty}
+        try:
+            return record | {"rows": case.rows()}
+        except FileNotFoundError as error:
+            return record | {"not_run": f"no {Path(error.filename).name}: not run"}
+    record = run_case(case, rounds) | {"commit": commit, "dirty": dirty}
     for provider in case.providers:
         row = record["providers"].get(provider.name)
         if row is None:
@@ -87,22 +93,29 @@ def table(name: str, record: dict[str, Any]) -> str:
     head = f"{name}: {record['what']}"
     if "not_run" in record:
         return f"{head}\n  {record['not_run']}"
+    if "rows" in record:
+        return "\n".join([head, *_columns(record["rows"])])
     seconds = "CPU time" if record["clock"] == "cpu" else "wall time"
     head += f"; {record['threads']} thread(s), {seconds}, n = {record['rounds']}"
     rows = [("", "min", "median", "spread", "/ ours", "rounds", "goal", "memory", "agreement")]
     rows += [_row(provider, row, record["clock"]) for provider, row in record["providers"].items()]
+    return "\n".join([head, *_columns(rows)])
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns, the first and the last to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
         lines.append("  " + "  ".join([*cells, row[-1]]).rstrip())
-    return "\n".join([head, *lines])
+    return lines
 
 
 def _row(provider: str, row: dict[str, Any], clock: str) -> tuple[str, ...]:
-    if row["status"] == "missing":
-        return (provider, *[""] * 7, f"missing: {row['reason']}")
+    if row["status"] in ("missing", "failed"):
+        return (provider, *[""] * 7, f"{row['status']}: {row['reason']}")
     if row["status"] == "disagrees":
         return (provider, *[""] * 7, f"DISAGREES, not timed: {row['agreement']}")
     time_s = row[f"{clock}_s"]
@@ -113,7 +126,8 @@ def _row(provider: str, row: dict[str, Any], clock: str) -> tuple[str, ...]:
     if "memory_goal" in row:
         allowed = f"{row['memory_goal'] / 2**20:.1f}"
         memory += f" of {allowed} {'reached' if row['memory_reached'] else 'NOT REACHED'}"
-    return (provider, *cells, goal, memory, row["agreement"])
+    figures = [f"{name} {value:.3g}" for name, value in row.get("figures", {}).items()]
+    return (provider, *cells, goal, memory, "; ".join([row["agreement"], *figures]))
 
 
 def duration(seconds: float) -> str:
@@ -129,7 +143,7 @@ def duration(seconds: float) -> str:
 def regressions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Cases of both in which ours became slower than the peers that were timed beside it did."""
     found = []
-    for name in before.keys() & after.keys():
+    for name in sorted(name for name in before.keys() & after.keys() if "clock" in after[name]):
         old, new = before[name]["providers"], after[name]["providers"]
         key = f"{after[name]['clock']}_s"
         change = {
@@ -145,7 +159,7 @@ def regressions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
                 f"{name}: {slower:.2f}x the time of before, relative to {len(peers)} peers "
                 f"({duration(old[ours][key]['min'])} -> {duration(new[ours][key]['min'])})"
             )
-    return sorted(found)
+    return found
 
 
 def default_path(computer: dict[str, Any]) -> Path:
@@ -199,7 +213,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _chosen(names: Sequence[str]) -> list[Case]:
+def _chosen(names: Sequence[str]) -> list[Case | Report]:
     if not names:
         return [case for case in CASES.values() if not case.optional]
     by_area = [case for case in CASES.values() if case.area in names and not case.optional]
