@@ -51,16 +51,18 @@ class Waveform:
 
 
 def resampled(waveform: Waveform) -> np.ndarray:
-    """The definition in float64: one matrix of taps a phase, zeros outside; see `audio.resample`."""
+    """The definition of `audio.resample` in float64, phase by phase: all taps, zeros outside."""
     divisor = np.gcd(waveform.rate_hz, RATE_HZ)
     step, phases = waveform.rate_hz // divisor, RATE_HZ // divisor
     base = min(step, phases) * 0.99
     reach = int(np.ceil(6 * step / base))
     count = round(len(waveform.samples) * RATE_HZ / waveform.rate_hz)
-    output = np.arange(count)
-    start = output // phases * step
     tap = np.arange(-reach, reach + step)
-    t = np.clip((tap / step - (output % phases)[:, None] / phases) * base, -6, 6)
-    weights = base / step * np.sinc(t) * np.cos(np.pi * t / 12) ** 2
     padded = np.pad(waveform.samples.astype(np.float64), (reach, reach + step))
-    return np.stack([padded[s : s + len(tap)] @ w for s, w in zip(start, weights, strict=True)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, len(tap))[::step]
+    output = np.empty(count)
+    for phase in range(phases):
+        t = np.clip((tap / step - phase / phases) * base, -6, 6)
+        of_phase = output[phase::phases]
+        of_phase[:] = windows[: len(of_phase)] @ (base / step * np.sinc(t) * np.cos(np.pi * t / 12) ** 2)
+    return output

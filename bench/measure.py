@@ -109,8 +109,9 @@ def close(most: float, rms: float = math.inf) -> Gate:
             if a.shape != b.shape:
                 return False, f"shape {b.shape}, expected {a.shape}"
             difference = np.abs(b.astype(np.float64) - a)
-            worst = max(worst, float(difference.max(initial=0.0)))
-            mean = max(mean, math.sqrt(float((difference**2).mean())) if difference.size else 0.0)
+            # numpy's maximum, as NaN has to win.
+            worst = float(np.maximum(worst, difference.max(initial=0.0)))
+            mean = float(np.maximum(mean, np.sqrt((difference**2).mean()))) if difference.size else mean
         agrees = worst <= most and mean <= rms
         limit = f"{most:.1e}" + (f" / {rms:.1e}" if math.isfinite(rms) else "")
         return agrees, f"max {worst:.1e}, rms {mean:.1e} (at most {limit})"
@@ -127,7 +128,7 @@ def relative(most: float) -> Gate:
             if a.shape != b.shape:
                 return False, f"shape {b.shape}, expected {a.shape}"
             difference = np.linalg.norm(b.astype(np.float64) - a)
-            worst = max(worst, float(difference / max(np.linalg.norm(a.astype(np.float64)), 1e-30)))
+            worst = float(np.maximum(worst, difference / max(np.linalg.norm(a.astype(np.float64)), 1e-30)))
         return worst <= most, f"relative {worst:.1e} (at most {most:.1e})"
 
     return gate
