@@ -13,7 +13,16 @@ import numpy as np
 import soundfile
 
 from bench import frontend_peers as peers
-from bench.frontend_inputs import RATE_HZ, Recording, Waveform, recording, resampled, speech
+from bench.frontend_inputs import (
+    RATE_HZ,
+    Recording,
+    Recordings,
+    Waveform,
+    recording,
+    recordings,
+    resampled,
+    speech,
+)
 from bench.measure import Case, Provider, close, correlated, equal
 from clsp_fast import features
 
@@ -184,6 +193,36 @@ def file_case(kind: str, rate_hz: int, goals: dict[str, float]) -> Case:
     )
 
 
+def recipe_batch(files: Recordings) -> np.ndarray:
+    """Padded with zeros before framing, and behind its frames with log(1e-10)."""
+    waves = [soundfile.read(path)[0] for path in files.paths]
+    longest, zero = max(map(len, waves)), features.FbankConfig(tail="zero")
+    rows = [features.reference(wave, zero, padded_samples=longest) for wave in waves]
+    frames = max(map(len, rows))
+    value = features.PADDING_VALUE
+    return np.stack([np.pad(r, ((0, frames - len(r)), (0, 0)), constant_values=value) for r in rows])
+
+
+RECIPE_BATCH = Case(
+    name="recipe-batch",
+    area="frontend",
+    what="a lhotse recipe's batch: 32 cuts of 4 to 10 s, WAV files, to a padded batch",
+    inputs=partial(recordings, 32, 4.0, 10.0),
+    expected=recipe_batch,
+    gate=same_features,
+    providers=(
+        Provider("OnTheFlyFeatures(ClspFbank())", peers.ours_on_the_fly, "lhotse"),
+        Provider("OnTheFlyFeatures(Fbank(...))", peers.lhotse_on_the_fly, "lhotse"),
+        Provider("features.extract_files", peers.ours_files, note="without lhotse"),
+    ),
+    amount=32 * 7.0,
+    unit="audio seconds",
+    flops=32 * 700 * FRAME_FLOPS,
+    bytes=4 * 32 * FRAMES * 128,
+    memory=True,
+)
+
+
 # The goals of fbank-10s are for AVX-512.
 CASES = (
     fbank_case(3, {}),
@@ -211,4 +250,5 @@ CASES = (
     file_case("s24", 48000, {"soundfile + lhotse": 8.0}),
     file_case("s32", 48000, {"soundfile + lhotse": 8.0}),
     file_case("flac", 16000, {"soundfile + lhotse": 3.8}),
+    RECIPE_BATCH,
 )

@@ -45,6 +45,23 @@ def recording(kind: str, rate_hz: int, seconds: float = 10.0) -> Recording:
 
 
 @dataclass
+class Recordings:
+    """Files in a folder that lives as long as this."""
+
+    paths: list[str]
+    folder: tempfile.TemporaryDirectory = field(repr=False)  # type: ignore[type-arg]
+
+
+def recordings(count: int, shortest_s: float, longest_s: float) -> Recordings:
+    """WAV files of 16 bits at 16 kHz, of different lengths."""
+    folder = tempfile.TemporaryDirectory(prefix="clsp-bench-")
+    paths = [str(Path(folder.name) / f"{i}.wav") for i in range(count)]
+    for i, (path, seconds) in enumerate(zip(paths, np.linspace(shortest_s, longest_s, count), strict=True)):
+        soundfile.write(path, speech(float(seconds), seed=i), RATE_HZ, subtype="PCM_16")
+    return Recordings(paths, folder)
+
+
+@dataclass
 class Waveform:
     samples: np.ndarray
     rate_hz: int

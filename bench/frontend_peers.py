@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 import torch
 
-from bench.frontend_inputs import RATE_HZ, Recording, Waveform
+from bench.frontend_inputs import RATE_HZ, Recording, Recordings, Waveform
 from bench.measure import Call
 from clsp_fast import audio, features
 
@@ -210,3 +210,34 @@ def asrfront_file(file: Recording) -> Call:
     from asrfront import sensevoice
 
     return lambda: sensevoice.fbank_raw(asrfront.load(file.path), n_mels=128)
+
+
+# A batch of a lhotse recipe: cuts to a padded batch of features.
+
+
+def lhotse_cuts(files: Recordings) -> Any:
+    from lhotse import CutSet, MonoCut, Recording
+
+    found = (Recording.from_file(path) for path in files.paths)
+    return CutSet.from_cuts(MonoCut(r.id, 0.0, r.duration, 0, recording=r) for r in found)
+
+
+def ours_on_the_fly(files: Recordings) -> Call:
+    from lhotse.dataset import OnTheFlyFeatures
+
+    from clsp_fast.lhotse import ClspFbank
+
+    cuts, strategy = lhotse_cuts(files), OnTheFlyFeatures(ClspFbank())
+    return lambda: strategy(cuts)[0]
+
+
+def lhotse_on_the_fly(files: Recordings) -> Call:
+    from lhotse.dataset import OnTheFlyFeatures
+
+    cuts, strategy = lhotse_cuts(files), OnTheFlyFeatures(lhotse_fbank())
+    return lambda: strategy(cuts)[0]
+
+
+def ours_files(files: Recordings) -> Call:
+    config = features.FbankConfig(tail="zero")
+    return lambda: features.extract_files(files.paths, config=config, num_threads=1).values

@@ -169,16 +169,18 @@ def loss_case(
     half = dtype == torch.bfloat16
     gate = relative(1e-2 if half else 3e-5)
     texts = clips * captions
-    peers = [
-        Provider("reference", reference),
-        Provider("dense", partial(dense, products=1), note="the recipe's loss from one product"),
-        Provider("open_clip's form", partial(dense, products=2), note="the recipe's too: a product each way"),
-    ]
+    recipe = Provider("dense", partial(dense, products=1), note="the recipe's loss from one product")
     if half:
-        peers.append(Provider("dense in float32", partial(dense, products=1, cast=True)))
+        peers = [recipe, Provider("dense in float32", partial(dense, products=1, cast=True))]
     else:
-        peers.append(Provider("F.linear_cross_entropy", partial(linear_cross_entropy, chunked=False)))
-    if not half and captions == 1:
+        both = partial(dense, products=2)
+        peers = [
+            Provider("reference", reference),
+            recipe,
+            Provider("open_clip's form", both, note="the recipe's too: a product each way"),
+            Provider("F.linear_cross_entropy", partial(linear_cross_entropy, chunked=False)),
+        ]
+    if clips <= 1024 and captions == 1:
         chunks = partial(linear_cross_entropy, chunked=True)
         peers.append(Provider("F.linear_cross_entropy, chunked", chunks))
     if captions > 1:

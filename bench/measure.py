@@ -174,9 +174,10 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(case.threads)
     try:
         inputs = case.inputs()
-        calls = _agreeing(case, inputs, record["providers"])
+        calls, first_s = _agreeing(case, inputs, record["providers"])
         with _native_threads(case.threads):
-            times, figures = _interleave(calls, rounds, case)
+            repeats = {name: _repeats(call, first_s[name]) for name, call in calls.items()}
+            times, figures = _interleave(calls, repeats, rounds, case)
     finally:
         torch.set_num_threads(before)
     for name, (cpu_s, wall_s) in times.items():
@@ -190,10 +191,10 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     return record
 
 
-def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> dict[str, Call]:
-    """The calls of the providers that are there and agree; notes the others' status."""
+def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[str, Call], dict[str, float]]:
+    """The calls of the providers that are there and agree, and seconds of the first; notes others' status."""
     expected = case.expected(inputs)
-    calls = {}
+    calls, first_s = {}, {}
     for provider in case.providers:
         row: dict[str, Any] = {}
         results[provider.name] = row
@@ -201,7 +202,10 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> dict[str, Cal
             row["note"] = provider.note
         try:
             call = provider.prepare(inputs)
-            agrees, how = (provider.gate or case.gate)(expected, call())
+            start = time.perf_counter()
+            got = call()
+            first_s[provider.name] = time.perf_counter() - start
+            agrees, how = (provider.gate or case.gate)(expected, got)
         except ImportError as error:
             row |= {"status": "missing", "reason": str(error).splitlines()[0]}
         except Exception as error:  # of any library: it is named, and the others are timed
@@ -210,7 +214,7 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> dict[str, Cal
             row |= {"status": "timed" if agrees else "disagrees", "agreement": how}
             if agrees:
                 calls[provider.name] = call
-    return calls
+    return calls, first_s
 
 
 def _native_threads(count: int) -> AbstractContextManager[Any]:
@@ -223,10 +227,9 @@ def _native_threads(count: int) -> AbstractContextManager[Any]:
 
 
 def _interleave(
-    calls: Mapping[str, Call], rounds: int, case: Case
+    calls: Mapping[str, Call], repeats: Mapping[str, int], rounds: int, case: Case
 ) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, list[dict[str, float]]]]:
     """CPU and wall seconds a call of every provider in every round; and the case's figures."""
-    repeats = {name: _repeats(call) for name, call in calls.items()}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     gc.collect()
@@ -246,7 +249,10 @@ def _interleave(
     return times, figures
 
 
-def _repeats(call: Call) -> int:
+def _repeats(call: Call, first_s: float) -> int:
+    """Calls of a block; the first call, which may have loaded things, is believed if it was a long one."""
+    if first_s > 50 * LEAST_BLOCK_S:
+        return 1
     start = time.perf_counter()
     call()
     return max(1, math.ceil(LEAST_BLOCK_S / max(time.perf_counter() - start, 1e-7)))

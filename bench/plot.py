@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     readme = root / "README.md"
     files = {readme: render_readme(readme.read_text(), root / "bench/results")}
     for area in areas(readme.read_text()):
-        files[root / f"docs/bench-{area}.svg"] = plot(*newest(root / "bench/results", area))
+        document, cases = newest(root / "bench/results", area)
+        if all("providers" not in case for case in cases.values()):
+            continue
+        files[root / f"docs/bench-{area}.svg"] = plot(document, cases)
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{path.relative_to(root)} {'does not follow from bench/results' if check else 'redrawn'}")
@@ -69,37 +72,54 @@ def newest(results: Path, area: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def markdown(document: dict[str, Any], cases: dict[str, Any]) -> str:
     """The table of an area: our time, and by how much it is shorter than each peer's."""
-    lines = ["| | clsp_fast | times faster than |", "|---|---|---|"]
+    if any("rows" in case for case in cases.values()):
+        return "\n\n".join(_plain(case) for case in cases.values() if "rows" in case)
+    lines = ["| | clsp_fast | time of others over ours |", "|---|---|---|"]
     for case in cases.values():
-        (ours, *_), rows = case["providers"], case["providers"]
+        rows = case["providers"]
+        ours = next(iter(rows))
         if "cpu_s" not in rows[ours]:
             lines.append(f"| {case['what']} | {rows[ours]['status']} | |")
             continue
         best_s = rows[ours][f"{case['clock']}_s"]["min"]
-        rate = f", {_digits(case['amount'] / best_s)} {case['unit']}/s" if case["unit"] != "calls" else ""
+        rate = _rate(case["amount"] / best_s, case["unit"])
         threads = f", {case['threads']} threads" if case["threads"] > 1 else ""
+        memory = _memory(rows[ours])
         peers = ", ".join(_peer(name, row) for name, row in rows.items() if "ratio" in row)
-        lines.append(f"| {case['what']}{threads} | {_digits(best_s * 1e3)} ms{rate} | {peers} |")
+        lines.append(f"| {case['what']}{threads} | {_digits(best_s * 1e3)} ms{rate}{memory} | {peers} |")
     return "\n".join([*lines, "", caption(document, cases)])
 
 
+def _plain(case: dict[str, Any]) -> str:
+    header, *rows = case["rows"]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in lines])
+
+
+def _rate(per_second: float, unit: str) -> str:
+    if unit == "calls":
+        return ""
+    rounded = float(f"{per_second:.3g}")
+    return (
+        f", {_digits(rounded)} x real time" if unit == "audio seconds" else f", {_digits(rounded)} {unit}/s"
+    )
+
+
+def _memory(row: dict[str, Any]) -> str:
+    return f", {row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else ""
+
+
 def _peer(name: str, row: dict[str, Any]) -> str:
-    missed = f", goal {row['goal']:g}" if "goal" in row and not row["reached"] else ""
-    memory = f", {row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else ""
-    return f"{name} **{_digits(row['ratio'])}**{missed}{memory}"
+    missed = f" (goal {row['goal']:.3g})" if "goal" in row and not row["reached"] else ""
+    return f"{name} **{_digits(row['ratio'])}**{missed}{_memory(row)}"
 
 
 def caption(document: dict[str, Any], cases: dict[str, Any]) -> str:
     """Machine, versions, commit, rounds and spread: what the figures have to be read with."""
     commits = sorted({c["commit"] + " with changes" * c["dirty"] for c in cases.values()})
-    timed = [r for c in cases.values() for r in c["providers"].values() if r["status"] == "timed"]
-    spreads = sorted(row["cpu_s"]["spread"] for row in timed)
-    packages = {
-        f"{name} {row['version']}"
-        for c in cases.values()
-        for name, row in c["providers"].items()
-        if row.get("version")
-    }
+    every = [(case, row) for case in cases.values() for row in case["providers"].values()]
+    spreads = sorted(r[f"{c['clock']}_s"]["spread"] for c, r in every if r["status"] == "timed")
+    packages = {row["package"] for _, row in every if "package" in row}
     rounds = sorted({c["rounds"] for c in cases.values()})
     missing = {n for c in cases.values() for n, row in c["providers"].items() if row["status"] == "missing"}
     text = (

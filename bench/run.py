@@ -78,7 +78,7 @@ def measure(case: Case | Report, rounds: int) -> dict[str, Any]:
         if row is None:
             continue
         if provider.package and row["status"] != "missing":
-            row["version"] = machine.version(provider.package)
+            row["package"] = f"{provider.package} {machine.version(provider.package)}"
         if case.memory and row["status"] == "timed":
             row["peak_bytes"] = _peak_in_a_fresh_process(case.name, provider.name)
     ours = record["providers"].get(case.providers[0].name, {})
