@@ -1,7 +1,7 @@
 """Any recording -> finite mono float32 at the model's rate, or an `AudioError` that says why not.
 
-WAV files are decoded by the extension, in threads and without the GIL, touching only the bytes of the part
-that is asked for; every other format goes through libsndfile in blocks, so that no header can make it
+WAV and FLAC files are decoded by the extension, in threads and without the GIL, touching only the bytes of
+the part that is asked for; every other format goes through libsndfile in blocks, so that no header can make it
 allocate. Resampling is the reference's filter (torchaudio's `sinc_interp_hann`: width 6, rolloff 0.99),
 because the model was trained through it.
 """
@@ -312,7 +312,7 @@ def _load_requests(
     items = [(requests[i].data, *requests[i].part) for i in encoded]
     others = [i for i, request in enumerate(requests) if request.rate_hz is not None]
     for i, loaded in zip(encoded, _C.load_batch(items, policy=policy, num_threads=num_threads), strict=True):
-        if isinstance(loaded, tuple) and loaded[0] == "not_wav":
+        if isinstance(loaded, tuple) and loaded[0] == "other_format":
             others.append(i)
         else:
             results[i] = requests[i].fail(*loaded) if isinstance(loaded, tuple) else loaded
@@ -330,7 +330,7 @@ def _load_requests(
 
 
 def _load_other(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> Waveform | AudioError:
-    """Everything that is no WAV file: waveforms, and formats that libsndfile decodes."""
+    """Everything that is neither WAV nor FLAC: waveforms, and formats that libsndfile decodes."""
     try:
         if request.rate_hz is not None:
             rate_hz = request.rate_hz

@@ -1,4 +1,4 @@
-"""Every format but WAV, decoded by libsndfile in blocks, so that no header can make it allocate.
+"""Every format but WAV and FLAC, decoded by libsndfile in blocks, so that no header can make it allocate.
 
 What libsndfile and its Python wrapper do about wrong or missing lengths is worked around here only.
 """

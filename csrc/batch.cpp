@@ -9,6 +9,7 @@
 #include <system_error>
 #include <thread>
 
+#include "flac.h"
 #include "resample.h"
 #include "wav.h"
 
@@ -92,10 +93,35 @@ Loaded guarded(const Work& work) {
   return loaded;
 }
 
+Samples load_flac(const ByteSource& source, const Part& part, const LoadPolicy& policy, Isa isa) {
+  const FlacInfo info = parse_flac(source);
+  Header header{info.channels, info.sample_rate_hz, info.frames};
+  const bool known = info.frames != 0;
+  Part wanted = part;
+  if (!known) {
+    // As if the file held all that may be asked for, until the end is seen.
+    if (part.duration_s < 0) wanted.duration_s = policy.max_s;
+    const double rate = info.sample_rate_hz;
+    header.frames = static_cast<std::uint64_t>(std::min(part.start_s * rate, 0x1p62)) +
+                    static_cast<std::uint64_t>(std::min(wanted.duration_s * rate, 0x1p62)) + 2;
+  }
+  Section section = select_section(header, wanted, policy);
+  // One more where the end is unknown tells a file of just the longest length from a longer one.
+  const std::uint64_t count = section.count + (known ? 0 : 1);
+  FlacPart decoded = decode_flac(source, info, section.first, count, part.channel, isa);
+  if (!known) {
+    header.frames = decoded.end;
+    section = select_section(header, part, policy);
+    decoded.samples.resize(checked_size(section.count));
+  }
+  return conditioned(std::move(decoded.samples), info.sample_rate_hz, true, policy, isa);
+}
+
 Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {
   const auto source = request.path.empty() ? open_memory(request.bytes) : open_file(request.path);
   if (source->size() == 0) throw AudioFailure("empty", "has 0 bytes");
-  if (!is_wav(*source)) throw AudioFailure(kNotWav, "");
+  if (is_flac(*source)) return load_flac(*source, request.part, policy, isa);
+  if (!is_wav(*source)) throw AudioFailure(kOtherFormat, "");
   const WavInfo info = parse_wav(*source);
   const Section section =
       select_section({info.channels, info.sample_rate_hz, info.frames}, request.part, policy);

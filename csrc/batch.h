@@ -44,10 +44,11 @@ struct Loaded {
   std::string reason, message;
 };
 
-// The reason of an item that is readable but no WAV file: another decoder may know it.
-inline constexpr char kNotWav[] = "not_wav";
+// The reason of an item that is readable but neither WAV nor FLAC: another decoder may know it.
+inline constexpr char kOtherFormat[] = "other_format";
 
-// Decodes WAV recordings to mono at the policy's rate. No failure of an item touches the others.
+// Decodes WAV and FLAC recordings to mono at the policy's rate. No failure of an item touches the
+// others.
 std::vector<Loaded> load_batch(const std::vector<LoadRequest>& requests, const LoadPolicy& policy,
                                int threads, Isa isa);
 

@@ -55,6 +55,18 @@ class Samples {
     data_.reset(static_cast<float*>(std::malloc(checked_multiply(size, sizeof(float)))));
     if (!data_) throw std::bad_alloc();
   }
+  // Keeps what is there; more is not cleared either.
+  void resize(std::size_t size) {
+    if (size == 0) {
+      data_.reset();
+    } else {
+      void* moved = std::realloc(data_.get(), checked_multiply(size, sizeof(float)));
+      if (moved == nullptr) throw std::bad_alloc();
+      static_cast<void>(data_.release());
+      data_.reset(static_cast<float*>(moved));
+    }
+    size_ = size;
+  }
   float* data() const { return data_.get(); }
   std::size_t size() const { return size_; }
   Span<const float> view() const { return {data_.get(), size_}; }

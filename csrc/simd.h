@@ -10,7 +10,9 @@
 #define CLSP_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #define CLSP_X86 1
+#define CLSP_TARGET_BMI2 __attribute__((target("bmi,bmi2,lzcnt")))
 #define CLSP_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #define CLSP_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
@@ -19,9 +21,21 @@ namespace clsp {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
+#ifdef CLSP_X86
+// Every processor with AVX2 has them, but a virtual one may hide them.
+inline bool has_bit_instructions() {
+  unsigned a, b, c, d;
+  constexpr unsigned kLzcnt = 1u << 5;
+  return __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __get_cpuid(0x80000001, &a, &b, &c, &d) != 0 && (c & kLzcnt) != 0;
+}
+#endif
+
+// AVX2 stands for FMA and the bit instructions too.
 inline Isa best_isa() {
 #ifdef CLSP_X86
   static const Isa best = [] {
+    if (!has_bit_instructions()) return Isa::kBaseline;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("fma"))
