@@ -98,6 +98,16 @@ class FrameReader {
            (rest.size() == kTagBytes && std::memcmp(rest.data(), "TAG", 3) == 0);
   }
 
+  // Whether the next frame is there, as far as its header says.
+  bool another_follows() {
+    try {
+      const FlacFrameHeader header = parse_flac_header(window_.bytes(kFlacHeaderBytes), info_);
+      return header.number == next_.number;
+    } catch (const FlacDamage&) {
+      return false;
+    }
+  }
+
   // Decodes the next frame. Throws FlacDamage.
   void decode_next() {
     for (std::size_t wanted = frame_bytes_;;) {
@@ -269,6 +279,11 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
          ")");
   }
   if (info.frames != 0 && done < count) fail("the file ends");
+  // A header that promises less than the frames hold is as wrong as one that promises more.
+  if (last == info.frames && (frames.position() != last || frames.another_follows())) {
+    throw AudioFailure("format", "the FLAC header states " + std::to_string(info.frames) +
+                                     " samples, but more follow; decode and encode it again");
+  }
   part.samples.resize(static_cast<std::size_t>(done));
   part.end = frames.position();
   return part;

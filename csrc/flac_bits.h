@@ -25,6 +25,14 @@ class FlacBits {
   FlacBits(const std::uint8_t* begin, const std::uint8_t* end)
       : next_(begin), last_(end + sizeof bits_), end_(end) {}
 
+  // At least 56 bits, of which those behind the guard are never used: see last_.
+  CLSP_INLINE void fill() {
+    if (__builtin_expect(next_ > last_, 0)) throw FlacDamage("its frame is cut", true);
+    bits_ |= load_big_endian(next_) >> count_;
+    next_ += (63 - count_) >> 3;
+    count_ |= 56;
+  }
+
   // `count` bits as an unsigned number, 0 .. 33.
   std::uint64_t unsigned_bits(int count) {
     fill();
@@ -53,47 +61,42 @@ class FlacBits {
     return zeros + static_cast<std::uint64_t>(rest);
   }
 
-  void align_to_byte() { drop(count_ & 7); }
+  void align_to_byte() { drop(static_cast<int>(count_ & 7)); }
   const std::uint8_t* position() const { return next_ - (count_ >> 3); }
   [[noreturn]] void damaged(const char* what) const { throw FlacDamage(what, position() > end_); }
 
-  // A residual under Rice parameter k: the whole code is at hand nearly always.
-  CLSP_INLINE std::int64_t residual(int k) {
-    fill();
-    const int zeros = __builtin_clzll(bits_ | 1), length = zeros + 1 + k;
-    std::uint64_t folded;
-    if (__builtin_expect(length <= 56, 1)) {
-      // The one that ends the zeros stays on top of the k bits behind it, as 2^k.
-      const std::uint64_t shifted = bits_ << zeros;
-      folded = (static_cast<std::uint64_t>(zeros - 1) << k) + (shifted >> (63 - k));
-      bits_ = shifted << (k + 1);
-      count_ -= length;
-    } else {
-      folded = long_code(k);
-    }
-    return static_cast<std::int64_t>(folded >> 1 ^ (0 - (folded & 1)));
+  // The residual of Rice parameter k that comes next, if the whole code is at hand, as it nearly
+  // always is behind fill(); false, and nothing is read, if it is not. To stay in registers a copy
+  // of the reader may take short codes only.
+  CLSP_INLINE bool short_code(unsigned k, std::int64_t& residual) {
+    const unsigned zeros = bits_ == 0 ? 64 : static_cast<unsigned>(__builtin_clzll(bits_));
+    if (__builtin_expect(zeros + k >= count_, 0)) return false;
+    // The one that ends the zeros stays on top of the k bits behind it, as 2^k.
+    const std::uint64_t shifted = bits_ << zeros, ahead = std::uint64_t{1} << k;
+    residual = unfold((std::uint64_t{zeros} << k) + (shifted >> (63 - k)) - ahead);
+    bits_ = shifted << (k + 1);
+    count_ -= zeros + k + 1;
+    return true;
+  }
+
+  std::int64_t long_code(unsigned k) {
+    const std::uint64_t high = unary();
+    if (high >> (32 - k) != 0) damaged("a residual has more than 32 bits");
+    return unfold(high << k | unsigned_bits(static_cast<int>(k)));
   }
 
  private:
-  // At least 56 bits, of which those behind the guard are never used: see last_.
-  CLSP_INLINE void fill() {
-    if (__builtin_expect(next_ > last_, 0)) throw FlacDamage("its frame is cut", true);
-    bits_ |= load_big_endian(next_) >> count_;
-    next_ += (63 - count_) >> 3;
-    count_ |= 56;
-  }
   CLSP_INLINE void drop(int count) {
     bits_ <<= count;
-    count_ -= count;
+    count_ -= static_cast<unsigned>(count);
   }
-  __attribute__((noinline)) std::uint64_t long_code(int k) {
-    const std::uint64_t high = unary();
-    if (high >> (32 - k) != 0) damaged("a residual has more than 32 bits");
-    return high << k | unsigned_bits(k);
+  // 0, 1, 2, 3, 4 ... stand for 0, -1, 1, -2, 2 ...
+  static CLSP_INLINE std::int64_t unfold(std::uint64_t folded) {
+    return static_cast<std::int64_t>(folded >> 1 ^ (0 - (folded & 1)));
   }
 
-  std::uint64_t bits_ = 0;  // the next ones, from the top; below them more that fill() finds again
-  int count_ = 0;           // how many of them are counted, 0 .. 63
+  std::uint64_t bits_ = 0;   // the next ones, from the top; below them more that fill() finds again
+  std::uint64_t count_ = 0;  // how many of them are counted, 0 .. 63
   const std::uint8_t* next_;
   const std::uint8_t* last_;  // to have read so far means that the frame went on behind its end
   const std::uint8_t* end_;
@@ -119,11 +122,29 @@ CLSP_INLINE Sample predict(const FlacPredictor& predictor, const Sample* x, std:
 
 // Decodes `count` samples of one partition into x, which the samples before it precede.
 template <int N, class Sample>
-CLSP_INLINE void rice_partition(FlacBits& bits, int k, const FlacPredictor& predictor, Sample* x,
-                                std::size_t count) {
-  FlacBits local = bits;  // a copy that stays in registers
+CLSP_INLINE void rice_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor,
+                                Sample* x, std::size_t count) {
+  FlacBits local = bits;
   const FlacPredictor own = predictor;
-  for (std::size_t i = 0; i < count; ++i) x[i] = predict<N>(own, x + i, local.residual(k));
+  const auto decode = [&](Sample* to) {
+    std::int64_t residual;
+    if (__builtin_expect(!local.short_code(k, residual), 0)) {
+      bits = local;
+      residual = bits.long_code(k);
+      local = bits;
+    }
+    *to = predict<N>(own, to, residual);
+  };
+  std::size_t i = 0;
+  for (; i + 1 < count; i += 2) {  // two codes seldom have more bits than are at hand
+    local.fill();
+    decode(x + i);
+    decode(x + i + 1);
+  }
+  if (i < count) {
+    local.fill();
+    decode(x + i);
+  }
   bits = local;
 }
 

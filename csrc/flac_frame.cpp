@@ -88,17 +88,18 @@ int parse_rate(unsigned code, const std::uint8_t*& p) {
   return code == 13 ? rate : 10 * rate;
 }
 
-using PartitionDecoder = void (*)(FlacBits&, int, const FlacPredictor&, std::int32_t*, std::size_t);
+using PartitionDecoder = void (*)(FlacBits&, unsigned, const FlacPredictor&, std::int32_t*,
+                                  std::size_t);
 
 template <int N>
-void baseline_partition(FlacBits& bits, int k, const FlacPredictor& predictor, std::int32_t* x,
+void baseline_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor, std::int32_t* x,
                         std::size_t count) {
   rice_partition<N>(bits, k, predictor, x, count);
 }
 
 #ifdef CLSP_X86
 template <int N>
-CLSP_TARGET_BMI2 void bmi2_partition(FlacBits& bits, int k, const FlacPredictor& predictor,
+CLSP_TARGET_BMI2 void bmi2_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor,
                                      std::int32_t* x, std::size_t count) {
   rice_partition<N>(bits, k, predictor, x, count);
 }
@@ -120,14 +121,14 @@ PartitionDecoder choose_partition(int order, Isa isa, std::integer_sequence<int,
   return kBaseline[order];
 }
 
-void decode_rice(FlacBits& bits, int k, const FlacPredictor& predictor, int order, Isa isa,
+void decode_rice(FlacBits& bits, unsigned k, const FlacPredictor& predictor, int order, Isa isa,
                  std::int32_t* x, std::size_t count) {
   constexpr auto kOrders = std::make_integer_sequence<int, 33>{};
   choose_partition(order, isa, kOrders)(bits, k, predictor, x, count);
 }
 
-void decode_rice(FlacBits& bits, int k, const FlacPredictor& predictor, int, Isa, std::int64_t* x,
-                 std::size_t count) {
+void decode_rice(FlacBits& bits, unsigned k, const FlacPredictor& predictor, int, Isa,
+                 std::int64_t* x, std::size_t count) {
   rice_partition<32>(bits, k, predictor, x, count);
 }
 
@@ -142,9 +143,10 @@ void decode_residuals(FlacBits& bits, const FlacPredictor& predictor, int order,
   if (partition << partition_order != block || partition < warm_up) {
     bits.damaged("its partitions do not fit the block");
   }
-  const int parameter_bits = 4 + method, escape = (1 << parameter_bits) - 1;
+  const int parameter_bits = 4 + method;
+  const unsigned escape = (1u << parameter_bits) - 1;
   for (std::size_t begin = warm_up, end = partition; end <= block; begin = end, end += partition) {
-    const auto k = static_cast<int>(bits.unsigned_bits(parameter_bits));
+    const auto k = static_cast<unsigned>(bits.unsigned_bits(parameter_bits));
     if (k != escape) {
       decode_rice(bits, k, predictor, order, isa, x + begin, end - begin);
       continue;
