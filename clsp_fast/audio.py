@@ -1,8 +1,8 @@
 """Any recording -> finite mono float32 at the model's rate, or an `AudioError` that says why not.
 
 WAV and FLAC files are decoded by the extension, in threads and without the GIL, touching only the bytes of
-the part that is asked for; every other format goes through libsndfile in blocks, so that no header can make it
-allocate. Resampling is the reference's filter (torchaudio's `sinc_interp_hann`: width 6, rolloff 0.99),
+the part that is asked for; every other format goes through libsndfile in blocks, so that no header can make
+it allocate. Resampling is the reference's filter (torchaudio's `sinc_interp_hann`: width 6, rolloff 0.99),
 because the model was trained through it.
 """
 

@@ -57,7 +57,7 @@ class Window {
       const std::uint64_t left = source_.size() - offset_;
       const auto target =
           static_cast<std::size_t>(std::min<std::uint64_t>(left, std::max(wanted, at_once)));
-      std::memmove(buffer_.data(), buffer_.data() + first_, size_);
+      if (first_ > 0) std::memmove(buffer_.data(), buffer_.data() + first_, size_);
       first_ = 0;
       if (buffer_.size() < target + kFlacGuard) buffer_.resize(target + kFlacGuard);
       size_ += source_.read(offset_ + size_, buffer_.data() + size_, target - size_);

@@ -108,16 +108,19 @@ struct FlacPredictor {
   int shift = 0;
 };
 
-// 64 bits hold every sum that a stream can ask for: 32 products of 15 and 33 bits, and a residual
-// of 37 bits shifted by up to 15. What does not fit a sample is cut, which only a damaged stream
-// needs.
+// 64 bits hold every sum that a sound stream asks for: 32 products of 15 and 33 bits, and a
+// residual of 32 bits shifted by up to 15. A damaged one may ask for more, so the arithmetic is
+// unsigned: it wraps.
 template <int N, class Sample>
 CLSP_INLINE Sample predict(const FlacPredictor& predictor, const Sample* x, std::int64_t residual) {
-  auto sum = static_cast<std::int64_t>(static_cast<std::uint64_t>(residual) << predictor.shift);
+  auto sum = static_cast<std::uint64_t>(residual) << predictor.shift;
   // The latest sample comes last: the next one waits for it alone.
 #pragma GCC unroll 32
-  for (int j = N - 1; j >= 0; --j) sum += predictor.weights[j] * x[-1 - j];
-  return static_cast<Sample>(sum >> predictor.shift);
+  for (int j = N - 1; j >= 0; --j) {
+    sum += static_cast<std::uint64_t>(predictor.weights[j]) *
+           static_cast<std::uint64_t>(std::int64_t{x[-1 - j]});
+  }
+  return static_cast<Sample>(static_cast<std::int64_t>(sum) >> predictor.shift);
 }
 
 // Decodes `count` samples of one partition into x, which the samples before it precede.
