@@ -1,0 +1,212 @@
+"""What every kernel needs to start: where it runs, its tile sizes, its operands, and the score tile itself.
+
+Shape suffixes: M, N rows of the two operands, D joint dimension.
+
+A similarity kernel computes s = <x_i, y_j> tile by tile and differs from the next one only in what it does
+with a tile. `score_tile` is that common part; it reads its operands through tensor-memory-accelerator (TMA)
+descriptors where the card has them (compute capability 9 and later) and through pointers elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether TRITON_INTERPRET=1 was set before triton was imported: kernels then run on CPU tensors, slowly."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENT_BYTES = 16
+GROUP = tl.constexpr(8)
+"""Row tiles that follow each other in `tile_position`."""
+
+
+class Tile(NamedTuple):
+    """Launch configuration of a similarity kernel: elements per tile and k step, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# Target (80: A100; 89: cards with 99 KB of shared memory a block, such as 4090, L40S and 5090; 90: H100 and
+# H200; 100: B200) -> tile for 2-byte and for 4-byte elements; budgets.json holds what each compiles to.
+TILES = {
+    80: {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+    89: {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 128, 32, 4, 2)},
+    90: {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+    100: {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
+}
+# In the interpreter a tile is a numpy array: small ones keep ragged cases with several tiles cheap.
+INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
+INTERPRETED_TARGET = 90
+
+# Three TF32 products per fp32 product: relative error 1e-6 where one TF32 product has 1e-3, on tensor cores,
+# where "ieee" would fall back to scalar FMA at a third of the speed.
+FLOAT32_DOTS = "tf32x3"
+
+
+def target_of(device: torch.device) -> int:
+    """The key of TILES that fits a device.
+
+    Raises:
+        ValueError: there is no kernel for the device.
+    """
+    if INTERPRETED:
+        return INTERPRETED_TARGET
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise ValueError(f"Triton kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got device {device}")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major in (9, 10) or (major, minor) == (8, 0):
+        return major * 10
+    if major >= 8:
+        return 89
+    raise ValueError(f"Triton kernels need compute capability 8.0 or later, got {major}.{minor} on {device}")
+
+
+def has_descriptors(target: int) -> bool:
+    """Whether a target loads tiles by TMA."""
+    return target >= 90
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes x's card the current one: Triton launches on the current device, whatever its arguments say."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype` and in a layout that every kernel can read: rows of unit stride that start at 16 bytes.
+
+    Copies if x is not of that kind, which costs O(M D) beside the O(M N D) of the kernel.
+    """
+    x_MD = x_MD.to(dtype)
+    step = _ALIGNMENT_BYTES // dtype.itemsize
+    rows, depth = x_MD.shape
+    stride = x_MD.stride(0)
+    aligned = stride % step == 0 and x_MD.data_ptr() % _ALIGNMENT_BYTES == 0
+    if aligned and stride >= depth and x_MD.stride(1) == 1:
+        return x_MD
+    buffer = x_MD.new_empty(rows, -(-depth // step) * step)
+    return buffer[:, :depth].copy_(x_MD)
+
+
+def score_arguments(x_MD: Tensor, y_ND: Tensor) -> dict[str, Any]:
+    """What every similarity kernel is launched with, for operands as `operand` gives them."""
+    target = target_of(x_MD.device)
+    tile = INTERPRETED_TILE if INTERPRETED else TILES[target][x_MD.dtype.itemsize]
+    x: Tensor | TensorDescriptor = x_MD
+    y: Tensor | TensorDescriptor = y_ND
+    if has_descriptors(target):
+        x = TensorDescriptor.from_tensor(x_MD, [tile.rows, tile.depth])
+        y = TensorDescriptor.from_tensor(y_ND, [tile.columns, tile.depth])
+    return {
+        "x": x,
+        "y": y,
+        "M": len(x_MD),
+        "N": len(y_ND),
+        "stride_x": x_MD.stride(0),
+        "stride_y": y_ND.stride(0),
+        **score_constants(tile, target, x_MD.dtype, x_MD.shape[1]),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def score_constants(tile: Tile, target: int, dtype: torch.dtype, depth: int) -> dict[str, Any]:
+    """The compile-time arguments of a similarity kernel."""
+    return {
+        "D": depth,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BK": tile.depth,
+        "DESCRIPTORS": has_descriptors(target),
+        "DOTS": FLOAT32_DOTS if dtype == torch.float32 else "tf32",
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+    }
+
+
+def panel_rows(rows: int, row_bytes: int, workspace_bytes: int, step: int) -> int:
+    """Rows of equal panels, a multiple of `step`, that fit the workspace; one step if even that does not."""
+    most = max(step, workspace_bytes // row_bytes // step * step)
+    panels = -(-rows // most)
+    return -(-rows // (panels * step)) * step
+
+
+def tile_grid(arguments: dict[str, Any], first_row: int, stop_row: int) -> tuple[tuple[int], dict[str, int]]:
+    tiles_m = triton.cdiv(stop_row - first_row, arguments["BM"])
+    tiles_n = triton.cdiv(arguments["N"], arguments["BN"])
+    return (tiles_m * tiles_n,), {"first_row": first_row, "tiles_m": tiles_m, "tiles_n": tiles_n}
+
+
+@triton.jit
+def tile_position(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile (row, column) of this program: GROUP row tiles share the column tiles they load while in L2."""
+    program = tl.program_id(0)
+    first = program // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = program % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def score_tile(
+    x,
+    y,
+    row,
+    column,
+    M,
+    N,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """<x_i, y_j> in fp32, BM rows from `row` by BN from `column`; beyond M and N the values mean nothing."""
+    score = tl.zeros([BM, BN], tl.float32)
+    k_K = tl.arange(0, BK)
+    # Rows beyond the end repeat the last one, so that no row needs a mask.
+    row_M = tl.minimum(row + tl.arange(0, BM), M - 1).to(tl.int64)
+    column_N = tl.minimum(column + tl.arange(0, BN), N - 1).to(tl.int64)
+    for k in range(0, D, BK):
+        if DESCRIPTORS:
+            x_MK = x.load([row, k])
+            y_NK = y.load([column, k])
+        elif D % BK == 0:
+            x_MK = tl.load(x + row_M[:, None] * stride_x + (k + k_K)[None, :])
+            y_NK = tl.load(y + column_N[:, None] * stride_y + (k + k_K)[None, :])
+        else:
+            inside_K = (k + k_K)[None, :] < D
+            x_MK = tl.load(x + row_M[:, None] * stride_x + (k + k_K)[None, :], mask=inside_K, other=0.0)
+            y_NK = tl.load(y + column_N[:, None] * stride_y + (k + k_K)[None, :], mask=inside_K, other=0.0)
+        if UPCAST:  # the interpreter multiplies the bits of bf16
+            x_MK = x_MK.to(tl.float32)
+            y_NK = y_NK.to(tl.float32)
+        score = tl.dot(x_MK, y_NK.T, score, input_precision=DOTS)
+    return score
+
+
+@triton.jit
+def negatives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of logits with -inf at positive pairs (owner[j] = i) and beyond M and N."""
+    row_M = tl.arange(0, BM)
+    column_N = column + tl.arange(0, BN)
+    owner_N = tl.load(owner + column_N, mask=column_N < N, other=-1) - row
+    owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
+    # Most tiles hold no positive and no edge: one branch for all of a tile's elements.
+    if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
+        inside = (row + row_M < M)[:, None] & (column_N < N)[None, :]
+        s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))
+    return s

@@ -1,0 +1,130 @@
+"""What the two losses over negative pairs share: logits, checks, and gradients from panels of G = dL/ds.
+
+Shape suffixes: M audio rows, N text rows, D joint dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import DTYPES, negatives, on_device, operand, panel_rows, score_arguments, tile_grid
+
+DEFAULT_WORKSPACE_BYTES = 512 << 20
+"""Holds 8,192 rows of G in two bytes at N = 32,768."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+_FLOAT16_PEAK = 2.0**14
+
+
+@triton.jit
+def logits(score, scale, bias, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Base-2 logits of a tile, -inf where there is no negative pair."""
+    s = score * (tl.load(scale) * LOG2_E) + tl.load(bias) * LOG2_E
+    return negatives(s, owner, row, column, M, N, BM, BN)
+
+
+def check_problem(
+    audio: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    owner: Tensor,
+    logit_bias: Tensor | float | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype]:
+    """The ops' arguments, checked: scalars become fp32 tensors on the embeddings' device."""
+    if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1] or audio.shape[1] == 0:
+        raise ValueError(
+            "audio_MD and text_ND must be matrices with the same, positive number of columns, "
+            f"got {tuple(audio.shape)} and {tuple(text.shape)}"
+        )
+    if audio.dtype != text.dtype or audio.dtype not in DTYPES or (compute_dtype or audio.dtype) not in DTYPES:
+        raise TypeError(
+            "audio_MD and text_ND must share a dtype, and that and compute_dtype be bfloat16, float16 or "
+            f"float32, got {audio.dtype}, {text.dtype} and {compute_dtype}"
+        )
+    if owner.dtype != torch.int64 or owner.shape != text.shape[:1]:
+        raise ValueError(
+            f"text_owner_N must be int64 of shape ({len(text)},), got {owner.dtype} {tuple(owner.shape)}"
+        )
+    if not audio.device == text.device == owner.device:
+        raise ValueError(
+            "audio_MD, text_ND and text_owner_N must be on one device, "
+            f"got {audio.device}, {text.device} and {owner.device}"
+        )
+    scalars = []
+    for name, value in (
+        ("logit_scale", logit_scale),
+        ("logit_bias", 0.0 if logit_bias is None else logit_bias),
+    ):
+        if isinstance(value, Tensor):
+            scalar = value.to(audio.device, torch.float32)
+        else:
+            scalar = torch.full((), value, dtype=torch.float32, device=audio.device)
+        if scalar.ndim:
+            raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
+        scalars.append(scalar)
+    return audio, text, scalars[0], scalars[1], owner.contiguous(), compute_dtype or audio.dtype
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.compute_dtype, ctx.workspace_bytes = inputs
+    results = output if isinstance(output, tuple) else ()
+    ctx.save_for_backward(*tensors, *results)
+
+
+def gain_of(dtype: torch.dtype, *gradients: Tensor) -> Tensor:
+    """What G is multiplied by: 1, but in fp16, whose range would lose it, up to a largest element of 2^15."""
+    one = gradients[0].new_ones(())
+    if dtype != torch.float16:
+        return one
+    largest = torch.stack([d.abs().max() if len(d) else one * 0 for d in gradients]).max()
+    return torch.where(largest > 0, _FLOAT16_PEAK / largest, one)
+
+
+def products(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    gain: Tensor,
+    write: Callable[[Tensor, tuple[int], dict[str, Any], Tensor, Tensor], None],
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX = scale G Y, dY = scale G^T X, dscale = sum <X, G Y>, from panels of gain G that `write` fills."""
+    m, n = len(audio), len(text)
+    d_audio, d_scale = audio.new_zeros(audio.shape), scale.new_zeros((), dtype=torch.float64)
+    d_text = text.new_zeros(text.shape, dtype=torch.float32)
+    factor = scale / gain
+    if m and n:
+        with on_device(audio), torch.autocast(audio.device.type, enabled=False):
+            x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
+            arguments = score_arguments(x, y)
+            stride = triton.cdiv(n, 16) * 16
+            rows = panel_rows(m, stride * x.itemsize, workspace_bytes, arguments["BM"])
+            buffer = x.new_empty(rows, stride)
+            for first in range(0, m, rows):
+                stop = min(first + rows, m)
+                grid, position = tile_grid(arguments, first, stop)
+                write(buffer, grid, arguments | position, x, y)
+                panel = buffer[: stop - first, :n]
+                product = _add_product(None, panel, y)
+                d_scale += (product * x[first:stop]).sum(dtype=torch.float64)
+                d_audio[first:stop] = product.mul_(factor)
+                _add_product(d_text, panel.T, x[first:stop])
+    return d_audio, d_text.mul_(factor).to(text.dtype), (d_scale / gain).to(torch.float32)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total += a b, or a b where there is no total yet; in fp32 whatever the operands' dtype."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        product = a.float() @ b.float()
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

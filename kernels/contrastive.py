@@ -1,0 +1,416 @@
+"""Log-sum-exp and softplus sums over the negative pairs of a contrastive batch, never M x N in memory.
+
+    s_ij = scale <x_i, y_j> + bias,   negative pairs: owner[j] != i
+    negative_lse:       row_i = log sum_j exp s_ij,  column_j = log sum_i exp s_ij      (softmax loss)
+    negative_softplus:  row_i = sum_j log(1 + exp s_ij)                                 (sigmoid loss)
+
+Shape suffixes: M audio rows, N text rows, D joint dimension, P rows of a panel, T tiles.
+
+Positive pairs are sparse: the loss adds them exactly, in fp32, outside. That keeps the dense part free of
+labels and of the cancellation between a rounded probability and its target.
+
+Forward, 2 M N D FLOPs: a tile of logits gives partial (maximum, sum) of its rows and columns from one exp2 an
+element; a second kernel combines partials in a fixed order. Backward, 6 M N D FLOPs: a kernel writes
+G = dL/ds of a panel of rows in the inputs' dtype, and two library products give dX = scale G Y and
+dY = scale G^T X. Memory beyond inputs and outputs: `workspace_bytes`, O(M + N) kept for the backward pass,
+and the N x D sums of dY in fp32. No atomics: the same call gives the same bits; the forward's do not depend
+on the workspace.
+
+Base-2 units inside (scale and results times log2 e), because the hardware's exponential is exp2.
+Source: arXiv 2103.00020 (loss), 2303.15343 (sigmoid), online softmax arXiv 1805.02867.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    GROUP,
+    INTERPRETED,
+    on_device,
+    operand,
+    panel_rows,
+    score_arguments,
+    score_tile,
+    tile_grid,
+    tile_position,
+)
+from ._pairs import DEFAULT_WORKSPACE_BYTES, check_problem, gain_of, logits, products, save_for_backward
+from .sigmoid import negative_softplus, negative_softplus_reference
+
+__all__ = ["negative_lse", "negative_lse_reference", "negative_softplus", "negative_softplus_reference"]
+
+_LN_2 = math.log(2.0)
+_COMBINED_TILES = 8
+# Columns of the narrow tiles that the rare exact paths work in: a wide one would spill registers.
+_PART = tl.constexpr(32 if INTERPRETED else 64)
+# Sums below this, relative to the tile's largest logit, are made anew: above it, what underflowed to zero is
+# less than 2^-30 of the sum.
+_STARVED = tl.constexpr(2.0**-96)
+# exp2(s - low) (a_i + b_j) replaces two exponentials where a tile's normalisers are this close, in base 2.
+_CLOSE = tl.constexpr(60.0)
+
+
+def negative_lse_reference(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    *,
+    logit_bias: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The dense definition of `negative_lse`: any floating dtype, autograd."""
+    s_MN = logit_scale * (audio_MD @ text_ND.T) + logit_bias
+    positive_MN = text_owner_N == torch.arange(len(audio_MD), device=text_owner_N.device)[:, None]
+    s_MN = s_MN.masked_fill(positive_MN, -torch.inf)
+    return s_MN.logsumexp(1), s_MN.logsumexp(0)
+
+
+@triton.jit
+def _lse_kernel(
+    x,
+    y,
+    x_rows,
+    y_rows,
+    scale,
+    bias,
+    owner,
+    row_peak,
+    row_sum,
+    column_peak,
+    column_sum,
+    first_row,
+    M,
+    N,
+    tiles_m,
+    tiles_n,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Partial (peak, sum) of one tile's rows and columns: row_* (tiles_n, panel rows), column_* (tiles_m, N).
+
+    A row's peak is its maximum. A column's is the tile's maximum, so that its sum re-uses the rows'
+    exponentials; where that leaves a column next to nothing, the tile's columns are made again relative to
+    their own maxima.
+    """
+    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
+    row = first_row + tile_m * BM
+    column = tile_n * BN
+    score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+    s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
+    row_M = tl.max(s, 1)
+    peak = tl.max(row_M, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    share_M = tl.exp2(row_M - peak)
+    e = tl.exp2(s - tl.where(row_M == float("-inf"), 0.0, row_M)[:, None])
+    sum_N = tl.sum(e * share_M[:, None], 0)
+
+    row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + tl.arange(0, BM)
+    tl.store(row_peak + row_at, row_M)
+    tl.store(row_sum + row_at, tl.sum(e, 1))
+    j_N = column + tl.arange(0, BN)
+    column_at = tile_m.to(tl.int64) * N
+    tl.store(column_peak + column_at + j_N, tl.zeros([BN], tl.float32) + peak, mask=j_N < N)
+    tl.store(column_sum + column_at + j_N, sum_N, mask=j_N < N)
+
+    # A column whose only row here is its positive has no pair to lose.
+    lonely_N = (tl.load(owner + j_N, mask=j_N < N, other=-1) == row) & (row == M - 1)
+    starved_N = (sum_N < _STARVED) & (j_N < N) & (not lonely_N)
+    if tl.max(starved_N.to(tl.int32), 0) > 0:
+        for part in range(column, column + BN, _PART):
+            score_J = score_tile(
+                x_rows, y_rows, row, part, M, N, stride_x, stride_y, D, BM, _PART, BK, False, DOTS, UPCAST
+            )
+            s_J = logits(score_J, scale, bias, owner, row, part, M, N, BM, _PART)
+            peak_J = tl.max(s_J, 0)
+            peak_J = tl.where(peak_J == float("-inf"), 0.0, peak_J)
+            j_J = part + tl.arange(0, _PART)
+            tl.store(column_peak + column_at + j_J, peak_J, mask=j_J < N)
+            tl.store(column_sum + column_at + j_J, tl.sum(tl.exp2(s_J - peak_J[None, :]), 0), mask=j_J < N)
+
+
+@triton.jit
+def _combine_kernel(
+    peak,
+    sums,
+    state,
+    out,
+    T,
+    length,
+    stride,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BT: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """log2 of sum_t sums[t] 2^peak[t], tiles in order; `state` carries (peak, sum) from panel to panel."""
+    i_L = tl.program_id(0) * BL + tl.arange(0, BL)
+    inside_L = i_L < length
+    peak_L = tl.full([BL], float("-inf"), tl.float32)
+    sum_L = tl.zeros([BL], tl.float32)
+    if not FIRST:
+        peak_L = tl.load(state + i_L, mask=inside_L, other=float("-inf"))
+        sum_L = tl.load(state + length + i_L, mask=inside_L, other=0.0)
+    for first in range(0, T, BT):
+        t_T = first + tl.arange(0, BT)
+        at = t_T.to(tl.int64)[:, None] * stride + i_L[None, :]
+        inside = (t_T < T)[:, None] & inside_L[None, :]
+        s = tl.load(sums + at, mask=inside, other=0.0)
+        # The peak of an empty sum must not drown the others.
+        p = tl.where(s > 0, tl.load(peak + at, mask=inside, other=float("-inf")), float("-inf"))
+        new_L = tl.maximum(peak_L, tl.max(p, 0))
+        safe_L = tl.where(new_L == float("-inf"), 0.0, new_L)
+        sum_L = sum_L * tl.exp2(peak_L - safe_L) + tl.sum(s * tl.exp2(p - safe_L[None, :]), 0)
+        peak_L = new_L
+    if LAST:
+        tl.store(out + i_L, peak_L + tl.log2(sum_L), mask=inside_L)
+    else:
+        tl.store(state + i_L, peak_L, mask=inside_L)
+        tl.store(state + length + i_L, sum_L, mask=inside_L)
+
+
+@triton.jit
+def _normaliser(lse, d, i, length):
+    """log-sum-exp and incoming gradient of some rows or columns; +inf and 0 where there is no negative."""
+    lse = tl.load(lse + i, mask=i < length, other=float("-inf"))
+    d = tl.load(d + i, mask=i < length, other=0.0)
+    empty = lse == float("-inf")
+    return tl.where(empty, float("inf"), lse), tl.where(empty, 0.0, d)
+
+
+@triton.jit
+def _panel_kernel(
+    x,
+    y,
+    x_rows,
+    y_rows,
+    scale,
+    bias,
+    owner,
+    row_lse,
+    column_lse,
+    d_row,
+    d_column,
+    panel,
+    first_row,
+    M,
+    N,
+    tiles_m,
+    tiles_n,
+    stride_x,
+    stride_y,
+    stride_panel,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of G_ij = d_row_i 2^(s_ij - row_i) + d_column_j 2^(s_ij - column_j), 0 at positives."""
+    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
+    row = first_row + tile_m * BM
+    column = tile_n * BN
+    i_M = row + tl.arange(0, BM)
+    j_N = column + tl.arange(0, BN)
+    lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
+    lse_N, d_N = _normaliser(column_lse, d_column, j_N, N)
+    low = tl.minimum(tl.min(lse_M, 0), tl.min(lse_N, 0))
+    spread_M = tl.where(lse_M == float("inf"), 0.0, lse_M - low)
+    spread_N = tl.where(lse_N == float("inf"), 0.0, lse_N - low)
+    at_M = (i_M - first_row).to(tl.int64)[:, None] * stride_panel
+    if tl.maximum(tl.max(spread_M, 0), tl.max(spread_N, 0)) < _CLOSE:
+        score = score_tile(
+            x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
+        )
+        s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
+        # No more than 2^60 times a probability, which is at most 1 for the closest row or column.
+        g = tl.exp2(s - low) * ((d_M * tl.exp2(-spread_M))[:, None] + (d_N * tl.exp2(-spread_N))[None, :])
+        inside = (i_M < M)[:, None] & (j_N < N)[None, :]
+        tl.store(panel + at_M + j_N[None, :], g.to(panel.dtype.element_ty), mask=inside)
+    else:
+        for part in range(column, column + BN, _PART):
+            score = score_tile(
+                x_rows, y_rows, row, part, M, N, stride_x, stride_y, D, BM, _PART, BK, False, DOTS, UPCAST
+            )
+            s = logits(score, scale, bias, owner, row, part, M, N, BM, _PART)
+            j_J = part + tl.arange(0, _PART)
+            lse_J, d_J = _normaliser(column_lse, d_column, j_J, N)
+            g = d_M[:, None] * tl.exp2(s - lse_M[:, None]) + d_J[None, :] * tl.exp2(s - lse_J[None, :])
+            inside = (i_M < M)[:, None] & (j_J < N)[None, :]
+            tl.store(panel + at_M + j_J[None, :], g.to(panel.dtype.element_ty), mask=inside)
+
+
+def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool, last: bool) -> None:
+    """`_combine_kernel` over the leading (tile) dimension of partials whose rows may be longer than `out`."""
+    length, lanes = len(out), 128
+    _combine_kernel[(triton.cdiv(length, lanes),)](
+        peak, sums, state, out, len(sums), length, sums.stride(0), first, last, _COMBINED_TILES, lanes
+    )
+
+
+@torch.library.custom_op("clsp_fast::negative_lse", mutates_args=())
+def _negative_lse(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    owner: Tensor,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Base-2 log-sum-exp of rows (M,) and columns (N,), fp32."""
+    m, n = len(audio), len(text)
+    row_lse, column_lse = (scale.new_full((length,), -torch.inf) for length in (m, n))
+    if m == 0 or n == 0:
+        return row_lse, column_lse
+    with on_device(audio):
+        x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
+        arguments = score_arguments(x, y)
+        rows, columns = arguments["BM"], arguments["BN"]
+        tiles_n = triton.cdiv(n, columns)
+        row_bytes = 8 * tiles_n + 8 * n // rows
+        step = rows * _COMBINED_TILES
+        panel = panel_rows(m, row_bytes, workspace_bytes, step)
+        row_parts = scale.new_empty(2, tiles_n * panel)
+        column_parts = scale.new_empty(2, panel // rows, n)
+        state = scale.new_empty(2, n)
+        for first in range(0, m, panel):
+            stop = min(first + panel, m)
+            grid, position = tile_grid(arguments, first, stop)
+            tiles_m = position["tiles_m"]
+            row_peak, row_sum = row_parts[:, : tiles_n * tiles_m * rows].unflatten(1, (tiles_n, -1))
+            column_peak, column_sum = column_parts[:, :tiles_m]
+            _lse_kernel[grid](
+                **arguments,
+                **position,
+                x_rows=x,
+                y_rows=y,
+                scale=scale,
+                bias=bias,
+                owner=owner,
+                row_peak=row_peak,
+                row_sum=row_sum,
+                column_peak=column_peak,
+                column_sum=column_sum,
+            )
+            _combine(row_peak, row_sum, state, row_lse[first:stop], True, True)
+            _combine(column_peak, column_sum, state, column_lse, first == 0, stop == m)
+    return row_lse, column_lse
+
+
+@_negative_lse.register_fake
+def _(audio, text, scale, bias, owner, compute_dtype, workspace_bytes):  # type: ignore[no-untyped-def]
+    return scale.new_empty(len(audio)), scale.new_empty(len(text))
+
+
+@torch.library.custom_op("clsp_fast::negative_lse_backward", mutates_args=())
+def _negative_lse_backward(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    owner: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    d_row: Tensor,
+    d_column: Tensor,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of audio, text, scale and bias, given those of the base-2 results."""
+    # The results are natural logarithms over ln 2.
+    d_row, d_column = (d.contiguous() / _LN_2 for d in (d_row, d_column))
+    gain = gain_of(compute_dtype, d_row, d_column)
+    scaled = {
+        "d_row": d_row * gain,
+        "d_column": d_column * gain,
+        "row_lse": row_lse,
+        "column_lse": column_lse,
+    }
+
+    def write(panel: Tensor, grid: tuple[int], arguments: dict[str, Any], x: Tensor, y: Tensor) -> None:
+        _panel_kernel[grid](
+            **arguments,
+            **scaled,
+            x_rows=x,
+            y_rows=y,
+            scale=scale,
+            bias=bias,
+            owner=owner,
+            panel=panel,
+            stride_panel=panel.stride(0),
+        )
+
+    d_audio, d_text, d_scale = products(audio, text, scale, gain, write, compute_dtype, workspace_bytes)
+    finite = (
+        torch.where(lse.isneginf(), 0.0, d).sum() for lse, d in ((row_lse, d_row), (column_lse, d_column))
+    )
+    return d_audio, d_text, d_scale, sum(finite, scale.new_zeros(()))
+
+
+@_negative_lse_backward.register_fake
+def _(audio, text, scale, *rest):  # type: ignore[no-untyped-def]
+    return audio.new_empty(audio.shape), text.new_empty(text.shape), scale.new_empty(()), scale.new_empty(())
+
+
+def _lse_gradient(ctx: Any, d_row: Tensor, d_column: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _negative_lse_backward(
+        *ctx.saved_tensors, d_row, d_column, ctx.compute_dtype, ctx.workspace_bytes
+    )
+    return *gradients, None, None, None
+
+
+_negative_lse.register_autograd(_lse_gradient, setup_context=save_for_backward)
+
+
+def negative_lse(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    text_owner_N: Tensor,
+    *,
+    logit_bias: Tensor | float | None = None,
+    compute_dtype: torch.dtype | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the negative pairs of every row and of every column of the logits.
+
+    s_ij = logit_scale <audio_i, text_j> + logit_bias; pair (i, j) is negative where text_owner[j] != i.
+
+    Args:
+        audio_MD: bfloat16, float16 or float32, (M, D); M may be 0.
+        text_ND: (N, D), same dtype and device; N may be 0.
+        logit_scale: scalar, the multiplier itself; may require gradient.
+        text_owner_N: int64 (N,), same device. A value outside 0..M-1 makes all pairs of a text negative.
+        logit_bias: scalar added to all logits; may require gradient.
+        compute_dtype: dtype of the matrix products, default the inputs'; sums and gradients stay fp32. In
+            float32, logits are three TF32 products (relative error 1e-6), and the backward's two products
+            follow torch's float32 precision setting.
+        workspace_bytes: bound of the temporary partial sums and gradients of logits; at least one row of
+            tiles is used.
+
+    Returns:
+        float32 (M,) and (N,), natural logarithms; -inf where a row or column has no negative pair.
+
+    Raises:
+        ValueError: a shape does not fit, or there is no kernel for the device.
+        TypeError: a dtype is not supported.
+    """
+    problem = check_problem(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype)
+    row_lse, column_lse = _negative_lse(*problem, workspace_bytes)
+    return row_lse * _LN_2, column_lse * _LN_2

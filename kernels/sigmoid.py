@@ -1,0 +1,233 @@
+"""Softplus sums over the negative pairs of a contrastive batch, for the sigmoid loss; never M x N in memory.
+
+    s_ij = scale <x_i, y_j> + bias,   row_i = sum over j with owner[j] != i of log(1 + exp s_ij)
+    dL/ds_ij = dL/drow_i sigmoid(s_ij)
+
+Shape suffixes: M audio rows, N text rows, D joint dimension.
+
+Forward 2 M N D FLOPs, backward 6 M N D; memory, exactness and determinism as in contrastive.py.
+Source: arXiv 2303.15343.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    GROUP,
+    on_device,
+    operand,
+    panel_rows,
+    score_arguments,
+    score_tile,
+    tile_grid,
+    tile_position,
+)
+from ._pairs import (
+    DEFAULT_WORKSPACE_BYTES,
+    LOG2_E,
+    check_problem,
+    gain_of,
+    logits,
+    products,
+    save_for_backward,
+)
+
+
+def negative_softplus_reference(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    *,
+    logit_bias: Tensor | float = 0.0,
+) -> Tensor:
+    """The dense definition of `negative_softplus`: any floating dtype, autograd."""
+    s_MN = logit_scale * (audio_MD @ text_ND.T) + logit_bias
+    positive_MN = text_owner_N == torch.arange(len(audio_MD), device=text_owner_N.device)[:, None]
+    return torch.nn.functional.softplus(s_MN).masked_fill(positive_MN, 0.0).sum(1)
+
+
+@triton.jit
+def _softplus_kernel(
+    x,
+    y,
+    scale,
+    bias,
+    owner,
+    row_sum,
+    first_row,
+    M,
+    N,
+    tiles_m,
+    tiles_n,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Partial row sums of log(1 + exp s), natural units, (tiles_n, panel rows)."""
+    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
+    row = first_row + tile_m * BM
+    column = tile_n * BN
+    score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+    s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
+    # log(1 + e) = 2 atanh(z), z = e / (2 + e) <= 1/3, is accurate for tiny e too.
+    e = tl.exp2(-tl.abs(s))
+    z = e / (2.0 + e)
+    q = z * z
+    tail = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))))
+    softplus = tl.maximum(s, 0.0) * (1 / LOG2_E) + 2.0 * z * (1.0 + q * tail)
+    row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + tl.arange(0, BM)
+    tl.store(row_sum + row_at, tl.sum(softplus, 1))
+
+
+@triton.jit
+def _sigmoid_panel_kernel(
+    x,
+    y,
+    scale,
+    bias,
+    owner,
+    d_row,
+    panel,
+    tile_sum,
+    first_row,
+    M,
+    N,
+    tiles_m,
+    tiles_n,
+    stride_x,
+    stride_y,
+    stride_panel,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of G_ij = d_row_i sigmoid(s_ij), 0 at positives, and its sum (tiles_m, tiles_n)."""
+    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
+    row = first_row + tile_m * BM
+    column = tile_n * BN
+    score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+    s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
+    i_M = row + tl.arange(0, BM)
+    j_N = column + tl.arange(0, BN)
+    g = tl.load(d_row + i_M, mask=i_M < M, other=0.0)[:, None] / (1.0 + tl.exp2(-s))
+    tl.store(tile_sum + tile_m * tiles_n + tile_n, tl.sum(tl.sum(g, 1), 0))
+    at = (i_M - first_row).to(tl.int64)[:, None] * stride_panel + j_N[None, :]
+    tl.store(panel + at, g.to(panel.dtype.element_ty), mask=(i_M < M)[:, None] & (j_N < N)[None, :])
+
+
+@torch.library.custom_op("clsp_fast::negative_softplus", mutates_args=())
+def _negative_softplus(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    owner: Tensor,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> Tensor:
+    """Row sums (M,), fp32."""
+    m, n = len(audio), len(text)
+    out = scale.new_zeros(m)
+    if m == 0 or n == 0:
+        return out
+    with on_device(audio):
+        arguments = score_arguments(operand(audio, compute_dtype), operand(text, compute_dtype))
+        tiles_n = triton.cdiv(n, arguments["BN"])
+        rows = panel_rows(m, 4 * tiles_n, workspace_bytes, arguments["BM"])
+        parts = scale.new_empty(tiles_n * rows)
+        for first in range(0, m, rows):
+            stop = min(first + rows, m)
+            grid, position = tile_grid(arguments, first, stop)
+            row_sum = parts[: grid[0] * arguments["BM"]].view(tiles_n, -1)
+            _softplus_kernel[grid](
+                **arguments, **position, scale=scale, bias=bias, owner=owner, row_sum=row_sum
+            )
+            torch.sum(row_sum[:, : stop - first], 0, out=out[first:stop])
+    return out
+
+
+@torch.library.custom_op("clsp_fast::negative_softplus_backward", mutates_args=())
+def _negative_softplus_backward(
+    audio: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    owner: Tensor,
+    d_row: Tensor,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of audio, text, scale and bias."""
+    gain = gain_of(compute_dtype, d_row)
+    d_row = d_row.contiguous() * gain
+    d_bias = scale.new_zeros((), dtype=torch.float64)
+
+    def write(panel: Tensor, grid: tuple[int], arguments: dict[str, Any], x: Tensor, y: Tensor) -> None:
+        tile_sum = scale.new_empty(grid)
+        _sigmoid_panel_kernel[grid](
+            **arguments,
+            scale=scale,
+            bias=bias,
+            owner=owner,
+            d_row=d_row,
+            panel=panel,
+            tile_sum=tile_sum,
+            stride_panel=panel.stride(0),
+        )
+        d_bias.add_(tile_sum.sum(dtype=torch.float64))
+
+    d_audio, d_text, d_scale = products(audio, text, scale, gain, write, compute_dtype, workspace_bytes)
+    return d_audio, d_text, d_scale, (d_bias / gain).to(torch.float32)
+
+
+@_negative_softplus.register_fake
+def _(audio, text, scale, bias, owner, compute_dtype, workspace_bytes):  # type: ignore[no-untyped-def]
+    return scale.new_empty(len(audio))
+
+
+@_negative_softplus_backward.register_fake
+def _(audio, text, scale, *rest):  # type: ignore[no-untyped-def]
+    return audio.new_empty(audio.shape), text.new_empty(text.shape), scale.new_empty(()), scale.new_empty(())
+
+
+def _softplus_gradient(ctx: Any, d_row: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _negative_softplus_backward(*ctx.saved_tensors, d_row, ctx.compute_dtype, ctx.workspace_bytes)
+    return *gradients, None, None, None
+
+
+_negative_softplus.register_autograd(_softplus_gradient, setup_context=save_for_backward)
+
+
+def negative_softplus(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    text_owner_N: Tensor,
+    *,
+    logit_bias: Tensor | float | None = None,
+    compute_dtype: torch.dtype | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """Sum of log(1 + exp s_ij) over the negative pairs of every row, float32 (M,).
+
+    Arguments and errors are those of `negative_lse`.
+    """
+    problem = check_problem(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype)
+    return _negative_softplus(*problem, workspace_bytes)
