@@ -23,6 +23,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT_BYTES = 16
+SIZES = ["first_row", "M", "N", "tiles_m", "tiles_n"]
+"""Arguments whose values must not cause another compilation: the last batch of an epoch has other sizes."""
 GROUP = tl.constexpr(8)
 """Row tiles that follow each other in `tile_position`."""
 

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import DTYPES, negatives, on_device, operand, panel_rows, score_arguments, tile_grid
+from ._launch import (
+    DTYPES,
+    negatives,
+    on_device,
+    operand,
+    panel_rows,
+    score_arguments,
+    tile_grid,
+)
 
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 """Holds 8,192 rows of G in two bytes at N = 32,768."""

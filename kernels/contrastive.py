@@ -33,6 +33,7 @@ from torch import Tensor
 from ._launch import (
     GROUP,
     INTERPRETED,
+    SIZES,
     on_device,
     operand,
     panel_rows,
@@ -72,7 +73,7 @@ def negative_lse_reference(
     return s_MN.logsumexp(1), s_MN.logsumexp(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _lse_kernel(
     x,
     y,
@@ -127,8 +128,8 @@ def _lse_kernel(
     tl.store(column_sum + column_at + j_N, sum_N, mask=j_N < N)
 
     # A column whose only row here is its positive has no pair to lose.
-    lonely_N = (tl.load(owner + j_N, mask=j_N < N, other=-1) == row) & (row == M - 1)
-    starved_N = (sum_N < _STARVED) & (j_N < N) & (not lonely_N)
+    paired_N = (tl.load(owner + j_N, mask=j_N < N, other=-1) != row) | (row < M - 1)
+    starved_N = (sum_N < _STARVED) & (j_N < N) & paired_N
     if tl.max(starved_N.to(tl.int32), 0) > 0:
         for part in range(column, column + BN, _PART):
             score_J = score_tile(
@@ -142,7 +143,7 @@ def _lse_kernel(
             tl.store(column_sum + column_at + j_J, tl.sum(tl.exp2(s_J - peak_J[None, :]), 0), mask=j_J < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "length", "stride"])
 def _combine_kernel(
     peak,
     sums,
@@ -191,7 +192,7 @@ def _normaliser(lse, d, i, length):
     return tl.where(empty, float("inf"), lse), tl.where(empty, 0.0, d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _panel_kernel(
     x,
     y,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._launch import (
     GROUP,
+    SIZES,
     on_device,
     operand,
     panel_rows,
@@ -53,7 +54,7 @@ def negative_softplus_reference(
     return torch.nn.functional.softplus(s_MN).masked_fill(positive_MN, 0.0).sum(1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _softplus_kernel(
     x,
     y,
@@ -92,7 +93,7 @@ def _softplus_kernel(
     tl.store(row_sum + row_at, tl.sum(softplus, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sigmoid_panel_kernel(
     x,
     y,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,13 @@ from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Without a card, kernels run in Triton's interpreter. It is chosen for good when triton is first imported, so
+# here, before any test does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("clsp_fast.kernels.contrastive")
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +62,24 @@ def make_clips() -> Callable[[Path, int], list[Path]]:
         return paths
 
     return make
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The card; without one the test is skipped, or fails where CLSP_REQUIRE_GPU=1 promises one."""
+    if not torch.cuda.is_available():
+        (pytest.fail if os.environ.get("CLSP_REQUIRE_GPU") == "1" else pytest.skip)("needs a CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Where kernels run here: the card or, interpreted, the CPU. Uninitialised memory is NaN meanwhile."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4, device=device).isnan().all()
+    yield device
+    torch.use_deterministic_algorithms(False)

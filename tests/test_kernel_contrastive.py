@@ -1,0 +1,283 @@
+"""Kernels of the losses over negative pairs against fp64: on the card if there is one, else interpreted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from clsp_fast.kernels import _launch, contrastive, sigmoid
+from clsp_fast.kernels.contrastive import (
+    negative_lse,
+    negative_lse_reference,
+    negative_softplus,
+    negative_softplus_reference,
+)
+from torch import Tensor
+
+# Triton's interpreter computes with numpy, which warns of infinities that the kernels intend.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+# More rows and columns than an interpreted tile has, none, one, and sizes beside powers of two.
+SHAPES = [(1, 1, 1), (1, 70, 16), (2, 1, 3), (33, 63, 31), (31, 65, 33), (70, 150, 40), (64, 128, 64)]
+
+
+class Case:
+    """Inputs of one dtype, and what the kernels and the dense definitions make of them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        shape: tuple[int, int, int],
+        scale: float,
+        *,
+        dtype: torch.dtype = torch.float32,
+        owner: Tensor | None = None,
+        bias: float = -0.5,
+    ) -> None:
+        m, n, d = shape
+        generator = torch.Generator().manual_seed(m + n + d)
+        rows = [torch.randn(length, d, generator=generator) for length in (m, n)]
+        self.x, self.y = (F.normalize(r, dim=1).to(device, dtype) for r in rows)
+        self.scale = torch.tensor(scale, device=device)
+        self.bias = torch.tensor(bias, device=device)
+        self.owner = (torch.arange(n) % max(m, 1) if owner is None else owner).to(device)
+        self.weights = [torch.randn(length, generator=generator).to(device) for length in (m, n)]
+
+    def outputs(self, function: Callable[..., object], dtype: torch.dtype, **options: object) -> list[Tensor]:
+        """Results and gradients of (x, y, scale, bias), as float64."""
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = [t.detach().to(dtype) for t in (self.x, self.y)]
+        inputs += [t.detach().to(wide) for t in (self.scale, self.bias)]
+        inputs = [t.requires_grad_() for t in inputs]
+        x, y, scale, bias = inputs
+        results = function(x, y, scale, self.owner, logit_bias=bias, **options)
+        results = list(results) if isinstance(results, tuple) else [results]
+        finite = [torch.where(r.isfinite(), r, 0.0) for r in results]
+        total = sum((r.double() * w).sum() for r, w in zip(finite, self.weights, strict=False))
+        return [t.detach().double() for t in [*results, *torch.autograd.grad(total, inputs)]]
+
+    def check(self, ours: Callable[..., object], reference: Callable[..., object], **options: object) -> None:
+        """Errors against fp64 are at most twice those of the dense definition in that dtype, plus a bit.
+
+        The bit is what rounding a base-2 logit to fp32 costs: |s| eps of every probability.
+        """
+        truth = self.outputs(reference, torch.float64)
+        dense = self.outputs(reference, self.x.dtype)
+        got = self.outputs(ours, self.x.dtype, **options)
+        scale = float(self.scale)
+        eps = torch.finfo(torch.float32).eps * (8 + scale / 2)
+        if self.x.dtype != torch.float32:
+            eps = 2 * torch.finfo(self.x.dtype).eps
+        sizes = [torch.where(t.isfinite(), t, 0.0).norm() for t in truth]
+        # The scalars' gradients are sums of terms of both signs.
+        d_x, weights = truth[-4], torch.cat(self.weights)
+        sizes[-2] = (self.x.double() * d_x).sum(1).abs().sum() / scale + sizes[-2]
+        sizes[-1] = weights.abs().sum() + sizes[-1]
+        for mine, theirs, true, size in zip(got, dense, truth, sizes, strict=True):
+            assert torch.equal(mine.isneginf(), true.isneginf())
+            errors = [torch.where(true.isfinite(), r - true, 0.0).norm() for r in (mine, theirs)]
+            assert errors[0].isfinite()
+            assert errors[0] <= 2 * errors[1] + eps * size + 1e-12
+            if self.x.dtype == torch.float32:
+                assert errors[0] <= 1e-5 * size + 1e-12
+
+    def check_both(self, **options: object) -> None:
+        self.check(negative_lse, negative_lse_reference, **options)
+        self.check(negative_softplus, negative_softplus_reference, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def test_results_and_gradients_are_those_of_the_dense_definition(
+    kernel_device: torch.device, shape: tuple[int, int, int], scale: float
+) -> None:
+    Case(kernel_device, shape, scale).check_both()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs(kernel_device: torch.device, dtype: torch.dtype) -> None:
+    Case(kernel_device, (40, 70, 33), 30.0, dtype=dtype).check_both()
+
+
+def test_pointer_loads_do_what_descriptors_do(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "has_descriptors", lambda target: False)
+    for depth in (16, 33, 64):
+        Case(kernel_device, (40, 70, depth), 100.0).check_both()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (5, 0, 4), (0, 0, 4)])
+def test_an_empty_side_has_no_negatives(kernel_device: torch.device, shape: tuple[int, int, int]) -> None:
+    case = Case(kernel_device, shape, 10.0)
+    case.check_both()
+    row, column = case.outputs(negative_lse, torch.float32)[:2]
+    assert row.isneginf().all()
+    assert column.isneginf().all()
+
+
+def test_owners_of_any_kind(kernel_device: torch.device) -> None:
+    owners = {
+        "one clip owns all": torch.zeros(70, dtype=torch.int64),
+        "owned elsewhere": torch.full((70,), 1 << 40),
+        "nobody's": torch.full((70,), -1),
+        "unsorted": torch.randperm(70) % 35,
+    }
+    for owner in owners.values():
+        Case(kernel_device, (35, 70, 16), 50.0, owner=owner).check_both()
+    lonely = Case(kernel_device, (1, 70, 16), 50.0, owner=owners["one clip owns all"])
+    row, column, *gradients = lonely.outputs(negative_lse, torch.float32)
+    assert row.isneginf().all()
+    assert column.isneginf().all()
+    assert not any(g.any() for g in gradients)
+
+
+def test_logits_far_apart_in_one_tile(kernel_device: torch.device) -> None:
+    # Columns at +200 and -200: relative to the tile's maximum the latter are exp(-400), which is 0 in fp32.
+    case = Case(kernel_device, (40, 70, 16), 200.0)
+    case.x = F.normalize(torch.eye(16, device=kernel_device)[:1] + 0.1 * case.x, dim=1)
+    signs = torch.where(torch.arange(70, device=kernel_device) % 3 == 0, 1.0, -1.0)
+    case.y = signs[:, None] * F.normalize(torch.eye(16, device=kernel_device)[:1] + 0.1 * case.y, dim=1)
+    assert case.outputs(negative_lse_reference, torch.float64)[1].aminmax().max > 150
+    case.check_both()
+    case.x, case.y, case.owner = case.y, case.x, torch.arange(40, device=kernel_device)
+    case.weights.reverse()
+    case.check_both()
+
+
+def test_equal_embeddings(kernel_device: torch.device) -> None:
+    case = Case(kernel_device, (40, 70, 16), 100.0)
+    case.x, case.y = case.x[:1].repeat(40, 1), case.x[:1].repeat(70, 1)
+    row = case.outputs(negative_lse, torch.float32)[0]
+    negatives = 70 - torch.bincount(case.owner, minlength=40).double()
+    expected = 99.5 + negatives.log()
+    assert (row - expected).abs().max() < 5e-5
+
+
+def test_layouts(kernel_device: torch.device) -> None:
+    plain = Case(kernel_device, (40, 70, 18), 100.0)
+    expected = plain.outputs(negative_lse, torch.float32)
+    wide = torch.zeros(41, 37, device=kernel_device)
+    layouts = {
+        "odd rows, misaligned": wide[1:, 1:19],
+        "every second column": wide[:40, :36:2],
+        "columns first": torch.zeros(18, 40, device=kernel_device).T,
+    }
+    for name, x in layouts.items():
+        case = Case(kernel_device, (40, 70, 18), 100.0)
+        case.x = x.copy_(plain.x)
+        got = case.outputs(negative_lse, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), name
+    case.x = plain.x[:1].expand(40, 18)
+    case.check_both()
+
+
+def test_the_same_call_gives_the_same_bits_and_the_forward_with_any_workspace(
+    kernel_device: torch.device,
+) -> None:
+    case = Case(kernel_device, (300, 40, 16), 100.0)
+    first = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
+    again = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
+    small = [case.outputs(f, torch.float32, workspace_bytes=1) for f in (negative_lse, negative_softplus)]
+    for one, two, three in zip(first, again, small, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        results = len(one) - 4
+        assert all(torch.equal(a, b) for a, b in zip(one[:results], three[:results], strict=True))
+        for a, b in zip(one, three, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_computing_in_bf16_keeps_fp32_gradients(kernel_device: torch.device) -> None:
+    case = Case(kernel_device, (40, 70, 33), 20.0)
+    truth = case.outputs(negative_lse_reference, torch.float64)
+    case.x, case.y = case.x.bfloat16().float(), case.y.bfloat16().float()
+    got = case.outputs(negative_lse, torch.float32, compute_dtype=torch.bfloat16)
+    plain = case.outputs(negative_lse, torch.float32)
+    # The logits of operands that bf16 holds are exact; only G is rounded.
+    assert (got[0] - plain[0]).abs().max() < 1e-5
+    assert 1e-6 < (got[2] - plain[2]).norm() / truth[2].norm() < 5e-3
+
+
+def test_what_is_kept_for_the_backward_pass_is_linear(kernel_device: torch.device) -> None:
+    case = Case(kernel_device, (200, 300, 16), 10.0)
+    x, y = case.x.requires_grad_(), case.y.requires_grad_()
+    inputs = {t.data_ptr() for t in (x, y, case.owner)}
+    kept = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.data_ptr()] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        negative_lse(x, y, case.scale, case.owner)
+        negative_softplus(x, y, case.scale, case.owner)
+    assert inputs <= set(kept)
+    assert sum(size for at, size in kept.items() if at not in inputs) <= 4 * (200 + 300) + 64
+
+
+def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> None:
+    case = Case(kernel_device, (20, 33, 8), 3.0)
+    tensors = [t.requires_grad_() for t in (case.x, case.y, case.scale, case.bias)]
+    arguments = (*tensors, case.owner, torch.float32, 1 << 20)
+    torch.library.opcheck(contrastive._negative_lse, arguments)
+    torch.library.opcheck(sigmoid._negative_softplus, arguments)
+
+
+def test_compiled_graphs_hold_the_operators_whole(kernel_device: torch.device) -> None:
+    case = Case(kernel_device, (20, 33, 8), 3.0)
+
+    def both(x: Tensor, y: Tensor, scale: Tensor, owner: Tensor, *, logit_bias: Tensor) -> tuple[Tensor, ...]:
+        results = negative_lse(x, y, scale, owner, logit_bias=logit_bias)
+        return *results, negative_softplus(x, y, scale, owner, logit_bias=logit_bias)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for mine, eager in zip(
+        case.outputs(compiled, torch.float32), case.outputs(both, torch.float32), strict=True
+    ):
+        assert torch.equal(mine, eager)
+
+
+def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
+    x, y = torch.zeros(3, 4, device=kernel_device), torch.zeros(5, 4, device=kernel_device)
+    owner = torch.zeros(5, dtype=torch.int64, device=kernel_device)
+    with pytest.raises(ValueError, match="same, positive number of columns"):
+        negative_lse(x, y[:, :3], 1.0, owner)
+    with pytest.raises(TypeError, match="float64"):
+        negative_lse(x.double(), y.double(), 1.0, owner)
+    with pytest.raises(ValueError, match=r"text_owner_N must be int64 of shape \(5,\)"):
+        negative_softplus(x, y, 1.0, owner[:3])
+    with pytest.raises(ValueError, match="logit_scale must be a scalar"):
+        negative_softplus(x, y, torch.ones(1), owner)
+
+
+def test_panels_fit_the_workspace() -> None:
+    assert _launch.panel_rows(1000, 10, 1 << 30, 128) == 1024
+    assert _launch.panel_rows(1000, 10, 5120, 128) == 512
+    assert _launch.panel_rows(1000, 10, 5119, 128) == 384
+    assert _launch.panel_rows(1000, 10, 1, 128) == 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_wide_batches_on_a_card(cuda: torch.device, dtype: torch.dtype) -> None:
+    for shape in ((1000, 2100, 512), (1024, 2048, 512), (129, 257, 100)):
+        for scale in (1.0, 100.0):
+            Case(cuda, shape, scale, dtype=dtype).check_both()
+
+
+@pytest.mark.gpu
+def test_memory_and_repeatability_on_a_card(cuda: torch.device) -> None:
+    case = Case(cuda, (32_768, 32_768, 512), 50.0, dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = case.outputs(negative_lse, torch.bfloat16, workspace_bytes=64 << 20)
+    grown = torch.cuda.max_memory_allocated() - before
+    # Workspace, both gradients in two bytes, dY in fp32 with its temporary, and the float64 copies made here.
+    assert grown < (64 << 20) + 32_768 * 512 * (2 + 2 + 4 + 4 + 16)
+    for _ in range(10):
+        again = case.outputs(negative_lse, torch.bfloat16, workspace_bytes=64 << 20)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert math.isfinite(first[0].sum())
