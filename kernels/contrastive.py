@@ -32,7 +32,6 @@ from torch import Tensor
 
 from ._launch import (
     GROUP,
-    INTERPRETED,
     SIZES,
     on_device,
     operand,
@@ -49,8 +48,9 @@ __all__ = ["negative_lse", "negative_lse_reference", "negative_softplus", "negat
 
 _LN_2 = math.log(2.0)
 _COMBINED_TILES = 8
+_COMBINED_LANES = 128
 # Columns of the narrow tiles that the rare exact paths work in: a wide one would spill registers.
-_PART = tl.constexpr(32 if INTERPRETED else 64)
+_PART = tl.constexpr(32)
 # Sums below this, relative to the tile's largest logit, are made anew: above it, what underflowed to zero is
 # less than 2^-30 of the sum.
 _STARVED = tl.constexpr(2.0**-96)
@@ -228,19 +228,22 @@ def _panel_kernel(
     column = tile_n * BN
     i_M = row + tl.arange(0, BM)
     j_N = column + tl.arange(0, BN)
-    lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
-    lse_N, d_N = _normaliser(column_lse, d_column, j_N, N)
+    lse_M, _ = _normaliser(row_lse, d_row, i_M, M)
+    lse_N, _ = _normaliser(column_lse, d_column, j_N, N)
     low = tl.minimum(tl.min(lse_M, 0), tl.min(lse_N, 0))
-    spread_M = tl.where(lse_M == float("inf"), 0.0, lse_M - low)
-    spread_N = tl.where(lse_N == float("inf"), 0.0, lse_N - low)
+    high_M = tl.where(lse_M == float("inf"), low, lse_M)
+    high_N = tl.where(lse_N == float("inf"), low, lse_N)
     at_M = (i_M - first_row).to(tl.int64)[:, None] * stride_panel
-    if tl.maximum(tl.max(spread_M, 0), tl.max(spread_N, 0)) < _CLOSE:
+    if tl.maximum(tl.max(high_M, 0), tl.max(high_N, 0)) - low < _CLOSE:
         score = score_tile(
             x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
         )
         s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
-        # No more than 2^60 times a probability, which is at most 1 for the closest row or column.
-        g = tl.exp2(s - low) * ((d_M * tl.exp2(-spread_M))[:, None] + (d_N * tl.exp2(-spread_N))[None, :])
+        e = tl.exp2(s - low)
+        # Loaded here, not kept over the products: registers are short. At most 2^60 times a probability.
+        lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
+        lse_N, d_N = _normaliser(column_lse, d_column, j_N, N)
+        g = e * ((d_M * tl.exp2(low - lse_M))[:, None] + (d_N * tl.exp2(low - lse_N))[None, :])
         inside = (i_M < M)[:, None] & (j_N < N)[None, :]
         tl.store(panel + at_M + j_N[None, :], g.to(panel.dtype.element_ty), mask=inside)
     else:
@@ -250,17 +253,33 @@ def _panel_kernel(
             )
             s = logits(score, scale, bias, owner, row, part, M, N, BM, _PART)
             j_J = part + tl.arange(0, _PART)
+            lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
             lse_J, d_J = _normaliser(column_lse, d_column, j_J, N)
             g = d_M[:, None] * tl.exp2(s - lse_M[:, None]) + d_J[None, :] * tl.exp2(s - lse_J[None, :])
             inside = (i_M < M)[:, None] & (j_J < N)[None, :]
             tl.store(panel + at_M + j_J[None, :], g.to(panel.dtype.element_ty), mask=inside)
 
 
+KERNELS = {"lse": _lse_kernel, "combine": _combine_kernel, "panel": _panel_kernel}
+"""What budgets.py compiles."""
+CONSTANTS = {"FIRST": False, "LAST": True, "BT": _COMBINED_TILES, "BL": _COMBINED_LANES}
+
+
 def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool, last: bool) -> None:
     """`_combine_kernel` over the leading (tile) dimension of partials whose rows may be longer than `out`."""
-    length, lanes = len(out), 128
-    _combine_kernel[(triton.cdiv(length, lanes),)](
-        peak, sums, state, out, len(sums), length, sums.stride(0), first, last, _COMBINED_TILES, lanes
+    length = len(out)
+    _combine_kernel[(triton.cdiv(length, _COMBINED_LANES),)](
+        peak,
+        sums,
+        state,
+        out,
+        len(sums),
+        length,
+        sums.stride(0),
+        FIRST=first,
+        LAST=last,
+        BT=_COMBINED_TILES,
+        BL=_COMBINED_LANES,
     )
 
 

@@ -133,6 +133,10 @@ def _sigmoid_panel_kernel(
     tl.store(panel + at, g.to(panel.dtype.element_ty), mask=(i_M < M)[:, None] & (j_N < N)[None, :])
 
 
+KERNELS = {"softplus": _softplus_kernel, "sigmoid_panel": _sigmoid_panel_kernel}
+"""What budgets.py compiles."""
+
+
 @torch.library.custom_op("clsp_fast::negative_softplus", mutates_args=())
 def _negative_softplus(
     audio: Tensor,

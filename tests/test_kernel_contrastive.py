@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from clsp_fast.kernels import _launch, contrastive, sigmoid
 from clsp_fast.kernels.contrastive import (
     negative_lse,
@@ -15,7 +17,6 @@ from clsp_fast.kernels.contrastive import (
     negative_softplus,
     negative_softplus_reference,
 )
-from torch import Tensor
 
 # Triton's interpreter computes with numpy, which warns of infinities that the kernels intend.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
