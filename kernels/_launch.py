@@ -100,10 +100,11 @@ def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer[:, :depth].copy_(x_MD)
 
 
-def score_arguments(x_MD: Tensor, y_ND: Tensor) -> dict[str, Any]:
+def score_arguments(x_MD: Tensor, y_ND: Tensor, tile: Tile | None = None) -> dict[str, Any]:
     """What every similarity kernel is launched with, for operands as `operand` gives them."""
     target = target_of(x_MD.device)
-    tile = INTERPRETED_TILE if INTERPRETED else TILES[target][x_MD.dtype.itemsize]
+    if tile is None:
+        tile = INTERPRETED_TILE if INTERPRETED else TILES[target][x_MD.dtype.itemsize]
     x: Tensor | TensorDescriptor = x_MD
     y: Tensor | TensorDescriptor = y_ND
     if has_descriptors(target):

@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # here, before any test does.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("clsp_fast.kernels.contrastive")
+    importlib.import_module("clsp_fast.kernels.rank")
     del os.environ["TRITON_INTERPRET"]
 
 

@@ -1,0 +1,383 @@
+"""Retrieval ranks in both directions from one score tile, and the k nearest rows; never M x N in memory.
+
+    s_ij = <x_i, y_j>, text j describes audio owner[j]; a query's target: its best positive, first of equals
+    rank = #(s > target) + #(s = target, index < target's index) over the pairs that are not positive
+
+Shape suffixes: M audio rows, N text or database rows, Q queries, D joint dimension, K neighbours, T tiles.
+
+Ranks, 2 M N D FLOPs: one kernel, launched twice. The first launch writes the scores of positive pairs and
+leaves tiles without one at once; the second compares every other score with them. Both run the same code for
+a score, so that a tie is a tie in every bit. Counts are integers, partial ones are added in a fixed order, no
+atomics. Neighbours, 2 Q N D FLOPs: each program keeps the K best of its query rows over a run of database
+tiles; a tile costs one comparison an element unless it holds something better than the worst kept. Bytes
+beyond inputs and results: 64 MB of counts, O(Q K) candidates a run. The same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import (
+    DTYPES,
+    GROUP,
+    INTERPRETED,
+    INTERPRETED_TILE,
+    SIZES,
+    TILES,
+    Tile,
+    on_device,
+    operand,
+    panel_rows,
+    score_arguments,
+    score_tile,
+    target_of,
+    tile_grid,
+    tile_position,
+)
+
+MOST_NEIGHBOURS = 32
+"""The largest k that the kernel selects; more are sorted in plain torch."""
+
+# With 256 columns the comparisons of a tile with positives would spill on target 90.
+RANK_TILES = TILES | {90: TILES[90] | {2: Tile(128, 128, 64, 8, 4)}}
+TOPK_TILES = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)}
+"""Bytes of an operand's element -> tile of the selecting kernel: registers hold it and what was chosen."""
+
+_WORKSPACE_BYTES = 64 << 20
+_CHUNK_ROWS = 1 << 20
+# Programs that fill a large card twice; a constant, so that results do not depend on the card.
+_PROGRAMS = 264
+_SORTED_ROWS = 16_384
+
+
+def rank_counts_reference(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The dense definition of `rank_counts`."""
+    s_MN = audio_MD @ text_ND.T
+    positive_MN = text_owner_N == torch.arange(len(audio_MD), device=s_MN.device)[:, None]
+
+    def one_way(s: Tensor, positive: Tensor) -> Tensor:
+        index = torch.arange(s.shape[1], device=s.device)
+        target = s.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+        at = torch.where(positive & (s == target), index, s.shape[1]).amin(1, keepdim=True)
+        ahead = ((s > target) | ((s == target) & (index < at))) & ~positive
+        return torch.where(positive.any(1), ahead.sum(1), -1)
+
+    return one_way(s_MN, positive_MN), one_way(s_MN.T, positive_MN.T)
+
+
+def topk_reference(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The definition of `topk`, by sorting chunks of the database."""
+    scores_QK = queries_QD.new_empty(len(queries_QD), 0)
+    index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
+    for first in range(0, len(database_ND), _SORTED_ROWS):
+        chunk_QC = queries_QD @ database_ND[first : first + _SORTED_ROWS].to(queries_QD.dtype).T
+        order_C = torch.arange(first, first + chunk_QC.shape[1], device=chunk_QC.device)
+        scores_QK, order = torch.cat([scores_QK, chunk_QC], 1).sort(dim=1, descending=True, stable=True)
+        index_QK = torch.cat([index_QK, order_C.expand(chunk_QC.shape)], 1).gather(1, order)[:, :k]
+        scores_QK = scores_QK[:, :k]
+    return scores_QK, index_QK
+
+
+@triton.jit
+def _below(x):
+    """The largest float less than x."""
+    bits = x.to(tl.int32, bitcast=True)
+    step = tl.where(x > 0, bits - 1, tl.where(x < 0, bits + 1, -2147483647))
+    return step.to(tl.float32, bitcast=True)
+
+
+# No value of `phase` may become a constant: both launches must be of one binary.
+@triton.jit(do_not_specialize=[*SIZES, "phase"])
+def _rank_kernel(
+    x,
+    y,
+    owner,
+    pair,
+    target,
+    target_index,
+    row_count,
+    column_count,
+    phase,
+    first_row,
+    M,
+    N,
+    tiles_m,
+    tiles_n,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Phase 0: scores of the tile's positives, `pair` (N,). Phase 1: counts of its rows and columns."""
+    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
+    row = first_row + tile_m * BM
+    column = tile_n * BN
+    row_M = tl.arange(0, BM)
+    i_M = row + row_M
+    j_N = column + tl.arange(0, BN)
+    owner_N = tl.load(owner + j_N, mask=j_N < N, other=-1)
+    # Row of a text's clip, counted from the tile's first.
+    clip_N = tl.minimum(tl.maximum(owner_N, -1), M).to(tl.int32) - row
+    positives = tl.max(((clip_N >= 0) & (clip_N < BM)).to(tl.int32), 0) > 0
+    if (phase == 1) | positives:
+        s = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+        if phase == 0:
+            found_N = tl.sum(tl.where(clip_N[None, :] == row_M[:, None], s, 0.0), 0)
+            tl.store(pair + j_N, found_N, mask=(clip_N >= 0) & (clip_N < BM))
+        else:
+            target_M = tl.load(target + i_M, mask=i_M < M, other=float("inf"))
+            target_N = tl.load(pair + j_N, mask=j_N < N, other=float("inf"))
+            at_M = tl.load(target_index + i_M, mask=i_M < M, other=0)
+            if positives | (row + BM > M) | (column + BN > N):
+                s = tl.where((i_M < M)[:, None] & (j_N < N)[None, :], s, float("-inf"))
+                s = tl.where(clip_N[None, :] == row_M[:, None], float("-inf"), s)
+                bound = tl.where(j_N[None, :] < at_M[:, None], _below(target_M)[:, None], target_M[:, None])
+                count_M = tl.sum((s > bound).to(tl.int32), 1)
+                ties = (s == target_N[None, :]) & (row_M[:, None] < clip_N[None, :])
+                count_N = tl.sum(((s > target_N[None, :]) | ties).to(tl.int32), 0)
+            else:
+                # The index of a target is never inside: all of a row's ties here count, or none does.
+                target_M = tl.where(at_M > column, _below(target_M), target_M)
+                target_N = tl.where(clip_N > 0, _below(target_N), target_N)
+                count_M = tl.sum((s > target_M[:, None]).to(tl.int32), 1)
+                count_N = tl.sum((s > target_N[None, :]).to(tl.int32), 0)
+            row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + row_M
+            tl.store(row_count + row_at, count_M)
+            tl.store(column_count + tile_m.to(tl.int64) * N + j_N, count_N, mask=j_N < N)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "run"])
+def _topk_kernel(
+    x,
+    y,
+    best,
+    best_index,
+    run,
+    M,
+    N,
+    tiles_m,
+    tiles_n,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    K: tl.constexpr,
+):
+    """The K best of BM queries over `run` tiles of the database, unordered: (runs, padded queries, K)."""
+    row = tl.program_id(0) % tiles_m * BM
+    part = tl.program_id(0) // tiles_m
+    kept = tl.full([BM, K], float("-inf"), tl.float32)
+    # Free places have indices too, all different, so that one place can be told from another.
+    kept_index = tl.zeros([BM, K], tl.int32) - 1 - tl.arange(0, K)[None, :]
+    floor_M = tl.full([BM], float("-inf"), tl.float32)
+    for tile in range(part * run, tl.minimum(part * run + run, tiles_n)):
+        column = tile * BN
+        j_N = column + tl.arange(0, BN)
+        s = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+        s = tl.where((j_N < N)[None, :], s, float("-inf"))
+        top_M = tl.max(s, 1)
+        while tl.max((top_M > floor_M).to(tl.int32), 0) > 0:
+            at_M = tl.min(tl.where(s == top_M[:, None], j_N[None, :], 2147483647), 1)
+            # The worst kept goes: of equals the last, as what comes has a higher index than all of them.
+            worst = kept == floor_M[:, None]
+            last_M = tl.max(tl.where(worst, kept_index, -2147483648), 1)
+            place = worst & (kept_index == last_M[:, None]) & (top_M > floor_M)[:, None]
+            kept = tl.where(place, top_M[:, None], kept)
+            kept_index = tl.where(place, at_M[:, None], kept_index)
+            floor_M = tl.min(kept, 1)
+            s = tl.where(j_N[None, :] == at_M[:, None], float("-inf"), s)
+            top_M = tl.max(s, 1)
+    at = (part * tiles_m * BM + row + tl.arange(0, BM)).to(tl.int64)[:, None] * K + tl.arange(0, K)[None, :]
+    tl.store(best + at, kept)
+    tl.store(best_index + at, kept_index)
+
+
+KERNELS = {"rank": _rank_kernel, "topk": _topk_kernel}
+"""What budgets.py compiles."""
+CONSTANTS = {"K": 16}
+
+
+@torch.library.custom_op("clsp_fast::rank_counts", mutates_args=())
+def _rank_counts(audio: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks of rows (M,) and columns (N,), int64; -1 without a positive."""
+    m, n = len(audio), len(text)
+    rows, columns = owner.new_zeros(m), owner.new_zeros(n)
+    if m == 0 or n == 0:
+        return rows - 1, columns - 1
+    x, y = operand(audio, audio.dtype), operand(text, text.dtype)
+    pair = audio.new_full((n,), torch.inf, dtype=torch.float32)
+    with on_device(audio):
+        _each_panel(x, y, owner, pair, 0, rows, columns, pair, owner)
+        owned = (owner >= 0) & (owner < m)
+        # One more row collects texts that no clip owns.
+        clip = torch.where(owned, owner, m)
+        target = pair.new_full((m + 1,), -torch.inf).scatter_reduce(0, clip, pair, "amax")
+        best = torch.where(pair == target[clip], clip, m)
+        order = torch.arange(n, dtype=torch.int32, device=owner.device)
+        at = order.new_full((m + 1,), n).scatter_reduce(0, best, order, "amin")
+        captioned = at[:m] < n
+        target = torch.where(captioned, target[:m], torch.inf)
+        _each_panel(x, y, owner, pair, 1, rows, columns, target, at)
+    return torch.where(captioned, rows, -1), torch.where(owned, columns, -1)
+
+
+@_rank_counts.register_fake
+def _(audio, text, owner):  # type: ignore[no-untyped-def]
+    return owner.new_empty(len(audio)), owner.new_empty(len(text))
+
+
+def _each_panel(
+    x: Tensor,
+    y: Tensor,
+    owner: Tensor,
+    pair: Tensor,
+    phase: int,
+    rows: Tensor,
+    columns: Tensor,
+    target: Tensor,
+    target_index: Tensor,
+) -> None:
+    """Launches one phase over panels of rows; phase 1 adds its counts to `rows` and `columns`."""
+    tile = INTERPRETED_TILE if INTERPRETED else RANK_TILES[target_of(x.device)][x.itemsize]
+    arguments: dict[str, Any] = score_arguments(x, y, tile)
+    m, n, step = arguments["M"], arguments["N"], arguments["BM"]
+    tiles_n = triton.cdiv(n, arguments["BN"])
+    panel = panel_rows(m, 4 * tiles_n + 4 * n // step, _WORKSPACE_BYTES, step)
+    row_parts = owner.new_empty(tiles_n * panel, dtype=torch.int32)
+    column_parts = owner.new_empty(panel // step, n, dtype=torch.int32)
+    for first in range(0, m, panel):
+        stop = min(first + panel, m)
+        grid, position = tile_grid(arguments, first, stop)
+        row_count = row_parts[: grid[0] * step].view(tiles_n, -1)
+        column_count = column_parts[: position["tiles_m"]]
+        _rank_kernel[grid](
+            **arguments,
+            **position,
+            phase=phase,
+            owner=owner,
+            pair=pair,
+            target=target,
+            target_index=target_index,
+            row_count=row_count,
+            column_count=column_count,
+        )
+        if phase == 1:
+            rows[first:stop] = row_count[:, : stop - first].sum(0)
+            columns += column_count.sum(0)
+
+
+@torch.library.custom_op("clsp_fast::topk_chunk", mutates_args=())
+def _topk_chunk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores, float32, and rows, int64, of the k best, (Q, k); at least one query and k rows."""
+    with on_device(queries):
+        x, y = operand(queries, queries.dtype), operand(database, queries.dtype)
+        tile = INTERPRETED_TILE if INTERPRETED else TOPK_TILES[x.itemsize]
+        arguments = score_arguments(x, y, tile)
+        tiles_m, tiles_n = triton.cdiv(len(x), tile.rows), triton.cdiv(len(y), tile.columns)
+        run = triton.cdiv(tiles_n, max(1, _PROGRAMS // tiles_m))
+        runs = triton.cdiv(tiles_n, run)
+        width = max(2, triton.next_power_of_2(k))
+        best = x.new_empty(runs, tiles_m * tile.rows, width, dtype=torch.float32)
+        index = torch.empty_like(best, dtype=torch.int32)
+        _topk_kernel[(tiles_m * runs,)](
+            **arguments, tiles_m=tiles_m, tiles_n=tiles_n, best=best, best_index=index, run=run, K=width
+        )
+        scores, rows = (t[:, : len(x)].transpose(0, 1).flatten(1) for t in (best, index))
+        return _merged(scores, rows.to(torch.int64), k)
+
+
+@_topk_chunk.register_fake
+def _(queries, database, k):  # type: ignore[no-untyped-def]
+    scores = queries.new_empty(len(queries), k, dtype=torch.float32)
+    return scores, torch.empty_like(scores, dtype=torch.int64)
+
+
+def _merged(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row, equal ones by index."""
+    index, order = index.sort(dim=1)
+    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores[:, :k].contiguous(), index.gather(1, order[:, :k])
+
+
+def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of the best positive of every audio row among texts, and of every text's clip among clips.
+
+    Args:
+        audio_MD: bfloat16, float16 or float32, (M, D), finite.
+        text_ND: (N, D), same dtype and device, finite.
+        text_owner_N: int64 (N,): text j describes audio text_owner[j]; outside 0..M-1, none.
+
+    Returns:
+        int64 (M,) and (N,): 0-based ranks, -1 where a query has no positive.
+
+    Raises:
+        ValueError: a shape does not fit, or there is no kernel for the device.
+        TypeError: a dtype is not supported.
+    """
+    _check(audio_MD, text_ND)
+    if text_owner_N.dtype != torch.int64 or text_owner_N.shape != text_ND.shape[:1]:
+        raise ValueError(
+            f"text_owner_N must be int64 of shape ({len(text_ND)},), "
+            f"got {text_owner_N.dtype} {tuple(text_owner_N.shape)}"
+        )
+    return _rank_counts(audio_MD.detach(), text_ND.detach(), text_owner_N.contiguous())
+
+
+def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k database rows of the largest inner product with each query, best first, equal ones by row number.
+
+    Args:
+        queries_QD: bfloat16, float16 or float32, (Q, D), finite.
+        database_ND: floating (N, D), same device; brought to the queries' dtype in chunks.
+        k: 1..N; above `MOST_NEIGHBOURS` scores are sorted in plain torch.
+
+    Returns:
+        Scores (Q, k), float32, and row numbers (Q, k), int64.
+
+    Raises:
+        ValueError: shapes or k do not fit, a database row is not finite, or the device has no kernel.
+        TypeError: a dtype is not supported.
+    """
+    queries_QD, database_ND = queries_QD.detach(), database_ND.detach()
+    _check(queries_QD, database_ND[:0].to(queries_QD.dtype))
+    if not 1 <= k <= len(database_ND):
+        raise ValueError(f"k must be in 1..{len(database_ND)}, got {k}")
+    if k > MOST_NEIGHBOURS:
+        return topk_reference(queries_QD.float(), database_ND, k)
+    scores = queries_QD.new_empty(len(queries_QD), 0, dtype=torch.float32)
+    index = torch.empty_like(scores, dtype=torch.int64)
+    for first in range(0, len(database_ND) if len(queries_QD) else 0, _CHUNK_ROWS):
+        chunk = database_ND[first : first + _CHUNK_ROWS]
+        if not bool(chunk.isfinite().all()):
+            raise ValueError(f"database_ND must be finite, got NaN or infinity in a row from {first} on")
+        more, rows = _topk_chunk(queries_QD, chunk, min(k, len(chunk)))
+        scores, index = _merged(torch.cat([scores, more], 1), torch.cat([index, rows + first], 1), k)
+    return scores.reshape(-1, k), index.reshape(-1, k)
+
+
+def _check(x: Tensor, y: Tensor) -> None:
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
+        raise ValueError(
+            "both sides must be matrices with the same, positive number of columns, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.dtype != y.dtype or x.dtype not in DTYPES or x.device != y.device:
+        raise TypeError(
+            "both sides must be bfloat16, float16 or float32 and on one device, "
+            f"got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
+        )
