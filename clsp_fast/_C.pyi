@@ -49,6 +49,37 @@ def fbank_batch(
     num_threads: int = 1,
     isa: str = "auto",
 ) -> None: ...
+
+# Scores are one chain of multiply-adds a pair of rows, so that equal rows have equal scores.
+def rank_targets(
+    audio: _Float32, text: _Float32, owner: NDArray[np.int32], *, num_threads: int, isa: str = "auto"
+) -> tuple[_Float32, _Float32, NDArray[np.int32]]:
+    """(score of each text, best score of each audio, its text); infinity and -1 for an audio without text."""
+
+def count_ahead(
+    audio: _Float32,
+    text: _Float32,
+    *,
+    first_text: int,
+    audio_targets: tuple[_Float32, NDArray[np.int32]],
+    text_targets: tuple[_Float32, NDArray[np.int32]],
+    audio_ahead: NDArray[np.int64],
+    text_ahead: NDArray[np.int64],
+    num_threads: int,
+    isa: str = "auto",
+) -> None: ...
+def update_best(
+    queries: _Float32,
+    rows: _Float32,
+    *,
+    first_row: int,
+    scores: _Float32,
+    index: NDArray[np.int64],
+    num_threads: int,
+    isa: str = "auto",
+) -> int | None:
+    """Takes rows up into scores and index (Q, K); returns the first row that is not finite."""
+
 def resampled_size(samples: int, from_hz: int, to_hz: int) -> int: ...
 def frame_count(samples: int) -> int: ...
 def mel_matrix() -> _Float32: ...

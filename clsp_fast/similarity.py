@@ -1,11 +1,16 @@
 """Retrieval ranks and nearest neighbours from embeddings, in tiles: the similarity matrix never exists.
 
+On the CPU, float32 and 16-bit embeddings are scored, and compared, in the tile by the extension; what it does
+not take is done by `ranks_reference` and `topk_reference`, in plain torch. The definition of a score decides
+which are equal: in the extension it is one chain of multiply-adds a pair of rows, so that equal rows have
+equal scores, and no result depends on the number of threads.
 Shape suffixes: M audio rows, N text rows or database rows, Q queries, D joint dimension, R rows and C columns
 of one tile, K neighbours.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,12 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clsp_fast import _C
+
 Database: TypeAlias = Tensor | NDArray[Any]
 MOST_NEIGHBOURS = 1024
 """The largest k of `topk`."""
 
 _TILE_ROWS = 1024
 _CHUNK_ROWS = 16_384
+# Multiply-adds in one call of the extension: some seconds, after which Ctrl-C is heard.
+_WORK_AT_ONCE = 2**38
 
 
 class Ranks(NamedTuple):
@@ -37,7 +46,7 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
     """Rank of the best positive of every clip among texts, and of every text's clip among clips.
 
     rank = #(score > target) + #(score = target and index < target's index); a clip's other positives are not
-    counted against it. All-equal embeddings therefore give the index order.
+    counted against it. All-equal embeddings therefore give the index order. Scores are float32 or wider.
 
     Args:
         audio_MD: floating (M, D).
@@ -47,23 +56,22 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
     Raises:
         ValueError: shapes or owners do not fit together, or a value is not finite.
     """
-    m, n = len(audio_MD), len(text_ND)
-    if audio_MD.ndim != 2 or text_ND.ndim != 2 or audio_MD.shape[1] != text_ND.shape[1]:
-        raise ValueError(
-            "audio_MD and text_ND must be matrices with the same number of columns, "
-            f"got {tuple(audio_MD.shape)} and {tuple(text_ND.shape)}"
-        )
-    owner_N = (
-        torch.arange(n, device=audio_MD.device) if text_owner is None else text_owner.to(audio_MD.device)
-    )
-    if owner_N.shape != (n,) or (n and not 0 <= int(owner_N.min()) <= int(owner_N.max()) < m):
-        raise ValueError(f"text_owner must hold {n} indices in 0..{m - 1}")
-    if not (bool(audio_MD.isfinite().all()) and bool(text_ND.isfinite().all())):
-        raise ValueError("audio_MD and text_ND must be finite: NaN compares as neither better nor worse")
-    audio_order = torch.arange(m, device=audio_MD.device)
+    owner_N = _check_ranks(audio_MD, text_ND, text_owner)
+    audio_MD, text_ND = (_widened(x) for x in (audio_MD, text_ND))
+    if _fits_engine(audio_MD, text_ND):
+        return _engine_ranks(audio_MD, text_ND, owner_N)
+    kernels = _kernels(audio_MD)
+    if kernels is not None:
+        return Ranks(*kernels.rank_counts(audio_MD, text_ND, owner_N))
+    return ranks_reference(audio_MD, text_ND, text_owner=owner_N)
+
+
+def ranks_reference(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor) -> Ranks:
+    """`ranks` in plain torch, unchecked: the oracle of its tests, and what runs where nothing faster does."""
+    audio_order = torch.arange(len(audio_MD), device=audio_MD.device)
     return Ranks(
-        _ranks_one_way(audio_MD, text_ND, audio_order, owner_N),
-        _ranks_one_way(text_ND, audio_MD, owner_N, audio_order),
+        _ranks_one_way(audio_MD, text_ND, audio_order, text_owner),
+        _ranks_one_way(text_ND, audio_MD, text_owner, audio_order),
     )
 
 
@@ -81,6 +89,30 @@ def _ranks_one_way(
         ahead_R = (((scores_RN > target_R[:, None]) | earlier_RN) & ~positive_RN).sum(1)
         found.append(torch.where(positive_RN.any(1), ahead_R, -1))
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=queries_QD.device)
+
+
+def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
+    """The best positive is found first; what is ahead of it cannot be another positive, so that one pass over
+    the tiles counts both directions without looking at owners."""
+    audio, text, threads = _rows_of(audio_MD), _rows_of(text_ND), torch.get_num_threads()
+    owner = owner_N.numpy().astype(np.int32)
+    text_score, audio_score, audio_index = _C.rank_targets(audio, text, owner, num_threads=threads)
+    ahead_M, ahead_N = np.zeros(len(audio), np.int64), np.zeros(len(text), np.int64)
+    step = max(1, _WORK_AT_ONCE // audio.size) if audio.size else len(text)
+    for start in range(0, len(text), step):
+        part = slice(start, start + step)
+        _C.count_ahead(
+            audio,
+            text[part],
+            first_text=start,
+            audio_targets=(audio_score, audio_index),
+            text_targets=(text_score[part], owner[part]),
+            audio_ahead=ahead_M,
+            text_ahead=ahead_N[part],
+            num_threads=threads,
+        )
+    ahead_M[audio_index < 0] = -1
+    return Ranks(torch.from_numpy(ahead_M), torch.from_numpy(ahead_N))
 
 
 def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
@@ -103,14 +135,24 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
         ValueError: shapes or k do not fit together, or a value is not finite.
     """
     _check_topk(queries_QD, database_ND, k)
-    queries_QD = queries_QD.detach().to(torch.promote_types(queries_QD.dtype, torch.float32))
+    queries_QD = _widened(queries_QD)
+    if _fits_engine(queries_QD):
+        return _engine_topk(queries_QD, database_ND, k)
+    kernels = _kernels(queries_QD)
+    if kernels is not None and isinstance(database_ND, Tensor) and database_ND.is_cuda:
+        scores_QK, index_QK = kernels.topk(queries_QD, database_ND.detach(), k)
+        return scores_QK, index_QK
+    return topk_reference(queries_QD, database_ND, k)
+
+
+def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
+    """`topk` in plain torch, its arguments unchecked: as `ranks_reference`."""
     scores_QK = queries_QD.new_empty(len(queries_QD), 0)
     index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
     for start in range(0, len(database_ND), _CHUNK_ROWS):
         chunk_CD = _as_tensor(database_ND[start : start + _CHUNK_ROWS]).to(queries_QD)
         if not bool(chunk_CD.isfinite().all()):
-            row = start + int((~chunk_CD.isfinite().all(1)).nonzero()[0])
-            raise ValueError(f"database_ND must be finite, got NaN or infinity in row {row}")
+            _refuse_row(start + int((~chunk_CD.isfinite().all(1)).nonzero()[0]))
         tiles = [_best(rows_RD @ chunk_CD.T, k) for rows_RD in torch.split(queries_QD, _TILE_ROWS)]
         # The stable sort keeps those found earlier, whose rows come first, before their equals.
         both_QK = torch.cat([scores_QK, torch.cat([values for values, _ in tiles])], dim=1)
@@ -134,9 +176,78 @@ def _best(scores_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values_RK, index_RK.gather(1, order_RK)
 
 
+def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
+    queries, threads = _rows_of(queries_QD), torch.get_num_threads()
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    index = np.full((len(queries), k), -1, np.int64)
+    step = max(1, min(_CHUNK_ROWS, _WORK_AT_ONCE // max(1, queries.size)))
+    for start in range(0, len(database_ND), step):
+        chunk = _float32_rows(database_ND[start : start + step])
+        bad = _C.update_best(
+            queries, chunk, first_row=start, scores=scores, index=index, num_threads=threads
+        )
+        if bad is not None:
+            _refuse_row(start + bad)
+    if (index < 0).any():
+        raise ValueError("queries_QD and database_ND are too large: their inner products overflow float32")
+    return torch.from_numpy(scores), torch.from_numpy(index)
+
+
+def _float32_rows(rows: Database) -> NDArray[np.float32]:
+    """A float32 array in rows without gaps: the rows themselves where they are that, mapped ones too."""
+    if isinstance(rows, np.ndarray) and rows.dtype == np.float32:
+        return np.ascontiguousarray(rows)
+    return _rows_of(_as_tensor(rows).to("cpu", torch.float32))
+
+
+def _rows_of(x: Tensor) -> NDArray[np.float32]:
+    return np.ascontiguousarray(x.numpy())
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _fits_engine(*tensors: Tensor) -> bool:
+    """Whether the extension takes them: float32 on the CPU, with a column or more."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] > 0 for x in tensors)
+
+
+def _kernels(x: Tensor) -> Any:
+    """The GPU kernels, or None where there is no GPU or no Triton."""
+    if not x.is_cuda:
+        return None
+    try:
+        return importlib.import_module("clsp_fast.kernels.rank")
+    except ImportError:
+        return None
+
+
 def _as_tensor(rows: Database) -> Tensor:
     # A copy: torch cannot hold what may not be written to, such as a file that is mapped for reading.
     return torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows.detach()
+
+
+def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -> Tensor:
+    """The owners, given or default."""
+    m, n = len(audio_MD), len(text_ND)
+    if audio_MD.ndim != 2 or text_ND.ndim != 2 or audio_MD.shape[1] != text_ND.shape[1]:
+        raise ValueError(
+            "audio_MD and text_ND must be matrices with the same number of columns, "
+            f"got {tuple(audio_MD.shape)} and {tuple(text_ND.shape)}"
+        )
+    owner_N = (
+        torch.arange(n, device=audio_MD.device) if text_owner is None else text_owner.to(audio_MD.device)
+    )
+    if owner_N.shape != (n,) or (n and not 0 <= int(owner_N.min()) <= int(owner_N.max()) < m):
+        raise ValueError(f"text_owner must hold {n} indices in 0..{m - 1}")
+    if not (bool(audio_MD.isfinite().all()) and bool(text_ND.isfinite().all())):
+        raise ValueError("audio_MD and text_ND must be finite: NaN compares as neither better nor worse")
+    return owner_N
+
+
+def _refuse_row(row: int) -> None:
+    raise ValueError(f"database_ND must be finite, got NaN or infinity in row {row}")
 
 
 def _check_topk(queries_QD: Tensor, database_ND: Database, k: int) -> None:
