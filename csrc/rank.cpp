@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <mutex>
+#include <numeric>
 
 #include "batch.h"
 
@@ -13,8 +14,8 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Panels that stay in a core's second cache while rows stream past them.
 constexpr std::size_t kPanelBytes = 512 * 1024;
-// Rows that a unit of work passes over, a multiple of the rows of every tile.
-constexpr std::size_t kSegmentRows = 8 * 1024 / 24 * 24;
+// Most rows that a unit of work passes over; its number of rows is a multiple of those of any tile.
+constexpr std::size_t kSegmentRows = 8 * 1024, kRowStep = 24;
 // Units of work a thread, so that none waits long for the last.
 constexpr std::size_t kUnitsPerThread = 8;
 
@@ -22,31 +23,30 @@ std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 // Rows in segments times columns in groups of panels; a unit is one of these pairs.
 struct Grid {
-  std::size_t columns, rows, segment;
+  std::size_t group_columns, segment_rows, groups, segments;
 
-  Grid(std::size_t column_count, std::size_t row_count, std::size_t depth, std::size_t panel,
-       int threads)
-      : columns(panel), rows(row_count), segment(kSegmentRows), column_count_(column_count) {
+  Grid(std::size_t columns, std::size_t rows, std::size_t depth, std::size_t panel, int threads) {
     const std::size_t wanted = kUnitsPerThread * static_cast<std::size_t>(std::max(threads, 1));
-    const std::size_t panels = std::max<std::size_t>(1, divide_up(column_count, panel));
-    const std::size_t fit = kPanelBytes / (sizeof(float) * panel * std::max<std::size_t>(1, depth));
-    columns *= std::max<std::size_t>(1, std::min(fit, panels / wanted));
-    const std::size_t groups = divide_up(column_count, columns);
-    if (groups < wanted) {
-      const std::size_t share =
-          divide_up(rows, divide_up(wanted, std::max<std::size_t>(1, groups)));
-      segment = std::min(segment, std::max<std::size_t>(1, divide_up(share, 24)) * 24);
-    }
+    const std::size_t fit = kPanelBytes / (sizeof(float) * panel * depth);
+    const std::size_t panels = divide_up(columns, panel);
+    group_columns = panel * std::max<std::size_t>(1, std::min(fit, panels / wanted));
+    groups = divide_up(columns, group_columns);
+    segments = std::max(divide_up(rows, kSegmentRows), divide_up(wanted, groups + 1));
+    segment_rows = divide_up(divide_up(rows, segments), kRowStep) * kRowStep;
+    segments = divide_up(rows, segment_rows);
   }
-  std::size_t groups() const { return divide_up(column_count_, columns); }
-  std::size_t units() const { return groups() * divide_up(rows, segment); }
-  std::size_t group(std::size_t unit) const { return unit % groups(); }
-  std::size_t first_column(std::size_t unit) const { return group(unit) * columns; }
-  std::size_t first_row(std::size_t unit) const { return unit / groups() * segment; }
-  std::size_t end_row(std::size_t unit) const { return std::min(rows, first_row(unit) + segment); }
+  std::size_t units() const { return groups * segments; }
+};
 
- private:
-  std::size_t column_count_;
+// The part of a grid that a unit is about.
+struct Unit {
+  std::size_t group, first_column, first_row, end_row;
+
+  Unit(const Grid& grid, std::size_t rows, std::size_t unit)
+      : group(unit % grid.groups),
+        first_column(group * grid.group_columns),
+        first_row(unit / grid.groups * grid.segment_rows),
+        end_row(std::min(rows, first_row + grid.segment_rows)) {}
 };
 
 // The panels of a group of columns.
@@ -94,7 +94,7 @@ CLSP_INLINE void score_owners(const TargetsJob& job, std::size_t unit) {
     multiply<L>(rows.data(), depth, panel[0], tile);
     for (std::size_t r = 0; r < count; ++r) {
       const std::size_t c = j + r - first;
-      job.text_score[j + r] = tile.scores[r][c / L][static_cast<int>(c % L)];
+      job.text_score[j + r] = tile.scores[r][c];
     }
   }
 }
@@ -111,12 +111,16 @@ struct CountJob {
   const Grid& grid;
 };
 
-// What the rows or the columns of a tile are compared with, lane by lane or row by row.
-template <class Float, class Int>
-CLSP_INLINE Int is_ahead(const Float& score, const Int& place, const Float& target,
-                         const Int& target_place) {
+CLSP_INLINE bool is_ahead(float score, std::int32_t place, float target,
+                          std::int32_t target_place) {
   return (score > target) | ((score == target) & (place < target_place));
 }
+
+struct ColumnView {
+  const float* target;
+  const std::int32_t* index;
+  std::int32_t* ahead;
+};
 
 // Targets and counts of a group of columns, filled up to whole panels.
 template <int L>
@@ -130,53 +134,49 @@ struct Columns {
     std::copy_n(targets.score.begin() + first, count, target.begin());
     std::copy_n(targets.index.begin() + first, count, index.begin());
   }
+  ColumnView from(std::size_t c) { return {&target[c], &index[c], &ahead[c]}; }
 };
+
+// One row of a tile: lanes of `ahead` count for the row, and the columns for themselves.
+template <int L>
+CLSP_INLINE void count_row(const float* scores, std::int32_t row, std::int32_t first_column,
+                           float target, std::int32_t index, std::int32_t* ahead,
+                           const ColumnView& columns) {
+  for (int v = 0; v < Tile<L>::kColumns; v += L) {
+#pragma GCC ivdep
+    for (int l = 0; l < L; ++l) {
+      const int c = v + l;
+      ahead[l] += is_ahead(scores[c], first_column + c, target, index);
+      columns.ahead[c] += is_ahead(scores[c], row, columns.target[c], columns.index[c]);
+    }
+  }
+}
 
 template <int L>
 CLSP_INLINE void count_unit(const CountJob& job, std::size_t unit) {
   using T = Tile<L>;
-  using Float = typename T::Float;
-  using Int = typename Lanes<L>::Int;
-  const std::size_t first = job.grid.first_column(unit), depth = job.audio.depth;
-  const Panels<L> panels(job.text, first, job.grid.columns);
+  const Unit own(job.grid, job.audio.rows, unit);
+  const std::size_t first = own.first_column, depth = job.audio.depth;
+  const Panels<L> panels(job.text, first, job.grid.group_columns);
   Columns<L> columns(job.text_targets, first, panels.count * T::kColumns);
   const RowBlocks<L> rows(job.audio);
-  Int lane;
-  for (int l = 0; l < L; ++l) lane[l] = l;
   T tile;
-  for (std::size_t i = job.grid.first_row(unit); i < job.grid.end_row(unit); i += T::kRows) {
-    const int count = static_cast<int>(std::min<std::size_t>(T::kRows, job.audio.rows - i));
-    float target[T::kRows] = {};
-    std::int32_t index[T::kRows] = {};
-    for (int r = 0; r < count; ++r) {
-      target[r] = job.audio_targets.score[i + static_cast<std::size_t>(r)];
-      index[r] = job.audio_targets.index[i + static_cast<std::size_t>(r)];
-    }
-    Int ahead[T::kRows] = {};
+  for (std::size_t i = own.first_row; i < own.end_row; i += T::kRows) {
+    const std::size_t count = std::min<std::size_t>(T::kRows, job.audio.rows - i);
+    std::int32_t ahead[T::kRows][L] = {};
     for (std::size_t p = 0; p < panels.count; ++p) {
       multiply<L>(rows[i], depth, panels[p], tile);
-      for (int v = 0; v < T::kVectors; ++v) {
-        const std::size_t c = p * T::kColumns + static_cast<std::size_t>(v * L);
-        const Float column_target = load<Float>(&columns.target[c]);
-        const Int column_index = load<Int>(&columns.index[c]);
-        const Int text = lane + static_cast<std::int32_t>(job.first_text + first + c);
-        Int column_ahead = load<Int>(&columns.ahead[c]);
-#pragma GCC unroll 8
-        for (int r = 0; r < T::kRows; ++r) {
-          const Float score = tile.scores[r][v];
-          // Comparisons are -1 where they hold.
-          ahead[r] -= is_ahead(score, text, broadcast<Float>(target[r]), Int{} + index[r]);
-          const Int audio = Int{} + (static_cast<std::int32_t>(i) + r);
-          column_ahead -= is_ahead(score, audio, column_target, column_index);
-        }
-        store(&columns.ahead[c], column_ahead);
+      for (std::size_t r = 0; r < count; ++r) {
+        count_row<L>(tile.scores[r], static_cast<std::int32_t>(i + r),
+                     static_cast<std::int32_t>(job.first_text + first + p * T::kColumns),
+                     job.audio_targets.score[i + r], job.audio_targets.index[i + r], ahead[r],
+                     columns.from(p * T::kColumns));
       }
     }
-    for (int r = 0; r < count; ++r) {
-      std::int64_t sum = 0;
-      for (int l = 0; l < L; ++l) sum += ahead[r][l];
+    for (std::size_t r = 0; r < count; ++r) {
+      const std::int64_t sum = std::accumulate(ahead[r], ahead[r] + L, std::int64_t{0});
       // Other units count for the same row; whole numbers have the same sum in any order.
-      __atomic_fetch_add(&job.audio_ahead[i + static_cast<std::size_t>(r)], sum, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&job.audio_ahead[i + r], sum, __ATOMIC_RELAXED);
     }
   }
   const std::size_t end = std::min(columns.ahead.size(), job.text.rows - first);
@@ -254,19 +254,17 @@ class Candidates {
   std::vector<std::vector<Neighbour>> found_;
 };
 
-// Whether any lane of any vector is above its threshold.
+// Whether any score is above its column's threshold.
 template <int L>
 CLSP_INLINE bool any_above(const Tile<L>& tile, const float* threshold) {
-  using Int = typename Lanes<L>::Int;
-  Int above{};
-  for (int v = 0; v < Tile<L>::kVectors; ++v) {
-    const auto limit = load<typename Tile<L>::Float>(threshold + v * L);
-#pragma GCC unroll 8
-    for (int r = 0; r < Tile<L>::kRows; ++r) above |= tile.scores[r][v] > limit;
+  std::int32_t above[L] = {};
+  for (int r = 0; r < Tile<L>::kRows; ++r) {
+    for (int v = 0; v < Tile<L>::kColumns; v += L) {
+      for (int l = 0; l < L; ++l) above[l] |= tile.scores[r][v + l] > threshold[v + l];
+    }
   }
-  std::uint64_t words[sizeof(Int) / sizeof(std::uint64_t)], any = 0;
-  std::memcpy(words, &above, sizeof above);
-  for (const std::uint64_t word : words) any |= word;
+  std::int32_t any = 0;
+  for (const std::int32_t lane : above) any |= lane;
   return any != 0;
 }
 
@@ -282,35 +280,34 @@ void note_bad_row(const SelectJob& job, std::size_t row) {
 template <int L>
 CLSP_INLINE void select_unit(const SelectJob& job, std::size_t unit) {
   using T = Tile<L>;
-  const std::size_t first = job.grid.first_column(unit), depth = job.rows.depth;
-  const Panels<L> panels(job.queries, first, job.grid.columns);
+  const Unit own(job.grid, job.rows.rows, unit);
+  const std::size_t first = own.first_column, depth = job.rows.depth;
+  const Panels<L> panels(job.queries, first, job.grid.group_columns);
   Candidates candidates(job, first, panels.count * T::kColumns);
   const RowBlocks<L> rows(job.rows);
   T tile;
-  for (std::size_t i = job.grid.first_row(unit); i < job.grid.end_row(unit); i += T::kRows) {
+  for (std::size_t i = own.first_row; i < own.end_row; i += T::kRows) {
     const std::size_t count = std::min<std::size_t>(T::kRows, job.rows.rows - i);
     for (std::size_t p = 0; p < panels.count; ++p) {
       multiply<L>(rows[i], depth, panels[p], tile);
       if (p == 0) {  // one query shows whether a row is finite: all its scores are, or none
         for (std::size_t r = 0; r < count; ++r) {
-          if (!std::isfinite(tile.scores[r][0][0])) note_bad_row(job, i + r);
+          if (!std::isfinite(tile.scores[r][0])) note_bad_row(job, i + r);
         }
       }
       const float* threshold = &candidates.threshold[p * T::kColumns];
       if (!any_above<L>(tile, threshold)) continue;
       for (std::size_t r = 0; r < count; ++r) {
-        float scores[T::kColumns];
-        std::memcpy(scores, tile.scores[r], sizeof scores);
         for (std::size_t c = 0; c < T::kColumns; ++c) {
-          if (scores[c] > threshold[c]) {
-            candidates.add(p * T::kColumns + c, scores[c],
+          if (tile.scores[r][c] > threshold[c]) {
+            candidates.add(p * T::kColumns + c, tile.scores[r][c],
                            static_cast<std::int64_t>(job.first_row + i + r));
           }
         }
       }
     }
   }
-  const std::lock_guard<std::mutex> lock(job.group_mutex[job.grid.group(unit)]);
+  const std::lock_guard<std::mutex> lock(job.group_mutex[own.group]);
   candidates.merge(job, first);
 }
 
@@ -400,7 +397,7 @@ std::size_t update_best(const Matrix& queries, const Matrix& rows, std::size_t f
                         Isa isa) {
   const Entry own = entry(isa);
   const Grid grid(queries.rows, rows.rows, rows.depth, own.columns, threads);
-  std::vector<std::mutex> group_mutex(grid.groups());
+  std::vector<std::mutex> group_mutex(grid.groups);
   std::atomic<std::size_t> bad_row{kNoRow};
   std::vector<float> threshold(queries.rows);
   for (std::size_t q = 0; q < queries.rows; ++q) threshold[q] = scores[q * k + k - 1];

@@ -58,21 +58,21 @@ struct Lanes {
 template <class V>
 constexpr int kLanesOf = static_cast<int>(sizeof(V) / sizeof(float));
 
-template <class V, class T>
-CLSP_INLINE V load(const T* p) {
+template <class V>
+CLSP_INLINE V load(const float* p) {
   V v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class V, class T>
-CLSP_INLINE void store(T* p, const V& v) {
+template <class V>
+CLSP_INLINE void store(float* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
 template <class V>
 CLSP_INLINE V broadcast(float x) {
-  return x - V{};  // x + 0 would be an addition: it is not x where x is -0
+  return V{} + x;
 }
 
 template <class To, class From>

@@ -25,12 +25,11 @@ struct Matrix {
 
 // The sums of a tile fill 24 of 32 registers, or 12 of 16; the rest holds what they are made of.
 template <int L>
-struct Tile {
-  using Float = typename Lanes<L>::Float;
+struct alignas(64) Tile {
   static constexpr int kRows = L == 16 ? 8 : 6;
   static constexpr int kVectors = L == 16 ? 3 : 2;
   static constexpr int kColumns = kVectors * L;
-  Float scores[kRows][kVectors];
+  float scores[kRows][kColumns];
 };
 
 // Memory in whole cache lines; cleared.
@@ -65,7 +64,7 @@ CLSP_INLINE void pack(const Matrix& b, std::size_t first, float* panel) {
 template <int L>
 CLSP_INLINE void multiply(const float* a, std::size_t depth, const float* panel, Tile<L>& tile) {
   using T = Tile<L>;
-  using Float = typename T::Float;
+  using Float = typename Lanes<L>::Float;
   Float sums[T::kRows][T::kVectors] = {};
   for (std::size_t k = 0; k < depth; ++k, panel += T::kColumns) {
     Float b[T::kVectors];
@@ -73,7 +72,8 @@ CLSP_INLINE void multiply(const float* a, std::size_t depth, const float* panel,
     for (int v = 0; v < T::kVectors; ++v) b[v] = load<Float>(panel + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < T::kRows; ++r) {
-      const auto x = broadcast<Float>(a[static_cast<std::size_t>(r) * depth + k]);
+      // Minus 0: a broadcast that is a load. broadcast() adds 0, for which -0 is not neutral.
+      const Float x = a[static_cast<std::size_t>(r) * depth + k] - Float{};
 #pragma GCC unroll 3
       for (int v = 0; v < T::kVectors; ++v) sums[r][v] += x * b[v];
     }
@@ -81,7 +81,7 @@ CLSP_INLINE void multiply(const float* a, std::size_t depth, const float* panel,
 #pragma GCC unroll 8
   for (int r = 0; r < T::kRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < T::kVectors; ++v) tile.scores[r][v] = sums[r][v];
+    for (int v = 0; v < T::kVectors; ++v) store(tile.scores[r] + v * L, sums[r][v]);
   }
 }
 
