@@ -27,7 +27,7 @@ MOST_NEIGHBOURS = 1024
 _TILE_ROWS = 1024
 _CHUNK_ROWS = 16_384
 # Multiply-adds in one call of the extension: some seconds, after which Ctrl-C is heard.
-_WORK_AT_ONCE = 2**38
+_WORK_AT_ONCE = 2**37
 
 
 class Ranks(NamedTuple):
@@ -183,9 +183,7 @@ def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Ten
     step = max(1, min(_CHUNK_ROWS, _WORK_AT_ONCE // max(1, queries.size)))
     for start in range(0, len(database_ND), step):
         chunk = _float32_rows(database_ND[start : start + step])
-        bad = _C.update_best(
-            queries, chunk, first_row=start, scores=scores, index=index, num_threads=threads
-        )
+        bad = _C.update_best(queries, chunk, first_row=start, scores=scores, index=index, num_threads=threads)
         if bad is not None:
             _refuse_row(start + bad)
     if (index < 0).any():

@@ -1,15 +1,30 @@
-"""Ranks and nearest neighbours against a full sort, with ties, several captions a clip and ragged sizes."""
+"""Ranks and nearest neighbours against a full sort, with ties, several captions a clip and ragged sizes; in
+plain torch and in the extension, whatever its instruction set, tiles and threads."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from clsp_fast import similarity
+from clsp_fast import _C, similarity
+
+
+@pytest.fixture(params=[*_C.instruction_sets(), "reference"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with each instruction set of the extension, and without the extension."""
+    if request.param == "reference":
+        monkeypatch.setattr(similarity, "_fits_engine", lambda *tensors: False)
+    else:
+        names = ("rank_targets", "count_ahead", "update_best")
+        engine = {name: functools.partial(getattr(_C, name), isa=request.param) for name in names}
+        monkeypatch.setattr(similarity, "_C", SimpleNamespace(**engine))
+    return str(request.param)
 
 
 def by_sorting(scores_QN: Tensor, positive_QN: Tensor) -> list[int]:
@@ -26,8 +41,9 @@ def by_sorting(scores_QN: Tensor, positive_QN: Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("clips", "texts"), [(1, 1), (7, 7), (5, 13), (13, 5), (1100, 30)])
+@pytest.mark.parametrize(("clips", "texts"), [(1, 1), (7, 7), (5, 13), (13, 5), (1100, 30), (48, 97)])
 @pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.usefixtures("implementation")
 def test_ranks_equal_those_of_a_sort(clips: int, texts: int, ties: bool) -> None:
     audio, text = torch.randn(clips, 8), torch.randn(texts, 8)
     if ties:  # few distinct values: many equal scores, exactly representable
@@ -40,9 +56,77 @@ def test_ranks_equal_those_of_a_sort(clips: int, texts: int, ties: bool) -> None
     assert found.text_to_audio.tolist() == by_sorting(scores.T, positive.T)
 
 
-def test_equal_embeddings_give_the_index_order() -> None:
-    found = similarity.ranks(torch.ones(5, 3), torch.ones(5, 3))
-    assert found.audio_to_text.tolist() == found.text_to_audio.tolist() == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("count", [5, 331])
+@pytest.mark.usefixtures("implementation")
+def test_equal_embeddings_give_the_index_order(count: int) -> None:
+    found = similarity.ranks(torch.ones(count, 3), torch.ones(count, 3))
+    assert found.audio_to_text.tolist() == found.text_to_audio.tolist() == list(range(count))
+
+
+def nearly_tied(rows: int, columns: int) -> Tensor:
+    """Vectors a rounding error apart: their scores differ in the last bits, if at all."""
+    return torch.randn(columns) + 3e-8 * torch.randn(rows, columns)
+
+
+@pytest.mark.parametrize(("clips", "texts", "columns"), [(301, 700, 37), (700, 301, 512)])
+def test_a_target_is_compared_by_the_score_it_has_in_the_tile(
+    clips: int, texts: int, columns: int, implementation: str
+) -> None:
+    if implementation == "reference":
+        pytest.skip("the reference takes targets from its own tiles")
+    audio, text = nearly_tied(clips, columns), nearly_tied(texts, columns)
+    text[texts // 2 :] = text[: texts - texts // 2].flip(0)  # exact ties too, in other places of their tiles
+    owner = torch.randint(clips, (texts,))
+    scores, index = similarity.topk(audio, text, texts)
+    scores = torch.empty_like(scores).scatter_(1, index, scores)
+    assert len(scores.unique()) < scores.numel() / 500
+    positive = owner == torch.arange(clips)[:, None]
+    found = similarity.ranks(audio, text, text_owner=owner)
+    assert found.audio_to_text.tolist() == by_sorting(scores, positive)
+    assert found.text_to_audio.tolist() == by_sorting(scores.T, positive.T)
+
+
+def test_a_score_does_not_depend_on_neighbours_place_or_threads() -> None:
+    queries, database = nearly_tied(60, 100), nearly_tied(900, 100)
+    scores, index = similarity.topk(queries, database, 900)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = similarity.topk(queries, database, 900)
+        counted = similarity.ranks(queries, database[:60])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(again[0], scores)
+    assert torch.equal(again[1], index)
+    for own, other in zip(counted, similarity.ranks(queries, database[:60]), strict=True):
+        assert torch.equal(own, other)
+    alone, place = similarity.topk(queries[7:8], database[index[7, 500] :][:1], 1)
+    assert (float(alone), int(place)) == (float(scores[7, 500]), 0)
+    order = torch.randperm(900)
+    shuffled, _ = similarity.topk(queries, database[order], 900)
+    assert torch.equal(shuffled, scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_ranks_of_other_types_are_those_of_exact_scores(dtype: torch.dtype) -> None:
+    audio, text = torch.randn(40, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype)
+    found = similarity.ranks(audio, text)
+    scores = audio.double() @ text.double().T
+    assert found.audio_to_text.tolist() == by_sorting(scores, torch.eye(40, dtype=torch.bool))
+    assert found.text_to_audio.tolist() == by_sorting(scores.T, torch.eye(40, dtype=torch.bool))
+
+
+def test_large_sets_are_counted_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    audio, text = torch.randn(200, 8), torch.randn(200, 8)
+    whole = similarity.ranks(audio, text)
+    monkeypatch.setattr(similarity, "_WORK_AT_ONCE", 70 * 200 * 8)
+    for own, other in zip(similarity.ranks(audio, text), whole, strict=True):
+        assert torch.equal(own, other)
+    transposed = similarity.ranks(audio.T.contiguous().T, text[:, ::2].repeat_interleave(2, 1))
+    assert torch.equal(
+        transposed.text_to_audio,
+        similarity.ranks(audio, text[:, ::2].repeat_interleave(2, 1).contiguous()).text_to_audio,
+    )
 
 
 def test_nan_is_no_perfect_score() -> None:
@@ -70,8 +154,9 @@ def neighbours_by_sorting(queries: Tensor, database: Tensor, k: int) -> tuple[Te
 
 
 @pytest.mark.parametrize(
-    ("q", "n", "k"), [(1, 1, 1), (3, 700, 700), (5, 1300, 10), (2, 1024, 1024), (0, 9, 3)]
+    ("q", "n", "k"), [(1, 1, 1), (3, 700, 700), (101, 1300, 10), (2, 1024, 1024), (0, 9, 3)]
 )
+@pytest.mark.usefixtures("implementation")
 def test_topk_is_exact_ties_included(q: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "_CHUNK_ROWS", 257)
     monkeypatch.setattr(similarity, "_TILE_ROWS", 2)
@@ -83,6 +168,7 @@ def test_topk_is_exact_ties_included(q: int, n: int, k: int, monkeypatch: pytest
     assert index.dtype == torch.int64
 
 
+@pytest.mark.usefixtures("implementation")
 def test_topk_of_equal_rows_is_the_database_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "_CHUNK_ROWS", 10)
     _, index = similarity.topk(torch.ones(2, 4), torch.ones(35, 4), 12)
@@ -97,6 +183,10 @@ def test_topk_reads_a_mapped_database(tmp_path: Path, dtype: str, monkeypatch: p
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     queries = torch.randn(7, 32, dtype=torch.float64)
     scores, index = similarity.topk(queries, mapped, 20)
+    narrow, narrow_index = similarity.topk(queries.float(), mapped, 20)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), scores, rtol=0, atol=1e-5)
+    assert (narrow_index == index).double().mean() > 0.99  # but for scores a rounding error apart
     want_scores, want_index = neighbours_by_sorting(queries, torch.from_numpy(rows), 20)
     assert scores.dtype == torch.float64
     torch.testing.assert_close(scores, want_scores, rtol=0, atol=1e-12)
@@ -122,6 +212,41 @@ def test_topk_reads_a_mapped_database(tmp_path: Path, dtype: str, monkeypatch: p
         (torch.zeros(2, 3), torch.tensor([[0.0, 0, 0], [0, -torch.inf, 0]]), 1, "infinity in row 1"),
     ],
 )
+@pytest.mark.usefixtures("implementation")
 def test_topk_names_what_is_wrong(queries: object, database: object, k: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         similarity.topk(queries, database, k)  # type: ignore[arg-type]
+
+
+def test_scores_that_overflow_are_named() -> None:
+    with pytest.raises(ValueError, match="overflow float32"):
+        similarity.topk(torch.full((1, 4), -1e30), torch.full((3, 4), 1e30), 2)
+
+
+def test_the_extension_refuses_what_would_read_beyond_its_arrays() -> None:
+    rows, owner = np.ones((4, 3), np.float32), np.zeros(4, np.int32)
+    state = {"scores": np.zeros((4, 2), np.float32), "index": np.zeros((4, 2), np.int64)}
+    for first, second, owners, message in (
+        (rows, rows[:, :2].copy(), owner, "as many columns"),
+        (rows, rows, owner[:3], "owner has the wrong"),
+        (rows, rows, owner + 4, "owner must hold rows of audio"),
+        (rows, rows, owner - 1, "owner must hold rows of audio"),
+        (rows[:, :0], rows[:, :0], owner, "a column or more"),
+        (rows[0], rows[0], owner, "two dimensions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.rank_targets(first, second, owners, num_threads=1)
+    with pytest.raises(TypeError):
+        _C.rank_targets(rows[:, ::2], rows[:, ::2], owner, num_threads=1)
+    for change, message in (
+        ({"index": state["index"][:, :1].copy()}, "index has the wrong"),
+        ({"index": state["index"].astype(np.int32)}, "index has the wrong"),
+        ({"scores": state["scores"][:3]}, "scores has the wrong"),
+        ({"scores": state["scores"][0]}, r"scores must be \(Q, K\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.update_best(rows, rows, first_row=0, num_threads=1, **(state | change))
+    frozen = state["scores"].copy()
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="scores has the wrong"):
+        _C.update_best(rows, rows, first_row=0, num_threads=1, **(state | {"scores": frozen}))
