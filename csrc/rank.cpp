@@ -67,8 +67,6 @@ struct Panels {
   const float* operator[](std::size_t p) const { return values.data() + p * size; }
 };
 
-// --- Targets ---------------------------------------------------------------------------------
-
 struct TargetsJob {
   const Matrix& audio;
   const Matrix& text;
@@ -98,8 +96,6 @@ CLSP_INLINE void score_owners(const TargetsJob& job, std::size_t unit) {
     }
   }
 }
-
-// --- Counts ----------------------------------------------------------------------------------
 
 struct CountJob {
   const Matrix& audio;
@@ -184,8 +180,6 @@ CLSP_INLINE void count_unit(const CountJob& job, std::size_t unit) {
     __atomic_fetch_add(&job.text_ahead[first + c], columns.ahead[c], __ATOMIC_RELAXED);
   }
 }
-
-// --- Nearest neighbours ----------------------------------------------------------------------
 
 struct Neighbour {
   float score;
@@ -310,8 +304,6 @@ CLSP_INLINE void select_unit(const SelectJob& job, std::size_t unit) {
   const std::lock_guard<std::mutex> lock(job.group_mutex[own.group]);
   candidates.merge(job, first);
 }
-
-// --- Instruction sets ------------------------------------------------------------------------
 
 void targets_baseline(const TargetsJob& job, std::size_t unit) { score_owners<4>(job, unit); }
 void count_baseline(const CountJob& job, std::size_t unit) { count_unit<4>(job, unit); }
