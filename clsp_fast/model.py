@@ -23,6 +23,7 @@ from clsp_fast.audio import AudioError
 from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed
 from clsp_fast.config import EncodeConfig, ModelConfig
 from clsp_fast.ops import (
+    Ragged,
     RunningNorm,
     frames_after,
     make_front,
@@ -157,13 +158,7 @@ class CLSP(nn.Module):
             ValueError: a wrong shape, dtype, length or padding.
         """
         hidden_BTC, hidden_lengths = self.encode_frames(features, lengths, padding=padding)
-        if self.config.audio_pooling == "mean":
-            pooled = pool(hidden_BTC, hidden_lengths)
-        else:
-            x = standardise(features.to(self.device, self.dtype))
-            parts = (pool_statistics(hidden_BTC, hidden_lengths), pool_statistics(x, lengths.to(self.device)))
-            pooled = torch.cat(parts, dim=1)
-        return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
+        return self.join_audio(hidden_BTC, hidden_lengths, features, lengths)
 
     def encode_frames(
         self, features: Tensor, lengths: Tensor, *, padding: Padding = "alone"
@@ -180,12 +175,30 @@ class CLSP(nn.Module):
         ragged = None
         if not equal:
             ragged = make_ragged(lengths, (frames - 7) // 2, alone=padding == "alone")
-        x = self.encoder(self.encoder_embed(x, ragged), ragged)
-        lengths = frames_after(lengths, self.config.output_downsampling_factor)
+        return self.run_encoder(x, lengths, ragged)
+
+    def run_encoder(
+        self, features_BTF: Tensor, lengths_B: Tensor, ragged: Ragged | None
+    ) -> tuple[Tensor, Tensor]:
+        """`encode_frames` without its checks; lengths and `ragged` are those behind the front, at 50 Hz."""
+        x = self.encoder(self.encoder_embed(features_BTF, ragged), ragged)
+        lengths_B = frames_after(lengths_B, self.config.output_downsampling_factor)
         if hasattr(self, "encoder_downsample"):
             x = self.encoder_downsample(x, ragged)
-            lengths = frames_after(lengths, self.config.post_encoder_downsampling_factor)
-        return x, lengths
+            lengths_B = frames_after(lengths_B, self.config.post_encoder_downsampling_factor)
+        return x, lengths_B
+
+    def join_audio(
+        self, hidden_BTC: Tensor, hidden_lengths_B: Tensor, features_BTF: Tensor, lengths_B: Tensor
+    ) -> Tensor:
+        """Unit-norm embeddings (B, D) from the speech tower's output and the features that it is of."""
+        if self.config.audio_pooling == "mean":
+            pooled = pool(hidden_BTC, hidden_lengths_B)
+        else:
+            x = standardise(features_BTF.to(self.device, self.dtype))
+            own = pool_statistics(hidden_BTC, hidden_lengths_B)
+            pooled = torch.cat([own, pool_statistics(x, lengths_B.to(self.device))], dim=1)
+        return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:
         bins = self.config.feature_dim
@@ -221,8 +234,11 @@ class CLSP(nn.Module):
             longest = int(attention_mask.sum(1).max())
             token_ids, attention_mask = token_ids[:, :longest], attention_mask[:, :longest]
         device = self.device
-        hidden = self.text_encoder(token_ids.to(device), attention_mask.to(device))
-        return _unit_norm(self.text_transform(self.text_projection(hidden)))
+        return self.join_text(self.text_encoder(token_ids.to(device), attention_mask.to(device)))
+
+    def join_text(self, pooled_BC: Tensor) -> Tensor:
+        """Unit-norm embeddings (B, D) from the text tower's output."""
+        return _unit_norm(self.text_transform(self.text_projection(pooled_BC)))
 
     def _check_tokens(self, token_ids: Tensor, attention_mask: Tensor) -> None:
         text = self.config.text

@@ -107,7 +107,8 @@ class Roberta(nn.Module):
         keys_N11L: Tensor | None = attention_mask_NL[:, None, None, :] != 0
         # Attention without a mask is faster; looking costs nothing on the CPU and a synchronisation
         # elsewhere.
-        if attention_mask_NL.device.type == "cpu" and bool(attention_mask_NL.all()):
+        looked_at = attention_mask_NL.device.type == "cpu" and not torch.compiler.is_exporting()
+        if looked_at and bool(attention_mask_NL.all()):
             keys_N11L = None
         x = self.embeddings(token_ids_NL)
         for layer in cast(nn.ModuleList, self.encoder["layer"]):

@@ -31,24 +31,32 @@ POSITION_DROPOUT = 0.15
 LAYER_SKIP_RATE = 0.035
 
 
+def _encode_offsets(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Encodings (2 reach - 1, pos_dim) of offsets -(reach - 1) .. reach - 1."""
+    offset = torch.arange(-(reach - 1), reach, dtype=dtype, device=device)[:, None]
+    root = math.sqrt(pos_dim)
+    compressed = root * offset.sign() * ((offset.abs() + root).log() - math.log(root))
+    frequency = 1 + torch.arange(pos_dim // 2, device=device)
+    angle = (compressed / (pos_dim / (2.0 * math.pi))).atan() * frequency
+    table = torch.stack([angle.cos(), angle.sin()], dim=2).flatten(1)
+    table[:, -1] = 1.0
+    return table
+
+
 @functools.lru_cache(maxsize=64)
 def _offset_table(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Encodings (2 reach - 1, pos_dim) of offsets -(reach - 1) .. reach - 1; shared: nobody writes to it."""
+    """`_encode_offsets`, kept and shared: nobody writes to it."""
     with torch.inference_mode(False), torch.no_grad():
-        # In float64 and on the CPU: in float32, as the reference does it, each machine's logarithm rounds its
-        # own way, and the highest frequencies turn that into 2e-6 of the table.
-        offset = torch.arange(-(reach - 1), reach, dtype=torch.float64)[:, None]
-        root = math.sqrt(pos_dim)
-        compressed = root * offset.sign() * ((offset.abs() + root).log() - math.log(root))
-        angle = (compressed / (pos_dim / (2.0 * math.pi))).atan() * (1 + torch.arange(pos_dim // 2))
-        table = torch.stack([angle.cos(), angle.sin()], dim=2).flatten(1)
-        table[:, -1] = 1.0
-        return table.to(device, dtype)
+        # In float32, as the reference does it, each machine's logarithm rounds its own way, and the highest
+        # frequencies turn that into 2e-6 of the table.
+        return _encode_offsets(pos_dim, reach, torch.float64, torch.device("cpu")).to(device, dtype)
 
 
 def position_encoding(pos_dim: int, frames: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Compact relative position encoding (2 frames - 1, pos_dim); row r is the offset key - query = r -
     frames + 1."""
+    if torch.compiler.is_exporting():  # a table's size would fix the number of frames
+        return _encode_offsets(pos_dim, frames, dtype, device)
     reach = max(256, 1 << (frames - 1).bit_length())
     return _offset_table(pos_dim, reach, dtype, device)[reach - frames : reach + frames - 1]
 
@@ -80,6 +88,10 @@ def _by_key(by_offset_NHTR: Tensor) -> Tensor:
     """(N H, T, T) view of scores by relative offset: row i holds offsets -(T-1) .. T-1, key j is column
     T-1-i+j."""
     clips, heads, frames, offsets = by_offset_NHTR.shape
+    if torch.compiler.is_exporting():  # strides are nothing that ONNX knows
+        time_T = torch.arange(frames, device=by_offset_NHTR.device)
+        column_TT = (frames - 1) - time_T[:, None] + time_T
+        return by_offset_NHTR.flatten(0, 1).gather(2, column_TT.expand(clips * heads, frames, frames))
     size, stride = (clips * heads, frames, frames), (frames * offsets, offsets - 1, 1)
     return by_offset_NHTR.contiguous().as_strided(size, stride, frames - 1)
 
@@ -241,10 +253,12 @@ class Downsample(nn.Module):
         if ragged is not None and ragged.alone:
             index = (ragged.lengths_N - 1)[:, None, None].expand(clips, 1, channels)
             x = torch.where(ragged.pad_NT[:, :, None], x.gather(1, index), x)
-        missing = -frames % factor
+        # Not asked while exporting: the answer would hold for any number of frames.
+        missing = factor - 1 if torch.compiler.is_exporting() else -frames % factor
         if missing:
             x = torch.cat([x, x[:, -1:].expand(clips, missing, channels)], dim=1)
-        groups_NT1C = x.reshape(clips, -1, factor, channels)
+        groups = (frames + factor - 1) // factor
+        groups_NT1C = x[:, : groups * factor].reshape(clips, groups, factor, channels)
         return (groups_NT1C * self.bias.softmax(0).to(x.dtype)[:, None]).sum(dim=2, dtype=x.dtype)
 
 
