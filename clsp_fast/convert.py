@@ -1,6 +1,7 @@
 """Checkpoints of the reference recipe (icefall, CLSP) -> models of this library.
 
 python -m clsp_fast.convert reference --checkpoint epoch-1.pt --out model/ [--config c.json] [--tokenizer dir]
+python -m clsp_fast.convert reference --speech spear.pt --text roberta-base/ --out model/
 """
 
 from __future__ import annotations
@@ -22,8 +23,18 @@ from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
+SPEECH = ("encoder_embed.", "encoder.")
+"""Names of the speech tower begin so."""
+TEXT = ("text_encoder.",)
+"""Names of the text tower begin so."""
 IGNORED_KEYS = ("text_encoder.embeddings.position_ids", "text_encoder.embeddings.token_type_ids")
 """Buffers that old Hugging Face checkpoints carry and no forward pass needs."""
+
+
+# A checkpoint in a folder, in the order in which they are looked for.
+_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "pretrained.pt")
+_WRAPPERS = ("model", "state_dict")
+_SHOWN = 10
 
 
 class KeyReport(NamedTuple):
@@ -33,6 +44,15 @@ class KeyReport(NamedTuple):
     missing: list[str]
     extra: list[str]
     ignored: list[str]
+
+    def __str__(self) -> str:
+        """Counts, and the first names of each group but `matched`."""
+        lines = [", ".join(f"{len(names)} {group}" for group, names in self._asdict().items())]
+        for group, names in self._asdict().items():
+            if group != "matched" and names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                lines.append(f"  {group}: {', '.join(names[:_SHOWN])}{more}")
+        return "\n".join(lines)
 
 
 def reference_config(values: Mapping[str, Any]) -> ModelConfig:
@@ -67,16 +87,47 @@ def _to_tuple(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
 
 
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint: its "model" entry if there is one, without DDP's "module."
-    prefixes."""
-    inner = checkpoint.get("model", checkpoint)
+def unwrap(checkpoint: Mapping[str, Any], *, averaged: bool = False) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint: its "model" or "state_dict" entry if there is one, without the
+    prefixes "module." of DDP and "model." of a wrapping class.
+
+    Args:
+        checkpoint: what `read_checkpoint` gives.
+        averaged: take the running average that icefall keeps beside the weights, "model_avg", in float32.
+    """
+    if averaged and "model_avg" not in checkpoint:
+        raise ValueError('checkpoint must have "model_avg" for averaged weights, it has none')
+    key = "model_avg" if averaged else next((name for name in _WRAPPERS if name in checkpoint), None)
+    inner = checkpoint if key is None else checkpoint[key]
     if not isinstance(inner, Mapping):
-        raise ValueError(f'checkpoint["model"] must be a dictionary of tensors, got {type(inner).__name__}')
+        raise ValueError(f'checkpoint["{key}"] must be a dictionary of tensors, got {type(inner).__name__}')
     other = [key for key, value in inner.items() if not isinstance(value, Tensor)]
     if other:
         raise ValueError(f"state_dict must hold tensors alone, got others under {other[:3]}")
-    return {str(key).removeprefix("module."): value for key, value in inner.items()}
+    tensors = {str(key).removeprefix("module."): value for key, value in inner.items()}
+    if tensors and all(name.startswith("model.") for name in tensors):
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    if averaged:  # kept in float64
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return tensors
+
+
+def mean(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several checkpoints' tensors; those of whole numbers are the last one's.
+
+    Raises:
+        ValueError: they have other names or shapes than the first.
+    """
+    first = states[0]
+    for number, state in enumerate(states[1:], 2):
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in first.items()}:
+            raise ValueError(f"checkpoint {number} has other names or shapes than the first")
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else states[-1][name]
+        for name, tensor in first.items()
+    }
 
 
 def match_keys(state_dict: Mapping[str, Any], model: CLSP) -> KeyReport:
@@ -125,8 +176,58 @@ def from_reference(
     return model.eval()
 
 
+def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...]) -> KeyReport:
+    """Initialises one tower from a checkpoint of that tower alone, in place.
+
+    The names may have any one prefix, such as "roberta." or "text_encoder.". A text tower's pooler may be
+    missing, as masked language models have none; it then stays as it is.
+
+    Args:
+        model: see there.
+        state_dict: of SPEAR, or of RoBERTa, wrapped or not.
+        tower: `SPEECH` or `TEXT`.
+
+    Returns:
+        What became of the keys; `ignored` are those of other parts of the checkpoint.
+
+    Raises:
+        ValueError: the tower is not in the checkpoint, or does not fit; the message lists names.
+    """
+    strip = "text_encoder." if tower == TEXT else ""
+    wanted = {
+        name.removeprefix(strip): tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith(tower)
+    }
+    anchor = "embeddings.word_embeddings.weight" if tower == TEXT else "encoder_embed.out.weight"
+    tensors = unwrap(state_dict)
+    prefix = next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
+    if prefix is None:
+        raise ValueError(f"checkpoint must have the tower whose tensor is called {anchor}, it has none")
+    found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    missing = sorted(wanted.keys() - found.keys())
+    problems = [f"missing: {name}" for name in missing if not name.startswith("pooler.")]
+    for name in sorted(wanted.keys() & found.keys()):
+        if wanted[name].shape != found[name].shape:
+            shapes = f"expected {tuple(wanted[name].shape)}, got {tuple(found[name].shape)}"
+            problems.append(f"shape of {name}: {shapes}")
+    if problems:
+        raise ValueError(f"the tower does not fit the configuration ({len(problems)}): {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, tensor in wanted.items():  # views of the parameters
+            if name in found:
+                tensor.copy_(found[name])
+    ignored = sorted(name for name in tensors if name.removeprefix(prefix) not in wanted)
+    return KeyReport(sorted(wanted.keys() & found.keys()), missing, [], ignored)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors of a .safetensors or .pt file; the latter with weights_only=True: no code in it runs."""
+    """Tensors of a .safetensors or .pt file, or of a folder with one or with shards and their index; pickles
+    with weights_only=True: no code in them runs."""
+    if path.is_dir():
+        path = _file_in(path)
+    if path.suffixes[-2:] == [".index", ".json"]:
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     # icefall stores its whole parameter set beside the weights, paths included.
@@ -137,22 +238,90 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def reference(checkpoint: Path, out: Path, config: Path | None = None, tokenizer: Path | None = None) -> None:
-    """Convert a checkpoint of the reference recipe to a model folder.
+def _file_in(folder: Path) -> Path:
+    """The checkpoint in a folder."""
+    known = [folder / name for name in _FILES if (folder / name).is_file()]
+    others = sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+    if not known and len(others) != 1:
+        names = ", ".join(path.name for path in others) or "none"
+        raise ValueError(f"{folder} must hold one checkpoint, got {names}; name the file")
+    return (known or others)[0]
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(names)):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is not a file beside it")
+        tensors |= load_file(index.parent / name)
+    return tensors
+
+
+def reference(
+    out: Path,
+    checkpoint: tuple[Path, ...] = (),
+    speech: Path | None = None,
+    text: Path | None = None,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    averaged: bool = False,
+) -> None:
+    """Convert a checkpoint of the reference recipe, or of SPEAR and RoBERTa, to a model folder.
 
     Args:
-        checkpoint: .pt or .safetensors file.
         out: folder to write.
-        config: JSON file with the reference's keys; without it, the paper's model.
-        tokenizer: tokenizer.json, or a folder with it or with vocab.json and merges.txt.
+        checkpoint: .pt or .safetensors file, or a folder with one; of several, the mean.
+        speech: checkpoint that the speech tower starts from (SPEAR), instead of `checkpoint`.
+        text: checkpoint that the text tower starts from (RoBERTa), instead of `checkpoint`.
+        config: JSON file with the reference's keys; without it, config.json in the checkpoint's folder, or
+            else the paper's model.
+        tokenizer: tokenizer.json, or a folder with it or with vocab.json and merges.txt; without it, that of
+            the checkpoint's or the text tower's folder.
+        averaged: take the running average in checkpoints ("model_avg") instead of the last weights.
     """
-    values = json.loads(config.read_text(encoding="utf-8")) if config else {}
-    state = read_checkpoint(checkpoint)
-    words = None if tokenizer is None else Tokenizer.from_file(tokenizer)
-    model = from_reference(state, values, tokenizer=words)
-    report = match_keys(state, model)
+    towers = {tower: path for tower, path in ((SPEECH, speech), (TEXT, text)) if path is not None}
+    if bool(checkpoint) == bool(towers):
+        raise ValueError("give either --checkpoint, or --speech or --text or both")
+    folder = text if towers else checkpoint[0]
+    words = _tokenizer(tokenizer, folder)
+    values = _configuration(config, checkpoint[0] if checkpoint else None, text)
+    if checkpoint:
+        states = [unwrap(read_checkpoint(path), averaged=averaged) for path in checkpoint]
+        state = states[0] if len(states) == 1 else mean(states)
+        model = from_reference(state, values, tokenizer=words)
+        print(match_keys(state, model))
+    else:
+        model = CLSP(reference_config(values), words)
+        for tower, path in towers.items():
+            print(f"{path}: {load_tower(model, read_checkpoint(path), tower)}")
+        model.eval()
     model.save_pretrained(out)
-    print(f"{out}: {len(report.matched)} tensors, {len(report.ignored)} ignored")
+    print(f"{out}: written")
+
+
+def _configuration(config: Path | None, folder: Path | None, text: Path | None) -> dict[str, Any]:
+    """The reference's keys: those of the file, or those found beside the checkpoints."""
+
+    def read(file: Path) -> dict[str, Any]:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} must hold a JSON object")
+        return values
+
+    if config is not None:
+        return read(config)
+    if folder is not None and (folder / "config.json").is_file():
+        return read(folder / "config.json")
+    return {"roberta": read(text / "config.json")} if text and (text / "config.json").is_file() else {}
+
+
+def _tokenizer(path: Path | None, folder: Path | None) -> Tokenizer | None:
+    if path is None and folder is not None and folder.is_dir():
+        files = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}]
+        there = {file.name for file in folder.iterdir()}
+        path = folder if any(names <= there for names in files) else None
+    return None if path is None else Tokenizer.from_file(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

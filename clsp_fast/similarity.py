@@ -57,12 +57,12 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
         ValueError: shapes or owners do not fit together, or a value is not finite.
     """
     owner_N = _check_ranks(audio_MD, text_ND, text_owner)
+    kernels = _kernels(audio_MD, text_ND)
+    if kernels is not None:
+        return Ranks(*kernels.rank_counts(audio_MD, text_ND, owner_N.long()))
     audio_MD, text_ND = (_widened(x) for x in (audio_MD, text_ND))
     if _fits_engine(audio_MD, text_ND):
         return _engine_ranks(audio_MD, text_ND, owner_N)
-    kernels = _kernels(audio_MD)
-    if kernels is not None:
-        return Ranks(*kernels.rank_counts(audio_MD, text_ND, owner_N))
     return ranks_reference(audio_MD, text_ND, text_owner=owner_N)
 
 
@@ -135,13 +135,13 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
         ValueError: shapes or k do not fit together, or a value is not finite.
     """
     _check_topk(queries_QD, database_ND, k)
+    kernels = _kernels(queries_QD, database_ND)
+    if kernels is not None and k <= kernels.MOST_NEIGHBOURS:
+        scores_QK, index_QK = kernels.topk(queries_QD, database_ND, k)
+        return scores_QK, index_QK
     queries_QD = _widened(queries_QD)
     if _fits_engine(queries_QD):
         return _engine_topk(queries_QD, database_ND, k)
-    kernels = _kernels(queries_QD)
-    if kernels is not None and isinstance(database_ND, Tensor) and database_ND.is_cuda:
-        scores_QK, index_QK = kernels.topk(queries_QD, database_ND.detach(), k)
-        return scores_QK, index_QK
     return topk_reference(queries_QD, database_ND, k)
 
 
@@ -211,9 +211,9 @@ def _fits_engine(*tensors: Tensor) -> bool:
     return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] > 0 for x in tensors)
 
 
-def _kernels(x: Tensor) -> Any:
-    """The GPU kernels, or None where there is no GPU or no Triton."""
-    if not x.is_cuda:
+def _kernels(*tensors: Database) -> Any:
+    """The GPU kernels where they take these; None where there is no GPU, no Triton, or a wider dtype."""
+    if not all(isinstance(x, Tensor) and x.is_cuda and x.dtype != torch.float64 for x in tensors):
         return None
     try:
         return importlib.import_module("clsp_fast.kernels.rank")

@@ -90,12 +90,111 @@ def test_command_converts_a_file_to_a_folder(
         save_file(weights, checkpoint)
     Tokenizer.train(["a calm voice"] * 3, 270).save(tmp_path / "tokenizer.json")
     convert.reference(
-        checkpoint, tmp_path / "out", GOLDEN / "golden_a.config.json", tmp_path / "tokenizer.json"
+        tmp_path / "out",
+        (checkpoint,),
+        config=GOLDEN / "golden_a.config.json",
+        tokenizer=tmp_path / "tokenizer.json",
     )
-    assert "253 tensors, 0 ignored" in capsys.readouterr().out
+    assert "253 matched, 0 missing, 0 extra, 0 ignored" in capsys.readouterr().out
     model = CLSP.from_pretrained(tmp_path / "out")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
     assert model.encode_text(["a calm voice"]).shape == (1, 32)
+
+
+def folder_of(tmp_path: Path, layout: str, weights: dict[str, Tensor]) -> Path:
+    """A checkpoint in a folder, with its configuration and tokenizer beside it."""
+    folder = tmp_path / layout
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    Tokenizer.train(["a calm voice"] * 3, 270).save(folder / "tokenizer.json")
+    names = sorted(weights)
+    if layout == "shards":
+        halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, own in halves.items():
+            save_file({name: weights[name] for name in own}, folder / file)
+        index = {name: file for file, own in halves.items() for name in own}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    elif layout == "wrapped":
+        save_file({f"model.{name}": weights[name] for name in names}, folder / "model.safetensors")
+    else:
+        torch.save({"state_dict": weights}, folder / "epoch-3.pt")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["shards", "wrapped", "pickle"])
+def test_command_converts_a_folder_as_it_is(weights: dict[str, Tensor], tmp_path: Path, layout: str) -> None:
+    convert.main(
+        ["reference", "--checkpoint", str(folder_of(tmp_path, layout, weights)), "--out", str(tmp_path / "m")]
+    )
+    model = CLSP.from_pretrained(tmp_path / "m")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+    assert model.tokenizer is not None
+
+
+def test_averages_kept_beside_the_weights_and_of_several_files(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    average = {name: tensor.double() + 0.25 for name, tensor in weights.items()}
+    torch.save({"model": weights, "model_avg": average}, tmp_path / "a.pt")
+    torch.save({"model": {name: tensor + 1 for name, tensor in weights.items()}}, tmp_path / "b.pt")
+    words = ["reference", "--out", str(tmp_path / "m"), "--config", str(GOLDEN / "golden_a.config.json")]
+    for more, shift in ((["a.pt", "--averaged"], 0.25), (["a.pt", "b.pt"], 0.5)):
+        files = [str(tmp_path / word) if word.endswith(".pt") else word for word in more]
+        convert.main([*words, "--checkpoint", *files])
+        state = CLSP.from_pretrained(tmp_path / "m").state_dict()
+        for name, tensor in weights.items():
+            assert state[name].dtype == torch.float32
+            torch.testing.assert_close(state[name], tensor + shift, atol=1e-6, rtol=1e-6)
+    with pytest.raises(SystemExit, match="model_avg"):
+        convert.main([*words, "--checkpoint", str(tmp_path / "b.pt"), "--averaged"])
+    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "c.pt")
+    with pytest.raises(SystemExit, match="checkpoint 2 has other names"):
+        convert.main([*words, "--checkpoint", str(tmp_path / "a.pt"), str(tmp_path / "c.pt")])
+
+
+def test_towers_start_from_checkpoints_of_their_own(
+    weights: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speech = {f"speech.{k}": v for k, v in weights.items() if k.startswith(convert.SPEECH)}
+    text = {f"roberta.{k[13:]}": v for k, v in weights.items() if k.startswith("text_encoder.")}
+    text = {name: tensor for name, tensor in text.items() if ".pooler." not in name}
+    torch.save({"model": speech | {"decoder.weight": torch.zeros(3)}}, tmp_path / "spear.pt")
+    (tmp_path / "roberta").mkdir()
+    save_file(text | {"lm_head.bias": torch.zeros(9)}, tmp_path / "roberta/model.safetensors")
+    words = ["reference", "--out", str(tmp_path / "m"), "--config", str(GOLDEN / "golden_a.config.json")]
+    convert.main([*words, "--speech", str(tmp_path / "spear.pt"), "--text", str(tmp_path / "roberta")])
+    told = capsys.readouterr().out
+    assert "ignored: decoder.weight" in told
+    assert "ignored: lm_head.bias" in told
+    assert "missing: pooler.dense.bias, pooler.dense.weight" in told
+    state = CLSP.from_pretrained(tmp_path / "m").state_dict()
+    for name, tensor in weights.items():
+        of_tower = name.startswith(("encoder", "text_encoder.")) and ".pooler." not in name
+        # A head starts afresh; what starts at a constant is the same either way.
+        assert not of_tower or torch.equal(state[name], tensor), name
+    assert not torch.equal(state["audio_projection.0.weight"], weights["audio_projection.0.weight"])
+    convert.main([*words, "--text", str(tmp_path / "roberta")])
+    del speech["speech.encoder_embed.out.bias"]
+    torch.save(speech, tmp_path / "spear.pt")
+    for files, message in (
+        (["--speech", str(tmp_path / "spear.pt")], r"\(1\): missing: encoder_embed.out.bias"),
+        (["--speech", str(tmp_path / "roberta")], "must have the tower whose tensor is called encoder_embed"),
+        (["--speech", "x", "--checkpoint", "y"], "give either --checkpoint, or --speech"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            convert.main([*words, *files])
+
+
+def test_a_folder_without_one_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must hold one checkpoint, got none"):
+        convert.read_checkpoint(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"got a\.pt, b\.pt; name the file"):
+        convert.read_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../secret"}}')
+    with pytest.raises(ValueError, match="not a file beside it"):
+        convert.read_checkpoint(tmp_path)
 
 
 class Attack:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +10,43 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsp_fast import convert, export
+from clsp_fast import export
+from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
+EVERY_LAYER = ModelConfig(
+    downsampling_factor=(1, 2),
+    num_encoder_layers=(1,),
+    feedforward_dim=(32,),
+    encoder_dim=(16, 24),
+    encoder_unmasked_dim=(16,),
+    cnn_module_kernel=(7,),
+    num_heads=(2,),
+    query_head_dim=(8,),
+    pos_dim=16,
+    joint_dim=16,
+    embed_channels=(2, 4, 4),
+    text=TextConfig(
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=66,
+    ),
+)
 MISSING = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"the extra [onnx] is not installed: {MISSING}")
 
 
 @pytest.fixture(scope="module")
 def exported(
-    tmp_path_factory: pytest.TempPathFactory, golden: Callable[[str], dict[str, Tensor]]
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[CLSP, Path]:
-    """The recorded model, which has every kind of layer, as the command exports it."""
-    config = json.loads((GOLDEN / "golden_a.config.json").read_text())
-    model = convert.from_reference(
-        golden("golden_a.weights"), config, tokenizer=Tokenizer.train(["calm voice"] * 3, 270)
-    )
+    """A model with every kind of layer, as the command exports it."""
+    torch.manual_seed(0)
+    model = CLSP(EVERY_LAYER, Tokenizer.train(["calm voice"] * 3, 270)).eval()
     root = tmp_path_factory.mktemp("export")
     model.save_pretrained(root / "model")
     export.main([str(root / "model"), "--out", str(root / "onnx")])
