@@ -107,8 +107,10 @@ CLSP_INLINE void read_columns(Span<const float> in, std::int64_t begin, std::int
                               ResampleBuffers<L>& b) {
   using V = typename ResampleBuffers<L>::V;
   const auto size = static_cast<std::int64_t>(in.size());
-  const float* rows = in.data() + begin;
-  if (begin < 0 || begin + (L - 1) * step + b.row > size) {
+  const float* rows;
+  if (begin >= 0 && begin + (L - 1) * step + b.row <= size) {
+    rows = in.data() + begin;
+  } else {
     b.gathered.assign(static_cast<std::size_t>(L * b.row), 0.0f);
     for (int lane = 0; lane < L; ++lane) {
       const std::int64_t origin = begin + lane * step;
