@@ -26,7 +26,11 @@ class LoadPolicy:
 
 # A source is (path or buffer, start_s, duration_s, channel); a failure is (reason, message).
 def load_batch(
-    sources: Sequence[tuple[Any, float, float | None, int | None]], *, policy: LoadPolicy, num_threads: int
+    sources: Sequence[tuple[Any, float, float | None, int | None]],
+    *,
+    policy: LoadPolicy,
+    num_threads: int,
+    isa: str = "auto",
 ) -> list[_Float32 | tuple[str, str]]: ...
 def finish(waveform: _Float32, *, sample_rate_hz: int, policy: LoadPolicy) -> _Float32 | tuple[str, str]: ...
 def select_section(

@@ -106,12 +106,14 @@ Requests parse_requests(const py::list& sources) {
   return requests;
 }
 
-py::list load_batch(const py::list& sources, const clsp::LoadPolicy& policy, int num_threads) {
+py::list load_batch(const py::list& sources, const clsp::LoadPolicy& policy, int num_threads,
+                    const std::string& isa_name) {
+  const clsp::Isa isa = parse_isa(isa_name);
   const Requests requests = parse_requests(sources);
   std::vector<clsp::Loaded> loaded;
   {
     const py::gil_scoped_release release;
-    loaded = clsp::load_batch(requests.items, policy, num_threads, clsp::best_isa());
+    loaded = clsp::load_batch(requests.items, policy, num_threads, isa);
   }
   py::list out;
   for (clsp::Loaded& item : loaded) out.append(to_object(std::move(item)));
@@ -293,8 +295,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::kw_only(), arg("sample_rate_hz"), arg("min_s"), arg("max_s"), arg("slack_s"),
            arg("min_rate_hz"), arg("max_rate_hz"), arg("max_channels"), arg("max_amplitude"));
 
-  m.def("load_batch", &load_batch, arg("sources"), py::kw_only(), arg("policy"),
-        arg("num_threads"));
+  m.def("load_batch", &load_batch, arg("sources"), py::kw_only(), arg("policy"), arg("num_threads"),
+        arg("isa") = "auto");
   m.def("finish", &finish, arg("waveform"), py::kw_only(), arg("sample_rate_hz"), arg("policy"));
   m.def("select_section", &select_section, arg("channels"), arg("sample_rate_hz"), arg("frames"),
         arg("start_s"), arg("duration_s"), arg("channel"), arg("policy"));

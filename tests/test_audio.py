@@ -19,7 +19,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from clsp_fast import audio
+from clsp_fast import _C, audio
 from clsp_fast.audio import AudioError, AudioErrorReason, AudioLimits, Segment, load, load_batch
 
 RATE = 16000
@@ -72,6 +72,21 @@ def test_wav_is_bit_equal_to_soundfile(subtype: str, kind: str) -> None:
     assert np.array_equal(load(stereo, channel=0), both[:, 0])
     assert np.array_equal(load(stereo, channel=1), both[:, 1])
     assert np.array_equal(load(stereo), (both[:, 0] + both[:, 1]) / 2)
+
+
+@pytest.mark.parametrize("isa", _C.instruction_sets())
+@pytest.mark.parametrize("subtype", SUBTYPES)
+def test_wav_of_every_short_length_is_bit_equal_to_soundfile(subtype: str, isa: str) -> None:
+    """Vectors of samples, what remains behind them, and no byte behind the last one."""
+    policy = audio._policy(AudioLimits(min_s=0), RATE)
+    for channels in (1, 2, 3):
+        frames = noise(64 * channels, seed=channels).reshape(64, channels)
+        files = [encode(frames[:n], subtype=subtype) for n in range(1, 65)]
+        decoded = _C.load_batch([(f, 0.0, None, None) for f in files], policy=policy, num_threads=1, isa=isa)
+        for file, got in zip(files, decoded, strict=True):
+            expected = theirs(file).reshape(-1, channels)
+            total = sum(expected[:, c] for c in range(channels))
+            assert np.array_equal(got, total / np.float32(channels))
 
 
 @pytest.mark.parametrize(("tag", "bits"), [(1, 8), (1, 16), (1, 24), (1, 32), (6, 8), (7, 8)])
