@@ -15,6 +15,7 @@ import torch
 import clsp_fast
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile")
+CODE = ("CMakeLists.txt", "clsp_fast", "csrc", "kernels", "bench/*.py")
 ROOT = Path(__file__).parent.parent
 
 
@@ -54,10 +55,10 @@ def line(machine: dict[str, Any]) -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """Commit of the working tree, and whether tracked files differ from it; ("unknown", True) outside git."""
+    """Commit of the working tree, and whether code differs from it; ("unknown", True) outside git."""
     try:
         hash_ = _git("rev-parse", "--short=12", "HEAD")
-        return hash_, bool(_git("status", "--porcelain", "--untracked-files=no"))
+        return hash_, bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True
 
