@@ -19,7 +19,10 @@ from bench import machine
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
-COLOURS = ("#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#1f78b4", "#666666")
+COLOURS = (
+    *("#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#1f78b4"),
+    *("#666666", "#8c2d04", "#17becf", "#000000", "#a6cee3", "#b15928"),
+)
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
@@ -141,7 +144,7 @@ def plot(document: dict[str, Any], cases: dict[str, Any]) -> str:
     colour = {peer: COLOURS[i % len(COLOURS)] for i, peer in enumerate(peers)}
     most = max([10.0, *(ratio for _, ratios in rows for ratio in ratios.values())])
     least = min([0.5, *(ratio for _, ratios in rows for ratio in ratios.values())])
-    left, width, top, pitch = 210, 560, 60, 22
+    left, width, top, pitch = 210, 560, 36 + 18 * math.ceil(len(peers) / 4), 22
     height = top + pitch * len(rows) + 40
 
     def x(ratio: float) -> float:
