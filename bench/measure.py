@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -207,14 +208,20 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[st
             first_s[provider.name] = time.perf_counter() - start
             agrees, how = (provider.gate or case.gate)(expected, got)
         except ImportError as error:
-            row |= {"status": "missing", "reason": str(error).splitlines()[0]}
+            row |= {"status": "missing", "reason": _reason(str(error))}
         except Exception as error:  # of any library: it is named, and the others are timed
-            row |= {"status": "failed", "reason": repr(error)[:200]}
+            row |= {"status": "failed", "reason": _reason(repr(error))}
         else:
             row |= {"status": "timed" if agrees else "disagrees", "agreement": how}
             if agrees:
                 calls[provider.name] = call
     return calls, first_s
+
+
+def _reason(text: str) -> str:
+    """What is written to results: one line, without the folders of this machine."""
+    first = (text.splitlines() or [""])[0]
+    return re.sub(r"(?<![\w.])/[^\s'\"()]*/", "", first)[:200]
 
 
 def _native_threads(count: int) -> AbstractContextManager[Any]:

@@ -119,6 +119,17 @@ def test_who_disagrees_fails_or_is_missing_is_named_and_not_timed() -> None:
     assert "missing: No module named 'peer'" in printed
 
 
+def test_results_hold_no_folder_of_the_machine() -> None:
+    def failing(_: Any) -> Any:
+        raise ImportError(
+            "cannot import name 'x' from 'peer' (/home/me/lib/peer/__init__.py) in and/or\nmore"
+        )
+
+    record = run_case(case_of(Provider("ours", spend(0)), Provider("peer", failing)), rounds=1)
+    reason = record["providers"]["peer"]["reason"]
+    assert reason == "cannot import name 'x' from 'peer' (__init__.py) in and/or"
+
+
 def test_nothing_is_compared_when_ours_disagrees() -> None:
     record = run_case(case_of(Provider("ours", spend(0, 2.0)), Provider("peer", spend(0.001))), rounds=1)
     assert record["providers"]["ours"]["status"] == "disagrees"
