@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* clsp_fast/* kernels/*)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench lint sanitize fuzz clean
 train: .venv/.train
 	$(BIN)/python -m clsp_fast.train $(ARGS)
 
@@ -20,8 +20,17 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp tests/fuzz/*.cpp)
 	$(BIN)/codespell bench clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
+
+# The frontend's tests whole under each sanitizer; `make test` runs a part of them.
+sanitize: .venv/.test
+	CLSP_SANITIZE_LONG=1 CLSP_FUZZ=6000 $(BIN)/python -m pytest -n 2 tests/test_sanitize.py
+
+# 6,000 damaged recordings, then libFuzzer (with clang++ only): make fuzz ARGS=600 for ten minutes a target.
+fuzz: .venv/.test
+	CLSP_FUZZ=6000 $(BIN)/python -m pytest -n 2 -m fuzz
+	PYTHON=$(CURDIR)/$(BIN)/python tests/fuzz/run $(ARGS)
 
 clean:
 	rm -rf .venv build

@@ -114,7 +114,8 @@ Samples load_flac(const ByteSource& source, const Part& part, const LoadPolicy& 
     section = select_section(header, part, policy);
     decoded.samples.resize(checked_size(section.count));
   }
-  return conditioned(std::move(decoded.samples), info.sample_rate_hz, true, policy, isa);
+  // Not bounded: the predictor of a damaged frame may leave the range of its samples.
+  return conditioned(std::move(decoded.samples), info.sample_rate_hz, false, policy, isa);
 }
 
 Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {

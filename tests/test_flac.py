@@ -306,6 +306,14 @@ def test_streams_that_contradict_themselves_are_refused() -> None:
         assert got.reason.value == reason, got
 
 
+def test_a_frame_may_not_exceed_its_own_range() -> None:
+    """The checksum holds; it is the residual that eight bits could not have left."""
+    x = [0, 1 << 20] * 96
+    (got,) = load_batch([w.stream([w.frame([w.predicted(x, 8, 0, Rice(20, wide=True))], 192, 0)], bits=8)])
+    assert isinstance(got, AudioError)
+    assert got.reason.value == "amplitude"
+
+
 def test_neither_silence_nor_headers_without_end_take_time_or_memory() -> None:
     loud = w.frame(["0" * 8 + w.number(99, 16)] * 8, 65535, 0)
     quiet = w.stream([loud], channels=8, total=(1 << 36) - 1)
