@@ -104,14 +104,14 @@ def _inspect(compiled: Any) -> dict[str, Any]:
 # Dense peak TFLOP/s in bf16 and memory TB/s of the data sheets (A100 80 GB, H100 and B200 SXM).
 _CARDS = {"A100": (312, 2.0), "H100": (989, 3.35), "B200": (2250, 8.0)}
 _ROWS = 32_768
-# Op -> equation, products of M x N x D multiply-adds, bytes in units of M x N, whether there are atomics.
+# Op -> equation, products of M x N x D multiply-adds, bytes of memory traffic an element of M x N, in words.
 _OPS = {
-    "negative_lse, forward": ("log sum exp over owner[j] != i, both ways", 1, 0.0),
-    "negative_lse, backward": ("G = d_i P_ij + d_j Q_ij; dX = scale G Y; dY = scale G^T X", 3, 6.0),
-    "negative_softplus, forward": ("sum log(1 + exp s_ij) over owner[j] != i", 1, 0.0),
-    "negative_softplus, backward": ("G = d_i sigmoid(s_ij); dX, dY as above", 3, 6.0),
-    "rank_counts": ("#(s > target) + #(ties before it), both ways", 1, 0.0),
-    "topk": ("the k largest s_ij of each row", 1, 0.0),
+    "negative_lse, forward": ("log sum exp over owner[j] != i, both ways", 1, 0, "16 a tile's row or column"),
+    "negative_lse, backward": ("G = d_i P_ij + d_j Q_ij; dX = scale G Y; dY = scale G^T X", 3, 6, "6 M N"),
+    "negative_softplus, forward": ("sum log(1 + exp s_ij) over owner[j] != i", 1, 0, "8 a tile's row"),
+    "negative_softplus, backward": ("G = d_i sigmoid(s_ij); dX, dY as above", 3, 6, "6 M N"),
+    "rank_counts": ("#(s > target) + #(ties before it), both ways", 1, 0, "8 a tile's row or column"),
+    "topk": ("the k largest s_ij of each row", 1, 0, "16 a candidate"),
 }
 
 
@@ -127,14 +127,13 @@ def table(budgets: dict[str, Any]) -> str:
         + " |",
         "|" + "---|" * (5 + len(_CARDS)),
     ]
-    for name, (equation, products, traffic) in _OPS.items():
+    for name, (equation, products, traffic, volume) in _OPS.items():
         flops = 2 * products * _ROWS**2 * DEPTH
-        bounds = [
+        bounds = (
             max(flops / (peak * 1e12), traffic * _ROWS**2 / (rate * 1e12)) for peak, rate in _CARDS.values()
-        ]
-        volume = f"{traffic:.0f} M N" if traffic else "O(M N / 128)"
+        )
         cells = [name, equation, f"{2 * products} M N D", volume, "bitwise"]
-        lines.append(f"| {' | '.join([*cells, *(f'{1e3 * b:.2f} ms' for b in bounds)])} |")
+        lines.append(f"| {' | '.join([*cells, *(f'{1e3 * bound:.2f} ms' for bound in bounds)])} |")
     lines += [
         "",
         f"Compiled by triton {budgets['triton']}, D = {DEPTH}; spills are local loads and stores, counts are "

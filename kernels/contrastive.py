@@ -103,7 +103,7 @@ def _lse_kernel(
 ):
     """Partial (peak, sum) of one tile's rows and columns: row_* (tiles_n, panel rows), column_* (tiles_m, N).
 
-    A row's peak is its maximum. A column's is the tile's maximum, so that its sum re-uses the rows'
+    A row's peak is its maximum. A column's is the tile's maximum, so that its sum reuses the rows'
     exponentials; where that leaves a column next to nothing, the tile's columns are made again relative to
     their own maxima.
     """

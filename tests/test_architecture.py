@@ -125,6 +125,16 @@ def test_kernels_stay_a_namespace_package() -> None:
     assert not (ROOT / "kernels/__init__.py").exists()
 
 
+def test_kernels_import_only_torch_triton_and_each_other() -> None:
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (isinstance(node, ast.ImportFrom) and node.level == 0) or isinstance(node, ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                for name in names:
+                    top = str(name).split(".")[0]
+                    assert top in {"torch", "triton"} | sys.stdlib_module_names, f"{path.name}: {name}"
+
+
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, time, torch; start = time.perf_counter(); import clsp_fast.model, clsp_fast.loss;"

@@ -191,6 +191,33 @@ def test_the_same_call_gives_the_same_bits_and_the_forward_with_any_workspace(
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("noise", [0.2, 0.12, 0.08])
+def test_gradients_of_good_models_survive_bf16(kernel_device: torch.device, noise: float) -> None:
+    # The nearer p_ii is to 1, the more a rounded p_ii - 1 loses; exact positives lose nothing.
+    x = F.normalize(torch.randn(256, 128), dim=1).to(kernel_device)
+    y = F.normalize(x + noise * torch.randn(256, 128).to(kernel_device), dim=1)
+    x, y = (t.bfloat16().float().requires_grad_() for t in (x, y))
+    owner, scale = torch.arange(256, device=kernel_device), torch.tensor(1 / 0.07, device=kernel_device)
+
+    def dense(x: Tensor, y: Tensor) -> Tensor:
+        s_MN = scale.to(x.dtype) * (x @ y.T)
+        return (F.cross_entropy(s_MN, owner) + F.cross_entropy(s_MN.T, owner)) / 2
+
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    half = [t.detach().bfloat16().requires_grad_() for t in (x, y)]
+    truth = torch.autograd.grad(dense(*wide), wide)
+    theirs = torch.autograd.grad(dense(*half), half)
+    row_M, column_N = negative_lse(x, y, scale, owner, compute_dtype=torch.bfloat16)
+    positive_M = scale * (x * y).sum(1)
+    loss = (F.softplus(row_M - positive_M).mean() + F.softplus(column_N - positive_M).mean()) / 2
+    assert abs(loss.item() / dense(*wide).item() - 1) < 1e-6
+    # Twice what rounding to nearest costs: the interpreter truncates.
+    for mine, other, true in zip(torch.autograd.grad(loss, (x, y)), theirs, truth, strict=True):
+        errors = [(g.double() - true).norm() / true.norm() for g in (mine, other)]
+        assert errors[0] < 6e-4
+        assert errors[0] < errors[1] / 5
+
+
 def test_computing_in_bf16_keeps_fp32_gradients(kernel_device: torch.device) -> None:
     case = Case(kernel_device, (40, 70, 33), 20.0)
     truth = case.outputs(negative_lse_reference, torch.float64)
