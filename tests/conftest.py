@@ -19,8 +19,8 @@ from clsp_fast.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Without a card, kernels run in Triton's interpreter. It is chosen for good when triton and each kernel are first
-# imported, so here, before any test does; budgets imports every kernel.
+# Without a card, kernels run in Triton's interpreter. It is chosen for good when triton and each kernel are
+# first imported, so here, before any test does; budgets imports every kernel.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("clsp_fast.kernels.budgets")

@@ -66,7 +66,7 @@ def test_an_empty_side_has_no_positive(kernel_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("k", [1, 5, 32, 40])
+@pytest.mark.parametrize("k", [1, 7, 40])
 def test_neighbours_are_those_of_a_sort(
     kernel_device: torch.device, shape: tuple[int, int, int], k: int
 ) -> None:
@@ -79,10 +79,10 @@ def test_neighbours_are_those_of_a_sort(
 def test_neighbours_in_chunks_runs_and_other_dtypes(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank, "_CHUNK_ROWS", 201)
-    queries, database = tied(kernel_device, 40, 500, 8)
+    monkeypatch.setattr(rank, "_CHUNK_ROWS", 150)
+    queries, database = tied(kernel_device, 40, 260, 8)
     expected = topk_reference(queries, database, 7)
-    for programs in (1, 6, 264):
+    for programs in (1, 4):
         monkeypatch.setattr(rank, "_PROGRAMS", programs)
         for q, d in ((queries, database.half()), (queries.half(), database)):
             assert all(torch.equal(a, b) for a, b in zip(topk(q, d, 7), expected, strict=True))
