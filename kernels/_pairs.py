@@ -81,9 +81,29 @@ def check_problem(
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The inputs and, of `negative_lse`, the results."""
     *tensors, ctx.compute_dtype, ctx.workspace_bytes = inputs
     results = output if isinstance(output, tuple) else ()
     ctx.save_for_backward(*tensors, *results)
+
+
+def input_gradients(ctx: Any, operator: Callable[..., Any], *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """What autograd wants of a backward operator: None for what needs no gradient."""
+    needs = ctx.needs_input_grad[:4]
+    found = operator(
+        *ctx.saved_tensors, *gradients, ctx.compute_dtype, ctx.workspace_bytes, needs[0], needs[1]
+    )
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None
+
+
+def empty_gradients(
+    audio: Tensor, text: Tensor, scale: Tensor, needs_audio: bool, needs_text: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of a backward operator's results: no elements for an embedding that needs no gradient."""
+    d_audio, d_text = (
+        x.new_empty(x.shape if needed else 0) for x, needed in ((audio, needs_audio), (text, needs_text))
+    )
+    return d_audio, d_text, scale.new_empty(()), scale.new_empty(())
 
 
 def gain_of(dtype: torch.dtype, *gradients: Tensor) -> Tensor:
@@ -103,11 +123,14 @@ def products(
     write: Callable[[Tensor, tuple[int], dict[str, Any], Tensor, Tensor], None],
     compute_dtype: torch.dtype,
     workspace_bytes: int,
+    needs_audio: bool,
+    needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX = scale G Y, dY = scale G^T X, dscale = sum <X, G Y>, from panels of gain G that `write` fills."""
     m, n = len(audio), len(text)
-    d_audio, d_scale = audio.new_zeros(audio.shape), scale.new_zeros((), dtype=torch.float64)
-    d_text = text.new_zeros(text.shape, dtype=torch.float32)
+    d_audio = audio.new_zeros(audio.shape if needs_audio else 0)
+    d_text = text.new_zeros(text.shape if needs_text else 0, dtype=torch.float32)
+    d_scale = scale.new_zeros((), dtype=torch.float64)
     factor = scale / gain
     if m and n:
         with on_device(audio), torch.autocast(audio.device.type, enabled=False):
@@ -121,10 +144,16 @@ def products(
                 grid, position = tile_grid(arguments, first, stop)
                 write(buffer, grid, arguments | position, x, y)
                 panel = buffer[: stop - first, :n]
-                product = _add_product(None, panel, y)
-                d_scale += (product * x[first:stop]).sum(dtype=torch.float64)
-                d_audio[first:stop] = product.mul_(factor)
-                _add_product(d_text, panel.T, x[first:stop])
+                # dscale comes with either product; without the text's it has to come with this one.
+                if needs_audio or not needs_text:
+                    product = _add_product(None, panel, y)
+                    d_scale += (product * x[first:stop]).sum(dtype=torch.float64)
+                    if needs_audio:
+                        d_audio[first:stop] = product.mul_(factor)
+                if needs_text:
+                    _add_product(d_text, panel.T, x[first:stop])
+            if needs_text and not needs_audio:
+                d_scale += (d_text * y).sum(dtype=torch.float64)
     return d_audio, d_text.mul_(factor).to(text.dtype), (d_scale / gain).to(torch.float32)
 
 

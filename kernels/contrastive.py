@@ -41,7 +41,16 @@ from ._launch import (
     tile_grid,
     tile_position,
 )
-from ._pairs import DEFAULT_WORKSPACE_BYTES, check_problem, gain_of, logits, products, save_for_backward
+from ._pairs import (
+    DEFAULT_WORKSPACE_BYTES,
+    check_problem,
+    empty_gradients,
+    gain_of,
+    input_gradients,
+    logits,
+    products,
+    save_for_backward,
+)
 from .sigmoid import negative_softplus, negative_softplus_reference
 
 __all__ = ["negative_lse", "negative_lse_reference", "negative_softplus", "negative_softplus_reference"]
@@ -351,6 +360,8 @@ def _negative_lse_backward(
     d_column: Tensor,
     compute_dtype: torch.dtype,
     workspace_bytes: int,
+    needs_audio: bool,
+    needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of audio, text, scale and bias, given those of the base-2 results."""
     # The results are natural logarithms over ln 2.
@@ -376,7 +387,9 @@ def _negative_lse_backward(
             stride_panel=panel.stride(0),
         )
 
-    d_audio, d_text, d_scale = products(audio, text, scale, gain, write, compute_dtype, workspace_bytes)
+    d_audio, d_text, d_scale = products(
+        audio, text, scale, gain, write, compute_dtype, workspace_bytes, needs_audio, needs_text
+    )
     finite = (
         torch.where(lse.isneginf(), 0.0, d).sum() for lse, d in ((row_lse, d_row), (column_lse, d_column))
     )
@@ -385,14 +398,11 @@ def _negative_lse_backward(
 
 @_negative_lse_backward.register_fake
 def _(audio, text, scale, *rest):  # type: ignore[no-untyped-def]
-    return audio.new_empty(audio.shape), text.new_empty(text.shape), scale.new_empty(()), scale.new_empty(())
+    return empty_gradients(audio, text, scale, *rest[-2:])
 
 
 def _lse_gradient(ctx: Any, d_row: Tensor, d_column: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _negative_lse_backward(
-        *ctx.saved_tensors, d_row, d_column, ctx.compute_dtype, ctx.workspace_bytes
-    )
-    return *gradients, None, None, None
+    return input_gradients(ctx, _negative_lse_backward, d_row, d_column)
 
 
 _negative_lse.register_autograd(_lse_gradient, setup_context=save_for_backward)

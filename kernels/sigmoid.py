@@ -33,7 +33,9 @@ from ._pairs import (
     DEFAULT_WORKSPACE_BYTES,
     LOG2_E,
     check_problem,
+    empty_gradients,
     gain_of,
+    input_gradients,
     logits,
     products,
     save_for_backward,
@@ -178,6 +180,8 @@ def _negative_softplus_backward(
     d_row: Tensor,
     compute_dtype: torch.dtype,
     workspace_bytes: int,
+    needs_audio: bool,
+    needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of audio, text, scale and bias."""
     gain = gain_of(compute_dtype, d_row)
@@ -198,7 +202,9 @@ def _negative_softplus_backward(
         )
         d_bias.add_(tile_sum.sum(dtype=torch.float64))
 
-    d_audio, d_text, d_scale = products(audio, text, scale, gain, write, compute_dtype, workspace_bytes)
+    d_audio, d_text, d_scale = products(
+        audio, text, scale, gain, write, compute_dtype, workspace_bytes, needs_audio, needs_text
+    )
     return d_audio, d_text, d_scale, (d_bias / gain).to(torch.float32)
 
 
@@ -209,12 +215,11 @@ def _(audio, text, scale, bias, owner, compute_dtype, workspace_bytes):  # type:
 
 @_negative_softplus_backward.register_fake
 def _(audio, text, scale, *rest):  # type: ignore[no-untyped-def]
-    return audio.new_empty(audio.shape), text.new_empty(text.shape), scale.new_empty(()), scale.new_empty(())
+    return empty_gradients(audio, text, scale, *rest[-2:])
 
 
 def _softplus_gradient(ctx: Any, d_row: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _negative_softplus_backward(*ctx.saved_tensors, d_row, ctx.compute_dtype, ctx.workspace_bytes)
-    return *gradients, None, None, None
+    return input_gradients(ctx, _negative_softplus_backward, d_row)
 
 
 _negative_softplus.register_autograd(_softplus_gradient, setup_context=save_for_backward)

@@ -229,6 +229,38 @@ def test_computing_in_bf16_keeps_fp32_gradients(kernel_device: torch.device) -> 
     assert 1e-6 < (got[2] - plain[2]).norm() / truth[2].norm() < 5e-3
 
 
+def test_small_gradients_survive_fp16(kernel_device: torch.device) -> None:
+    case = Case(kernel_device, (40, 70, 33), 20.0)
+    case.x, case.y = case.x.half().float(), case.y.half().float()
+    case.weights = [1e-8 * w for w in case.weights]
+    for ours, reference in (
+        (negative_lse, negative_lse_reference),
+        (negative_softplus, negative_softplus_reference),
+    ):
+        truth = case.outputs(reference, torch.float64)
+        got = case.outputs(ours, torch.float32, compute_dtype=torch.float16)
+        for mine, true in list(zip(got, truth, strict=True))[-4:-2]:
+            assert (mine - true).norm() < 1e-3 * true.norm()
+
+
+def test_only_what_needs_a_gradient_gets_one(kernel_device: torch.device) -> None:
+    case = Case(kernel_device, (40, 70, 16), 10.0)
+    tensors = [case.x, case.y, case.scale, case.bias]
+
+    def gradients(chosen: tuple[int, ...]) -> list[Tensor]:
+        inputs = [t.detach().requires_grad_(i in chosen) for i, t in enumerate(tensors)]
+        x, y, scale, bias = inputs
+        row_M, column_N = negative_lse(x, y, scale, case.owner, logit_bias=bias)
+        sums_M = negative_softplus(x, y, scale, case.owner, logit_bias=bias)
+        total = (row_M * case.weights[0]).sum() + (column_N * case.weights[1]).sum() + sums_M.sum()
+        return list(torch.autograd.grad(total, [inputs[i] for i in chosen]))
+
+    everything = gradients((0, 1, 2, 3))
+    for chosen in ((0,), (1,), (2,), (1, 2), (0, 3)):
+        for mine, i in zip(gradients(chosen), chosen, strict=True):
+            torch.testing.assert_close(mine, everything[i], rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_kept_for_the_backward_pass_is_linear(kernel_device: torch.device) -> None:
     case = Case(kernel_device, (100, 140, 16), 10.0)
     x, y = case.x.requires_grad_(), case.y.requires_grad_()
