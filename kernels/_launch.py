@@ -21,6 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether TRITON_INTERPRET=1 was set before triton was imported: kernels then run on CPU tensors, slowly."""
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every launch: stated, because releases of triton differ in the default."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT_BYTES = 16
 SIZES = ["first_row", "M", "N", "tiles_m", "tiles_n"]
@@ -120,6 +122,7 @@ def score_arguments(x_MD: Tensor, y_ND: Tensor, tile: Tile | None = None) -> dic
         **score_constants(tile, target, x_MD.dtype, x_MD.shape[1]),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        **OPTIONS,
     }
 
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import contrastive, rank, sigmoid
-from ._launch import SIZES, TILES, has_descriptors, score_constants
+from ._launch import OPTIONS, SIZES, TILES, has_descriptors, score_constants
 
 DEPTH = 512
 # 4-byte operands are held to a budget on one target, which bounds the time of the tests.
@@ -46,7 +46,8 @@ def measure(target: int, dtype: str) -> dict[str, dict[str, Any]]:
     return {name: _inspect(_compile(kernel, target, dtype)) for name, kernel in KERNELS.items()}
 
 
-def _compile(kernel: Any, target: int, dtype: str) -> Any:
+def source(kernel: Any, target: int, dtype: str) -> tuple[ASTSource, dict[str, Any]]:
+    """What the launchers would compile for D = 512, and its options."""
     tiles = {
         rank.KERNELS["rank"]: rank.RANK_TILES[target],
         rank.KERNELS["topk"]: rank.TOPK_TILES,
@@ -68,9 +69,13 @@ def _compile(kernel: Any, target: int, dtype: str) -> Any:
             signature[name] = f"*{dtype}" if operand else _POINTERS.get(name, "*fp32")
         if signature[name].startswith("*") or name in _ALIGNED:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} if "BM" in constants else {}
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes), options
+
+
+def _compile(kernel: Any, target: int, dtype: str) -> Any:
+    code, options = source(kernel, target, dtype)
+    return triton.compile(code, target=GPUTarget("cuda", target, 32), options=options | OPTIONS)
 
 
 def _inspect(compiled: Any) -> dict[str, Any]:

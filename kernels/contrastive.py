@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ._launch import (
     GROUP,
+    OPTIONS,
     SIZES,
     on_device,
     operand,
@@ -289,6 +290,7 @@ def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool
         LAST=last,
         BT=_COMBINED_TILES,
         BL=_COMBINED_LANES,
+        **OPTIONS,
     )
 
 

@@ -221,14 +221,15 @@ def _rank_counts(audio: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Te
         return rows - 1, columns - 1
     x, y = operand(audio, audio.dtype), operand(text, text.dtype)
     pair = audio.new_full((n,), torch.inf, dtype=torch.float32)
+    order = torch.arange(n, dtype=torch.int32, device=owner.device)
     with on_device(audio):
-        _each_panel(x, y, owner, pair, 0, rows, columns, pair, owner)
+        # The first launch reads no target, but one of another type would make it another binary.
+        _each_panel(x, y, owner, pair, 0, rows, columns, pair, order)
         owned = (owner >= 0) & (owner < m)
         # One more row collects texts that no clip owns.
         clip = torch.where(owned, owner, m)
         target = pair.new_full((m + 1,), -torch.inf).scatter_reduce(0, clip, pair, "amax")
         best = torch.where(pair == target[clip], clip, m)
-        order = torch.arange(n, dtype=torch.int32, device=owner.device)
         at = order.new_full((m + 1,), n).scatter_reduce(0, best, order, "amin")
         captioned = at[:m] < n
         target = torch.where(captioned, target[:m], torch.inf)

@@ -17,17 +17,21 @@ FOLDER = Path(__file__).parent.parent / "kernels"
 COMMITTED = json.loads((FOLDER / "budgets.json").read_text())
 
 
+def run(*arguments: object) -> str:
+    """Output of a process of its own: where kernels are interpreted, nothing can be compiled."""
+    command = [sys.executable, *map(str, arguments)]
+    settings = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("variant", COMMITTED["kernels"])
 def test_kernels_compile_to_what_their_budget_allows(variant: str) -> None:
     if triton.__version__ != COMMITTED["triton"]:
         pytest.skip(f"the budget is of triton {COMMITTED['triton']}, not {triton.__version__}")
-    # In a process of its own: where kernels are interpreted, nothing can be compiled.
-    command = [sys.executable, "-m", "clsp_fast.kernels.budgets", "measure", *variant.split()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    measured = json.loads(done.stdout)
+    output = run("-m", "clsp_fast.kernels.budgets", "measure", *variant.split())
+    measured = json.loads(output)
     budget = COMMITTED["kernels"][variant]
     assert set(measured) == set(budget)
     for name, found in measured.items():
@@ -57,3 +61,19 @@ def test_the_budget_covers_every_kernel_and_keeps_the_promises() -> None:
 def test_the_tables_of_the_readme_are_those_of_the_budget() -> None:
     readme = (FOLDER / "README.md").read_text()
     assert budgets.with_table(readme, COMMITTED) == readme
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_what_is_measured_is_what_is_launched(target: int) -> None:
+    launches = [
+        json.loads(line)
+        for line in run(Path(__file__).parent / "kernel_launches.py", str(target)).splitlines()
+    ]
+    assert {launch["kernel"] for launch in launches} == set(budgets.KERNELS)
+    for launch in launches:
+        for side in ("launched", "measured"):
+            for name in ("FIRST", "LAST"):  # combine: of the first or of the last panel
+                launch[side]["constants"].pop(name, None)
+        assert launch["launched"] == launch["measured"], launch["kernel"]
+    first, second = (launch for launch in launches if launch["kernel"] == "rank")
+    assert first == second, "the scores of targets come from another binary"

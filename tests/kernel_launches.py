@@ -1,0 +1,70 @@
+"""What the launchers would compile on a card, printed: for a driver that has a target and no device.
+
+Each line is the JSON of one launch: its kernel, signature, constants, alignment and options, and what
+budgets.py measures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from clsp_fast.kernels import _launch, budgets, contrastive, rank
+
+TARGET = int(sys.argv[1])
+
+
+class Driver:
+    """As much of a driver as choosing a binary needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", TARGET, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def report(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    """Triton's hook before a compilation: true says that the work is done, and nothing is launched."""
+    name = next(name for name, kernel in budgets.KERNELS.items() if kernel is fn.jit_function)
+    ours, options = budgets.source(fn.jit_function, TARGET, "bf16")
+    constants = {fn.jit_function.arg_names[at[0]]: value for at, value in compile["constants"].items()}
+    launched = {
+        "signature": compile["signature"],
+        "constants": constants,
+        "aligned": sorted(at[0] for at, value in compile["configs"][0].items() if value),
+        "options": {key: compile[key] for key in ("num_warps", "num_stages")},
+    }
+    measured = {
+        "signature": ours.signature,
+        "constants": {ours.fn.arg_names[at[0]]: value for at, value in ours.constants.items()},
+        "aligned": sorted(at[0] for at in ours.attrs),
+        "options": {"num_warps": 4, "num_stages": 3} | options,
+    }
+    print(json.dumps({"kernel": name, "launched": launched, "measured": measured}))
+    return True
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    _launch.target_of = rank.target_of = lambda device: TARGET
+    triton.knobs.runtime.jit_cache_hook = report
+    x, y = (torch.zeros(rows, 512, dtype=torch.bfloat16, requires_grad=True) for rows in (300, 700))
+    owner = torch.arange(700) % 300
+    row_M, column_N = contrastive.negative_lse(x, y, 1.0, owner)
+    (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
+    rank.rank_counts(x, y, owner)
+    rank.topk(x, y, 10)
+
+
+if __name__ == "__main__":
+    main()
