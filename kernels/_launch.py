@@ -21,14 +21,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether TRITON_INTERPRET=1 was set before triton was imported: kernels then run on CPU tensors, slowly."""
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONS = {"enable_fp_fusion": True}
 """Of every launch: stated, because releases of triton differ in the default."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_ALIGNMENT_BYTES = 16
 SIZES = ["first_row", "M", "N", "tiles_m", "tiles_n"]
 """Arguments whose values must not cause another compilation: the last batch of an epoch has other sizes."""
 GROUP = tl.constexpr(8)
 """Row tiles that follow each other in `tile_position`."""
+_ALIGNMENT_BYTES = 16
 
 
 class Tile(NamedTuple):
@@ -51,10 +51,9 @@ TILES = {
 }
 # In the interpreter a tile is a numpy array: small ones keep ragged cases with several tiles cheap.
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
-INTERPRETED_TARGET = 90
 
 # Three TF32 products per fp32 product: relative error 1e-6 where one TF32 product has 1e-3, on tensor cores,
-# where "ieee" would fall back to scalar FMA at a third of the speed.
+# where "ieee" would fall back to scalar FMA at less than half their peak.
 FLOAT32_DOTS = "tf32x3"
 
 
@@ -65,7 +64,7 @@ def target_of(device: torch.device) -> int:
         ValueError: there is no kernel for the device.
     """
     if INTERPRETED:
-        return INTERPRETED_TARGET
+        return 90  # the target whose kernels load by descriptors and by pointers
     if device.type != "cuda" or torch.version.hip is not None:
         raise ValueError(f"Triton kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got device {device}")
     major, minor = torch.cuda.get_device_capability(device)

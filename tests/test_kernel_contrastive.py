@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from clsp_fast.kernels import _launch, contrastive, sigmoid
 from clsp_fast.kernels.contrastive import (
@@ -146,6 +148,23 @@ def test_logits_far_apart_in_one_tile(kernel_device: torch.device) -> None:
     case.check_both()
     case.x, case.y, case.owner = case.y, case.x, torch.arange(40, device=kernel_device)
     case.weights.reverse()
+    case.check_both()
+
+
+def test_an_exponential_that_flushes_denormals_loses_nothing(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a card. With one fixed maximum for all logits, many rows of such a batch would sum to zero.
+    if kernel_device.type == "cpu":
+
+        def flushed(builder: InterpreterBuilder, x: TensorHandle) -> TensorHandle:
+            values = np.exp2(x.data)
+            return TensorHandle(np.where(values < 2.0**-126, 0, values).astype(values.dtype), x.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_exp2", flushed)
+    case = Case(kernel_device, (70, 100, 512), 100.0)
+    fixed = torch.exp2((case.x.double() @ case.y.double().T - 1) * 100 / math.log(2))
+    assert (fixed.amax(1) < 2.0**-126).double().mean() > 0.3
     case.check_both()
 
 
