@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -229,13 +229,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.suffixes[-2:] == [".index", ".json"]:
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        return dict(load_file(path))
+        return _read_safetensors(path)
     # icefall stores its whole parameter set beside the weights, paths included.
     with torch.serialization.safe_globals([pathlib.PosixPath, pathlib.WindowsPath]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # what a damaged or hostile file brings up has no common base
+            what = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"{path} is no checkpoint of weights alone: {what[0]:.200}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
     return dict(content)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint: {error}") from error
 
 
 def _file_in(folder: Path) -> Path:
@@ -249,13 +262,27 @@ def _file_in(folder: Path) -> Path:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    try:
+        names = {str(name) for name in _read_object(index)["weight_map"].values()}
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f'{index} must have a "weight_map" from tensors to files') from error
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(names)):
+    for name in sorted(names):
         if Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is not a file beside it")
-        tensors |= load_file(index.parent / name)
+        tensors |= _read_safetensors(index.parent / name)
     return tensors
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def reference(
@@ -302,18 +329,13 @@ def reference(
 
 def _configuration(config: Path | None, folder: Path | None, text: Path | None) -> dict[str, Any]:
     """The reference's keys: those of the file, or those found beside the checkpoints."""
-
-    def read(file: Path) -> dict[str, Any]:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} must hold a JSON object")
-        return values
-
     if config is not None:
-        return read(config)
+        return _read_object(config)
     if folder is not None and (folder / "config.json").is_file():
-        return read(folder / "config.json")
-    return {"roberta": read(text / "config.json")} if text and (text / "config.json").is_file() else {}
+        return _read_object(folder / "config.json")
+    return (
+        {"roberta": _read_object(text / "config.json")} if text and (text / "config.json").is_file() else {}
+    )
 
 
 def _tokenizer(path: Path | None, folder: Path | None) -> Tokenizer | None:
@@ -332,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app.command(reference)
     try:
         app.cli(args=arguments, prog="python -m clsp_fast.convert")
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"clsp_fast.convert: {error}")
 
 

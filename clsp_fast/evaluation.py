@@ -175,7 +175,10 @@ def read_tasks(path: Path) -> dict[str, dict[str, list[str]]]:
     Raises:
         ValueError: the file holds something else; FileNotFoundError: there is none.
     """
-    tasks = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
     form = '{tag: {label: ["prompt", ...], ...}, ...}, two labels or more a tag'
     if not isinstance(tasks, dict):
         raise ValueError(f"{path} must hold {form}")

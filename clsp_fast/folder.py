@@ -82,6 +82,8 @@ def read_config(folder: Path) -> ModelConfig:
                 f"format_version must be {FORMAT_VERSION}, got {content.get('format_version')!r}"
             )
         return ModelConfig.from_dict(content["model"])
+    except RecursionError:
+        raise ValueError(f"{file}: nested too deeply") from None
     except (ValueError, TypeError, KeyError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise ValueError(f"{file}: {error}") from error
 

@@ -29,6 +29,12 @@ def reject_unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> None:
             raise ValueError(f"{cls.__name__} has no key {key!r}{hint}")
 
 
+MOST_LAYERS = 1000
+"""Most layers and stacks of a tower."""
+MOST_CHANNELS = 2**24
+"""Most of anything else that a tower counts: a file must not make a model whose building never ends."""
+
+
 def is_rate(value: float) -> bool:
     """Whether it is a number in [0, 1)."""
     return isinstance(value, (int, float)) and 0.0 <= value < 1.0
@@ -37,6 +43,11 @@ def is_rate(value: float) -> bool:
 def is_positive(value: object) -> bool:
     """Whether it is an integer > 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is an integer > 0, and none that no model has."""
+    return isinstance(value, int) and is_positive(value) and value <= MOST_CHANNELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +91,10 @@ class TextConfig:
             "intermediate_size",
             "type_vocab_size",
         ):
-            require(
-                is_positive(getattr(self, name)), f"text.{name}", "a positive integer", getattr(self, name)
-            )
+            require(_is_size(getattr(self, name)), f"text.{name}", "a positive integer", getattr(self, name))
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        require(layers == 0 or is_positive(layers), "text.num_hidden_layers", "an integer >= 0", layers)
+        few = layers == 0 or (_is_size(layers) and layers <= MOST_LAYERS)
+        require(few, "text.num_hidden_layers", f"an integer in [0, {MOST_LAYERS}]", layers)
         expected = f"a divisor of hidden_size {self.hidden_size}"
         require(self.hidden_size % heads == 0, "text.num_attention_heads", expected, heads)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -93,7 +103,8 @@ class TextConfig:
             value = getattr(self, name)
             require(0 <= value < self.vocab_size, f"text.{name}", f"in [0, {self.vocab_size})", value)
         positions, least = self.max_position_embeddings, self.pad_token_id + 3
-        require(positions >= least, "text.max_position_embeddings", f"at least {least}", positions)
+        fits = least <= positions <= MOST_CHANNELS
+        require(fits, "text.max_position_embeddings", f"in [{least}, {MOST_CHANNELS}]", positions)
         require(self.layer_norm_eps > 0, "text.layer_norm_eps", "positive", self.layer_norm_eps)
         require(self.pooling in ("cls", "mean"), "text.pooling", '"cls" or "mean"', self.pooling)
 
@@ -196,16 +207,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         count = len(self.downsampling_factor)
+        require(count <= MOST_LAYERS, "downsampling_factor", f"of at most {MOST_LAYERS} stacks", count)
         for name in ("downsampling_factor", *_PER_STACK, "embed_channels"):
             value = getattr(self, name)
-            legal = isinstance(value, tuple) and len(value) > 0 and all(is_positive(v) for v in value)
+            legal = isinstance(value, tuple) and len(value) > 0 and all(_is_size(v) for v in value)
             require(legal, name, "a tuple of positive integers", value)
             if name != "embed_channels":
                 require(
                     len(value) in (1, count), name, f"of length 1 or {count} (the number of stacks)", value
                 )
         for name in ("feature_dim", "pos_dim", "joint_dim", "post_encoder_downsampling_factor"):
-            require(is_positive(getattr(self, name)), name, "a positive integer", getattr(self, name))
+            require(_is_size(getattr(self, name)), name, "a positive integer", getattr(self, name))
         self._check_stacks()
         require(self.feature_dim >= 7, "feature_dim", "at least 7", self.feature_dim)
         require(self.pos_dim % 2 == 0, "pos_dim", "even", self.pos_dim)
@@ -223,6 +235,8 @@ class ModelConfig:
         require(isinstance(self.text, TextConfig), "text", "a TextConfig", self.text)
 
     def _check_stacks(self) -> None:
+        layers = sum(stack.num_layers for stack in self.stacks)
+        require(layers <= MOST_LAYERS, "num_encoder_layers", f"at most {MOST_LAYERS} in all stacks", layers)
         for s, stack in enumerate(self.stacks):
             require(stack.kernel % 2 == 1, "cnn_module_kernel", f"odd in stack {s}", stack.kernel)
             for name, value in (("encoder_dim", stack.dim), ("feedforward_dim", stack.feedforward_dim)):

@@ -1,0 +1,180 @@
+"""Files made to run code, to fill the memory or to hang who reads them: refused by name, soon and cheaply."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import resource
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clsp_fast import convert, folder, manifest, store, tasks
+from clsp_fast.evaluation import read_tasks
+from clsp_fast.model import CLSP
+from clsp_fast.tokenizer import Tokenizer
+
+DEEP = 100_000
+SECONDS, MEGABYTES = 1.0, 200
+
+
+class Attack:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (Path("attack_ran"),)
+
+
+def header(content: bytes, size: int | None = None) -> bytes:
+    """The beginning of a .safetensors file."""
+    return (len(content) if size is None else size).to_bytes(8, "little") + content
+
+
+def tensor(start: int, stop: int) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [(stop - start) // 4], "data_offsets": [start, stop]}
+
+
+SAFETENSORS = {
+    "a pickle by another name": pickle.dumps({"model": Attack()}),
+    "an empty file": b"",
+    "a header of 2^63 bytes": header(b"{}", 2**63),
+    "a header of 4 GB": header(b"{}", 2**32),
+    "a header of 90 MB": header(b'{"a":' + b" " * 90_000_000 + b"3}"),
+    "nesting": header(b'{"a":' + b"[" * DEEP + b"]" * DEEP + b"}"),
+    "overlapping tensors": header(json.dumps({"a": tensor(0, 64), "b": tensor(32, 96)}).encode()) + bytes(96),
+    "data beyond the end": header(json.dumps({"a": tensor(0, 2**40)}).encode()) + bytes(64),
+    "a shape that overflows": header(
+        json.dumps({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    ),
+}
+JSON = {
+    "nesting": "[" * DEEP + "]" * DEEP,
+    "no text": b"\xff\xfe\x00".decode("latin-1"),
+    "another type": "3",
+    "an endless number": '{"format": ' + "9" * 100_000 + "}",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _warm(model_folder: Path) -> None:
+    """What is imported on first use is not what a hostile file costs."""
+    CLSP.from_pretrained(model_folder)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(read: Callable[[], object], match: str | None = None) -> None:
+    """Asserts that it raises ValueError in time and memory, and that nothing ran."""
+    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match=match):
+        read()
+    assert time.process_time() - started < SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024 < MEGABYTES
+    assert not Path("attack_ran").exists()
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_weights(name: str, model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(SAFETENSORS[name])
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    refused(lambda: CLSP.from_pretrained(tmp_path), r"model\.safetensors (is damaged|does not fit)")
+    refused(lambda: convert.read_checkpoint(file), r"model\.safetensors is no checkpoint")
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_json(name: str, model_folder: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "tokenizer.json", "model.safetensors.index.json", "tasks.json"):
+        (tmp_path / file).write_text(JSON[name], encoding="latin-1")
+    refused(lambda: folder.read_config(tmp_path), r"config\.json")
+    refused(lambda: Tokenizer.from_file(tmp_path), "no tokenizer|config")
+    refused(lambda: convert.read_checkpoint(tmp_path), r"index\.json")
+    refused(lambda: read_tasks(tmp_path / "tasks.json"), r"tasks\.json")
+    refused(lambda: tasks.read(tmp_path / "tasks.json"), r"tasks\.json")
+    refused(lambda: store.parse_object(JSON[name]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_encoder_layers", [10**9]),
+        ("downsampling_factor", [1] * 10**5),
+        ("encoder_dim", [10**15]),
+        ("joint_dim", 10**15),
+        ("text", {"num_hidden_layers": 10**9}),
+        ("text", {"vocab_size": 10**15}),
+    ],
+)
+def test_sizes_that_no_model_has(key: str, value: object, tmp_path: Path) -> None:
+    content = {"format": folder.FORMAT, "format_version": 1, "model": {key: value}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes(header(b"{}"))
+    refused(lambda: CLSP.from_pretrained(tmp_path), r"config\.json")
+    refused(lambda: convert.from_reference({}, {"roberta" if key == "text" else key: value}), key)
+
+
+def archive(entries: dict[str, bytes], *, compress: bool = False) -> bytes:
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(
+            file, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED, compresslevel=1
+        ) as zipped:
+            for name, content in entries.items():
+                zipped.writestr(name, content)
+        return file.getvalue()
+
+
+def saved(value: object, **options: Any) -> bytes:
+    with io.BytesIO() as file:
+        torch.save(value, file, **options)
+        return file.getvalue()
+
+
+def traversing_tar() -> bytes:
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for name in ("../../attack_ran", "pickle", "storages", "tensors", "sys_info"):
+                member = tarfile.TarInfo(name)
+                tar.addfile(member, io.BytesIO(b""))
+        return file.getvalue()
+
+
+PICKLES: dict[str, Callable[[], bytes]] = {
+    "code": lambda: saved({"model": Attack()}),
+    "code in the old format": lambda: saved({"model": Attack()}, _use_new_zipfile_serialization=False),
+    "a plain pickle": lambda: pickle.dumps(Attack()),
+    "a tar that leaves its folder": traversing_tar,
+    "a zip that leaves its folder": lambda: archive({"../../attack_ran": b"", "a/data.pkl": b"\x80\x02N."}),
+    "a zip of zeros": lambda: archive({"a/data.pkl": b"0" * 300_000_000}, compress=True),
+    "half a file": lambda: saved({"model": torch.zeros(1000)})[:2000],
+    "a storage that is not there": lambda: saved({"model": torch.zeros(1000)}).replace(
+        b"\x4d\xe8\x03", b"\x4a\xff\xff\xff\x7f"[:3]
+    ),
+    "no mapping": lambda: saved([1, 2, 3]),
+    "no file of any kind": lambda: b"\x00" * 64,
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles(name: str, tmp_path: Path) -> None:
+    (tmp_path / "epoch.pt").write_bytes(PICKLES[name]())
+    refused(lambda: convert.unwrap(convert.read_checkpoint(tmp_path / "epoch.pt")), r"epoch\.pt|checkpoint")
+
+
+def test_lines_of_manifests_and_indexes(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join([*(text.replace("\n", " ") for text in JSON.values()), '{"audio": "a.wav"}']))
+    started = time.process_time()
+    clips, problems = manifest.sources(str(path))
+    assert time.process_time() - started < SECONDS
+    assert [clip.audio for clip in clips] == [str(tmp_path / "a.wav")]
+    assert [problem.line for problem in problems] == [1, 2, 3, 4]
