@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import wave
 from collections.abc import Callable
@@ -233,6 +235,26 @@ def test_hub_name_without_the_extra_names_the_fix(monkeypatch: pytest.MonkeyPatc
         CLSP.from_pretrained("someone/some-model")
 
 
+def test_hub_name_is_found_in_the_local_cache_without_a_network(tiny: CLSP, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="the extra [hub] is not installed")
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--some-model"
+    tiny.save_pretrained(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    code = (
+        "from clsp_fast import CLSP\n"
+        f"print(CLSP.from_pretrained('someone/some-model').encode_text({CAPTIONS!r}).tolist())\n"
+        "CLSP.from_pretrained('someone/other')\n"
+    )
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1]
+    )
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), tiny.encode_text(CAPTIONS))
+    assert "FileNotFoundError: someone/other: no such folder, and the hub answers" in done.stderr
+
+
 def speech(seconds: float, rate: int = 16000, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     time = np.arange(int(seconds * rate)) / rate
@@ -264,6 +286,44 @@ def test_encode_audio_keeps_the_order_whatever_the_batches(
         tiny.encode_features(batch.values, batch.lengths)[0].detach(), together[3], atol=1e-5, rtol=0
     )
     assert tiny.encode_audio([]).shape == (0, tiny.config.joint_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "batches"), [("tiny", 200), ("every layer", 15)])
+def test_a_clip_has_one_embedding_in_any_batch(
+    tiny: CLSP, recorded: tuple[CLSP, dict[str, Tensor]], kind: str, batches: int
+) -> None:
+    model = tiny if kind == "tiny" else recorded[0]
+    rng = np.random.default_rng(0)
+    clips = [speech(seconds, seed=i) for i, seconds in enumerate(rng.uniform(0.15, 0.9, 24))]
+    alone = torch.cat([model.encode_audio([clip]) for clip in clips])
+    assert torch.equal(alone[3:4], model.encode_audio([clips[3]]))
+    worst = 0.0
+    for _ in range(batches):
+        chosen = rng.permutation(len(clips))[: rng.integers(2, 6)]
+        batch = features.extract([clips[i] for i in chosen])
+        longer = torch.full((len(chosen), batch.values.shape[1] + int(rng.integers(0, 40)), 128), torch.nan)
+        longer[:, : batch.values.shape[1]] = batch.values
+        with torch.no_grad():
+            together = model.encode_features(longer, batch.lengths)
+        worst = max(worst, float((together - alone[chosen]).abs().max()))
+    assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_both_precisions_embed_alike(tiny: CLSP, tmp_path: Path, precision: torch.dtype) -> None:
+    tiny.save_pretrained(tmp_path)
+    model = CLSP.from_pretrained(tmp_path, dtype=precision)
+    clips = [speech(s, seed=i) for i, s in enumerate((0.4, 1.0, 0.7))]
+    for own, exact in (
+        (model.encode_audio(clips), tiny.encode_audio(clips)),
+        (model.encode_text(CAPTIONS), tiny.encode_text(CAPTIONS)),
+    ):
+        assert own.dtype == torch.float32
+        assert float(F.cosine_similarity(own, exact).min()) > (
+            0.999 if precision == torch.bfloat16 else 1 - 1e-6
+        )
+    assert torch.equal(model.encode_audio(clips), model.encode_audio(clips))
 
 
 def test_encode_audio_takes_files_tensors_and_other_rates(tiny: CLSP, tmp_path: Path) -> None:
