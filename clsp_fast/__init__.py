@@ -2,8 +2,8 @@
 
 One embedding space for speech and for free-text descriptions of how something is said. The public names are
 `CLSP`, the modules `audio`, `features`, `loss`, `similarity` and `metrics`, and the commands `convert`,
-`embed`, `evaluate`, `score` and `search`; each is imported on first use, so `import clsp_fast` costs little
-more than its extension.
+`embed`, `evaluate`, `export`, `score` and `search`; each is imported on first use, so `import clsp_fast`
+costs little more than its extension.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         convert,
         embed,
         evaluate,
+        export,
         features,
         loss,
         metrics,
@@ -41,6 +42,7 @@ __all__ = [
     "convert",
     "embed",
     "evaluate",
+    "export",
     "features",
     "loss",
     "metrics",

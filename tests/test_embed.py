@@ -64,31 +64,33 @@ def test_killed_at_any_moment_it_ends_complete_and_identical(
 ) -> None:
     originals = make_clips(tmp_path / "originals", 50)
     (tmp_path / "clips").mkdir()
-    for i in range(10_000):
+    for i in range(2000):
         os.link(originals[i % 50], tmp_path / f"clips/{i:05d}.wav")
     (tmp_path / "clips/00777.wav").unlink()
     (tmp_path / "clips/00777.wav").write_text("no audio")
     words = [sys.executable, "-m", "clsp_fast.embed", str(tmp_path / "clips"), str(tmp_path / "killed")]
-    words += ["--model", str(model_folder), "--shard-rows", "256", "--device", "cpu"]
+    words += ["--model", str(model_folder), "--shard-rows", "64", "--device", "cpu"]
     for parts in (3, 20):
         process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         waited = time.monotonic()
-        while len(list((tmp_path / "killed/.parts").glob("0*.jsonl"))) < parts:
-            assert process.poll() is None, "finished before it could be killed"
-            assert time.monotonic() - waited < 60
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            while len(list((tmp_path / "killed/.parts").glob("0*.jsonl"))) < parts:
+                assert process.poll() is None, "finished before it could be killed"
+                assert time.monotonic() - waited < 120
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         assert not (tmp_path / "killed/index.jsonl").exists()
         with pytest.raises(FileNotFoundError, match="same embed command again"):
             Embeddings(tmp_path / "killed")
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert "9999 embeddings of 10000" in done.stdout
+    assert "1999 embeddings of 2000" in done.stdout
     assert "1 format" in done.stderr
-    run(tmp_path / "clips", tmp_path / "uninterrupted", model_folder, shard_rows=256)
+    run(tmp_path / "clips", tmp_path / "uninterrupted", model_folder, shard_rows=64)
     killed, uninterrupted = contents(tmp_path / "killed"), contents(tmp_path / "uninterrupted")
-    assert set(killed) == {"index.jsonl", *(f"shard-{i:06d}.npy" for i in range(40))}
+    assert set(killed) == {"index.jsonl", *(f"shard-{i:06d}.npy" for i in range(32))}
     assert killed == uninterrupted
 
 

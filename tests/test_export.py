@@ -37,6 +37,8 @@ EVERY_LAYER = ModelConfig(
     ),
 )
 MISSING = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+# Exporting takes half a minute of a free CPU.
+pytestmark = pytest.mark.timeout(900)
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"the extra [onnx] is not installed: {MISSING}")
 
 
