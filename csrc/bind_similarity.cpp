@@ -1,0 +1,100 @@
+// Ranks and nearest neighbours.
+#include <limits>
+#include <optional>
+
+#include "bind.h"
+#include "rank.h"
+
+namespace clsp_python {
+namespace {
+
+clsp::Matrix parse_matrix(const FloatArray& array, const char* name) {
+  if (array.ndim() != 2 || array.shape(1) < 1) {
+    throw py::value_error(std::string(name) + " must have two dimensions and a column or more");
+  }
+  if (array.shape(0) > std::numeric_limits<std::int32_t>::max()) {
+    throw py::value_error(std::string(name) + " must have less than 2^31 rows");
+  }
+  return {array.data(), static_cast<std::size_t>(array.shape(0)),
+          static_cast<std::size_t>(array.shape(1))};
+}
+
+void check_depth(const clsp::Matrix& a, const clsp::Matrix& b) {
+  if (a.depth != b.depth) throw py::value_error("matrices must have as many columns");
+}
+
+py::tuple rank_targets(const FloatArray& audio_array, const FloatArray& text_array,
+                       const py::array& owner_array, int num_threads, const std::string& isa_name) {
+  const clsp::Isa isa = parse_isa(isa_name);
+  const clsp::Matrix audio = parse_matrix(audio_array, "audio");
+  const clsp::Matrix text = parse_matrix(text_array, "text");
+  check_depth(audio, text);
+  const auto owner = parse_vector<const std::int32_t>(owner_array, text.rows, "owner");
+  FloatArray text_score(text_array.shape(0)), audio_score(audio_array.shape(0));
+  py::array_t<std::int32_t> audio_index(audio_array.shape(0));
+  const clsp::Span<float> text_span(text_score.mutable_data(), text.rows);
+  const clsp::Span<float> audio_span(audio_score.mutable_data(), audio.rows);
+  const clsp::Span<std::int32_t> index_span(audio_index.mutable_data(), audio.rows);
+  {
+    const py::gil_scoped_release release;
+    clsp::rank_targets(audio, text, owner, text_span, audio_span, index_span, num_threads, isa);
+  }
+  return py::make_tuple(text_score, audio_score, audio_index);
+}
+
+void count_ahead(const FloatArray& audio_array, const FloatArray& text_array,
+                 std::size_t first_text, const py::tuple& audio_targets,
+                 const py::tuple& text_targets, const py::array& audio_ahead,
+                 const py::array& text_ahead, int num_threads, const std::string& isa_name) {
+  const clsp::Isa isa = parse_isa(isa_name);
+  const clsp::Matrix audio = parse_matrix(audio_array, "audio");
+  const clsp::Matrix text = parse_matrix(text_array, "text");
+  check_depth(audio, text);
+  const auto targets = [](const py::tuple& pair, std::size_t size, const char* name) {
+    return clsp::Targets{parse_vector<const float>(pair[0].cast<py::array>(), size, name),
+                         parse_vector<const std::int32_t>(pair[1].cast<py::array>(), size, name)};
+  };
+  const clsp::Targets of_audio = targets(audio_targets, audio.rows, "audio_targets");
+  const clsp::Targets of_text = targets(text_targets, text.rows, "text_targets");
+  const auto audio_span = parse_vector<std::int64_t>(audio_ahead, audio.rows, "audio_ahead");
+  const auto text_span = parse_vector<std::int64_t>(text_ahead, text.rows, "text_ahead");
+  const py::gil_scoped_release release;
+  clsp::count_ahead(audio, text, first_text, of_audio, of_text, audio_span, text_span, num_threads,
+                    isa);
+}
+
+// The first row that is not finite, or None.
+std::optional<std::size_t> update_best(const FloatArray& query_array, const FloatArray& row_array,
+                                       std::size_t first_row, const py::array& scores,
+                                       const py::array& index, int num_threads,
+                                       const std::string& isa_name) {
+  const clsp::Isa isa = parse_isa(isa_name);
+  const clsp::Matrix queries = parse_matrix(query_array, "queries");
+  const clsp::Matrix rows = parse_matrix(row_array, "rows");
+  check_depth(queries, rows);
+  if (scores.ndim() != 2 || scores.shape(1) < 1) throw py::value_error("scores must be (Q, K)");
+  const auto k = static_cast<std::size_t>(scores.shape(1));
+  const std::size_t size = clsp::checked_multiply(queries.rows, k);
+  const auto score_span = parse_vector<float>(scores, size, "scores");
+  const auto index_span = parse_vector<std::int64_t>(index, size, "index");
+  const py::gil_scoped_release release;
+  const std::size_t bad =
+      clsp::update_best(queries, rows, first_row, k, score_span, index_span, num_threads, isa);
+  return bad == clsp::kNoRow ? std::nullopt : std::make_optional(bad);
+}
+
+}  // namespace
+
+void bind_similarity(py::module_& m) {
+  using py::arg;
+  m.def("rank_targets", &rank_targets, arg("audio").noconvert(), arg("text").noconvert(),
+        arg("owner"), py::kw_only(), arg("num_threads"), arg("isa") = "auto");
+  m.def("count_ahead", &count_ahead, arg("audio").noconvert(), arg("text").noconvert(),
+        py::kw_only(), arg("first_text"), arg("audio_targets"), arg("text_targets"),
+        arg("audio_ahead"), arg("text_ahead"), arg("num_threads"), arg("isa") = "auto");
+  m.def("update_best", &update_best, arg("queries").noconvert(), arg("rows").noconvert(),
+        py::kw_only(), arg("first_row"), arg("scores"), arg("index"), arg("num_threads"),
+        arg("isa") = "auto");
+}
+
+}  // namespace clsp_python
