@@ -84,6 +84,43 @@ def update_best(
 ) -> int | None:
     """Takes rows up into scores and index (Q, K); returns the first row that is not finite."""
 
+LOGIT_TILES: tuple[int, int, int, int]
+
+# Embeddings are C-contiguous, bfloat16 as int16; (rows, columns) are sums or their gradients, float32 or,
+# for float64 embeddings, float64. The number of threads does not change a bit of the results.
+def sum_negatives(
+    kind: str,
+    audio: NDArray[Any],
+    text: NDArray[Any],
+    dtype: str,
+    owner: NDArray[Any],
+    scale: float,
+    bias: float,
+    out: tuple[NDArray[Any], ...],
+    kept: NDArray[Any],
+    *,
+    num_threads: int,
+    isa: str = "auto",
+) -> None: ...
+def sum_negatives_backward(
+    kind: str,
+    audio: NDArray[Any],
+    text: NDArray[Any],
+    dtype: str,
+    owner: NDArray[Any],
+    scale: float,
+    bias: float,
+    out: tuple[NDArray[Any], ...],
+    d_out: tuple[NDArray[Any], ...],
+    kept: NDArray[Any],
+    d_audio: NDArray[Any],
+    d_text: NDArray[Any],
+    *,
+    num_threads: int,
+    isa: str = "auto",
+) -> tuple[float, float]:
+    """Fills d_audio and d_text; returns the gradients by scale and bias."""
+
 def resampled_size(samples: int, from_hz: int, to_hz: int) -> int: ...
 def frame_count(samples: int) -> int: ...
 def mel_matrix() -> _Float32: ...

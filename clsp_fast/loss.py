@@ -1,18 +1,31 @@
 """The contrastive losses of CLSP as functions of embeddings.
 
+The dense work, sums over all negative pairs, is an operator of `clsp_fast.negatives` (CPU) or
+`clsp_fast.kernels.contrastive` (CUDA) that knows no labels. Positive pairs are few; `clsp_fast.positives`
+adds them in float32 and O((M + N) D), as softplus(lse of negatives - s): no digit of a small loss is lost,
+and no probability is rounded before 1 is subtracted from it.
+
 Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts of one clip.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clsp_fast import negatives
+from clsp_fast.gather import Shards
+from clsp_fast.positives import Pairs, sigmoid_loss, softmax_loss
+
 Kind = Literal["softmax", "sigmoid"]
+Implementation = Literal["auto", "cpu", "triton", "reference"]
 
 
 def contrastive_loss_reference(
@@ -25,28 +38,28 @@ def contrastive_loss_reference(
     logit_bias: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     kind: Kind = "softmax",
+    normalize: bool = False,
     group: dist.ProcessGroup | None = None,
     implementation: str = "reference",
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """The dense definition of `contrastive_loss`, in plain torch: M x N logits, any floating dtype, autograd.
 
-    Args, returns and errors are those of `contrastive_loss`; `implementation` is accepted and ignored.
+    Args, returns and errors are those of `contrastive_loss`; the last two are accepted and ignored.
     """
-    del implementation
-    owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, label_smoothing, kind)
+    del implementation, workspace_bytes
+    owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
     if group is not None:
         audio_MD, text_ND, owner_N, weights = _gather_batch(audio_MD, text_ND, owner_N, weights, group)
     dtype = torch.promote_types(audio_MD.dtype, torch.float32)
-    logits_MN = logit_scale * (audio_MD.to(dtype) @ text_ND.to(dtype).T)
-    if logit_bias is not None:
-        logits_MN = logits_MN + logit_bias
+    audio_MD, text_ND = (F.normalize(x.to(dtype)) if normalize else x.to(dtype) for x in (audio_MD, text_ND))
+    logits_MN = logit_scale * (audio_MD @ text_ND.T) + (0.0 if logit_bias is None else logit_bias)
     m, n = logits_MN.shape
     positive_MN = owner_N == torch.arange(m, device=owner_N.device)[:, None]
     if kind == "sigmoid":
         targets_MN = positive_MN.to(dtype) * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits_MN, targets_MN)
-    weights_N = torch.ones(n, device=owner_N.device) if weights is None else weights
-    targets_MN = positive_MN * weights_N.to(dtype)
+    targets_MN = positive_MN * (1.0 if weights is None else weights.to(dtype))
     total_M = targets_MN.sum(1)
     captioned_M = total_M > 0
     targets_MN = targets_MN / torch.where(captioned_M, total_M, 1.0)[:, None]
@@ -66,10 +79,12 @@ def contrastive_loss(
     logit_bias: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     kind: Kind = "softmax",
+    normalize: bool = False,
     group: dist.ProcessGroup | None = None,
-    implementation: Literal["auto", "reference"] = "auto",
+    implementation: Implementation = "auto",
+    workspace_bytes: int | None = None,
 ) -> Tensor:
-    """Two-sided contrastive loss with any number of captions a clip.
+    """Two-sided contrastive loss with any number of captions a clip; the M x N logits never exist at once.
 
     With s_ij = logit_scale <audio_i, text_j> + logit_bias, T_i the texts owned by audio i and w_ij their
     weights normalised over T_i, `kind="softmax"` is the mean of two terms,
@@ -88,33 +103,110 @@ def contrastive_loss(
         label_smoothing: in [0, 1): share of each target spread evenly over all candidates (over the two
             outcomes of a pair with kind="sigmoid").
         kind: "softmax" (CLIP, CLSP) or "sigmoid" (SigLIP).
+        normalize: brings all rows to unit norm first.
         group: process group over which the batch is spread. Every rank then returns the loss of the
             concatenated batch, and gradients averaged over the ranks (what DDP does) equal those of a single
-            process.
-        implementation: "auto" takes the fastest that fits the inputs; "reference" is the dense definition.
+            process. What travels is in `clsp_fast.gather`.
+        implementation: "cpu" and "triton" are the fused operators (the latter for CUDA tensors, or for any
+            under TRITON_INTERPRET=1); "reference" is the dense definition; "auto" takes the operator of the
+            tensors' device, and the definition where there is none.
+        workspace_bytes: most memory beside arguments and results; logits that fit are kept for the backward
+            pass, others computed again. Default: 256 MiB on the CPU, 512 MiB on CUDA. The CPU operator needs
+            15 MB at D = 512 whatever is asked for.
 
     Returns:
-        Scalar tensor, float32 (float64 for float64 embeddings).
+        Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU operator's
+        results do not depend on the number of threads.
 
     Raises:
         ValueError: a shape, range or name is wrong; the message names the argument.
         TypeError: an argument has the wrong type or dtype.
+        ImportError: implementation="triton" without triton.
 
     Source: arXiv 2601.03065 (multi-positive targets 1/2 + 1/2); arXiv 2103.00020; arXiv 2303.15343 (sigmoid).
     """
-    if implementation not in ("auto", "reference"):
-        raise ValueError(f'implementation must be "auto" or "reference", got {implementation!r}')
-    return contrastive_loss_reference(
-        audio_MD,
-        text_ND,
-        logit_scale,
-        text_owner=text_owner,
+    owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
+    engine = _engine(implementation, audio_MD)
+    if engine is None:
+        return contrastive_loss_reference(
+            audio_MD,
+            text_ND,
+            logit_scale,
+            text_owner=text_owner,
+            weights=weights,
+            logit_bias=logit_bias,
+            label_smoothing=label_smoothing,
+            kind=kind,
+            normalize=normalize,
+            group=group,
+        )
+    dtype = torch.promote_types(audio_MD.dtype, torch.float32)
+    if normalize:
+        audio_MD, text_ND = (F.normalize(x.to(dtype)).to(x.dtype) for x in (audio_MD, text_ND))
+    scale = _scalar(logit_scale, audio_MD.device, dtype)
+    bias = _scalar(0.0 if logit_bias is None else logit_bias, audio_MD.device, dtype)
+    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device)
+    pairs = Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
+    options = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
+    if kind == "sigmoid":
+        sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=bias, **options)
+        return sigmoid_loss(pairs, sums_M, label_smoothing=label_smoothing)
+    row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), logit_bias=bias, **options)
+    return softmax_loss(
+        pairs,
+        row_M,
+        shards.own_lse(column_N),
         weights=weights,
-        logit_bias=logit_bias,
         label_smoothing=label_smoothing,
-        kind=kind,
-        group=group,
+        in_order=text_owner is None and weights is None,
     )
+
+
+class LossAndGradients(NamedTuple):
+    """A contrastive loss and its gradients, each of its argument's shape and dtype.
+
+    Attributes:
+        loss: scalar.
+        audio_MD: by the audio embeddings.
+        text_ND: by the text embeddings.
+        logit_scale: by the multiplier, a scalar.
+        logit_bias: by the bias; None where none was given.
+    """
+
+    loss: Tensor
+    audio_MD: Tensor
+    text_ND: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+
+def loss_and_grad(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    logit_bias: Tensor | float | None = None,
+    **options: Any,
+) -> LossAndGradients:
+    """`contrastive_loss` and its gradients at once, detached, for training with cached embeddings.
+
+    Embed a large batch in parts without gradient, call this on all of it, and embed each part again with
+    `part.backward(gradient of the part)`: the memory of the towers is that of a part.
+
+    Args and errors are those of `contrastive_loss`, `options` its other keywords. With `group`, gradients are
+    those that averaging over the ranks makes right.
+
+    Source: arXiv 2101.06983 (gradient cache).
+    """
+    scale, bias = (
+        x if x is None else torch.as_tensor(x, device=audio_MD.device) for x in (logit_scale, logit_bias)
+    )
+    inputs = [x.detach().requires_grad_() for x in (audio_MD, text_ND, scale, bias) if x is not None]
+    with torch.enable_grad():
+        loss = contrastive_loss(*inputs[:3], logit_bias=inputs[3] if len(inputs) > 3 else None, **options)
+    gradients = torch.autograd.grad(loss, inputs)
+    by_audio, by_text, by_scale, *by_bias = gradients
+    return LossAndGradients(loss.detach(), by_audio, by_text, by_scale, by_bias[0] if by_bias else None)
 
 
 def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor | float) -> Tensor:
@@ -149,12 +241,39 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
     return (torch.logsumexp(logits_BK, dim=1) - logits_BK[:, 0]).mean()
 
 
+def _engine(implementation: str, audio_MD: Tensor) -> ModuleType | None:
+    """The module that sums over negative pairs; None for the dense definition."""
+    device = audio_MD.device.type
+    if implementation not in ("auto", "cpu", "triton", "reference"):
+        raise ValueError(
+            f'implementation must be "auto", "cpu", "triton" or "reference", got {implementation!r}'
+        )
+    if implementation == "cpu" and device != "cpu":
+        raise ValueError(f'implementation="cpu" needs tensors on the CPU, got {device}')
+    if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'implementation="triton" needs CUDA tensors, got {device}; TRITON_INTERPRET=1 takes any'
+        )
+    has_dtype = audio_MD.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if implementation == "cpu" or (implementation == "auto" and device == "cpu" and has_dtype):
+        return negatives
+    has_triton = importlib.util.find_spec("triton") is not None
+    if implementation == "triton" and not has_triton:
+        raise ImportError('implementation="triton" needs triton: pip install triton')
+    if implementation == "triton" or (
+        implementation == "auto" and device == "cuda" and has_triton and audio_MD.dtype != torch.float64
+    ):
+        return importlib.import_module("clsp_fast.kernels.contrastive")
+    return None
+
+
 def _check(
     audio_MD: Tensor,
     text_ND: Tensor,
     logit_scale: Tensor | float,
     text_owner: Tensor | None,
     weights: Tensor | None,
+    logit_bias: Tensor | float | None,
     label_smoothing: float,
     kind: str,
 ) -> Tensor:
@@ -174,8 +293,9 @@ def _check(
             "audio_MD and text_ND must share dtype and device, "
             f"got {audio_MD.dtype} on {audio_MD.device} and {text_ND.dtype} on {text_ND.device}"
         )
-    if isinstance(logit_scale, Tensor) and logit_scale.ndim:
-        raise ValueError(f"logit_scale must be a scalar, got shape {tuple(logit_scale.shape)}")
+    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if isinstance(scalar, Tensor) and scalar.ndim:
+            raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if kind not in ("softmax", "sigmoid"):
@@ -192,8 +312,7 @@ def _check_weights(weights: Tensor, n: int, kind: str) -> None:
         raise ValueError(
             f"weights must be floating of shape ({n},), got {weights.dtype} {tuple(weights.shape)}"
         )
-    if not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError("weights must be finite and not negative")
+    _demand(((weights >= 0) & weights.isfinite()).all(), "weights must be finite and not negative")
 
 
 def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device) -> Tensor:
@@ -205,48 +324,29 @@ def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device
         raise ValueError(
             f"text_owner must be int64 of shape ({n},), got {text_owner.dtype} {tuple(text_owner.shape)}"
         )
-    if int(text_owner.min()) < 0 or int(text_owner.max()) >= m:
-        raise ValueError(
-            f"text_owner must lie in 0..{m - 1}, got {int(text_owner.min())}..{int(text_owner.max())}"
-        )
+    _demand(((text_owner >= 0) & (text_owner < m)).all(), f"text_owner must lie in 0..{m - 1}")
     return text_owner.to(device)
 
 
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in rank order; backward sums every rank's gradient of the local rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return torch.cat(_all_gather_rows(rows, sizes, group))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return torch.split(gradient, ctx.sizes)[dist.get_rank(ctx.group)], None, None
+def _demand(condition: Tensor, message: str) -> None:
+    """ValueError unless the condition holds; on CUDA the host does not wait, and the next kernel fails."""
+    if condition.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
 
 
-def _all_gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Gathers unequal shards: collectives want equal shapes, so shards travel padded to the longest."""
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    shards = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(shards, padded, group=group)
-    return [shard[:size] for shard, size in zip(shards, sizes, strict=True)]
+def _scalar(x: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.to(device, dtype)
+    return torch.full((), x, device=device, dtype=dtype)
 
 
 def _gather_batch(
     audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor, weights: Tensor | None, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The concatenated batch of all ranks, with owners that count clips over all ranks."""
-    local = torch.tensor([len(audio_MD), len(text_ND)], device=audio_MD.device)
-    counts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, local, group=group)
-    audio_sizes, text_sizes = (list(sizes) for sizes in zip(*(c.tolist() for c in counts), strict=True))
-    first_clip = sum(audio_sizes[: dist.get_rank(group)])
-    owners = torch.cat(_all_gather_rows(owner_N + first_clip, text_sizes, group))
-    if weights is not None:
-        weights = torch.cat(_all_gather_rows(weights, text_sizes, group))
-    gather = cast("Any", _GatherRows.apply)
-    return gather(audio_MD, audio_sizes, group), gather(text_ND, text_sizes, group), owners, weights
+    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device)
+    owner_N = shards.all_texts(owner_N + shards.first_clip)
+    weights = None if weights is None else shards.all_texts(weights)
+    return shards.all_clips(audio_MD), shards.all_texts(text_ND), owner_N, weights

@@ -1,8 +1,9 @@
-// Ranks and nearest neighbours.
+// Ranks, nearest neighbours, and sums over negative pairs.
 #include <limits>
 #include <optional>
 
 #include "bind.h"
+#include "contrastive.h"
 #include "rank.h"
 
 namespace clsp_python {
@@ -83,6 +84,97 @@ std::optional<std::size_t> update_best(const FloatArray& query_array, const Floa
   return bad == clsp::kNoRow ? std::nullopt : std::make_optional(bad);
 }
 
+clsp::Embeddings parse_embeddings(const py::array& array, const std::string& dtype) {
+  if (array.ndim() != 2 || !(array.flags() & py::array::c_style)) {
+    throw py::value_error("embeddings must be C-contiguous matrices");
+  }
+  const clsp::Dtype parsed = dtype == "float32"    ? clsp::Dtype::kFloat32
+                             : dtype == "float64"  ? clsp::Dtype::kFloat64
+                             : dtype == "bfloat16" ? clsp::Dtype::kBFloat16
+                             : dtype == "float16"
+                                 ? clsp::Dtype::kFloat16
+                                 : throw py::value_error("unknown dtype '" + dtype + "'");
+  const py::ssize_t bytes = dtype == "float64" ? 8 : dtype == "float32" ? 4 : 2;
+  if (array.itemsize() != bytes) throw py::value_error("embeddings must be of dtype " + dtype);
+  return {array.data(), parsed, static_cast<std::size_t>(array.shape(0)),
+          static_cast<std::size_t>(array.shape(1))};
+}
+
+clsp::Negatives parse_negatives(const std::string& kind, const py::array& audio,
+                                const py::array& text, const std::string& dtype,
+                                const py::array& owner, double scale, double bias, int num_threads,
+                                const std::string& isa) {
+  if (kind != "softmax" && kind != "sigmoid") throw py::value_error("unknown kind '" + kind + "'");
+  const clsp::Embeddings a = parse_embeddings(audio, dtype), t = parse_embeddings(text, dtype);
+  if (a.depth != t.depth) throw py::value_error("audio and text must have as many columns");
+  return {kind == "softmax" ? clsp::NegativesKind::kSoftmax : clsp::NegativesKind::kSigmoid,
+          a,
+          t,
+          parse_vector<const std::int64_t>(owner, t.rows, "owner"),
+          scale,
+          bias,
+          num_threads,
+          parse_isa(isa)};
+}
+
+template <class T>
+clsp::PerRowAndColumn<T> parse_sums(const clsp::Negatives& pairs, const py::tuple& sums) {
+  const bool both = pairs.kind == clsp::NegativesKind::kSoftmax;
+  return {parse_vector<T>(sums[0].cast<py::array>(), pairs.audio.rows, "row sums"),
+          parse_vector<T>(sums[1].cast<py::array>(), both ? pairs.text.rows : 0, "column sums")};
+}
+
+template <class T>
+void sum_negatives_as(const clsp::Negatives& pairs, const py::tuple& out, const py::array& kept) {
+  const clsp::PerRowAndColumn<T> sums = parse_sums<T>(pairs, out);
+  const auto logits = parse_vector<T>(kept, static_cast<std::size_t>(kept.size()), "kept");
+  const py::gil_scoped_release release;
+  clsp::sum_negatives(pairs, sums, logits);
+}
+
+void sum_negatives(const std::string& kind, const py::array& audio, const py::array& text,
+                   const std::string& dtype, const py::array& owner, double scale, double bias,
+                   const py::tuple& out, const py::array& kept, int num_threads,
+                   const std::string& isa) {
+  const clsp::Negatives pairs =
+      parse_negatives(kind, audio, text, dtype, owner, scale, bias, num_threads, isa);
+  if (pairs.audio.dtype == clsp::Dtype::kFloat64) {
+    sum_negatives_as<double>(pairs, out, kept);
+  } else {
+    sum_negatives_as<float>(pairs, out, kept);
+  }
+}
+
+template <class T>
+py::tuple sum_negatives_backward_as(const clsp::Negatives& pairs, const py::tuple& out,
+                                    const py::tuple& d_out, const py::array& kept,
+                                    const py::array& d_audio, const py::array& d_text) {
+  const auto sums = parse_sums<const T>(pairs, out), d_sums = parse_sums<const T>(pairs, d_out);
+  const auto logits = parse_vector<const T>(kept, static_cast<std::size_t>(kept.size()), "kept");
+  const std::size_t depth = pairs.audio.depth;
+  T* const rows = parse_vector<T>(d_audio, pairs.audio.rows * depth, "d_audio").data();
+  T* const columns = parse_vector<T>(d_text, pairs.text.rows * depth, "d_text").data();
+  clsp::ScalarGradients scalars{};
+  {
+    const py::gil_scoped_release release;
+    scalars = clsp::sum_negatives_backward(pairs, sums, d_sums, logits, rows, columns);
+  }
+  return py::make_tuple(scalars.scale, scalars.bias);
+}
+
+py::tuple sum_negatives_backward(const std::string& kind, const py::array& audio,
+                                 const py::array& text, const std::string& dtype,
+                                 const py::array& owner, double scale, double bias,
+                                 const py::tuple& out, const py::tuple& d_out,
+                                 const py::array& kept, const py::array& d_audio,
+                                 const py::array& d_text, int num_threads, const std::string& isa) {
+  const clsp::Negatives pairs =
+      parse_negatives(kind, audio, text, dtype, owner, scale, bias, num_threads, isa);
+  return pairs.audio.dtype == clsp::Dtype::kFloat64
+             ? sum_negatives_backward_as<double>(pairs, out, d_out, kept, d_audio, d_text)
+             : sum_negatives_backward_as<float>(pairs, out, d_out, kept, d_audio, d_text);
+}
+
 }  // namespace
 
 void bind_similarity(py::module_& m) {
@@ -94,6 +186,15 @@ void bind_similarity(py::module_& m) {
         arg("audio_ahead"), arg("text_ahead"), arg("num_threads"), arg("isa") = "auto");
   m.def("update_best", &update_best, arg("queries").noconvert(), arg("rows").noconvert(),
         py::kw_only(), arg("first_row"), arg("scores"), arg("index"), arg("num_threads"),
+        arg("isa") = "auto");
+  m.attr("LOGIT_TILES") =
+      py::make_tuple(clsp::kUnitRows, clsp::kTileColumns, clsp::kPanelRows, clsp::kBlockColumns);
+  m.def("sum_negatives", &sum_negatives, arg("kind"), arg("audio"), arg("text"), arg("dtype"),
+        arg("owner"), arg("scale"), arg("bias"), arg("out"), arg("kept"), py::kw_only(),
+        arg("num_threads"), arg("isa") = "auto");
+  m.def("sum_negatives_backward", &sum_negatives_backward, arg("kind"), arg("audio"), arg("text"),
+        arg("dtype"), arg("owner"), arg("scale"), arg("bias"), arg("out"), arg("d_out"),
+        arg("kept"), arg("d_audio"), arg("d_text"), py::kw_only(), arg("num_threads"),
         arg("isa") = "auto");
 }
 

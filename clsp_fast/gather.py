@@ -1,0 +1,123 @@
+"""A contrastive batch that is spread over the ranks of a process group.
+
+Every rank keeps its audio and sees all texts; logits and audio never travel. A rank of W, with N texts over
+all ranks, receives N D elements of text in their own dtype, N owners and, for the softmax kind, W N column
+sums; the backward pass reduce-scatters N D + W N elements in float32. The texts are gathered at once, not
+passed around in a ring: 32,768 of 512 bfloat16 numbers are 32 MiB, and a ring would hide their transfer at
+the price of W times as many kernels on smaller tiles.
+
+Every rank's loss is that of the whole batch, so backward through a gathered tensor sums what all ranks ask of
+a shard. That is world_size times the gradient, which averaging over the ranks undoes.
+
+Shape suffixes: M audio rows, N text rows, D joint dimension, W ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The ranks' shares of a batch.
+
+    Attributes:
+        group: the ranks, or None for a batch that is in one place.
+        clips: audio rows of each rank.
+        texts: text rows of each rank.
+        rank: the place of this process in them.
+    """
+
+    group: dist.ProcessGroup | None
+    clips: list[int]
+    texts: list[int]
+    rank: int
+
+    @classmethod
+    def agree(cls, group: dist.ProcessGroup | None, clips: int, texts: int, device: torch.device) -> Shards:
+        """Tells all ranks how much each has; the only exchange that the host waits for."""
+        if group is None:
+            return cls(None, [clips], [texts], 0)
+        local = torch.tensor([clips, texts], device=device)
+        counts = torch.empty(dist.get_world_size(group), 2, dtype=torch.int64, device=device)
+        dist.all_gather(list(counts.unbind()), local, group=group)
+        all_clips, all_texts = counts.T.tolist()
+        return cls(group, all_clips, all_texts, dist.get_rank(group))
+
+    @property
+    def total_clips(self) -> int:
+        return sum(self.clips)
+
+    @property
+    def total_texts(self) -> int:
+        return sum(self.texts)
+
+    @property
+    def first_clip(self) -> int:
+        """The number of this rank's first clip among those of all ranks."""
+        return sum(self.clips[: self.rank])
+
+    def all_texts(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks' texts, in rank order; differentiable."""
+        return _gather(rows, self.texts, self.group) if self.group is not None else rows
+
+    def all_clips(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks' audio, in rank order; differentiable."""
+        return _gather(rows, self.clips, self.group) if self.group is not None else rows
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in rank order; differentiable."""
+        if self.group is None:
+            return x
+        return _gather(x[None], [1] * len(self.clips), self.group).sum(0)
+
+    def own_lse(self, column_N: Tensor) -> Tensor:
+        """Log-sum-exp over all ranks' rows, of this rank's texts, from every rank's over its own rows."""
+        if self.group is None:
+            return column_N
+        column_WN = _gather(column_N[None], [1] * len(self.clips), self.group)
+        return torch.logsumexp(torch.split(column_WN, self.texts, dim=1)[self.rank], dim=0)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows in rank order; backward sums every rank's gradient of the local rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        # Collectives want equal shapes, so shards travel padded to the longest.
+        padded = _pad(rows.contiguous(), max(sizes))
+        shards = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shards, padded, group=group)
+        return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        # 16 bits are too few to add gradients in.
+        wide = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32))
+        rank = dist.get_rank(ctx.group)
+        if dist.get_backend(ctx.group) == "gloo":  # which cannot reduce-scatter
+            total = wide.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total, group=ctx.group)
+            own = torch.split(total, ctx.sizes)[rank]
+        else:
+            longest = max(ctx.sizes)
+            padded = torch.cat([_pad(shard, longest) for shard in torch.split(wide, ctx.sizes)])
+            own = torch.empty_like(padded[:longest])
+            dist.reduce_scatter_tensor(own, padded, group=ctx.group)
+            own = own[: ctx.sizes[rank]]
+        return own.to(gradients[0].dtype), None, None
+
+
+def _pad(rows: Tensor, size: int) -> Tensor:
+    return F.pad(rows, [0] * (2 * rows.ndim - 1) + [size - len(rows)])
+
+
+def _gather(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    return cast(Tensor, _GatherRows.apply(rows, sizes, group))  # type: ignore[no-untyped-call]

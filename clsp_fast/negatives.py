@@ -1,0 +1,242 @@
+"""Sums over the negative pairs of a contrastive batch on the CPU: what kernels/contrastive.py is on CUDA.
+
+    s_ij = logit_scale <audio_i, text_j> + logit_bias over pairs with text_owner[j] != i
+
+2 M N D operations forward; backward 4 M N D, and 2 M N D more for logits that were not kept. Kept are as many
+rows of logits as `workspace_bytes` holds beside the memory that a pass works in (15 MB at D = 512); nothing
+is kept where no gradient is wanted. Products, sums and exponentials are in float32 (float64 for float64
+embeddings), in an order that depends neither on the number of threads nor on the workspace.
+
+Shape suffixes: M audio rows, N text rows, D joint dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clsp_fast import _C
+
+DEFAULT_WORKSPACE_BYTES = 256 << 20
+"""Holds the logits of 8,192 x 8,192 pairs but for a twentieth of them."""
+
+
+def negative_lse(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    *,
+    logit_bias: Tensor | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the negative pairs of every row and every column; -inf where there is none.
+
+    Args:
+        audio_MD: float16, bfloat16, float32 or float64 (M, D) on the CPU.
+        text_ND: (N, D), same dtype.
+        logit_scale: scalar.
+        text_owner_N: int64 (N,); values outside 0..M-1 own no row here.
+        logit_bias: scalar added to all logits.
+        workspace_bytes: most memory beside arguments and results.
+
+    Returns:
+        (M,) and (N,), float32 or float64; differentiable once in all floating arguments.
+    """
+    row_M, column_N, _ = _sum(
+        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "softmax", workspace_bytes
+    )
+    return row_M, column_N
+
+
+def negative_softplus(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    *,
+    logit_bias: Tensor | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> Tensor:
+    """Sums (M,) of log(1 + exp s_ij) over the negative pairs of every row; arguments as of `negative_lse`."""
+    row_M, _, _ = _sum(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "sigmoid", workspace_bytes)
+    return row_M
+
+
+def _sum(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    logit_bias: Tensor | None,
+    kind: str,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Calls the operator; logits are kept if there will be a backward pass."""
+    bias = logit_scale.new_zeros(()) if logit_bias is None else logit_bias
+    wanted = any(x.requires_grad for x in (audio_MD, text_ND, logit_scale, bias))
+    kept = 0
+    if wanted and torch.is_grad_enabled():
+        element_bytes = _wide(audio_MD.dtype).itemsize
+        kept = _kept_logits(len(audio_MD), len(text_ND), audio_MD.shape[1], workspace_bytes // element_bytes)
+    sums: tuple[Tensor, Tensor, Tensor] = _sum_negatives(
+        audio_MD, text_ND, logit_scale, text_owner_N, bias, kind, kept
+    )
+    return sums
+
+
+def _kept_logits(m: int, n: int, d: int, elements: int) -> int:
+    """The largest number of logits, in whole units of rows, that leaves room for a pass to work in."""
+    unit, tile, panel, block = _C.LOGIT_TILES
+    units, tiles = -(-m // unit), -(-n // tile)
+    panel, block = min(panel, units * unit), min(block, tiles * tile)
+    working = 2 * (panel + block) * (d + 31) + panel * block
+    return max(0, min(units, (elements - working) // (tiles * unit * tile))) * (tiles * unit * tile)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    """The memory of a contiguous tensor; numpy knows no bfloat16."""
+    array: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    return array
+
+
+def _engine_arguments(
+    kind: str, audio_MD: Tensor, text_ND: Tensor, logit_scale: Tensor, text_owner_N: Tensor, bias: Tensor
+) -> tuple[str, NDArray[Any], NDArray[Any], str, NDArray[Any], float, float]:
+    return (
+        kind,
+        _array(audio_MD.contiguous()),
+        _array(text_ND.contiguous()),
+        str(audio_MD.dtype).removeprefix("torch."),
+        _array(text_owner_N.contiguous()),
+        float(logit_scale),
+        float(bias),
+    )
+
+
+@torch.library.custom_op("clsp_fast::sum_negatives", mutates_args=(), device_types="cpu")
+def _sum_negatives(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    logit_bias: Tensor,
+    kind: str,
+    kept: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of rows and columns (none of the latter for the sigmoid kind), and logits for the backward."""
+    sums: tuple[Tensor, Tensor, Tensor] = _make_sums(
+        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, kept
+    )
+    _C.sum_negatives(
+        *_engine_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
+        (sums[0].numpy(), sums[1].numpy()),
+        sums[2].numpy(),
+        num_threads=torch.get_num_threads(),
+    )
+    return sums
+
+
+@_sum_negatives.register_fake
+def _make_sums(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    logit_bias: Tensor,
+    kind: str,
+    kept: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(audio_MD.dtype)
+    columns = len(text_ND) if kind == "softmax" else 0
+    return (
+        audio_MD.new_empty(len(audio_MD), dtype=wide),
+        audio_MD.new_empty(columns, dtype=wide),
+        audio_MD.new_empty(kept, dtype=wide),
+    )
+
+
+@torch.library.custom_op("clsp_fast::sum_negatives_backward", mutates_args=(), device_types="cpu")
+def _sum_negatives_backward(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    logit_bias: Tensor,
+    kind: str,
+    sums: list[Tensor],
+    gradients: list[Tensor],
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by audio, text, scale and bias, in the precision of the sums."""
+    d_audio_MD, d_text_ND, d_scale, d_bias = _make_gradients(
+        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, sums, gradients, kept
+    )
+    scale, bias = _C.sum_negatives_backward(
+        *_engine_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
+        tuple(x.numpy() for x in sums),
+        tuple(x.contiguous().numpy() for x in gradients),
+        kept.numpy(),
+        d_audio_MD.numpy(),
+        d_text_ND.numpy(),
+        num_threads=torch.get_num_threads(),
+    )
+    return d_audio_MD, d_text_ND, d_scale.fill_(scale), d_bias.fill_(bias)
+
+
+@_sum_negatives_backward.register_fake
+def _make_gradients(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    text_owner_N: Tensor,
+    logit_bias: Tensor,
+    kind: str,
+    sums: list[Tensor],
+    gradients: list[Tensor],
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _wide(audio_MD.dtype)
+    return (
+        audio_MD.new_empty(audio_MD.shape, dtype=wide),
+        text_ND.new_empty(text_ND.shape, dtype=wide),
+        logit_scale.new_empty((), dtype=wide),
+        logit_bias.new_empty((), dtype=wide),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.kind, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_row_M: Tensor | None, d_column_N: Tensor | None, _: Tensor | None) -> Any:
+    *inputs, row_M, column_N, kept = ctx.saved_tensors
+    gradients = [
+        torch.zeros_like(sums) if gradient is None else gradient
+        for sums, gradient in ((row_M, d_row_M), (column_N, d_column_N))
+    ]
+    by_audio, by_text, by_scale, by_bias = _sum_negatives_backward(
+        *inputs, ctx.kind, [row_M, column_N], gradients, kept
+    )
+    audio_MD, text_ND, logit_scale, _, logit_bias = inputs
+    return (
+        by_audio.to(audio_MD.dtype),
+        by_text.to(text_ND.dtype),
+        by_scale.to(logit_scale.dtype),
+        None,
+        by_bias.to(logit_bias.dtype),
+        None,
+        None,
+    )
+
+
+_sum_negatives.register_autograd(_backward, setup_context=_setup_context)
