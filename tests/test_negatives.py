@@ -1,0 +1,259 @@
+"""The engine behind the contrastive loss on the CPU, for every instruction set, size, workspace and number of
+threads, against sums over dense float64 logits; and the operator that torch sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clsp_fast import _C, negatives
+
+ISAS = _C.instruction_sets()
+# One pair; less than a micro-tile; several units and tiles, ragged; several panels and blocks.
+SIZES = [(1, 1, 3), (2, 3, 8), (97, 385, 33), (800, 1600, 20)]
+SMALL, LARGE = 0, 1 << 30
+
+
+class Batch(NamedTuple):
+    audio_MD: Tensor
+    text_ND: Tensor
+    scale: Tensor
+    owner_N: Tensor
+    bias: Tensor
+
+
+def make_batch(m: int, n: int, d: int, dtype: torch.dtype = torch.float64, scale: float = 9.0) -> Batch:
+    """Owners may lie outside: those belong to other ranks' audio."""
+    audio, text = (F.normalize(torch.randn(k, d, dtype=torch.float64), dim=1).to(dtype) for k in (m, n))
+    wide = torch.promote_types(dtype, torch.float32)
+    scalars = (torch.tensor(x, dtype=wide) for x in (scale, -1.5))
+    return Batch(audio, text, next(scalars), torch.randint(-2, m + 2, (n,)), next(scalars))
+
+
+def dense_sums(batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
+    audio, text, scale, owner, bias = (x.double() if x.is_floating_point() else x for x in batch)
+    scores = scale * audio @ text.T + bias
+    positive = owner == torch.arange(len(audio))[:, None]
+    if kind == "softmax":
+        scores = scores.masked_fill(positive, -math.inf)
+        return scores.logsumexp(1), scores.logsumexp(0)
+    return F.softplus(scores, threshold=40.0).masked_fill(positive, 0.0).sum(1), scores.new_zeros(0)
+
+
+def run_engine(
+    batch: Batch,
+    kind: str,
+    d_sums: tuple[Tensor, Tensor],
+    workspace: int = LARGE,
+    threads: int = 2,
+    isa: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Row sums, column sums, and gradients by audio, text, scale and bias; all memory is NaN before."""
+    audio, text, scale, owner, bias = batch
+    wide = torch.promote_types(audio.dtype, torch.float32)
+    kept = negatives._kept_logits(len(audio), len(text), audio.shape[1], workspace // wide.itemsize)
+    shapes = [(len(audio),), (len(text) if kind == "softmax" else 0,), (kept,), audio.shape, text.shape]
+    row, column, logits, d_audio, d_text = (torch.full(s, math.nan, dtype=wide).numpy() for s in shapes)
+    arguments = negatives._engine_arguments(kind, audio, text, scale, owner, bias)
+    _C.sum_negatives(*arguments, (row, column), logits, num_threads=threads, isa=isa)
+    d_out = tuple(x.to(wide).numpy() for x in d_sums)
+    d_scale, d_bias = _C.sum_negatives_backward(
+        *arguments, (row, column), d_out, logits, d_audio, d_text, num_threads=threads, isa=isa
+    )
+    return (
+        *(torch.from_numpy(x) for x in (row, column, d_audio, d_text)),
+        torch.tensor(d_scale, dtype=torch.float64),
+        torch.tensor(d_bias, dtype=torch.float64),
+    )
+
+
+def dense_gradients(batch: Batch, kind: str, d_sums: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+    leaves = batch._replace(
+        **{
+            name: getattr(batch, name).double().clone().requires_grad_()
+            for name in ("audio_MD", "text_ND", "scale", "bias")
+        }
+    )
+    loss = torch.tensor(0.0, dtype=torch.float64)
+    for sums, gradient in zip(dense_sums(leaves, kind), d_sums, strict=True):
+        has_negatives = sums.isfinite()
+        loss = loss + (sums[has_negatives] * gradient[has_negatives].double()).sum()
+    inputs = (leaves.audio_MD, leaves.text_ND, leaves.scale, leaves.bias)
+    if not loss.requires_grad:
+        return iter([torch.zeros_like(x) for x in inputs])
+    return iter(torch.autograd.grad(loss, inputs))
+
+
+def random_gradients(batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
+    wide = batch.scale.dtype
+    columns = len(batch.text_ND) if kind == "softmax" else 0
+    return torch.rand(len(batch.audio_MD), dtype=wide), torch.rand(columns, dtype=wide)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sums_and_gradients_are_those_of_dense_logits(
+    isa: str, kind: str, size: tuple[int, int, int]
+) -> None:
+    batch = make_batch(*size)
+    d_sums = random_gradients(batch, kind)
+    for workspace in (SMALL, 3 << 20, LARGE):
+        row, column, *gradients = run_engine(batch, kind, d_sums, workspace, isa=isa)
+        for ours, theirs in zip((row, column), dense_sums(batch, kind), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(gradients, dense_gradients(batch, kind, d_sums), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 200.0])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_single_precision_is_as_exact_as_its_logits(
+    isa: str, dtype: torch.dtype, scale: float, kind: str
+) -> None:
+    batch = make_batch(200, 450, 70, dtype, scale)
+    d_sums = random_gradients(batch, kind)
+    row, column, *gradients = run_engine(batch, kind, d_sums, isa=isa)
+    for ours, theirs in zip((row, column), dense_sums(batch, kind), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=2e-6)
+    for ours, theirs in zip(gradients, dense_gradients(batch, kind, d_sums), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_far_logits_take_the_way_with_two_exponentials() -> None:
+    batch = make_batch(100, 400, 16, torch.float32, 100.0)
+    batch.audio_MD[::3] *= 0.01  # rows whose normalisers are 90 below those of others
+    d_sums = random_gradients(batch, "softmax")
+    row, column, *gradients = run_engine(batch, "softmax", d_sums)
+    for ours, theirs in zip((row, column), dense_sums(batch, "softmax"), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=2e-6)
+    for ours, theirs in zip(gradients, dense_gradients(batch, "softmax", d_sums), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_no_bit_depends_on_threads_or_workspace_or_the_run(dtype: torch.dtype, kind: str) -> None:
+    batch = make_batch(900, 1700, 40, dtype)
+    d_sums = random_gradients(batch, kind)
+    first = run_engine(batch, kind, d_sums, threads=1)
+    for threads, workspace in [(1, LARGE), (2, LARGE), (2, SMALL), (3, 6 << 20), (5, LARGE)] * 3:
+        again = run_engine(batch, kind, d_sums, workspace, threads)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_nan_comes_out() -> None:
+    batch = make_batch(30, 50, 8, torch.float32)
+    batch.audio_MD[7, 3] = math.nan
+    row, column, d_audio, d_text, *_ = run_engine(batch, "softmax", random_gradients(batch, "softmax"))
+    assert row.isnan().nonzero().flatten().tolist() == [7]
+    others = batch.owner_N != 7
+    assert column[others].isnan().all()
+    assert d_audio[7].isnan().all()
+    assert d_text[others].isnan().all()
+
+
+def test_half_precision_is_widened_exactly() -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = bits.view(dtype)
+        values = values[values.float().abs() < 1e30]
+        zeros = torch.zeros_like(values)  # s = 0, so that G = 1 and the gradient by text is the audio
+        batch = Batch(values[None], zeros[None], torch.tensor(1.0), torch.tensor([-1]), torch.tensor(0.0))
+        d_text = run_engine(batch, "softmax", (torch.ones(1), torch.zeros(1)))[3]
+        assert torch.equal(d_text[0], values.float())
+
+
+def test_refuses_arrays_of_another_kind() -> None:
+    batch = make_batch(4, 5, 3, torch.float32)
+    good = list(negatives._engine_arguments("softmax", batch[0], batch[1], batch[2], batch[3], batch[4]))
+    row, column, kept = (np.zeros(k, np.float32) for k in (4, 5, 0))
+    for place, bad, message in [
+        (0, "hinge", "unknown kind"),
+        (1, np.zeros((4, 3)), "must be of dtype float32"),
+        (1, np.zeros((4, 6), np.float32)[:, ::2], "C-contiguous"),
+        (2, np.zeros((5, 4), np.float32), "as many columns"),
+        (3, "int8", "unknown dtype"),
+        (4, np.zeros(4, np.int64), "owner has the wrong"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _C.sum_negatives(*good[:place], bad, *good[place + 1 :], (row, column), kept, num_threads=1)
+    with pytest.raises(ValueError, match="row sums has the wrong"):
+        _C.sum_negatives(*good, (row[:3], column), kept, num_threads=1)
+
+
+def leaves(batch: Batch) -> list[Tensor]:
+    return [x.clone().requires_grad_(x.is_floating_point()) for x in batch]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_operator_keeps_torchs_rules(kind: str, dtype: torch.dtype) -> None:
+    # As many pairs as a unit of kept logits has places, so that none is left unwritten.
+    arguments = (*leaves(make_batch(96, 384, 4, dtype)), kind, 96 * 384)
+    torch.library.opcheck(negatives._sum_negatives, arguments)
+
+
+def test_gradcheck() -> None:
+    audio, text, scale, owner, bias = leaves(make_batch(3, 5, 4))
+    owner = torch.tensor([0, 0, 2, 1, 9])
+    assert torch.autograd.gradcheck(
+        lambda a, t, s, b: negatives.negative_lse(a, t, s, owner, logit_bias=b), (audio, text, scale, bias)
+    )
+    assert torch.autograd.gradcheck(
+        lambda a, t, s, b: negatives.negative_softplus(a, t, s, owner, logit_bias=b),
+        (audio, text, scale, bias),
+    )
+
+
+def test_compiles_into_one_graph() -> None:
+    audio, text, scale, owner, bias = leaves(make_batch(6, 9, 8, torch.float32))
+
+    def total(a: Tensor, t: Tensor) -> Tensor:
+        row, column = negatives.negative_lse(a, t, scale, owner, logit_bias=bias)
+        return (row.sum() + column.sum()) * negatives.negative_softplus(a, t, scale, owner).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(total(audio, text), (audio, text, scale))
+    found = torch.autograd.grad(compiled(audio, text), (audio, text, scale))
+    torch.testing.assert_close(found, expected)
+
+
+def test_takes_strided_embeddings_and_unused_results() -> None:
+    batch = make_batch(40, 60, 16, torch.float32)
+    strided = torch.stack([batch.text_ND, batch.text_ND], dim=2)[:, :, 0].requires_grad_()
+    assert not strided.is_contiguous()
+    row, _ = negatives.negative_lse(batch.audio_MD, strided, batch.scale, batch.owner_N)
+    (strided_gradient,) = torch.autograd.grad(row.sum(), strided)
+    plain = batch.text_ND.clone().requires_grad_()
+    row, _ = negatives.negative_lse(batch.audio_MD, plain, batch.scale, batch.owner_N)
+    assert torch.equal(strided_gradient, torch.autograd.grad(row.sum(), plain)[0])
+
+
+def test_keeps_no_logits_without_gradient() -> None:
+    batch = make_batch(96, 384, 8, torch.float32)
+    assert negatives._kept_logits(96, 384, 8, LARGE) == 96 * 384
+    row, _ = negatives.negative_lse(batch.audio_MD, batch.text_ND, batch.scale, batch.owner_N)
+    assert row.grad_fn is None
+    with torch.no_grad():
+        row, _ = negatives.negative_lse(*leaves(batch)[:4])
+    assert row.grad_fn is None
+
+
+@pytest.mark.parametrize("d", [64, 512])
+@pytest.mark.parametrize("workspace", [0, 16 << 20, 256 << 20])
+def test_kept_logits_fit_the_workspace(d: int, workspace: int) -> None:
+    for m, n in [(1, 1), (100, 3000), (4096, 4096), (8192, 16384), (32768, 32768)]:
+        kept = negatives._kept_logits(m, n, d, workspace // 4)
+        assert kept % (96 * 384) == 0
+        working = 2 * (min(768, m) + min(1536, n)) * d + min(768, m) * min(1536, n)
+        assert kept == 0 or 4 * (kept + working) <= workspace
