@@ -32,23 +32,32 @@ class Shards:
         clips: audio rows of each rank.
         texts: text rows of each rank.
         rank: the place of this process in them.
+        dtype: of the embeddings as the caller has them; embeddings travel in it.
     """
 
     group: dist.ProcessGroup | None
     clips: list[int]
     texts: list[int]
     rank: int
+    dtype: torch.dtype
 
     @classmethod
-    def agree(cls, group: dist.ProcessGroup | None, clips: int, texts: int, device: torch.device) -> Shards:
+    def agree(
+        cls,
+        group: dist.ProcessGroup | None,
+        clips: int,
+        texts: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Shards:
         """Tells all ranks how much each has; the only exchange that the host waits for."""
         if group is None:
-            return cls(None, [clips], [texts], 0)
+            return cls(None, [clips], [texts], 0, dtype)
         local = torch.tensor([clips, texts], device=device)
         counts = torch.empty(dist.get_world_size(group), 2, dtype=torch.int64, device=device)
         dist.all_gather(list(counts.unbind()), local, group=group)
         all_clips, all_texts = counts.T.tolist()
-        return cls(group, all_clips, all_texts, dist.get_rank(group))
+        return cls(group, all_clips, all_texts, dist.get_rank(group), dtype)
 
     @property
     def total_clips(self) -> int:
@@ -63,42 +72,51 @@ class Shards:
         """The number of this rank's first clip among those of all ranks."""
         return sum(self.clips[: self.rank])
 
-    def all_texts(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks' texts, in rank order; differentiable."""
-        return _gather(rows, self.texts, self.group) if self.group is not None else rows
+    def all_texts(self, text_ND: Tensor) -> Tensor:
+        """The embeddings of all ranks' texts, in rank order; differentiable."""
+        return _gather(text_ND, self.texts, self.group, self.dtype) if self.group is not None else text_ND
 
-    def all_clips(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks' audio, in rank order; differentiable."""
-        return _gather(rows, self.clips, self.group) if self.group is not None else rows
+    def all_audio(self, audio_MD: Tensor) -> Tensor:
+        """The embeddings of all ranks' audio, in rank order; differentiable."""
+        return _gather(audio_MD, self.clips, self.group, self.dtype) if self.group is not None else audio_MD
+
+    def all_of_texts(self, x_N: Tensor) -> Tensor:
+        """Numbers that belong to texts, of all ranks, in rank order."""
+        return _gather(x_N, self.texts, self.group, x_N.dtype) if self.group is not None else x_N
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in rank order; differentiable."""
         if self.group is None:
             return x
-        return _gather(x[None], [1] * len(self.clips), self.group).sum(0)
+        return _gather(x[None], [1] * len(self.clips), self.group, x.dtype).sum(0)
 
     def own_lse(self, column_N: Tensor) -> Tensor:
         """Log-sum-exp over all ranks' rows, of this rank's texts, from every rank's over its own rows."""
         if self.group is None:
             return column_N
-        column_WN = _gather(column_N[None], [1] * len(self.clips), self.group)
+        column_WN = _gather(column_N[None], [1] * len(self.clips), self.group, column_N.dtype)
         return torch.logsumexp(torch.split(column_WN, self.texts, dim=1)[self.rank], dim=0)
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in rank order; backward sums every rank's gradient of the local rows."""
+    """All ranks' rows in rank order; backward sums every rank's gradient of the local rows.
+
+    `dtype` is what travels: one that rows widened from 16 bits fit into without loss.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup, dtype: torch.dtype
+    ) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
         # Collectives want equal shapes, so shards travel padded to the longest.
-        padded = _pad(rows.contiguous(), max(sizes))
+        padded = _pad(rows.to(dtype).contiguous(), max(sizes))
         shards = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(shards, padded, group=group)
-        return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
+        return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)]).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         # 16 bits are too few to add gradients in.
         wide = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32))
         rank = dist.get_rank(ctx.group)
@@ -112,12 +130,12 @@ class _GatherRows(torch.autograd.Function):
             own = torch.empty_like(padded[:longest])
             dist.reduce_scatter_tensor(own, padded, group=ctx.group)
             own = own[: ctx.sizes[rank]]
-        return own.to(gradients[0].dtype), None, None
+        return own.to(gradients[0].dtype), None, None, None
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:
     return F.pad(rows, [0] * (2 * rows.ndim - 1) + [size - len(rows)])
 
 
-def _gather(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    return cast(Tensor, _GatherRows.apply(rows, sizes, group))  # type: ignore[no-untyped-call]
+def _gather(rows: Tensor, sizes: list[int], group: dist.ProcessGroup, dtype: torch.dtype) -> Tensor:
+    return cast(Tensor, _GatherRows.apply(rows, sizes, group, dtype))  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ def contrastive_loss_reference(
     if kind == "sigmoid":
         targets_MN = positive_MN.to(dtype) * (1 - label_smoothing) + label_smoothing / 2
         return F.binary_cross_entropy_with_logits(logits_MN, targets_MN)
-    targets_MN = positive_MN * (1.0 if weights is None else weights.to(dtype))
+    targets_MN = positive_MN.to(dtype) * (1.0 if weights is None else weights.to(dtype))
     total_M = targets_MN.sum(1)
     captioned_M = total_M > 0
     targets_MN = targets_MN / torch.where(captioned_M, total_M, 1.0)[:, None]
@@ -145,7 +145,10 @@ def contrastive_loss(
         audio_MD, text_ND = (F.normalize(x.to(dtype)).to(x.dtype) for x in (audio_MD, text_ND))
     scale = _scalar(logit_scale, audio_MD.device, dtype)
     bias = _scalar(0.0 if logit_bias is None else logit_bias, audio_MD.device, dtype)
-    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device)
+    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device, audio_MD.dtype)
+    if engine is negatives:
+        # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
+        audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
     pairs = Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
     options = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
     if kind == "sigmoid":
@@ -346,7 +349,7 @@ def _gather_batch(
     audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor, weights: Tensor | None, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The concatenated batch of all ranks, with owners that count clips over all ranks."""
-    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device)
-    owner_N = shards.all_texts(owner_N + shards.first_clip)
-    weights = None if weights is None else shards.all_texts(weights)
-    return shards.all_clips(audio_MD), shards.all_texts(text_ND), owner_N, weights
+    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device, audio_MD.dtype)
+    owner_N = shards.all_of_texts(owner_N + shards.first_clip)
+    weights = None if weights is None else shards.all_of_texts(weights)
+    return shards.all_audio(audio_MD), shards.all_texts(text_ND), owner_N, weights

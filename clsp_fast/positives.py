@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from clsp_fast.gather import Shards
 
@@ -42,7 +41,7 @@ class Pairs(NamedTuple):
     def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This rank's audio, all ranks' texts, the scale, and owners counting from this rank's first clip."""
         first = self.shards.first_clip
-        owner_N = self.shards.all_texts(self.owner_N + first) - first
+        owner_N = self.shards.all_of_texts(self.owner_N + first) - first
         return self.audio_MD, self.shards.all_texts(self.text_ND), self.scale, owner_N
 
     def positives(self) -> Tensor:
@@ -151,7 +150,6 @@ class _PairDots(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         audio_MD, text_ND, owner_N = ctx.saved_tensors
         d_audio_MD = gradients[0].new_zeros(audio_MD.shape)

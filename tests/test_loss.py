@@ -1,4 +1,5 @@
-"""The contrastive losses against recorded values of the reference recipe, their formulas, and bad input."""
+"""The contrastive losses against recorded values of the reference recipe, their formulas, what naive forms
+get wrong, several processes, and bad input."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast.loss import contrastive_loss, hard_negative_loss
+from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -27,14 +28,16 @@ def captions_owner(clips: int, texts: int) -> Tensor:
 @pytest.mark.parametrize("task", ["single", "multi"])
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
 @pytest.mark.parametrize("dim", [8, 512])
-def test_equals_the_recipe(golden, task: str, batch: int, dim: int) -> None:
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_equals_the_recipe(golden, task: str, batch: int, dim: int, implementation: str) -> None:
     case = {
         k.rsplit(".", 1)[1]: v
         for k, v in golden("loss").items()
         if k.startswith(f"ws1.{task}.B{batch}.D{dim}.")
     }
     audio, text, scale = (case[k].double().requires_grad_() for k in ("audio", "text", "scale"))
-    loss = contrastive_loss(audio, text, scale, text_owner=captions_owner(batch, len(text)))
+    owner = captions_owner(batch, len(text))
+    loss = contrastive_loss(audio, text, scale, text_owner=owner, implementation=implementation)
     loss.backward()
     torch.testing.assert_close(loss.detach(), case["loss"], rtol=1e-12, atol=1e-13)
     for name, value in (("audio", audio), ("text", text), ("scale", scale)):
@@ -105,6 +108,193 @@ def test_bias_cancels_in_softmax_but_not_in_sigmoid() -> None:
         assert math.isclose(plain, biased, rel_tol=1e-9) == equal
 
 
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.2},
+    {"kind": "sigmoid"},
+    {"kind": "sigmoid", "label_smoothing": 0.2},
+    {"normalize": True},
+    {"text_owner": torch.tensor([3, 0, 0, 1, 3, 3, 4])},
+    {"text_owner": torch.tensor([3, 0, 0, 1, 3, 3, 4]), "label_smoothing": 0.2},
+    {"text_owner": torch.tensor([2, 0, 0, 1, 4, 3, 4]), "weights": torch.tensor([1, 0, 2, 0, 0.5, 3, 0.1])},
+    {"text_owner": torch.tensor([3, 0, 0, 1, 3, 3, 4]), "kind": "sigmoid", "logit_bias": -4.0},
+    {"text_owner": torch.tensor([5, 5, 5, 5, 5, 5, 5])},
+    {"workspace_bytes": 0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_equals_the_dense_definition(options: dict) -> None:
+    audio, text = (3 * unit(7, 6)).requires_grad_(), unit(7, 6).requires_grad_()
+    scale = torch.tensor(11.0, dtype=torch.float64, requires_grad=True)
+    dense = contrastive_loss_reference(audio, text, scale, **options)
+    expected = torch.autograd.grad(dense, (audio, text, scale))
+    fused = contrastive_loss(audio, text, scale, implementation="cpu", **options)
+    torch.testing.assert_close(fused, dense, rtol=1e-12, atol=0)
+    found = torch.autograd.grad(fused, (audio, text, scale), retain_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    again = torch.autograd.grad(fused, (audio, text, scale))  # nothing was used up
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_one_pair_has_no_loss() -> None:
+    audio, text = unit(1, 4).requires_grad_(), unit(1, 4)
+    loss = contrastive_loss(audio, text, 10.0)
+    loss.backward()
+    assert loss == 0
+    assert bool((audio.grad == 0).all())
+
+
+def test_loss_and_gradients_at_once() -> None:
+    audio, text = unit(9, 8, dtype=torch.float32), unit(9, 8, dtype=torch.float32)
+    found = loss_and_grad(audio, text, 10.0, logit_bias=-3.0, kind="sigmoid")
+    leaves = [
+        x.requires_grad_() for x in (audio.clone(), text.clone(), torch.tensor(10.0), torch.tensor(-3.0))
+    ]
+    loss = contrastive_loss(*leaves[:3], logit_bias=leaves[3], kind="sigmoid")
+    assert torch.equal(found.loss, loss)
+    for ours, theirs in zip(found[1:], torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not found.loss.requires_grad
+    assert loss_and_grad(audio, text, 10.0).logit_bias is None
+
+
+def test_gradients_that_are_cached_are_those_of_the_whole_batch() -> None:
+    tower = torch.nn.Linear(12, 8)
+    clips, text = torch.randn(10, 12), unit(10, 8, dtype=torch.float32)
+    contrastive_loss(tower(clips), text, 10.0, normalize=True).backward()
+    expected, tower.weight.grad = tower.weight.grad, None
+    with torch.no_grad():
+        cached = loss_and_grad(tower(clips), text, 10.0, normalize=True)
+    for part, gradient in zip(clips.split(3), cached.audio_MD.split(3), strict=True):
+        tower(part).backward(gradient)
+    torch.testing.assert_close(tower.weight.grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does it
+def test_compiles_into_one_graph() -> None:
+    audio, text = (unit(6, 8, dtype=torch.float32).requires_grad_() for _ in range(2))
+    owner = torch.tensor([0, 0, 2, 1, 5, 4])
+
+    def losses(a: Tensor, t: Tensor) -> Tensor:
+        pairs = contrastive_loss(a, t, 10.0, kind="sigmoid", logit_bias=-2.0)
+        return pairs + contrastive_loss(a, t, 10.0, text_owner=owner, label_smoothing=0.1)
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(losses(audio, text), (audio, text))
+    torch.testing.assert_close(torch.autograd.grad(compiled(audio, text), (audio, text)), expected)
+
+
+def aligned(noise: float, scale: float, batch: int = 512, dim: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """bfloat16 embeddings of a model that is as good as `noise` is small, and the scale."""
+    audio = unit(batch, dim, dtype=torch.float32)
+    text = F.normalize(audio + noise * torch.randn(batch, dim), dim=1)
+    return audio.bfloat16(), text.bfloat16(), torch.tensor(scale)
+
+
+def exact(audio: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Loss and gradient by audio in float64 from all digits of the inputs, and the mean probability p_ii."""
+    leaf = audio.double().requires_grad_()
+    scores = scale.double() * leaf @ text.double().T
+    loss = (
+        F.cross_entropy(scores, torch.arange(len(audio)))
+        + F.cross_entropy(scores.T, torch.arange(len(audio)))
+    ) / 2
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient, float(scores.detach().softmax(1).diag().mean())
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+def rounded_then_subtracted(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Gradient by audio as kernels form it that round probabilities to bfloat16 and subtract 1 afterwards."""
+    scores = scale * audio.float() @ text.float().T
+    rounded = ((scores.softmax(1) + scores.softmax(0)) * scale / (2 * len(audio))).bfloat16()
+    return rounded.float() @ text.float() - scale / len(audio) * text.float()
+
+
+@pytest.mark.parametrize(
+    ("noise", "scale", "low", "high"),
+    [(0.16, 14.0, 0.15, 0.3), (0.12, 14.0, 0.4, 0.6), (0.06, 14.0, 0.95, 0.98), (0.07, 20.0, 0.995, 0.999)],
+)
+def test_a_good_model_keeps_its_gradient(noise: float, scale: float, low: float, high: float) -> None:
+    audio, text, scale_ = aligned(noise, scale)
+    loss, gradient, probability = exact(audio, text, scale_)
+    assert low < probability < high
+    wide = loss_and_grad(audio.float(), text.float(), scale_)
+    assert relative(wide.loss, loss) < 1e-6
+    assert relative(wide.audio_MD, gradient) < 1e-5
+    # What rounding the result to bfloat16 costs, 2^-9 at most, is not the loss's; before that it is as exact.
+    narrow = loss_and_grad(audio, text, scale_)
+    assert relative(narrow.loss, loss) < 1e-6
+    assert relative(narrow.audio_MD, gradient.bfloat16().double()) < 3e-4
+    if probability > 0.9:
+        assert relative(rounded_then_subtracted(audio, text, scale_), gradient) > 3e-3
+
+
+def test_a_tiny_loss_keeps_its_digits() -> None:
+    audio = torch.eye(64).double() * 0.5
+    loss = contrastive_loss(audio.float(), audio.float(), 100.0)
+    truth = contrastive_loss_reference(audio, audio, 100.0)
+    assert 0 < truth < 1e-8
+    assert relative(loss, math.log1p(63 * math.exp(-25.0)) * torch.ones((), dtype=torch.float64)) < 1e-6
+    # float32 logits and log-softmax have nothing left of it.
+    assert contrastive_loss_reference(audio.float(), audio.float(), 100.0) == 0
+
+
+def test_no_sum_underflows_at_the_largest_scale() -> None:
+    audio, text = unit(256, 512, dtype=torch.float32), unit(256, 512, dtype=torch.float32)
+    # A fixed maximum of 1 / temperature saves kernels the search for one; where hardware flushes subnormal
+    # numbers, it loses whole rows.
+    fixed = torch.exp(100.0 * (audio @ text.T - 1))
+    flushed = torch.where(fixed < torch.finfo(torch.float32).tiny, 0.0, fixed)
+    assert float((flushed.sum(1) == 0).float().mean()) > 0.3
+    found = loss_and_grad(audio, text, 100.0)
+    loss, gradient, _ = exact(audio, text, torch.tensor(100.0))
+    assert relative(found.loss, loss) < 1e-6
+    assert relative(found.audio_MD, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"text_owner": torch.arange(1500) % 700}, {"kind": "sigmoid"}])
+def test_no_bit_depends_on_the_number_of_threads(options: dict) -> None:
+    audio, text = (unit(k, 40, dtype=torch.float32) for k in (1500, 1500))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(loss_and_grad(audio, text, 20.0, **options))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0][:4], other[:4], strict=True))
+
+
+@pytest.mark.parametrize("workspace", [0, 20 << 20, 1 << 30])
+def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) -> None:
+    audio, text = (unit(2000, 64, dtype=torch.float32).requires_grad_() for _ in range(2))
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = contrastive_loss(audio, text, 10.0, workspace_bytes=workspace)
+    for own in (audio, text):
+        kept.pop(own.untyped_storage().data_ptr(), None)
+    assert loss.requires_grad
+    assert sum(kept.values()) < workspace + 64 * 4000
+
+
+def test_second_derivatives_are_refused() -> None:
+    audio, text = (unit(3, 4).requires_grad_() for _ in range(2))
+    (gradient,) = torch.autograd.grad(contrastive_loss(audio, text, 5.0), audio, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), audio)
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_gradcheck(kind: str) -> None:
     audio, text = unit(3, 4).requires_grad_(), unit(5, 4).requires_grad_()
@@ -141,12 +331,17 @@ BAD = [
     ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be in [0, 1)"),
     ({"kind": "hinge"}, ValueError, "kind must be"),
     ({"implementation": "fast"}, ValueError, "implementation must be"),
+    ({"implementation": "triton"}, ValueError, 'implementation="triton" needs CUDA tensors, got cpu'),
     ({"logit_scale": torch.ones(1)}, ValueError, "logit_scale must be a scalar"),
+    ({"logit_bias": torch.ones(3)}, ValueError, "logit_bias must be a scalar"),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_names_the_wrong_argument(change: dict, error: type[Exception], message: str) -> None:
+def test_names_the_wrong_argument(
+    monkeypatch: pytest.MonkeyPatch, change: dict, error: type[Exception], message: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"audio_MD": torch.zeros(3, 4), "text_ND": torch.zeros(3, 4), "logit_scale": 10.0} | change
     with pytest.raises(error, match=re.escape(message)):
         contrastive_loss(**arguments)
@@ -158,43 +353,63 @@ def test_hard_negative_loss_refuses_wrong_shapes() -> None:
             hard_negative_loss(torch.zeros(3, 4), torch.zeros(*text_shape), 10.0)
 
 
-def _rank_main(rank: int, world: int, folder: str, kind: str) -> None:
-    """One process: its shard's gradients, averaged over ranks as DDP would, go to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
-    data = torch.load(f"{folder}/batch.pt", weights_only=True)
-    audio, text, owner = data["audio"][rank], data["text"][rank], data["owner"][rank]
-    matrix = data["matrix"].requires_grad_()
-    scale = torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
-    loss = contrastive_loss(
-        audio @ matrix, text @ matrix, scale, text_owner=owner, kind=kind, group=dist.group.WORLD
-    )
+# Shards of unequal sizes with unequal numbers of captions; world n is the first n of them.
+CLIPS, TEXTS = [3, 5, 1, 2], [6, 7, 1, 2]
+SPREAD = [{}, {"label_smoothing": 0.2}, {"kind": "sigmoid", "logit_bias": -2.0}, {"weights": True}]
+IMPLEMENTATIONS = ["cpu", "reference"]
+
+
+def spread_case(data: dict, ranks: range, options: dict, implementation: str, group: object) -> list[Tensor]:
+    """Loss and gradients of the batch of these ranks, of which this process has all or one."""
+    matrix, scale = (data[name].clone().requires_grad_() for name in ("matrix", "scale"))
+    first = [sum(CLIPS[ranks.start : rank]) for rank in ranks]
+    owner = torch.cat([data["owner"][rank] + start for rank, start in zip(ranks, first, strict=True)])
+    arguments = {**options, "implementation": implementation, "group": group, "text_owner": owner}
+    if "weights" in options:
+        arguments["weights"] = torch.cat([data["weight"][rank] for rank in ranks])
+    audio, text = (torch.cat([data[name][rank] for rank in ranks]) for name in ("audio", "text"))
+    loss = contrastive_loss(audio @ matrix, text @ matrix, scale, **arguments)
     loss.backward()
-    for gradient in (matrix.grad, scale.grad):
-        dist.all_reduce(gradient)
-        gradient /= world
-    torch.save({"loss": loss.detach(), "matrix": matrix.grad, "scale": scale.grad}, f"{folder}/{rank}.pt")
+    return [loss.detach(), matrix.grad, scale.grad]
+
+
+def _rank_main(rank: int, folder: str) -> None:
+    """One process: its shard's results, averaged over ranks as DDP would, for every number of ranks, go to a
+    file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(CLIPS))
+    data = torch.load(f"{folder}/batch.pt", weights_only=True)
+    found = {}
+    for world in range(1, len(CLIPS) + 1):
+        group = dist.new_group(list(range(world)))
+        if rank >= world:
+            continue
+        for case, options in enumerate(SPREAD):
+            for implementation in IMPLEMENTATIONS:
+                results = spread_case(data, range(rank, rank + 1), options, implementation, group)
+                for gradient in results[1:]:
+                    dist.all_reduce(gradient, group=group)
+                    gradient /= world
+                found[f"{world} {case} {implementation}"] = results
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path, kind: str) -> None:
-    clips, texts = [3, 5], [6, 7]  # unequal shards, unequal captions
-    audio, text = [unit(c, 6) for c in clips], [unit(t, 6) for t in texts]
-    owner = [captions_owner(c, t) for c, t in zip(clips, texts, strict=True)]
-    matrix = torch.randn(6, 6, dtype=torch.float64)
-    torch.save({"audio": audio, "text": text, "owner": owner, "matrix": matrix}, tmp_path / "batch.pt")
-    mp.spawn(_rank_main, args=(2, str(tmp_path), kind), nprocs=2)
-    matrix.requires_grad_()
-    scale = torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
-    whole = torch.cat([owner[0], owner[1] + clips[0]])
-    loss = contrastive_loss(
-        torch.cat(audio) @ matrix, torch.cat(text) @ matrix, scale, text_owner=whole, kind=kind
-    )
-    loss.backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-12, atol=0)
-        torch.testing.assert_close(found["matrix"], matrix.grad, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(found["scale"], scale.grad, rtol=1e-11, atol=1e-12)
+def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None:
+    data = {
+        "audio": [unit(c, 6) for c in CLIPS],
+        "text": [unit(t, 6) for t in TEXTS],
+        "owner": [captions_owner(c, t) for c, t in zip(CLIPS, TEXTS, strict=True)],
+        "weight": [torch.rand(t, dtype=torch.float64) for t in TEXTS],
+        "matrix": torch.randn(6, 6, dtype=torch.float64),
+        "scale": torch.tensor(12.0, dtype=torch.float64),
+    }
+    torch.save(data, tmp_path / "batch.pt")
+    mp.spawn(_rank_main, args=(str(tmp_path),), nprocs=len(CLIPS))
+    for rank in range(len(CLIPS)):
+        for name, results in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            world, case, implementation = name.split()
+            whole = spread_case(data, range(int(world)), SPREAD[int(case)], implementation, None)
+            for found, expected in zip(results, whole, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12, msg=f"{rank}: {name}")

@@ -146,7 +146,7 @@ def test_no_bit_depends_on_threads_or_workspace_or_the_run(dtype: torch.dtype, k
     batch = make_batch(900, 1700, 40, dtype)
     d_sums = random_gradients(batch, kind)
     first = run_engine(batch, kind, d_sums, threads=1)
-    for threads, workspace in [(1, LARGE), (2, LARGE), (2, SMALL), (3, 6 << 20), (5, LARGE)] * 3:
+    for threads, workspace in [(1, LARGE), (2, LARGE), (2, SMALL), (3, 6 << 20), (5, LARGE), (2, LARGE)]:
         again = run_engine(batch, kind, d_sums, workspace, threads)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -196,7 +196,7 @@ def leaves(batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_operator_keeps_torchs_rules(kind: str, dtype: torch.dtype) -> None:
     # As many pairs as a unit of kept logits has places, so that none is left unwritten.
     arguments = (*leaves(make_batch(96, 384, 4, dtype)), kind, 96 * 384)
