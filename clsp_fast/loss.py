@@ -140,29 +140,13 @@ def contrastive_loss(
             normalize=normalize,
             group=group,
         )
-    dtype = torch.promote_types(audio_MD.dtype, torch.float32)
     if normalize:
-        audio_MD, text_ND = (F.normalize(x.to(dtype)).to(x.dtype) for x in (audio_MD, text_ND))
-    scale = _scalar(logit_scale, audio_MD.device, dtype)
-    bias = _scalar(0.0 if logit_bias is None else logit_bias, audio_MD.device, dtype)
+        wide = torch.promote_types(audio_MD.dtype, torch.float32)
+        audio_MD, text_ND = (F.normalize(x.to(wide)).to(x.dtype) for x in (audio_MD, text_ND))
+    in_order = text_owner is None and weights is None
     shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device, audio_MD.dtype)
-    if engine is negatives:
-        # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
-        audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
-    pairs = Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
-    options = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
-    if kind == "sigmoid":
-        sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=bias, **options)
-        return sigmoid_loss(pairs, sums_M, label_smoothing=label_smoothing)
-    row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), logit_bias=bias, **options)
-    return softmax_loss(
-        pairs,
-        row_M,
-        shards.own_lse(column_N),
-        weights=weights,
-        label_smoothing=label_smoothing,
-        in_order=text_owner is None and weights is None,
-    )
+    pairs = _pairs(engine, audio_MD, text_ND, logit_scale, logit_bias, owner_N, shards)
+    return _fused_loss(engine, pairs, weights, label_smoothing, kind, in_order, workspace_bytes)
 
 
 class LossAndGradients(NamedTuple):
@@ -343,6 +327,44 @@ def _scalar(x: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tens
     if isinstance(x, Tensor):
         return x.to(device, dtype)
     return torch.full((), x, device=device, dtype=dtype)
+
+
+def _fused_loss(
+    engine: ModuleType,
+    pairs: Pairs,
+    weights: Tensor | None,
+    label_smoothing: float,
+    kind: Kind,
+    in_order: bool,
+    workspace_bytes: int | None,
+) -> Tensor:
+    options = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
+    if kind == "sigmoid":
+        sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
+        return sigmoid_loss(pairs, sums_M, label_smoothing=label_smoothing)
+    row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
+    column_N = pairs.shards.own_lse(column_N)
+    return softmax_loss(
+        pairs, row_M, column_N, weights=weights, label_smoothing=label_smoothing, in_order=in_order
+    )
+
+
+def _pairs(
+    engine: ModuleType,
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    owner_N: Tensor,
+    shards: Shards,
+) -> Pairs:
+    device, dtype = audio_MD.device, torch.promote_types(audio_MD.dtype, torch.float32)
+    scale = _scalar(logit_scale, device, dtype)
+    bias = _scalar(0.0 if logit_bias is None else logit_bias, device, dtype)
+    if engine is negatives:
+        # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
+        audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
+    return Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
 
 
 def _gather_batch(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clsp_fast import checkpoint, evaluation, optim
+from clsp_fast import checkpoint, evaluation, optim, similarity
 from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
@@ -285,11 +285,8 @@ def progress(
     if not meter.losses:
         return
     figures = meter.figures(place.world)
-    with torch.no_grad():
-        own = len(output.audio)
-        best = (output.audio @ output.text[:own].T).argmax(1)
-        figures["batch_R@1"] = float((best == torch.arange(own, device=best.device)).float().mean())
     figures |= {
+        "batch_R@1": batch_recall(output),
         "logit_scale": float(output.logit_scale.detach()),
         "lr": optimizer.param_groups[0]["lr"],
         "peak_memory_mib": place.peak_memory_mib(),
@@ -304,6 +301,16 @@ def progress(
         f"wait {figures['data_wait']:.1%}  {figures['peak_memory_mib']:.0f} MiB  "
         f"skipped {sum(skipped.values())}  eta {_clock(figures['eta_s'])}"
     )
+
+
+def batch_recall(output: ClspOutput) -> float:
+    """Share of clips whose own first caption is nearer than those of the batch's other clips."""
+    own = len(output.audio)
+    audio, text = (x.detach().float() for x in (output.audio, output.text[:own]))
+    if not (bool(audio.isfinite().all()) and bool(text.isfinite().all())):
+        return 0.0  # nothing is nearest
+    _, best = similarity.topk(audio, text, 1)
+    return float((best[:, 0] == torch.arange(own, device=best.device)).float().mean())
 
 
 def validate(
