@@ -2,9 +2,6 @@
 
 #include "batch.h"
 #include "contrastive_steps.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace clsp {
 namespace {
@@ -160,24 +157,11 @@ std::size_t kept_units(const Negatives& pairs, std::size_t size) {
   return size / (divide_up(pairs.text.rows, kTile) * kUnitLogits);
 }
 
-// A quarter of a gigabyte of fresh memory costs 65,000 page faults, unless the pages are large.
-void ask_for_large_pages(void* data, std::size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = 4096;
-  const auto begin = round_up(reinterpret_cast<std::uintptr_t>(data), kPage);
-  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 }  // namespace
 
 template <class T>
 void sum_negatives(const Negatives& pairs, PerRowAndColumn<T> out, Span<T> kept) {
   Scratch<T> scratch(pairs, false);
-  ask_for_large_pages(kept.data(), kept.size() * sizeof(T));
   Pass<T> pass{pairs, scratch, kept.data(), kept_units<T>(pairs, kept.size()), {}, {}, {}, {}};
   const std::size_t rows = pairs.audio.rows, columns = pairs.text.rows;
   std::fill_n(scratch.row_most.data(), round_up(rows, kPanel), -kInfinity<T>);
