@@ -16,6 +16,7 @@ from clsp_fast.loss import contrastive_loss, contrastive_loss_reference
 
 DIM = 512
 SCALE = 1 / 0.07
+RECIPE = "the recipe's and open_clip's form"
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -80,9 +81,9 @@ def gradients(given: Batch, loss: Loss, *, cast: bool = False, scale: bool = Tru
     return call
 
 
-def ours(given: Batch, implementation: Any = "auto") -> Call:
+def ours(given: Batch, **settings: Any) -> Call:
     owner_N = given.owner_N if given.captions > 1 else None
-    return gradients(given, partial(contrastive_loss, text_owner=owner_N, implementation=implementation))
+    return gradients(given, partial(contrastive_loss, text_owner=owner_N, **settings))
 
 
 def reference(given: Batch) -> Call:
@@ -164,20 +165,20 @@ def loss_case(
     device: str = "cpu",
     goals: dict[str, float] | None = None,
     dense_fits: bool = True,
+    workspace_mb: int | None = None,
     **settings: Any,
 ) -> Case:
     half = dtype == torch.bfloat16
     gate = relative(1e-2 if half else 3e-5)
     texts = clips * captions
-    recipe = Provider("dense", partial(dense, products=1), note="the recipe's loss from one product")
+    one = Provider("dense, one product", partial(dense, products=1))
     if half:
-        peers = [recipe, Provider("dense in float32", partial(dense, products=1, cast=True))]
+        peers = [one, Provider(RECIPE, partial(dense, products=2, cast=True), note="in float32")]
     else:
-        both = partial(dense, products=2)
         peers = [
             Provider("reference", reference),
-            recipe,
-            Provider("open_clip's form", both, note="the recipe's too: a product each way"),
+            one,
+            Provider(RECIPE, partial(dense, products=2), note="a product each way"),
             Provider("F.linear_cross_entropy", partial(linear_cross_entropy, chunked=False)),
         ]
     if clips <= 1024 and captions == 1:
@@ -190,14 +191,18 @@ def loss_case(
         peers.append(Provider("memeff", memeff, "memeff", without_scale(rounded)))
         peers.append(Provider("Inf-CL", inf_cl, "inf-cl", rounded))
     labels = ["loss", *["cuda"] * (device == "cuda"), str(clips), *["two-captions"] * (captions == 2)]
+    own, limit = partial(ours), ""
+    if workspace_mb is not None:
+        own, limit = partial(ours, workspace_bytes=workspace_mb << 20), f", workspace of {workspace_mb} MB"
+        labels.append(f"{workspace_mb}mb")
     return Case(
         name="-".join([*labels, *["bf16"] * half]),
         area="loss",
-        what=f"{clips} clips, {texts} captions, D = {DIM}, {'bfloat16' if half else 'float32'}",
+        what=f"{clips} clips, {texts} captions, D = {DIM}, {'bfloat16' if half else 'float32'}{limit}",
         inputs=partial(batch, clips, captions, dtype, device),
         expected=exact,
         gate=gate,
-        providers=(Provider("clsp_fast", ours), *(peers if dense_fits else ())),
+        providers=(Provider("clsp_fast", own), *(peers if dense_fits else ())),
         goals=goals or {},
         amount=clips,
         unit="clips",
@@ -214,11 +219,13 @@ def loss_case(
 ONE_CAPTION = {"clsp_fast, one caption": 1 / 2.05}
 CASES = (
     loss_case(1024),
-    loss_case(4096, goals={"dense": 2.2}),
-    loss_case(4096, dtype=torch.bfloat16, goals={"dense in float32": 4.0}),
+    loss_case(4096, goals={RECIPE: 2.2}),
+    loss_case(4096, goals={RECIPE: 1.8}, workspace_mb=16),
+    loss_case(4096, dtype=torch.bfloat16, goals={RECIPE: 4.0}),
     loss_case(2048, captions=2, goals=ONE_CAPTION),
     loss_case(4096, captions=2, goals=ONE_CAPTION, optional=True),
-    loss_case(8192, goals={"dense": 2.2}, optional=True),
+    loss_case(8192, goals={RECIPE: 2.2}, optional=True),
+    loss_case(8192, goals={RECIPE: 1.8}, workspace_mb=16, optional=True),
     loss_case(16384, optional=True, dense_fits=False),
     # Inputs, gradients and 600 MB, the embeddings being 64 MB each.
     loss_case(32768, optional=True, dense_fits=False, memory_goal=2 * 4 * DIM * 32768 + 600 * 2**20),
