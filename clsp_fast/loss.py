@@ -42,12 +42,13 @@ def contrastive_loss_reference(
     group: dist.ProcessGroup | None = None,
     implementation: str = "reference",
     workspace_bytes: int | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The dense definition of `contrastive_loss`, in plain torch: M x N logits, any floating dtype, autograd.
 
-    Args, returns and errors are those of `contrastive_loss`; the last two are accepted and ignored.
+    Args, returns and errors are those of `contrastive_loss`; the last three are accepted and ignored.
     """
-    del implementation, workspace_bytes
+    del implementation, workspace_bytes, compute_dtype
     owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
     if group is not None:
         audio_MD, text_ND, owner_N, weights = _gather_batch(audio_MD, text_ND, owner_N, weights, group)
@@ -83,8 +84,9 @@ def contrastive_loss(
     group: dist.ProcessGroup | None = None,
     implementation: Implementation = "auto",
     workspace_bytes: int | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Two-sided contrastive loss with any number of captions a clip; the M x N logits never exist at once.
+    """Two-sided contrastive loss with any number of captions a clip, in memory that does not grow with M x N.
 
     With s_ij = logit_scale <audio_i, text_j> + logit_bias, T_i the texts owned by audio i and w_ij their
     weights normalised over T_i, `kind="softmax"` is the mean of two terms,
@@ -106,13 +108,17 @@ def contrastive_loss(
         normalize: brings all rows to unit norm first.
         group: process group over which the batch is spread. Every rank then returns the loss of the
             concatenated batch, and gradients averaged over the ranks (what DDP does) equal those of a single
-            process. What travels is in `clsp_fast.gather`.
+            process. Every rank needs a clip and a text, and `text_owner` counts its own clips. What travels
+            is in `clsp_fast.gather`.
         implementation: "cpu" and "triton" are the fused operators (the latter for CUDA tensors, or for any
             under TRITON_INTERPRET=1); "reference" is the dense definition; "auto" takes the operator of the
             tensors' device, and the definition where there is none.
-        workspace_bytes: most memory beside arguments and results; logits that fit are kept for the backward
-            pass, others computed again. Default: 256 MiB on the CPU, 512 MiB on CUDA. The CPU operator needs
-            15 MB at D = 512 whatever is asked for.
+        workspace_bytes: most memory beside arguments and results. On the CPU, logits that fit are kept for
+            the backward pass and others computed again; on CUDA, none are kept. Default: 256 MiB on the CPU,
+            512 MiB on CUDA. The CPU operator needs 15 MB at D = 512 whatever is asked for.
+        compute_dtype: dtype of the matrix products on CUDA, default that of the embeddings; bfloat16 is what
+            tensor cores are fast at. Positive pairs, sums and gradients are in float32 (float64) in any case,
+            and on the CPU so are the products.
 
     Returns:
         Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU operator's
@@ -128,25 +134,36 @@ def contrastive_loss(
     owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
     engine = _engine(implementation, audio_MD)
     if engine is None:
-        return contrastive_loss_reference(
-            audio_MD,
-            text_ND,
-            logit_scale,
-            text_owner=text_owner,
-            weights=weights,
-            logit_bias=logit_bias,
-            label_smoothing=label_smoothing,
-            kind=kind,
-            normalize=normalize,
-            group=group,
-        )
-    if normalize:
-        wide = torch.promote_types(audio_MD.dtype, torch.float32)
-        audio_MD, text_ND = (F.normalize(x.to(wide)).to(x.dtype) for x in (audio_MD, text_ND))
-    in_order = text_owner is None and weights is None
-    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device, audio_MD.dtype)
-    pairs = _pairs(engine, audio_MD, text_ND, logit_scale, logit_bias, owner_N, shards)
-    return _fused_loss(engine, pairs, weights, label_smoothing, kind, in_order, workspace_bytes)
+        with torch.autocast(audio_MD.device.type, enabled=False):
+            return contrastive_loss_reference(
+                audio_MD,
+                text_ND,
+                logit_scale,
+                text_owner=text_owner,
+                weights=weights,
+                logit_bias=logit_bias,
+                label_smoothing=label_smoothing,
+                kind=kind,
+                normalize=normalize,
+                group=group,
+            )
+    device, wide = audio_MD.device, torch.promote_types(audio_MD.dtype, torch.float32)
+    options: dict[str, Any] = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
+    if engine is not negatives:
+        options["compute_dtype"] = compute_dtype or audio_MD.dtype
+    with torch.autocast(device.type, enabled=False):
+        # What 16-bit embeddings travel as; rows that are normalised here no longer fit.
+        travels = wide if normalize else audio_MD.dtype
+        shards = Shards.agree(group, len(audio_MD), len(text_ND), device, travels)
+        # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
+        audio_MD, text_ND = audio_MD.to(wide), text_ND.to(wide)
+        if normalize:
+            audio_MD, text_ND = F.normalize(audio_MD), F.normalize(text_ND)
+        scale = _scalar(logit_scale, device, wide)
+        bias = _scalar(0.0 if logit_bias is None else logit_bias, device, wide)
+        pairs = Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
+        in_order = text_owner is None and weights is None
+        return _fused_loss(engine, pairs, weights, label_smoothing, kind, in_order, options)
 
 
 class LossAndGradients(NamedTuple):
@@ -185,8 +202,10 @@ def loss_and_grad(
 
     Source: arXiv 2101.06983 (gradient cache).
     """
+    wide = torch.promote_types(audio_MD.dtype, torch.float32)
     scale, bias = (
-        x if x is None else torch.as_tensor(x, device=audio_MD.device) for x in (logit_scale, logit_bias)
+        torch.tensor(float(x), dtype=wide, device=audio_MD.device) if isinstance(x, (int, float)) else x
+        for x in (logit_scale, logit_bias)
     )
     inputs = [x.detach().requires_grad_() for x in (audio_MD, text_ND, scale, bias) if x is not None]
     with torch.enable_grad():
@@ -212,6 +231,7 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
 
     Raises:
         ValueError: the shapes do not fit together.
+        TypeError: dtypes or devices differ.
     """
     if (
         text_BKD.ndim != 3
@@ -223,9 +243,16 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
             "audio_BD must have shape (B, D) and text_BKD (B, K >= 2, D), "
             f"got {tuple(audio_BD.shape)} and {tuple(text_BKD.shape)}"
         )
+    if audio_BD.dtype != text_BKD.dtype or audio_BD.device != text_BKD.device:
+        raise TypeError(
+            "audio_BD and text_BKD must share dtype and device, "
+            f"got {audio_BD.dtype} on {audio_BD.device} and {text_BKD.dtype} on {text_BKD.device}"
+        )
     dtype = torch.promote_types(audio_BD.dtype, torch.float32)
-    logits_BK = logit_scale * torch.einsum("bd,bkd->bk", audio_BD.to(dtype), text_BKD.to(dtype))
-    return (torch.logsumexp(logits_BK, dim=1) - logits_BK[:, 0]).mean()
+    with torch.autocast(audio_BD.device.type, enabled=False):
+        logits_BK = logit_scale * torch.einsum("bd,bkd->bk", audio_BD.to(dtype), text_BKD.to(dtype))
+    # Not lse - s_0, whose digits cancel where the loss is small.
+    return F.softplus(logits_BK[:, 1:].logsumexp(1) - logits_BK[:, 0], threshold=40.0).mean()
 
 
 def _engine(implementation: str, audio_MD: Tensor) -> ModuleType | None:
@@ -246,7 +273,7 @@ def _engine(implementation: str, audio_MD: Tensor) -> ModuleType | None:
         return negatives
     has_triton = importlib.util.find_spec("triton") is not None
     if implementation == "triton" and not has_triton:
-        raise ImportError('implementation="triton" needs triton: pip install triton')
+        raise ImportError("implementation='triton' needs the extra: pip install 'clsp_fast[triton]'")
     if implementation == "triton" or (
         implementation == "auto" and device == "cuda" and has_triton and audio_MD.dtype != torch.float64
     ):
@@ -288,16 +315,17 @@ def _check(
     if kind not in ("softmax", "sigmoid"):
         raise ValueError(f'kind must be "softmax" or "sigmoid", got {kind!r}')
     if weights is not None:
-        _check_weights(weights, n, kind)
+        _check_weights(weights, n, kind, audio_MD.device)
     return _check_owner(text_owner, m, n, audio_MD.device)
 
 
-def _check_weights(weights: Tensor, n: int, kind: str) -> None:
+def _check_weights(weights: Tensor, n: int, kind: str, device: torch.device) -> None:
     if kind == "sigmoid":
         raise ValueError('weights must be None with kind="sigmoid": every pair counts once')
-    if weights.shape != (n,) or not weights.is_floating_point():
+    if weights.shape != (n,) or not weights.is_floating_point() or weights.device != device:
         raise ValueError(
-            f"weights must be floating of shape ({n},), got {weights.dtype} {tuple(weights.shape)}"
+            f"weights must be floating of shape ({n},) on {device}, "
+            f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
         )
     _demand(((weights >= 0) & weights.isfinite()).all(), "weights must be finite and not negative")
 
@@ -336,9 +364,8 @@ def _fused_loss(
     label_smoothing: float,
     kind: Kind,
     in_order: bool,
-    workspace_bytes: int | None,
+    options: dict[str, Any],
 ) -> Tensor:
-    options = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
     if kind == "sigmoid":
         sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
         return sigmoid_loss(pairs, sums_M, label_smoothing=label_smoothing)
@@ -347,24 +374,6 @@ def _fused_loss(
     return softmax_loss(
         pairs, row_M, column_N, weights=weights, label_smoothing=label_smoothing, in_order=in_order
     )
-
-
-def _pairs(
-    engine: ModuleType,
-    audio_MD: Tensor,
-    text_ND: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-    owner_N: Tensor,
-    shards: Shards,
-) -> Pairs:
-    device, dtype = audio_MD.device, torch.promote_types(audio_MD.dtype, torch.float32)
-    scale = _scalar(logit_scale, device, dtype)
-    bias = _scalar(0.0 if logit_bias is None else logit_bias, device, dtype)
-    if engine is negatives:
-        # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
-        audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
-    return Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
 
 
 def _gather_batch(

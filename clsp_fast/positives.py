@@ -118,23 +118,28 @@ def _row_losses(
     """
     zeros_M, index_N = torch.zeros_like(row_M), torch.arange(len(owner_N), device=owner_N.device)
     weight_N = torch.ones_like(positive_N) if weights is None else weights.to(positive_N.dtype)
-    total_M = zeros_M.index_add(0, owner_N, weight_N)
+    total_M = _add_by_owner(zeros_M, owner_N, weight_N)
     captioned_M = total_M > 0
     share_N = weight_N / torch.where(captioned_M, total_M, 1.0)[owner_N]
 
     heaviest_M = zeros_M.scatter_reduce(0, owner_N, weight_N, "amax")
     candidate_N = torch.where(weight_N == heaviest_M[owner_N], index_N, 0)
     anchor_M = torch.zeros_like(row_M, dtype=torch.int64).scatter_reduce(0, owner_N, candidate_N, "amax")
-    anchor_score_M = positive_N.index_select(0, anchor_M)
-    above_N = positive_N - anchor_score_M.index_select(0, owner_N)
+    anchor_score_M = positive_N[anchor_M]
+    above_N = positive_N - anchor_score_M[owner_N]
 
     negatives_M = row_M - anchor_score_M
     shift_M = torch.maximum(negatives_M, zeros_M.scatter_reduce(0, owner_N, above_N, "amax")).detach()
     others_N = torch.where(anchor_M[owner_N] == index_N, 0.0, (above_N - shift_M[owner_N]).exp())
-    others_M = ((negatives_M - shift_M).exp()).index_add(0, owner_N, others_N)
+    others_M = _add_by_owner((negatives_M - shift_M).exp(), owner_N, others_N)
     lse_M = shift_M + torch.log1p(others_M + torch.expm1(-shift_M))
-    target_M = zeros_M.index_add(0, owner_N, share_N * above_N)
+    target_M = _add_by_owner(zeros_M, owner_N, share_N * above_N)
     return lse_M - target_M, target_M + anchor_score_M, captioned_M
+
+
+def _add_by_owner(x_M: Tensor, owner_N: Tensor, y_N: Tensor) -> Tensor:
+    """x with each y added to its owner's element; unlike index_add, in a fixed order on CUDA too."""
+    return x_M.index_put((owner_N,), y_N, accumulate=True)
 
 
 class _PairDots(torch.autograd.Function):

@@ -176,6 +176,7 @@ def forward(model: CLSP, batch: Batch, place: Place, precision: str) -> tuple[Cl
         output.logit_scale,
         text_owner=batch.text_owner.to(to),
         group=place.group,
+        compute_dtype=torch.bfloat16 if precision == "bf16" else None,
     )
     return output, loss
 

@@ -137,6 +137,59 @@ def test_equals_the_dense_definition(options: dict) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_kernels_equal_the_dense_definition(options: dict, kernel_device: torch.device) -> None:
+    audio, text = ((x.float()).to(kernel_device).requires_grad_() for x in (3 * unit(7, 6), unit(7, 6)))
+    scale = torch.tensor(11.0, device=kernel_device, requires_grad=True)
+    options = {k: v.to(kernel_device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    losses = [
+        contrastive_loss(audio, text, scale, implementation=name, **options)
+        for name in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, (audio, text, scale)) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_kernels_keep_the_gradient_of_a_good_model(kernel_device: torch.device) -> None:
+    audio, text, scale = (x.to(kernel_device) for x in aligned(0.06, 14.0, batch=64, dim=128))
+    _, gradient, probability = exact(audio, text, scale)
+    assert probability > 0.9
+    found = loss_and_grad(audio, text, scale, implementation="triton")
+    assert found.audio_MD.dtype == torch.bfloat16
+    # Rounded once, at the end; the products' own rounding of negatives to bfloat16 is 1e-3 of them.
+    assert relative(found.audio_MD, gradient) < 4e-3
+    assert relative(rounded_then_subtracted(audio, text, scale), gradient) > 6e-3
+
+
+def test_autocast_changes_nothing() -> None:
+    audio, text = unit(9, 16, dtype=torch.float32), unit(9, 16, dtype=torch.float32)
+    negative = text.view(9, 1, 16).repeat(1, 2, 1)
+    for loss in (
+        lambda: contrastive_loss(audio, text, 50.0, label_smoothing=0.1),
+        lambda: contrastive_loss(audio, text, 50.0, implementation="reference"),
+        lambda: hard_negative_loss(audio, negative, 50.0),
+    ):
+        expected = loss()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss(), expected)
+
+
+def test_normalized_16_bit_rows_are_not_rounded_again() -> None:
+    audio, text = (3 * unit(30, 24)).bfloat16(), (2 * unit(30, 24)).bfloat16()
+    dense = contrastive_loss_reference(audio.double(), text.double(), 20.0, normalize=True)
+    assert relative(contrastive_loss(audio, text, 20.0, normalize=True), dense) < 1e-6
+
+
+def test_small_hard_negative_losses_keep_their_digits() -> None:
+    audio = torch.eye(8, dtype=torch.float64)
+    text = torch.stack([audio, audio.roll(1, 0)], 1)
+    found = hard_negative_loss(audio.float(), text.float(), 30.0)
+    assert relative(found, torch.tensor(30.0, dtype=torch.float64).neg().exp().log1p()) < 1e-6
+
+
 def test_one_pair_has_no_loss() -> None:
     audio, text = unit(1, 4).requires_grad_(), unit(1, 4)
     loss = contrastive_loss(audio, text, 10.0)
@@ -157,6 +210,9 @@ def test_loss_and_gradients_at_once() -> None:
         assert torch.equal(ours, theirs)
     assert not found.loss.requires_grad
     assert loss_and_grad(audio, text, 10.0).logit_bias is None
+    wide = loss_and_grad(audio.double(), text.double(), 10, logit_bias=-3, kind="sigmoid")
+    assert wide.logit_scale.dtype == torch.float64
+    torch.testing.assert_close(wide.loss.float(), found.loss)
 
 
 def test_gradients_that_are_cached_are_those_of_the_whole_batch() -> None:
