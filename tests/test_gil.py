@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import subprocess
 import sys
@@ -22,10 +23,11 @@ from clsp_fast import _C
 from clsp_fast.audio import default_num_threads
 from clsp_fast.features import extract, extract_files
 
-ROUNDS = 40
+LEAST_ROUNDS, ROUNDS = 5, 40
 WORTH_OF_TWO = 1.7
 Wave = NDArray[np.float32]
 Work = Callable[[int], object]  # the argument tells concurrent callers apart
+Timer = Callable[[int], float]  # seconds in which so many at once do the work once each
 
 
 def noise(samples: int, seed: int = 0) -> Wave:
@@ -50,21 +52,34 @@ def file_work() -> Work:
     return lambda caller: extract_files(files, num_threads=1, out=outs[caller])
 
 
-def gain_of_two(work: Work) -> float:
-    """How much of the work two threads do in the time in which one does it once."""
+class Gain:
+    """How much of the work two do in the time in which one does it once, by the fastest of each: of a single
+    pair of measurements, one that something held up would make any gain."""
 
+    def __init__(self, time_s: Timer) -> None:
+        self.time_s = time_s
+        self.fastest_s = {1: math.inf, 2: math.inf}
+
+    def measure(self) -> float:
+        """Times both once more; the gain by all measurements until now."""
+        for count, fastest_s in self.fastest_s.items():
+            self.fastest_s[count] = min(fastest_s, self.time_s(count))
+        return 2 * self.fastest_s[1] / self.fastest_s[2]
+
+
+def threads_timer(work: Work) -> Timer:
     def time_s(callers: int) -> float:
         ready = threading.Barrier(callers + 1)
         threads = [threading.Thread(target=lambda i=i: (ready.wait(), work(i))) for i in range(callers)]
         for thread in threads:
             thread.start()
+        start = time.perf_counter()  # before they are let go: they may be done before this thread wakes
         ready.wait()
-        start = time.perf_counter()
         for thread in threads:
             thread.join()
         return time.perf_counter() - start
 
-    return 2 * time_s(1) / time_s(2)
+    return time_s
 
 
 WORKER = """
@@ -80,8 +95,8 @@ for _ in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def gain_of_two_processes() -> Iterator[Callable[[], float]]:
-    """The control: what two processes, which share no GIL, gain on these CPUs just now."""
+def processes_timer() -> Iterator[Timer]:
+    """For the control: what two processes, which share no GIL, gain on these CPUs just now."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-W", "ignore", "-c", WORKER]
     with contextlib.ExitStack() as stack:
@@ -99,7 +114,7 @@ def gain_of_two_processes() -> Iterator[Callable[[], float]]:
             return time.perf_counter() - start
 
         time_s(2)  # both have imported what they need
-        yield lambda: 2 * time_s(1) / time_s(2)
+        yield time_s
         for worker in workers:
             worker.stdin.close()
 
@@ -107,25 +122,22 @@ def gain_of_two_processes() -> Iterator[Callable[[], float]]:
 @pytest.mark.skipif(default_num_threads() < 2, reason="needs two CPUs")
 @pytest.mark.multiproc
 @pytest.mark.parametrize("make_work", [fbank_work, file_work])
-def test_two_threads_do_the_work_of_two(
-    make_work: Callable[[], Work], gain_of_two_processes: Callable[[], float]
-) -> None:
+def test_two_threads_do_the_work_of_two(make_work: Callable[[], Work], processes_timer: Timer) -> None:
     """Where the CPUs give two processes less than that, because others use them or they share a core, two
     threads gain as much as those."""
-    work = make_work()
-    best = control = 0.0
-    for _ in range(ROUNDS):
-        best = max(best, gain_of_two(work))
-        control = max(control, gain_of_two_processes())
-        if best >= WORTH_OF_TWO:
+    threads, processes = Gain(threads_timer(make_work())), Gain(processes_timer)
+    for round_ in range(ROUNDS):
+        gain, control = threads.measure(), processes.measure()
+        if round_ >= LEAST_ROUNDS and gain >= WORTH_OF_TWO:
             return
     if control < 1.3:
         pytest.skip(f"no second CPU was free: two processes do {control:.2f} times the work of one")
-    assert best >= WORTH_OF_TWO / 2 * control
+    assert gain >= WORTH_OF_TWO / 2 * control
 
 
 def test_the_gain_of_work_that_holds_the_gil_is_small() -> None:
-    assert min(gain_of_two(lambda _: sum(range(10**6))) for _ in range(5)) < 1.3
+    gain = Gain(threads_timer(lambda _: sum(range(10**6))))
+    assert [gain.measure() for _ in range(2 * LEAST_ROUNDS)][-1] < 1.3
 
 
 def runs_beside(work: Callable[[], object]) -> bool:
@@ -156,7 +168,12 @@ def test_the_gil_is_released() -> None:
     waves = [noise(16000 * 60, i) for i in range(8)]
     out = np.empty((8, 6000, 128), np.float32)
     file = wav(16000 * 60, 44100, "PCM_16")
-    assert not runs_beside(lambda: sum(range(10**6)))  # the control: this holds it
-    assert runs_beside(lambda: _C.fbank_batch(waves, out, num_threads=1))
-    assert runs_beside(lambda: _C.resample_batch(waves, from_hz=44100, to_hz=16000))
-    assert runs_beside(lambda: extract_files([file] * 8, num_threads=1))
+    tries = 20  # where the CPUs are busy, the other thread may wake after the work
+
+    def lets_go(work: Callable[[], object]) -> bool:
+        return any(runs_beside(work) for _ in range(tries))
+
+    assert not lets_go(lambda: sum(range(10**6)))  # the control: this holds it
+    assert lets_go(lambda: _C.fbank_batch(waves, out, num_threads=1))
+    assert lets_go(lambda: _C.resample_batch(waves, from_hz=44100, to_hz=16000))
+    assert lets_go(lambda: extract_files([file] * 8, num_threads=1))
