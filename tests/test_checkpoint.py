@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -133,12 +132,15 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_verifies(tmp_path: Path) ->
         folder = tmp_path / str(round_)
         process = context.Process(target=_save_forever, args=(str(folder),))
         process.start()
-        while not list(folder.glob("step-*")):
-            time.sleep(0.01)
-        time.sleep(0.11 * round_ + 0.03)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        try:
+            while not list(folder.glob("step-*")):
+                assert process.is_alive(), "ended before it saved anything"
+                time.sleep(0.01)
+            time.sleep(0.11 * round_ + 0.03)
+            assert process.is_alive(), "ended before it could be killed"
+        finally:
+            process.kill()
+            process.join()
         found = checkpoint.newest(folder)
         assert found is not None
         assert_is(found, found.step)

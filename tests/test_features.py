@@ -352,9 +352,10 @@ sys.exit(os.waitstatus_to_exitcode(status) or not np.array_equal(work(), before)
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(600)
 def test_works_after_fork() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=60, env=environment)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=240, env=environment)
 
 
 def test_the_identity_changes_with_the_settings() -> None:

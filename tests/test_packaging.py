@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Each build compiles the extension.
+pytestmark = pytest.mark.timeout(900)
 CHECK = (
     "import numpy, clsp_fast, clsp_fast.kernels; from clsp_fast import _C;"
     "features = clsp_fast.features.extract([numpy.zeros(16000, numpy.float32)]);"

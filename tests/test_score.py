@@ -167,9 +167,13 @@ def test_a_closed_pipe_ends_it_quietly(pairs: Path, model_folder: Path) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    told = process.stderr.read().decode()
-    assert process.wait() == 1
-    process.stderr.close()
+    try:
+        told = process.stderr.read().decode()
+        assert process.wait() == 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
     assert "Traceback" not in told
 
 

@@ -232,6 +232,7 @@ def test_the_page_plays_every_answer_and_runs_no_script(tmp_path: Path, make_cli
     assert "script" not in (policy or "")
 
 
+@pytest.mark.timeout(600)
 def test_a_browser_shows_the_page(tmp_path: Path, make_clips: MakeClips) -> None:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next((found for name in names if (found := shutil.which(name))), None)
@@ -242,7 +243,7 @@ def test_a_browser_shows_the_page(tmp_path: Path, make_clips: MakeClips) -> None
     file = tmp_path / "page.html"
     file.write_text(page([Result("text", EVIL, [Hit(0.5, EVIL, str(good), 0.0, None, None)])]))
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=240)
     assert "<audio controls" in done.stdout
     assert "<script>" not in done.stdout
 

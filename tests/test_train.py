@@ -359,6 +359,7 @@ COMMAND = [sys.executable, "-m", "clsp_fast.train"]
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(600)
 def test_killed_anywhere_the_same_command_ends_the_same(
     folder: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
@@ -367,16 +368,22 @@ def test_killed_anywhere_the_same_command_ends_the_same(
     path.write_text(json.dumps(made.to_dict()))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*COMMAND, str(path)], env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(losses(tmp_path / "run")) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    subprocess.run([*COMMAND, str(path)], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    deadline = time.monotonic() + 240
+    try:
+        while len(losses(tmp_path / "run")) < 5:
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert process.poll() is None, "ended before it could be killed"
+    finally:
+        process.kill()
+        process.wait()
+    subprocess.run([*COMMAND, str(path)], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=240)
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(600)
 def test_two_ranks_train_like_one(folder: Path, tmp_path: Path) -> None:
     """Without dropout, two ranks of 4 clips and one of 8 see the same batches and take the same steps."""
     plain = dataclasses.replace(MODEL, dropout=0.0, regularize=False)
