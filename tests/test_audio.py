@@ -172,10 +172,10 @@ def test_a_part_of_a_long_recording_reads_only_itself(tmp_path: Path) -> None:
         file.write(wav(b"", size=0xFFFFFFFF))
         file.seek(2 * RATE * 30000, os.SEEK_CUR)
         file.write(np.arange(-8000, 8000, dtype="<i2").tobytes())
-    start = time.perf_counter()
+    start = time.process_time()
     got = load(path, start_s=30000.0, duration_s=1.0)
     assert np.array_equal(got, np.arange(-8000, 8000) / np.float32(32768))
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert reason_of(lambda: load(path)) == "too_long"
 
 

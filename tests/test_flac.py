@@ -320,7 +320,7 @@ def test_neither_silence_nor_headers_without_end_take_time_or_memory() -> None:
     blocks = b"fLaC" + b"\0\0\0\x22" + w.stream([])[8:42] + b"\1\0\0\0" * 500_000
     fake = w.frame(["0"], 1152, 77)[:-3]
     headers = w.stream([w.frame([w.verbatim([0] * 192, 16)], 192, 0), fake * 200_000])
-    start = time.perf_counter()
+    start = time.thread_time()
     for data, reason in (
         (Segment(quiet), "too_long"),
         (Segment(quiet, duration_s=3000.0), "truncated"),
@@ -331,4 +331,4 @@ def test_neither_silence_nor_headers_without_end_take_time_or_memory() -> None:
         (got,) = load_batch([data], num_threads=1, limits=AudioLimits(max_channels=8))
         assert isinstance(got, AudioError)
         assert got.reason.value == reason, got
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1

@@ -162,7 +162,7 @@ def test_hostile_folders_are_refused_by_name_and_quickly(tmp_path: Path, name: s
     damage, message = HOSTILE[name]
     write(tmp_path)
     damage(tmp_path)
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Embeddings(tmp_path).lines(0)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
