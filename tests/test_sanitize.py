@@ -1,5 +1,5 @@
 """The extension under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: each reports the bugs
-planted for it (csrc/planted_bug.h), and nothing while the frontend's tests run.
+planted for it (csrc/planted_bug.h), and nothing while the tests of the frontend and of the engine run.
 
 Nothing is suppressed: with one thread each, neither torch nor OpenBLAS is reported for what it does.
 """
@@ -23,12 +23,13 @@ CONTROLS = {
 REPORTS = ("ERROR: AddressSanitizer", "runtime error:", "WARNING: ThreadSanitizer", "CHECK failed")
 # libasan looks for the function that throws C++ exceptions when it starts, before Python loads libstdc++.
 RUNTIMES = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",)}
-TESTS = [f"tests/test_{name}.py" for name in ("flac", "bad_audio", "audio", "resample", "features")]
+CHOSEN = ("flac", "bad_audio", "audio", "resample", "features", "engine_similarity")
+TESTS = [f"tests/test_{name}.py" for name in CHOSEN]
 # Comparisons with other packages' error belong to the build that users have.
 NOT_MEANT = "not error_on_speech and not agrees_with_the_recipe"
 SHORT = {
     "address": f"{NOT_MEANT} and not many_mutants and not after_fork and not gil and not parity",
-    "thread": "thread or fork or mixed_formats or batch or plans or bad_folder",
+    "thread": "thread or fork or mixed_formats or batch or plans or bad_folder or engine",
 }
 LONG = os.environ.get("CLSP_SANITIZE_LONG") == "1"
 
