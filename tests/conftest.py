@@ -39,6 +39,14 @@ def golden() -> Callable[[str], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
+def tiny() -> CLSP:
+    """An untrained tiny model, not to be changed."""
+    torch.manual_seed(1)
+    captions = ["A calm, low-pitched male voice.", "A lively woman speaks fast.", "She whispers."]
+    return CLSP(MODEL_PRESETS["tiny"], Tokenizer.train(captions * 5, 300)).eval()
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tiny model, as `save_pretrained` writes it: what the commands are given."""
     torch.manual_seed(1)
