@@ -63,6 +63,19 @@ def commit() -> tuple[str, bool]:
         return "unknown", True
 
 
+def is_ancestor(commit: str, root: Path = ROOT) -> bool | None:
+    """Whether HEAD's history has a commit; None where git, the history or the commit is not there."""
+    try:
+        if _git("rev-parse", "--is-shallow-repository", root=root) != "false":
+            return None
+        _git("merge-base", "--is-ancestor", commit, "HEAD", root=root)
+    except OSError:
+        return None
+    except subprocess.CalledProcessError as error:
+        return False if error.returncode == 1 else None
+    return True
+
+
 def version(package: str) -> str:
     """Version of a distribution, or "" where there is none."""
     try:
@@ -71,6 +84,6 @@ def version(package: str) -> str:
         return ""
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
+def _git(*arguments: str, root: Path = ROOT) -> str:
+    command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

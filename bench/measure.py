@@ -208,9 +208,9 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[st
             first_s[provider.name] = time.perf_counter() - start
             agrees, how = (provider.gate or case.gate)(expected, got)
         except ImportError as error:
-            row |= {"status": "missing", "reason": _reason(str(error))}
+            row |= {"status": "missing", "reason": one_line(str(error))}
         except Exception as error:  # of any library: it is named, and the others are timed
-            row |= {"status": "failed", "reason": _reason(repr(error))}
+            row |= {"status": "failed", "reason": one_line(repr(error))}
         else:
             row |= {"status": "timed" if agrees else "disagrees", "agreement": how}
             if agrees:
@@ -218,7 +218,7 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[st
     return calls, first_s
 
 
-def _reason(text: str) -> str:
+def one_line(text: str) -> str:
     """What is written to results: one line, without the folders of this machine."""
     first = (text.splitlines() or [""])[0]
     return re.sub(r"(?<![\w.])/[^\s'\"()]*/", "", first)[:200]

@@ -1,6 +1,7 @@
 """Redraws the README's tables and the plots of docs/ from bench/results: `python -m bench.plot [--check]`.
 
 A table stands between `<!-- bench:AREA -->` and `<!-- /bench -->`, and shows the newest results of that area.
+With --check, results also have to name commits of this history, where there is one to look in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ COLOURS = (
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     """Command line; returns the exit code: with --check, 1 if something would change."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=main.__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if out of date")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit code 1 if out of date, or measured at a commit that is not in this history",
+    )
     check = parser.parse_args(arguments).check
     readme = root / "README.md"
     files = {readme: render_readme(readme.read_text(), root / "bench/results")}
@@ -42,7 +47,26 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         print(f"{path.relative_to(root)} {'does not follow from bench/results' if check else 'redrawn'}")
         if not check:
             path.write_text(files[path])
-    return int(check and bool(stale))
+    foreign = _foreign_commits(root) if check else []
+    return int(check and bool(stale or foreign))
+
+
+def _foreign_commits(root: Path) -> list[str]:
+    """Says which commits that results name are no ancestors of HEAD, and returns them; those that git cannot
+    judge are said, too, but not returned."""
+    named: dict[str, set[str]] = {}
+    for path in sorted((root / "bench/results").glob("*.json")):
+        for case in json.loads(path.read_text())["cases"].values():
+            named.setdefault(case["commit"], set()).add(path.name)
+    found = []
+    for commit, files in named.items():
+        is_ancestor = machine.is_ancestor(commit, root)
+        if is_ancestor is None:
+            print(f"warning: no history here to look for commit {commit} of {', '.join(files)} in")
+        elif not is_ancestor:
+            print(f"commit {commit} of {', '.join(files)} is not in the history of HEAD: measure again")
+            found.append(commit)
+    return found
 
 
 def areas(readme: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench import machine, plot
 from bench.cases import CASES
-from bench.measure import Case, Report, peak_memory, run_case
+from bench.measure import Case, Report, one_line, peak_memory, run_case
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9
@@ -80,7 +80,7 @@ def measure(case: Case | Report, rounds: int) -> dict[str, Any]:
         if provider.package and row["status"] != "missing":
             row["package"] = f"{provider.package} {machine.version(provider.package)}"
         if case.memory and row["status"] == "timed":
-            row["peak_bytes"] = _peak_in_a_fresh_process(case.name, provider.name)
+            row |= _peak_in_a_fresh_process(case.name, provider.name)
     ours = record["providers"].get(case.providers[0].name, {})
     if case.memory_goal and ours.get("peak_bytes"):
         ours["memory_goal"] = case.memory_goal
@@ -123,11 +123,13 @@ def _row(provider: str, row: dict[str, Any], clock: str) -> tuple[str, ...]:
     cells += [f"{row['ratio']:.2f}x", f"{row['round_ratio']:.2f}x"] if "ratio" in row else ["", ""]
     goal = f"{row['goal']:.3g}x {'reached' if row.get('reached') else 'NOT REACHED'}" if "goal" in row else ""
     memory = f"{row['peak_bytes'] / 2**20:.1f} MiB" if row.get("peak_bytes") is not None else ""
+    memory = "failed" if "memory_failed" in row else memory
     if "memory_goal" in row:
         allowed = f"{row['memory_goal'] / 2**20:.1f}"
         memory += f" of {allowed} {'reached' if row['memory_reached'] else 'NOT REACHED'}"
-    figures = [f"{name} {value:.3g}" for name, value in row.get("figures", {}).items()]
-    return (provider, *cells, goal, memory, "; ".join([row["agreement"], *figures]))
+    notes = [f"{name} {value:.3g}" for name, value in row.get("figures", {}).items()]
+    notes += [f"memory: failed: {row['memory_failed']}"] if "memory_failed" in row else []
+    return (provider, *cells, goal, memory, "; ".join([row["agreement"], *notes]))
 
 
 def duration(seconds: float) -> str:
@@ -177,10 +179,14 @@ def write(path: Path, computer: dict[str, Any], records: dict[str, Any]) -> None
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _peak_in_a_fresh_process(case: str, provider: str) -> int | None:
+def _peak_in_a_fresh_process(case: str, provider: str) -> dict[str, Any]:
+    """What to add to a provider's row: peak_bytes, or memory_failed with the last line of the error."""
     command = [sys.executable, "-m", "bench.run", "--memory-of", case, provider]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+    if done.returncode:
+        last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"memory_failed": one_line(last)}
+    return {"peak_bytes": int(done.stdout.split()[-1])}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import frontend_cases, kernel_cases, loss_cases, machine, plot, run, similarity_cases
+from bench import frontend_cases, kernel_cases, loss_cases, machine, measure, plot, run, similarity_cases
 from bench.cases import CASES
 from bench.frontend_inputs import speech
 from bench.measure import Case, Provider, close, correlated, equal, peak_memory, relative, run_case, summary
@@ -143,12 +144,21 @@ def test_rounds_are_interleaved() -> None:
     assert calls[-9:] == list(names) * 3
 
 
-def test_ratios_and_goals_follow_the_times() -> None:
-    providers = [Provider("ours", spend(0.02)), Provider("b", spend(0.06)), Provider("c", spend(0.06))]
-    record = run_case(case_of(*providers, goals={"b": 2.0, "c": 9.0}), rounds=3)
+def test_ratios_and_goals_follow_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"ours": [0.04, 0.02, 0.02], "b": [0.06, 0.06, 0.08], "c": [0.06, 0.06, 0.06]}
+    scripts = {name: iter(values) for name, values in seconds.items()}
+
+    def scripted(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, float, Any]:
+        taken_s = next(scripts[call()])
+        return 9.0, taken_s, None
+
+    monkeypatch.setattr(measure, "_time", scripted)
+    providers = [Provider(name, spend(0, name)) for name in seconds]
+    settings = {"gate": lambda *_: (True, ""), "goals": {"b": 2.0, "c": 9.0}}
+    record = run_case(case_of(*providers, **settings), rounds=3)
     rows = record["providers"]
-    assert rows["b"]["ratio"] == pytest.approx(3, rel=0.3)
-    assert rows["b"]["round_ratio"] == pytest.approx(3, rel=0.5)
+    assert rows["b"]["ratio"] == pytest.approx(3)  # of the minima
+    assert rows["b"]["round_ratio"] == pytest.approx(3)  # the median of 1.5, 3 and 4
     assert (rows["b"]["reached"], rows["c"]["reached"]) == (True, False)
     printed = run.table("made-up", record)
     assert "2x reached" in printed
@@ -340,6 +350,58 @@ def test_a_figure_that_was_not_recorded_is_found(tmp_path: Path) -> None:
     at = next(i for i in range(begin, len(readme)) if readme[i : i + 2] == "**")
     (tmp_path / "README.md").write_text(readme[: at + 2] + "9" + readme[at + 2 :])
     assert plot.main(["--check"], root=tmp_path) == 1
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = [f"-c{key}=me@localhost" for key in ("user.name", "user.email")]
+    command = ["git", "-C", str(folder), *identity, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no history, or the commit is not in it, nothing can be said."""
+    repository = tmp_path / "repository"
+    results = repository / "bench/results/r.json"
+    results.parent.mkdir(parents=True)
+    (repository / "README.md").write_text("no table\n")
+
+    def checked(folder: Path = repository) -> tuple[int, str]:
+        return plot.main(["--check"], root=folder), capsys.readouterr().out
+
+    def name(commit: str) -> None:
+        results.write_text(json.dumps({"cases": {"case": {"commit": commit}}}))
+
+    name("unknown")
+    code, told = checked()
+    assert (code, told[:8]) == (0, "warning:")
+    git(repository, "init", "--quiet")
+    for message in ("first", "rewritten"):
+        git(repository, "commit", "--quiet", "--allow-empty", "-m", message)
+    name(git(repository, "rev-parse", "--short=12", "HEAD~"))
+    assert checked() == (0, "")
+    foreign = git(repository, "rev-parse", "--short=12", "HEAD")
+    git(repository, "commit", "--quiet", "--amend", "--allow-empty", "-m", "instead")
+    name(foreign)
+    code, told = checked()
+    assert code == 1
+    assert f"commit {foreign} of r.json is not in the history of HEAD" in told
+    name("0123456789ab")
+    assert checked()[0] == 0
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "-m", "results")
+    git(tmp_path, "clone", "--quiet", "--depth=1", repository.as_uri(), "shallow")
+    shallow = tmp_path / "shallow/bench/results/r.json"
+    shallow.write_text(results.read_text().replace("0123456789ab", git(repository, "rev-parse", "HEAD~2")))
+    code, told = checked(tmp_path / "shallow")
+    assert (code, told[:8]) == (0, "warning:")
+
+
+def test_memory_that_could_not_be_measured_is_said() -> None:
+    record = run.measure(case_of(Provider("ours", spend(0)), memory=True), rounds=1)  # no case of that name
+    row = record["providers"]["ours"]
+    assert "peak_bytes" not in row
+    assert "KeyError: 'made-up'" in row["memory_failed"]
+    assert "memory: failed: KeyError: 'made-up'" in run.table("made-up", record)
 
 
 def test_an_area_without_results_is_refused(tmp_path: Path) -> None:
