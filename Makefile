@@ -3,7 +3,9 @@
 # Each target makes .venv and installs what it needs; nothing but python3, make and a C++ compiler is assumed.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* clsp_fast/* kernels/*)
+# Every run touches __pycache__.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt
+SOURCES += $(filter-out %/__pycache__,$(wildcard csrc/* clsp_fast/* kernels/*))
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: train test bench lint sanitize fuzz clean
@@ -23,7 +25,7 @@ lint: .venv/.test
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp tests/fuzz/*.cpp)
 	$(BIN)/codespell bench clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
 
-# The frontend's tests whole under each sanitizer; `make test` runs a part of them.
+# The tests of frontend and engine whole under each sanitizer; `make test` runs a part of them.
 sanitize: .venv/.test
 	CLSP_SANITIZE_LONG=1 CLSP_FUZZ=6000 $(BIN)/python -m pytest -n 2 tests/test_sanitize.py
 
