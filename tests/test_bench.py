@@ -353,7 +353,7 @@ def test_a_figure_that_was_not_recorded_is_found(tmp_path: Path) -> None:
 
 
 def git(folder: Path, *words: str) -> str:
-    identity = [f"-c{key}=me@localhost" for key in ("user.name", "user.email")]
+    identity = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
     command = ["git", "-C", str(folder), *identity, *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
