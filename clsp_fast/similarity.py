@@ -212,13 +212,17 @@ def _fits_engine(*tensors: Tensor) -> bool:
 
 
 def _kernels(*tensors: Database) -> Any:
-    """The GPU kernels where they take these; None where there is no GPU, no Triton, or a wider dtype."""
+    """The GPU kernels where they take these; None where there is no GPU that has them, no Triton, or a wider
+    dtype."""
     if not all(isinstance(x, Tensor) and x.is_cuda and x.dtype != torch.float64 for x in tensors):
         return None
     try:
-        return importlib.import_module("clsp_fast.kernels.rank")
+        launch = importlib.import_module("clsp_fast.kernels._launch")
     except ImportError:
         return None
+    if not all(launch.supports(x.device) for x in tensors):
+        return None
+    return importlib.import_module("clsp_fast.kernels.rank")
 
 
 def _as_tensor(rows: Database) -> Tensor:

@@ -57,22 +57,32 @@ INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
 FLOAT32_DOTS = "tf32x3"
 
 
+def supports(device: torch.device) -> bool:
+    """Whether there are kernels for a device: from compute capability 8.0 on; for any in the interpreter."""
+    if INTERPRETED:
+        return True
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def target_of(device: torch.device) -> int:
     """The key of TILES that fits a device.
 
     Raises:
         ValueError: there is no kernel for the device.
     """
+    if not supports(device):
+        raise ValueError(
+            "Triton kernels need an NVIDIA GPU of compute capability 8.0 or later, or TRITON_INTERPRET=1, "
+            f"got device {device}"
+        )
     if INTERPRETED:
         return 90  # the target whose kernels load by descriptors and by pointers
-    if device.type != "cuda" or torch.version.hip is not None:
-        raise ValueError(f"Triton kernels need an NVIDIA GPU or TRITON_INTERPRET=1, got device {device}")
     major, minor = torch.cuda.get_device_capability(device)
     if major in (9, 10) or (major, minor) == (8, 0):
         return major * 10
-    if major >= 8:
-        return 89
-    raise ValueError(f"Triton kernels need compute capability 8.0 or later, got {major}.{minor} on {device}")
+    return 89
 
 
 def has_descriptors(target: int) -> bool:

@@ -114,6 +114,36 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
         topk(x, y, 2)
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "target"),
+    [
+        ("cpu", None, None, None),
+        ("cuda", (7, 5), None, None),
+        ("cuda", (9, 4), "6.0", None),
+        ("cuda", (8, 0), None, 80),
+        ("cuda", (8, 6), None, 89),
+        ("cuda", (9, 0), None, 90),
+        ("cuda", (12, 0), None, 89),
+    ],
+)
+def test_a_device_without_kernels_is_known_before_a_launch(
+    device: str,
+    capability: tuple[int, int] | None,
+    hip: str | None,
+    target: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _launch.supports(torch.device(device)) == (target is not None)
+    if target is None:
+        with pytest.raises(ValueError, match=r"need an NVIDIA GPU of compute capability 8\.0"):
+            _launch.target_of(torch.device(device))
+    else:
+        assert _launch.target_of(torch.device(device)) == target
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_large_sides_on_a_card(cuda: torch.device, dtype: torch.dtype) -> None:
