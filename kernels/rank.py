@@ -344,18 +344,21 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
 
     Args:
         queries_QD: bfloat16, float16 or float32, (Q, D), finite.
-        database_ND: floating (N, D), same device; brought to the queries' dtype in chunks.
+        database_ND: the same or another of these, (N, D), same device; both are scored in the wider dtype, to
+            which the database is brought in chunks.
         k: 1..N; above `MOST_NEIGHBOURS` scores are sorted in plain torch.
 
     Returns:
         Scores (Q, k), float32, and row numbers (Q, k), int64.
 
     Raises:
-        ValueError: shapes or k do not fit, a database row is not finite, or the device has no kernel.
+        ValueError: shapes or k do not fit, a database row is not finite, scores overflow, or the device has
+            no kernel.
         TypeError: a dtype is not supported.
     """
-    queries_QD, database_ND = queries_QD.detach(), database_ND.detach()
-    _check(queries_QD, database_ND[:0].to(queries_QD.dtype))
+    dtype = torch.promote_types(queries_QD.dtype, database_ND.dtype)
+    queries_QD, database_ND = queries_QD.detach().to(dtype), database_ND.detach()
+    _check(queries_QD, database_ND[:0].to(dtype))
     if not 1 <= k <= len(database_ND):
         raise ValueError(f"k must be in 1..{len(database_ND)}, got {k}")
     if k > MOST_NEIGHBOURS:
@@ -364,10 +367,14 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
     index = torch.empty_like(scores, dtype=torch.int64)
     for first in range(0, len(database_ND) if len(queries_QD) else 0, _CHUNK_ROWS):
         chunk = database_ND[first : first + _CHUNK_ROWS]
-        if not bool(chunk.isfinite().all()):
+        # A sum needs no memory, and is not finite if a value is not.
+        if not bool(chunk.sum(dtype=torch.float32).isfinite()) and not bool(chunk.isfinite().all()):
             raise ValueError(f"database_ND must be finite, got NaN or infinity in a row from {first} on")
         more, rows = _topk_chunk(queries_QD, chunk, min(k, len(chunk)))
-        scores, index = _merged(torch.cat([scores, more], 1), torch.cat([index, rows + first], 1), k)
+        rows = torch.where(rows < 0, rows, rows + first)  # free places stay negative
+        scores, index = _merged(torch.cat([scores, more], 1), torch.cat([index, rows], 1), k)
+    if bool((index < 0).any()):  # fewer than k rows have a score above -infinity
+        raise ValueError("queries_QD and database_ND are too large: their inner products overflow float32")
     return scores.reshape(-1, k), index.reshape(-1, k)
 
 

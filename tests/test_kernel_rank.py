@@ -89,6 +89,33 @@ def test_neighbours_in_chunks_runs_and_other_dtypes(
     assert topk(queries[:0], database, 7)[1].shape == (0, 7)
 
 
+def test_a_wider_database_is_not_narrowed(kernel_device: torch.device) -> None:
+    queries, database = tied(kernel_device, 9, 80, 8)
+    database += 2.0**-14 * torch.arange(80, device=kernel_device)[:, None]  # lost in bfloat16 and float16
+    expected = topk_reference(queries, database, 7)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert all(
+            torch.equal(a, b) for a, b in zip(topk(queries.to(dtype), database, 7), expected, strict=True)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("chunk_rows", [9, 2])
+def test_scores_that_overflow_are_named(
+    kernel_device: torch.device, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "_CHUNK_ROWS", chunk_rows)
+    queries, database = (torch.full((n, 4), x, device=kernel_device) for n, x in ((2, -1e30), (9, 1e30)))
+    with pytest.raises(ValueError, match="overflow float32"):
+        topk(queries, database, 3)
+
+
+def test_finite_rows_whose_sum_overflows_are_taken(kernel_device: torch.device) -> None:
+    queries, database = torch.ones(1, 4, device=kernel_device), torch.zeros(9, 4, device=kernel_device)
+    database[3:6, 0] = 3e38
+    assert topk(queries, database, 4)[1].tolist() == [[3, 4, 5, 0]]
+
+
 def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> None:
     x, y = tied(kernel_device, 20, 33, 8)
     owner = torch.arange(33, device=kernel_device) % 20
