@@ -126,7 +126,10 @@ def products(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX = scale G Y, dY = scale G^T X, dscale = sum <X, G Y>, from panels of gain G that `write` fills."""
+    """dX = scale G Y, dY = scale G^T X, dscale = sum <X, G Y>, from panels of gain G that `write` fills.
+
+    A panel of G and its fp32 product with Y, D values a row, fit `workspace_bytes`.
+    """
     m, n = len(audio), len(text)
     d_audio = audio.new_zeros(audio.shape if needs_audio else 0)
     d_text = text.new_zeros(text.shape if needs_text else 0, dtype=torch.float32)
@@ -137,7 +140,8 @@ def products(
             x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
             arguments = score_arguments(x, y)
             stride = triton.cdiv(n, 16) * 16
-            rows = panel_rows(m, stride * x.itemsize, workspace_bytes, arguments["BM"])
+            row_bytes = stride * x.itemsize + 4 * audio.shape[1]
+            rows = panel_rows(m, row_bytes, workspace_bytes, arguments["BM"])
             buffer = x.new_empty(rows, stride)
             for first in range(0, m, rows):
                 stop = min(first + rows, m)
@@ -147,14 +151,19 @@ def products(
                 # dscale comes with either product; without the text's it has to come with this one.
                 if needs_audio or not needs_text:
                     product = _add_product(None, panel, y)
-                    d_scale += (product * x[first:stop]).sum(dtype=torch.float64)
                     if needs_audio:
-                        d_audio[first:stop] = product.mul_(factor)
+                        torch.mul(product, factor, out=d_audio[first:stop])
+                    d_scale += _sum(product.mul_(x[first:stop]))
                 if needs_text:
                     _add_product(d_text, panel.T, x[first:stop])
             if needs_text and not needs_audio:
-                d_scale += (d_text * y).sum(dtype=torch.float64)
+                d_scale += _sum(d_text * y)
     return d_audio, d_text.mul_(factor).to(text.dtype), (d_scale / gain).to(torch.float32)
+
+
+def _sum(product: Tensor) -> Tensor:
+    """The sum in float64 of fp32 sums of rows: a float64 sum of all would make a copy in float64."""
+    return product.sum(1).sum(dtype=torch.float64)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

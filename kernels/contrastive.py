@@ -433,8 +433,8 @@ def negative_lse(
         compute_dtype: dtype of the matrix products, default the inputs'; sums and gradients stay fp32. In
             float32, logits are three TF32 products (relative error 1e-6), and the backward's two products
             follow torch's float32 precision setting.
-        workspace_bytes: bound of the temporary partial sums and gradients of logits; at least one row of
-            tiles is used.
+        workspace_bytes: bound of the temporary partial sums, gradients of logits and products with them; at
+            least eight rows of tiles are worked on at a time in the forward pass, one in the backward pass.
 
     Returns:
         float32 (M,) and (N,), natural logarithms; -inf where a row or column has no negative pair.
