@@ -136,12 +136,12 @@ def retrieval_figures(audio_MD: Tensor, text_MD: Tensor, true_MM: Tensor | None)
         way: dict[str, Any] = metrics.retrieval(own)
         way["chance"] = {f"R@{k}": min(1.0, k / count) for k in _KS}
         if true_MM is not None:
-            scores, true = audio_MD @ text_MD.T, true_MM
+            queries, items, true = audio_MD, text_MD, true_MM
             if direction == "text_to_audio":
-                scores, true = scores.T, true.T
+                queries, items, true = items, queries, true.T
             answers = true.sum(1)
             way["ceiling"] = {f"R@{k}": float((k / answers).clamp(max=1).mean()) for k in _KS}
-            best = scores.topk(min(5, count), dim=1).indices
+            _, best = similarity.topk(queries, items, min(5, count))
             way["hit@5"] = float(true.gather(1, best).any(1).double().mean())
             way["hit@5_chance"] = sum(hit_chance(count, int(n), 5) for n in answers) / count
         figures[direction] = way
