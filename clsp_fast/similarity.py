@@ -54,12 +54,13 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
 
     Raises:
+        TypeError: embeddings are not floating or differ in dtype or device, or text_owner is not int64.
         ValueError: shapes or owners do not fit together, or a value is not finite.
     """
     owner_N = _check_ranks(audio_MD, text_ND, text_owner)
     kernels = _kernels(audio_MD, text_ND)
     if kernels is not None:
-        return Ranks(*kernels.rank_counts(audio_MD, text_ND, owner_N.long()))
+        return Ranks(*kernels.rank_counts(audio_MD, text_ND, owner_N))
     audio_MD, text_ND = (_widened(x) for x in (audio_MD, text_ND))
     if _fits_engine(audio_MD, text_ND):
         return _engine_ranks(audio_MD, text_ND, owner_N)
@@ -232,6 +233,16 @@ def _as_tensor(rows: Database) -> Tensor:
 
 def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -> Tensor:
     """The owners, given or default."""
+    if not audio_MD.is_floating_point() or (audio_MD.dtype, audio_MD.device) != (
+        text_ND.dtype,
+        text_ND.device,
+    ):
+        raise TypeError(
+            "audio_MD and text_ND must be floating and share dtype and device, "
+            f"got {audio_MD.dtype} on {audio_MD.device} and {text_ND.dtype} on {text_ND.device}"
+        )
+    if text_owner is not None and text_owner.dtype != torch.int64:
+        raise TypeError(f"text_owner must be int64, got {text_owner.dtype}")
     m, n = len(audio_MD), len(text_ND)
     if audio_MD.ndim != 2 or text_ND.ndim != 2 or audio_MD.shape[1] != text_ND.shape[1]:
         raise ValueError(

@@ -146,6 +146,20 @@ def test_wrong_shapes_and_owners_are_refused() -> None:
             similarity.ranks(torch.ones(5, 3), torch.ones(2, 3), text_owner=owner)
 
 
+def test_wrong_types_are_named() -> None:
+    audio, text = torch.ones(5, 3), torch.ones(2, 3)
+    for other in (text.double(), text.half(), text.to("meta")):
+        with pytest.raises(
+            TypeError, match="audio_MD and text_ND must be floating and share dtype and device"
+        ):
+            similarity.ranks(audio, other)
+    with pytest.raises(TypeError, match="must be floating"):
+        similarity.ranks(audio.int(), text.int())
+    for owner in (torch.tensor([0.0, 1.9]), torch.tensor([True, False])):
+        with pytest.raises(TypeError, match="text_owner must be int64"):
+            similarity.ranks(audio, text, text_owner=owner)
+
+
 def neighbours_by_sorting(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The definition: all scores in float64, sorted by (score descending, row ascending)."""
     scores = queries.double() @ database.double().T
