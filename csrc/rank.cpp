@@ -32,7 +32,7 @@ struct Grid {
     group_columns = panel * std::max<std::size_t>(1, std::min(fit, panels / wanted));
     groups = divide_up(columns, group_columns);
     segments = std::max(divide_up(rows, kSegmentRows), divide_up(wanted, groups + 1));
-    segment_rows = divide_up(divide_up(rows, segments), kRowStep) * kRowStep;
+    segment_rows = std::max(kRowStep, divide_up(divide_up(rows, segments), kRowStep) * kRowStep);
     segments = divide_up(rows, segment_rows);
   }
   std::size_t units() const { return groups * segments; }

@@ -260,7 +260,29 @@ def test_the_extension_refuses_what_would_read_beyond_its_arrays() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             _C.update_best(rows, rows, first_row=0, num_threads=1, **(state | change))
+    none = rows[:0]
+    assert _C.update_best(rows, none, first_row=0, num_threads=1, **state) is None
+    empty = {name: values[:0] for name, values in state.items()}
+    assert _C.update_best(none, rows, first_row=0, num_threads=1, **empty) is None
     frozen = state["scores"].copy()
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match="scores has the wrong"):
         _C.update_best(rows, rows, first_row=0, num_threads=1, **(state | {"scores": frozen}))
+
+
+@pytest.mark.parametrize(("clips", "texts"), [(0, 4), (4, 0), (0, 0)])
+def test_the_extension_counts_nothing_on_a_side_without_rows(clips: int, texts: int) -> None:
+    targets = [(np.zeros(size, np.float32), np.zeros(size, np.int32)) for size in (clips, texts)]
+    ahead = [np.zeros(size, np.int64) for size in (clips, texts)]
+    _C.count_ahead(
+        np.ones((clips, 3), np.float32),
+        np.ones((texts, 3), np.float32),
+        first_text=0,
+        audio_targets=targets[0],
+        text_targets=targets[1],
+        audio_ahead=ahead[0],
+        text_ahead=ahead[1],
+        num_threads=2,
+    )
+    assert not ahead[0].any()
+    assert not ahead[1].any()
