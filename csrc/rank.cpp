@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "batch.h"
+#include "panels.h"
 
 namespace clsp {
 namespace {
@@ -18,8 +19,6 @@ constexpr std::size_t kPanelBytes = 512 * 1024;
 constexpr std::size_t kSegmentRows = 8 * 1024, kRowStep = 24;
 // Units of work a thread, so that none waits long for the last.
 constexpr std::size_t kUnitsPerThread = 8;
-
-std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 // Rows in segments times columns in groups of panels; a unit is one of these pairs.
 struct Grid {
@@ -54,7 +53,7 @@ template <int L>
 struct Panels {
   static constexpr std::size_t kColumns = Tile<L>::kColumns;
   std::size_t count, size;
-  Lines values;
+  Buffer<float> values;
 
   Panels(const Matrix& b, std::size_t first, std::size_t columns)
       : count(divide_up(std::min(columns, b.rows - first), kColumns)),

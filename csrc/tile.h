@@ -32,20 +32,6 @@ struct alignas(64) Tile {
   float scores[kRows][kColumns];
 };
 
-// Memory in whole cache lines; cleared.
-class Lines {
- public:
-  explicit Lines(std::size_t floats) : lines_((floats + 15) / 16) {}
-  float* data() { return lines_.data()->values; }
-  const float* data() const { return lines_.data()->values; }
-
- private:
-  struct alignas(64) Line {
-    float values[16];
-  };
-  std::vector<Line> lines_;
-};
-
 // Up to kColumns rows of b, column by column as `multiply` reads them. Columns without a row are
 // NaN: their scores are NaN, which is neither greater than nor equal to anything.
 template <int L>
