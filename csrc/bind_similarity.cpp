@@ -187,8 +187,7 @@ void bind_similarity(py::module_& m) {
   m.def("update_best", &update_best, arg("queries").noconvert(), arg("rows").noconvert(),
         py::kw_only(), arg("first_row"), arg("scores"), arg("index"), arg("num_threads"),
         arg("isa") = "auto");
-  m.attr("LOGIT_TILES") =
-      py::make_tuple(clsp::kUnitRows, clsp::kTileColumns, clsp::kPanelRows, clsp::kBlockColumns);
+  m.attr("LOGIT_TILES") = py::make_tuple(clsp::kUnit, clsp::kTile, clsp::kPanel, clsp::kBlock);
   m.def("sum_negatives", &sum_negatives, arg("kind"), arg("audio"), arg("text"), arg("dtype"),
         arg("owner"), arg("scale"), arg("bias"), arg("out"), arg("kept"), py::kw_only(),
         arg("num_threads"), arg("isa") = "auto");

@@ -31,12 +31,11 @@ struct PerRowAndColumn {
   Span<T> rows, columns;
 };
 
-// Logits come in tiles of kUnitRows x kTileColumns, whose operands stay in a core's second cache; a
-// pass holds kPanelRows x kBlockColumns of them at a time, in units that any thread may take. All
-// are whole numbers of micro-tiles. Kept logits are those of the first units of rows, a tile of
-// each behind the other, in a buffer of a whole number of rows of tiles.
-inline constexpr std::size_t kUnitRows = 96, kTileColumns = 384, kPanelRows = 768,
-                             kBlockColumns = 1536;
+// Logits come in tiles of kUnit rows x kTile columns, whose operands stay in a core's second cache;
+// a pass holds a panel of kPanel rows x a block of kBlock columns at a time, in units that any
+// thread may take. All are whole numbers of micro-tiles. Kept logits are those of the first units
+// of rows, a tile of each behind the other, in a buffer of a whole number of rows of tiles.
+inline constexpr std::size_t kUnit = 96, kTile = 384, kPanel = 768, kBlock = 1536;
 
 // Fills `out`, and `kept` with as many rows of logits as it holds.
 template <class T>

@@ -10,8 +10,6 @@
 
 namespace clsp {
 
-inline constexpr std::size_t kUnit = kUnitRows, kTile = kTileColumns, kPanel = kPanelRows,
-                             kBlock = kBlockColumns;
 inline constexpr std::size_t kTilesInBlock = kBlock / kTile, kUnitsInPanel = kPanel / kUnit;
 inline constexpr std::size_t kUnitLogits = kUnit * kTile;
 
@@ -271,23 +269,6 @@ struct Steps {
                     s.unit_column_most.data() + at, s.unit_column_sum.data() + at);
       }
     }
-  }
-
-  // Factors that make exp(s - middle) (row factor + column factor) the gradient of a tile, or false
-  // where its normalisers are too far from each other for one exponential to serve both.
-  static CLSP_INLINE bool find_factors(const Factors<T>& f, std::size_t rows, std::size_t columns,
-                                       T& middle) {
-    T least = kInfinity<T>, most = -kInfinity<T>;
-    for (std::size_t r = 0; r < rows; ++r) {
-      least = std::min(least, f.row_shift[r]);
-      most = std::max(most, f.row_shift[r]);
-    }
-    for (std::size_t c = 0; c < columns; ++c) {
-      least = std::min(least, f.column_shift[c]);
-      most = std::max(most, f.column_shift[c]);
-    }
-    middle = least + (most - least) / 2;
-    return most - least <= 2 * kClose<T>;
   }
 
   // Turns a tile's logits into the gradient by them.
