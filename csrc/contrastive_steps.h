@@ -282,6 +282,9 @@ struct Steps {
       multiply_exponentials<false>(pass, tile, unit, f);
       return;
     }
+    // Lanes beyond the tile's rows and columns: a factor that overflowed would make NaN of their 0.
+    std::fill(f.row_shift + rows, f.row_shift + kUnit, middle);
+    std::fill(f.column_shift + columns, f.column_shift + kTile, middle);
     for (std::size_t r = 0; r < rows; r += L) {
       const V factor = exp_lanes<T>(middle - load<V>(f.row_shift + r));
       store(f.d_row + r, load<V>(f.d_row + r) * factor);

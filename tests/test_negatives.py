@@ -140,6 +140,18 @@ def test_far_logits_take_the_way_with_two_exponentials() -> None:
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scale", [87.1, 87.33])
+def test_normalisers_beyond_the_range_of_an_exponential_alone(isa: str, scale: float) -> None:
+    row = F.normalize(torch.ones(1, 4), dim=1).expand(5, 4).contiguous()
+    batch = Batch(row, row, torch.tensor(scale), torch.arange(5), torch.tensor(0.0))
+    d_sums = random_gradients(batch, "softmax")
+    *_, d_scale, d_bias = run_engine(batch, "softmax", d_sums, isa=isa)
+    expected = float(sum(d_sums).sum())  # every row and column spreads its gradient over equal logits
+    assert float(d_scale) == pytest.approx(expected, rel=1e-5)
+    assert float(d_bias) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_no_bit_depends_on_threads_or_workspace_or_the_run(dtype: torch.dtype, kind: str) -> None:
