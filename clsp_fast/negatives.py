@@ -12,6 +12,7 @@ Shape suffixes: M audio rows, N text rows, D joint dimension.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def negative_lse(
     """Log-sum-exp over the negative pairs of every row and every column; -inf where there is none.
 
     Args:
-        audio_MD: float16, bfloat16, float32 or float64 (M, D) on the CPU.
-        text_ND: (N, D), same dtype.
+        audio_MD: float16, bfloat16, float32 or float64 (M, D) on the CPU; M may be 0.
+        text_ND: (N, D), same dtype; N may be 0.
         logit_scale: scalar.
         text_owner_N: int64 (N,); values outside 0..M-1 own no row here.
         logit_bias: scalar added to all logits.
@@ -90,6 +91,8 @@ def _sum(
 
 def _kept_logits(m: int, n: int, d: int, elements: int) -> int:
     """The largest number of logits, in whole units of rows, that leaves room for a pass to work in."""
+    if m == 0 or n == 0:
+        return 0
     unit, tile, panel, block = _C.LOGIT_TILES
     units, tiles = -(-m // unit), -(-n // tile)
     panel, block = min(panel, units * unit), min(block, tiles * tile)
@@ -135,6 +138,10 @@ def _sum_negatives(
     sums: tuple[Tensor, Tensor, Tensor] = _make_sums(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, kept
     )
+    if 0 in (len(audio_MD), len(text_ND)):  # the engine takes one row or more of each
+        for sum_of_none in sums:
+            sum_of_none.fill_(-math.inf if kind == "softmax" else 0.0)
+        return sums
     _C.sum_negatives(
         *_engine_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
         (sums[0].numpy(), sums[1].numpy()),
@@ -176,9 +183,14 @@ def _sum_negatives_backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by audio, text, scale and bias, in the precision of the sums."""
-    d_audio_MD, d_text_ND, d_scale, d_bias = _make_gradients(
+    by_input: tuple[Tensor, Tensor, Tensor, Tensor] = _make_gradients(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, sums, gradients, kept
     )
+    d_audio_MD, d_text_ND, d_scale, d_bias = by_input
+    if 0 in (len(audio_MD), len(text_ND)):
+        for gradient in by_input:
+            gradient.zero_()
+        return by_input
     scale, bias = _C.sum_negatives_backward(
         *_engine_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
         tuple(x.numpy() for x in sums),

@@ -88,6 +88,7 @@ clsp::Embeddings parse_embeddings(const py::array& array, const std::string& dty
   if (array.ndim() != 2 || !(array.flags() & py::array::c_style)) {
     throw py::value_error("embeddings must be C-contiguous matrices");
   }
+  if (array.shape(0) < 1) throw py::value_error("embeddings must have a row or more");
   const clsp::Dtype parsed = dtype == "float32"    ? clsp::Dtype::kFloat32
                              : dtype == "float64"  ? clsp::Dtype::kFloat64
                              : dtype == "bfloat16" ? clsp::Dtype::kBFloat16

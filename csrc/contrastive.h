@@ -17,7 +17,7 @@ enum class NegativesKind { kSoftmax, kSigmoid };
 
 struct Negatives {
   NegativesKind kind;
-  Embeddings audio, text;          // of the same depth and dtype
+  Embeddings audio, text;          // of the same depth and dtype, with a row or more
   Span<const std::int64_t> owner;  // one a text; values outside 0 .. M-1 own nothing here
   double scale, bias;
   int threads;

@@ -152,6 +152,22 @@ def test_normalisers_beyond_the_range_of_an_exponential_alone(isa: str, scale: f
     assert float(d_bias) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("m", "n"), [(0, 5), (4, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_side_without_rows_has_no_negatives(m: int, n: int, dtype: torch.dtype) -> None:
+    audio, text, scale, _, bias = leaves(make_batch(4, 5, 3, dtype))
+    audio_MD, text_ND, owner_N = audio[:m], text[:n], torch.zeros(n, dtype=torch.int64)
+    row_M, column_N = negatives.negative_lse(audio_MD, text_ND, scale, owner_N, logit_bias=bias)
+    sums_M = negatives.negative_softplus(audio_MD, text_ND, scale, owner_N, logit_bias=bias)
+    assert row_M.tolist() == [-math.inf] * m
+    assert column_N.tolist() == [-math.inf] * n
+    assert sums_M.tolist() == [0.0] * m
+    gradients = torch.autograd.grad(
+        row_M.sum() + column_N.sum() + sums_M.sum(), (audio, text, scale, bias), materialize_grads=True
+    )
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_no_bit_depends_on_threads_or_workspace_or_the_run(dtype: torch.dtype, kind: str) -> None:
@@ -193,6 +209,8 @@ def test_refuses_arrays_of_another_kind() -> None:
         (0, "hinge", "unknown kind"),
         (1, np.zeros((4, 3)), "must be of dtype float32"),
         (1, np.zeros((4, 6), np.float32)[:, ::2], "C-contiguous"),
+        (1, np.zeros((0, 3), np.float32), "a row or more"),
+        (2, np.zeros((0, 3), np.float32), "a row or more"),
         (2, np.zeros((5, 4), np.float32), "as many columns"),
         (3, "int8", "unknown dtype"),
         (4, np.zeros(4, np.int64), "owner has the wrong"),
