@@ -101,7 +101,8 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
         )
         with place.exclusive(config.out):
             job = _Job(config.out, header, clips, config.source)
-            todo = place.first_then_all(job.begin)
+            # One list for all: a process that looked for itself would miss what others have finished since.
+            todo = place.gather(job.begin() if place.first else [])[0]
             own = todo[place.rank :: place.world]
             progress = Progress(
                 sum(len(job.clips_of(unit)) for unit in own), "recordings", active=place.first

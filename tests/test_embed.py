@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ import torch
 
 from clsp_fast import embed as command
 from clsp_fast import manifest, store
-from clsp_fast.checkpoint import FolderInUse, exclusive
+from clsp_fast.checkpoint import FolderInUse, Place, exclusive
 from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
 from clsp_fast.store import Embeddings
@@ -245,6 +248,21 @@ def test_the_command_tells_of_failures(
     told = capsys.readouterr()
     assert "1 bad lines" in told.err
     assert "line 2: not JSON" in told.err
+
+
+def test_the_first_process_alone_says_what_is_left(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Place):
+        def gather(self, value: Any) -> list[Any]:
+            return [[0, 3] if isinstance(value, list) else Counter(), value]
+
+    make_clips(tmp_path / "clips", 4)
+    (tmp_path / "out/.parts").mkdir(parents=True)
+    place = Second(1, 2, torch.device("cpu"), None)
+    monkeypatch.setattr(command, "Place", SimpleNamespace(join=lambda device: nullcontext(place)))
+    run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=1)
+    assert [part.name for part in (tmp_path / "out/.parts").iterdir()] == ["000003.jsonl"]
 
 
 @pytest.mark.multiproc
