@@ -97,7 +97,8 @@ class AudioLimits:
         _require(0 <= self.min_s < self.max_s < math.inf, f"need 0 <= min_s < max_s, {got}")
         _require(1 <= self.min_rate_hz <= self.max_rate_hz <= 10**6, f"need 1 <= rates <= 10^6, {got}")
         _require(1 <= self.max_channels <= 1024, f"need 1 <= max_channels <= 1024, {got}")
-        _require(0 < self.max_amplitude < math.inf, f"need max_amplitude > 0, {got}")
+        # What is larger is infinite as a float32, and then nothing would be refused.
+        _require(0 < self.max_amplitude <= 3.4e38, f"need 0 < max_amplitude <= 3.4e38, {got}")
         _require(0 <= self.slack_s < math.inf, f"need slack_s >= 0, {got}")
 
 
@@ -237,7 +238,7 @@ def resample(waveform: Source, *, from_hz: int, to_hz: int) -> Waveform:
 
 
 def as_waveform(value: Any, name: str) -> Waveform:
-    """A numpy array or torch tensor as C-contiguous float32 (samples,), copied only where there is need.
+    """A numpy array or torch tensor as aligned, C-contiguous float32 (samples,), copied where needed.
 
     Raises:
         ValueError, TypeError: it has another shape or no floating dtype; the message calls it `name`.
@@ -255,7 +256,8 @@ def as_waveform(value: Any, name: str) -> Waveform:
         raise ValueError(
             f"{name} must have shape (samples,), got {value.shape}; choose a channel or take their mean"
         )
-    return np.ascontiguousarray(value, dtype=np.float32)
+    # A view into the bytes of a file need not be aligned, and the extension counts on it.
+    return np.require(value, np.float32, ["C", "A"])
 
 
 def default_num_threads() -> int:
@@ -279,20 +281,36 @@ def check_num_threads(num_threads: int | None) -> int:
 
 
 def _parse(segment: Segment, waveform_rate_hz: int) -> _Request:
-    source = segment.source
+    source, name = segment.source, label(segment)
     if isinstance(source, str | os.PathLike):
-        path = os.fsdecode(source)
-        _require(path != "", "source must not be an empty path")
-        return _Request(path, segment, path)
+        _require(name != "", "source must not be an empty path")
+        return _Request(name, segment, name)
     if hasattr(source, "read"):
         data = source.read()
         if not isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(f"a file object must be opened in binary mode, it gave {type(data).__name__}")
-        return _Request(data, segment, str(getattr(source, "name", "<file object>")))
+        return _Request(data, segment, name)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _Request(source, segment, "<bytes>")
-    samples = as_waveform(source, "source")
-    return _Request(samples, segment, "<waveform>", operator.index(waveform_rate_hz))
+        return _Request(source, segment, name)
+    return _Request(as_waveform(source, "source"), segment, name, operator.index(waveform_rate_hz))
+
+
+def label(source: Source) -> str:
+    """What errors call a recording: its path, or what was given instead of one."""
+    source = source.source if isinstance(source, Segment) else source
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source)
+    if hasattr(source, "read"):
+        return str(getattr(source, "name", "<file object>"))
+    return "<bytes>" if isinstance(source, bytes | bytearray | memoryview) else "<waveform>"
+
+
+def _can_be_a_name(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)
@@ -308,9 +326,15 @@ def _load_requests(
 ) -> list[Waveform | AudioError]:
     policy = _policy(limits, sample_rate)
     results: list[Waveform | AudioError | None] = [None] * len(requests)
-    encoded = [i for i, request in enumerate(requests) if request.rate_hz is None]
+    encoded: list[int] = []
+    others: list[int] = []
+    for i, request in enumerate(requests):
+        if isinstance(request.data, str) and not _can_be_a_name(request.data):
+            what = "cannot be the name of a file: it holds what is no character, such as half a pair"
+            results[i] = request.fail(AudioErrorReason.OPEN, what)
+        else:
+            (encoded if request.rate_hz is None else others).append(i)
     items = [(requests[i].data, *requests[i].part) for i in encoded]
-    others = [i for i, request in enumerate(requests) if request.rate_hz is not None]
     for i, loaded in zip(encoded, _C.load_batch(items, policy=policy, num_threads=num_threads), strict=True):
         if isinstance(loaded, tuple) and loaded[0] == "other_format":
             others.append(i)
@@ -363,8 +387,9 @@ def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tu
         with sndfile.open_stream(request.data) as stream:
             rate_hz, channels = stream.samplerate, stream.channels
             known = stream.frames < sndfile.UNKNOWN_LENGTH
-            start = min(round(segment.start_s * rate_hz), sndfile.UNKNOWN_LENGTH)
-            claimed = stream.frames if known else start + int(limits.max_s * rate_hz)
+            longest = sndfile.UNKNOWN_LENGTH
+            start, most = (int(min(s * rate_hz, longest)) for s in (segment.start_s, limits.max_s))
+            claimed = stream.frames if known else start + most
             first, count = _select(request, policy, channels, rate_hz, claimed)
             # One more where the end is unknown tells a file of just the longest length from a longer one.
             mono, end, problem = sndfile.read_mono(stream, first, count + (not known), segment.channel)

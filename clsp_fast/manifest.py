@@ -204,7 +204,7 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool) -> Clip
     tags = _tags(row.get("tags", {}))
     tags |= {key: str(row[key]) for key in ("speaker", "gender") if row.get(key) is not None}
     return Clip(
-        id=default_id if row.get("id") is None else str(row["id"]),
+        id=_id(row.get("id"), default_id),
         audio=str(folder / audio),
         start_s=_seconds(row, "start_s", 0.0),
         duration_s=_seconds(row, "duration_s", None),
@@ -239,13 +239,16 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
         captions = Captions(captions.global_captions, (text.strip(),))
     if need_captions and not any(captions):
         raise ValueError("no captions in supervisions[0].custom or supervisions[0].text")
-    source = folder / sources[0]["source"]
+    name = sources[0]["source"]
+    if not isinstance(name, str) or not name or not _is_text(name):
+        raise ValueError(f"recording.sources[0].source must be a path, got {name!a}")
+    source = folder / name
     tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}
     tags |= {key: value for key, value in custom.items() if isinstance(value, str)}
     several = len(sources[0].get("channels") or [0]) > 1
     return Clip(
-        id=default_id if row.get("id") is None else str(row["id"]),
-        audio=str(source if source.exists() else sources[0]["source"]),
+        id=_id(row.get("id"), default_id),
+        audio=str(source) if source.exists() else name,
         start_s=_seconds(row, "start", 0.0),
         duration_s=_seconds(row, "duration", None),
         channel=_channel(row.get("channel")) if several else None,
@@ -292,9 +295,15 @@ def _seconds(row: Mapping[str, Any], key: str, default: float | None) -> Any:
 
 
 def _channel(value: object) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31):
         return value
-    raise ValueError(f'"channel" must be an integer >= 0, got {value!r}')
+    raise ValueError(f'"channel" must be an integer in [0, 2147483648), got {value!r}')
+
+
+def _id(value: object, default: str) -> str:
+    if value is not None and not _is_text(str(value)):
+        raise ValueError(f'"id" must be text, got {value!a}')
+    return default if value is None else str(value)
 
 
 def _tags(value: object) -> dict[str, str]:

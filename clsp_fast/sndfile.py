@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,10 @@ _MP3_KBPS = (  # MPEG-2 and 2.5, MPEG-1
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
+# How a layer III frame begins: no reserved version or rate, and a bit rate that is stated.
+_MP3_KBPS_AND_RATE = b"".join(rb"\x%x0-\x%xb" % (kbps, kbps) for kbps in range(1, 15))
+_MP3_HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][%s]." % _MP3_KBPS_AND_RATE, re.DOTALL)
+_MP3_LONGEST_GAP = 1 << 16
 
 
 class DecodeError(Exception):
@@ -90,15 +95,19 @@ def read_mono(
 
 def _open_file(data: str | bytes | bytearray | memoryview) -> IO[bytes]:
     """A file with a descriptor: libsndfile then judges by content, not by a name, and needs no callbacks."""
-    if isinstance(data, str):
-        return Path(data).open("rb", buffering=0)
+    return Path(data).open("rb", buffering=0) if isinstance(data, str) else _memory_file(data)
+
+
+def _memory_file(*parts: bytes | bytearray | memoryview) -> IO[bytes]:
+    """A file that holds the parts one after the other."""
     if hasattr(os, "memfd_create"):
         file: IO[bytes] = os.fdopen(os.memfd_create("clsp_fast"), "w+b", buffering=0)
     else:
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-    rest = memoryview(data).cast("B")
-    while rest:
-        rest = rest[file.write(rest) :]
+    for part in parts:
+        rest = memoryview(part).cast("B")
+        while rest:
+            rest = rest[file.write(rest) :]
     file.seek(0)
     return file
 
@@ -115,7 +124,7 @@ def check_magic(head: bytes) -> None:
     raise DecodeError(f"not in a known audio format ({found}); {fix}")
 
 
-def _is_mpeg(head: bytes) -> bool:
+def _is_mpeg(head: bytes | memoryview) -> bool:
     return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
 
 
@@ -132,8 +141,8 @@ def _with_length(file: IO[bytes]) -> Iterator[IO[bytes]]:
     if not _mp3_frame_bytes(head) or any(tag in head for tag in _MP3_LENGTH_TAGS):
         yield file
         return
-    audio = file.read()[first:]
-    with _open_file(_mp3_length_frame(audio) + audio) as complete:
+    audio = memoryview(file.read())[first:]
+    with _memory_file(_mp3_length_frame(audio), audio) as complete:
         yield complete
 
 
@@ -145,7 +154,7 @@ def _mp3_start(file: IO[bytes]) -> int:
     return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
 
 
-def _mp3_frame_bytes(head: bytes) -> int:
+def _mp3_frame_bytes(head: bytes | memoryview) -> int:
     """Length of the layer III frame that begins like this; 0 if none does (ISO 11172-3, 2.4.2.3)."""
     if len(head) < 4 or not _is_mpeg(head):
         return 0
@@ -157,13 +166,16 @@ def _mp3_frame_bytes(head: bytes) -> int:
     return (144 if version == 3 else 72) * bits_per_s // rate_hz + (head[2] >> 1 & 1)
 
 
-def _mp3_length_frame(audio: bytes) -> bytes:
-    """A frame that states how many frames follow, as encoders write it (the Xing header)."""
+def _mp3_length_frame(audio: memoryview) -> bytes:
+    """A frame that states how many frames follow, as encoders write it (the Xing header).
+
+    What is no frame is passed over by the expression, not byte by byte here, and not for ever: a decoder
+    gives up sooner.
+    """
     frames, at = 0, 0
-    while at < len(audio):
-        size = _mp3_frame_bytes(audio[at : at + 4])
-        frames += at + size <= len(audio) if size else 0
-        at = at + size if size else audio.find(b"\xff", at + 1) % (len(audio) + 1)  # -1 becomes the end
+    while match := _MP3_HEADER.search(audio, at, at + _MP3_LONGEST_GAP):
+        at = match.start() + _mp3_frame_bytes(audio[match.start() : match.end()])
+        frames += at <= len(audio)
     # The first frame's header with bit rate 9 (room enough), no padding and no checksum.
     head = bytes([0xFF, audio[1] | 1, 9 << 4 | audio[2] & 0x0C, audio[3]])
     mpeg1, mono = head[1] >> 3 & 3 == 3, head[3] >> 6 == 3

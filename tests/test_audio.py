@@ -284,12 +284,30 @@ def test_segments_are_complete() -> None:
         {"max_rate_hz": 10**7},
         {"max_channels": 0},
         {"max_amplitude": 0.0},
+        {"max_amplitude": 1e39},
         {"slack_s": -1.0},
     ],
 )
 def test_impossible_limits_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="need "):
         AudioLimits(**wrong)
+
+
+def test_the_largest_amplitude_still_refuses_infinity() -> None:
+    limits = AudioLimits(max_amplitude=3.4e38)
+    x = noise(1000)
+    x[7] = np.inf
+    assert reason_of(lambda: load(x, limits=limits)) == "non_finite"
+
+
+def test_views_that_are_not_aligned_are_copied() -> None:
+    x = noise(1000)
+    view = np.frombuffer(b"x" + x.tobytes(), np.float32, offset=1)
+    assert not view.flags.aligned
+    got = audio.as_waveform(view, "x")
+    assert got.flags.aligned
+    assert np.array_equal(got, x)
+    assert audio.as_waveform(x, "x") is x
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "ARRAY"])

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 from peak_memory import peak_memory
 
+from clsp_fast import sndfile
 from clsp_fast.audio import AudioError, AudioLimits, Segment, load, load_batch
 from clsp_fast.features import extract_files
 
@@ -202,6 +203,56 @@ def test_mp3_that_does_not_state_its_length_is_decoded_to_its_end(
     (error,) = load_batch([bare], limits=AudioLimits(max_s=2.9))
     assert isinstance(error, AudioError)
     assert error.reason.value == "too_long"
+
+
+def bare_mp3() -> bytes:
+    """Without the frame that states the length."""
+    return MP3[MP3.index(MP3[:2], 40) :]
+
+
+def test_what_follows_the_frames_of_an_mp3_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    real = sndfile._mp3_frame_bytes
+    monkeypatch.setattr(sndfile, "_mp3_frame_bytes", lambda head: (looked_at.append(1), real(head))[1])
+    alone, frames = load(bare_mp3()), len(looked_at)
+    for junk in (b"\xff" * 2_000_000, b"\xff\xfb\x1c\xc4" * 100_000):
+        looked_at.clear()
+        started = time.process_time()
+        np.testing.assert_array_equal(load(bare_mp3() + junk)[: len(alone)], alone)
+        assert time.process_time() - started < 1
+        assert len(looked_at) == frames
+
+
+def test_frames_are_found_again_behind_what_is_none() -> None:
+    bare = bare_mp3()
+    size = sndfile._mp3_frame_bytes(bare[:4])
+
+    def counted(audio: bytes) -> int:
+        frame = sndfile._mp3_length_frame(memoryview(audio))
+        return int.from_bytes(frame[frame.index(b"Xing") + 8 :][:4], "big")
+
+    frame = bare[:size]
+    assert counted(frame * 3) == 3
+    assert counted(frame * 3 + frame[:-1]) == 3
+    assert counted(frame + b"\xff" * 1000 + frame) == 2
+    assert counted(frame + bytes(1 << 17) + frame) == 1
+
+
+def test_numbers_beyond_all_bounds_cost_only_their_own_recording() -> None:
+    ogg = encode(64000, "OGG")
+    endless = ogg[: ogg.rindex(b"OggS")]  # states no length
+    cases = [
+        (Segment(endless, start_s=1e305), "segment"),
+        (Segment(endless, duration_s=1e305), "truncated"),
+        (Segment(MP3, start_s=1e305), "segment"),
+        (Segment(FLAC, start_s=1e305), "segment"),
+        ("half a pair \ud83d.wav", "open"),
+    ]
+    *bad, good = load_batch([*(source for source, _ in cases), WAV])
+    assert [item.reason.value for item in bad if isinstance(item, AudioError)] == [why for _, why in cases]
+    assert len(good) == 8000
+    got = load_batch([endless, WAV], limits=AudioLimits(max_s=1e300))
+    assert [len(item) >= 8000 for item in got if not isinstance(item, AudioError)] == [True, True]
 
 
 def test_the_good_ones_of_a_bad_folder_are_not_lost(tmp_path: Path) -> None:

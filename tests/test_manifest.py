@@ -88,6 +88,25 @@ BAD = [
     ),
     ({"audio": "a.wav", "captions": ["half \ud83d"]}, "surrogate"),
     ({"audio": "a\udc80.wav", "captions": ["x"]}, '"audio"'),
+    ({"id": "\ud83d", "audio": "a.wav", "captions": ["x"]}, '"id" must be text'),
+    ({"audio": "a.wav", "captions": ["x"], "channel": 2**31}, '"channel" must be'),
+    (
+        {
+            "type": "MonoCut",
+            "recording": {"sources": [{"type": "file", "source": "a\udc80"}]},
+            "supervisions": [{"text": "a"}],
+        },
+        "recording.sources[0].source must be a path",
+    ),
+    (
+        {
+            "type": "MonoCut",
+            "id": "\ud83d",
+            "recording": {"sources": [{"type": "file", "source": "a"}]},
+            "supervisions": [{"text": "a"}],
+        },
+        '"id" must be text',
+    ),
     ('{"audio": "a.wav", "captions": ["x"], "start_s": ' + "9" * 400 + "}", ""),
     (GOOD, "was used in line 1 already"),
 ]
