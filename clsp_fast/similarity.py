@@ -195,12 +195,16 @@ def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Ten
 def _float32_rows(rows: Database) -> NDArray[np.float32]:
     """A float32 array in rows without gaps: the rows themselves where they are that, mapped ones too."""
     if isinstance(rows, np.ndarray) and rows.dtype == np.float32:
-        return np.ascontiguousarray(rows)
+        return _aligned(rows)
     return _rows_of(_as_tensor(rows).to("cpu", torch.float32))
 
 
 def _rows_of(x: Tensor) -> NDArray[np.float32]:
-    return np.ascontiguousarray(x.numpy())
+    return _aligned(x.numpy())
+
+
+def _aligned(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.require(rows, requirements=["C", "A"])
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,9 @@ def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:
     dtype = np.dtype(header.dtype)
     if rows > header.shard_rows or file.stat().st_size != offset + rows * header.dim * dtype.itemsize:
         raise ValueError(f"{file} is not a shard of embeddings: its size is not that of {rows} rows")
+    if offset % dtype.itemsize:
+        what = f"its rows begin at byte {offset}, not at a multiple of {dtype.itemsize}"
+        raise ValueError(f"{file} is not a shard of embeddings: {what}")
     if rows == 0:
         return np.empty((0, header.dim), dtype)
     return np.memmap(file, dtype, "r", offset, (rows, header.dim))
@@ -219,9 +223,9 @@ def _safetensors_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; ValueError for anything else, nesting that no parser survives and NaN included."""
+    """A JSON object; ValueError for anything else, nesting beyond any parser, NaN and infinity included."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -231,3 +235,10 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):  # it would be written as Infinity, which is not JSON
+        raise ValueError(f"{digits:.20} is too large for a number")
+    return value

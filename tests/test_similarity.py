@@ -129,6 +129,17 @@ def test_large_sets_are_counted_part_by_part(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+def test_rows_that_are_not_aligned_are_copied() -> None:
+    rows = torch.randn(5, 3)
+    view = np.frombuffer(b"x" + rows.numpy().tobytes(), np.float32, offset=1).reshape(5, 3)
+    assert not view.flags.aligned
+    assert similarity._float32_rows(view).flags.aligned
+    scores, index = similarity.topk(rows, view, 2)
+    expected = similarity.topk(rows, rows, 2)
+    assert torch.equal(scores, expected[0])
+    assert torch.equal(index, expected[1])
+
+
 def test_nan_is_no_perfect_score() -> None:
     for audio, text in (
         (torch.full((2, 3), torch.nan), torch.ones(2, 3)),

@@ -134,6 +134,14 @@ HOSTILE = {
     "audio is a number": (record(audio=5), '"audio" must be a string'),
     "start is negative": (record(start_s=-1), '"start_s" must be'),
     "start is NaN": (record(start_s=float("nan")), "line 2: NaN is no number"),
+    "a number that is infinite": (
+        damaged_line(1, '{"id": "a", "audio": "b", "shard": 0, "row": 0, "more": 1e999}'),
+        "line 2: 1e999 is too large",
+    ),
+    "rows that are not aligned": (
+        safetensors_with('{"embeddings": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]} }'),
+        "begin at byte [0-9]+, not at a multiple of 4",
+    ),
     "shard missing": (lambda folder: (folder / "shard-000001.npy").unlink(), "shard-000001.npy is missing"),
     "shard empty": (shard_bytes(b""), "shard-000000.npy is not a shard"),
     "shard cut": (shard_bytes(npy_with("<f4", (3, 4))[:-1]), "its size is not that of 3 rows"),
