@@ -156,7 +156,8 @@ def from_reference(
         those of tensors that no forward pass uses.
 
     Raises:
-        ValueError: missing, unknown or misshapen tensors; the message lists them.
+        ValueError: missing, unknown or misshapen tensors, or whole numbers for weights; the message lists
+        them.
     """
     config = config if isinstance(config, ModelConfig) else reference_config(config)
     with torch.device("meta"):
@@ -164,16 +165,25 @@ def from_reference(
     report = match_keys(state_dict, model)
     tensors = unwrap(state_dict)
     problems = [f"missing: {name}" for name in report.missing] + [f"unknown: {name}" for name in report.extra]
-    for name in report.matched:
-        want, got = tuple(model.state_dict()[name].shape), tuple(tensors[name].shape)
-        if want != got:
-            problems.append(f"shape of {name}: expected {want}, got {got}")
+    problems += _unfit(model.state_dict(), tensors, report.matched)
     if problems:
         raise ValueError(
             f"state_dict does not fit the configuration ({len(problems)}): " + "; ".join(problems)
         )
     model.load_state_dict({name: tensors[name].clone() for name in report.matched}, strict=True, assign=True)
     return model.eval()
+
+
+def _unfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+    """What is wrong with tensors of the right name; one that is quantised has whole numbers for weights."""
+    problems = []
+    for name in names:
+        want, got = wanted[name], found[name]
+        if want.shape != got.shape:
+            problems.append(f"shape of {name}: expected {tuple(want.shape)}, got {tuple(got.shape)}")
+        elif not got.is_floating_point():
+            problems.append(f"dtype of {name}: expected floating point, got {got.dtype}")
+    return problems
 
 
 def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...]) -> KeyReport:
@@ -191,7 +201,8 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
         What became of the keys; `ignored` are those of other parts of the checkpoint.
 
     Raises:
-        ValueError: the tower is not in the checkpoint, or does not fit; the message lists names.
+        ValueError: the tower is not in the checkpoint, or does not fit, or has more there, such as further
+        layers; the message lists names.
     """
     strip = "text_encoder." if tower == TEXT else ""
     wanted = {
@@ -205,12 +216,12 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
     if prefix is None:
         raise ValueError(f"checkpoint must have the tower whose tensor is called {anchor}, it has none")
     found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    missing = sorted(wanted.keys() - found.keys())
+    matched, missing = sorted(wanted.keys() & found.keys()), sorted(wanted.keys() - found.keys())
+    buffers = {key.removeprefix(strip) for key in IGNORED_KEYS}
+    own = tuple({name.partition(".")[0] + "." for name in wanted})
+    extra = sorted(name for name in found.keys() - wanted.keys() - buffers if name.startswith(own))
     problems = [f"missing: {name}" for name in missing if not name.startswith("pooler.")]
-    for name in sorted(wanted.keys() & found.keys()):
-        if wanted[name].shape != found[name].shape:
-            shapes = f"expected {tuple(wanted[name].shape)}, got {tuple(found[name].shape)}"
-            problems.append(f"shape of {name}: {shapes}")
+    problems += [f"unknown: {name}" for name in extra] + _unfit(wanted, found, matched)
     if problems:
         raise ValueError(f"the tower does not fit the configuration ({len(problems)}): {'; '.join(problems)}")
     with torch.no_grad():
@@ -218,7 +229,7 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
             if name in found:
                 tensor.copy_(found[name])
     ignored = sorted(name for name in tensors if name.removeprefix(prefix) not in wanted)
-    return KeyReport(sorted(wanted.keys() & found.keys()), missing, [], ignored)
+    return KeyReport(matched, missing, extra, ignored)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -310,9 +321,9 @@ def reference(
     towers = {tower: path for tower, path in ((SPEECH, speech), (TEXT, text)) if path is not None}
     if bool(checkpoint) == bool(towers):
         raise ValueError("give either --checkpoint, or --speech or --text or both")
-    folder = text if towers else checkpoint[0]
+    folder = text if towers else checkpoint[0] if checkpoint[0].is_dir() else checkpoint[0].parent
     words = _tokenizer(tokenizer, folder)
-    values = _configuration(config, checkpoint[0] if checkpoint else None, text)
+    values = _configuration(config, folder if checkpoint else None, text)
     if checkpoint:
         states = [unwrap(read_checkpoint(path), averaged=averaged) for path in checkpoint]
         state = states[0] if len(states) == 1 else mean(states)

@@ -65,6 +65,32 @@ def test_what_does_not_fit_is_listed(weights: dict[str, Tensor]) -> None:
         convert.from_reference({"model": 3}, CONFIG)
 
 
+def test_whole_numbers_for_weights_are_refused(weights: dict[str, Tensor]) -> None:
+    name = "text_encoder.encoder.layer.0.output.dense.weight"
+    weights[name] = weights[name].to(torch.int8)
+    with pytest.raises(ValueError, match=rf"\(1\): dtype of {name}: expected floating point, got torch.int8"):
+        convert.from_reference(weights, CONFIG)
+    model = CLSP(convert.reference_config(CONFIG))
+    with pytest.raises(ValueError, match=r"\(1\): dtype of encoder.layer.0.output.dense.weight"):
+        convert.load_tower(model, weights, convert.TEXT)
+
+
+@pytest.mark.parametrize("prefix", ["", "roberta.", "text_encoder."])
+def test_a_tower_with_more_layers_is_refused(weights: dict[str, Tensor], prefix: str) -> None:
+    text = {f"{prefix}{k[13:]}": v for k, v in weights.items() if k.startswith("text_encoder.")}
+    text |= {f"{prefix}embeddings.position_ids": torch.arange(66)[None], "lm_head.bias": torch.zeros(3)}
+    model = CLSP(convert.reference_config(CONFIG))
+    report = convert.load_tower(model, text, convert.TEXT)
+    assert report.extra == []
+    assert report.ignored == ["lm_head.bias", f"{prefix}embeddings.position_ids"][:: -1 if not prefix else 1]
+    text[f"{prefix}encoder.layer.2.output.dense.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"\(1\): unknown: encoder.layer.2.output.dense.bias"):
+        convert.load_tower(model, text, convert.TEXT)
+    weights["encoder.encoders.9.surplus"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"\(1\): unknown: encoder.encoders.9.surplus"):
+        convert.load_tower(model, weights, convert.SPEECH)
+
+
 def test_configuration_of_the_reference_in_all_its_spellings() -> None:
     config = convert.reference_config(CONFIG)
     assert config.encoder_dim == (64, 96, 80)
@@ -121,11 +147,12 @@ def folder_of(tmp_path: Path, layout: str, weights: dict[str, Tensor]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["shards", "wrapped", "pickle"])
+@pytest.mark.parametrize("layout", ["shards", "wrapped", "pickle", "file"])
 def test_command_converts_a_folder_as_it_is(weights: dict[str, Tensor], tmp_path: Path, layout: str) -> None:
-    convert.main(
-        ["reference", "--checkpoint", str(folder_of(tmp_path, layout, weights)), "--out", str(tmp_path / "m")]
-    )
+    checkpoint = folder_of(tmp_path, layout, weights)
+    if layout == "file":  # a checkpoint that is named finds the same files beside it
+        checkpoint /= "epoch-3.pt"
+    convert.main(["reference", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "m")])
     model = CLSP.from_pretrained(tmp_path / "m")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
     assert model.tokenizer is not None
