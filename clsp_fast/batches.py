@@ -29,6 +29,11 @@ MIN_FRAMES = 9
 """Fewest input frames that give one frame after the convolutional front."""
 FRAMES_PER_S = 100
 
+_FULL_SIZE = frozenset({".wav", ".flac", ".aif", ".aiff", ".au", ".caf", ".rf64", ".w64"})
+# Speech in Opus takes some 16 kbit/s, where 16-bit samples take 256. What is compressed less goes in smaller
+# blocks than it might, which costs little; the other way round a block would not fit in memory.
+_COMPRESSION = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
@@ -230,7 +235,8 @@ def _bytes_of(item: Any) -> int:
         return int(32_000 * (item.duration_s or 0)) if known else _bytes_of(item.source)
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
-        return path.stat().st_size if path.is_file() else 0
+        factor = 1 if path.suffix.lower() in _FULL_SIZE else _COMPRESSION
+        return factor * path.stat().st_size if path.is_file() else 0
     return len(item) if isinstance(item, bytes) else 2**20
 
 

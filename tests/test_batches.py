@@ -122,6 +122,14 @@ def test_progress_counts_recordings_not_windows(tiny: CLSP, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_compressed_counts_as_the_audio_that_it_becomes(tmp_path: Path) -> None:
+    for suffix in (".wav", ".WAV", ".flac", ".opus", ".mp3"):
+        (tmp_path / f"a{suffix}").write_bytes(bytes(1000))
+    names = ["a.wav", "a.WAV", "a.flac", "a.opus", "a.mp3"]
+    blocks = list(batches._blocks([tmp_path / name for name in names], 32_000))
+    assert blocks == [[3, 4], [0, 1, 2]]
+
+
 def test_blocks_of_recordings_come_in_order_of_size(tiny: CLSP, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = [noise(0.2 + 0.1 * i, i) for i in range(9)]
     together = tiny.encode_audio(clips)
