@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from clsp_fast import features, folder
 from clsp_fast.batches import MIN_FRAMES
 from clsp_fast.model import CLSP
-from clsp_fast.ops import make_ragged
+from clsp_fast.ops import frames_after_front, make_ragged
 
 TOLERANCE = 1e-4
 """Most that an embedding may differ from the model's own."""
@@ -41,8 +41,8 @@ class _AudioTower(nn.Module):
         self.model = model
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        front_lengths = torch.div(lengths - 7, 2, rounding_mode="floor")
-        ragged = make_ragged(front_lengths, (features.shape[1] - 7) // 2, alone=True)
+        front_lengths = frames_after_front(lengths)
+        ragged = make_ragged(front_lengths, frames_after_front(features.shape[1]), alone=True)
         hidden, hidden_lengths = self.model.run_encoder(features, front_lengths, ragged)
         return self.model.join_audio(hidden, hidden_lengths, features, lengths)
 

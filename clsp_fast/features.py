@@ -103,8 +103,7 @@ def extract(
         )
     for i, item in enumerate(samples):
         if len(item) < _MIN_SAMPLES:
-            what = f"has {len(item)} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
-            raise AudioError(f"waveforms[{i}]", AudioErrorReason.TOO_SHORT, what)
+            raise _too_short(f"waveforms[{i}]", len(item))
     return _fbank(samples, config, num_threads, out, range(len(samples)), ())
 
 
@@ -147,8 +146,7 @@ def extract_files(
     errors: list[tuple[int, AudioError]] = []
     for i, item in enumerate(loaded):
         if not isinstance(item, AudioError) and len(item) < _MIN_SAMPLES:
-            what = f"has {len(item)} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
-            item = AudioError(str(paths[i]), AudioErrorReason.TOO_SHORT, what)
+            item = _too_short(audio.label(paths[i]), len(item))
         if not isinstance(item, AudioError):
             samples.append(item)
             kept.append(i)
@@ -174,7 +172,7 @@ def reference(
     """
     x = np.asarray(waveform, np.float64)
     size = max(len(x), padded_samples or 0) if config.tail == "zero" else len(x)
-    frames = (len(x) + HOP_SAMPLES // 2) // HOP_SAMPLES
+    frames = _C.frame_count(len(x))
     starts = HOP_SAMPLES * np.arange(frames)[:, None] - (WINDOW_SAMPLES - HOP_SAMPLES) // 2
     index = (starts + np.arange(WINDOW_SAMPLES)) % max(2 * size, 1)
     z = np.pad(x, (0, size - len(x)))[np.minimum(index, 2 * size - 1 - index)]
@@ -183,6 +181,11 @@ def reference(
     power = np.abs(np.fft.rfft(z * _C.povey_window().astype(np.float64), 512)) ** 2
     energy: NDArray[np.float64] = power @ _C.mel_matrix().astype(np.float64)
     return np.log(np.maximum(energy, _ENERGY_FLOOR))
+
+
+def _too_short(label: str, samples: int) -> AudioError:
+    what = f"has {samples} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
+    return AudioError(label, AudioErrorReason.TOO_SHORT, what)
 
 
 def _as_waveforms(waveforms: Any) -> list[Waveform]:
@@ -214,8 +217,8 @@ def _fbank(
         _check_out(out, shape)
     padded = longest if config.tail == "zero" else 0
     _C.fbank_batch(samples, out.numpy(), padded_size=padded, num_threads=num_threads)
-    lengths = (np.array(sizes, np.int64) + HOP_SAMPLES // 2) // HOP_SAMPLES
-    return Features(out, torch.from_numpy(lengths), torch.from_numpy(np.array(kept, np.int64)), errors)
+    lengths = torch.tensor([_C.frame_count(size) for size in sizes], dtype=torch.int64)
+    return Features(out, lengths, torch.from_numpy(np.array(kept, np.int64)), errors)
 
 
 def _new_batch(shape: tuple[int, int, int]) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clsp_fast import features
+from clsp_fast import _C, features
 from clsp_fast.features import FbankConfig
 
 try:
@@ -103,8 +103,9 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
 
         Returns:
             As lhotse's `Fbank` does: (B, frames, 128) if all clips have the same number of frames, otherwise
-            a list of (frames, 128), which share one buffer; (frames, 128) if one clip was given and no list.
-            Torch tensors if any clip is one and there are no lengths, else numpy arrays.
+            a list of (frames, 128), which share one buffer, empty for an empty batch; (frames, 128) if one
+            clip was given and no list. Torch tensors if any clip is one and there are no lengths, else numpy
+            arrays.
 
         Raises:
             As `extract`; TypeError: lengths of what is no torch batch.
@@ -114,11 +115,13 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
             raise TypeError(f"lengths need a padded torch batch, got {type(samples).__name__}")
         is_list = isinstance(samples, list | tuple)
         clips = list(samples) if is_list or samples.ndim > 1 else [samples]
+        if not clips:
+            return []
         waves = [_mono(clip) for clip in clips]
         frames = None
         if lengths is not None:
             sizes = [int(size) for size in lengths]
-            frames = [(size + features.HOP_SAMPLES // 2) // features.HOP_SAMPLES for size in sizes]
+            frames = [_C.frame_count(size) for size in sizes]
             if self.config.tail == "reflect":
                 waves = [wave[:size] for wave, size in zip(waves, sizes, strict=True)]
         config = FbankConfig(tail=self.config.tail)

@@ -26,6 +26,7 @@ from clsp_fast.ops import (
     Ragged,
     RunningNorm,
     frames_after,
+    frames_after_front,
     make_front,
     make_ragged,
     pool,
@@ -169,12 +170,12 @@ class CLSP(nn.Module):
         lengths = lengths.cpu()
         frames = int(lengths.max())
         x = features[:, :frames].to(self.device, self.dtype)
-        lengths = torch.div(lengths - 7, 2, rounding_mode="floor")
+        lengths = frames_after_front(lengths)
         equal = bool((lengths == lengths[0]).all())
         lengths = lengths.to(self.device, non_blocking=True)
         ragged = None
         if not equal:
-            ragged = make_ragged(lengths, (frames - 7) // 2, alone=padding == "alone")
+            ragged = make_ragged(lengths, frames_after_front(frames), alone=padding == "alone")
         return self.run_encoder(x, lengths, ragged)
 
     def run_encoder(

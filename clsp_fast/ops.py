@@ -11,13 +11,15 @@ Shape suffixes: N clips, T frames, F mel bins, C channels, 1 a broadcast dimensi
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast.config import ModelConfig
+
+Frames = TypeVar("Frames", int, Tensor)
 
 # Where the recipe's schedule of the ConvNeXt layer's skip rate ends.
 CONVNEXT_SKIP_RATE = 0.015
@@ -45,6 +47,11 @@ def make_ragged(lengths_N: Tensor, frames: int, *, alone: bool) -> Ragged:
 def frames_after(lengths_N: Tensor, factor: int) -> Tensor:
     """ceil(lengths / factor), in whole numbers."""
     return torch.div(lengths_N + (factor - 1), factor, rounding_mode="floor")
+
+
+def frames_after_front(frames: Frames) -> Frames:
+    """Frames at 50 Hz that the front makes of `MIN_FRAMES` or more at 100 Hz."""
+    return (frames - 7) // 2
 
 
 def drop_channels(x_NTC: Tensor, rate: float, *, training: bool) -> Tensor:

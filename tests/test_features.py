@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from clsp_fast import _C, features
-from clsp_fast.audio import AudioError, AudioErrorReason, Segment
+from clsp_fast.audio import AudioError, AudioErrorReason, AudioLimits, Segment
 from clsp_fast.features import PADDING_VALUE, FbankConfig, extract, extract_files, reference
 
 GOLDEN = Path(__file__).parent / "golden" / "frontend"
@@ -277,6 +277,15 @@ def test_too_short_is_named() -> None:
     with pytest.raises(AudioError, match=r"waveforms\[1\]: has 79 samples") as caught:
         extract([noise(80), noise(79)])
     assert caught.value.reason is AudioErrorReason.TOO_SHORT
+
+
+def test_what_is_too_short_is_named_by_its_label_not_its_content() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(40), 16000, format="WAV")
+    limits = AudioLimits(min_s=0)
+    got = extract_files([file.getvalue(), Segment(file.getvalue())], limits=limits, on_error="skip")
+    assert [error.path for _, error in got.errors] == ["<bytes>", "<bytes>"]
+    assert [error.reason for _, error in got.errors] == [AudioErrorReason.TOO_SHORT] * 2
 
 
 def test_out_is_written_in_place() -> None:

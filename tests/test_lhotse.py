@@ -249,6 +249,10 @@ def test_two_channels_are_refused() -> None:
         ClspFbank().extract(np.zeros((2, 8000), np.float32), 16000)
 
 
+def test_an_empty_batch_is_an_empty_list() -> None:
+    assert ClspFbank().extract_batch([], 16000) == []
+
+
 def test_lengths_of_a_list_are_refused() -> None:
     with pytest.raises(TypeError, match="padded torch batch"):
         ClspFbank().extract_batch([voice(8000)], 16000, lengths=[8000])
