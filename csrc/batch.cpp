@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "flac.h"
@@ -150,9 +149,10 @@ void for_each(std::size_t count, int threads, const std::function<void(std::size
   std::vector<std::thread> helpers;
   const std::size_t wanted = std::min(count, static_cast<std::size_t>(std::max(threads, 1)));
   try {
+    helpers.reserve(wanted);  // what grows later could throw, and lose threads that run
     while (helpers.size() + 1 < wanted) helpers.emplace_back(run);
-  } catch (const std::system_error&) {
-    // The system has no more threads to give: those that started and this one do the work.
+  } catch (const std::exception&) {
+    // The system has no more threads, or memory, to give: those that started and this one go on.
   }
   run();
   for (std::thread& helper : helpers) helper.join();
