@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clsp_fast import audio, features, folder, similarity
@@ -185,7 +186,7 @@ def _faiss(
             index = faiss.index_factory(found.header.dim, factory, faiss.METRIC_INNER_PRODUCT)
             rows = (np.ascontiguousarray(shard, np.float32) for shard in found.shards if len(shard))
             if not index.is_trained:
-                index.train(np.concatenate([np.asarray(s, np.float32) for s in found.shards])[:_TRAINED_ON])
+                index.train(_first_rows(found.shards, _TRAINED_ON))
             for shard in rows:
                 index.add(shard)
             if file is not None:
@@ -203,6 +204,17 @@ def _faiss(
     shard_QK = np.searchsorted(counts, np.maximum(position_QK, 0), side="right") - 1
     number_QK = shard_QK * found.header.shard_rows + position_QK - counts[shard_QK]
     return torch.from_numpy(scores_QK), torch.from_numpy(np.where(position_QK < 0, -1, number_QK))
+
+
+def _first_rows(shards: Sequence[NDArray[Any]], count: int) -> NDArray[np.float32]:
+    """The first `count` rows of all shards, without reading more of them."""
+    parts: list[NDArray[np.float32]] = []
+    for shard in shards:
+        if count <= 0:
+            break
+        parts.append(np.asarray(shard[:count], np.float32))
+        count -= len(parts[-1])
+    return np.concatenate(parts)
 
 
 def _hits(found: Embeddings, scores: list[float], numbers: list[int]) -> list[Hit]:

@@ -110,6 +110,19 @@ def test_faiss_finds_the_same_when_it_is_exact(folder: Path, model_folder: Path,
         run(folder, model_folder, text=TEXTS, index="faiss:Flat", index_file=file)
 
 
+def test_an_index_is_trained_on_no_more_shards_than_it_needs() -> None:
+    class Unread:
+        def __getitem__(self, part: Any) -> Any:
+            raise AssertionError("was read")
+
+    shards = [np.full((3, 2), i, np.float16) for i in range(3)]
+    for count, expected in ((5, [0, 0, 0, 1, 1]), (6, [0, 0, 0, 1, 1, 1])):
+        found = command._first_rows([*shards[:2], Unread()], count)  # type: ignore[list-item]
+        assert found.dtype == np.float32
+        assert found[:, 0].tolist() == expected
+    assert len(command._first_rows(shards, 100)) == 9
+
+
 def test_without_faiss_the_extra_is_named(
     folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
