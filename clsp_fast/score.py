@@ -2,9 +2,10 @@
 
 A line of PAIRS has "audio" and either "caption" or "other", a second recording; further keys are kept. The
 same lines come out with "line" (its number), "model" (whose hash begins so), and "score", the cosine of the
-two embeddings, or "error" where there is none. Both files may be -, for standard input and output; relative
-paths are relative to PAIRS, or to the working directory if that is standard input. Killed at any moment, the
-same command goes on. The exit code is 0 if every line has a score, 3 if not.
+two embeddings, or "error" where there is none; a line that has one of these four keys already is an error.
+Both files may be -, for standard input and output; relative paths are relative to PAIRS, or to the working
+directory if that is standard input. Killed at any moment, the same command goes on. The exit code is 0 if
+every line has a score, 3 if not.
 """
 
 from __future__ import annotations
@@ -185,7 +186,9 @@ def _lines(file: IO[bytes], shard: str) -> Iterator[_Line]:
         try:
             require(whole, "a line", f"shorter than {store.LONGEST_LINE} bytes", "a longer one")
             row = store.parse_object(text)
-            yield _Line(number, {key: value for key, value in row.items() if key not in _OWN_KEYS}, "")
+            own = [key for key in _OWN_KEYS if key in row]
+            require(not own, "keys", f"others than {', '.join(_OWN_KEYS)}, which are written here", own)
+            yield _Line(number, row, "")
         except ValueError as error:
             yield _Line(number, {}, str(error))
 

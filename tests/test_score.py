@@ -37,7 +37,7 @@ def pairs(tmp_path: Path, make_clips: MakeClips) -> Path:
     (tmp_path / "clips/text.wav").write_text("no audio")
     lines = [
         json.dumps({"id": "a", "audio": "clips/00000.wav", "caption": CAPTIONS[0]}),
-        json.dumps({"audio": "clips/00000.wav", "caption": CAPTIONS[1], "score": 7, "mine": [1]}),
+        json.dumps({"audio": "clips/00000.wav", "caption": CAPTIONS[1], "mine": [1]}),
         json.dumps({"audio": "clips/00001.wav", "other": "clips/00000.wav"}),
         json.dumps({"audio": "clips/missing.wav", "caption": CAPTIONS[0]}),
         json.dumps({"audio": "clips/00002.wav", "other": "clips/text.wav"}),
@@ -91,6 +91,22 @@ def test_scores_are_the_cosines_and_errors_stay_in_their_lines(
     for row in found:
         if "score" in row:
             assert row["score"] == pytest.approx(float(expected[row["line"]]), abs=1e-5)
+
+
+def test_keys_that_would_be_overwritten_are_errors_of_their_lines(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips
+) -> None:
+    (clip,) = make_clips(tmp_path / "clips", 1)
+    row = {"audio": str(clip), "caption": CAPTIONS[0]}
+    rows = [row | {key: "mine"} for key in ("model", "line", "score", "error")] + [row]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    for before in (0, 5):
+        result = run(tmp_path / "pairs.jsonl", tmp_path / "scores.jsonl", model_folder)
+        assert result == (5 - before, 4, before)
+    *bad, good = read(tmp_path / "scores.jsonl")
+    assert "score" in good
+    for key, line in zip(("model", "line", "score", "error"), bad, strict=True):
+        assert f"which are written here, got ['{key}']" in line["error"]
 
 
 def test_an_unfinished_file_is_continued(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
