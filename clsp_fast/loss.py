@@ -10,7 +10,7 @@ Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts o
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -271,14 +271,19 @@ def _engine(implementation: str, audio_MD: Tensor) -> ModuleType | None:
     has_dtype = audio_MD.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if implementation == "cpu" or (implementation == "auto" and device == "cpu" and has_dtype):
         return negatives
-    has_triton = importlib.util.find_spec("triton") is not None
-    if implementation == "triton" and not has_triton:
-        raise ImportError("implementation='triton' needs the extra: pip install 'clsp_fast[triton]'")
-    if implementation == "triton" or (
-        implementation == "auto" and device == "cuda" and has_triton and audio_MD.dtype != torch.float64
-    ):
-        return importlib.import_module("clsp_fast.kernels.contrastive")
-    return None
+    if implementation == "reference" or (implementation == "auto" and device != "cuda"):
+        return None
+    try:
+        launch = importlib.import_module("clsp_fast.kernels._launch")
+    except ImportError as error:
+        if implementation == "triton":
+            fix = "implementation='triton' needs the extra: pip install 'clsp_fast[triton]'"
+            raise ImportError(fix) from error
+        return None
+    fits = audio_MD.dtype != torch.float64 and launch.supports(audio_MD.device)
+    if implementation == "auto" and not fits:
+        return None
+    return importlib.import_module("clsp_fast.kernels.contrastive")
 
 
 def _check(
