@@ -46,6 +46,11 @@ class FbankConfig:
 CLSP_FBANK = FbankConfig()
 
 
+def frame_count(samples: int) -> int:
+    """Frames of a clip of `samples` at 16 kHz: floor((samples + 80) / 160)."""
+    return _C.frame_count(samples)
+
+
 def identity(config: FbankConfig = CLSP_FBANK) -> str:
     """SHA-256 of the settings that fix the values of the features."""
     window = (WINDOW_SAMPLES, HOP_SAMPLES, "povey", "preemphasis 0.97")
@@ -172,7 +177,7 @@ def reference(
     """
     x = np.asarray(waveform, np.float64)
     size = max(len(x), padded_samples or 0) if config.tail == "zero" else len(x)
-    frames = _C.frame_count(len(x))
+    frames = frame_count(len(x))
     starts = HOP_SAMPLES * np.arange(frames)[:, None] - (WINDOW_SAMPLES - HOP_SAMPLES) // 2
     index = (starts + np.arange(WINDOW_SAMPLES)) % max(2 * size, 1)
     z = np.pad(x, (0, size - len(x)))[np.minimum(index, 2 * size - 1 - index)]
@@ -210,14 +215,14 @@ def _fbank(
         raise TypeError(f"config must be FbankConfig, got {type(config).__name__}")
     sizes = [len(item) for item in samples]
     longest = max(sizes, default=0)
-    shape = (len(samples), _C.frame_count(longest), NUM_MEL_BINS)
+    shape = (len(samples), frame_count(longest), NUM_MEL_BINS)
     if out is None:
         out = _new_batch(shape)
     else:
         _check_out(out, shape)
     padded = longest if config.tail == "zero" else 0
     _C.fbank_batch(samples, out.numpy(), padded_size=padded, num_threads=num_threads)
-    lengths = torch.tensor([_C.frame_count(size) for size in sizes], dtype=torch.int64)
+    lengths = torch.tensor([frame_count(size) for size in sizes], dtype=torch.int64)
     return Features(out, lengths, torch.from_numpy(np.array(kept, np.int64)), errors)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clsp_fast import _C, features
+from clsp_fast import features
 from clsp_fast.features import FbankConfig
 
 try:
@@ -121,7 +121,7 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
         frames = None
         if lengths is not None:
             sizes = [int(size) for size in lengths]
-            frames = [_C.frame_count(size) for size in sizes]
+            frames = [features.frame_count(size) for size in sizes]
             if self.config.tail == "reflect":
                 waves = [wave[:size] for wave, size in zip(waves, sizes, strict=True)]
         config = FbankConfig(tail=self.config.tail)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clsp_fast import _C
 from clsp_fast.audio import Waveform
-from clsp_fast.features import NUM_MEL_BINS, SAMPLE_RATE_HZ, FbankConfig, extract, reference
+from clsp_fast.features import NUM_MEL_BINS, SAMPLE_RATE_HZ, FbankConfig, extract, frame_count, reference
 
 Tail: TypeAlias = Literal["reflect", "zero"]
 TAILS: tuple[Tail, ...] = ("reflect", "zero")
@@ -80,7 +79,7 @@ def _torchaudio(clips: list[Waveform], tail: Tail) -> list[_Frames]:
         padded = torch.from_numpy(np.pad(clip, (0, max(0, longest - len(clip)))))[None]
         settings = {"num_mel_bins": NUM_MEL_BINS, "high_freq": -400.0, "snip_edges": False, "dither": 0.0}
         values = kaldi.fbank(padded, sample_frequency=SAMPLE_RATE_HZ, **settings)
-        found.append(values[: _C.frame_count(len(clip))].numpy())
+        found.append(values[: frame_count(len(clip))].numpy())
     return found
 
 
