@@ -133,35 +133,15 @@ def contrastive_loss(
     """
     owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
     engine = _engine(implementation, audio_MD)
-    if engine is None:
-        with torch.autocast(audio_MD.device.type, enabled=False):
-            return contrastive_loss_reference(
-                audio_MD,
-                text_ND,
-                logit_scale,
-                text_owner=text_owner,
-                weights=weights,
-                logit_bias=logit_bias,
-                label_smoothing=label_smoothing,
-                kind=kind,
-                normalize=normalize,
-                group=group,
-            )
-    device, wide = audio_MD.device, torch.promote_types(audio_MD.dtype, torch.float32)
-    options: dict[str, Any] = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
-    if engine is not negatives:
-        options["compute_dtype"] = compute_dtype or audio_MD.dtype
-    with torch.autocast(device.type, enabled=False):
-        # What 16-bit embeddings travel as; rows that are normalised here no longer fit.
-        travels = wide if normalize else audio_MD.dtype
-        shards = Shards.agree(group, len(audio_MD), len(text_ND), device, travels)
-        # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
-        audio_MD, text_ND = audio_MD.to(wide), text_ND.to(wide)
-        if normalize:
-            audio_MD, text_ND = F.normalize(audio_MD), F.normalize(text_ND)
-        scale = _scalar(logit_scale, device, wide)
-        bias = _scalar(0.0 if logit_bias is None else logit_bias, device, wide)
-        pairs = Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
+    with torch.autocast(audio_MD.device.type, enabled=False):
+        if engine is None:
+            same: dict[str, Any] = {"text_owner": text_owner, "weights": weights, "logit_bias": logit_bias}
+            same |= {"label_smoothing": label_smoothing, "kind": kind, "normalize": normalize, "group": group}
+            return contrastive_loss_reference(audio_MD, text_ND, logit_scale, **same)
+        options: dict[str, Any] = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
+        if engine is not negatives:
+            options["compute_dtype"] = compute_dtype or audio_MD.dtype
+        pairs = _pairs(audio_MD, text_ND, logit_scale, logit_bias, owner_N, normalize, group)
         in_order = text_owner is None and weights is None
         return _fused_loss(engine, pairs, weights, label_smoothing, kind, in_order, options)
 
@@ -360,6 +340,28 @@ def _scalar(x: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tens
     if isinstance(x, Tensor):
         return x.to(device, dtype)
     return torch.full((), x, device=device, dtype=dtype)
+
+
+def _pairs(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    owner_N: Tensor,
+    normalize: bool,
+    group: dist.ProcessGroup | None,
+) -> Pairs:
+    device, wide = audio_MD.device, torch.promote_types(audio_MD.dtype, torch.float32)
+    # What 16-bit embeddings travel as; rows that are normalised here no longer fit.
+    travels = wide if normalize else audio_MD.dtype
+    shards = Shards.agree(group, len(audio_MD), len(text_ND), device, travels)
+    # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
+    audio_MD, text_ND = audio_MD.to(wide), text_ND.to(wide)
+    if normalize:
+        audio_MD, text_ND = F.normalize(audio_MD), F.normalize(text_ND)
+    scale = _scalar(logit_scale, device, wide)
+    bias = _scalar(0.0 if logit_bias is None else logit_bias, device, wide)
+    return Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
 
 
 def _fused_loss(
