@@ -149,8 +149,11 @@ def caption(document: dict[str, Any], cases: dict[str, Any]) -> str:
     packages = {row["package"] for _, row in every if "package" in row}
     rounds = sorted({c["rounds"] for c in cases.values()})
     missing = {n for c in cases.values() for n, row in c["providers"].items() if row["status"] == "missing"}
+    made_with = "; ".join(
+        [machine.line(document["machine"]), *([", ".join(sorted(packages))] if packages else [])]
+    )
     text = (
-        f"{machine.line(document['machine'])}; {', '.join(sorted(packages))}. Commit {', '.join(commits)}, "
+        f"{made_with}. Commit {', '.join(commits)}, "
         f"{document['date']}; n = {', '.join(map(str, rounds))} interleaved rounds, minimum CPU time of one "
         f"thread, wall time of several. Distance of the quartiles over the median: in the middle "
         f"{spreads[len(spreads) // 2]:.0%}, at most {spreads[-1]:.0%}."
