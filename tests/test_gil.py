@@ -120,6 +120,7 @@ def processes_timer() -> Iterator[Timer]:
 
 
 @pytest.mark.skipif(default_num_threads() < 2, reason="needs two CPUs")
+@pytest.mark.alone
 @pytest.mark.multiproc
 @pytest.mark.parametrize("make_work", [fbank_work, file_work])
 def test_two_threads_do_the_work_of_two(make_work: Callable[[], Work], processes_timer: Timer) -> None:
