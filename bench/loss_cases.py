@@ -227,8 +227,15 @@ CASES = (
     loss_case(8192, goals={RECIPE: 2.2}, optional=True),
     loss_case(8192, goals={RECIPE: 1.8}, workspace_mb=16, optional=True),
     loss_case(16384, optional=True, dense_fits=False),
-    # Inputs, gradients and 600 MB, the embeddings being 64 MB each.
+    # Gradients of 64 MB each, and 600 or 64 MB beside them.
     loss_case(32768, optional=True, dense_fits=False, memory_goal=2 * 4 * DIM * 32768 + 600 * 2**20),
+    loss_case(
+        32768,
+        optional=True,
+        dense_fits=False,
+        workspace_mb=16,
+        memory_goal=2 * 4 * DIM * 32768 + 64 * 2**20,
+    ),
     *(
         loss_case(clips, dtype=torch.bfloat16, device="cuda", dense_fits=clips <= 32768)
         for clips in (8192, 32768, 65536, 262144)

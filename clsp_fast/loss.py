@@ -373,13 +373,20 @@ def _fused_loss(
     in_order: bool,
     options: dict[str, Any],
 ) -> Tensor:
+    pairs, positive_N = pairs.with_positives()
     if kind == "sigmoid":
         sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
-        return sigmoid_loss(pairs, sums_M, label_smoothing=label_smoothing)
+        return sigmoid_loss(pairs, positive_N, sums_M, label_smoothing=label_smoothing)
     row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
     column_N = pairs.shards.own_lse(column_N)
     return softmax_loss(
-        pairs, row_M, column_N, weights=weights, label_smoothing=label_smoothing, in_order=in_order
+        pairs,
+        positive_N,
+        row_M,
+        column_N,
+        weights=weights,
+        label_smoothing=label_smoothing,
+        in_order=in_order,
     )
 
 

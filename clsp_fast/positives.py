@@ -8,7 +8,7 @@ Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clsp_fast.gather import Shards
 
-_TEXTS_AT_ONCE = 2048
+_TEXTS_AT_ONCE = 512
 
 
 class Pairs(NamedTuple):
@@ -44,10 +44,10 @@ class Pairs(NamedTuple):
         owner_N = self.shards.all_of_texts(self.owner_N + first) - first
         return self.audio_MD, self.shards.all_texts(self.text_ND), self.scale, owner_N
 
-    def positives(self) -> Tensor:
-        """s of each text and its audio, (N,)."""
-        dots_N = _PairDots.apply(self.audio_MD, self.text_ND, self.owner_N)  # type: ignore[no-untyped-call]
-        return cast(Tensor, self.scale * dots_N + self.bias)
+    def with_positives(self) -> tuple[Pairs, Tensor]:
+        """These pairs, for all that is computed from them, and s of each text and its audio, (N,)."""
+        *own, dots_N = _PairDots.apply(self.audio_MD, self.text_ND, self.owner_N)  # type: ignore[no-untyped-call]
+        return self._replace(audio_MD=own[0], text_ND=own[1]), self.scale * dots_N + self.bias
 
     def row_means(self) -> Tensor:
         """Mean of s over the texts of all ranks, (M,)."""
@@ -64,6 +64,7 @@ class Pairs(NamedTuple):
 
 def softmax_loss(
     pairs: Pairs,
+    positive_N: Tensor,
     row_M: Tensor,
     column_N: Tensor,
     *,
@@ -75,13 +76,14 @@ def softmax_loss(
 
     Args:
         pairs: the embeddings.
+        positive_N: s of each own text and its audio.
         row_M: log-sum-exp of each audio row's negatives.
         column_N: log-sum-exp of each own text's negatives, over the rows of all ranks.
         weights: of the texts, or None.
         label_smoothing: as of `contrastive_loss`.
         in_order: whether text j is the only one of audio j, and there are no weights.
     """
-    shards, positive_N = pairs.shards, pairs.positives()
+    shards = pairs.shards
     columns_N = _softplus(column_N - positive_N)
     if label_smoothing:
         columns_N = columns_N + label_smoothing * (positive_N - pairs.column_means())
@@ -97,9 +99,9 @@ def softmax_loss(
     return shards.sum(_sum(rows_M) / captioned + _sum(columns_N) / shards.total_texts) / 2
 
 
-def sigmoid_loss(pairs: Pairs, sums_M: Tensor, *, label_smoothing: float) -> Tensor:
+def sigmoid_loss(pairs: Pairs, positive_N: Tensor, sums_M: Tensor, *, label_smoothing: float) -> Tensor:
     """The pairwise loss of `contrastive_loss` from sums (M,) of softplus over each audio row's negatives."""
-    shards, positive_N = pairs.shards, pairs.positives()
+    shards = pairs.shards
     total = _sum(sums_M) + _sum(_softplus(-positive_N))
     if label_smoothing:
         of_all = _sum(pairs.row_means()) * shards.total_texts
@@ -143,32 +145,41 @@ def _add_by_owner(x_M: Tensor, owner_N: Tensor, y_N: Tensor) -> Tensor:
 
 
 class _PairDots(torch.autograd.Function):
-    """<audio of text j, text j> in float32 or float64, some texts at a time; keeps only its arguments."""
+    """The embeddings as they came, and <audio of text j, text j>; keeps only its arguments.
+
+    What is made of the embeddings behind this sends its gradients through here, where those of the dots are
+    added in place: the two together need no more memory than the former. Nobody else holds them, since
+    nobody else has seen what this returned.
+    """
 
     @staticmethod
-    def forward(ctx: Any, audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(audio_MD, text_ND, owner_N)
-        wide = torch.promote_types(audio_MD.dtype, torch.float32)
         parts = zip(*(torch.split(x, _TEXTS_AT_ONCE) for x in (text_ND, owner_N)), strict=True)
-        return torch.cat(
-            [(audio_MD.index_select(0, owner).to(wide) * text.to(wide)).sum(1) for text, owner in parts]
-        )
+        dots = [audio_MD.index_select(0, owner).mul_(text).sum(1) for text, owner in parts]
+        return audio_MD.view_as(audio_MD), text_ND.view_as(text_ND), torch.cat(dots)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, d_audio_MD: Tensor, d_text_ND: Tensor, d_dots_N: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         audio_MD, text_ND, owner_N = ctx.saved_tensors
-        d_audio_MD = gradients[0].new_zeros(audio_MD.shape)
-        d_text_ND = torch.empty_like(text_ND, memory_format=torch.contiguous_format)
+        needs_audio, needs_text, _ = ctx.needs_input_grad
         for start in range(0, len(text_ND), _TEXTS_AT_ONCE):
             part = slice(start, start + _TEXTS_AT_ONCE)
-            gradient_N1, owner_N1 = gradients[0][part, None], owner_N[part]
-            d_text_ND[part] = gradient_N1 * audio_MD.index_select(0, owner_N1)
+            d_dots_P1, owner_P = d_dots_N[part, None], owner_N[part]
+            if needs_text:
+                d_text_ND[part].addcmul_(d_dots_P1, audio_MD.index_select(0, owner_P))
+            if not needs_audio:
+                continue
             # Unlike index_add, this adds in a fixed order on CUDA too; on the CPU that is the slow way.
             if d_audio_MD.is_cuda:
-                d_audio_MD.index_put_((owner_N1,), gradient_N1 * text_ND[part], accumulate=True)
+                d_audio_MD.index_put_((owner_P,), d_dots_P1 * text_ND[part], accumulate=True)
             else:
-                d_audio_MD.index_add_(0, owner_N1, gradient_N1 * text_ND[part])
-        return d_audio_MD.to(audio_MD.dtype), d_text_ND, None
+                d_audio_MD.index_add_(0, owner_P, d_dots_P1 * text_ND[part])
+        return d_audio_MD if needs_audio else None, d_text_ND if needs_text else None, None
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -210,9 +211,21 @@ def test_the_same_call_gives_the_same_bits_and_the_forward_with_any_workspace(
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("noise", [0.2, 0.08])
-def test_gradients_of_good_models_survive_bf16(kernel_device: torch.device, noise: float) -> None:
+@pytest.mark.parametrize("noise", [0.4, 0.2, 0.08])
+def test_gradients_of_good_models_survive_bf16(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, noise: float
+) -> None:
     # The nearer p_ii is to 1, the more a rounded p_ii - 1 loses; exact positives lose nothing.
+    if kernel_device.type == "cpu":
+
+        def rounded(builder: InterpreterBuilder, x: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+            """Float32 to the nearest bfloat16, as on a card: the interpreter truncates."""
+            if dtype.scalar != tl.bfloat16 or x.dtype.scalar != tl.float32:
+                return builder.cast_impl(x, dtype)
+            bits = torch.from_numpy(x.data).bfloat16().view(torch.uint16)
+            return TensorHandle(bits.numpy(), dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
     x = F.normalize(torch.randn(256, 128), dim=1).to(kernel_device)
     y = F.normalize(x + noise * torch.randn(256, 128).to(kernel_device), dim=1)
     x, y = (t.bfloat16().float().requires_grad_() for t in (x, y))
@@ -230,10 +243,9 @@ def test_gradients_of_good_models_survive_bf16(kernel_device: torch.device, nois
     positive_M = scale * (x * y).sum(1)
     loss = (F.softplus(row_M - positive_M).mean() + F.softplus(column_N - positive_M).mean()) / 2
     assert abs(loss.item() / dense(*wide).item() - 1) < 1e-6
-    # Twice what rounding to nearest costs: the interpreter truncates.
     for mine, other, true in zip(torch.autograd.grad(loss, (x, y)), theirs, truth, strict=True):
         errors = [(g.double() - true).norm() / true.norm() for g in (mine, other)]
-        assert errors[0] < 6e-4
+        assert errors[0] < 3e-4
         assert errors[0] < errors[1] / 5
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import peak_memory
 from torch import Tensor
 
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
@@ -339,6 +341,19 @@ def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) 
         kept.pop(own.untyped_storage().data_ptr(), None)
     assert loss.requires_grad
     assert sum(kept.values()) < workspace + 64 * 4000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
+@pytest.mark.parametrize("workspace", [16 << 20, 64 << 20])
+def test_memory_stays_within_gradients_and_workspace(workspace: int) -> None:
+    # 128 MB of logits in float32. Gradients of positive pairs are not held beside those of negatives.
+    inputs = [unit(m, 256, dtype=torch.float32).requires_grad_() for m in (4096, 8192)]
+    owner = torch.arange(8192) // 2
+    contrastive_loss(inputs[0][:64], inputs[1][:64], 10.0).backward()
+    inputs[0].grad = inputs[1].grad = None
+    with peak_memory() as peak:
+        contrastive_loss(*inputs, 10.0, text_owner=owner, workspace_bytes=workspace).backward()
+    assert peak.bytes < sum(x.nbytes for x in inputs) + workspace + (8 << 20)
 
 
 def test_second_derivatives_are_refused() -> None:
