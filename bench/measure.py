@@ -8,6 +8,7 @@ so that a slow phase of the machine slows all of them; ratios are taken within r
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import re
 import statistics
@@ -309,6 +310,7 @@ def peak_memory(case: Case, provider: Provider) -> int:
         OSError: this system does not tell.
     """
     torch.set_num_threads(case.threads)
+    importlib.import_module("torch._dynamo")  # 140 MB: with the first optimizer, or the first custom operator
     inputs = case.inputs()
     call = provider.prepare(inputs)
     if case.device == "cuda":
