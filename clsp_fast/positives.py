@@ -88,14 +88,16 @@ def softmax_loss(
     if label_smoothing:
         columns_N = columns_N + label_smoothing * (positive_N - pairs.column_means())
     if in_order:
-        row_M, targets_M = row_M[: len(positive_N)], positive_N
-        rows_M, captioned_M = _softplus(row_M - positive_N), torch.ones_like(row_M, dtype=torch.bool)
+        rows_M, targets_M = _softplus(row_M[: len(positive_N)] - positive_N), positive_N
+        captioned_M, captioned = None, row_M.new_full((), len(positive_N))
     else:
         rows_M, targets_M, captioned_M = _row_losses(row_M, positive_N, pairs.owner_N, weights)
+        captioned = captioned_M.sum().to(row_M.dtype)
     if label_smoothing:
         rows_M = rows_M + label_smoothing * (targets_M - pairs.row_means()[: len(targets_M)])
-    rows_M = torch.where(captioned_M, rows_M, 0.0)
-    captioned = shards.sum(captioned_M.sum().to(rows_M.dtype)).clamp(min=1)
+    if captioned_M is not None:
+        rows_M = torch.where(captioned_M, rows_M, 0.0)
+    captioned = shards.sum(captioned).clamp(min=1)
     return shards.sum(_sum(rows_M) / captioned + _sum(columns_N) / shards.total_texts) / 2
 
 
@@ -188,5 +190,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _sum(x_N: Tensor) -> Tensor:
-    """Sum whose order does not depend on the number of threads, as torch's of a long vector does."""
+    """Sum whose order does not depend on the number of threads, as torch's of a long vector does on the CPU."""
+    if x_N.is_cuda or len(x_N) <= 1024:
+        return x_N.sum()
     return F.pad(x_N, (0, -len(x_N) % 1024)).view(-1, 1024).sum(1).sum()
