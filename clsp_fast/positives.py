@@ -190,7 +190,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _sum(x_N: Tensor) -> Tensor:
-    """Sum whose order does not depend on the number of threads, as torch's of a long vector does on the CPU."""
+    """Sum whose order does not depend on the number of threads, as torch's of long CPU vectors does."""
     if x_N.is_cuda or len(x_N) <= 1024:
         return x_N.sum()
     return F.pad(x_N, (0, -len(x_N) % 1024)).view(-1, 1024).sum(1).sum()
