@@ -186,6 +186,12 @@ class TrainConfig:
     """"auto": the CUDA device of this rank if there is one, else the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; weights and loss stay in float32."""
+    micro_seconds: float = 0.0
+    """Most seconds of audio, with padding, that go through the towers at once. The contrast stays that of the
+    whole batch and the memory becomes that of such a part, for about a third more time; 0: all at once."""
+    recompute_layers: bool = False
+    """Layers keep nothing but their input for the backward pass, and are computed again in it: for long clips
+    and large models, for about a third more time."""
     max_logit_scale: float = 100.0
     """The learned logit_scale is clamped to [1, this] after each step."""
     log_every: int = 20
@@ -210,6 +216,7 @@ class TrainConfig:
         require(steps > 0, "stage1_steps + stage2_steps", "positive", steps)
         require(self.max_logit_scale >= 1, "max_logit_scale", "at least 1", self.max_logit_scale)
         require(self.precision in ("fp32", "bf16"), "precision", '"fp32" or "bf16"', self.precision)
+        require(self.micro_seconds >= 0, "micro_seconds", "at least 0", self.micro_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON stores them."""

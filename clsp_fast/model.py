@@ -119,6 +119,13 @@ class CLSP(nn.Module):
         """The running norms, if the configuration has them; who trains the model calls their `absorb`."""
         return [module for module in self.modules() if isinstance(module, RunningNorm)]
 
+    def recompute_layers(self, on: bool) -> None:
+        """Whether layers of the towers keep only their input for the backward pass, and compute again in
+        it."""
+        for module in self.modules():
+            if isinstance(module, (zipformer.ZipformerStack, roberta.Roberta)):
+                module.recompute = on
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

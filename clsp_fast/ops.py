@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clsp_fast.config import ModelConfig
 
@@ -60,6 +61,14 @@ def drop_channels(x_NTC: Tensor, rate: float, *, training: bool) -> Tensor:
         return x_NTC
     keep = x_NTC.new_empty(len(x_NTC), 1, x_NTC.shape[2]).bernoulli_(1.0 - rate)
     return x_NTC * keep.div_(1.0 - rate)
+
+
+def call(layer: nn.Module, x: Tensor, *arguments: Tensor | None, again: bool) -> Tensor:
+    """layer(x, *arguments); `again`: what it keeps for the backward pass is x, and it is called a second time
+    there."""
+    if again and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(layer, x, *arguments, use_reentrant=False))
+    return cast(Tensor, layer(x, *arguments))
 
 
 class _Swoosh(torch.autograd.Function):
@@ -134,7 +143,8 @@ class RunningNorm(nn.Module):
     inference. Without it, pooled vectors that share a large constant start as one narrow cone of embeddings,
     which contrastive training needs hundreds of steps to leave.
 
-    While training, `forward` notes the batch's moments in `seen` (2, C); `absorb` takes them up.
+    While training, `forward` notes the batch's moments in `seen` (2, C), or those of all its parts since
+    `seen` was None; `absorb` takes them up. With `notes` False it notes none.
     """
 
     mean: Tensor
@@ -147,11 +157,14 @@ class RunningNorm(nn.Module):
         self.register_buffer("power", torch.ones(channels))
         self.register_buffer("batches", torch.tensor(0.0))
         self.seen: Tensor | None = None
+        self.rows, self.notes = 0, True
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        if self.training:
+        if self.training and self.notes:
             wide = x_NC.detach().to(self.mean.dtype)
-            self.seen = torch.stack([wide.mean(0), wide.square().mean(0)])
+            moments = torch.stack([wide.mean(0), wide.square().mean(0)])
+            self.rows = len(x_NC) if self.seen is None else self.rows + len(x_NC)
+            self.seen = moments if self.seen is None else self.seen.lerp(moments, len(x_NC) / self.rows)
         # The floor keeps rounding out of channels that hardly vary.
         variance = torch.maximum(self.power - self.mean.square(), 1e-4 * self.power + 1e-6)
         return (x_NC - self.mean) * variance.rsqrt()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast.config import TextConfig
+from clsp_fast.ops import call
 
 
 class Embeddings(nn.Module):
@@ -97,6 +98,7 @@ class Roberta(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
+        self.recompute = False
         layers = nn.ModuleList(RobertaLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": layers})
         if config.pooling == "cls":
@@ -112,7 +114,7 @@ class Roberta(nn.Module):
             keys_N11L = None
         x = self.embeddings(token_ids_NL)
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            x = layer(x, keys_N11L)
+            x = call(layer, x, keys_N11L, again=self.recompute)
         return cast(Tensor, x)
 
     def forward(self, token_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:

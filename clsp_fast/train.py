@@ -23,7 +23,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clsp_fast import checkpoint, evaluation, optim, similarity
 from clsp_fast.checkpoint import Place
@@ -31,9 +30,9 @@ from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
 from clsp_fast.data import Batch, ClipFeatures, DataError, Loader
 from clsp_fast.log import RunLog, save_report
-from clsp_fast.loss import contrastive_loss
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP, ClspOutput
+from clsp_fast.step import absorb_statistics, clip_gradients, forward
 
 
 class Interrupted(Exception):
@@ -135,7 +134,7 @@ def fit(
             waited_s, step = time.perf_counter() - waiting, batch.step
             optim.set_learning_rate(optimizer, learning_rate(config, step))
             torch.manual_seed(config.seed * 1_000_003 + step * place.world + place.rank)
-            output, loss = forward(model, batch, place, config.precision)
+            output, loss = forward(model, batch, place, config)
             torch.autograd.backward(loss)
             norm = clip_gradients(model, place, config.optim.clip_norm)
             if math.isfinite(loss.item()) and math.isfinite(norm):
@@ -162,39 +161,6 @@ def fit(
                 raise Interrupted(stop[0] if stop else signal.SIGTERM)
             waiting = time.perf_counter()
             meter.started += waiting - other_work
-
-
-def forward(model: CLSP, batch: Batch, place: Place, precision: str) -> tuple[ClspOutput, Tensor]:
-    """Embeddings and loss of a batch; the loss is that of the batches of all ranks together."""
-    model.train()
-    to = place.device
-    with torch.autocast(to.type, torch.bfloat16, enabled=precision == "bf16"):
-        output = model(batch.features.to(to), batch.lengths, batch.token_ids, batch.attention_mask)
-    loss = contrastive_loss(
-        output.audio.float(),
-        output.text.float(),
-        output.logit_scale,
-        text_owner=batch.text_owner.to(to),
-        group=place.group,
-        compute_dtype=torch.bfloat16 if precision == "bf16" else None,
-    )
-    return output, loss
-
-
-def clip_gradients(model: CLSP, place: Place, most: float) -> float:
-    """Averages the gradients over the ranks, scales them down to the norm `most`, and returns the norm they
-    had."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    place.average([p.grad for p in parameters if p.grad is not None])
-    return float(torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True))
-
-
-def absorb_statistics(model: CLSP, place: Place) -> None:
-    """Takes up the batch's moments, averaged over the ranks, so that all ranks keep the same ones."""
-    norms = model.running_norms
-    place.average([norm.seen for norm in norms if norm.seen is not None])
-    for norm in norms:
-        norm.absorb()
 
 
 def count_bad_step(

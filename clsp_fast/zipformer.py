@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast.config import ModelConfig, StackConfig
-from clsp_fast.ops import BiasNorm, Conv1dSubsampling, Ragged, drop_channels, swoosh_l, swoosh_r
+from clsp_fast.ops import BiasNorm, Conv1dSubsampling, Ragged, call, drop_channels, swoosh_l, swoosh_r
 
 # Where the recipe's schedules end; it trains with these from its first step.
 FEATURE_MASK_RATE = 0.125
@@ -228,13 +228,14 @@ class ZipformerStack(nn.Module):
         self.layers = nn.ModuleList(ZipformerLayer(config, stack) for _ in range(stack.num_layers))
         self.pos_dim = config.pos_dim
         self.position_dropout = POSITION_DROPOUT if config.regularize else 0.0
+        self.recompute = False
 
     def forward(self, x_NTC: Tensor, ragged: Ragged | None, mask_N1C: Tensor | None) -> Tensor:
         x = x_NTC if mask_N1C is None else x_NTC * mask_N1C
         encoding_RD = position_encoding(self.pos_dim, x.shape[1], dtype=x.dtype, device=x.device)
         encoding_RD = F.dropout(encoding_RD, self.position_dropout, self.training)
         for layer in self.layers:
-            x = layer(x, encoding_RD, None if ragged is None else ragged.pad_NT)
+            x = call(layer, x, encoding_RD, None if ragged is None else ragged.pad_NT, again=self.recompute)
             x = x if mask_N1C is None else x * mask_N1C
         return x
 

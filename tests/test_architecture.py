@@ -59,6 +59,7 @@ ALLOWED = {
     "evaluation": {"config", "data", "manifest", "metrics", "model", "similarity"},
     "log": set(),
     "optim": {"config"},
+    "step": {"checkpoint", "config", "data", "loss", "model", "ops"},
     "checkpoint": {"config"},
     "demo": {"demo_clips", "demo_engines", "demo_signal", "demo_text"},
     "demo_clips": {"demo_engines", "demo_signal", "demo_text"},

@@ -172,10 +172,10 @@ def test_resumes_bit_exactly_from_any_step(
 ) -> None:
     real = train.forward
 
-    def crash(model, batch, place, precision):
+    def crash(model, batch, place, made):
         if batch.step == stop_at:
             raise RuntimeError("power cut")
-        return real(model, batch, place, precision)
+        return real(model, batch, place, made)
 
     monkeypatch.setattr(train, "forward", crash)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -198,10 +198,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 ) -> None:
     real, number = train.forward, signal.Signals[name]
 
-    def interrupt(model, batch, place, precision):
+    def interrupt(model, batch, place, made):
         if batch.step == 4:
             os.kill(os.getpid(), number)
-        return real(model, batch, place, precision)
+        return real(model, batch, place, made)
 
     monkeypatch.setattr(train, "forward", interrupt)
     with pytest.raises(train.Interrupted, match=name) as stop:
@@ -216,8 +216,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def poison(real: Callable, steps: set[int], where: str) -> Callable:
-    def forward(model, batch, place, precision):
-        output, loss = real(model, batch, place, precision)
+    def forward(model, batch, place, made):
+        output, loss = real(model, batch, place, made)
         if batch.step in steps and where == "loss":
             loss = loss * float("nan")
         if batch.step in steps and where == "gradient":

@@ -1,0 +1,112 @@
+"""A training step in parts and with recomputed layers: the gradients of the whole, in less memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from peak_memory import peak_memory
+
+from clsp_fast import step
+from clsp_fast.checkpoint import Place
+from clsp_fast.config import MODEL_PRESETS, ModelConfig, TrainConfig
+from clsp_fast.data import Batch
+from clsp_fast.model import CLSP
+
+HERE = Place(0, 1, torch.device("cpu"), None)
+
+
+def without_dropout(**changes: object) -> ModelConfig:
+    text = dataclasses.replace(
+        MODEL_PRESETS["tiny"].text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return dataclasses.replace(MODEL_PRESETS["tiny"], dropout=0.0, regularize=False, text=text, **changes)
+
+
+def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
+    """Clips of unlike lengths, their first captions, then their second ones."""
+    lengths = torch.linspace(frames // 2, frames, clips).long().flip(0)
+    sizes = torch.linspace(3, 9, clips * captions).long()
+    mask = (torch.arange(9) < sizes[:, None]).long()
+    return Batch(
+        step=0,
+        ids=[str(i) for i in range(clips)],
+        features=torch.randn(clips, frames, 128) * 3 - 8,
+        lengths=lengths,
+        token_ids=torch.randint(5, 300, mask.shape).where(mask > 0, 1),
+        attention_mask=mask,
+        text_owner=torch.arange(clips).repeat(captions),
+        seconds=float(lengths.sum()) / 100,
+    )
+
+
+def taken(model: CLSP, batch: Batch, **settings: object) -> dict[str, torch.Tensor]:
+    """Loss, embeddings, gradients and moments of a step."""
+    config = TrainConfig(model=model.config, **settings)
+    model.zero_grad()
+    torch.manual_seed(1)
+    output, loss = step.forward(model, batch, HERE, config)
+    loss.backward()
+    found = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
+    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {f"moments{i}": norm.seen for i, norm in enumerate(model.running_norms)}
+
+
+@pytest.mark.parametrize("captions", [1, 2])
+@pytest.mark.parametrize("micro_seconds", [0.01, 1.3, 2.5])
+def test_parts_give_the_step_of_the_whole_batch(captions: int, micro_seconds: float) -> None:
+    model, batch = CLSP(without_dropout()), made_batch(7, 60, captions)
+    whole, parts = (taken(model, batch, micro_seconds=s) for s in (0.0, micro_seconds))
+    assert whole.keys() == parts.keys()
+    assert "logit_scale" in whole
+    for name, value in whole.items():
+        # In parts of other lengths sums are rounded otherwise; batches of one clip take another path.
+        error = (parts[name] - value).norm() / value.norm().clamp(min=1e-6)
+        assert error < 2e-5, (name, error)
+
+
+@pytest.mark.parametrize("settings", [{"recompute_layers": True}, {"micro_seconds": 2.0}])
+def test_what_is_computed_again_drops_out_the_same(settings: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
+    stored: list[dict[str, torch.Tensor]] = []
+    for again in (False, True):
+        if again:
+            stored.append(taken(model, batch, **settings))
+            continue
+        with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are kept
+            patch.setattr(step, "checkpoint", lambda f, *x, **_: f(*x))
+            patch.setattr("clsp_fast.ops.checkpoint", lambda f, *x, **_: f(*x))
+            stored.append(taken(model, batch, **settings))
+    for name, value in stored[0].items():
+        assert torch.equal(stored[1][name], value), name
+
+
+def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
+    torch.set_num_threads(1)
+    model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
+    one = taken(model, batch, micro_seconds=1.3)
+    both = taken(model, batch, micro_seconds=1.3, recompute_layers=True)
+    for name, value in one.items():
+        assert torch.equal(both[name], value), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
+def test_memory_is_that_of_a_part() -> None:
+    torch.set_num_threads(1)
+    model, batch = CLSP(without_dropout()), made_batch(64, 200)
+    taken(model, made_batch(4, 200))
+    peaks = []
+    for settings in ({}, {"micro_seconds": 16.0}, {"recompute_layers": True}):
+        with peak_memory() as peak:
+            taken(model, batch, **settings)
+        peaks.append(peak.bytes)
+    assert peaks[1] < peaks[0] / 4
+    assert peaks[2] < 0.9 * peaks[0]
+
+
+def test_a_negative_size_of_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="micro_seconds must be at least 0"):
+        TrainConfig(micro_seconds=-1.0)
