@@ -95,7 +95,10 @@ class Shards:
         if self.group is None:
             return column_N
         column_WN = _gather(column_N[None], [1] * len(self.clips), self.group, column_N.dtype)
-        return torch.logsumexp(torch.split(column_WN, self.texts, dim=1)[self.rank], dim=0)
+        own_WN = torch.split(column_WN, self.texts, dim=1)[self.rank]
+        # Where no rank has a negative pair: the gradient of log-sum-exp would be NaN.
+        empty_N = own_WN.isneginf().all(0)
+        return own_WN.masked_fill(empty_N, 0.0).logsumexp(0).masked_fill(empty_N, -torch.inf)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -118,23 +121,15 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         # 16 bits are too few to add gradients in.
-        wide = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32))
-        rank = dist.get_rank(ctx.group)
-        if dist.get_backend(ctx.group) == "gloo":  # which cannot reduce-scatter
-            total = wide.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(total, group=ctx.group)
-            own = torch.split(total, ctx.sizes)[rank]
-        else:
-            longest = max(ctx.sizes)
-            padded = torch.cat([_pad(shard, longest) for shard in torch.split(wide, ctx.sizes)])
-            own = torch.empty_like(padded[:longest])
-            dist.reduce_scatter_tensor(own, padded, group=ctx.group)
-            own = own[: ctx.sizes[rank]]
-        return own.to(gradients[0].dtype), None, None, None
+        wide = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32)).contiguous()
+        own = wide.new_empty(max(ctx.sizes), *wide.shape[1:])
+        shards = [_pad(shard, len(own)) for shard in torch.split(wide, ctx.sizes)]
+        dist.reduce_scatter(own, shards, group=ctx.group)
+        return own[: ctx.sizes[dist.get_rank(ctx.group)]].to(gradients[0].dtype), None, None, None
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:
-    return F.pad(rows, [0] * (2 * rows.ndim - 1) + [size - len(rows)])
+    return rows if len(rows) == size else F.pad(rows, [0] * (2 * rows.ndim - 1) + [size - len(rows)])
 
 
 def _gather(rows: Tensor, sizes: list[int], group: dist.ProcessGroup, dtype: torch.dtype) -> Tensor:

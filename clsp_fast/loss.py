@@ -23,6 +23,7 @@ from torch import Tensor
 from clsp_fast import negatives
 from clsp_fast.gather import Shards
 from clsp_fast.positives import Pairs, sigmoid_loss, softmax_loss
+from clsp_fast.sums import normalise
 
 Kind = Literal["softmax", "sigmoid"]
 Implementation = Literal["auto", "cpu", "triton", "reference"]
@@ -113,12 +114,13 @@ def contrastive_loss(
         implementation: "cpu" and "triton" are the fused operators (the latter for CUDA tensors, or for any
             under TRITON_INTERPRET=1); "reference" is the dense definition; "auto" takes the operator of the
             tensors' device, and the definition where there is none.
-        workspace_bytes: most memory beside arguments and results. On the CPU, logits that fit are kept for
-            the backward pass and others computed again; on CUDA, none are kept. Default: 256 MiB on the CPU,
-            512 MiB on CUDA. The CPU operator needs 15 MB at D = 512 whatever is asked for.
+        workspace_bytes: most memory beside arguments, results, and float32 copies of embeddings that have 16
+            bits or are normalised here. On the CPU, logits that fit are kept for the backward pass and
+            others computed again; on CUDA, none are kept. Default: 256 MiB on the CPU, 512 MiB on CUDA. The
+            CPU operator needs 15 MB at D = 512 whatever is asked for.
         compute_dtype: dtype of the matrix products on CUDA, default that of the embeddings; bfloat16 is what
-            tensor cores are fast at. Positive pairs, sums and gradients are in float32 (float64) in any case,
-            and on the CPU so are the products.
+            tensor cores are fast at. Rows that `normalize` made are rounded to it. Positive pairs, sums and
+            gradients are in float32 (float64) in any case, and on the CPU so are the products.
 
     Returns:
         Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU operator's
@@ -132,6 +134,7 @@ def contrastive_loss(
     Source: arXiv 2601.03065 (multi-positive targets 1/2 + 1/2); arXiv 2103.00020; arXiv 2303.15343 (sigmoid).
     """
     owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
+    _check_options(workspace_bytes, compute_dtype)
     engine = _engine(implementation, audio_MD)
     with torch.autocast(audio_MD.device.type, enabled=False):
         if engine is None:
@@ -183,14 +186,21 @@ def loss_and_grad(
     Source: arXiv 2101.06983 (gradient cache).
     """
     wide = torch.promote_types(audio_MD.dtype, torch.float32)
-    scale, bias = (
-        torch.tensor(float(x), dtype=wide, device=audio_MD.device) if isinstance(x, (int, float)) else x
-        for x in (logit_scale, logit_bias)
-    )
-    inputs = [x.detach().requires_grad_() for x in (audio_MD, text_ND, scale, bias) if x is not None]
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        scalars = [
+            x
+            if isinstance(x, Tensor) and x.is_floating_point()
+            else torch.as_tensor(x, dtype=wide, device=audio_MD.device)
+            for x in (logit_scale, logit_bias)
+            if x is not None
+        ]
+        # Embeddings that were made in inference mode can't be kept for a backward pass; their copies can.
+        inputs = [
+            (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+            for x in (audio_MD, text_ND, *scalars)
+        ]
         loss = contrastive_loss(*inputs[:3], logit_bias=inputs[3] if len(inputs) > 3 else None, **options)
-    gradients = torch.autograd.grad(loss, inputs)
+        gradients = torch.autograd.grad(loss, inputs)
     by_audio, by_text, by_scale, *by_bias = gradients
     return LossAndGradients(loss.detach(), by_audio, by_text, by_scale, by_bias[0] if by_bias else None)
 
@@ -304,6 +314,15 @@ def _check(
     return _check_owner(text_owner, m, n, audio_MD.device)
 
 
+def _check_options(workspace_bytes: int | None, compute_dtype: torch.dtype | None) -> None:
+    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be a whole number, got {workspace_bytes!r}")
+    if workspace_bytes is not None and workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes must be at least 0, got {workspace_bytes}")
+    if compute_dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"compute_dtype must be a floating dtype, got {compute_dtype}")
+
+
 def _check_weights(weights: Tensor, n: int, kind: str, device: torch.device) -> None:
     if kind == "sigmoid":
         raise ValueError('weights must be None with kind="sigmoid": every pair counts once')
@@ -356,9 +375,7 @@ def _pairs(
     travels = wide if normalize else audio_MD.dtype
     shards = Shards.agree(group, len(audio_MD), len(text_ND), device, travels)
     # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
-    audio_MD, text_ND = audio_MD.to(wide), text_ND.to(wide)
-    if normalize:
-        audio_MD, text_ND = F.normalize(audio_MD), F.normalize(text_ND)
+    audio_MD, text_ND = (normalise(x, wide) if normalize else x.to(wide) for x in (audio_MD, text_ND))
     scale = _scalar(logit_scale, device, wide)
     bias = _scalar(0.0 if logit_bias is None else logit_bias, device, wide)
     return Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
@@ -373,15 +390,15 @@ def _fused_loss(
     in_order: bool,
     options: dict[str, Any],
 ) -> Tensor:
-    pairs, positive_N = pairs.with_positives()
+    pairs, positives = pairs.with_positives(means=label_smoothing > 0)
     if kind == "sigmoid":
         sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
-        return sigmoid_loss(pairs, positive_N, sums_M, label_smoothing=label_smoothing)
+        return sigmoid_loss(pairs, positives, sums_M, label_smoothing=label_smoothing)
     row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
     column_N = pairs.shards.own_lse(column_N)
     return softmax_loss(
         pairs,
-        positive_N,
+        positives,
         row_M,
         column_N,
         weights=weights,

@@ -8,15 +8,13 @@ Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clsp_fast.gather import Shards
-
-_TEXTS_AT_ONCE = 512
+from clsp_fast.sums import dots, of_owner, softplus, sum_by_owner, total
 
 
 class Pairs(NamedTuple):
@@ -44,27 +42,44 @@ class Pairs(NamedTuple):
         owner_N = self.shards.all_of_texts(self.owner_N + first) - first
         return self.audio_MD, self.shards.all_texts(self.text_ND), self.scale, owner_N
 
-    def with_positives(self) -> tuple[Pairs, Tensor]:
-        """These pairs, for all that is computed from them, and s of each text and its audio, (N,)."""
-        *own, dots_N = _PairDots.apply(self.audio_MD, self.text_ND, self.owner_N)  # type: ignore[no-untyped-call]
-        return self._replace(audio_MD=own[0], text_ND=own[1]), self.scale * dots_N + self.bias
+    def with_positives(self, *, means: bool) -> tuple[Pairs, Positives]:
+        """These pairs, for all that is computed from them, and their positives; means only if asked for."""
+        shards, mean_text_D, mean_audio_D = self.shards, None, None
+        if means:
+            mean_text_D = shards.sum(self.text_ND.sum(0)) / shards.total_texts
+            mean_audio_D = shards.sum(self.audio_MD.sum(0)) / shards.total_clips
+        found = dots(self.audio_MD, self.text_ND, self.owner_N, mean_text_D, mean_audio_D)
+        passed = self._replace(  # embeddings that need no gradient stay such
+            audio_MD=found.audio_MD if self.audio_MD.requires_grad else self.audio_MD,
+            text_ND=found.text_ND if self.text_ND.requires_grad else self.text_ND,
+        )
+        return passed, Positives(
+            self._logits(found.pair_N),
+            None if found.mean_M is None else self._logits(found.mean_M),
+            None if found.mean_N is None else self._logits(found.mean_N),
+        )
 
-    def row_means(self) -> Tensor:
-        """Mean of s over the texts of all ranks, (M,)."""
-        return self._means(self.audio_MD, self.text_ND, self.shards.total_texts)
+    def _logits(self, cosines: Tensor) -> Tensor:
+        return self.scale * cosines + self.bias
 
-    def column_means(self) -> Tensor:
-        """Mean of s over the audio of all ranks, (N,)."""
-        return self._means(self.text_ND, self.audio_MD, self.shards.total_clips)
 
-    def _means(self, rows: Tensor, others: Tensor, count: int) -> Tensor:
-        sum_D = self.shards.sum(others.sum(0, dtype=self.scale.dtype))
-        return self.scale * (rows.to(self.scale.dtype) @ (sum_D / count)) + self.bias
+class Positives(NamedTuple):
+    """Logits that belong to one audio or text each.
+
+    Attributes:
+        pair_N: s of each text and its audio.
+        mean_M: mean s of each audio over the texts of all ranks.
+        mean_N: mean s of each text over the audio of all ranks.
+    """
+
+    pair_N: Tensor
+    mean_M: Tensor | None
+    mean_N: Tensor | None
 
 
 def softmax_loss(
     pairs: Pairs,
-    positive_N: Tensor,
+    positives: Positives,
     row_M: Tensor,
     column_N: Tensor,
     *,
@@ -76,39 +91,39 @@ def softmax_loss(
 
     Args:
         pairs: the embeddings.
-        positive_N: s of each own text and its audio.
+        positives: theirs; with means if there is smoothing.
         row_M: log-sum-exp of each audio row's negatives.
         column_N: log-sum-exp of each own text's negatives, over the rows of all ranks.
         weights: of the texts, or None.
         label_smoothing: as of `contrastive_loss`.
         in_order: whether text j is the only one of audio j, and there are no weights.
     """
-    shards = pairs.shards
-    columns_N = _softplus(column_N - positive_N)
-    if label_smoothing:
-        columns_N = columns_N + label_smoothing * (positive_N - pairs.column_means())
+    shards, pair_N = pairs.shards, positives.pair_N
+    columns_N = softplus(column_N - pair_N)
+    if positives.mean_N is not None:
+        columns_N = columns_N + label_smoothing * (pair_N - positives.mean_N)
     if in_order:
-        rows_M, targets_M = _softplus(row_M[: len(positive_N)] - positive_N), positive_N
-        captioned_M, captioned = None, row_M.new_full((), len(positive_N))
+        rows_M, targets_M = softplus(row_M[: len(pair_N)] - pair_N), pair_N
+        captioned_M, captioned = None, row_M.new_full((), len(pair_N))
     else:
-        rows_M, targets_M, captioned_M = _row_losses(row_M, positive_N, pairs.owner_N, weights)
+        rows_M, targets_M, captioned_M = _row_losses(row_M, pair_N, pairs.owner_N, weights)
         captioned = captioned_M.sum().to(row_M.dtype)
-    if label_smoothing:
-        rows_M = rows_M + label_smoothing * (targets_M - pairs.row_means()[: len(targets_M)])
+    if positives.mean_M is not None:
+        rows_M = rows_M + label_smoothing * (targets_M - positives.mean_M[: len(targets_M)])
     if captioned_M is not None:
         rows_M = torch.where(captioned_M, rows_M, 0.0)
     captioned = shards.sum(captioned).clamp(min=1)
-    return shards.sum(_sum(rows_M) / captioned + _sum(columns_N) / shards.total_texts) / 2
+    return shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
 
 
-def sigmoid_loss(pairs: Pairs, positive_N: Tensor, sums_M: Tensor, *, label_smoothing: float) -> Tensor:
+def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor, *, label_smoothing: float) -> Tensor:
     """The pairwise loss of `contrastive_loss` from sums (M,) of softplus over each audio row's negatives."""
     shards = pairs.shards
-    total = _sum(sums_M) + _sum(_softplus(-positive_N))
-    if label_smoothing:
-        of_all = _sum(pairs.row_means()) * shards.total_texts
-        total = total + label_smoothing * (_sum(positive_N) - of_all / 2)
-    return shards.sum(total) / (shards.total_clips * shards.total_texts)
+    loss = total(sums_M) + total(softplus(-positives.pair_N))
+    if positives.mean_M is not None:
+        of_all = total(positives.mean_M) * shards.total_texts
+        loss = loss + label_smoothing * (total(positives.pair_N) - of_all / 2)
+    return shards.sum(loss) / (shards.total_clips * shards.total_texts)
 
 
 def _row_losses(
@@ -120,77 +135,32 @@ def _row_losses(
     log(1 + exp(negatives - s_ia) + sum_{j != a} exp(s_ij - s_ia)) + sum_j w_ij (s_ia - s_ij):
     nothing cancels when the model is sure of a.
     """
-    zeros_M, index_N = torch.zeros_like(row_M), torch.arange(len(owner_N), device=owner_N.device)
-    weight_N = torch.ones_like(positive_N) if weights is None else weights.to(positive_N.dtype)
-    total_M = _add_by_owner(zeros_M, owner_N, weight_N)
+    clips, index_N = len(row_M), torch.arange(len(owner_N), device=owner_N.device)
+    zeros_M = torch.zeros_like(row_M)
+    weight_N = (
+        torch.ones_like(positive_N) if weights is None else _relative(weights, owner_N, clips, row_M.dtype)
+    )
+    total_M = sum_by_owner(weight_N, owner_N, clips)
     captioned_M = total_M > 0
-    share_N = weight_N / torch.where(captioned_M, total_M, 1.0)[owner_N]
+    share_N = weight_N / of_owner(torch.where(captioned_M, total_M, 1.0), owner_N)
 
-    heaviest_M = zeros_M.scatter_reduce(0, owner_N, weight_N, "amax")
-    candidate_N = torch.where(weight_N == heaviest_M[owner_N], index_N, 0)
+    # Weights are relative to the heaviest.
+    candidate_N = torch.where(weight_N == 1, index_N, 0)
     anchor_M = torch.zeros_like(row_M, dtype=torch.int64).scatter_reduce(0, owner_N, candidate_N, "amax")
-    anchor_score_M = positive_N[anchor_M]
-    above_N = positive_N - anchor_score_M[owner_N]
+    anchor_score_M = of_owner(positive_N, anchor_M)
+    above_N = positive_N - of_owner(anchor_score_M, owner_N)
 
     negatives_M = row_M - anchor_score_M
-    shift_M = torch.maximum(negatives_M, zeros_M.scatter_reduce(0, owner_N, above_N, "amax")).detach()
+    shift_M = zeros_M.scatter_reduce(0, owner_N, above_N.detach(), "amax").maximum(negatives_M.detach())
     others_N = torch.where(anchor_M[owner_N] == index_N, 0.0, (above_N - shift_M[owner_N]).exp())
-    others_M = _add_by_owner((negatives_M - shift_M).exp(), owner_N, others_N)
+    others_M = (negatives_M - shift_M).exp() + sum_by_owner(others_N, owner_N, clips)
     lse_M = shift_M + torch.log1p(others_M + torch.expm1(-shift_M))
-    target_M = _add_by_owner(zeros_M, owner_N, share_N * above_N)
+    target_M = sum_by_owner(share_N * above_N, owner_N, clips)
     return lse_M - target_M, target_M + anchor_score_M, captioned_M
 
 
-def _add_by_owner(x_M: Tensor, owner_N: Tensor, y_N: Tensor) -> Tensor:
-    """x with each y added to its owner's element; unlike index_add, in a fixed order on CUDA too."""
-    return x_M.index_put((owner_N,), y_N, accumulate=True)
-
-
-class _PairDots(torch.autograd.Function):
-    """The embeddings as they came, and <audio of text j, text j>; keeps only its arguments.
-
-    What is made of the embeddings behind this sends its gradients through here, where those of the dots are
-    added in place: the two together need no more memory than the former. Nobody else holds them, since
-    nobody else has seen what this returned.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(audio_MD, text_ND, owner_N)
-        parts = zip(*(torch.split(x, _TEXTS_AT_ONCE) for x in (text_ND, owner_N)), strict=True)
-        dots = [audio_MD.index_select(0, owner).mul_(text).sum(1) for text, owner in parts]
-        return audio_MD.view_as(audio_MD), text_ND.view_as(text_ND), torch.cat(dots)
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_audio_MD: Tensor, d_text_ND: Tensor, d_dots_N: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        audio_MD, text_ND, owner_N = ctx.saved_tensors
-        needs_audio, needs_text, _ = ctx.needs_input_grad
-        for start in range(0, len(text_ND), _TEXTS_AT_ONCE):
-            part = slice(start, start + _TEXTS_AT_ONCE)
-            d_dots_P1, owner_P = d_dots_N[part, None], owner_N[part]
-            if needs_text:
-                d_text_ND[part].addcmul_(d_dots_P1, audio_MD.index_select(0, owner_P))
-            if not needs_audio:
-                continue
-            # Unlike index_add, this adds in a fixed order on CUDA too; on the CPU that is the slow way.
-            if d_audio_MD.is_cuda:
-                d_audio_MD.index_put_((owner_P,), d_dots_P1 * text_ND[part], accumulate=True)
-            else:
-                d_audio_MD.index_add_(0, owner_P, d_dots_P1 * text_ND[part])
-        return d_audio_MD if needs_audio else None, d_text_ND if needs_text else None, None
-
-
-def _softplus(x: Tensor) -> Tensor:
-    # Beyond the threshold torch returns x; 40 keeps that exact in float64.
-    return F.softplus(x, threshold=40.0)
-
-
-def _sum(x_N: Tensor) -> Tensor:
-    """Sum whose order does not depend on the number of threads, as torch's of long CPU vectors does."""
-    if x_N.is_cuda or len(x_N) <= 1024:
-        return x_N.sum()
-    return F.pad(x_N, (0, -len(x_N) % 1024)).view(-1, 1024).sum(1).sum()
+def _relative(weights: Tensor, owner_N: Tensor, clips: int, dtype: torch.dtype) -> Tensor:
+    """Weights over the largest of their audio, which has 1; so that no sum of finite weights is infinite."""
+    wide_N = weights.to(torch.promote_types(weights.dtype, dtype))
+    most_M = wide_N.new_zeros(clips).scatter_reduce(0, owner_N, wide_N, "amax")
+    return (wide_N / torch.where(most_M > 0, most_M, 1.0)[owner_N]).to(dtype)

@@ -38,7 +38,8 @@ def forward(model: CLSP, batch: Batch, place: Place, config: TrainConfig) -> tup
         output.audio.float(),
         output.text.float(),
         output.logit_scale,
-        text_owner=batch.text_owner.to(place.device),
+        # With one caption a clip, captions are in the order of their clips.
+        text_owner=None if len(batch.text_owner) == len(batch.ids) else batch.text_owner.to(place.device),
         group=place.group,
         compute_dtype=torch.bfloat16 if bf16 else None,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,37 +17,71 @@ from clsp_fast.loss import contrastive_loss
 
 # Shards of unequal sizes with unequal numbers of captions; world n is the first n of them.
 CLIPS, TEXTS = [3, 5, 1, 2], [6, 7, 1, 2]
-SPREAD = [{}, {"label_smoothing": 0.2}, {"kind": "sigmoid", "logit_bias": -2.0}, {"weights": True}]
-IMPLEMENTATIONS = ["cpu", "reference"]
+SPREAD = [
+    {},
+    {"label_smoothing": 0.2},
+    {"kind": "sigmoid", "logit_bias": -2.0},
+    {"weights": True},
+    {"one_caption": True},
+    {"normalize": True},
+    {"kind": "sigmoid", "label_smoothing": 0.2},
+]
 
 
 def spread_case(data: dict, ranks: range, options: dict, implementation: str, group: object) -> list[Tensor]:
     """Loss and gradients of the batch of these ranks, of which this process has all or one."""
-    matrix, scale = (data[name].clone().requires_grad_() for name in ("matrix", "scale"))
+    options, dtype = dict(options), torch.float32 if implementation == "triton" else torch.float64
+    matrix, scale = (data[name].to(dtype, copy=True).requires_grad_() for name in ("matrix", "scale"))
+    texts, one_caption = data["text"], options.pop("one_caption", False)
+    if one_caption:
+        texts = [text[: len(audio)] for audio, text in zip(data["audio"], texts, strict=True)]
     first = [sum(CLIPS[ranks.start : rank]) for rank in ranks]
     owner = torch.cat([data["owner"][rank] + start for rank, start in zip(ranks, first, strict=True)])
-    arguments = {**options, "implementation": implementation, "group": group, "text_owner": owner}
+    arguments = {**options, "implementation": implementation, "group": group}
+    arguments["text_owner"] = None if one_caption else owner
     if "weights" in options:
         arguments["weights"] = torch.cat([data["weight"][rank] for rank in ranks])
-    audio, text = (torch.cat([data[name][rank] for rank in ranks]) for name in ("audio", "text"))
+    audio, text = (torch.cat([rows[rank] for rank in ranks]).to(dtype) for rows in (data["audio"], texts))
     loss = contrastive_loss(audio @ matrix, text @ matrix, scale, **arguments)
     loss.backward()
     return [loss.detach(), matrix.grad, scale.grad]
+
+
+def travels(rank: int, kind: str) -> list[tuple[str, str, int]]:
+    """(collective, dtype, numbers that a rank sends) of a step on bfloat16 embeddings."""
+    seen, real = [], {name: getattr(dist, name) for name in ("all_gather", "reduce_scatter")}
+
+    def spy(name: str) -> Callable[..., None]:
+        def call(out: object, given: object, **options: object) -> None:
+            sent = given if isinstance(given, Tensor) else torch.cat(given)
+            seen.append((name, str(sent.dtype), sent.numel()))
+            real[name](out, given, **options)
+
+        return call
+
+    audio, text = (torch.randn(n, 6).bfloat16().requires_grad_() for n in (CLIPS[rank], TEXTS[rank]))
+    owner = torch.arange(TEXTS[rank]) % CLIPS[rank]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            patch.setattr(dist, name, spy(name))
+        contrastive_loss(audio, text, 10.0, text_owner=owner, kind=kind, group=dist.group.WORLD).backward()
+    return seen
 
 
 def _rank_main(rank: int, folder: str) -> None:
     """One process: its shard's results, averaged over ranks as DDP would, for every number of ranks, go to a
     file."""
     torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(CLIPS))
     data = torch.load(f"{folder}/batch.pt", weights_only=True)
-    found = {}
+    found = {"travels": {kind: travels(rank, kind) for kind in ("softmax", "sigmoid")}}
     for world in range(1, len(CLIPS) + 1):
         group = dist.new_group(list(range(world)))
         if rank >= world:
             continue
         for case, options in enumerate(SPREAD):
-            for implementation in IMPLEMENTATIONS:
+            for implementation in ["cpu", "reference", *["triton"] * (world == 3 and case < 3)]:
                 results = spread_case(data, range(rank, rank + 1), options, implementation, group)
                 for gradient in results[1:]:
                     dist.all_reduce(gradient, group=group)
@@ -68,8 +104,48 @@ def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None
     torch.save(data, tmp_path / "batch.pt")
     mp.spawn(_rank_main, args=(str(tmp_path),), nprocs=len(CLIPS))
     for rank in range(len(CLIPS)):
-        for name, results in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        check_what_travelled(found.pop("travels"))
+        for name, results in found.items():
             world, case, implementation = name.split()
-            whole = spread_case(data, range(int(world)), SPREAD[int(case)], implementation, None)
-            for found, expected in zip(results, whole, strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12, msg=f"{rank}: {name}")
+            whole = spread_case(data, range(int(world)), SPREAD[int(case)], "reference", None)
+            bounds = (
+                {"rtol": 2e-5, "atol": 2e-6} if implementation == "triton" else {"rtol": 1e-11, "atol": 1e-12}
+            )
+            for value, expected in zip(results, whole, strict=True):
+                torch.testing.assert_close(value.double(), expected, **bounds, msg=f"{rank}: {name}")
+
+
+def check_what_travelled(found: dict[str, list[tuple[str, str, int]]]) -> None:
+    """What the docstring of `clsp_fast.gather` says, with shards padded to the longest; no logits."""
+    texts, all_texts, world, dim = max(TEXTS), sum(TEXTS), len(CLIPS), 6
+    for kind, steps in found.items():
+        columns = all_texts if kind == "softmax" else 0
+        large = [step for step in steps if step[2] > world]  # others are scalars of all ranks
+        expected = [
+            ("all_gather", "torch.int64", texts),
+            ("all_gather", "torch.bfloat16", texts * dim),
+            ("reduce_scatter", "torch.float32", world * texts * dim),
+        ]
+        if columns:
+            expected += [
+                ("all_gather", "torch.float32", columns),
+                ("reduce_scatter", "torch.float32", world * columns),
+            ]
+        assert sorted(large) == sorted(expected), kind
+
+
+def test_one_clip_alone_in_a_group_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        for texts in (1, 2):
+            audio, text = torch.ones(1, 4, requires_grad=True), torch.ones(texts, 4, requires_grad=True)
+            owner = torch.zeros(texts, dtype=torch.int64)
+            loss = contrastive_loss(audio, text, 10.0, text_owner=owner, group=dist.group.WORLD)
+            loss.backward()
+            alone = contrastive_loss(audio.detach(), text.detach(), 10.0, text_owner=owner)
+            torch.testing.assert_close(loss.detach(), alone)
+            assert audio.grad.isfinite().all()
+            assert text.grad.isfinite().all()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,217 @@
+"""Sums over embeddings and captions, differentiable, in an order of addition that nothing outside decides.
+
+Neither the number of threads nor a race of a GPU's blocks changes a bit. torch's own matrix-vector products,
+long sums, softplus and accumulating index_put on the CPU, index_add on CUDA, do not promise that.
+
+Shape suffixes: M audio rows, N text rows, B rows of either, P rows of a part, D joint dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+_ROWS_AT_ONCE = 512
+_SHORT = 1024
+"""So many numbers torch leaves to one thread."""
+
+
+class Dots(NamedTuple):
+    """The embeddings as they came, and products of theirs.
+
+    Attributes:
+        audio_MD, text_ND: the embeddings.
+        pair_N: of each text and its audio.
+        mean_M, mean_N: of each audio with the mean text, and of each text with the mean audio; None without
+            these means.
+    """
+
+    audio_MD: Tensor
+    text_ND: Tensor
+    pair_N: Tensor
+    mean_M: Tensor | None
+    mean_N: Tensor | None
+
+
+def dots(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    owner_N: Tensor,
+    mean_text_D: Tensor | None,
+    mean_audio_D: Tensor | None,
+) -> Dots:
+    """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with means where they are given.
+
+    What is computed from the embeddings returned sends its gradients back through here, where those of the
+    dots are added in place: beside the gradients by all logits no second ones of their size exist. Nobody
+    else holds what is changed, since nobody else has seen what this returned.
+    """
+    return Dots(*_Dots.apply(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D))  # type: ignore[no-untyped-call]
+
+
+def normalise(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of unit norm in `dtype`, as `torch.nn.functional.normalize`; no other copy is kept."""
+    return cast(Tensor, _Normalise.apply(x_BD, dtype))  # type: ignore[no-untyped-call]
+
+
+def sum_by_owner(x_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
+    """Sum of the numbers of each owner, (rows,)."""
+    return cast(Tensor, _SumByOwner.apply(x_N, owner_N, rows))  # type: ignore[no-untyped-call]
+
+
+def of_owner(x_M: Tensor, owner_N: Tensor) -> Tensor:
+    """The number of each text's owner, (N,)."""
+    return cast(Tensor, _OfOwner.apply(x_M, owner_N))  # type: ignore[no-untyped-call]
+
+
+def softplus(x_B: Tensor) -> Tensor:
+    """log(1 + exp x) of each number, accurate to the last digits however small."""
+    if x_B.is_cuda or len(x_B) <= _SHORT:
+        # Beyond the threshold torch returns x; 40 keeps that exact in float64.
+        return torch.nn.functional.softplus(x_B, threshold=40.0)
+    return cast(Tensor, _Softplus.apply(x_B))  # type: ignore[no-untyped-call]
+
+
+def total(x_B: Tensor) -> Tensor:
+    """Sum of a vector, a scalar."""
+    if x_B.is_cuda or len(x_B) <= _SHORT:
+        return x_B.sum()
+    return torch.nn.functional.pad(x_B, (0, -len(x_B) % 1024)).view(-1, 1024).sum(1).sum()
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, rows, _ROWS_AT_ONCE))
+
+
+def _add_to_owners(total: Tensor, owner_N: Tensor, x: Tensor) -> None:
+    """Adds each row of x to its owner's row, one after the other."""
+    if total.is_cuda:
+        total.index_put_((owner_N,), x, accumulate=True)
+    else:
+        total.index_add_(0, owner_N, x)
+
+
+class _Dots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        audio_MD: Tensor,
+        text_ND: Tensor,
+        owner_N: Tensor,
+        mean_text_D: Tensor | None,
+        mean_audio_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        ctx.save_for_backward(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D)
+        parts = _parts(len(text_ND))
+        pair_N = torch.cat([audio_MD.index_select(0, owner_N[p]).mul_(text_ND[p]).sum(1) for p in parts])
+        means = (_with_vector(audio_MD, mean_text_D), _with_vector(text_ND, mean_audio_D))
+        return audio_MD.view_as(audio_MD), text_ND.view_as(text_ND), pair_N, *means
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        d_audio_MD: Tensor,
+        d_text_ND: Tensor,
+        d_pair_N: Tensor,
+        d_mean_M: Tensor | None,
+        d_mean_N: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None]:
+        audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D = ctx.saved_tensors
+        needs_audio, needs_text, *_ = ctx.needs_input_grad
+        for p in _parts(len(text_ND)):
+            d_pair_P1 = d_pair_N[p, None]
+            if needs_text:
+                d_text_ND[p].addcmul_(d_pair_P1, audio_MD.index_select(0, owner_N[p]))
+            if needs_audio:
+                _add_to_owners(d_audio_MD, owner_N[p], d_pair_P1 * text_ND[p])
+        d_mean_text_D = _vector_gradient(audio_MD, mean_text_D, d_mean_M, d_audio_MD if needs_audio else None)
+        d_mean_audio_D = _vector_gradient(text_ND, mean_audio_D, d_mean_N, d_text_ND if needs_text else None)
+        by_input = (d_audio_MD if needs_audio else None, d_text_ND if needs_text else None)
+        return *by_input, None, d_mean_text_D, d_mean_audio_D
+
+
+def _with_vector(x_BD: Tensor, vector_D: Tensor | None) -> Tensor | None:
+    if vector_D is None:
+        return None
+    return torch.cat([(x_BD[p] * vector_D).sum(1) for p in _parts(len(x_BD))])
+
+
+def _vector_gradient(
+    x_BD: Tensor, vector_D: Tensor | None, d_dots_B: Tensor | None, d_x_BD: Tensor | None
+) -> Tensor | None:
+    """The gradient by the vector; that by the rows is added to d_x_BD."""
+    if vector_D is None or d_dots_B is None:
+        return None
+    d_vector_D = torch.zeros_like(vector_D)
+    for p in _parts(len(x_BD)):
+        d_dots_P1 = d_dots_B[p, None]
+        d_vector_D += (d_dots_P1 * x_BD[p]).sum(0)
+        if d_x_BD is not None:
+            d_x_BD[p].addcmul_(d_dots_P1, vector_D)
+    return d_vector_D
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
+        norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True, dtype=dtype).clamp_(min=1e-12)
+        unit_BD: Tensor = x_BD / norm_B1
+        ctx.save_for_backward(unit_BD, norm_B1)
+        ctx.dtype = x_BD.dtype
+        return unit_BD
+
+    @staticmethod
+    def backward(ctx: Any, d_unit_BD: Tensor) -> tuple[Tensor, None]:
+        unit_BD, norm_B1 = ctx.saved_tensors
+        for p in _parts(len(unit_BD)):
+            d_unit_PD, unit_PD = d_unit_BD[p], unit_BD[p]
+            radial_P1 = (d_unit_PD * unit_PD).sum(1, keepdim=True)
+            d_unit_PD.addcmul_(radial_P1, unit_PD, value=-1).div_(norm_B1[p])
+        return d_unit_BD.to(ctx.dtype), None
+
+
+class _Softplus(torch.autograd.Function):
+    """Of functions that torch computes alike within a thread's part and at its end; softplus is not one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0))
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope: Tensor = x.neg().exp_().add_(1).reciprocal_()
+        return slope.mul_(d_out)
+
+
+class _SumByOwner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(owner_N)
+        sums_M = x_N.new_zeros(rows)
+        _add_to_owners(sums_M, owner_N, x_N)
+        return sums_M
+
+    @staticmethod
+    def backward(ctx: Any, d_sums_M: Tensor) -> tuple[Tensor, None, None]:
+        (owner_N,) = ctx.saved_tensors
+        return d_sums_M.index_select(0, owner_N), None, None
+
+
+class _OfOwner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_M: Tensor, owner_N: Tensor) -> Tensor:
+        ctx.save_for_backward(owner_N)
+        ctx.rows = len(x_M)
+        return x_M.index_select(0, owner_N)
+
+    @staticmethod
+    def backward(ctx: Any, d_x_N: Tensor) -> tuple[Tensor, None]:
+        (owner_N,) = ctx.saved_tensors
+        d_x_M = d_x_N.new_zeros(ctx.rows)
+        _add_to_owners(d_x_M, owner_N, d_x_N)
+        return d_x_M, None
