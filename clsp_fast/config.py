@@ -119,11 +119,14 @@ class OptimConfig:
     """Decay rates of the moment estimates."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    average_steps: int = 0
+    """An average of the weights over about so many steps is what is validated, evaluated and saved as the
+    model; 0: the weights themselves. Costs a copy of the weights."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "stage2_lr", "text_lr_scale", "head_lr_scale", "clip_norm"):
             require(getattr(self, name) > 0, f"optim.{name}", "positive", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "average_steps"):
             require(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
         require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", "in [0, 1]", self.final_lr_share)
         two = len(self.betas) == 2 and all(is_rate(beta) for beta in self.betas)

@@ -72,25 +72,28 @@ def call(layer: nn.Module, x: Tensor, *arguments: Tensor | None, again: bool) ->
 
 
 class _Swoosh(torch.autograd.Function):
-    """softplus(x - shift) - 0.08 x - offset; only x is kept for the backward pass."""
+    """softplus(x - shift) - 0.08 x - offset; only x is kept for the backward pass, in its own dtype.
+
+    x - shift in 16 bits would lose the digits that softplus keeps: it is computed in float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.shift = shift
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # Beyond a threshold torch returns z for softplus(z); 40 keeps that exact in float64.
-        return F.softplus(x - shift, threshold=40.0).add_(x, alpha=-0.08).sub_(offset)
+        return F.softplus(wide - shift, threshold=40.0).add_(wide, alpha=-0.08).sub_(offset).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return (x - ctx.shift).sigmoid_().sub_(0.08).mul_(grads[0]), None, None
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide - ctx.shift).sigmoid_().sub_(0.08).mul_(grads[0]).to(x.dtype), None, None
 
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
-    # x - shift in 16 bits would lose the digits that softplus keeps.
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return cast(Tensor, _Swoosh.apply(wide, shift, offset)).to(x.dtype)  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Swoosh.apply(x, shift, offset))  # type: ignore[no-untyped-call]
 
 
 def swoosh_l(x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""AdamW with a learning rate per part of the model, and the schedule of a stage."""
+"""AdamW with a learning rate per part of the model, the schedule of a stage, an average of the weights."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -62,6 +64,38 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Gives every group its share of `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
+
+
+@torch.no_grad()
+def update_average(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Takes the weights after `step` steps (counted from 1) up into their average.
+
+    That is the mean of all at first, and forgets with a time constant of `steps` later. It is a part of the
+    optimiser's state, "average", and so of every checkpoint.
+    """
+    own = [(p, state) for p, state in optimizer.state.items() if state]
+    fresh = [(p, state) for p, state in own if "average" not in state]
+    for parameter, state in fresh:
+        state["average"] = parameter.detach().clone()
+    if len(fresh) < len(own):
+        averages, weights = zip(*((state["average"], p.detach()) for p, state in own), strict=True)
+        torch._foreach_lerp_(averages, weights, 1 / min(step, steps))
+
+
+@contextlib.contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The model has its averaged weights inside, where there are any; nothing is copied."""
+    own = [(p, state) for p, state in optimizer.state.items() if "average" in state]
+    _swap(own)
+    try:
+        yield
+    finally:
+        _swap(own)
+
+
+def _swap(own: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
+    for parameter, state in own:
+        parameter.data, state["average"] = state["average"], parameter.data
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

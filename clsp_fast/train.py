@@ -99,7 +99,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         with log:
             log.say(opening(config, corpus, model, place, first_step))
             fit(config, corpus, model, optimizer, place, log, first_step, bad)
-            return finish(config, corpus, model, log) if place.first else {}
+            with optim.averaged(optimizer):
+                return finish(config, corpus, model, log) if place.first else {}
 
 
 def fit(
@@ -142,6 +143,8 @@ def fit(
                 with torch.no_grad():
                     model.log_logit_scale.clamp_(0.0, math.log(config.max_logit_scale))
                 absorb_statistics(model, place)
+                if config.optim.average_steps:
+                    optim.update_average(optimizer, step + 1, config.optim.average_steps)
                 meter.add(batch, loss.item(), norm, waited_s)
                 bad_steps = 0
             else:
@@ -153,7 +156,8 @@ def fit(
                 progress(log, meter, output, step, total, bad, optimizer, place)
                 meter = Meter(started=other_work)
             if done % config.validate_every == 0 and done < total and place.first:
-                validate(log, model, corpus.validation, validation, corpus.tasks, step)
+                with optim.averaged(optimizer):
+                    validate(log, model, corpus.validation, validation, corpus.tasks, step)
             stopping = place.any(bool(stop))
             if place.first and (done % config.save_every == 0 or done == total or stopping):
                 save(config, model, optimizer, done, merge([bad, dict(loader.bad)]))

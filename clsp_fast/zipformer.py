@@ -81,7 +81,8 @@ class AttentionWeights(nn.Module):
         score_NHTT = score.view(clips, self.heads, frames, frames)
         if pad_NT is not None:
             score_NHTT = score_NHTT.masked_fill_(pad_NT[:, None, None, :], -math.inf)
-        return score_NHTT.softmax(dim=3)
+        # Without a dtype, autocast would make it float32 and cast it again for each of its three uses.
+        return score_NHTT.softmax(dim=3, dtype=score_NHTT.dtype)
 
 
 def _by_key(by_offset_NHTR: Tensor) -> Tensor:

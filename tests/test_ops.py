@@ -50,6 +50,15 @@ def test_swoosh_is_exact_far_from_zero_and_at_16_bits(
     assert torch.autograd.gradcheck(function, (torch.randn(7, dtype=torch.float64, requires_grad=True) * 5,))
 
 
+@pytest.mark.parametrize("function", [swoosh_l, swoosh_r])
+def test_swoosh_keeps_its_input_as_it_is(function: Callable[[Tensor], Tensor]) -> None:
+    x, kept = torch.randn(9).bfloat16().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = function(x)
+    assert [t.dtype for t in kept] == [torch.bfloat16]
+    assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
+
+
 def test_biasnorm_and_its_gradients_match_the_recorded_ones(golden: Golden) -> None:
     unit = {key.removeprefix("biasnorm."): value for key, value in golden("units").items()}
     norm = BiasNorm(10).double()

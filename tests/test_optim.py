@@ -83,3 +83,30 @@ def test_foreign_state_is_refused() -> None:
     for key in ("nothing/exp_avg", "encoder.weight/exp_avg"):
         with pytest.raises(ValueError, match="fits no parameter"):
             optim.load_state_tensors(model, optimizer, {key: torch.zeros(9)})
+
+
+def test_the_average_is_a_mean_at_first_and_forgets_later() -> None:
+    model = Towers()
+    optimizer = optim.build(model, OptimConfig(lr=0.1))
+    seen, expected = [], torch.zeros(3, 4)
+    for step in range(1, 7):
+        model.loss().backward()
+        optimizer.step()
+        optim.update_average(optimizer, step, 4)
+        seen.append(model.encoder.weight.detach().clone())
+        expected = expected + (seen[-1] - expected) / min(step, 4)
+        if step == 4:
+            torch.testing.assert_close(expected, torch.stack(seen).mean(0))
+    found = optim.state_tensors(model, optimizer)["encoder.weight/average"]
+    torch.testing.assert_close(found, expected)
+    with optim.averaged(optimizer):
+        assert torch.equal(model.encoder.weight, found)
+    assert torch.equal(model.encoder.weight, seen[-1])
+
+
+def test_without_an_average_the_weights_are_used() -> None:
+    model = Towers()
+    optimizer = optim.build(model, OptimConfig())
+    before = model.encoder.weight.detach().clone()
+    with optim.averaged(optimizer):
+        assert torch.equal(model.encoder.weight, before)

@@ -18,7 +18,7 @@ import soundfile
 import torch
 
 import clsp_fast
-from clsp_fast import log, train
+from clsp_fast import checkpoint, log, train
 from clsp_fast.config import DataConfig, ModelConfig, OptimConfig, TextConfig, TrainConfig
 from clsp_fast.data import DataError
 
@@ -110,7 +110,7 @@ def config(folder: Path, run: Path, data: dict | None = None, **changes) -> Trai
         "data": DataConfig(
             **files | {"batch_clips": 8, "buckets": 2, "threads": 1, "augment": 0.5} | (data or {})
         ),
-        "optim": OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2),
+        "optim": OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2, average_steps=3),
         "stage1_steps": 6,
         "stage2_steps": 4,
         "log_every": 1,
@@ -183,6 +183,14 @@ def test_resumes_bit_exactly_from_any_step(
     monkeypatch.setattr(train, "forward", real)
     train.train(config(folder, tmp_path / "run"))
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:
+    newest = checkpoint.newest(uninterrupted / "checkpoints")
+    saved = weights(uninterrupted)
+    for name in ("encoder_embed.out.weight", "logit_scale"):
+        assert torch.equal(saved[name], newest.optim[f"{name}/average"])
+        assert not torch.equal(saved[name], newest.model[name])
 
 
 def test_a_finished_run_is_reported_not_repeated(folder: Path, uninterrupted: Path) -> None:
