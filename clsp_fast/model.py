@@ -238,11 +238,17 @@ class CLSP(nn.Module):
                 vocabulary (checked where the ids are on the CPU).
         """
         self._check_tokens(token_ids, attention_mask)
-        if attention_mask.device.type == "cpu":
-            longest = int(attention_mask.sum(1).max())
-            token_ids, attention_mask = token_ids[:, :longest], attention_mask[:, :longest]
-        device = self.device
-        return self.join_text(self.text_encoder(token_ids.to(device), attention_mask.to(device)))
+        if attention_mask.device.type != "cpu":
+            return self.join_text(
+                self.text_encoder(token_ids.to(self.device), attention_mask.to(self.device))
+            )
+        lengths = attention_mask.sum(1)
+        groups, parts = roberta.split_by_length(lengths), []
+        for group in groups:
+            longest = int(lengths[group[-1]])
+            ids, mask = (x[group, :longest].to(self.device) for x in (token_ids, attention_mask))
+            parts.append(self.text_encoder(ids, mask))
+        return self.join_text(torch.cat(parts)[torch.cat(groups).argsort().to(self.device)])
 
     def join_text(self, pooled_BC: Tensor) -> Tensor:
         """Unit-norm embeddings (B, D) from the text tower's output."""

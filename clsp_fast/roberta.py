@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from clsp_fast.config import TextConfig
 from clsp_fast.ops import call
 
+_LEAST_SAVED_TOKENS = 1024
+"""Padding that costs less than the launches of another call."""
+
 
 class Embeddings(nn.Module):
     """Sum of token, position and type embeddings, LayerNorm, dropout."""
@@ -86,6 +89,27 @@ class RobertaLayer(nn.Module):
     def forward(self, x_NLC: Tensor, keys_N11L: Tensor | None) -> Tensor:
         x = self.attention["output"](self.attention["self"](x_NLC, keys_N11L), x_NLC)
         return cast(Tensor, self.output(F.gelu(self.intermediate["dense"](x)), x))
+
+
+def split_by_length(lengths_N: Tensor) -> list[Tensor]:
+    """Which captions to compute together, shortest first: all of them, or the shorter and the longer ones
+    apart where that leaves out enough padding to pay for a second call.
+
+    Args:
+        lengths_N: int64 (N,), tokens, on the CPU.
+
+    Returns:
+        One or two lists of row numbers, int64.
+    """
+    sorted_N, order_N = lengths_N.sort(stable=True)
+    shorter_N = torch.arange(1, len(lengths_N) + 1)
+    # With a cut behind each caption, so many tokens with padding.
+    tokens_N = shorter_N * sorted_N + (len(lengths_N) - shorter_N) * sorted_N[-1]
+    cut = int(tokens_N.argmin()) + 1
+    saved = int(tokens_N[-1] - tokens_N[cut - 1])
+    if saved > max(_LEAST_SAVED_TOKENS, int(tokens_N[-1]) // 8):
+        return [order_N[:cut], order_N[cut:]]
+    return [order_N]
 
 
 class Roberta(nn.Module):

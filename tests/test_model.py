@@ -355,6 +355,15 @@ def test_tokens_beyond_the_longest_caption_cost_and_change_nothing(tiny: CLSP) -
     assert seen == [4, 4]
 
 
+def test_captions_of_unlike_lengths_keep_their_order(tiny: CLSP) -> None:
+    lengths = torch.tensor([3, 60] * 40)
+    mask = (torch.arange(60) < lengths[:, None]).long()
+    ids = torch.randint(5, 300, mask.shape).where(mask > 0, 1)
+    with torch.no_grad():
+        expected = torch.cat([tiny.encode_tokens(ids[i : i + 1], mask[i : i + 1]) for i in range(80)])
+        torch.testing.assert_close(tiny.encode_tokens(ids, mask), expected)
+
+
 def test_configuration_round_trips_and_names_what_is_wrong() -> None:
     for config in MODEL_PRESETS.values():
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clsp_fast import convert, roberta
 from clsp_fast.config import TextConfig
-from clsp_fast.roberta import Roberta
+from clsp_fast.roberta import Roberta, split_by_length
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str], dict[str, Tensor]]
@@ -121,3 +121,13 @@ def test_dropout_acts_in_training_alone() -> None:
     evaluated = tower(token_ids, mask)
     assert torch.equal(evaluated, tower(token_ids, mask))
     assert not torch.equal(evaluated, tower.train()(token_ids, mask))
+
+
+def test_short_and_long_captions_are_computed_apart_where_it_pays() -> None:
+    mixed = torch.tensor([10, 90] * 40)
+    short, long = split_by_length(mixed)
+    assert short.tolist() == list(range(0, 80, 2))
+    assert long.tolist() == list(range(1, 80, 2))
+    for lengths in (torch.full((80,), 90), torch.tensor([10, 90]), torch.tensor([7]), torch.arange(80, 90)):
+        (alone,) = split_by_length(lengths)
+        assert alone.tolist() == lengths.argsort(stable=True).tolist()
