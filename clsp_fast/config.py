@@ -98,8 +98,17 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay; both stages have a warm-up and a decay of their own."""
+    """The optimiser and its schedule; both stages have a warm-up and a decay of their own."""
 
+    algorithm: Literal["adamw", "scaled_adam"] = "adamw"
+    """"scaled_adam": the reference recipe's, whose steps are relative to the size of each tensor; it clips by
+    earlier norms itself (no clip_norm), and nothing decays."""
+    schedule: Literal["cosine", "eden"] = "cosine"
+    """"eden": the reference recipe's, which falls with steps and epochs and does not know the last one."""
+    lr_batches: float = 100_000.0
+    """Steps after which Eden's rate falls."""
+    lr_epochs: float = 100.0
+    """Epochs after which Eden's rate falls."""
     lr: float = 1e-3
     """Peak learning rate of the speech tower in stage 1."""
     stage2_lr: float = 2e-4
@@ -111,7 +120,7 @@ class OptimConfig:
     final_lr_share: float = 0.05
     """The cosine ends at this share of the peak."""
     warmup_steps: int = 500
-    """Steps of linear warm-up, at most a tenth of the stage."""
+    """Steps of linear warm-up; with the cosine at most a tenth of the stage, with Eden from half the rate."""
     weight_decay: float = 0.01
     """Decoupled decay of matrices and filters of the speech tower and the heads; never of vectors or
     embeddings."""
@@ -124,11 +133,22 @@ class OptimConfig:
     model; 0: the weights themselves. Costs a copy of the weights."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "stage2_lr", "text_lr_scale", "head_lr_scale", "clip_norm"):
+        for name in (
+            "lr",
+            "stage2_lr",
+            "text_lr_scale",
+            "head_lr_scale",
+            "clip_norm",
+            "lr_batches",
+            "lr_epochs",
+        ):
             require(getattr(self, name) > 0, f"optim.{name}", "positive", getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "average_steps"):
             require(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
         require(0 <= self.final_lr_share <= 1, "optim.final_lr_share", "in [0, 1]", self.final_lr_share)
+        known = '"adamw" or "scaled_adam"'
+        require(self.algorithm in ("adamw", "scaled_adam"), "optim.algorithm", known, self.algorithm)
+        require(self.schedule in ("cosine", "eden"), "optim.schedule", '"cosine" or "eden"', self.schedule)
         two = len(self.betas) == 2 and all(is_rate(beta) for beta in self.betas)
         require(two, "optim.betas", "two rates in [0, 1)", self.betas)
 

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per part of the model, the schedule of a stage, an average of the weights."""
+"""The optimiser with a learning rate per part of the model, the schedule of a stage, the weights' average."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clsp_fast.config import OptimConfig
+from clsp_fast.scaled_adam import ScaledAdam, eden
 
 _PARTS = {
     "encoder_embed": "speech",
@@ -25,23 +26,26 @@ def part_of(name: str) -> str:
     return _PARTS.get(name.split(".")[0], "head")
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of a CLSP.
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of `config.algorithm` over the trainable parameters of a CLSP.
 
-    Each group carries `scale`, its learning rate relative to the speech tower's. Matrices and filters of the
-    speech tower and the heads decay; vectors, scalars and the text tower do not: decay of a small bag of
-    token embeddings forgets rare words faster than they are seen.
+    Each group carries `scale`, its learning rate relative to the speech tower's. With AdamW, matrices and
+    filters of the speech tower and the heads decay; vectors, scalars and the text tower do not: decay of a
+    small bag of token embeddings forgets rare words faster than they are seen. With ScaledAdam nothing
+    decays, and the parts of one rate are one group, whose gradients are clipped together.
     """
     scales = {"speech": 1.0, "text": config.text_lr_scale, "head": config.head_lr_scale}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        groups.setdefault((part, part != "text" and parameter.ndim >= 2), []).append(parameter)
+        decays = config.algorithm == "adamw" and part != "text" and parameter.ndim >= 2
+        own = groups.setdefault((scales[part], config.weight_decay if decays else 0.0), [])
+        own.append(parameter)
+    if config.algorithm == "scaled_adam":
+        scaled = [{"params": own, "scale": scale} for (scale, _), own in groups.items()]
+        return ScaledAdam(scaled, lr=config.lr, betas=config.betas)
     return torch.optim.AdamW(
-        [
-            {"params": own, "scale": scales[part], "weight_decay": config.weight_decay if decays else 0.0}
-            for (part, decays), own in groups.items()
-        ],
+        [{"params": own, "scale": scale, "weight_decay": decay} for (scale, decay), own in groups.items()],
         lr=config.lr,
         betas=config.betas,
         eps=1e-8,
@@ -49,9 +53,17 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(step: int, steps: int, peak: float, config: OptimConfig) -> float:
-    """Rate of step `step` of a stage of `steps` steps: linear warm-up, then a cosine to final_lr_share of
-    the peak."""
+def learning_rate(step: int, steps: int, steps_per_epoch: int, peak: float, config: OptimConfig) -> float:
+    """Rate of step `step` of a stage of `steps` steps: warm-up, then `config.schedule`."""
+    if config.schedule == "eden":
+        share = eden(
+            step + 1,
+            step // steps_per_epoch,
+            batches=config.lr_batches,
+            epochs=config.lr_epochs,
+            warmup=config.warmup_steps,
+        )
+        return peak * share
     warmup = min(config.warmup_steps, steps // 10)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -99,13 +111,17 @@ def _swap(own: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter name: "<name>/<key>" -> tensor. Names survive a change of group
-    order."""
-    return {
+    """The optimiser's state by parameter name: "<name>/<key>" -> tensor, and "@<number>/history" of groups.
+    Names survive a change of the parameters' order."""
+    found = {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    for number, group in enumerate(optimizer.param_groups):
+        if "history" in group:
+            found[f"@{number}/history"] = group["history"]
+    return found
 
 
 def load_state_tensors(
@@ -117,10 +133,14 @@ def load_state_tensors(
         ValueError: the tensors are not those of this model's parameters.
     """
     parameters = dict(model.named_parameters())
+    groups = {f"@{number}": group for number, group in enumerate(optimizer.param_groups)}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
-        fits = name in parameters and (value.ndim == 0 or value.shape == parameters[name].shape)
-        if not fits:
+        if name in groups:
+            groups[name][field] = value
+            continue
+        of_size = value.ndim == 0 or field == "sizes"
+        if name not in parameters or not (of_size or value.shape == parameters[name].shape):
             raise ValueError(f"optimiser state {key!r} of shape {tuple(value.shape)} fits no parameter")
-        device = parameters[name].device
-        optimizer.state[parameters[name]][field] = value.to(device)
+        parameter = parameters[name]
+        optimizer.state[parameter][field] = value if field == "sizes" else value.to(parameter.device)

@@ -7,6 +7,7 @@ them, so that its contrast is that of the whole batch, in the memory of a part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clsp_fast.checkpoint import Place
-from clsp_fast.config import TrainConfig
+from clsp_fast.config import OptimConfig, TrainConfig
 from clsp_fast.data import Batch
 from clsp_fast.loss import contrastive_loss
 from clsp_fast.model import CLSP, ClspOutput
@@ -106,11 +107,12 @@ def _unnoticed(norms: list[RunningNorm]) -> Iterator[None]:
             norm.notes = True
 
 
-def clip_gradients(model: CLSP, place: Place, most: float) -> float:
-    """Averages the gradients over the ranks, scales them down to the norm `most`, and returns the norm they
-    had."""
+def clip_gradients(model: CLSP, place: Place, config: OptimConfig) -> float:
+    """Averages the gradients over the ranks, scales them down to the largest norm, unless the optimiser does
+    that, and returns the norm they had."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     place.average([p.grad for p in parameters if p.grad is not None])
+    most = config.clip_norm if config.algorithm == "adamw" else math.inf
     return float(torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True))
 
 

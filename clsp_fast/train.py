@@ -133,11 +133,11 @@ def fit(
         waiting = time.perf_counter()
         for batch in loader.batches(first_step, total):
             waited_s, step = time.perf_counter() - waiting, batch.step
-            optim.set_learning_rate(optimizer, learning_rate(config, step))
+            optim.set_learning_rate(optimizer, learning_rate(config, step, loader.plan.steps_per_epoch))
             torch.manual_seed(config.seed * 1_000_003 + step * place.world + place.rank)
             output, loss = forward(model, batch, place, config)
             torch.autograd.backward(loss)
-            norm = clip_gradients(model, place, config.optim.clip_norm)
+            norm = clip_gradients(model, place, config.optim)
             if math.isfinite(loss.item()) and math.isfinite(norm):
                 optimizer.step()
                 with torch.no_grad():
@@ -182,12 +182,12 @@ def count_bad_step(
     return so_far + 1
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """The speech tower's rate: each stage has its own peak, warm-up and decay."""
-    if step < config.stage1_steps:
-        return optim.learning_rate(step, config.stage1_steps, config.optim.lr, config.optim)
-    within = step - config.stage1_steps
-    return optim.learning_rate(within, config.stage2_steps, config.optim.stage2_lr, config.optim)
+    own, steps, peak = config.optim, config.stage1_steps, config.optim.lr
+    if step >= steps:
+        step, steps, peak = step - steps, config.stage2_steps, own.stage2_lr
+    return optim.learning_rate(step, steps, steps_per_epoch, peak, own)
 
 
 def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:

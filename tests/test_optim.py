@@ -43,25 +43,26 @@ def test_groups_have_their_rates_and_decays() -> None:
 
 def test_warm_up_then_cosine() -> None:
     config = OptimConfig(lr=1.0, warmup_steps=10, final_lr_share=0.1)
-    rates = [optim.learning_rate(step, 200, 1.0, config) for step in range(200)]
+    rates = [optim.learning_rate(step, 200, 1, 1.0, config) for step in range(200)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert rates[10] == 1.0
     assert rates[105] == pytest.approx(0.55)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert (
-        max(optim.learning_rate(s, 20, 1.0, config) for s in range(20)) == 1.0
+        max(optim.learning_rate(s, 20, 1, 1.0, config) for s in range(20)) == 1.0
     )  # warm-up fits a short stage
 
 
-def test_state_travels_by_name_and_goes_on_bit_exactly() -> None:
+@pytest.mark.parametrize("algorithm", ["adamw", "scaled_adam"])
+def test_state_travels_by_name_and_goes_on_bit_exactly(algorithm: str) -> None:
     def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad()
             model.loss().backward()
             optimizer.step()
 
-    config = OptimConfig()
+    config = OptimConfig(algorithm=algorithm)
     model = Towers()
     optimizer = optim.build(model, config)
     run(model, optimizer, 3)
@@ -75,6 +76,16 @@ def test_state_travels_by_name_and_goes_on_bit_exactly() -> None:
     run(again, resumed, 3)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
+
+
+def test_one_rate_is_one_group_of_scaled_adam() -> None:
+    def sizes(**rates: float) -> list[int]:
+        optimizer = optim.build(Towers(), OptimConfig(algorithm="scaled_adam", **rates))
+        return [len(group["params"]) for group in optimizer.param_groups]
+
+    assert sizes() == [7]
+    # The order of the parameters: logit_scale is a head's, and comes first.
+    assert sizes(head_lr_scale=45.0) == [3, 4]
 
 
 def test_foreign_state_is_refused() -> None:
