@@ -165,7 +165,7 @@ def _norms_and_slopes(tensors: list[Tensor], scalars: list[Tensor]) -> tuple[Ten
     the host."""
     norms = torch._foreach_norm(_gradients([*tensors, *scalars]))
     pairs = zip(_gradients(tensors), tensors, strict=True)
-    slopes = [torch.linalg.vecdot(g.flatten(), p.flatten()) for g, p in pairs]
+    slopes = [torch.dot(g.flatten(), p.flatten()) for g, p in pairs]
     found = torch.stack([*norms, *slopes]).float().cpu()
     count = len(tensors)
     return found[:count], found[len(norms) :], found[count : len(norms)]
