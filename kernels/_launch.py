@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 # Target (80: A100; 89: cards with 99 KB of shared memory a block, such as 4090, L40S and 5090; 90: H100 and
 # H200; 100: B200) -> tile for 2-byte and for 4-byte elements; budgets.json holds what each compiles to.
 TILES = {
-    80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 128, 32, 8, 2)},
+    80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 32, 8, 3)},
     89: {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 128, 32, 8, 2)},
     90: {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
     100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 3)},

@@ -28,6 +28,10 @@ DEFAULT_WORKSPACE_BYTES = 512 << 20
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _FLOAT16_PEAK = 2.0**14
+COMBINED_TILES = 8
+"""Tiles whose partial results are added at a time."""
+COMBINED_LANES = 128
+"""Rows or columns whose partial results one program adds."""
 
 
 @triton.jit
@@ -169,8 +173,8 @@ def _sum(product: Tensor) -> Tensor:
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total += a b, or a b where there is no total yet; in fp32 whatever the operands' dtype."""
     if a.dtype == torch.float32 or not a.is_cuda:
-        product = a.float() @ b.float()
-        return product if total is None else total.add_(product)
+        a, b = a.float(), b.float()
+        return a @ b if total is None else total.addmm_(a, b)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

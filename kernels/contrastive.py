@@ -43,6 +43,8 @@ from ._launch import (
     tile_position,
 )
 from ._pairs import (
+    COMBINED_LANES,
+    COMBINED_TILES,
     DEFAULT_WORKSPACE_BYTES,
     check_problem,
     empty_gradients,
@@ -57,12 +59,10 @@ from .sigmoid import negative_softplus, negative_softplus_reference
 __all__ = ["negative_lse", "negative_lse_reference", "negative_softplus", "negative_softplus_reference"]
 
 _LN_2 = math.log(2.0)
-_COMBINED_TILES = 8
-_COMBINED_LANES = 128
 # Columns of the narrow tiles that the rare exact paths work in: a wide one would spill registers.
 _PART = tl.constexpr(32)
-# Sums below this, relative to the tile's largest logit, are made anew: above it, what underflowed to zero is
-# less than 2^-30 of the sum.
+# Sums below this, relative to the tile's largest logit, are made anew: above it, a term that underflowed to
+# zero was less than 2^-30 of the sum, and those of a tile's 128 rows together less than 2^-23.
 _STARVED = tl.constexpr(2.0**-96)
 # exp2(s - low) (a_i + b_j) replaces two exponentials where a tile's normalisers are this close, in base 2.
 _CLOSE = tl.constexpr(60.0)
@@ -272,13 +272,13 @@ def _panel_kernel(
 
 KERNELS = {"lse": _lse_kernel, "combine": _combine_kernel, "panel": _panel_kernel}
 """What budgets.py compiles."""
-CONSTANTS = {"FIRST": False, "LAST": True, "BT": _COMBINED_TILES, "BL": _COMBINED_LANES}
+CONSTANTS = {"FIRST": False, "LAST": True, "BT": COMBINED_TILES, "BL": COMBINED_LANES}
 
 
 def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool, last: bool) -> None:
     """`_combine_kernel` over the leading (tile) dimension of partials whose rows may be longer than `out`."""
     length = len(out)
-    _combine_kernel[(triton.cdiv(length, _COMBINED_LANES),)](
+    _combine_kernel[(triton.cdiv(length, COMBINED_LANES),)](
         peak,
         sums,
         state,
@@ -288,8 +288,8 @@ def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool
         sums.stride(0),
         FIRST=first,
         LAST=last,
-        BT=_COMBINED_TILES,
-        BL=_COMBINED_LANES,
+        BT=COMBINED_TILES,
+        BL=COMBINED_LANES,
         **OPTIONS,
     )
 
@@ -315,7 +315,7 @@ def _negative_lse(
         rows, columns = arguments["BM"], arguments["BN"]
         tiles_n = triton.cdiv(n, columns)
         row_bytes = 8 * tiles_n + 8 * n // rows
-        step = rows * _COMBINED_TILES
+        step = rows * COMBINED_TILES
         panel = panel_rows(m, row_bytes, workspace_bytes, step)
         row_parts = scale.new_empty(2, tiles_n * panel)
         column_parts = scale.new_empty(2, panel // rows, n)

@@ -45,7 +45,7 @@ MOST_NEIGHBOURS = 32
 
 # With 256 columns the comparisons of a tile with positives would spill on target 90.
 RANK_TILES = TILES | {90: TILES[90] | {2: Tile(128, 128, 64, 8, 4)}}
-TOPK_TILES = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)}
+TOPK_TILES = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)}
 """Bytes of an operand's element -> tile of the selecting kernel: registers hold it and what was chosen."""
 
 _WORKSPACE_BYTES = 64 << 20
@@ -209,7 +209,7 @@ def _topk_kernel(
 
 KERNELS = {"rank": _rank_kernel, "topk": _topk_kernel}
 """What budgets.py compiles."""
-CONSTANTS = {"K": 16}
+CONSTANTS = {"K": MOST_NEIGHBOURS}
 
 
 @torch.library.custom_op("clsp_fast::rank_counts", mutates_args=())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._launch import (
     GROUP,
+    OPTIONS,
     SIZES,
     on_device,
     operand,
@@ -30,6 +31,8 @@ from ._launch import (
     tile_position,
 )
 from ._pairs import (
+    COMBINED_LANES,
+    COMBINED_TILES,
     DEFAULT_WORKSPACE_BYTES,
     LOG2_E,
     check_problem,
@@ -95,6 +98,19 @@ def _softplus_kernel(
     tl.store(row_sum + row_at, tl.sum(softplus, 1))
 
 
+@triton.jit(do_not_specialize=["T", "length", "stride"])
+def _add_kernel(sums, out, T, length, stride, BT: tl.constexpr, BL: tl.constexpr):
+    """Sums over T tiles, in an order that depends on T alone: a library's sum may choose one by the width."""
+    i_L = tl.program_id(0) * BL + tl.arange(0, BL)
+    inside_L = i_L < length
+    sum_L = tl.zeros([BL], tl.float32)
+    for first in range(0, T, BT):
+        t_T = first + tl.arange(0, BT)
+        at = t_T.to(tl.int64)[:, None] * stride + i_L[None, :]
+        sum_L += tl.sum(tl.load(sums + at, mask=(t_T < T)[:, None] & inside_L[None, :], other=0.0), 0)
+    tl.store(out + i_L, sum_L, mask=inside_L)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _sigmoid_panel_kernel(
     x,
@@ -135,7 +151,7 @@ def _sigmoid_panel_kernel(
     tl.store(panel + at, g.to(panel.dtype.element_ty), mask=(i_M < M)[:, None] & (j_N < N)[None, :])
 
 
-KERNELS = {"softplus": _softplus_kernel, "sigmoid_panel": _sigmoid_panel_kernel}
+KERNELS = {"softplus": _softplus_kernel, "add": _add_kernel, "sigmoid_panel": _sigmoid_panel_kernel}
 """What budgets.py compiles."""
 
 
@@ -166,7 +182,16 @@ def _negative_softplus(
             _softplus_kernel[grid](
                 **arguments, **position, scale=scale, bias=bias, owner=owner, row_sum=row_sum
             )
-            torch.sum(row_sum[:, : stop - first], 0, out=out[first:stop])
+            _add_kernel[(triton.cdiv(stop - first, COMBINED_LANES),)](
+                row_sum,
+                out[first:stop],
+                tiles_n,
+                stop - first,
+                row_sum.stride(0),
+                BT=COMBINED_TILES,
+                BL=COMBINED_LANES,
+                **OPTIONS,
+            )
     return out
 
 

@@ -1,13 +1,13 @@
-"""What the launchers would compile on a card, printed: for a driver that has a target and no device.
+"""What the launchers would compile on a card, printed: for a driver that has targets and no device.
 
-Each line is the JSON of one launch: its kernel, signature, constants, alignment and options, and what
-budgets.py measures.
+Each line is the JSON of one launch: its kernel, target and dtype, its signature, constants, alignment and
+options, and what budgets.py measures.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import sys
 from typing import Any
 
 import torch
@@ -17,26 +17,26 @@ from triton.runtime import driver
 
 from clsp_fast.kernels import _launch, budgets, contrastive, rank
 
-TARGET = int(sys.argv[1])
-
 
 class Driver:
-    """As much of a driver as choosing a binary needs."""
+    """As much of a driver as choosing a binary needs; binaries are kept by device, so that is the target."""
+
+    target = 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", TARGET, 32)
+        return GPUTarget("cuda", self.target, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def report(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-    """Triton's hook before a compilation: true says that the work is done, and nothing is launched."""
+def report(target: int, dtype: str, fn: Any, compile: dict[str, Any]) -> None:
+    """Prints what a launch of `fn` would compile."""
     name = next(name for name, kernel in budgets.KERNELS.items() if kernel is fn.jit_function)
-    ours, options = budgets.source(fn.jit_function, TARGET, "bf16")
+    ours, options = budgets.source(fn.jit_function, target, dtype)
     constants = {fn.jit_function.arg_names[at[0]]: value for at, value in compile["constants"].items()}
     launched = {
         "signature": compile["signature"],
@@ -50,20 +50,33 @@ def report(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         "aligned": sorted(at[0] for at in ours.attrs),
         "options": {"num_warps": 4, "num_stages": 3} | options,
     }
-    print(json.dumps({"kernel": name, "launched": launched, "measured": measured}))
-    return True
+    line = {"kernel": name, "target": target, "dtype": dtype, "launched": launched, "measured": measured}
+    print(json.dumps(line))
 
 
-def main() -> None:
-    driver.set_active(Driver())
-    _launch.target_of = rank.target_of = lambda device: TARGET
-    triton.knobs.runtime.jit_cache_hook = report
-    x, y = (torch.zeros(rows, 512, dtype=torch.bfloat16, requires_grad=True) for rows in (300, 700))
+def launch(target: int, dtype: str) -> None:
+    """Launches every kernel; nothing runs."""
+    Driver.target = target
+
+    def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        """Triton's, before a compilation: true says that the work is done, and nothing is launched."""
+        report(target, dtype, fn, compile)
+        return True
+
+    triton.knobs.runtime.jit_cache_hook = hook
+    x, y = (torch.zeros(rows, 512, dtype=budgets.DTYPES[dtype], requires_grad=True) for rows in (300, 700))
     owner = torch.arange(700) % 300
     row_M, column_N = contrastive.negative_lse(x, y, 1.0, owner)
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
     rank.rank_counts(x, y, owner)
-    rank._topk_chunk(x, y, 10)  # not topk, which looks at the results: nothing has written any
+    rank._topk_chunk(x, y, rank.MOST_NEIGHBOURS)  # topk looks at the results, which nothing has written
+
+
+def main() -> None:
+    driver.set_active(Driver())
+    _launch.target_of = rank.target_of = lambda device: Driver.target
+    for target, dtype in itertools.product(_launch.TILES, budgets.DTYPES):
+        launch(target, dtype)
 
 
 if __name__ == "__main__":
