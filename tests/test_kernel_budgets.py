@@ -28,7 +28,7 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-# Every kernel in one dtype of two bytes, which compile alike, and in the wider one the kernel that is shortest of
+# Every kernel in one dtype of two bytes, which compile alike, and in four bytes the one that is shortest of
 # registers: everything takes minutes.
 NARROW = {80: "bf16", 89: "fp16", 90: "bf16", 100: "fp16"}
 CHOSEN = [["--targets", target, "--dtypes", dtype] for target, dtype in NARROW.items()]
