@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,8 @@ class Batch:
     text_ND: Tensor
     scale: Tensor
     captions: int
+    bias: Tensor | None = None
+    """Of the sigmoid kind."""
 
     @property
     def owner_N(self) -> Tensor:
@@ -67,16 +69,40 @@ def exact(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, dx_MD, dy_ND, (x_MD * dx_MD).sum() / scale
 
 
+def sigmoid_batch(clips: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Batch:
+    """The same embeddings; the bias is the one that training starts with (arXiv 2303.15343)."""
+    bias = torch.tensor(-10.0, device=device, requires_grad=True)
+    return replace(batch(clips, 1, dtype, device), bias=bias)
+
+
+def exact_sigmoid(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean over pairs and gradients in float64 from their formulas, in blocks of rows: no M x N matrix."""
+    assert given.bias is not None
+    x_MD, y_ND = (t.detach().double() for t in (given.audio_MD, given.text_ND))
+    scale, bias, owner_N, pairs = float(given.scale), float(given.bias), given.owner_N, len(x_MD) * len(y_ND)
+    loss, d_bias = x_MD.new_zeros(()), x_MD.new_zeros(())
+    dx_MD, dy_ND = torch.empty_like(x_MD), torch.zeros_like(y_ND)
+    for rows in torch.arange(len(x_MD), device=x_MD.device).split(1024):
+        logits_RN = scale * x_MD[rows] @ y_ND.T + bias
+        own_RN = (rows[:, None] == owner_N).double()
+        loss += (F.softplus(logits_RN) - own_RN * logits_RN).sum() / pairs
+        grad_RN = (logits_RN.sigmoid() - own_RN) / pairs
+        d_bias += grad_RN.sum()
+        dx_MD[rows] = scale * grad_RN @ y_ND
+        dy_ND += scale * grad_RN.T @ x_MD[rows]
+    return loss, dx_MD, dy_ND, (x_MD * dx_MD).sum() / scale, d_bias
+
+
 def gradients(given: Batch, loss: Loss, *, cast: bool = False, scale: bool = True) -> Call:
-    """The timed call of a loss function: its value and the gradients, in the order of `exact`."""
+    """The timed call of a loss function: its value and the gradients, as `exact` orders them."""
 
     def call() -> tuple[Tensor, ...]:
         audio_MD, text_ND = given.audio_MD, given.text_ND
         value = loss(
             *((t.float() for t in (audio_MD, text_ND)) if cast else (audio_MD, text_ND)), given.scale
         )
-        wanted = [audio_MD, text_ND, given.scale] if scale else [audio_MD, text_ND]
-        return value.detach(), *torch.autograd.grad(value, wanted)
+        wanted = [audio_MD, text_ND, given.scale if scale else None, given.bias]
+        return value.detach(), *torch.autograd.grad(value, [x for x in wanted if x is not None])
 
     return call
 
@@ -89,6 +115,15 @@ def ours(given: Batch, **settings: Any) -> Call:
 def reference(given: Batch) -> Call:
     owner_N = given.owner_N if given.captions > 1 else None
     return gradients(given, partial(contrastive_loss_reference, text_owner=owner_N))
+
+
+def ours_sigmoid(given: Batch) -> Call:
+    return gradients(given, partial(contrastive_loss, kind="sigmoid", logit_bias=given.bias))
+
+
+def reference_sigmoid(given: Batch) -> Call:
+    """`binary_cross_entropy_with_logits` of all pairs."""
+    return gradients(given, partial(contrastive_loss_reference, kind="sigmoid", logit_bias=given.bias))
 
 
 def ours_one_caption(given: Batch) -> Call:
@@ -145,6 +180,30 @@ def inf_cl(given: Batch) -> Call:
     def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
         both = cal_flash_loss(audio_MD, text_ND, scale=scale), cal_flash_loss(text_ND, audio_MD, scale=scale)
         return sum(x.mean() for x in both) / 2  # type: ignore[return-value]
+
+    return gradients(given, loss)
+
+
+def dense_sigmoid(given: Batch, *, cast: bool = False) -> Call:
+    """-log sigmoid(+-s) with a matrix of signs, as SigLIP and open_clip write it."""
+    clips = len(given.audio_MD)
+
+    def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
+        logits_MN = scale * audio_MD @ text_ND.T + given.bias
+        signs_MN = 2 * torch.eye(clips, dtype=logits_MN.dtype, device=logits_MN.device) - 1
+        return -F.logsigmoid(signs_MN * logits_MN).sum() / clips**2
+
+    return gradients(given, loss, cast=cast)
+
+
+def siglip_kernel(given: Batch) -> Call:
+    from siglip_kernel import fused_siglip_loss
+
+    clips = len(given.audio_MD)
+
+    def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
+        # Its loss is the sum over pairs, in the embeddings' dtype.
+        return fused_siglip_loss(audio_MD, text_ND, scale.log(), given.bias).float() / clips**2
 
     return gradients(given, loss)
 
@@ -216,6 +275,37 @@ def loss_case(
     )
 
 
+def sigmoid_case(
+    clips: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu", dense_fits: bool = True
+) -> Case:
+    half = dtype == torch.bfloat16
+    peers = []
+    if dense_fits:
+        form = partial(dense_sigmoid, cast=half)
+        peers.append(Provider("SigLIP's and open_clip's form", form, note="in float32" if half else ""))
+    if dense_fits and not half:
+        peers.append(Provider("reference", reference_sigmoid))
+    if device == "cuda":
+        peers.append(Provider("siglip-kernel", siglip_kernel, "siglip-kernel", relative(5e-2)))
+    labels = ["loss-sigmoid", *["cuda"] * (device == "cuda"), str(clips), *["bf16"] * half]
+    return Case(
+        name="-".join(labels),
+        area="loss",
+        what=f"sigmoid kind, {clips} clips and texts, D = {DIM}, {'bfloat16' if half else 'float32'}",
+        inputs=partial(sigmoid_batch, clips, dtype, device),
+        expected=exact_sigmoid,
+        gate=relative(1e-2 if half else 3e-5),
+        providers=(Provider("clsp_fast", ours_sigmoid), *peers),
+        amount=clips,
+        unit="clips",
+        flops=3 * 2.0 * clips**2 * DIM,
+        bytes=(2 if half else 4) * 2 * DIM * 2 * clips,
+        threads=2,
+        device=device,
+        memory=clips >= 4096,
+    )
+
+
 ONE_CAPTION = {"clsp_fast, one caption": 1 / 2.05}
 CASES = (
     loss_case(1024),
@@ -241,4 +331,9 @@ CASES = (
         for clips in (8192, 32768, 65536, 262144)
     ),
     loss_case(8192, captions=2, dtype=torch.bfloat16, device="cuda"),
+    sigmoid_case(2048),
+    *(
+        sigmoid_case(clips, dtype=torch.bfloat16, device="cuda", dense_fits=clips <= 32768)
+        for clips in (8192, 32768, 65536)
+    ),
 )

@@ -291,10 +291,23 @@ def test_the_exact_loss_is_that_of_autograd() -> None:
             assert torch.allclose(mine, theirs.double(), rtol=1e-6, atol=1e-9)
 
 
+def test_the_exact_sigmoid_loss_is_that_of_autograd() -> None:
+    given = loss_cases.sigmoid_batch(37, torch.float64)
+    for mine, theirs in zip(
+        loss_cases.exact_sigmoid(given), loss_cases.reference_sigmoid(given)(), strict=True
+    ):
+        assert torch.allclose(mine, theirs.double(), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("captions", [1, 2])
 def test_every_loss_provider_agrees(captions: int) -> None:
     record = run_case(replace(loss_cases.loss_case(64, captions=captions), threads=1), rounds=1)
     assert {row["status"] for row in record["providers"].values()} <= {"timed", "missing"}
+
+
+def test_every_sigmoid_provider_agrees() -> None:
+    record = run_case(replace(loss_cases.sigmoid_case(64), threads=1), rounds=1)
+    assert {row["status"] for row in record["providers"].values()} == {"timed"}
 
 
 def test_every_similarity_provider_agrees() -> None:
