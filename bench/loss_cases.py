@@ -79,7 +79,8 @@ def exact_sigmoid(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     """Mean over pairs and gradients in float64 from their formulas, in blocks of rows: no M x N matrix."""
     assert given.bias is not None
     x_MD, y_ND = (t.detach().double() for t in (given.audio_MD, given.text_ND))
-    scale, bias, owner_N, pairs = float(given.scale), float(given.bias), given.owner_N, len(x_MD) * len(y_ND)
+    scale, bias, owner_N = given.scale.item(), given.bias.item(), given.owner_N
+    pairs = len(x_MD) * len(y_ND)
     loss, d_bias = x_MD.new_zeros(()), x_MD.new_zeros(())
     dx_MD, dy_ND = torch.empty_like(x_MD), torch.zeros_like(y_ND)
     for rows in torch.arange(len(x_MD), device=x_MD.device).split(1024):
@@ -202,8 +203,8 @@ def siglip_kernel(given: Batch) -> Call:
     clips = len(given.audio_MD)
 
     def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
-        # Its loss is the sum over pairs, in the embeddings' dtype.
-        return fused_siglip_loss(audio_MD, text_ND, scale.log(), given.bias).float() / clips**2
+        # Its loss is the sum over pairs by the number of clips, in the embeddings' dtype.
+        return fused_siglip_loss(audio_MD, text_ND, scale.log(), given.bias).float() / clips
 
     return gradients(given, loss)
 
