@@ -228,8 +228,8 @@ def test_the_same_call_gives_the_same_bits_and_the_forward_with_any_workspace(
 
 
 def test_a_hundred_calls_give_the_same_bits(kernel_device: torch.device) -> None:
-    # Interpreted programs run one after another, so that little could differ: two tiles will do.
-    shape = (33, 3, 4) if kernel_device.type == "cpu" else (300, 700, 512)
+    # Interpreted programs run one after another, so that little could differ: one tile will do.
+    shape = (30, 60, 4) if kernel_device.type == "cpu" else (300, 700, 512)
     case = Case(kernel_device, shape, 100.0)
     for function in (negative_lse, negative_softplus):
         first = case.outputs(function, torch.float32)
