@@ -86,13 +86,12 @@ def update_best(
 
 LOGIT_TILES: tuple[int, int, int, int]
 
-# Embeddings are C-contiguous, bfloat16 as int16; (rows, columns) are sums or their gradients, float32 or,
-# for float64 embeddings, float64. The number of threads does not change a bit of the results.
+# All arrays but the owners (int64) are float32, or all float64, and C-contiguous; (rows, columns) are sums or
+# their gradients. The number of threads does not change a bit of the results.
 def sum_negatives(
     kind: str,
     audio: NDArray[Any],
     text: NDArray[Any],
-    dtype: str,
     owner: NDArray[Any],
     scale: float,
     bias: float,
@@ -106,7 +105,6 @@ def sum_negatives_backward(
     kind: str,
     audio: NDArray[Any],
     text: NDArray[Any],
-    dtype: str,
     owner: NDArray[Any],
     scale: float,
     bias: float,

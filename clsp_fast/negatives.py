@@ -4,8 +4,8 @@
 
 2 M N D operations forward; backward 4 M N D, and 2 M N D more for logits that were not kept. Kept are as many
 rows of logits as `workspace_bytes` holds beside the memory that a pass works in (15 MB at D = 512); nothing
-is kept where no gradient is wanted. Products, sums and exponentials are in float32 (float64 for float64
-embeddings), in an order that depends neither on the number of threads nor on the workspace.
+is kept where no gradient is wanted. Everything is in the precision of the embeddings, float32 or float64, in
+an order that depends neither on the number of threads nor on the workspace.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension.
 """
@@ -37,7 +37,8 @@ def negative_lse(
     """Log-sum-exp over the negative pairs of every row and every column; -inf where there is none.
 
     Args:
-        audio_MD: float16, bfloat16, float32 or float64 (M, D) on the CPU; M may be 0.
+        audio_MD: float32 or float64 (M, D) on the CPU; M may be 0. `contrastive_loss` widens 16-bit ones, so
+            that gradients of positive and negative pairs are added before they are rounded.
         text_ND: (N, D), same dtype; N may be 0.
         logit_scale: scalar.
         text_owner_N: int64 (N,); values outside 0..M-1 own no row here.
@@ -45,7 +46,10 @@ def negative_lse(
         workspace_bytes: most memory beside arguments and results.
 
     Returns:
-        (M,) and (N,), float32 or float64; differentiable once in all floating arguments.
+        (M,) and (N,), same dtype; differentiable once in all floating arguments.
+
+    Raises:
+        TypeError: embeddings of other dtypes.
     """
     row_M, column_N, _ = _sum(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "softmax", workspace_bytes
@@ -62,7 +66,7 @@ def negative_softplus(
     logit_bias: Tensor | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Tensor:
-    """Sums (M,) of log(1 + exp s_ij) over the negative pairs of every row; arguments as of `negative_lse`."""
+    """Sums (M,) of log(1 + exp s_ij) over the negative pairs of every row; else as `negative_lse`."""
     row_M, _, _ = _sum(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "sigmoid", workspace_bytes)
     return row_M
 
@@ -77,12 +81,17 @@ def _sum(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Calls the operator; logits are kept if there will be a backward pass."""
+    if audio_MD.dtype not in (torch.float32, torch.float64) or text_ND.dtype != audio_MD.dtype:
+        raise TypeError(
+            "audio_MD and text_ND must both be float32 or both float64, "
+            f"got {audio_MD.dtype} and {text_ND.dtype}"
+        )
     bias = logit_scale.new_zeros(()) if logit_bias is None else logit_bias
     wanted = any(x.requires_grad for x in (audio_MD, text_ND, logit_scale, bias))
     kept = 0
     if wanted and torch.is_grad_enabled():
-        element_bytes = _wide(audio_MD.dtype).itemsize
-        kept = _kept_logits(len(audio_MD), len(text_ND), audio_MD.shape[1], workspace_bytes // element_bytes)
+        elements = workspace_bytes // audio_MD.itemsize
+        kept = _kept_logits(len(audio_MD), len(text_ND), audio_MD.shape[1], elements)
     sums: tuple[Tensor, Tensor, Tensor] = _sum_negatives(
         audio_MD, text_ND, logit_scale, text_owner_N, bias, kind, kept
     )
@@ -100,28 +109,11 @@ def _kept_logits(m: int, n: int, d: int, elements: int) -> int:
     return max(0, min(units, (elements - working) // (tiles * unit * tile))) * (tiles * unit * tile)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _array(x: Tensor) -> NDArray[Any]:
-    """The memory of a contiguous tensor; numpy knows no bfloat16."""
-    array: NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-    return array
-
-
 def _engine_arguments(
     kind: str, audio_MD: Tensor, text_ND: Tensor, logit_scale: Tensor, text_owner_N: Tensor, bias: Tensor
-) -> tuple[str, NDArray[Any], NDArray[Any], str, NDArray[Any], float, float]:
-    return (
-        kind,
-        _array(audio_MD.contiguous()),
-        _array(text_ND.contiguous()),
-        str(audio_MD.dtype).removeprefix("torch."),
-        _array(text_owner_N.contiguous()),
-        float(logit_scale),
-        float(bias),
-    )
+) -> tuple[str, NDArray[Any], NDArray[Any], NDArray[Any], float, float]:
+    audio, text, owner = (x.contiguous().numpy() for x in (audio_MD, text_ND, text_owner_N))
+    return kind, audio, text, owner, float(logit_scale), float(bias)
 
 
 @torch.library.custom_op("clsp_fast::sum_negatives", mutates_args=(), device_types="cpu")
@@ -161,13 +153,8 @@ def _make_sums(
     kind: str,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(audio_MD.dtype)
     columns = len(text_ND) if kind == "softmax" else 0
-    return (
-        audio_MD.new_empty(len(audio_MD), dtype=wide),
-        audio_MD.new_empty(columns, dtype=wide),
-        audio_MD.new_empty(kept, dtype=wide),
-    )
+    return audio_MD.new_empty(len(audio_MD)), audio_MD.new_empty(columns), audio_MD.new_empty(kept)
 
 
 @torch.library.custom_op("clsp_fast::sum_negatives_backward", mutates_args=(), device_types="cpu")
@@ -182,7 +169,7 @@ def _sum_negatives_backward(
     gradients: list[Tensor],
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by audio, text, scale and bias, in the precision of the sums."""
+    """Gradients by audio, text, scale and bias, each in the dtype of its argument."""
     by_input: tuple[Tensor, Tensor, Tensor, Tensor] = _make_gradients(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, sums, gradients, kept
     )
@@ -215,12 +202,11 @@ def _make_gradients(
     gradients: list[Tensor],
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _wide(audio_MD.dtype)
     return (
-        audio_MD.new_empty(audio_MD.shape, dtype=wide),
-        text_ND.new_empty(text_ND.shape, dtype=wide),
-        logit_scale.new_empty((), dtype=wide),
-        logit_bias.new_empty((), dtype=wide),
+        audio_MD.new_empty(audio_MD.shape),
+        text_ND.new_empty(text_ND.shape),
+        logit_scale.new_empty(()),
+        logit_bias.new_empty(()),
     )
 
 
@@ -239,16 +225,7 @@ def _backward(ctx: Any, d_row_M: Tensor | None, d_column_N: Tensor | None, _: Te
     by_audio, by_text, by_scale, by_bias = _sum_negatives_backward(
         *inputs, ctx.kind, [row_M, column_N], gradients, kept
     )
-    audio_MD, text_ND, logit_scale, _, logit_bias = inputs
-    return (
-        by_audio.to(audio_MD.dtype),
-        by_text.to(text_ND.dtype),
-        by_scale.to(logit_scale.dtype),
-        None,
-        by_bias.to(logit_bias.dtype),
-        None,
-        None,
-    )
+    return by_audio, by_text, by_scale, None, by_bias, None, None
 
 
 _sum_negatives.register_autograd(_backward, setup_context=_setup_context)

@@ -9,23 +9,25 @@
 // d_bias = sum G. Results do not depend on the number of threads.
 #pragma once
 
-#include "panels.h"
+#include "matrix.h"
+#include "simd.h"
 
 namespace clsp {
 
 enum class NegativesKind { kSoftmax, kSigmoid };
 
+// T is float or double.
+template <class T>
 struct Negatives {
   NegativesKind kind;
-  Embeddings audio, text;          // of the same depth and dtype, with a row or more
+  Matrix<T> audio, text;           // of the same depth, with a row or more
   Span<const std::int64_t> owner;  // one a text; values outside 0 .. M-1 own nothing here
-  double scale, bias;
+  T scale, bias;
   int threads;
   Isa isa;
 };
 
-// One a row of audio and one a text; the sigmoid kind leaves `columns` empty. T is double for
-// float64 embeddings and float for all others.
+// One a row of audio and one a text; the sigmoid kind leaves `columns` empty.
 template <class T>
 struct PerRowAndColumn {
   Span<T> rows, columns;
@@ -39,7 +41,7 @@ inline constexpr std::size_t kUnit = 96, kTile = 384, kPanel = 768, kBlock = 153
 
 // Fills `out`, and `kept` with as many rows of logits as it holds.
 template <class T>
-void sum_negatives(const Negatives& pairs, PerRowAndColumn<T> out, Span<T> kept);
+void sum_negatives(const Negatives<T>& pairs, PerRowAndColumn<T> out, Span<T> kept);
 
 struct ScalarGradients {
   double scale, bias;
@@ -47,7 +49,7 @@ struct ScalarGradients {
 
 // Fills d_audio (M x D) and d_text (N x D). Logits that `kept` does not hold are computed again.
 template <class T>
-ScalarGradients sum_negatives_backward(const Negatives& pairs, PerRowAndColumn<const T> out,
+ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColumn<const T> out,
                                        PerRowAndColumn<const T> d_out, Span<const T> kept,
                                        T* d_audio, T* d_text);
 

@@ -7,11 +7,15 @@
 #include <limits>
 
 #include "contrastive.h"
+#include "micro_tile.h"
 
 namespace clsp {
 
 inline constexpr std::size_t kTilesInBlock = kBlock / kTile, kUnitsInPanel = kPanel / kUnit;
 inline constexpr std::size_t kUnitLogits = kUnit * kTile;
+
+// Depths are rounded up to whole micro-tiles of every size.
+inline constexpr std::size_t kMostColumns = 32;
 
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -21,23 +25,18 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 template <class T>
 constexpr T kClose = 16;
 
-enum class Step { kForward, kCombine, kGradient, kAudio, kText };
-
-template <class T, int L>
-using Vector = typename Micro<T, L>::Vector;
-
 // A maximum to subtract; where there is nothing to sum, exp(-infinity - 0) is the 0 that is wanted.
-template <class V, class T>
-CLSP_INLINE V shift_of(const V& most, T infinity) {
-  return most == -infinity ? V{} : most;
+template <class T, class V>
+CLSP_INLINE V shift_of(const V& most) {
+  return most == -kInfinity<T> ? V{} : most;
 }
 
 // Takes (most, sum) of other elements up into those of a log-sum-exp.
 template <class T, class V>
 CLSP_INLINE void merge(T* most, T* sum, const T* other_most, const T* other_sum) {
   const V a = load<V>(most), b = load<V>(other_most);
-  const V m = larger(a, b), shift = shift_of(m, kInfinity<T>);
-  store(sum, load<V>(sum) * exp_lanes<T>(a - shift) + load<V>(other_sum) * exp_lanes<T>(b - shift));
+  const V m = larger(a, b), shift = shift_of<T>(m);
+  store(sum, load<V>(sum) * exp_lanes(a - shift) + load<V>(other_sum) * exp_lanes(b - shift));
   store(most, m);
 }
 
@@ -53,8 +52,8 @@ struct Scratch {
   Buffer<T> unit_column_most, unit_column_sum;  // of the columns of a block, for each unit
   std::array<double, kTilesInBlock * kUnitsInPanel> gradient_sum;
 
-  Scratch(const Negatives& pairs, bool backward)
-      : depth(round_up(pairs.audio.depth, kLargestColumns)),
+  Scratch(const Negatives<T>& pairs, bool backward)
+      : depth(round_up(pairs.audio.depth, kMostColumns)),
         audio_beside(panel(pairs) * depth),
         audio_above(backward ? round_up(panel(pairs), kTile) * depth : 0),
         text_beside(block(pairs) * depth),
@@ -70,10 +69,10 @@ struct Scratch {
         unit_column_sum(backward ? 0 : kUnitsInPanel * kBlock),
         gradient_sum{} {}
 
-  static std::size_t panel(const Negatives& pairs) {
+  static std::size_t panel(const Negatives<T>& pairs) {
     return std::min(kPanel, round_up(pairs.audio.rows, kUnit));
   }
-  static std::size_t block(const Negatives& pairs) {
+  static std::size_t block(const Negatives<T>& pairs) {
     return std::min(kBlock, round_up(pairs.text.rows, kTile));
   }
 };
@@ -81,7 +80,7 @@ struct Scratch {
 // What the steps of a pass read and write.
 template <class T>
 struct Pass {
-  const Negatives& pairs;
+  const Negatives<T>& pairs;
   Scratch<T>& scratch;
   T* kept;
   std::size_t kept_units;
@@ -89,6 +88,7 @@ struct Pass {
   T *d_audio, *d_text;
   std::size_t first_row = 0, rows = 0, first_column = 0, columns = 0;  // of the panel and block
 
+  bool backward() const { return d_audio != nullptr; }
   std::size_t tiles() const { return divide_up(columns, kTile); }
   std::size_t units() const { return divide_up(rows, kUnit); }
   std::size_t rows_of(std::size_t unit) const { return std::min(kUnit, rows - unit * kUnit); }
@@ -137,28 +137,54 @@ struct Factors {
   }
 };
 
-template <class T, int L>
+template <class T, std::size_t Bytes>
 struct Steps {
-  using M = Micro<T, L>;
-  using V = Vector<T, L>;
-  using Sums = V[M::kRows][2];
+  // The sums fill 24 of 32 registers, or 12 of 16; the rest holds what they are made of.
+  using M = MicroTile<T, Bytes, Bytes == 64 ? 12 : 6, 2>;
+  using V = typename M::Vector;
+  static constexpr std::size_t L = M::kLanes;
+  const Pass<T>& pass;
+
+  // Rows `from` and following of a panel or block, for add_to_*.
+  CLSP_INLINE void pack_above_at(const Matrix<T>& rows, std::size_t from, Buffer<T>& out) const {
+    const std::size_t depth = pass.scratch.depth;
+    pack_above(rows, M::kColumns, kTile,
+               out.data() + from / kTile * kTile * depth + from % kTile * M::kColumns);
+  }
+
+  CLSP_INLINE void pack_audio(std::size_t unit) const {
+    Scratch<T>& s = pass.scratch;
+    const std::size_t from = unit * kUnit;
+    const Matrix<T> audio = pass.pairs.audio.part(pass.first_row + from, kUnit);
+    if (!pass.backward() || !pass.is_kept(unit)) {
+      pack_beside(audio, M::kRows, pass.pairs.scale, T{0},
+                  s.audio_beside.data() + from * audio.depth);
+    }
+    if (pass.backward()) pack_above_at(audio, from, s.audio_above);
+  }
+
+  CLSP_INLINE void pack_text(std::size_t from) const {
+    Scratch<T>& s = pass.scratch;
+    const Matrix<T> text = pass.pairs.text.part(pass.first_column + from, kUnit);
+    pack_beside(text, M::kColumns, T{1}, T{0}, s.text_beside.data() + from * text.depth);
+    if (pass.backward()) pack_above_at(text, from, s.text_above);
+  }
 
   // Logits of a tile; -infinity where a pair is positive or there is no text.
-  static CLSP_INLINE void score(const Pass<T>& pass, std::size_t tile, std::size_t unit) {
+  CLSP_INLINE void score(std::size_t tile, std::size_t unit) const {
     const std::size_t depth = pass.pairs.audio.depth, rows = pass.rows_of(unit);
     const std::size_t columns = pass.columns_of(tile), padded = round_up(columns, M::kColumns);
-    const V bias = splat<V>(static_cast<T>(pass.pairs.bias));
     T* const logits = pass.logits(tile, unit);
     for (std::size_t r = 0; r < rows; r += M::kRows) {
       const T* const a = pass.scratch.audio_beside.data() + (unit * kUnit + r) * depth;
       for (std::size_t c = 0; c < padded; c += M::kColumns) {
-        Sums sums;
-        multiply<1, M::kRows, L>(a, pass.scratch.text_beside.data() + (tile * kTile + c) * depth,
-                                 depth, sums);
-#pragma GCC unroll 12
+        M m;
+        multiply(a, 1, M::kRows, pass.scratch.text_beside.data() + (tile * kTile + c) * depth,
+                 depth, m);
         for (std::size_t q = 0; q < M::kRows; ++q) {
-          store(logits + (r + q) * kTile + c, sums[q][0] + bias);
-          store(logits + (r + q) * kTile + c + L, sums[q][1] + bias);
+          for (std::size_t l = 0; l < M::kColumns; l += L) {
+            store(logits + (r + q) * kTile + c + l, load<V>(m.sums[q] + l) + pass.pairs.bias);
+          }
         }
       }
       for (std::size_t q = r; q < r + M::kRows; ++q) {
@@ -174,8 +200,8 @@ struct Steps {
   }
 
   // Maxima of a tile's rows and columns; returns whether all are close to the largest one.
-  static CLSP_INLINE bool find_most(const Pass<T>& pass, std::size_t tile, std::size_t unit,
-                                    T* row_most, T* column_most) {
+  CLSP_INLINE bool find_most(std::size_t tile, std::size_t unit, T* row_most,
+                             T* column_most) const {
     const T* const logits = pass.logits(tile, unit);
     const std::size_t rows = pass.rows_of(unit), columns = pass.columns_of(tile);
     std::fill_n(column_most, kTile, -kInfinity<T>);
@@ -186,7 +212,7 @@ struct Steps {
         most = larger(most, s);
         store(column_most + c, larger(load<V>(column_most + c), s));
       }
-      row_most[r] = largest_lane<T>(most);
+      row_most[r] = largest_lane(most);
     }
     const T most = *std::max_element(row_most, row_most + rows);
     const auto close = [most](T x) { return x >= most - kClose<T>; };
@@ -195,44 +221,44 @@ struct Steps {
   }
 
   // A number for every row and column of a tile, and the sum of exponentials relative to it.
-  static CLSP_INLINE void log_sums(const Pass<T>& pass, std::size_t tile, std::size_t unit) {
+  CLSP_INLINE void log_sums(std::size_t tile, std::size_t unit) const {
     const std::size_t rows = pass.rows_of(unit), at = tile * kPanel + unit * kUnit;
     T* const row_most = pass.scratch.tile_row_most.data() + at;
     T* const column_most = pass.scratch.unit_column_most.data() + unit * kBlock + tile * kTile;
-    if (find_most(pass, tile, unit, row_most, column_most)) {
+    if (find_most(tile, unit, row_most, column_most)) {
       std::fill_n(row_most, rows, *std::max_element(row_most, row_most + rows));
       std::fill_n(column_most, kTile, row_most[0]);
-      sum_exponentials<true>(pass, tile, unit, row_most, column_most);
+      sum_exponentials<true>(tile, unit, row_most, column_most);
     } else {
-      sum_exponentials<false>(pass, tile, unit, row_most, column_most);
+      sum_exponentials<false>(tile, unit, row_most, column_most);
     }
   }
 
   template <bool Same>  // whether all of row_most and column_most are the same
-  static CLSP_INLINE void sum_exponentials(const Pass<T>& pass, std::size_t tile, std::size_t unit,
-                                           const T* row_most, const T* column_most) {
+  CLSP_INLINE void sum_exponentials(std::size_t tile, std::size_t unit, const T* row_most,
+                                    const T* column_most) const {
     const T* const logits = pass.logits(tile, unit);
     const std::size_t columns = round_up(pass.columns_of(tile), M::kColumns);
     T* const row_sum = pass.scratch.tile_row_sum.data() + tile * kPanel + unit * kUnit;
     T* const column_sum = pass.scratch.unit_column_sum.data() + unit * kBlock + tile * kTile;
     std::fill_n(column_sum, kTile, T{0});
     for (std::size_t r = 0; r < pass.rows_of(unit); ++r) {
-      const V shift = shift_of(splat<V>(row_most[r]), kInfinity<T>);
+      const V shift = shift_of<T>(splat<V>(row_most[r]));
       V sum{};
       for (std::size_t c = 0; c < columns; c += L) {
-        const V s = load<V>(logits + r * kTile + c), e = exp_lanes<T>(s - shift);
+        const V s = load<V>(logits + r * kTile + c), e = exp_lanes(s - shift);
         sum += e;
         V of_column = e;
         if constexpr (!Same) {
-          of_column = exp_lanes<T>(s - shift_of(load<V>(column_most + c), kInfinity<T>));
+          of_column = exp_lanes(s - shift_of<T>(load<V>(column_most + c)));
         }
         store(column_sum + c, load<V>(column_sum + c) + of_column);
       }
-      row_sum[r] = sum_of_lanes<T>(sum);
+      row_sum[r] = sum_of_lanes(sum);
     }
   }
 
-  static CLSP_INLINE void softplus_sums(const Pass<T>& pass, std::size_t tile, std::size_t unit) {
+  CLSP_INLINE void softplus_sums(std::size_t tile, std::size_t unit) const {
     const T* const logits = pass.logits(tile, unit);
     const std::size_t columns = round_up(pass.columns_of(tile), M::kColumns);
     T* const row_sum = pass.scratch.tile_row_sum.data() + tile * kPanel + unit * kUnit;
@@ -240,13 +266,23 @@ struct Steps {
       V sum{};
       for (std::size_t c = 0; c < columns; c += L) {
         const V s = load<V>(logits + r * kTile + c);
-        sum += (s < T{0} ? V{} : s) + log1p_lanes<T>(exp_lanes<T>(s < T{0} ? s : -s));
+        sum += (s < T{0} ? V{} : s) + log1p_lanes(exp_lanes(s < T{0} ? s : -s));
       }
-      row_sum[r] = sum_of_lanes<T>(sum);
+      row_sum[r] = sum_of_lanes(sum);
     }
   }
 
-  static CLSP_INLINE void combine(const Pass<T>& pass) {
+  CLSP_INLINE void sum(std::size_t tile, std::size_t unit) const {
+    score(tile, unit);
+    if (pass.pairs.kind == NegativesKind::kSoftmax) {
+      log_sums(tile, unit);
+    } else {
+      softplus_sums(tile, unit);
+    }
+  }
+
+  // Takes the sums of a panel and block up into those of all rows and columns.
+  CLSP_INLINE void combine() const {
     Scratch<T>& s = pass.scratch;
     const std::size_t first_row = pass.first_row, first_column = pass.first_column;
     for (std::size_t tile = 0; tile < pass.tiles(); ++tile) {
@@ -272,34 +308,33 @@ struct Steps {
   }
 
   // Turns a tile's logits into the gradient by them.
-  static CLSP_INLINE void softmax_gradient(const Pass<T>& pass, std::size_t tile,
-                                           std::size_t unit) {
+  CLSP_INLINE void softmax_gradient(std::size_t tile, std::size_t unit) const {
     const std::size_t rows = pass.rows_of(unit), columns = pass.columns_of(tile);
     Factors<T> f;
     f.fill(pass, pass.first_row + unit * kUnit, rows, pass.first_column + tile * kTile, columns);
     T middle;
     if (!f.find_middle(rows, columns, middle)) {
-      multiply_exponentials<false>(pass, tile, unit, f);
+      multiply_exponentials<false>(tile, unit, f);
       return;
     }
     // Lanes beyond the tile's rows and columns: a factor that overflowed would make NaN of their 0.
     std::fill(f.row_shift + rows, f.row_shift + kUnit, middle);
     std::fill(f.column_shift + columns, f.column_shift + kTile, middle);
     for (std::size_t r = 0; r < rows; r += L) {
-      const V factor = exp_lanes<T>(middle - load<V>(f.row_shift + r));
+      const V factor = exp_lanes(middle - load<V>(f.row_shift + r));
       store(f.d_row + r, load<V>(f.d_row + r) * factor);
     }
     for (std::size_t c = 0; c < columns; c += L) {
-      const V factor = exp_lanes<T>(middle - load<V>(f.column_shift + c));
+      const V factor = exp_lanes(middle - load<V>(f.column_shift + c));
       store(f.d_column + c, load<V>(f.d_column + c) * factor);
     }
     std::fill_n(f.row_shift, rows, middle);
-    multiply_exponentials<true>(pass, tile, unit, f);
+    multiply_exponentials<true>(tile, unit, f);
   }
 
   template <bool Same>  // whether the shifts of rows and columns are the same
-  static CLSP_INLINE void multiply_exponentials(const Pass<T>& pass, std::size_t tile,
-                                                std::size_t unit, const Factors<T>& f) {
+  CLSP_INLINE void multiply_exponentials(std::size_t tile, std::size_t unit,
+                                         const Factors<T>& f) const {
     const T* const logits = pass.logits(tile, unit);
     T* const out = pass.work(tile, unit);
     V total{};
@@ -307,39 +342,57 @@ struct Steps {
       const V d_row = splat<V>(f.d_row[r]), shift = splat<V>(f.row_shift[r]);
       for (std::size_t c = 0; c < pass.columns_of(tile); c += L) {
         const V s = load<V>(logits + r * kTile + c), d_column = load<V>(f.d_column + c);
-        const V e = exp_lanes<T>(s - shift);
+        const V e = exp_lanes(s - shift);
         V g;
         if constexpr (Same) {
           g = e * (d_row + d_column);
         } else {
-          g = d_row * e + d_column * exp_lanes<T>(s - load<V>(f.column_shift + c));
+          g = d_row * e + d_column * exp_lanes(s - load<V>(f.column_shift + c));
         }
         total += g;
         store(out + r * kTile + c, g);
       }
     }
-    pass.scratch.gradient_sum[tile * kUnitsInPanel + unit] = sum_of_lanes<T>(total);
+    pass.scratch.gradient_sum[tile * kUnitsInPanel + unit] = sum_of_lanes(total);
   }
 
-  static CLSP_INLINE void sigmoid_gradient(const Pass<T>& pass, std::size_t tile,
-                                           std::size_t unit) {
+  CLSP_INLINE void sigmoid_gradient(std::size_t tile, std::size_t unit) const {
     const T* const logits = pass.logits(tile, unit);
     T* const out = pass.work(tile, unit);
     V total{};
     for (std::size_t r = 0; r < pass.rows_of(unit); ++r) {
       const V d_row = splat<V>(pass.d_out.rows[pass.first_row + unit * kUnit + r]);
       for (std::size_t c = 0; c < pass.columns_of(tile); c += L) {
-        const V s = load<V>(logits + r * kTile + c), e = exp_lanes<T>(s < T{0} ? s : -s);
+        const V s = load<V>(logits + r * kTile + c), e = exp_lanes(s < T{0} ? s : -s);
         const V g = d_row * ((s < T{0} ? e : splat<V>(T{1})) / (e + T{1}));
         total += g;
         store(out + r * kTile + c, g);
       }
     }
-    pass.scratch.gradient_sum[tile * kUnitsInPanel + unit] = sum_of_lanes<T>(total);
+    pass.scratch.gradient_sum[tile * kUnitsInPanel + unit] = sum_of_lanes(total);
+  }
+
+  CLSP_INLINE void gradient(std::size_t tile, std::size_t unit) const {
+    if (!pass.is_kept(unit)) score(tile, unit);
+    if (pass.pairs.kind == NegativesKind::kSoftmax) {
+      softmax_gradient(tile, unit);
+    } else {
+      sigmoid_gradient(tile, unit);
+    }
+  }
+
+  // Writes a tile to its place in a matrix, or adds it to what is there, as far as there are rows
+  // and columns.
+  static CLSP_INLINE void put(const M& m, T* out, std::size_t stride, std::size_t rows,
+                              std::size_t columns, bool add) {
+    columns = std::min(columns, M::kColumns);
+    for (std::size_t r = 0; r < std::min(rows, M::kRows); ++r, out += stride) {
+      for (std::size_t c = 0; c < columns; ++c) out[c] = add ? out[c] + m.sums[r][c] : m.sums[r][c];
+    }
   }
 
   // Adds G text to the gradient of a unit's audio rows.
-  static CLSP_INLINE void add_to_audio(const Pass<T>& pass, std::size_t unit) {
+  CLSP_INLINE void add_to_audio(std::size_t unit) const {
     const std::size_t depth = pass.pairs.audio.depth;
     for (std::size_t tile = 0; tile < pass.tiles(); ++tile) {
       const bool add = pass.first_column + tile > 0;
@@ -347,17 +400,17 @@ struct Steps {
       for (std::size_t r = 0; r < pass.rows_of(unit); r += M::kRows) {
         T* const out = pass.d_audio + (pass.first_row + unit * kUnit + r) * depth;
         for (std::size_t d = 0; d < depth; d += M::kColumns) {
-          Sums sums;
-          multiply<kTile, 1, L>(pass.work(tile, unit) + r * kTile, text + d * kTile,
-                                pass.columns_of(tile), sums);
-          put<L>(sums, out + d, depth, pass.rows_of(unit) - r, depth - d, add);
+          M m;
+          multiply(pass.work(tile, unit) + r * kTile, kTile, 1, text + d * kTile,
+                   pass.columns_of(tile), m);
+          put(m, out + d, depth, pass.rows_of(unit) - r, depth - d, add);
         }
       }
     }
   }
 
   // Adds G^T audio to the gradient of kUnit texts.
-  static CLSP_INLINE void add_to_text(const Pass<T>& pass, std::size_t first) {
+  CLSP_INLINE void add_to_text(std::size_t first) const {
     const std::size_t depth = pass.pairs.audio.depth, end = std::min(first + kUnit, pass.columns);
     for (std::size_t k = 0; k < pass.rows; k += kTile) {
       const bool add = pass.first_row + k > 0;
@@ -372,43 +425,11 @@ struct Steps {
           }
         }
         for (std::size_t d = 0; d < depth; d += M::kColumns) {
-          Sums sums;
-          multiply<1, M::kRows, L>(beside, audio + d * kTile, count, sums);
-          put<L>(sums, pass.d_text + (pass.first_column + c) * depth + d, depth, end - c, depth - d,
-                 add);
+          M m;
+          multiply(beside, 1, M::kRows, audio + d * kTile, count, m);
+          put(m, pass.d_text + (pass.first_column + c) * depth + d, depth, end - c, depth - d, add);
         }
       }
-    }
-  }
-
-  static CLSP_INLINE void run(const Pass<T>& pass, Step step, std::size_t i) {
-    const std::size_t tile = i / kUnitsInPanel, unit = i % kUnitsInPanel;
-    switch (step) {
-      case Step::kForward:
-        score(pass, tile, unit);
-        if (pass.pairs.kind == NegativesKind::kSoftmax) {
-          log_sums(pass, tile, unit);
-        } else {
-          softplus_sums(pass, tile, unit);
-        }
-        break;
-      case Step::kCombine:
-        combine(pass);
-        break;
-      case Step::kGradient:
-        if (!pass.is_kept(unit)) score(pass, tile, unit);
-        if (pass.pairs.kind == NegativesKind::kSoftmax) {
-          softmax_gradient(pass, tile, unit);
-        } else {
-          sigmoid_gradient(pass, tile, unit);
-        }
-        break;
-      case Step::kAudio:
-        add_to_audio(pass, i);
-        break;
-      case Step::kText:
-        add_to_text(pass, i * kUnit);
-        break;
     }
   }
 };

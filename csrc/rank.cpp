@@ -7,18 +7,28 @@
 #include <numeric>
 
 #include "batch.h"
-#include "panels.h"
+#include "micro_tile.h"
 
 namespace clsp {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // Panels that stay in a core's second cache while rows stream past them.
 constexpr std::size_t kPanelBytes = 512 * 1024;
 // Most rows that a unit of work passes over; its number of rows is a multiple of those of any tile.
 constexpr std::size_t kSegmentRows = 8 * 1024, kRowStep = 24;
 // Units of work a thread, so that none waits long for the last.
 constexpr std::size_t kUnitsPerThread = 8;
+
+// The sums fill 24 of 32 registers, or 12 of 16; the rest holds what they are made of.
+template <std::size_t Bytes>
+using ScoreTile = MicroTile<float, Bytes, Bytes == 64 ? 8 : 6, Bytes == 64 ? 3 : 2>;
+
+std::size_t panel_columns(Isa isa) {
+  if (isa == Isa::kAvx512) return ScoreTile<64>::kColumns;
+  return isa == Isa::kAvx2 ? ScoreTile<32>::kColumns : ScoreTile<16>::kColumns;
+}
 
 // Rows in segments times columns in groups of panels; a unit is one of these pairs.
 struct Grid {
@@ -31,7 +41,7 @@ struct Grid {
     group_columns = panel * std::max<std::size_t>(1, std::min(fit, panels / wanted));
     groups = divide_up(columns, group_columns);
     segments = std::max(divide_up(rows, kSegmentRows), divide_up(wanted, groups + 1));
-    segment_rows = std::max(kRowStep, divide_up(divide_up(rows, segments), kRowStep) * kRowStep);
+    segment_rows = std::max(kRowStep, round_up(divide_up(rows, segments), kRowStep));
     segments = divide_up(rows, segment_rows);
   }
   std::size_t units() const { return groups * segments; }
@@ -48,62 +58,71 @@ struct Unit {
         end_row(std::min(rows, first_row + grid.segment_rows)) {}
 };
 
-// The panels of a group of columns.
-template <int L>
+// The panels of a group of columns. Columns without a row are NaN: their scores are NaN, which is
+// neither greater than nor equal to anything.
+template <std::size_t Bytes>
 struct Panels {
-  static constexpr std::size_t kColumns = Tile<L>::kColumns;
+  static constexpr std::size_t kColumns = ScoreTile<Bytes>::kColumns;
   std::size_t count, size;
   Buffer<float> values;
 
-  Panels(const Matrix& b, std::size_t first, std::size_t columns)
-      : count(divide_up(std::min(columns, b.rows - first), kColumns)),
-        size(checked_multiply(kColumns, b.depth)),
+  explicit Panels(const Matrix<float>& columns)
+      : count(divide_up(columns.rows, kColumns)),
+        size(checked_multiply(kColumns, columns.depth)),
         values(checked_multiply(count, size)) {
-    for (std::size_t p = 0; p < count; ++p) {
-      pack<L>(b, first + p * kColumns, values.data() + p * size);
-    }
+    pack_beside(columns, kColumns, 1.0f, kNaN, values.data());
   }
   const float* operator[](std::size_t p) const { return values.data() + p * size; }
 };
 
-struct TargetsJob {
-  const Matrix& audio;
-  const Matrix& text;
-  Span<const std::int32_t> owner;
-  Span<float> text_score;
+// The rows of a matrix, those of a tile at a time; behind the last one there are rows of NaN.
+template <std::size_t Bytes>
+class RowBlocks {
+ public:
+  explicit RowBlocks(const Matrix<float>& a) : a_(a) {
+    const std::size_t rest = a.rows % kRows;
+    if (rest == 0) return;
+    last_.assign(checked_multiply(kRows, a.depth), kNaN);
+    std::copy_n(a.row(a.rows - rest), rest * a.depth, last_.data());
+  }
+  const float* operator[](std::size_t first) const {
+    return first + kRows <= a_.rows ? a_.row(first) : last_.data();
+  }
+
+ private:
+  static constexpr std::size_t kRows = ScoreTile<Bytes>::kRows;
+  const Matrix<float>& a_;
+  std::vector<float> last_;
 };
 
 // Scores of the texts of one panel with their audio, from the same tiles as all other scores.
-template <int L>
-CLSP_INLINE void score_owners(const TargetsJob& job, std::size_t unit) {
-  using T = Tile<L>;
-  const std::size_t first = unit * T::kColumns, depth = job.text.depth;
-  const std::size_t end = std::min<std::size_t>(job.text.rows, first + T::kColumns);
-  const Panels<L> panel(job.text, first, T::kColumns);
-  std::vector<float> rows(T::kRows * depth);
-  T tile;
-  for (std::size_t j = first; j < end; j += T::kRows) {
-    const std::size_t count = std::min<std::size_t>(T::kRows, end - j);
-    for (std::size_t r = 0; r < count; ++r) {
-      const float* row = job.audio.row(static_cast<std::size_t>(job.owner[j + r]));
-      std::copy(row, row + depth, rows.data() + r * depth);
-    }
-    multiply<L>(rows.data(), depth, panel[0], tile);
-    for (std::size_t r = 0; r < count; ++r) {
-      const std::size_t c = j + r - first;
-      job.text_score[j + r] = tile.scores[r][c];
+struct TargetsJob {
+  const Matrix<float>& audio;
+  const Matrix<float>& text;
+  Span<const std::int32_t> owner;
+  Span<float> text_score;
+
+  template <std::size_t Bytes>
+  CLSP_INLINE void run(std::size_t unit) const {
+    using T = ScoreTile<Bytes>;
+    const std::size_t first = unit * T::kColumns, depth = text.depth;
+    const std::size_t end = std::min(text.rows, first + T::kColumns);
+    const Panels<Bytes> panel(text.part(first, T::kColumns));
+    std::vector<float> rows(T::kRows * depth);
+    T tile;
+    for (std::size_t j = first; j < end; j += T::kRows) {
+      const std::size_t count = std::min(T::kRows, end - j);
+      for (std::size_t r = 0; r < count; ++r) {
+        const float* row = audio.row(static_cast<std::size_t>(owner[j + r]));
+        std::copy(row, row + depth, rows.data() + r * depth);
+      }
+      multiply(rows.data(), depth, 1, panel[0], depth, tile);
+      for (std::size_t r = 0; r < count; ++r) {
+        const std::size_t c = j + r - first;
+        text_score[j + r] = tile.sums[r][c];
+      }
     }
   }
-}
-
-struct CountJob {
-  const Matrix& audio;
-  const Matrix& text;
-  std::size_t first_text;
-  const Targets& audio_targets;
-  const Targets& text_targets;
-  Span<std::int64_t> audio_ahead, text_ahead;
-  const Grid& grid;
 };
 
 CLSP_INLINE bool is_ahead(float score, std::int32_t place, float target,
@@ -118,7 +137,6 @@ struct ColumnView {
 };
 
 // Targets and counts of a group of columns, filled up to whole panels.
-template <int L>
 struct Columns {
   std::vector<float> target;
   std::vector<std::int32_t> index, ahead;
@@ -133,13 +151,14 @@ struct Columns {
 };
 
 // One row of a tile: lanes of `ahead` count for the row, and the columns for themselves.
-template <int L>
+template <std::size_t Bytes>
 CLSP_INLINE void count_row(const float* scores, std::int32_t row, std::int32_t first_column,
                            float target, std::int32_t index, std::int32_t* ahead,
                            const ColumnView& columns) {
-  for (int v = 0; v < Tile<L>::kColumns; v += L) {
+  constexpr int kLanes = ScoreTile<Bytes>::kLanes, kColumns = ScoreTile<Bytes>::kColumns;
+  for (int v = 0; v < kColumns; v += kLanes) {
 #pragma GCC ivdep
-    for (int l = 0; l < L; ++l) {
+    for (int l = 0; l < kLanes; ++l) {
       const int c = v + l;
       ahead[l] += is_ahead(scores[c], first_column + c, target, index);
       columns.ahead[c] += is_ahead(scores[c], row, columns.target[c], columns.index[c]);
@@ -147,38 +166,48 @@ CLSP_INLINE void count_row(const float* scores, std::int32_t row, std::int32_t f
   }
 }
 
-template <int L>
-CLSP_INLINE void count_unit(const CountJob& job, std::size_t unit) {
-  using T = Tile<L>;
-  const Unit own(job.grid, job.audio.rows, unit);
-  const std::size_t first = own.first_column, depth = job.audio.depth;
-  const Panels<L> panels(job.text, first, job.grid.group_columns);
-  Columns<L> columns(job.text_targets, first, panels.count * T::kColumns);
-  const RowBlocks<L> rows(job.audio);
-  T tile;
-  for (std::size_t i = own.first_row; i < own.end_row; i += T::kRows) {
-    const std::size_t count = std::min<std::size_t>(T::kRows, job.audio.rows - i);
-    std::int32_t ahead[T::kRows][L] = {};
-    for (std::size_t p = 0; p < panels.count; ++p) {
-      multiply<L>(rows[i], depth, panels[p], tile);
+struct CountJob {
+  const Matrix<float>& audio;
+  const Matrix<float>& text;
+  std::size_t first_text;
+  const Targets& audio_targets;
+  const Targets& text_targets;
+  Span<std::int64_t> audio_ahead, text_ahead;
+  const Grid& grid;
+
+  template <std::size_t Bytes>
+  CLSP_INLINE void run(std::size_t unit) const {
+    using T = ScoreTile<Bytes>;
+    const Unit own(grid, audio.rows, unit);
+    const std::size_t first = own.first_column, depth = audio.depth;
+    const Panels<Bytes> panels(text.part(first, grid.group_columns));
+    Columns columns(text_targets, first, panels.count * T::kColumns);
+    const RowBlocks<Bytes> blocks(audio);
+    T tile;
+    for (std::size_t i = own.first_row; i < own.end_row; i += T::kRows) {
+      const std::size_t count = std::min(T::kRows, audio.rows - i);
+      std::int32_t ahead[T::kRows][T::kLanes] = {};
+      for (std::size_t p = 0; p < panels.count; ++p) {
+        multiply(blocks[i], depth, 1, panels[p], depth, tile);
+        for (std::size_t r = 0; r < count; ++r) {
+          count_row<Bytes>(tile.sums[r], static_cast<std::int32_t>(i + r),
+                           static_cast<std::int32_t>(first_text + first + p * T::kColumns),
+                           audio_targets.score[i + r], audio_targets.index[i + r], ahead[r],
+                           columns.from(p * T::kColumns));
+        }
+      }
       for (std::size_t r = 0; r < count; ++r) {
-        count_row<L>(tile.scores[r], static_cast<std::int32_t>(i + r),
-                     static_cast<std::int32_t>(job.first_text + first + p * T::kColumns),
-                     job.audio_targets.score[i + r], job.audio_targets.index[i + r], ahead[r],
-                     columns.from(p * T::kColumns));
+        const std::int64_t sum = std::accumulate(ahead[r], ahead[r] + T::kLanes, std::int64_t{0});
+        // Other units count for the same row; whole numbers have the same sum in any order.
+        __atomic_fetch_add(&audio_ahead[i + r], sum, __ATOMIC_RELAXED);
       }
     }
-    for (std::size_t r = 0; r < count; ++r) {
-      const std::int64_t sum = std::accumulate(ahead[r], ahead[r] + L, std::int64_t{0});
-      // Other units count for the same row; whole numbers have the same sum in any order.
-      __atomic_fetch_add(&job.audio_ahead[i + r], sum, __ATOMIC_RELAXED);
+    const std::size_t end = std::min(columns.ahead.size(), text.rows - first);
+    for (std::size_t c = 0; c < end; ++c) {
+      __atomic_fetch_add(&text_ahead[first + c], columns.ahead[c], __ATOMIC_RELAXED);
     }
   }
-  const std::size_t end = std::min(columns.ahead.size(), job.text.rows - first);
-  for (std::size_t c = 0; c < end; ++c) {
-    __atomic_fetch_add(&job.text_ahead[first + c], columns.ahead[c], __ATOMIC_RELAXED);
-  }
-}
+};
 
 struct Neighbour {
   float score;
@@ -189,27 +218,13 @@ bool better(const Neighbour& a, const Neighbour& b) {
   return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-struct SelectJob {
-  const Matrix& queries;
-  const Matrix& rows;
-  std::size_t first_row, k;
-  Span<float> scores;
-  Span<std::int64_t> index;
-  const std::vector<float>& threshold;  // of each query, from all earlier rows
-  const Grid& grid;
-  std::vector<std::mutex>& group_mutex;
-  std::atomic<std::size_t>& bad_row;
-};
-
 // The best of a group of queries among the rows of a unit: k or more of each, in no order.
 class Candidates {
  public:
-  Candidates(const SelectJob& job, std::size_t first, std::size_t padded)
-      : threshold(padded, kInfinity), k_(job.k), most_(2 * job.k + 32) {
-    const std::size_t count = std::min(padded, job.queries.rows - first);
-    std::copy_n(job.threshold.begin() + static_cast<std::ptrdiff_t>(first), count,
-                threshold.begin());
-    found_.resize(count);
+  // `known`: the thresholds of these `count` queries from all earlier rows.
+  Candidates(std::size_t k, const float* known, std::size_t count, std::size_t padded)
+      : threshold(padded, kInfinity), k_(k), most_(2 * k + 32), found_(count) {
+    std::copy_n(known, count, threshold.begin());
   }
 
   // Rows come in their order, so that one with the threshold's score is worse than what has it.
@@ -224,11 +239,8 @@ class Candidates {
   }
 
   // Joins them with what was found before.
-  void merge(const SelectJob& job, std::size_t first) {
-    for (std::size_t q = 0; q < found_.size(); ++q) {
-      std::vector<Neighbour>& own = found_[q];
-      float* scores = &job.scores[(first + q) * k_];
-      std::int64_t* index = &job.index[(first + q) * k_];
+  void merge(float* scores, std::int64_t* index) {
+    for (std::vector<Neighbour>& own : found_) {
       for (std::size_t n = 0; n < k_ && index[n] >= 0; ++n) own.push_back({scores[n], index[n]});
       const std::size_t count = std::min(k_, own.size());
       std::partial_sort(own.begin(), own.begin() + static_cast<std::ptrdiff_t>(count), own.end(),
@@ -237,6 +249,8 @@ class Candidates {
         scores[n] = own[n].score;
         index[n] = own[n].index;
       }
+      scores += k_;
+      index += k_;
     }
   }
 
@@ -248,12 +262,13 @@ class Candidates {
 };
 
 // Whether any score is above its column's threshold.
-template <int L>
-CLSP_INLINE bool any_above(const Tile<L>& tile, const float* threshold) {
-  std::int32_t above[L] = {};
-  for (int r = 0; r < Tile<L>::kRows; ++r) {
-    for (int v = 0; v < Tile<L>::kColumns; v += L) {
-      for (int l = 0; l < L; ++l) above[l] |= tile.scores[r][v + l] > threshold[v + l];
+template <std::size_t Bytes>
+CLSP_INLINE bool any_above(const ScoreTile<Bytes>& tile, const float* threshold) {
+  using T = ScoreTile<Bytes>;
+  std::int32_t above[T::kLanes] = {};
+  for (const auto& row : tile.sums) {
+    for (std::size_t v = 0; v < T::kColumns; v += T::kLanes) {
+      for (std::size_t l = 0; l < T::kLanes; ++l) above[l] |= row[v + l] > threshold[v + l];
     }
   }
   std::int32_t any = 0;
@@ -261,97 +276,67 @@ CLSP_INLINE bool any_above(const Tile<L>& tile, const float* threshold) {
   return any != 0;
 }
 
-void note_bad_row(const SelectJob& job, std::size_t row) {
-  const float* values = job.rows.row(row);
-  const auto finite = [](float x) { return std::isfinite(x); };
-  if (std::all_of(values, values + job.rows.depth, finite)) return;  // the score is too large
-  std::size_t known = job.bad_row.load();
-  while (row < known && !job.bad_row.compare_exchange_weak(known, row)) {
-  }
-}
+struct SelectJob {
+  const Matrix<float>& queries;
+  const Matrix<float>& rows;
+  std::size_t first_row, k;
+  Span<float> scores;
+  Span<std::int64_t> index;
+  const std::vector<float>& threshold;  // of each query, from all earlier rows
+  const Grid& grid;
+  std::vector<std::mutex>& group_mutex;
+  std::atomic<std::size_t>& bad_row;
 
-template <int L>
-CLSP_INLINE void select_unit(const SelectJob& job, std::size_t unit) {
-  using T = Tile<L>;
-  const Unit own(job.grid, job.rows.rows, unit);
-  const std::size_t first = own.first_column, depth = job.rows.depth;
-  const Panels<L> panels(job.queries, first, job.grid.group_columns);
-  Candidates candidates(job, first, panels.count * T::kColumns);
-  const RowBlocks<L> rows(job.rows);
-  T tile;
-  for (std::size_t i = own.first_row; i < own.end_row; i += T::kRows) {
-    const std::size_t count = std::min<std::size_t>(T::kRows, job.rows.rows - i);
-    for (std::size_t p = 0; p < panels.count; ++p) {
-      multiply<L>(rows[i], depth, panels[p], tile);
-      if (p == 0) {  // one query shows whether a row is finite: all its scores are, or none
-        for (std::size_t r = 0; r < count; ++r) {
-          if (!std::isfinite(tile.scores[r][0])) note_bad_row(job, i + r);
+  template <std::size_t Bytes>
+  CLSP_INLINE void run(std::size_t unit) const {
+    using T = ScoreTile<Bytes>;
+    const Unit own(grid, rows.rows, unit);
+    const std::size_t first = own.first_column, depth = rows.depth;
+    const Panels<Bytes> panels(queries.part(first, grid.group_columns));
+    const std::size_t padded = panels.count * T::kColumns;
+    Candidates candidates(k, &threshold[first], std::min(padded, queries.rows - first), padded);
+    const RowBlocks<Bytes> blocks(rows);
+    T tile;
+    for (std::size_t i = own.first_row; i < own.end_row; i += T::kRows) {
+      const std::size_t count = std::min(T::kRows, rows.rows - i);
+      for (std::size_t p = 0; p < panels.count; ++p) {
+        multiply(blocks[i], depth, 1, panels[p], depth, tile);
+        if (p == 0) {  // one query shows whether a row is finite: all its scores are, or none
+          for (std::size_t r = 0; r < count; ++r) {
+            if (!std::isfinite(tile.sums[r][0])) note_bad_row(i + r);
+          }
         }
-      }
-      const float* threshold = &candidates.threshold[p * T::kColumns];
-      if (!any_above<L>(tile, threshold)) continue;
-      for (std::size_t r = 0; r < count; ++r) {
-        for (std::size_t c = 0; c < T::kColumns; ++c) {
-          if (tile.scores[r][c] > threshold[c]) {
-            candidates.add(p * T::kColumns + c, tile.scores[r][c],
-                           static_cast<std::int64_t>(job.first_row + i + r));
+        const float* least = &candidates.threshold[p * T::kColumns];
+        if (!any_above<Bytes>(tile, least)) continue;
+        for (std::size_t r = 0; r < count; ++r) {
+          for (std::size_t c = 0; c < T::kColumns; ++c) {
+            if (tile.sums[r][c] > least[c]) {
+              candidates.add(p * T::kColumns + c, tile.sums[r][c],
+                             static_cast<std::int64_t>(first_row + i + r));
+            }
           }
         }
       }
     }
+    const std::lock_guard<std::mutex> lock(group_mutex[own.group]);
+    candidates.merge(&scores[first * k], &index[first * k]);
   }
-  const std::lock_guard<std::mutex> lock(job.group_mutex[own.group]);
-  candidates.merge(job, first);
-}
 
-void targets_baseline(const TargetsJob& job, std::size_t unit) { score_owners<4>(job, unit); }
-void count_baseline(const CountJob& job, std::size_t unit) { count_unit<4>(job, unit); }
-void select_baseline(const SelectJob& job, std::size_t unit) { select_unit<4>(job, unit); }
-#ifdef CLSP_X86
-CLSP_TARGET_AVX2 void targets_avx2(const TargetsJob& job, std::size_t unit) {
-  score_owners<8>(job, unit);
-}
-CLSP_TARGET_AVX2 void count_avx2(const CountJob& job, std::size_t unit) {
-  count_unit<8>(job, unit);
-}
-CLSP_TARGET_AVX2 void select_avx2(const SelectJob& job, std::size_t unit) {
-  select_unit<8>(job, unit);
-}
-CLSP_TARGET_AVX512 void targets_avx512(const TargetsJob& job, std::size_t unit) {
-  score_owners<16>(job, unit);
-}
-CLSP_TARGET_AVX512 void count_avx512(const CountJob& job, std::size_t unit) {
-  count_unit<16>(job, unit);
-}
-CLSP_TARGET_AVX512 void select_avx512(const SelectJob& job, std::size_t unit) {
-  select_unit<16>(job, unit);
-}
-#endif
-
-struct Entry {
-  std::size_t columns;
-  void (*targets)(const TargetsJob&, std::size_t);
-  void (*count)(const CountJob&, std::size_t);
-  void (*select)(const SelectJob&, std::size_t);
+  void note_bad_row(std::size_t row) const {
+    const float* values = rows.row(row);
+    const auto finite = [](float x) { return std::isfinite(x); };
+    if (std::all_of(values, values + rows.depth, finite)) return;  // the score is too large
+    std::size_t known = bad_row.load();
+    while (row < known && !bad_row.compare_exchange_weak(known, row)) {
+    }
+  }
 };
-
-Entry entry(Isa isa) {
-#ifdef CLSP_X86
-  if (isa == Isa::kAvx512) {
-    return {Tile<16>::kColumns, targets_avx512, count_avx512, select_avx512};
-  }
-  if (isa == Isa::kAvx2) return {Tile<8>::kColumns, targets_avx2, count_avx2, select_avx2};
-#endif
-  (void)isa;
-  return {Tile<4>::kColumns, targets_baseline, count_baseline, select_baseline};
-}
 
 }  // namespace
 
-void rank_targets(const Matrix& audio, const Matrix& text, Span<const std::int32_t> owner,
-                  Span<float> text_score, Span<float> audio_score, Span<std::int32_t> audio_index,
-                  int threads, Isa isa) {
-  const Entry own = entry(isa);
+void rank_targets(const Matrix<float>& audio, const Matrix<float>& text,
+                  Span<const std::int32_t> owner, Span<float> text_score, Span<float> audio_score,
+                  Span<std::int32_t> audio_index, int threads, Isa isa) {
   const auto known = [&](std::int32_t i) {
     return i >= 0 && static_cast<std::size_t>(i) < audio.rows;
   };
@@ -359,8 +344,8 @@ void rank_targets(const Matrix& audio, const Matrix& text, Span<const std::int32
     throw std::invalid_argument("owner must hold rows of audio");
   }
   const TargetsJob job{audio, text, owner, text_score};
-  for_each(divide_up(text.rows, own.columns), threads,
-           [&](std::size_t unit) { own.targets(job, unit); });
+  for_each(divide_up(text.rows, panel_columns(isa)), threads,
+           [&](std::size_t unit) { run(isa, job, unit); });
   std::fill(audio_score.begin(), audio_score.end(), kInfinity);
   std::fill(audio_index.begin(), audio_index.end(), -1);
   for (std::size_t j = 0; j < text.rows; ++j) {
@@ -372,29 +357,27 @@ void rank_targets(const Matrix& audio, const Matrix& text, Span<const std::int32
   }
 }
 
-void count_ahead(const Matrix& audio, const Matrix& text, std::size_t first_text,
+void count_ahead(const Matrix<float>& audio, const Matrix<float>& text, std::size_t first_text,
                  const Targets& audio_targets, const Targets& text_targets,
                  Span<std::int64_t> audio_ahead, Span<std::int64_t> text_ahead, int threads,
                  Isa isa) {
-  const Entry own = entry(isa);
-  const Grid grid(text.rows, audio.rows, text.depth, own.columns, threads);
+  const Grid grid(text.rows, audio.rows, text.depth, panel_columns(isa), threads);
   const CountJob job{audio,        text,        first_text, audio_targets,
                      text_targets, audio_ahead, text_ahead, grid};
-  for_each(grid.units(), threads, [&](std::size_t unit) { own.count(job, unit); });
+  for_each(grid.units(), threads, [&](std::size_t unit) { run(isa, job, unit); });
 }
 
-std::size_t update_best(const Matrix& queries, const Matrix& rows, std::size_t first_row,
-                        std::size_t k, Span<float> scores, Span<std::int64_t> index, int threads,
-                        Isa isa) {
-  const Entry own = entry(isa);
-  const Grid grid(queries.rows, rows.rows, rows.depth, own.columns, threads);
+std::size_t update_best(const Matrix<float>& queries, const Matrix<float>& rows,
+                        std::size_t first_row, std::size_t k, Span<float> scores,
+                        Span<std::int64_t> index, int threads, Isa isa) {
+  const Grid grid(queries.rows, rows.rows, rows.depth, panel_columns(isa), threads);
   std::vector<std::mutex> group_mutex(grid.groups);
   std::atomic<std::size_t> bad_row{kNoRow};
   std::vector<float> threshold(queries.rows);
   for (std::size_t q = 0; q < queries.rows; ++q) threshold[q] = scores[q * k + k - 1];
   const SelectJob job{queries, rows,      first_row, k,           scores,
                       index,   threshold, grid,      group_mutex, bad_row};
-  for_each(grid.units(), threads, [&](std::size_t unit) { own.select(job, unit); });
+  for_each(grid.units(), threads, [&](std::size_t unit) { run(isa, job, unit); });
   return bad_row.load();
 }
 

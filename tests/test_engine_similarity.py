@@ -56,7 +56,7 @@ def test_negatives(isa: str, m: int, n: int, depth: int, units_kept: int, kind: 
     out = np.full(m, math.nan, np.float32), np.full(len(column), math.nan, np.float32)
     units, tiles = min(units_kept, -(-m // UNIT_ROWS)), -(-n // TILE_COLUMNS)
     kept = np.full(units * UNIT_ROWS * tiles * TILE_COLUMNS, math.nan, np.float32)
-    given = (kind, audio, text, "float32", owner, scale, bias, out)
+    given = (kind, audio, text, owner, scale, bias, out)
     _C.sum_negatives(*given, kept, num_threads=THREADS, isa=isa)
     d_out = np.ones(m, np.float32), np.ones(len(column), np.float32)
     d_audio, d_text = np.full_like(audio, math.nan), np.full_like(text, math.nan)

@@ -182,6 +182,18 @@ def test_normalized_16_bit_rows_are_not_rounded_again() -> None:
     assert relative(contrastive_loss(audio, text, 20.0, normalize=True), dense) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_16_bit_embeddings_are_widened_exactly(dtype: torch.dtype, kind: str) -> None:
+    audio, text = (x.to(dtype) for x in (unit(30, 24), unit(30, 24)))
+    text[0, :3] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4, 100.0])
+    narrow = loss_and_grad(audio, text, 20.0, kind=kind)
+    wide = loss_and_grad(audio.float(), text.float(), 20.0, kind=kind)
+    for ours, theirs in zip(narrow[:4], wide[:4], strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
+    assert narrow.audio_MD.dtype == narrow.text_ND.dtype == dtype
+
+
 def test_small_hard_negative_losses_keep_their_digits() -> None:
     audio = torch.eye(8, dtype=torch.float64)
     text = torch.stack([audio, audio.roll(1, 0)], 1)

@@ -32,9 +32,8 @@ class Batch(NamedTuple):
 def make_batch(m: int, n: int, d: int, dtype: torch.dtype = torch.float64, scale: float = 9.0) -> Batch:
     """Owners may lie outside: those belong to other ranks' audio."""
     audio, text = (F.normalize(torch.randn(k, d, dtype=torch.float64), dim=1).to(dtype) for k in (m, n))
-    wide = torch.promote_types(dtype, torch.float32)
-    scalars = (torch.tensor(x, dtype=wide) for x in (scale, -1.5))
-    return Batch(audio, text, next(scalars), torch.randint(-2, m + 2, (n,)), next(scalars))
+    scale_, bias = (torch.tensor(x, dtype=dtype) for x in (scale, -1.5))
+    return Batch(audio, text, scale_, torch.randint(-2, m + 2, (n,)), bias)
 
 
 def dense_sums(batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
@@ -57,13 +56,14 @@ def run_engine(
 ) -> tuple[Tensor, ...]:
     """Row sums, column sums, and gradients by audio, text, scale and bias; all memory is NaN before."""
     audio, text, scale, owner, bias = batch
-    wide = torch.promote_types(audio.dtype, torch.float32)
-    kept = negatives._kept_logits(len(audio), len(text), audio.shape[1], workspace // wide.itemsize)
+    kept = negatives._kept_logits(len(audio), len(text), audio.shape[1], workspace // audio.itemsize)
     shapes = [(len(audio),), (len(text) if kind == "softmax" else 0,), (kept,), audio.shape, text.shape]
-    row, column, logits, d_audio, d_text = (torch.full(s, math.nan, dtype=wide).numpy() for s in shapes)
+    row, column, logits, d_audio, d_text = (
+        torch.full(s, math.nan, dtype=audio.dtype).numpy() for s in shapes
+    )
     arguments = negatives._engine_arguments(kind, audio, text, scale, owner, bias)
     _C.sum_negatives(*arguments, (row, column), logits, num_threads=threads, isa=isa)
-    d_out = tuple(x.to(wide).numpy() for x in d_sums)
+    d_out = tuple(x.numpy() for x in d_sums)
     d_scale, d_bias = _C.sum_negatives_backward(
         *arguments, (row, column), d_out, logits, d_audio, d_text, num_threads=threads, isa=isa
     )
@@ -92,9 +92,8 @@ def dense_gradients(batch: Batch, kind: str, d_sums: tuple[Tensor, Tensor]) -> I
 
 
 def random_gradients(batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
-    wide = batch.scale.dtype
-    columns = len(batch.text_ND) if kind == "softmax" else 0
-    return torch.rand(len(batch.audio_MD), dtype=wide), torch.rand(columns, dtype=wide)
+    dtype, columns = batch.audio_MD.dtype, len(batch.text_ND) if kind == "softmax" else 0
+    return torch.rand(len(batch.audio_MD), dtype=dtype), torch.rand(columns, dtype=dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -114,13 +113,10 @@ def test_sums_and_gradients_are_those_of_dense_logits(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 20.0, 200.0])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_single_precision_is_as_exact_as_its_logits(
-    isa: str, dtype: torch.dtype, scale: float, kind: str
-) -> None:
-    batch = make_batch(200, 450, 70, dtype, scale)
+def test_single_precision_is_as_exact_as_its_logits(isa: str, scale: float, kind: str) -> None:
+    batch = make_batch(200, 450, 70, torch.float32, scale)
     d_sums = random_gradients(batch, kind)
     row, column, *gradients = run_engine(batch, kind, d_sums, isa=isa)
     for ours, theirs in zip((row, column), dense_sums(batch, kind), strict=True):
@@ -153,7 +149,7 @@ def test_normalisers_beyond_the_range_of_an_exponential_alone(isa: str, scale: f
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 5), (4, 0), (0, 0)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_side_without_rows_has_no_negatives(m: int, n: int, dtype: torch.dtype) -> None:
     audio, text, scale, _, bias = leaves(make_batch(4, 5, 3, dtype))
     audio_MD, text_ND, owner_N = audio[:m], text[:n], torch.zeros(n, dtype=torch.int64)
@@ -190,32 +186,29 @@ def test_nan_comes_out() -> None:
     assert d_text[others].isnan().all()
 
 
-def test_half_precision_is_widened_exactly() -> None:
-    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
-    for dtype in (torch.float16, torch.bfloat16):
-        values = bits.view(dtype)
-        values = values[values.float().abs() < 1e30]
-        zeros = torch.zeros_like(values)  # s = 0, so that G = 1 and the gradient by text is the audio
-        batch = Batch(values[None], zeros[None], torch.tensor(1.0), torch.tensor([-1]), torch.tensor(0.0))
-        d_text = run_engine(batch, "softmax", (torch.ones(1), torch.zeros(1)))[3]
-        assert torch.equal(d_text[0], values.float())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_refuses_other_dtypes(dtype: torch.dtype) -> None:
+    audio, text, scale, owner, _ = make_batch(4, 5, 3, torch.float32)
+    for refused, sums in ((audio.to(dtype), negatives.negative_lse), (audio, negatives.negative_softplus)):
+        with pytest.raises(TypeError, match=r"must both be float32 or both float64, got .*torch\.\w+"):
+            sums(refused, text.to(dtype), scale, owner)
 
 
 def test_refuses_arrays_of_another_kind() -> None:
     batch = make_batch(4, 5, 3, torch.float32)
     good = list(negatives._engine_arguments("softmax", batch[0], batch[1], batch[2], batch[3], batch[4]))
     row, column, kept = (np.zeros(k, np.float32) for k in (4, 5, 0))
-    for place, bad, message in [
-        (0, "hinge", "unknown kind"),
-        (1, np.zeros((4, 3)), "must be of dtype float32"),
-        (1, np.zeros((4, 6), np.float32)[:, ::2], "C-contiguous"),
-        (1, np.zeros((0, 3), np.float32), "a row or more"),
-        (2, np.zeros((0, 3), np.float32), "a row or more"),
-        (2, np.zeros((5, 4), np.float32), "as many columns"),
-        (3, "int8", "unknown dtype"),
-        (4, np.zeros(4, np.int64), "owner has the wrong"),
+    for place, bad, error, message in [
+        (0, "hinge", ValueError, "unknown kind"),
+        (1, np.zeros((4, 3)), TypeError, "incompatible"),
+        (1, np.zeros((4, 3), np.float16), TypeError, "incompatible"),
+        (1, np.zeros((4, 6), np.float32)[:, ::2], TypeError, "incompatible"),
+        (1, np.zeros((0, 3), np.float32), ValueError, "a row or more"),
+        (2, np.zeros((0, 3), np.float32), ValueError, "a row or more"),
+        (2, np.zeros((5, 4), np.float32), ValueError, "as many columns"),
+        (3, np.zeros(4, np.int64), ValueError, "owner has the wrong"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             _C.sum_negatives(*good[:place], bad, *good[place + 1 :], (row, column), kept, num_threads=1)
     with pytest.raises(ValueError, match="row sums has the wrong"):
         _C.sum_negatives(*good, (row[:3], column), kept, num_threads=1)
@@ -226,7 +219,7 @@ def leaves(batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_operator_keeps_torchs_rules(kind: str, dtype: torch.dtype) -> None:
     # As many pairs as a unit of kept logits has places, so that none is left unwritten.
     arguments = (*leaves(make_batch(96, 384, 4, dtype)), kind, 96 * 384)
