@@ -16,7 +16,9 @@ namespace clsp_python {
 
 namespace py = pybind11;
 
-using FloatArray = py::array_t<float, py::array::c_style>;
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using FloatArray = Array<float>;
 
 // Throws ValueError for an instruction set that this machine does not have.
 clsp::Isa parse_isa(const std::string& name);
@@ -24,8 +26,8 @@ clsp::Isa parse_isa(const std::string& name);
 // The elements of a C-contiguous array of T, writable unless T is const.
 template <class T>
 clsp::Span<T> parse_vector(const py::array& array, std::size_t size, const char* name) {
-  using Array = py::array_t<std::remove_const_t<T>, py::array::c_style>;
-  if (!Array::check_(array) || static_cast<std::size_t>(array.size()) != size ||
+  if (!Array<std::remove_const_t<T>>::check_(array) ||
+      static_cast<std::size_t>(array.size()) != size ||
       (!std::is_const_v<T> && !array.writeable())) {
     throw py::value_error(std::string(name) + " has the wrong dtype, layout or size");
   }

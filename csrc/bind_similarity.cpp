@@ -1,6 +1,7 @@
 // Ranks, nearest neighbours, and sums over negative pairs.
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "bind.h"
 #include "contrastive.h"
@@ -8,9 +9,6 @@
 
 namespace clsp_python {
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
 
 template <class T>
 clsp::Matrix<T> parse_matrix(const Array<T>& array, const char* name) {
@@ -25,16 +23,17 @@ clsp::Matrix<T> parse_matrix(const Array<T>& array, const char* name) {
 }
 
 template <class T>
-void check_depth(const clsp::Matrix<T>& a, const clsp::Matrix<T>& b) {
-  if (a.depth != b.depth) throw py::value_error("matrices must have as many columns");
+std::pair<clsp::Matrix<T>, clsp::Matrix<T>> parse_matrices(const Array<T>& a, const char* a_name,
+                                                           const Array<T>& b, const char* b_name) {
+  const auto first = parse_matrix(a, a_name), second = parse_matrix(b, b_name);
+  if (first.depth != second.depth) throw py::value_error("matrices must have as many columns");
+  return {first, second};
 }
 
 py::tuple rank_targets(const FloatArray& audio_array, const FloatArray& text_array,
                        const py::array& owner_array, int num_threads, const std::string& isa_name) {
   const clsp::Isa isa = parse_isa(isa_name);
-  const auto audio = parse_matrix(audio_array, "audio");
-  const auto text = parse_matrix(text_array, "text");
-  check_depth(audio, text);
+  const auto [audio, text] = parse_matrices(audio_array, "audio", text_array, "text");
   const auto owner = parse_vector<const std::int32_t>(owner_array, text.rows, "owner");
   FloatArray text_score(text_array.shape(0)), audio_score(audio_array.shape(0));
   py::array_t<std::int32_t> audio_index(audio_array.shape(0));
@@ -53,9 +52,7 @@ void count_ahead(const FloatArray& audio_array, const FloatArray& text_array,
                  const py::tuple& text_targets, const py::array& audio_ahead,
                  const py::array& text_ahead, int num_threads, const std::string& isa_name) {
   const clsp::Isa isa = parse_isa(isa_name);
-  const auto audio = parse_matrix(audio_array, "audio");
-  const auto text = parse_matrix(text_array, "text");
-  check_depth(audio, text);
+  const auto [audio, text] = parse_matrices(audio_array, "audio", text_array, "text");
   const auto targets = [](const py::tuple& pair, std::size_t size, const char* name) {
     return clsp::Targets{parse_vector<const float>(pair[0].cast<py::array>(), size, name),
                          parse_vector<const std::int32_t>(pair[1].cast<py::array>(), size, name)};
@@ -75,9 +72,7 @@ std::optional<std::size_t> update_best(const FloatArray& query_array, const Floa
                                        const py::array& index, int num_threads,
                                        const std::string& isa_name) {
   const clsp::Isa isa = parse_isa(isa_name);
-  const auto queries = parse_matrix(query_array, "queries");
-  const auto rows = parse_matrix(row_array, "rows");
-  check_depth(queries, rows);
+  const auto [queries, rows] = parse_matrices(query_array, "queries", row_array, "rows");
   if (scores.ndim() != 2 || scores.shape(1) < 1) throw py::value_error("scores must be (Q, K)");
   const auto k = static_cast<std::size_t>(scores.shape(1));
   const std::size_t size = clsp::checked_multiply(queries.rows, k);
@@ -94,8 +89,7 @@ clsp::Negatives<T> parse_negatives(const std::string& kind, const Array<T>& audi
                                    const Array<T>& text_array, const py::array& owner, T scale,
                                    T bias, int num_threads, const std::string& isa) {
   if (kind != "softmax" && kind != "sigmoid") throw py::value_error("unknown kind '" + kind + "'");
-  const auto audio = parse_matrix(audio_array, "audio"), text = parse_matrix(text_array, "text");
-  check_depth(audio, text);
+  const auto [audio, text] = parse_matrices(audio_array, "audio", text_array, "text");
   if (audio.rows == 0 || text.rows == 0) throw py::value_error("matrices must have a row or more");
   return {kind == "softmax" ? clsp::NegativesKind::kSoftmax : clsp::NegativesKind::kSigmoid,
           audio,

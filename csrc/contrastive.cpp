@@ -33,7 +33,7 @@ struct Work {
       case Step::kPackText:
         return steps.pack_text(i * kUnit);
       case Step::kForward:
-        return steps.sum(i / units, i % units);
+        return steps.forward(i / units, i % units);
       case Step::kCombine:
         return steps.combine();
       case Step::kGradient:

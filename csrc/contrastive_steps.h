@@ -272,7 +272,7 @@ struct Steps {
     }
   }
 
-  CLSP_INLINE void sum(std::size_t tile, std::size_t unit) const {
+  CLSP_INLINE void forward(std::size_t tile, std::size_t unit) const {
     score(tile, unit);
     if (pass.pairs.kind == NegativesKind::kSoftmax) {
       log_sums(tile, unit);

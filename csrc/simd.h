@@ -250,15 +250,19 @@ CLSP_INLINE V log1p_unit(const V& x) {
   return log_positive(above) + (x - (above - 1.0f)) / above;
 }
 
+template <class V, class F>
+CLSP_INLINE V each_lane(V v, const F& f) {
+  for (std::size_t l = 0; l < sizeof v / sizeof v[0]; ++l) v[l] = f(v[l]);
+  return v;
+}
+
 // In double these serve checks of gradients, where speed does not matter.
 template <class V>
 CLSP_INLINE V exp_lanes(const V& x) {
   if constexpr (sizeof x[0] == sizeof(float)) {
     return exp_bounded(x);
   } else {
-    V y = x;
-    for (std::size_t l = 0; l < sizeof x / sizeof x[0]; ++l) y[l] = std::exp(x[l]);
-    return y;
+    return each_lane(x, [](double lane) { return std::exp(lane); });
   }
 }
 
@@ -267,9 +271,7 @@ CLSP_INLINE V log1p_lanes(const V& x) {
   if constexpr (sizeof x[0] == sizeof(float)) {
     return log1p_unit(x);
   } else {
-    V y = x;
-    for (std::size_t l = 0; l < sizeof x / sizeof x[0]; ++l) y[l] = std::log1p(x[l]);
-    return y;
+    return each_lane(x, [](double lane) { return std::log1p(lane); });
   }
 }
 
