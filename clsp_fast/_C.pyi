@@ -117,7 +117,7 @@ def sum_negatives_backward(
     num_threads: int,
     isa: str = "auto",
 ) -> tuple[float, float]:
-    """Fills d_audio and d_text; returns the gradients by scale and bias."""
+    """Fills d_audio and d_text, one of which may be empty; returns the gradients by scale and bias."""
 
 def resampled_size(samples: int, from_hz: int, to_hz: int) -> int: ...
 def frame_count(samples: int) -> int: ...

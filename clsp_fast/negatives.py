@@ -168,10 +168,23 @@ def _sum_negatives_backward(
     sums: list[Tensor],
     gradients: list[Tensor],
     kept: Tensor,
+    needs_audio: bool,
+    needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by audio, text, scale and bias, each in the dtype of its argument."""
+    """Gradients by audio, text, scale and bias, each in the dtype of its argument; none for an embedding that
+    needs none, whose product is left out."""
     by_input: tuple[Tensor, Tensor, Tensor, Tensor] = _make_gradients(
-        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, sums, gradients, kept
+        audio_MD,
+        text_ND,
+        logit_scale,
+        text_owner_N,
+        logit_bias,
+        kind,
+        sums,
+        gradients,
+        kept,
+        needs_audio,
+        needs_text,
     )
     d_audio_MD, d_text_ND, d_scale, d_bias = by_input
     if 0 in (len(audio_MD), len(text_ND)):
@@ -201,10 +214,13 @@ def _make_gradients(
     sums: list[Tensor],
     gradients: list[Tensor],
     kept: Tensor,
+    needs_audio: bool,
+    needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # The scale's gradient comes with one of the products.
     return (
-        audio_MD.new_empty(audio_MD.shape),
-        text_ND.new_empty(text_ND.shape),
+        audio_MD.new_empty(audio_MD.shape if needs_audio or not needs_text else 0),
+        text_ND.new_empty(text_ND.shape if needs_text else 0),
         logit_scale.new_empty(()),
         logit_bias.new_empty(()),
     )
@@ -222,9 +238,11 @@ def _backward(ctx: Any, d_row_M: Tensor | None, d_column_N: Tensor | None, _: Te
         torch.zeros_like(sums) if gradient is None else gradient
         for sums, gradient in ((row_M, d_row_M), (column_N, d_column_N))
     ]
+    needs = ctx.needs_input_grad[:2]
     by_audio, by_text, by_scale, by_bias = _sum_negatives_backward(
-        *inputs, ctx.kind, [row_M, column_N], gradients, kept
+        *inputs, ctx.kind, [row_M, column_N], gradients, kept, *needs
     )
+    by_audio, by_text = (x if need else None for x, need in zip((by_audio, by_text), needs, strict=True))
     return by_audio, by_text, by_scale, None, by_bias, None, None
 
 

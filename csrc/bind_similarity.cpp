@@ -108,6 +108,13 @@ clsp::PerRowAndColumn<U> parse_sums(const clsp::Negatives<T>& pairs, const py::t
           parse_vector<U>(sums[1].cast<py::array>(), both ? pairs.text.rows : 0, "column sums")};
 }
 
+// As many numbers as the matrix has, or none: null.
+template <class T>
+T* parse_gradient(const py::array& gradient, const Array<T>& matrix, const char* name) {
+  if (gradient.size() == 0) return nullptr;
+  return parse_vector<T>(gradient, static_cast<std::size_t>(matrix.size()), name).data();
+}
+
 template <class T>
 void sum_negatives(const std::string& kind, const Array<T>& audio, const Array<T>& text,
                    const py::array& owner, T scale, T bias, const py::tuple& out,
@@ -130,11 +137,14 @@ std::pair<double, double> sum_negatives_backward(const std::string& kind, const 
   const auto sums = parse_sums<T, const T>(pairs, out),
              d_sums = parse_sums<T, const T>(pairs, d_out);
   const auto logits = parse_vector<const T>(kept, static_cast<std::size_t>(kept.size()), "kept");
-  const auto rows = parse_vector<T>(d_audio, static_cast<std::size_t>(audio.size()), "d_audio");
-  const auto columns = parse_vector<T>(d_text, static_cast<std::size_t>(text.size()), "d_text");
+  T* const by_audio = parse_gradient<T>(d_audio, audio, "d_audio");
+  T* const by_text = parse_gradient<T>(d_text, text, "d_text");
+  if (by_audio == nullptr && by_text == nullptr) {
+    throw py::value_error("d_audio or d_text must have elements");
+  }
   const py::gil_scoped_release release;
   const clsp::ScalarGradients scalars =
-      clsp::sum_negatives_backward(pairs, sums, d_sums, logits, rows.data(), columns.data());
+      clsp::sum_negatives_backward(pairs, sums, d_sums, logits, by_audio, by_text);
   return {scalars.scale, scalars.bias};
 }
 

@@ -15,7 +15,7 @@ int threads_for(const Negatives<T>& pairs) {
   return products < kSmall ? 1 : pairs.threads;
 }
 
-enum class Step { kPackAudio, kPackText, kForward, kCombine, kGradient, kProducts };
+enum class Step { kPackAudio, kPackText, kForward, kCombine, kGradient, kToAudio, kToText };
 
 // A step with one unit of work.
 template <class T>
@@ -38,8 +38,10 @@ struct Work {
         return steps.combine();
       case Step::kGradient:
         return steps.gradient(i / units, i % units);
-      case Step::kProducts:
-        return i < units ? steps.add_to_audio(i) : steps.add_to_text((i - units) * kUnit);
+      case Step::kToAudio:
+        return steps.add_to_audio(i);
+      case Step::kToText:
+        return steps.add_to_text(i * kUnit);
     }
   }
 };
@@ -86,25 +88,21 @@ double dot(const T* a, const T* b, std::size_t size) {
   return sum;
 }
 
-// From products with G to gradients: times the scale, whose own gradient is returned.
+// From products with G to gradients: times the scale. Returns the sum of <matrix, product>.
 template <class T>
-double finish(const Pass<T>& pass) {
-  const Matrix<T>&audio = pass.pairs.audio, &text = pass.pairs.text;
-  const std::size_t depth = audio.depth, audio_units = divide_up(audio.rows, kUnit);
-  const T scale = pass.pairs.scale;
-  Buffer<double> dots(audio.rows);
-  for_each(audio_units + divide_up(text.rows, kUnit), threads_for(pass.pairs), [&](std::size_t i) {
-    const bool is_audio = i < audio_units;
-    const std::size_t first = (is_audio ? i : i - audio_units) * kUnit;
-    const std::size_t last = std::min(first + kUnit, is_audio ? audio.rows : text.rows);
-    T* const gradient = is_audio ? pass.d_audio : pass.d_text;
-    for (std::size_t row = first; is_audio && row < last; ++row) {
-      dots.data()[row] = dot(audio.row(row), gradient + row * depth, depth);
+double finish(const Negatives<T>& pairs, const Matrix<T>& matrix, T* gradient) {
+  const std::size_t depth = matrix.depth;
+  Buffer<double> dots(matrix.rows);
+  for_each(divide_up(matrix.rows, kUnit), threads_for(pairs), [&](std::size_t unit) {
+    const std::size_t first = unit * kUnit, last = std::min(first + kUnit, matrix.rows);
+    for (std::size_t row = first; row < last; ++row) {
+      dots.data()[row] = dot(matrix.row(row), gradient + row * depth, depth);
     }
+    const T scale = pairs.scale;
     std::for_each(gradient + first * depth, gradient + last * depth, [scale](T& x) { x *= scale; });
   });
   double sum = 0;
-  for (std::size_t row = 0; row < audio.rows; ++row) sum += dots.data()[row];
+  for (std::size_t row = 0; row < matrix.rows; ++row) sum += dots.data()[row];
   return sum;
 }
 
@@ -153,9 +151,14 @@ ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColum
         bias += scratch.gradient_sum[tile * kUnitsInPanel + unit];
       }
     }
-    take(pass, Step::kProducts, pass.units() + divide_up(pass.columns, kUnit));
+    if (d_audio != nullptr) take(pass, Step::kToAudio, pass.units());
+    if (d_text != nullptr) take(pass, Step::kToText, divide_up(pass.columns, kUnit));
   });
-  return {finish(pass), bias};
+  // By Euler either side tells the gradient by the scale.
+  double scale = 0;
+  if (d_text != nullptr) scale = finish(pairs, pairs.text, d_text);
+  if (d_audio != nullptr) scale = finish(pairs, pairs.audio, d_audio);
+  return {scale, bias};
 }
 
 template void sum_negatives(const Negatives<float>&, PerRowAndColumn<float>, Span<float>);

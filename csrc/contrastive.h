@@ -47,7 +47,8 @@ struct ScalarGradients {
   double scale, bias;
 };
 
-// Fills d_audio (M x D) and d_text (N x D). Logits that `kept` does not hold are computed again.
+// Fills d_audio (M x D) and d_text (N x D), one of which may be null: its product is left out.
+// Logits that `kept` does not hold are computed again.
 template <class T>
 ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColumn<const T> out,
                                        PerRowAndColumn<const T> d_out, Span<const T> kept,

@@ -85,10 +85,10 @@ struct Pass {
   T* kept;
   std::size_t kept_units;
   PerRowAndColumn<const T> out, d_out;  // backward only
-  T *d_audio, *d_text;
+  T *d_audio, *d_text;                  // null for what is not wanted; both in a forward pass
   std::size_t first_row = 0, rows = 0, first_column = 0, columns = 0;  // of the panel and block
 
-  bool backward() const { return d_audio != nullptr; }
+  bool backward() const { return d_audio != nullptr || d_text != nullptr; }
   std::size_t tiles() const { return divide_up(columns, kTile); }
   std::size_t units() const { return divide_up(rows, kUnit); }
   std::size_t rows_of(std::size_t unit) const { return std::min(kUnit, rows - unit * kUnit); }

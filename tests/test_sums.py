@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import sums
+from clsp_fast import negatives, sums
 from clsp_fast.gather import Shards
 from clsp_fast.kernels import contrastive
 from clsp_fast.loss import contrastive_loss, loss_and_grad
@@ -104,28 +104,40 @@ def test_normalise_is_that_of_torch() -> None:
     assert not sums.normalise(torch.zeros(2, 3), torch.float32).any()
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
 @pytest.mark.parametrize("frozen", ["audio", "text"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
 def test_a_frozen_tower_costs_no_product(
-    monkeypatch: pytest.MonkeyPatch, frozen: str, options: dict[str, float]
+    monkeypatch: pytest.MonkeyPatch, implementation: str, frozen: str, options: dict[str, float]
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    audio, text = unit(5, 16), unit(5, 16)
+    audio, text, scale = unit(5, 16), unit(5, 16), torch.tensor(10.0, requires_grad=True)
     learns = text if frozen == "audio" else audio
-    whole = loss_and_grad(audio, text, 10.0, **options)
+    whole = loss_and_grad(audio, text, scale, **options)
     learns.requires_grad_()
-    needs, products = [], contrastive.products
+    module, name = {
+        "cpu": (negatives, "_sum_negatives_backward"),
+        "triton": (contrastive, "products"),
+    }[implementation]
+    needs, compute = [], getattr(module, name)
 
     def spy(*arguments: object) -> tuple[Tensor, ...]:
         needs.append(arguments[-2:])
-        return products(*arguments)
+        return compute(*arguments)
 
-    monkeypatch.setattr(contrastive, "products", spy)
-    loss = contrastive_loss(audio, text, 10.0, implementation="triton", **options)
-    (gradient,) = torch.autograd.grad(loss, learns)
+    monkeypatch.setattr(module, name, spy)
+    loss = contrastive_loss(audio, text, scale, implementation=implementation, **options)
+    by_embedding, by_scale = torch.autograd.grad(loss, (learns, scale))
     assert needs == [(frozen == "text", frozen == "audio")]
     expected = whole.text_ND if frozen == "audio" else whole.audio_MD
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(by_embedding, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(by_scale, whole.logit_scale, rtol=1e-4, atol=1e-6)
+
+
+def test_the_scale_alone_may_learn() -> None:
+    audio, text, scale = unit(5, 16), unit(5, 16), torch.tensor(10.0, requires_grad=True)
+    (found,) = torch.autograd.grad(contrastive_loss(audio, text, scale), scale)
+    torch.testing.assert_close(found, loss_and_grad(audio, text, scale).logit_scale)
 
 
 def test_weights_of_any_finite_size_mean_their_shares() -> None:
