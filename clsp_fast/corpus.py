@@ -59,7 +59,9 @@ class Corpus:
         for name in ("validation", "test"):
             path: Path | None = getattr(config.data, name)
             if path is not None:
-                sets[name], _, left_out = usable(_read(path, config).clips, config.data)
+                read = _read(path, config)
+                read.warn()  # the note below has what there is to say of the training clips
+                sets[name], _, left_out = usable(read.clips, config.data)
                 if not sets[name]:
                     raise DataError(f"--data.{name} {path}: all clips are left out: {dict(left_out)}")
                 if left_out:

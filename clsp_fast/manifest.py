@@ -29,10 +29,28 @@ _KEYS = {
     "gender",
     "global_captions",
     "id",
+    "long_captions",
+    "short_captions",
     "speaker",
     "start_s",
     "tags",
 }
+_MEANT = {
+    "audio_file": "audio",
+    "audio_filepath": "audio",
+    "audio_path": "audio",
+    "begin": "start_s",
+    "caption": "captions",
+    "duration": "duration_s",
+    "file": "audio",
+    "offset": "start_s",
+    "path": "audio",
+    "start": "start_s",
+    "text": "captions",
+    "wav": "audio",
+}
+"""What others call some of these."""
+_MOST_SHOWN = 20
 _GLOBAL_KEYS = ("global_captions", "short_captions")
 AUDIO_SUFFIXES = frozenset(
     {
@@ -91,11 +109,33 @@ class Problem:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The clips of a file, in its order, and the lines that gave none."""
+    """The clips of a file, in its order, and what was not taken from it.
+
+    Attributes:
+        path: the file.
+        clips: of the good lines.
+        problems: the other lines.
+        unknown: keys that are not read, and in how many lines they are. They may be the user's own. Those of
+            lhotse's cuts are not counted: most of them have a purpose of their own.
+    """
 
     path: Path
     clips: list[Clip]
     problems: list[Problem]
+    unknown: Mapping[str, int] = field(default_factory=dict)
+
+    def warnings(self) -> list[str]:
+        """A line for each unknown key that looks like one that is read."""
+        return [
+            f'warning: {_counted(key, count)} is ignored; is it meant to be "{_meant(key)}"?'
+            for key, count in self.unknown.items()
+            if _meant(key)
+        ][:_MOST_SHOWN]
+
+    def warn(self) -> None:
+        """Prints the warnings on standard error."""
+        for line in self.warnings():
+            print(f"{self.path}: {line}", file=sys.stderr)
 
 
 def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
@@ -117,9 +157,10 @@ def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
     clips: list[Clip] = []
     problems: list[Problem] = []
     seen: dict[str, int] = {}
+    unknown: Counter[str] = Counter()
     for number, text in _lines(path):
         try:
-            clip = _clip(text, path.parent, f"{path.stem}-{number}", need_captions)
+            clip = _clip(text, path.parent, f"{path.stem}-{number}", need_captions, unknown)
             if clip.id in seen:
                 raise ValueError(f"id {clip.id!r} was used in line {seen[clip.id]} already")
         except (ValueError, RecursionError) as error:
@@ -133,7 +174,7 @@ def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
     if not clips:
         why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"
         raise ValueError(f"{path} holds no usable clip{why}")
-    return Manifest(path, clips, problems)
+    return Manifest(path, clips, problems, dict(unknown.most_common()))
 
 
 def sources(source: str, stream: TextIO = sys.stdin) -> tuple[list[Clip], list[Problem]]:
@@ -154,6 +195,7 @@ def sources(source: str, stream: TextIO = sys.stdin) -> tuple[list[Clip], list[P
     path = Path(source)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         found = read(path, need_captions=False)
+        found.warn()
         return found.clips, found.problems
     if source == "-":
         names = [line.rstrip("\n") for line in stream if line.strip()]
@@ -185,8 +227,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"manifest {path} cannot be read: {error}") from error
 
 
-def _clip(text: str, folder: Path, default_id: str, need_captions: bool) -> Clip:
-    """The clip of one line; ValueError says what is wrong with it."""
+def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown: Counter[str]) -> Clip:
+    """The clip of one line, whose unknown keys are counted; ValueError says what is wrong with it."""
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
@@ -195,12 +237,13 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool) -> Clip
         raise ValueError(f"a line must hold one JSON object, got {type(row).__name__}")
     if "recording" in row or str(row.get("type", "")).endswith("Cut"):
         return _lhotse_clip(row, folder, default_id, need_captions)
+    unknown.update(row.keys() - _KEYS)
     audio = row.get("audio")
     if not isinstance(audio, str) or not audio or not _is_text(audio):
         raise ValueError(f'"audio" must be a path{_nearest(row, "audio")}')
     captions = _captions(row)
     if need_captions and not any(captions):
-        raise ValueError(f"no captions{_nearest(row, 'finegrained_captions')}")
+        raise ValueError(f"no captions{_nearest(row, 'captions') or _nearest(row, 'finegrained_captions')}")
     tags = _tags(row.get("tags", {}))
     tags |= {key: str(row[key]) for key in ("speaker", "gender") if row.get(key) is not None}
     return Clip(
@@ -216,17 +259,15 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool) -> Clip
 
 
 def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_captions: bool) -> Clip:
-    """A MonoCut line: recording.sources[0], start, duration, channel, captions in the supervision's
-    custom."""
+    """A MonoCut line: the recording's source of the cut's channel, start, duration, captions in the
+    supervision's custom."""
     kind = row.get("type", "MonoCut")
     if kind not in ("MonoCut", "MultiCut"):
         raise ValueError(
             f"a lhotse {kind} has no single recording; save the cuts as MonoCuts (cuts.trim_to_...)"
         )
     recording = row.get("recording") or {}
-    sources = recording.get("sources")
-    if not sources or sources[0].get("type") != "file":
-        raise ValueError('recording.sources[0] must be of type "file"')
+    name, channel = _lhotse_source(recording.get("sources") or [{}], row.get("channel"))
     supervisions = row.get("supervisions") or [{}]
     if recording.get("transforms"):
         raise ValueError(
@@ -235,25 +276,43 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
     custom = dict(supervisions[0].get("custom") or {})
     captions = _captions(custom)
     text = supervisions[0].get("text")
-    if not captions.fine_captions and isinstance(text, str) and text.strip():
-        captions = Captions(captions.global_captions, (text.strip(),))
+    # Beside captions, a cut's text is what was said, and not how.
+    if not any(captions) and isinstance(text, str) and text.strip():
+        captions = Captions((), (text.strip(),))
     if need_captions and not any(captions):
         raise ValueError("no captions in supervisions[0].custom or supervisions[0].text")
-    name = sources[0]["source"]
     if not isinstance(name, str) or not name or not _is_text(name):
         raise ValueError(f"recording.sources[0].source must be a path, got {name!a}")
     source = folder / name
     tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}
     tags |= {key: value for key, value in custom.items() if isinstance(value, str)}
-    several = len(sources[0].get("channels") or [0]) > 1
     return Clip(
         id=_id(row.get("id"), default_id),
         audio=str(source) if source.exists() else name,
         start_s=_seconds(row, "start", 0.0),
         duration_s=_seconds(row, "duration", None),
-        channel=_channel(row.get("channel")) if several else None,
+        channel=channel,
         captions=captions,
         tags=tags,
+    )
+
+
+def _lhotse_source(sources: list[Mapping[str, Any]], wanted: object) -> tuple[Any, int | None]:
+    """The file that holds the cut's channel, and the channel's place in it; None: all that the file has.
+
+    lhotse numbers the channels of a recording, which may lie in several files; a MultiCut states a list.
+    """
+    cut = tuple(wanted) if isinstance(wanted, list) else (_channel(wanted),)
+    held = [tuple(source.get("channels") or (0,)) for source in sources]
+    for source, own in zip(sources, held, strict=True):
+        whole = cut == own or (cut == (None,) and len(sources) == 1)
+        if whole or (len(cut) == 1 and cut[0] in own):
+            if source.get("type") != "file":
+                raise ValueError(f'recording.sources must be of type "file", got {source.get("type")!a}')
+            return source["source"], None if whole else own.index(cut[0])
+    raise ValueError(
+        f'"channel" is {wanted!a}, and the files of recording.sources hold {[*map(list, held)]}: '
+        "a clip is one channel, or all of one file (MultiCut.to_mono splits a cut)"
     )
 
 
@@ -328,12 +387,24 @@ def _claims(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, s
 def _nearest(row: Mapping[str, Any], wanted: str) -> str:
     """A hint when an unknown key looks like the one that is missing."""
     unknown = [key for key in row if key not in _KEYS]
-    near = difflib.get_close_matches(wanted, unknown, n=1)
+    near = [key for key in unknown if _MEANT.get(key) == wanted]
+    near += difflib.get_close_matches(wanted, unknown, n=1)
     return f'; is "{near[0]}" meant to be "{wanted}"?' if near else ""
 
 
+def _meant(key: str) -> str:
+    """The key that an unknown one looks like; empty if it looks like none."""
+    near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85)
+    return _MEANT.get(key.lower(), near[0] if near else "")
+
+
+def _counted(key: str, count: int) -> str:
+    shown = f'"{key[:40]}"' if key.isprintable() else ascii(key[:40])
+    return f"{shown} in {count} line{'s' if count > 1 else ''}"
+
+
 def describe(manifest: Manifest) -> str:
-    """A few lines of figures: clips, hours, captions by kind, their lengths."""
+    """A few lines: clips, hours, captions by kind, their lengths, keys that are not read."""
     clips = manifest.clips
     known = [clip.duration_s for clip in clips if clip.duration_s is not None]
     kinds = Counter(
@@ -345,4 +416,8 @@ def describe(manifest: Manifest) -> str:
         lines.append(f"{sum(known) / 3600:.2f} h in the {len(known)} clips that state a duration")
     lines.append(f"{kinds['global']} clips with global captions, {kinds['fine']} with fine-grained ones")
     lines.append(f"{len(words)} captions of {words[0]} to {words[-1]} words, median {words[len(words) // 2]}")
+    lines += manifest.warnings()
+    others = [_counted(key, count) for key, count in manifest.unknown.items() if not _meant(key)]
+    if others:
+        lines.append(f"not read: {', '.join(others[:_MOST_SHOWN])}{', ...' if others[_MOST_SHOWN:] else ''}")
     return "\n".join(lines)

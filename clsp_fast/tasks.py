@@ -170,7 +170,9 @@ def clips_of(source: Path, layout: str) -> list[Clip]:
 
 
 def _manifest(source: Path) -> Iterator[Clip]:
-    yield from manifest.read(source, need_captions=False).clips
+    found = manifest.read(source, need_captions=False)
+    found.warn()
+    yield from found.clips
 
 
 _RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprised")

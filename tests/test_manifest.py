@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from clsp_fast import manifest
+from clsp_fast import audio, manifest
 from clsp_fast.captions import Captions
 
 
@@ -64,6 +64,8 @@ BAD = [
     ("[" * 100_000, ""),
     ({"captions": ["x"]}, '"audio" must be a path'),
     ({"audoi": "a.wav", "captions": ["x"]}, 'is "audoi" meant to be "audio"?'),
+    ({"audio_filepath": "a.wav", "captions": ["x"]}, 'is "audio_filepath" meant to be "audio"?'),
+    ({"audio": "a.wav", "text": "x"}, 'no captions; is "text" meant to be "captions"?'),
     ({"audio": "a.wav", "finegrained_caption": ["x"]}, 'meant to be "finegrained_captions"?'),
     ({"audio": "a.wav", "captions": [1]}, "list of strings"),
     ({"audio": "a.wav", "captions": ["x", " "]}, "empty caption"),
@@ -77,6 +79,22 @@ BAD = [
     ({"type": "MonoCut", "recording": {"sources": [{"type": "url"}]}}, 'type "file"'),
     ({"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}]}}, "no captions"),
     ({"type": "MonoCut", "recording": {"sources": {"type": "file"}}}, "form"),
+    (
+        {
+            "type": "MonoCut",
+            "channel": 2,
+            "recording": {"sources": [{"type": "file", "channels": [0, 1], "source": "a"}]},
+        },
+        '"channel" is 2, and the files of recording.sources hold [[0, 1]]',
+    ),
+    (
+        {
+            "type": "MultiCut",
+            "channel": [0, 1],
+            "recording": {"sources": [{"type": "file", "channels": [i], "source": "a"} for i in range(2)]},
+        },
+        "MultiCut.to_mono splits a cut",
+    ),
     (
         {"type": "MonoCut", "recording": {"sources": [{"type": "file"}]}, "supervisions": [{"text": "a"}]},
         "form",
@@ -163,19 +181,109 @@ def test_reads_what_lhotse_writes(tmp_path: Path, keys: tuple[str, str]) -> None
     assert clip.tags == {"speaker": "p9", "gender": "F", "emotion": "calm"}
 
 
-def test_the_text_of_a_cut_is_its_fine_caption(tmp_path: Path) -> None:
-    row = {
+def cut(*sources: tuple[list[int], str], channel: object = 0, **supervision: object) -> dict[str, object]:
+    """A cut of a recording whose channels lie in these files."""
+    files = [{"type": "file", "channels": channels, "source": name} for channels, name in sources]
+    return {
         "type": "MonoCut",
         "id": "c",
         "start": 0,
         "duration": 1,
-        "channel": 0,
-        "recording": {"id": "r", "sources": [{"type": "file", "channels": [0], "source": "r.wav"}]},
-        "supervisions": [{"id": "s", "text": "He whispers."}],
+        "channel": channel,
+        "recording": {"id": "r", "sources": files},
+        "supervisions": [{"id": "s", "text": "He whispers."} | supervision],
     }
-    (clip,) = manifest.read(write(tmp_path, row)).clips
-    assert clip.captions == Captions((), ("He whispers.",))
+
+
+@pytest.mark.parametrize(
+    ("custom", "expected"),
+    [
+        ({}, Captions((), ("He whispers.",))),
+        ({"short_captions": ["A man."]}, Captions(("A man.",), ())),
+        ({"global_captions": ["A man."]}, Captions(("A man.",), ())),
+        ({"long_captions": ["A man, hoarse."]}, Captions((), ("A man, hoarse.",))),
+    ],
+)
+def test_the_text_of_a_cut_is_its_caption_only_where_it_has_no_other(
+    tmp_path: Path, custom: dict[str, object], expected: Captions
+) -> None:
+    (clip,) = manifest.read(write(tmp_path, cut(([0], "r.wav"), custom=custom))).clips
+    assert clip.captions == expected
     assert clip.channel is None
+
+
+APART = (([0], "ch0.wav"), ([1], "ch1.wav"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "channel", "expected"),
+    [
+        (APART, 0, ("ch0.wav", None)),
+        (APART, 1, ("ch1.wav", None)),
+        ((([0], "a.wav"), ([3, 1], "b.wav")), 1, ("b.wav", 1)),
+        ((([0, 1], "a.wav"),), 1, ("a.wav", 1)),
+        ((([0, 1], "a.wav"),), [0, 1], ("a.wav", None)),
+        ((([0, 1], "a.wav"),), [1], ("a.wav", 1)),
+    ],
+)
+def test_a_cut_is_read_from_the_file_of_its_channel(
+    tmp_path: Path, sources: tuple[tuple[list[int], str]], channel: object, expected: tuple[str, int | None]
+) -> None:
+    (clip,) = manifest.read(write(tmp_path, cut(*sources, channel=channel))).clips
+    assert (clip.audio, clip.channel) == expected
+
+
+def test_the_channel_of_a_cut_is_the_one_that_lhotse_reads(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 16000)).astype(np.float32)
+    for name, own in (("a.wav", samples[:1]), ("b.wav", samples[1:3]), ("c.wav", samples[3:])):
+        soundfile.write(tmp_path / name, own.T, 16000, subtype="FLOAT")
+    sources = [
+        lhotse.audio.AudioSource("file", channels, str(tmp_path / name))
+        for channels, name in (([0], "a.wav"), ([1, 2], "b.wav"), ([3], "c.wav"))
+    ]
+    recording = lhotse.Recording("r", sources, 16000, 16000, 1.0, channel_ids=[0, 1, 2, 3])
+    supervision = lhotse.SupervisionSegment("s", "r", 0, 1, text="He whispers.")
+    cuts = [
+        lhotse.MonoCut(f"c{i}", 0, 1, channel=i, recording=recording, supervisions=[supervision])
+        for i in range(4)
+    ]
+    lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    for theirs, clip in zip(cuts, manifest.read(tmp_path / "cuts.jsonl.gz").clips, strict=True):
+        np.testing.assert_array_equal(audio.load(clip.audio, channel=clip.channel), theirs.load_audio()[0])
+
+
+@pytest.mark.parametrize("key", ["duration", "offset", "audio_filepath", "text", "caption", "speeker"])
+def test_a_key_that_looks_like_another_is_named(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meant = {"duration": "duration_s", "offset": "start_s", "audio_filepath": "audio", "speeker": "speaker"}
+    path = write(tmp_path, GOOD | {key: 3}, GOOD | {"id": "b", key: 1}, GOOD | {"id": "d"})
+    found = manifest.read(path)
+    assert (len(found.clips), found.problems) == (3, [])
+    warning = f'warning: "{key}" in 2 lines is ignored; is it meant to be "{meant.get(key, "captions")}"?'
+    assert found.warnings() == [warning]
+    assert warning in manifest.describe(found).splitlines()
+    manifest.sources(str(path))
+    assert capsys.readouterr().err == f"{path}: {warning}\n"
+
+
+def test_keys_of_the_users_own_are_counted_and_no_more(tmp_path: Path) -> None:
+    own = {"emotion": "calm", "\x1b[2J": 1, "\ud83d": 2}
+    found = manifest.read(
+        write(tmp_path, GOOD | own, {"id": "b", "emotion": 2, "audio": "a", "captions": "x"})
+    )
+    assert (len(found.clips), found.problems, found.warnings()) == (2, [], [])
+    last = manifest.describe(found).splitlines()[-1]
+    assert last.startswith('not read: "emotion" in 2 lines, ')
+    assert "'\\x1b[2J' in 1 line" in last
+    last.encode()
+
+
+def test_every_key_that_is_read_is_known(tmp_path: Path) -> None:
+    row = {"audio": "a.wav", "short_captions": ["A man."], "long_captions": ["A man, hoarse."]}
+    found = manifest.read(write(tmp_path, GOOD, row))
+    assert found.clips[1].captions == Captions(("A man.",), ("A man, hoarse.",))
+    assert found.unknown == {}
 
 
 def test_describe_counts(tmp_path: Path) -> None:
