@@ -402,6 +402,9 @@ class CLSP(nn.Module):
         config, tokenizer = folder.read_config(path), folder.read_tokenizer(path)
         with torch.device("meta"):
             model = cls(config, tokenizer)
+        # Loading looks at the property of that name, and for an exponential on the meta device torch would
+        # import its compiler.
+        model._parameters["logit_scale"] = nn.Parameter(torch.zeros(()))
         model.load_state_dict(folder.read_weights(path, model.state_dict()), strict=True, assign=True)
         return model.to(device=device, dtype=dtype).eval()
 

@@ -22,14 +22,21 @@ _LEAST_SAVED_TOKENS = 1024
 """Padding that costs less than the launches of another call."""
 
 
+def _table(rows: int, channels: int) -> nn.Embedding:
+    """An embedding; on the meta device without initial values, for which torch would import its compiler,
+    and that takes longer than reading a small model."""
+    weight = torch.empty(rows, channels)
+    return nn.Embedding(rows, channels, _weight=weight if weight.is_meta else None)
+
+
 class Embeddings(nn.Module):
     """Sum of token, position and type embeddings, LayerNorm, dropout."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.word_embeddings = _table(config.vocab_size, config.hidden_size)
+        self.position_embeddings = _table(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = _table(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
         self.pad = config.pad_token_id

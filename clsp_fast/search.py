@@ -223,9 +223,7 @@ def _hits(found: Embeddings, scores: list[float], numbers: list[int]) -> list[Hi
         if number < 0:  # faiss found fewer
             continue
         shard, row = divmod(number, found.header.shard_rows)
-        line = next((line for line in found.lines(shard) if line.get("row") == row), None)
-        if line is None:
-            raise ValueError(f"index.jsonl has no line for row {row} of shard {shard}")
+        line = found.line(shard, row)
         where = (line.get("start_s", 0.0), line.get("duration_s"), line.get("channel"))
         hits.append(Hit(score, line["id"], line["audio"], *where))
     return hits

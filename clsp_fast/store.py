@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import safetensors.numpy
@@ -25,6 +25,7 @@ FORMAT = "clsp_fast embeddings"
 LONGEST_LINE = 2**20
 """Most bytes of a line of the index."""
 _LONGEST_HEADER = 2**16
+_BLOCK = 2**24
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
 
 
@@ -107,19 +108,32 @@ class Embeddings:
                 self.header = EmbeddingHeader.from_line(file.readline(LONGEST_LINE))
             except ValueError as error:
                 raise ValueError(f"{self._index}, line 1: {error}") from error
-            self._offsets: list[int] = []
-            self.clips, at = 0, file.tell()
-            while line := file.readline(LONGEST_LINE):
-                if not line.endswith(b"\n"):
-                    raise ValueError(
-                        f"{self._index}, line {self.clips + 2}: cut short or over {LONGEST_LINE} bytes"
-                    )
-                if self.clips % self.header.shard_rows == 0:
-                    self._offsets.append(at)
-                self.clips, at = self.clips + 1, at + len(line)
+            self.clips, self._offsets = self._find_lines(file, file.tell())
         self.shards = [
             read_shard(self.header.shard(folder, number), self.header) for number in range(len(self._offsets))
         ]
+
+    def _find_lines(self, file: BinaryIO, at: int) -> tuple[int, list[int]]:
+        """How many lines follow, and where those of each shard begin; `at` is where the first does."""
+        count, offsets = 0, list[int]()
+        start = position = at
+        while block := file.read(_BLOCK):
+            ends = position + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+            starts = np.concatenate([[start], ends])
+            long = np.flatnonzero(np.diff(starts) > LONGEST_LINE)
+            if len(long):
+                self._refuse_line(count + int(long[0]))
+            # A shard begins with every shard_rows-th line; the last start is the next block's first.
+            offsets += starts[:-1][-count % self.header.shard_rows :: self.header.shard_rows].tolist()
+            count, start, position = count + len(ends), int(starts[-1]), position + len(block)
+            if position - start > LONGEST_LINE:
+                self._refuse_line(count)
+        if position > start:
+            self._refuse_line(count)
+        return count, offsets
+
+    def _refuse_line(self, clip: int) -> NoReturn:
+        raise ValueError(f"{self._index}, line {clip + 2}: cut short or over {LONGEST_LINE} bytes")
 
     def __len__(self) -> int:
         """Embeddings, without the recordings that failed."""
@@ -127,17 +141,30 @@ class Embeddings:
 
     def lines(self, shard: int) -> list[dict[str, Any]]:
         """The index's lines of a shard; ValueError names a damaged one."""
+        return [self._record(shard, number, text) for number, text in enumerate(self._texts(shard))]
+
+    def line(self, shard: int, row: int) -> dict[str, Any]:
+        """The index's line of an embedding; ValueError if there is none, or one met on the way is damaged."""
+        texts = self._texts(shard)
+        # Only lines without an embedding put a row's line behind the place of its number.
+        for number in (*range(row, len(texts)), *range(min(row, len(texts)))):
+            record = self._record(shard, number, texts[number])
+            if record.get("row") == row:
+                return record
+        raise ValueError(f"{self._index} has no line for row {row} of shard {shard}")
+
+    def _texts(self, shard: int) -> list[bytes]:
         rows = self.header.shard_rows
         with self._index.open("rb") as file:
             file.seek(self._offsets[shard])
-            texts = [file.readline(LONGEST_LINE) for _ in range(min(rows, self.clips - shard * rows))]
-        found = []
-        for number, text in enumerate(texts, shard * rows + 2):
-            try:
-                found.append(check_record(parse_object(text), shard, len(self.shards[shard])))
-            except ValueError as error:
-                raise ValueError(f"{self._index}, line {number}: {error}") from error
-        return found
+            return [file.readline(LONGEST_LINE) for _ in range(min(rows, self.clips - shard * rows))]
+
+    def _record(self, shard: int, number: int, text: bytes) -> dict[str, Any]:
+        try:
+            return check_record(parse_object(text), shard, len(self.shards[shard]))
+        except ValueError as error:
+            line = shard * self.header.shard_rows + number + 2
+            raise ValueError(f"{self._index}, line {line}: {error}") from error
 
 
 def check_record(record: dict[str, Any], shard: int, rows: int) -> dict[str, Any]:

@@ -159,6 +159,17 @@ def test_importing_is_cheap() -> None:
     assert min(float(seconds) for seconds, *_ in told) < 0.3
 
 
+def test_using_a_saved_model_does_not_import_the_compiler(model_folder: Path) -> None:
+    # It takes more than a second, which is more than everything else that a search of one sentence does.
+    code = (
+        "import sys, numpy, clsp_fast; model = clsp_fast.CLSP.from_pretrained(sys.argv[1]);"
+        "model.encode_text(['A calm voice.']); model.encode_audio([numpy.ones(16000, 'f4')]);"
+        "print(*{'torch._dynamo', 'triton', 'torch._inductor'} & set(sys.modules))"
+    )
+    run = [sys.executable, "-c", code, str(model_folder)]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "\n"
+
+
 def functions(tree: ast.AST) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 

@@ -62,6 +62,50 @@ def test_an_empty_shard_is_allowed(tmp_path: Path) -> None:
     assert store.read_shard(header.shard(tmp_path, 0), header).shape == (0, 4)
 
 
+@pytest.mark.parametrize("block", [1, 7, 60, 250, 10_000])
+def test_lines_are_found_whatever_the_blocks_they_are_read_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    write(tmp_path)
+    monkeypatch.setattr(store, "_BLOCK", block)
+    found = Embeddings(tmp_path)
+    assert found.clips == 7
+    assert [[line["id"] for line in found.lines(shard)] for shard in (0, 1)] == [
+        ["c0", "c1", "c2", "c3"],
+        ["c4", "c5", "c6"],
+    ]
+    monkeypatch.setattr(store, "LONGEST_LINE", 40)
+    with (
+        (tmp_path / "index.jsonl").open("rb") as file,
+        pytest.raises(ValueError, match="line 2: cut short or over 40 bytes"),
+    ):
+        found._find_lines(file, 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "_BLOCK", block)
+    with (tmp_path / "index.jsonl").open("a") as file:
+        file.write('{"id": "c7"')
+    with pytest.raises(ValueError, match="line 9: cut short"):
+        Embeddings(tmp_path)
+
+
+def test_an_embeddings_line_is_found_without_reading_those_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    found, read = Embeddings(tmp_path), []
+    whole = store.parse_object
+    monkeypatch.setattr(store, "parse_object", lambda text: read.append(text) or whole(text))
+    assert [found.line(0, row)["id"] for row in range(3)] == ["c0", "c2", "c3"]
+    assert [found.line(1, row)["id"] for row in range(3)] == ["c4", "c5", "c6"]
+    assert len(read) == 8
+    record(shard=0, row=2)(tmp_path)
+    assert Embeddings(tmp_path).line(0, 2)["id"] == "c3"
+    with pytest.raises(ValueError, match="no line for row 0 of shard 0"):
+        Embeddings(tmp_path).line(0, 0)
+    damaged_line(4, '{"id": "c3", "audio": "3.wav", "error": "open"}')(tmp_path)
+    assert Embeddings(tmp_path).line(0, 2)["id"] == "a"
+
+
 def damaged_line(number: int, text: str) -> Any:
     def damage(folder: Path) -> None:
         lines = (folder / "index.jsonl").read_text().splitlines()
