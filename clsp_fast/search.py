@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,10 +29,11 @@ from clsp_fast.checkpoint import Place, write_text
 from clsp_fast.config import EncodeConfig
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
-from clsp_fast.store import Embeddings
+from clsp_fast.store import Embeddings, parse_object
 
 _PLAYED_S = 30
 _TRAINED_ON = 2**18
+_FIX = "; remove it, and the same command builds it again, or give another --index-file"
 
 _STYLE = """body{font:16px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}
 h2{border-top:1px solid #ccc;padding-top:1em}li{margin:.7em 0}audio{display:block;width:100%;margin:.2em 0}
@@ -54,8 +55,9 @@ class SearchConfig(EncodeConfig):
     index: str = "exact"
     """"exact", or "faiss:" and a factory string, such as faiss:HNSW32 (needs the extra [faiss])."""
     index_file: Path | None = None
-    """Where the index of faiss is kept: read if it exists, otherwise built and written. None: built anew. It
-    must be a file that you trust: faiss does not check what it reads."""
+    """Where the index of faiss is kept: read if it exists, otherwise built and written, with a file .json
+    beside it that says what it was built of. None: built anew. It must be a file that you trust: faiss does
+    not check what it reads."""
     html: Path | None = None
     """Also write a page with players."""
     json: bool = False
@@ -179,8 +181,9 @@ def _faiss(
         import faiss
     except ImportError as error:
         raise ImportError("--index faiss:... needs the extra: pip install 'clsp_fast[faiss]'") from error
+    kept = None if file is None else _KeptIndex(file, factory, found)
     try:
-        if file is not None and file.exists():
+        if kept is not None and kept.exists():
             index = faiss.read_index(str(file))
         else:
             index = faiss.index_factory(found.header.dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -189,8 +192,8 @@ def _faiss(
                 index.train(_first_rows(found.shards, _TRAINED_ON))
             for shard in rows:
                 index.add(shard)
-            if file is not None:
-                faiss.write_index(index, str(file))
+            if kept is not None:
+                kept.write(lambda path: faiss.write_index(index, str(path)))
     except RuntimeError as error:
         where = factory if file is None else f"{factory}, {file}"
         raise ValueError(f"index: faiss refuses {where}: {str(error).splitlines()[-1]}") from error
@@ -204,6 +207,37 @@ def _faiss(
     shard_QK = np.searchsorted(counts, np.maximum(position_QK, 0), side="right") - 1
     number_QK = shard_QK * found.header.shard_rows + position_QK - counts[shard_QK]
     return torch.from_numpy(scores_QK), torch.from_numpy(np.where(position_QK < 0, -1, number_QK))
+
+
+class _KeptIndex:
+    """The file of an index, and the one beside it, `<file>.json`, that says what it was built of: an index
+    of other embeddings would give answers like any other."""
+
+    def __init__(self, file: Path, factory: str, found: Embeddings) -> None:
+        self._file, self._label = file, file.with_name(file.name + ".json")
+        self._own = {"factory": factory, "embeddings": found.digest()}
+
+    def exists(self) -> bool:
+        """Whether there is one; ValueError if it is not this folder's, or of another factory string."""
+        if not self._file.exists():
+            return False
+        try:
+            kept = parse_object(self._label.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self._label} does not say what {self._file.name} is of: {error}{_FIX}"
+            ) from error
+        if kept.get("embeddings") != self._own["embeddings"]:
+            raise ValueError(f"{self._file} was built of other embeddings than the folder has now{_FIX}")
+        if kept.get("factory") != self._own["factory"]:
+            was, now = kept.get("factory"), self._own["factory"]
+            raise ValueError(f"{self._file} was built as {was!a}, not {now!a}{_FIX}")
+        return True
+
+    def write(self, write_to: Callable[[Path], None]) -> None:
+        # In this order, since without the index a label claims nothing.
+        write_text(self._label, json.dumps(self._own) + "\n")
+        folder.replace_file(self._file, write_to)
 
 
 def _first_rows(shards: Sequence[NDArray[Any]], count: int) -> NDArray[np.float32]:

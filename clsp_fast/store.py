@@ -8,6 +8,7 @@ its embedding is, or "error" and "detail" where there is none. Line i belongs to
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -152,6 +153,17 @@ class Embeddings:
             if record.get("row") == row:
                 return record
         raise ValueError(f"{self._index} has no line for row {row} of shard {shard}")
+
+    def digest(self) -> str:
+        """SHA-256 of the index and of the first row of each shard: it changes with the model, the list, the
+        settings, and recordings that were replaced by others under the same names."""
+        digest = hashlib.sha256()
+        with self._index.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        for shard in self.shards:
+            digest.update(shard[:1].tobytes())
+        return digest.hexdigest()
 
     def _texts(self, shard: int) -> list[bytes]:
         rows = self.header.shard_rows

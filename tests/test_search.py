@@ -20,6 +20,7 @@ import soundfile
 import torch
 
 from clsp_fast import search as command
+from clsp_fast.config import MODEL_PRESETS
 from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
 from clsp_fast.search import Hit, Result, SearchConfig, page, search, table
@@ -100,6 +101,7 @@ def test_faiss_finds_the_same_when_it_is_exact(folder: Path, model_folder: Path,
     assert run(folder, model_folder, text=TEXTS, k=6, index="faiss:HNSW32")[0].hits
     with pytest.raises(ValueError, match="faiss refuses Nonsense99"):
         run(folder, model_folder, text=TEXTS, index="faiss:Nonsense99")
+    run(folder, model_folder, text=TEXTS, index="faiss:Flat", index_file=file)
     file.write_text("no index")
     with pytest.raises(ValueError, match=r"faiss refuses Flat, .*flat\.index"):
         run(folder, model_folder, text=TEXTS, index="faiss:Flat", index_file=file)
@@ -108,6 +110,41 @@ def test_faiss_finds_the_same_when_it_is_exact(folder: Path, model_folder: Path,
     faiss.write_index(faiss.IndexFlatIP(7), str(file))
     with pytest.raises(ValueError, match="is not the index of this folder"):
         run(folder, model_folder, text=TEXTS, index="faiss:Flat", index_file=file)
+
+
+def test_an_index_of_other_embeddings_is_refused(folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="the extra [faiss] is not installed")
+    file, source = tmp_path / "flat.index", str(folder.parent / "clips")
+    flat: dict[str, Any] = {"text": TEXTS, "index": "faiss:Flat", "index_file": file}
+    run(folder, model_folder, **flat)
+    again = r"remove it, and the same command builds it again, or give another --index-file"
+    with pytest.raises(ValueError, match=rf"flat\.index was built as 'Flat', not 'HNSW32'; {again}"):
+        run(folder, model_folder, **flat | {"index": "faiss:HNSW32"})
+
+    # The same list by a model of the same size: as many embeddings of as many dimensions.
+    torch.manual_seed(7)
+    model = CLSP(MODEL_PRESETS["tiny"], CLSP.from_pretrained(model_folder).tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    embed(EmbedConfig(source=source, out=tmp_path / "out", model=str(tmp_path / "model"), device="cpu"))
+    with pytest.raises(ValueError, match=rf"flat\.index was built of other embeddings .* now; {again}"):
+        run(tmp_path / "out", tmp_path / "model", **flat)
+
+    # The same model and list, but other recordings under these names.
+    replaced = tmp_path / "replaced"
+    shutil.copytree(folder, replaced)
+    run(replaced, model_folder, **flat)
+    rows = np.load(replaced / "shard-000002.npy")
+    np.save(replaced / "shard-000002.npy", rows[::-1])
+    with pytest.raises(ValueError, match="other embeddings"):
+        run(replaced, model_folder, **flat)
+
+    label = tmp_path / "flat.index.json"
+    for damage in (label.unlink, lambda: label.write_text("[]")):
+        damage()
+        with pytest.raises(ValueError, match=rf"flat\.index\.json does not say what .*{again}"):
+            run(folder, model_folder, **flat)
+    file.unlink()
+    assert run(folder, model_folder, **flat)[0].hits == run(folder, model_folder, **flat)[0].hits
 
 
 def test_an_index_is_trained_on_no_more_shards_than_it_needs() -> None:
