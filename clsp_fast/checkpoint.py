@@ -193,8 +193,12 @@ class Place:
 
     @classmethod
     @contextlib.contextmanager
-    def join(cls, device: str = "auto") -> Iterator[Place]:
+    def join(cls, device: str = "auto", *, wait_hours: float = 2.0) -> Iterator[Place]:
         """The place of this process: torchrun's environment if there is one, otherwise a world of one.
+
+        Args:
+            device: as in the configurations.
+            wait_hours: what a process waits for the others at most, wherever they meet.
 
         Raises:
             ValueError: the device does not exist.
@@ -206,9 +210,10 @@ class Place:
         if world == 1:
             yield cls(0, 1, where, None)
             return
-        # Others wait while the first rank makes a corpus or validates: the default of ten minutes is too
-        # short.
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        # Others wait while the first rank makes a corpus or validates: torch's ten minutes are too short.
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=wait_hours)
+        )
         try:
             yield cls(rank, world, where, dist.group.WORLD)
         finally:

@@ -44,6 +44,8 @@ class EmbedConfig(EncodeConfig):
     """What the embeddings are stored as."""
     shard_rows: int = 1024
     """Recordings a shard; what a crash costs at most."""
+    wait_hours: float = 168.0
+    """With several processes: hours that one which is done waits for the others at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +56,7 @@ class EmbedConfig(EncodeConfig):
             self.shard_format,
         )
         require(self.dtype in ("float32", "float16"), "dtype", '"float32" or "float16"', self.dtype)
+        require(0 < self.wait_hours <= 1e5, "wait_hours", "in (0, 100000]", self.wait_hours)
         require(1 <= self.shard_rows <= 2**20, "shard_rows", "in [1, 1048576]", self.shard_rows)
 
 
@@ -82,8 +85,12 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
     Raises:
         FileNotFoundError: no such model or source. ValueError: no recording, or the folder was begun with
         another model, other settings or another list. FolderInUse: another process writes the folder.
+        ConnectionError: another process of this run ended, or took too long.
     """
-    with Place.join(config.device) as place:
+    # The shares of a list take unlike times, and processes meet only at its end: a limit that suits training,
+    # whose processes meet in every step, would end the run when all but one have finished. Those that died
+    # are not what it is for: torchrun then ends the others.
+    with Place.join(config.device, wait_hours=config.wait_hours) as place:
         require(
             config.source != "-" or place.world == 1, "source", "a file or folder with several processes", "-"
         )
@@ -109,9 +116,19 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
             )
             for unit in own:
                 job.run(unit, model, config, progress)
-            place.gather(None)  # waits for the others
+            _await_others(place, config)
             failures = job.finish() if place.first else Counter()
             return EmbedResult(len(clips), place.gather(failures)[0], problems)
+
+
+def _await_others(place: Place, config: EmbedConfig) -> None:
+    try:
+        place.gather(None)
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"another process ended, or needed over {config.wait_hours:g} hours more than this one "
+            f"(--wait-hours); the same command goes on with what is left: {error}"
+        ) from error
 
 
 def _record(clip: Clip) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,7 +261,7 @@ def test_the_first_process_alone_says_what_is_left(
     make_clips(tmp_path / "clips", 4)
     (tmp_path / "out/.parts").mkdir(parents=True)
     place = Second(1, 2, torch.device("cpu"), None)
-    monkeypatch.setattr(command, "Place", SimpleNamespace(join=lambda device: nullcontext(place)))
+    monkeypatch.setattr(command, "Place", SimpleNamespace(join=lambda device, wait_hours: nullcontext(place)))
     run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=1)
     assert [part.name for part in (tmp_path / "out/.parts").iterdir()] == ["000003.jsonl"]
 
@@ -280,3 +281,33 @@ def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path, make_c
     assert (tmp_path / "one/index.jsonl").read_bytes() == (tmp_path / "two/index.jsonl").read_bytes()
     for a, b in zip(one.shards, two.shards, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_processes_wait_for_days_and_say_why_they_stop(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_clips(tmp_path / "clips", 2)
+    limits: list[float] = []
+
+    def init(backend: str, timeout: timedelta) -> None:
+        limits.append(timeout / timedelta(hours=1))
+        raise ConnectionError("no further")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for options, expected in (({}, 168), ({"wait_hours": 500.5}, 500.5)):
+        with pytest.raises(ConnectionError, match="no further"):
+            run(tmp_path / "clips", tmp_path / "out", model_folder, **options)
+        assert limits.pop() == expected
+    monkeypatch.undo()
+
+    def late(place: Place, value: object) -> list[object]:
+        if value is None:
+            raise RuntimeError("Timed out waiting 1000ms for recv operation to complete")
+        return [value]
+
+    monkeypatch.setattr(Place, "gather", late)
+    with pytest.raises(ConnectionError, match=r"over 0\.5 hours .*--wait-hours.*same command .*Timed out"):
+        run(tmp_path / "clips", tmp_path / "out", model_folder, wait_hours=0.5)
+    with pytest.raises(ValueError, match="wait_hours must be in"):
+        run(tmp_path / "clips", tmp_path / "out", model_folder, wait_hours=0)
