@@ -202,7 +202,8 @@ class TrainConfig:
     stage2_steps: int = 4_000
     """Steps with a global and a fine-grained caption, or two fine-grained ones; 0 skips the stage."""
     init: Path | None = None
-    """Folder of a saved model to start from; its configuration must be `model`."""
+    """Folder of a saved model to start from. Its configuration must be `model`, and is the default of the
+    command line's --model flags."""
     seed: int = 42
     """Everything random is a function of this, the step and the rank."""
     device: str = "auto"

@@ -76,7 +76,8 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f'expected "format": "{FORMAT}"')
+            hint = "; a run keeps its model in its folder model" if (folder / "model").is_dir() else ""
+            raise ValueError(f'expected "format": "{FORMAT}"{hint}')
         if content.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"format_version must be {FORMAT_VERSION}, got {content.get('format_version')!r}"

@@ -259,6 +259,15 @@ class ModelConfig:
         """Channels of the speech tower's output: the widest stack."""
         return max(stack.dim for stack in self.stacks)
 
+    def differences(self, other: ModelConfig) -> list[str]:
+        """What differs, field by field: "joint_dim is 256, not 512", where 512 is the other's."""
+        own, others = self._flat(), other._flat()
+        return [f"{key} is {own[key]}, not {others[key]}" for key in own if own[key] != others[key]]
+
+    def _flat(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return values | {f"text.{key}": value for key, value in values.pop("text").items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON stores them: tuples become lists, `text` a dictionary."""
         values = dataclasses.asdict(self)

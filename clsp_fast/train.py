@@ -7,7 +7,9 @@ resumes.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import difflib
 import json
 import math
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 
-from clsp_fast import checkpoint, evaluation, optim, similarity
+from clsp_fast import checkpoint, evaluation, folder, optim, similarity
 from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
@@ -197,7 +199,8 @@ def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:
         return CLSP(config.model, tokenizer=corpus.tokenizer)
     model = CLSP.from_pretrained(config.init)
     if model.config != config.model:
-        raise ValueError(f"the model in {config.init} has another configuration than --model")
+        differences = "; ".join(f"model.{line}" for line in config.model.differences(model.config))
+        raise ValueError(f"the model in --init {config.init} is another: {differences}; leave these out")
     model.tokenizer = corpus.tokenizer
     return model
 
@@ -362,7 +365,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration of a command line: a preset's name or a config.json first (default: tiny), then
-    flags.
+    flags. With --init the saved model's configuration stands in place of the preset's.
 
     Raises:
         SystemExit: an unknown preset, flag or key, with the nearest known name; a value out of range; --help.
@@ -371,9 +374,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
     words = list(arguments)
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
+    stated: Any = {}
     if name.endswith(".json"):
         try:
-            default = TrainConfig.from_dict(json.loads(Path(name).read_text()))
+            stated = json.loads(Path(name).read_text())
+            default = TrainConfig.from_dict(stated)
         except (OSError, ValueError, TypeError) as error:
             sys.exit(f"clsp_fast.train: {name}: {error}")
     elif name in TRAIN_PRESETS:
@@ -381,6 +386,16 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     else:
         near = difflib.get_close_matches(name, TRAIN_PRESETS, n=1, cutoff=0.0)[0]
         sys.exit(f"clsp_fast.train: no preset {name!r}; did you mean {near!r}? ({', '.join(TRAIN_PRESETS)})")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--init")
+    init = finder.parse_known_args(words)[0].init
+    if init is None and "model" not in stated:
+        init = default.init
+    if init not in (None, "None"):  # the second: how a flag says that there is none
+        try:
+            default = dataclasses.replace(default, model=folder.read_config(folder.resolve(init)))
+        except (OSError, ValueError) as error:
+            sys.exit(f"clsp_fast.train: --init: {error}")
     return tyro.cli(TrainConfig, default=default, args=words, prog="python -m clsp_fast.train")
 
 

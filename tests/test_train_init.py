@@ -1,0 +1,46 @@
+"""What --init does to the command line: the saved model brings its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clsp_fast import train
+from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS
+
+
+def test_a_saved_model_brings_its_configuration(model_folder: Path, tmp_path: Path) -> None:
+    saved = str(model_folder)
+    for words in (["small", "--init", saved], ["small", f"--init={saved}", "--model.joint-dim", "128"]):
+        made = train.parse(words)
+        assert (made.model, str(made.init)) == (MODEL_PRESETS["tiny"], saved)
+        assert made.stage1_steps == TRAIN_PRESETS["small"].stage1_steps
+    assert train.parse(["small", "--init", "None"]) == TRAIN_PRESETS["small"]
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"init": saved, "stage1_steps": 3}))
+    assert train.parse([str(file)]).model == MODEL_PRESETS["tiny"]
+    file.write_text(json.dumps({"init": saved, "model": {"joint_dim": 8}}))
+    assert train.parse([str(file)]).model.joint_dim == 8
+
+
+def test_what_contradicts_a_saved_model_is_named(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "captions": ["A man."]}\n')
+    words = ["small", "--init", str(model_folder), "--run", str(tmp_path / "run")]
+    words += ["--data.manifest", str(tmp_path / "m.jsonl")]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*words, "--model.joint-dim", "8", "--model.text.vocab-size", "400"])
+    expected = "model.joint_dim is 8, not 128; model.text.vocab_size is 400, not 1024; leave these out"
+    assert expected in str(stop.value.code)
+
+
+def test_an_init_that_is_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        SystemExit, match=r"--init: .*config\.json: .*a run keeps its model in its folder model"
+    ):
+        train.main(["--init", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--init: nowhere: no such folder"):
+        train.main(["--init", "nowhere"])
