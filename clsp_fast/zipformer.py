@@ -9,7 +9,7 @@ every downsampling repeats the clip's own last frame. With `alone=False` it gets
 the padded batch, where these two layers see the padding. Everywhere else padding is masked.
 
 Shape suffixes: N clips, T frames, F mel bins, C channels, H heads, D dimensions of a head, R = 2T-1 relative
-offsets, K kernel taps, 1 a broadcast dimension.
+offsets, K kernel taps or frames of a group, 1 a broadcast dimension.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from clsp_fast.config import ModelConfig, StackConfig
@@ -38,7 +39,7 @@ def _encode_offsets(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.
     compressed = root * offset.sign() * ((offset.abs() + root).log() - math.log(root))
     frequency = 1 + torch.arange(pos_dim // 2, device=device)
     angle = (compressed / (pos_dim / (2.0 * math.pi))).atan() * frequency
-    table = torch.stack([angle.cos(), angle.sin()], dim=2).flatten(1)
+    table = rearrange([angle.cos(), angle.sin()], "two r d -> r (d two)")
     table[:, -1] = 1.0
     return table
 
@@ -259,9 +260,9 @@ class Downsample(nn.Module):
         missing = factor - 1 if torch.compiler.is_exporting() else -frames % factor
         if missing:
             x = torch.cat([x, x[:, -1:].expand(clips, missing, channels)], dim=1)
-        groups = (frames + factor - 1) // factor
-        groups_NT1C = x[:, : groups * factor].reshape(clips, groups, factor, channels)
-        return (groups_NT1C * self.bias.softmax(0).to(x.dtype)[:, None]).sum(dim=2, dtype=x.dtype)
+        whole = (frames + factor - 1) // factor * factor
+        groups_NTKC = rearrange(x[:, :whole], "n (t k) c -> n t k c", k=factor)
+        return (groups_NTKC * self.bias.softmax(0).to(x.dtype)[:, None]).sum(dim=2, dtype=x.dtype)
 
 
 class DownsampledStack(nn.Module):

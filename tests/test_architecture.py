@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,15 @@ def test_kernels_import_only_torch_triton_and_each_other() -> None:
                 for name in names:
                     top = str(name).split(".")[0]
                     assert top in {"torch", "triton"} | sys.stdlib_module_names, f"{path.name}: {name}"
+
+
+def test_what_is_required_is_used() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    required = re.search(r"^dependencies = \[(.*?)^\]", project, re.M | re.S)
+    assert required is not None
+    names = set(re.findall(r'"([a-z]+)>=', required[1]))
+    assert len(names) >= 6
+    assert names <= set().union(*map(distributions, MODULES))
 
 
 def test_importing_is_cheap() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from clsp_fast.config import ModelConfig, StackConfig
@@ -50,7 +51,7 @@ def embed(w: Weights, x: Tensor) -> Tensor:
     branch = conv("convnext.depthwise_conv", x, padding=3, groups=x.shape[1])
     branch = swoosh_l(conv("convnext.pointwise_conv1", branch))
     x = x + conv("convnext.pointwise_conv2", branch)
-    x = x.permute(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+    x = rearrange(x, "n c t f -> n t (c f)")
     return norm(w, "encoder_embed.out_norm", linear(w, "encoder_embed.out", x))
 
 
@@ -64,24 +65,23 @@ def encoding(dim: int, offset: int) -> Tensor:
 
 
 def attention(w: Weights, pre: str, x: Tensor, pad: Tensor, stack: StackConfig, pos_dim: int) -> Tensor:
-    clips, frames, _ = x.shape
-    heads, dq, dp = stack.num_heads, stack.query_head_dim, stack.pos_head_dim
+    frames, heads, dq = x.shape[1], stack.num_heads, stack.query_head_dim
     z = linear(w, f"{pre}.in_proj", x)
-    q = z[..., : heads * dq].reshape(clips, frames, heads, dq)
-    k = z[..., heads * dq : 2 * heads * dq].reshape(clips, frames, heads, dq)
-    p = z[..., 2 * heads * dq :].reshape(clips, frames, heads, dp)
+    parts = z[..., : heads * dq], z[..., heads * dq : 2 * heads * dq], z[..., 2 * heads * dq :]
+    q, k, p = (rearrange(part, "n t (h d) -> n t h d", h=heads) for part in parts)
     score = torch.einsum("nihd,njhd->nhij", q, k)
     for offset in range(1 - frames, frames):
-        position = (w[f"{pre}.linear_pos.weight"] @ encoding(pos_dim, offset).to(x)).reshape(heads, dp)
+        position = w[f"{pre}.linear_pos.weight"] @ encoding(pos_dim, offset).to(x)
+        position = rearrange(position, "(h d) -> h d", h=heads)
         i = torch.arange(max(0, -offset), min(frames, frames - offset))
         score[:, :, i, i + offset] = score[:, :, i, i + offset] + (p[:, i] * position).sum(-1).transpose(1, 2)
     return torch.where(pad[:, None, None, :], -1000.0, score).softmax(-1)
 
 
 def self_attention(w: Weights, pre: str, x: Tensor, weights: Tensor) -> Tensor:
-    values = linear(w, f"{pre}.in_proj", x).reshape(*x.shape[:2], weights.shape[1], -1)
-    mixed = torch.einsum("nhij,njhd->nihd", weights, values).reshape(*x.shape[:2], -1)
-    return linear(w, f"{pre}.out_proj", mixed)
+    values = rearrange(linear(w, f"{pre}.in_proj", x), "n t (h d) -> n t h d", h=weights.shape[1])
+    mixed = torch.einsum("nhij,njhd->nihd", weights, values)
+    return linear(w, f"{pre}.out_proj", rearrange(mixed, "n t h d -> n t (h d)"))
 
 
 def nonlin_attention(w: Weights, pre: str, x: Tensor, weights: Tensor) -> Tensor:
