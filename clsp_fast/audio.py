@@ -261,11 +261,12 @@ def as_waveform(value: Any, name: str) -> Waveform:
 
 
 def default_num_threads() -> int:
-    """The CPUs this process may use, at most 16; 1 in a daemonic process such as a DataLoader worker."""
+    """This process's share of the CPUs, at most 16: those it may use, divided among the processes that
+    torchrun started on this machine; 1 in a daemonic process such as a DataLoader worker."""
     if multiprocessing.current_process().daemon:
         return 1
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cpus, 16)
+    return min(max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 16)
 
 
 def check_num_threads(num_threads: int | None) -> int:

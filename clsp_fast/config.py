@@ -68,7 +68,8 @@ class DataConfig:
     """Strength of log-mel augmentation (equaliser, noise floor, band limit): 0 none, 1 as the demo uses
     it."""
     threads: int = 0
-    """Threads that decode and extract features; 0: one for each core."""
+    """Threads that decode and extract features; 0: one for each core, at most 16; the ranks of a machine
+    share its cores."""
     prefetch: int = 4
     """Batches prepared ahead."""
     cache_mb: int = 1024

@@ -363,6 +363,15 @@ def test_workers_use_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert audio.default_num_threads() == 1
 
 
+def test_ranks_of_a_machine_share_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert audio.default_num_threads() == 16
+    for ranks, threads in ((2, 16), (8, 8), (100, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert audio.default_num_threads() == threads
+
+
 def test_files_are_closed() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
