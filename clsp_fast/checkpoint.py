@@ -16,6 +16,8 @@ import os
 import platform
 import resource
 import shutil
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 _TENSOR_FILES = ("model.safetensors", "optim.safetensors")
@@ -211,8 +215,14 @@ class Place:
             yield cls(0, 1, where, None)
             return
         # Others wait while the first rank makes a corpus or validates: torch's ten minutes are too short.
+        patience = timedelta(hours=wait_hours)
+        store, rank, world = next(rendezvous("env://", timeout=patience))
         dist.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=wait_hours)
+            "nccl" if where.type == "cuda" else "gloo",
+            store=_own_store(store, rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=patience,
         )
         try:
             yield cls(rank, world, where, dist.group.WORLD)
@@ -279,6 +289,31 @@ class Place:
         else:
             name = f"CPU, {torch.get_num_threads()} threads"
         return name if self.world == 1 else f"{self.world} processes, {name}"
+
+
+def _own_store(store: Store, rank: int, world: int) -> Store:
+    """The part of a store that only the processes started together write to.
+
+    torchrun restarts processes with the store of those before, where the dead ones' addresses still are: who
+    reads these instead of the new ones waits for a dead peer (pytorch/pytorch#135712). So every process gives
+    itself a name, and the first one tells each of the names that it finds where to meet; it goes on when all
+    have come, which only living ones do.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"clsp_fast/{rank}", own)
+        session = store.get(f"clsp_fast/{own}").decode()
+        store.add(f"{session}/come", 1)
+    else:
+        session, told = f"clsp_fast/{own}", set[bytes]()
+        while store.add(f"{session}/come", 0) < world - 1:
+            keys = [f"clsp_fast/{other}" for other in range(1, world)]
+            names = {store.get(key) for key in keys if store.check([key])}
+            for name in names - told:
+                store.set(f"clsp_fast/{name.decode()}", session)
+            told |= names
+            time.sleep(0.01)
+    return PrefixStore(session, store)
 
 
 def _device(name: str, world: int) -> torch.device:

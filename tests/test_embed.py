@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+from clsp_fast import checkpoint, manifest, store
 from clsp_fast import embed as command
-from clsp_fast import manifest, store
 from clsp_fast.checkpoint import FolderInUse, Place, exclusive
 from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
@@ -289,10 +289,15 @@ def test_processes_wait_for_days_and_say_why_they_stop(
     make_clips(tmp_path / "clips", 2)
     limits: list[float] = []
 
-    def init(backend: str, timeout: timedelta) -> None:
+    def meet(url: str, timeout: timedelta) -> Iterator[tuple[torch.distributed.Store, int, int]]:
         limits.append(timeout / timedelta(hours=1))
+        return iter([(torch.distributed.HashStore(), 0, 1)])
+
+    def init(backend: str, timeout: timedelta, **_: object) -> None:
+        assert timeout / timedelta(hours=1) == limits[-1]
         raise ConnectionError("no further")
 
+    monkeypatch.setattr(checkpoint, "rendezvous", meet)
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for options, expected in (({}, 168), ({"wait_hours": 500.5}, 500.5)):
