@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -305,7 +306,7 @@ def _seconds(clip: Clip, config: DataConfig) -> float:
 
 def _number(text: str) -> int:
     """A stable non-negative integer for a clip's id: Python's own hash differs from run to run."""
-    return int.from_bytes(text.encode()[-8:], "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def validate(manifest: Path, *, decode: bool = False) -> int:
