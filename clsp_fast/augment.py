@@ -40,7 +40,7 @@ def augment(features_BTF: Tensor, lengths_B: Tensor, *, strength: float, seed: t
     Returns:
         A new tensor of the same shape; padding frames are as they were.
     """
-    if strength == 0:
+    if strength == 0 or features_BTF.numel() == 0:
         return features_BTF
     x_BTF = features_BTF.numpy()
     batch, frames, bins = x_BTF.shape

@@ -247,13 +247,13 @@ class Place:
             dist.barrier(self.group)
         return make() if made is None else made
 
-    def any(self, here: bool) -> bool:
-        """Whether it holds on any rank."""
+    def any(self, *here: bool) -> list[bool]:
+        """Of each flag, whether it holds on any rank."""
         if self.group is None:
-            return here
-        flag = torch.tensor(int(here), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+            return list(here)
+        flags = torch.tensor(here, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in flags.tolist()]
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order; anything that can be pickled."""

@@ -75,8 +75,8 @@ class DataConfig:
     cache_mb: int = 1024
     """Features of clips already seen are kept in memory up to this many MiB; 0: never."""
     max_bad_share: float = 0.01
-    """Training stops, with the list, when more than this share of the clips (and more than 10) cannot be
-    read."""
+    """Training stops, with the list, when more than this share of the clips (and more than 10), over all
+    ranks, cannot be read."""
     demo_clips: int = 3000
     """Training clips of the demo corpus."""
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from clsp_fast import manifest as manifests
 from clsp_fast.audio import AudioLimits, Segment, default_num_threads
 from clsp_fast.augment import augment
 from clsp_fast.config import DataConfig
-from clsp_fast.features import PADDING_VALUE, FbankConfig, extract_files
+from clsp_fast.features import NUM_MEL_BINS, PADDING_VALUE, FbankConfig, extract_files
 from clsp_fast.manifest import Clip
 from clsp_fast.sampler import BatchPlan
 
@@ -46,13 +47,14 @@ class Batch:
 
     Attributes:
         step: step of the run.
-        ids: the B clips.
+        ids: the B clips; none where not one readable clip was found.
         features: float32 (B, T, 128), padded with log(1e-10).
         lengths: int64 (B,), frames.
         token_ids: int64 (N, L), N = B in stage 1 and 2 B in stage 2 (first captions, then second captions).
         attention_mask: int64 (N, L), 1 for tokens.
         text_owner: int64 (N,), the clip that each caption describes.
         seconds: audio in the batch, without padding.
+        bad: the clips that were to be in the batch and could not be read: id -> reason.
     """
 
     step: int
@@ -63,6 +65,7 @@ class Batch:
     attention_mask: Tensor
     text_owner: Tensor
     seconds: float
+    bad: dict[str, str] = field(default_factory=dict)
 
 
 class ClipFeatures:
@@ -123,13 +126,14 @@ class Loader:
         stage1_steps: steps before stage 2 begins.
         rank: this process.
         world: number of processes.
+        device: where the batches will go; for a CUDA device they are made in page-locked memory.
 
     Attributes:
         plan: clips of each step, a pure function.
         left_out: number of clips left out, by reason.
 
     Raises:
-        DataError: no clip is left, or too many cannot be read.
+        DataError: fewer clips than ranks are left.
     """
 
     def __init__(
@@ -142,6 +146,7 @@ class Loader:
         stage1_steps: int,
         rank: int = 0,
         world: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         self.clips, seconds, self.left_out = usable(clips, config)
         if len(self.clips) < world:
@@ -150,6 +155,7 @@ class Loader:
             )
         self._encode, self._config, self._seed = encode, config, seed
         self._stage1_steps, self._rank = stage1_steps, rank
+        self._pin = device is not None and device.type == "cuda"
         self._features = ClipFeatures(config)
         self.plan = BatchPlan(
             durations_s=np.array(seconds),
@@ -162,8 +168,27 @@ class Loader:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Clips that could not be read so far: id -> reason."""
+        """Clips that this rank could not read so far, prepared batches included: id -> reason."""
         return self._features.bad
+
+    def state(self) -> dict[str, Any]:
+        """What `resume` needs of the run so far; plain JSON values."""
+        return {"start": self.plan.start, "digest": self.plan.digest, "world": self.plan.world}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> bool:
+        """Goes on with step `step` of a run of which `state` was kept.
+
+        With another number of ranks, or after a change to clips or batches, the steps so far do not tell
+        which clips of the epoch are left: a new epoch begins.
+
+        Returns:
+            Whether a new epoch begins with this step.
+        """
+        anew = bool(state["digest"] != self.plan.digest)
+        start = step if anew else int(state["start"])
+        if start != self.plan.start:
+            self.plan = replace(self.plan, start=start)
+        return anew
 
     def batches(self, first_step: int, stop: int) -> Iterator[Batch]:
         """Batches of steps first_step .. stop-1, prepared ahead in a background thread."""
@@ -182,14 +207,14 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of one step."""
-        clips, features = self._read(step)
-        lengths_B = torch.tensor([len(values) for values in features])
+        clips, features, bad = self._read(step)
+        lengths_B = torch.tensor([len(values) for values in features], dtype=torch.int64)
         features_BTF = collate(features)
         seed = (self._seed, _STREAM_AUGMENT, step, self._rank)
         features_BTF = augment(features_BTF, lengths_B, strength=self._config.augment, seed=seed)
         texts = self._captions(clips, step)
         token_ids_NL, attention_mask_NL = self._encode([text for column in texts for text in column])
-        return Batch(
+        batch = Batch(
             step=step,
             ids=[clip.id for clip in clips],
             features=features_BTF,
@@ -198,7 +223,20 @@ class Loader:
             attention_mask=attention_mask_NL,
             text_owner=torch.arange(len(clips)).repeat(len(texts)),
             seconds=float(lengths_B.sum()) * 0.01,
+            bad=bad,
         )
+        return _page_locked(batch) if self._pin else batch
+
+    def check_bad(self, bad: Mapping[str, str]) -> None:
+        """DataError, with the list, if `bad`, the clips that no rank can read, are too many."""
+        if self._too_many(bad):
+            raise DataError(
+                f"{len(bad)} of {len(self.clips)} clips cannot be read, over data.max_bad_share "
+                f"{self._config.max_bad_share}; {bad_list(bad)}"
+            )
+
+    def _too_many(self, bad: Mapping[str, str]) -> bool:
+        return len(bad) > max(_FORGIVEN_CLIPS, self._config.max_bad_share * len(self.clips))
 
     def _captions(self, clips: Sequence[Clip], step: int) -> list[list[str]]:
         own, ids = [clip.captions for clip in clips], [_number(clip.id) for clip in clips]
@@ -206,43 +244,48 @@ class Loader:
             return caption_sampling.stage1(own, ids, seed=self._seed, step=step)
         return caption_sampling.stage2(own, ids, seed=self._seed, step=step - self._stage1_steps)
 
-    def _read(self, step: int) -> tuple[list[Clip], list[Tensor]]:
-        """Clips and features of a step; an unreadable clip gives its place to another, or leaves it empty."""
+    def _read(self, step: int) -> tuple[list[Clip], list[Tensor], dict[str, str]]:
+        """Clips, features and unreadable clips of a step; an unreadable one gives its place to another, or
+        leaves it empty."""
         ids = self.plan.batch(step, self._rank).tolist()
         taken = {int(i) for rank in range(self.plan.world) for i in self.plan.batch(step, rank)}
-        features = self._features.read([self.clips[i] for i in ids])
-        for slot, planned in enumerate(list(ids)):
-            for attempt in range(_SPARE_ATTEMPTS):
-                if features[slot] is not None:
+        good: list[tuple[Clip, Tensor]] = []
+        bad: dict[str, str] = {}
+        for planned, values in zip(ids, self._features.read([self.clips[i] for i in ids]), strict=True):
+            clip, attempt = self.clips[planned], 0
+            while values is None:
+                bad[clip.id] = self.bad[clip.id]
+                # Where one rank alone found too many, the run ends before this step is taken.
+                if attempt == _SPARE_ATTEMPTS or self._too_many(self.bad):
                     break
-                self._check_bad()
                 spare = self.plan.spare(step, self._rank, planned, attempt)
+                attempt += 1
                 if spare not in taken:
                     taken.add(spare)
-                    ids[slot] = spare
-                    features[slot] = self._features.read([self.clips[spare]])[0]
-        good = [
-            (self.clips[i], values) for i, values in zip(ids, features, strict=True) if values is not None
-        ]
-        if not good:
-            raise DataError(f"step {step}: not one readable clip was found; {self._bad_list()}")
-        return [clip for clip, _ in good], [values for _, values in good]
+                    clip = self.clips[spare]
+                    values = self._features.read([clip])[0]
+            else:
+                good.append((clip, values))
+        return [clip for clip, _ in good], [values for _, values in good], bad
 
-    def _check_bad(self) -> None:
-        # Each rank meets its share of the clips only.
-        if len(self.bad) * self.plan.world > max(
-            _FORGIVEN_CLIPS, self._config.max_bad_share * len(self.clips)
-        ):
-            raise DataError(
-                f"{len(self.bad)} of {len(self.clips)} clips cannot be read, over data.max_bad_share "
-                f"{self._config.max_bad_share}; {self._bad_list()}"
-            )
 
-    def _bad_list(self) -> str:
-        shown = [f"{clip_id} ({reason})" for clip_id, reason in sorted(self.bad.items())[:20]]
-        return (
-            f"{dict(Counter(self.bad.values()))}: {', '.join(shown)}{', ...' if len(self.bad) > 20 else ''}"
-        )
+def bad_list(bad: Mapping[str, str]) -> str:
+    """Unreadable clips by reason, and the first of them by name."""
+    shown = [f"{clip_id} ({reason})" for clip_id, reason in sorted(bad.items())[:20]]
+    return f"{dict(Counter(bad.values()))}: {', '.join(shown)}{', ...' if len(bad) > 20 else ''}"
+
+
+def _page_locked(batch: Batch) -> Batch:
+    """The batch where a card can fetch it while this process goes on.
+
+    Copied in numpy, for the reason that augment.py gives.
+    """
+    copies: dict[str, Any] = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            copies[name] = torch.empty_like(value, pin_memory=True)
+            np.copyto(copies[name].numpy(), value.numpy())
+    return replace(batch, **copies)
 
 
 def collate(features: Sequence[Tensor]) -> Tensor:
@@ -250,8 +293,8 @@ def collate(features: Sequence[Tensor]) -> Tensor:
 
     In numpy, for the reason that augment.py gives.
     """
-    longest = max(len(values) for values in features)
-    batch = np.full((len(features), longest, features[0].shape[1]), PADDING_VALUE, np.float32)
+    longest = max((len(values) for values in features), default=0)
+    batch = np.full((len(features), longest, NUM_MEL_BINS), PADDING_VALUE, np.float32)
     for row, values in zip(batch, features, strict=True):
         row[: len(values)] = values.numpy()
     return torch.from_numpy(batch)

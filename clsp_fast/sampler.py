@@ -5,7 +5,9 @@ A file of its own because it is pure arithmetic on durations; everything that to
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ class BatchPlan:
         buckets: quantiles of the durations.
         seed: seed of the run.
         world: number of ranks.
+        start: step with which the first epoch begins.
 
     Raises:
         ValueError: fewer clips than ranks.
@@ -40,6 +43,7 @@ class BatchPlan:
     buckets: int
     seed: int
     world: int = 1
+    start: int = 0
     bucket: Ids = field(init=False, repr=False)
     sizes: tuple[int, ...] = field(init=False, repr=False)
     _cuts: tuple[tuple[int, int], ...] = field(init=False, repr=False)
@@ -65,10 +69,18 @@ class BatchPlan:
         """Steps in which every clip is seen once; the same for all epochs."""
         return len(self._cuts)
 
+    @cached_property
+    def digest(self) -> str:
+        """Equal for plans that differ in `start` at most."""
+        known = hashlib.blake2b(self.bucket.data, digest_size=16)
+        known.update(repr((self.sizes, self.world, self.seed)).encode())
+        return known.hexdigest()
+
     def batch(self, step: int, rank: int = 0) -> Ids:
-        """Clip indices, int64, of this rank in step `step`, counted from the start of the run."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order, sequence = self._epoch(epoch)
+        """Clip indices, int64, of this rank in step `step` >= `start`, counted from the start of the run."""
+        epoch, within = divmod(step - self.start, self.steps_per_epoch)
+        # A plan that takes over has gone through fewer epochs than steps: this order is none of theirs.
+        order, sequence = self._epoch(self.start + epoch)
         start, stop = self._cuts[sequence[within]]
         return order[start:stop][rank :: self.world]
 

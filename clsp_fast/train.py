@@ -30,7 +30,7 @@ from clsp_fast import checkpoint, evaluation, folder, optim, similarity
 from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
-from clsp_fast.data import Batch, ClipFeatures, DataError, Loader
+from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
 from clsp_fast.log import RunLog, save_report
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP, ClspOutput
@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             claim(config)
         model = build_model(config, corpus).to(place.device)
         optimizer = optim.build(model, config.optim)
-        first_step, bad = resume(config, model, optimizer)
+        first_step, state = resume(config, model, optimizer)
         if len(set(place.gather(first_step))) > 1:
             raise ValueError(
                 f"the ranks see different checkpoints: --run {config.run} must be a shared folder"
@@ -100,7 +100,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         log = RunLog(config.run, first_step=first_step, tensorboard=config.tensorboard, active=place.first)
         with log:
             log.say(opening(config, corpus, model, place, first_step))
-            fit(config, corpus, model, optimizer, place, log, first_step, bad)
+            fit(config, corpus, model, optimizer, place, log, first_step, state)
             with optim.averaged(optimizer):
                 return finish(config, corpus, model, log) if place.first else {}
 
@@ -113,7 +113,7 @@ def fit(
     place: Place,
     log: RunLog,
     first_step: int,
-    bad: dict[str, str],
+    state: dict[str, Any],
 ) -> None:
     """The steps of both stages, from `first_step` on."""
     loader = Loader(
@@ -124,8 +124,16 @@ def fit(
         stage1_steps=config.stage1_steps,
         rank=place.rank,
         world=place.world,
+        device=place.device,
     )
+    bad: dict[str, str] = dict(state.get("bad", {}))
+    loader.check_bad(bad)
     loader.bad.update(bad)
+    if "loader" in state and loader.resume(first_step, state["loader"]):
+        log.say(
+            f"the batches are not those of the steps so far (ranks: {state['loader']['world']} then, "
+            f"{place.world} now): a new epoch begins after step {first_step}"
+        )
     log.record("start", first_step, left_out=dict(loader.left_out))
     log.say(f"{len(loader.clips)} clips; left out: {dict(loader.left_out) or 'none'}")
     total = config.stage1_steps + config.stage2_steps
@@ -135,12 +143,15 @@ def fit(
         waiting = time.perf_counter()
         for batch in loader.batches(first_step, total):
             waited_s, step = time.perf_counter() - waiting, batch.step
+            note_bad(bad, batch, loader, place)
             optim.set_learning_rate(optimizer, learning_rate(config, step, loader.plan.steps_per_epoch))
             torch.manual_seed(config.seed * 1_000_003 + step * place.world + place.rank)
             output, loss = forward(model, batch, place, config)
             torch.autograd.backward(loss)
             norm = clip_gradients(model, place, config.optim)
-            if math.isfinite(loss.item()) and math.isfinite(norm):
+            finite = math.isfinite(loss.item()) and math.isfinite(norm)
+            stopping, spoiled = place.any(bool(stop), not finite)
+            if not spoiled:
                 optimizer.step()
                 with torch.no_grad():
                     model.log_logit_scale.clamp_(0.0, math.log(config.max_logit_scale))
@@ -154,26 +165,40 @@ def fit(
             optimizer.zero_grad()
             done, other_work = step + 1, time.perf_counter()
             if done % config.log_every == 0 or done == total:
-                bad = merge(place.gather(dict(loader.bad)))
                 progress(log, meter, output, step, total, bad, optimizer, place)
                 meter = Meter(started=other_work)
             if done % config.validate_every == 0 and done < total and place.first:
                 with optim.averaged(optimizer):
                     validate(log, model, corpus.validation, validation, corpus.tasks, step)
-            stopping = place.any(bool(stop))
             if place.first and (done % config.save_every == 0 or done == total or stopping):
-                save(config, model, optimizer, done, merge([bad, dict(loader.bad)]))
+                save(config, model, optimizer, done, {"bad": bad, "loader": loader.state()})
             if stopping:
                 raise Interrupted(stop[0] if stop else signal.SIGTERM)
             waiting = time.perf_counter()
             meter.started += waiting - other_work
 
 
+def note_bad(bad: dict[str, str], batch: Batch, loader: Loader, place: Place) -> None:
+    """Adds what any rank could not read for this step to `bad`; DataError, on all ranks, if that is too much
+    to go on."""
+    found = {clip: reason for clip, reason in batch.bad.items() if clip not in bad}
+    if not place.any(bool(found) or not batch.ids)[0]:
+        return
+    ranks = place.gather((found, len(batch.ids)))
+    for found, _ in ranks:
+        bad.update(found)
+    loader.check_bad(bad)
+    if not all(clips for _, clips in ranks):
+        raise DataError(f"step {batch.step}: not one readable clip was found; {bad_list(bad)}")
+
+
 def count_bad_step(
     so_far: int, batch: Batch, loss: float, norm: float, config: TrainConfig, log: RunLog, place: Place
 ) -> int:
     """Records a step that was not applied; FloatingPointError when there were too many in a row."""
-    clips = [clip for ids in place.gather(batch.ids) for clip in ids]
+    ranks = place.gather((batch.ids, loss))
+    clips = [clip for ids, _ in ranks for clip in ids]
+    loss = sum(other for _, other in ranks) / place.world
     log.record("bad_step", batch.step, loss=str(loss), norm=str(norm), clips=clips)
     log.say(f"step {batch.step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl")
     if so_far + 1 >= config.max_bad_steps:
@@ -220,29 +245,22 @@ def claim(config: TrainConfig) -> None:
     checkpoint.write_json(path, config.to_dict())
 
 
-def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, str]]:
-    """Takes up the newest checkpoint; returns the step to go on with and the clips known to be unreadable."""
+def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Takes up the newest checkpoint; returns the step to go on with and the state that `save` was given."""
     found = checkpoint.newest(config.run / "checkpoints")
     if found is None:
         return 0, {}
     model.load_state_dict(found.model)
     optim.load_state_tensors(model, optimizer, found.optim)
-    return found.step, dict(found.state["bad"])
+    return found.step, found.state
 
 
 def save(
-    config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer, step: int, bad: dict[str, str]
+    config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
 ) -> None:
     """Writes a checkpoint after `step` steps."""
-    state = checkpoint.Checkpoint(
-        step, model.state_dict(), optim.state_tensors(model, optimizer), {"bad": bad}
-    )
-    checkpoint.save(config.run / "checkpoints", state, keep=config.keep_checkpoints)
-
-
-def merge(parts: Sequence[dict[str, str]]) -> dict[str, str]:
-    """One dictionary of all."""
-    return {key: value for part in parts for key, value in part.items()}
+    made = checkpoint.Checkpoint(step, model.state_dict(), optim.state_tensors(model, optimizer), state)
+    checkpoint.save(config.run / "checkpoints", made, keep=config.keep_checkpoints)
 
 
 def progress(

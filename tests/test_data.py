@@ -36,7 +36,15 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "m.jsonl"
 
 
-def loader(path: Path, *, stage1_steps: int = 100, rank: int = 0, world: int = 1, **changes) -> Loader:
+def loader(
+    path: Path,
+    *,
+    stage1_steps: int = 100,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | None = None,
+    **changes,
+) -> Loader:
     found = manifest.read(path).clips
     tokenizer = Tokenizer.train([t for c in found for own in c.captions for t in own], 300)
     settings = {"batch_clips": 6, "buckets": 2, "threads": 1, "augment": 1.0} | changes
@@ -48,11 +56,13 @@ def loader(path: Path, *, stage1_steps: int = 100, rank: int = 0, world: int = 1
         stage1_steps=stage1_steps,
         rank=rank,
         world=world,
+        device=device,
     )
 
 
 def assert_equal(one: data.Batch, two: data.Batch) -> None:
     assert one.ids == two.ids
+    assert one.bad == two.bad
     for name in ("features", "lengths", "token_ids", "attention_mask", "text_owner"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
@@ -163,8 +173,95 @@ def test_unreadable_clips_are_replaced_alike_every_time(clips: Path, tmp_path: P
 
 
 def test_too_many_unreadable_clips_end_it_with_the_list(clips: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"of 60 clips cannot be read.*bad\d+ \(format\)"):
-        list(loader(damaged(clips, tmp_path, 20)).batches(0, 40))
+    made, bad = loader(damaged(clips, tmp_path, 20)), {}
+
+    def read() -> None:
+        for batch in made.batches(0, 40):
+            bad.update(batch.bad)
+            made.check_bad(bad)
+
+    with pytest.raises(DataError, match=r"\d\d of 60 clips cannot be read.*bad\d+ \(format\)"):
+        read()
+    assert len(bad) > 10
+
+
+def test_a_batch_without_a_readable_clip_is_empty(clips: Path, tmp_path: Path) -> None:
+    path = damaged(clips, tmp_path, 3)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[40:]))
+    batch = loader(path, stage1_steps=0).batch(0)
+    assert batch.bad == {f"bad{i}": "format" for i in range(3)}
+    assert batch.ids == batch.lengths.tolist() == batch.token_ids.tolist() == []
+    assert batch.features.shape == (0, 0, 128)
+
+
+def test_clips_whose_ids_end_alike_draw_captions_of_their_own(clips: Path, tmp_path: Path) -> None:
+    row = json.loads(clips.read_text().splitlines()[1])
+    row |= {
+        "audio": str(clips.parent / row["audio"]),
+        "finegrained_captions": [f"text {i}" for i in range(20)],
+    }
+    rows = [row | {"id": f"EN_B{i:05}_S00000_W000012"} for i in range(6)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = loader(tmp_path / "m.jsonl").batch(0)
+    assert len(batch.ids) == 6
+    assert len({tuple(tokens) for tokens in batch.token_ids.tolist()}) > 3
+
+
+def kept(made: Loader) -> dict:
+    """The loader's state, as a checkpoint keeps it."""
+    return json.loads(json.dumps(made.state()))
+
+
+def test_another_number_of_ranks_begins_a_new_epoch(clips: Path) -> None:
+    before = [loader(clips, rank=rank, world=2) for rank in range(2)]
+    done = before[0].plan.steps_per_epoch // 2
+    assert done > 0
+    alone = loader(clips)
+    assert alone.resume(done, kept(before[0]))
+    end = done + alone.plan.steps_per_epoch
+    ids = [clip_id for batch in alone.batches(done, end) for clip_id in batch.ids]
+    assert sorted(ids, key=int) == [str(i) for i in range(40)]
+    again = loader(clips)
+    assert not again.resume(done + 2, kept(alone))
+    for step in range(done + 2, end + 2):
+        assert_equal(again.batch(step), alone.batch(step))
+
+
+def test_other_batches_begin_a_new_epoch_and_the_same_ones_go_on(clips: Path) -> None:
+    before, other, same = loader(clips), loader(clips, batch_clips=5), loader(clips, threads=2)
+    assert other.resume(3, kept(before))
+    assert not same.resume(3, kept(before))
+    assert_equal(same.batch(3), before.batch(3))
+
+
+def tensors(batch: data.Batch) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+
+
+def test_what_goes_to_a_card_is_copied_into_page_locked_memory(
+    clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, made = loader(clips), loader(clips, device=torch.device("cuda"))
+    locked: list[torch.Tensor] = []
+
+    def empty_like(value: torch.Tensor, *, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        locked.append(torch.zeros_like(value))
+        return locked[-1]
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    batch = made.batch(0)
+    assert_equal(batch, plain.batch(0))
+    assert [id(value) for value in tensors(batch).values()] == [id(value) for value in locked]
+    assert len(locked) == 5
+
+
+@pytest.mark.gpu
+def test_batches_for_a_card_are_page_locked(clips: Path, cuda: torch.device) -> None:
+    plain, made = loader(clips), loader(clips, device=cuda)
+    for batch in made.batches(0, 3):
+        assert all(value.is_pinned() for value in tensors(batch).values())
+        assert_equal(batch, plain.batch(batch.step))
 
 
 def test_reads_lhotse_cuts_like_a_manifest(clips: Path, tmp_path: Path) -> None:

@@ -78,6 +78,16 @@ def test_a_spare_is_no_longer_than_the_bucket_and_repeatable() -> None:
     assert len(set(drawn)) > 4
 
 
+def test_a_plan_that_takes_over_goes_through_new_epochs() -> None:
+    whole, later = plan(100), plan(100, start=5)
+    steps = later.steps_per_epoch
+    assert later.digest == whole.digest != plan(100, world=2).digest
+    for epoch in range(3):
+        seen = [later.batch(step).tolist() for step in range(5 + epoch * steps, 5 + (epoch + 1) * steps)]
+        assert sorted(i for batch in seen for i in batch) == list(range(100))
+        assert seen[0] not in [whole.batch(step).tolist() for step in range(5)]
+
+
 def test_late_steps_are_reached_at_once() -> None:
     made = plan(1000)
     assert len(made.batch(10**6 * made.steps_per_epoch + 3)) >= 1
