@@ -205,7 +205,7 @@ class CLSP(nn.Module):
         else:
             x = standardise(features_BTF.to(self.device, self.dtype))
             own = pool_statistics(hidden_BTC, hidden_lengths_B)
-            pooled = torch.cat([own, pool_statistics(x, lengths_B.to(self.device))], dim=1)
+            pooled = torch.cat([own, pool_statistics(x, lengths_B.to(self.device, non_blocking=True))], dim=1)
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:
@@ -246,9 +246,10 @@ class CLSP(nn.Module):
         groups, parts = roberta.split_by_length(lengths), []
         for group in groups:
             longest = int(lengths[group[-1]])
-            ids, mask = (x[group, :longest].to(self.device) for x in (token_ids, attention_mask))
-            parts.append(self.text_encoder(ids, mask))
-        return self.join_text(torch.cat(parts)[torch.cat(groups).argsort().to(self.device)])
+            own = (x[group, :longest] for x in (token_ids, attention_mask))
+            parts.append(self.text_encoder(*(x.to(self.device, non_blocking=True) for x in own)))
+        order = torch.cat(groups).argsort().to(self.device, non_blocking=True)
+        return self.join_text(torch.cat(parts)[order])
 
     def join_text(self, pooled_BC: Tensor) -> Tensor:
         """Unit-norm embeddings (B, D) from the text tower's output."""

@@ -40,7 +40,9 @@ def forward(model: CLSP, batch: Batch, place: Place, config: TrainConfig) -> tup
         output.text.float(),
         output.logit_scale,
         # With one caption a clip, captions are in the order of their clips.
-        text_owner=None if len(batch.text_owner) == len(batch.ids) else batch.text_owner.to(place.device),
+        text_owner=None
+        if len(batch.text_owner) == len(batch.ids)
+        else batch.text_owner.to(place.device, non_blocking=True),
         group=place.group,
         compute_dtype=torch.bfloat16 if bf16 else None,
     )
@@ -88,7 +90,9 @@ def _embed_seeded(seed: int, model: CLSP, *rows: Tensor) -> ClspOutput:
 def _embed(
     model: CLSP, features: Tensor, lengths: Tensor, token_ids: Tensor, attention_mask: Tensor
 ) -> ClspOutput:
-    return model(features.to(model.device), lengths, token_ids, attention_mask)  # type: ignore[no-any-return]
+    # From page-locked memory they arrive while the host goes on; tokens stay, because it looks at them.
+    features = features.to(model.device, non_blocking=True)
+    return model(features, lengths, token_ids, attention_mask)  # type: ignore[no-any-return]
 
 
 def _contexts(model: CLSP) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
