@@ -93,6 +93,7 @@ def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
         assert torch.equal(both[name], value), name
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
 def test_memory_is_that_of_a_part() -> None:
     torch.set_num_threads(1)
