@@ -6,6 +6,7 @@ The command line is derived from these classes, and a run stores `TrainConfig.to
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,7 +242,9 @@ class TrainConfig:
         require(steps > 0, "stage1_steps + stage2_steps", "positive", steps)
         require(self.max_logit_scale >= 1, "max_logit_scale", "at least 1", self.max_logit_scale)
         require(self.precision in ("fp32", "bf16"), "precision", '"fp32" or "bf16"', self.precision)
-        require(self.micro_seconds >= 0, "micro_seconds", "at least 0", self.micro_seconds)
+        require(
+            0 <= self.micro_seconds < math.inf, "micro_seconds", "finite and at least 0", self.micro_seconds
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON stores them."""

@@ -108,6 +108,7 @@ def test_memory_is_that_of_a_part() -> None:
     assert peaks[2] < 0.9 * peaks[0]
 
 
-def test_a_negative_size_of_parts_is_refused() -> None:
-    with pytest.raises(ValueError, match="micro_seconds must be at least 0"):
-        TrainConfig(micro_seconds=-1.0)
+@pytest.mark.parametrize("size", [-1.0, float("inf"), float("nan")])
+def test_a_size_of_parts_that_is_none_is_refused(size: float) -> None:
+    with pytest.raises(ValueError, match="micro_seconds must be finite and at least 0"):
+        TrainConfig(micro_seconds=size)
