@@ -267,7 +267,7 @@ class Place:
         """Replaces each tensor by its mean over the ranks: one collective for all of one dtype."""
         if self.group is None:
             return
-        for dtype in {tensor.dtype for tensor in tensors}:
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             own = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in own])
             dist.all_reduce(flat, group=self.group)

@@ -130,10 +130,19 @@ def load_state_tensors(
     """The inverse of `state_tensors`.
 
     Raises:
-        ValueError: the tensors are not those of this model's parameters.
+        ValueError: the tensors are not those of this model's parameters, or of another optimiser.
     """
     parameters = dict(model.named_parameters())
     groups = {f"@{number}": group for number, group in enumerate(optimizer.param_groups)}
+    fields = {key.rpartition("/")[2] for key in tensors}
+    if fields and ("delta" in fields) != isinstance(optimizer, ScaledAdam):
+        raise ValueError("the checkpoint is of another optim.algorithm; give the one that it was made with")
+    histories = {key.rpartition("/")[0] for key in tensors if key.startswith("@")}
+    if histories and histories != groups.keys():
+        raise ValueError(
+            f"the checkpoint has {len(histories)} groups of parameters and this run {len(groups)}: "
+            "optim.text_lr_scale and optim.head_lr_scale must be equal, or not, as they were"
+        )
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         if name in groups:

@@ -30,7 +30,8 @@ class ScaledAdam(torch.optim.Optimizer):
 
     Gradients of a group are scaled down to `clipping_scale` times the median of its norms of 100 steps; norms
     count each gradient times its tensor's root mean square, so that large tensors do not rule. Single numbers
-    are updated by Adam at `scalar_lr_scale` of the rate. Gradients are changed in place.
+    are updated by Adam at `scalar_lr_scale` of the rate. Gradients are changed in place. A parameter that has
+    a gradient in some steps only is corrected for the steps of its group.
 
     Args:
         params: parameters or groups; "lr" of a group is set before each step.
@@ -85,7 +86,9 @@ class ScaledAdam(torch.optim.Optimizer):
             self._begin(parameter)
         history = group.setdefault("history", torch.zeros(2 + _NORMS, dtype=torch.float64))
         step, (beta1, beta2) = int(history[0]), self.betas
-        sizes_P6 = torch.stack([self.state[p]["sizes"] for p in tensors]) if tensors else torch.zeros(0, 6)
+        sizes_P6 = (
+            torch.stack([self.state[p]["sizes"].cpu() for p in tensors]) if tensors else torch.zeros(0, 6)
+        )
         norm_P, slope_P, scalar_norms = _norms_and_slopes(tensors, scalars)
         norm = float(((norm_P * sizes_P6[:, _RMS]).square().sum() + scalar_norms.square().sum()).sqrt())
         share = _clip(history, step, norm, self.clipping_scale)
@@ -94,7 +97,7 @@ class ScaledAdam(torch.optim.Optimizer):
         torch._foreach_mul_([self.state[p]["delta"] for p in (*tensors, *scalars)], beta1)
 
         sizes_P6[:, _FIRST + step % _PERIOD] = slope_P * share
-        if step % _PERIOD == _PERIOD - 1:
+        if tensors and step % _PERIOD == _PERIOD - 1:
             self._learn_sizes(group["lr"], step, tensors, sizes_P6)
         correction = 1 - beta2 ** (step + 1)
         rates_P = -group["lr"] * (1 - beta1) * sizes_P6[:, _RMS].clamp(min=self.rms_range[0])

@@ -53,7 +53,8 @@ def dots(
 
 
 def normalise(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of unit norm in `dtype`, as `torch.nn.functional.normalize`; no other copy is kept."""
+    """Rows of unit norm in `dtype`, as `torch.nn.functional.normalize`; no other copy is kept, and the
+    gradient that comes back is changed in place."""
     return cast(Tensor, _Normalise.apply(x_BD, dtype))  # type: ignore[no-untyped-call]
 
 

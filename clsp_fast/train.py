@@ -126,7 +126,8 @@ def fit(
         world=place.world,
         device=place.device,
     )
-    bad: dict[str, str] = dict(state.get("bad", {}))
+    known = {clip.id for clip in loader.clips}
+    bad: dict[str, str] = {clip: why for clip, why in state.get("bad", {}).items() if clip in known}
     loader.check_bad(bad)
     loader.bad.update(bad)
     if "loader" in state and loader.resume(first_step, state["loader"]):
@@ -251,7 +252,9 @@ def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -
     if found is None:
         return 0, {}
     model.load_state_dict(found.model)
-    optim.load_state_tensors(model, optimizer, found.optim)
+    averaged = config.optim.average_steps > 0
+    tensors = {key: x for key, x in found.optim.items() if averaged or not key.endswith("/average")}
+    optim.load_state_tensors(model, optimizer, tensors)
     return found.step, found.state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -232,6 +233,12 @@ def test_other_batches_begin_a_new_epoch_and_the_same_ones_go_on(clips: Path) ->
     assert other.resume(3, kept(before))
     assert not same.resume(3, kept(before))
     assert_equal(same.batch(3), before.batch(3))
+
+
+def test_other_clips_of_the_same_lengths_begin_a_new_epoch(clips: Path) -> None:
+    before, other = loader(clips), loader(clips)
+    other.clips[0] = dataclasses.replace(other.clips[0], id="another")
+    assert other.resume(3, kept(before))
 
 
 def tensors(batch: data.Batch) -> dict[str, torch.Tensor]:

@@ -96,6 +96,27 @@ def test_foreign_state_is_refused() -> None:
             optim.load_state_tensors(model, optimizer, {key: torch.zeros(9)})
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("adamw", "scaled_adam"), ("scaled_adam", "adamw")])
+def test_state_of_another_algorithm_is_refused(saved: str, loaded: str) -> None:
+    model = Towers()
+    optimizer = optim.build(model, OptimConfig(algorithm=saved))
+    model.loss().backward()
+    optimizer.step()
+    other = optim.build(model, OptimConfig(algorithm=loaded))
+    with pytest.raises(ValueError, match=r"another optim\.algorithm"):
+        optim.load_state_tensors(model, other, optim.state_tensors(model, optimizer))
+
+
+def test_state_of_other_groups_is_refused() -> None:
+    model = Towers()
+    optimizer = optim.build(model, OptimConfig(algorithm="scaled_adam", head_lr_scale=2.0))
+    model.loss().backward()
+    optimizer.step()
+    other = optim.build(model, OptimConfig(algorithm="scaled_adam"))
+    with pytest.raises(ValueError, match=r"has 2 groups .* and this run 1"):
+        optim.load_state_tensors(model, other, optim.state_tensors(model, optimizer))
+
+
 def test_the_average_is_a_mean_at_first_and_forgets_later() -> None:
     model = Towers()
     optimizer = optim.build(model, OptimConfig(lr=0.1))

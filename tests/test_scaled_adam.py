@@ -80,6 +80,15 @@ def test_a_burst_of_gradients_is_clipped() -> None:
     assert moved[1] < 4 * moved[0]
 
 
+def test_single_numbers_alone_learn() -> None:
+    parameter = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = ScaledAdam([parameter], lr=0.1)
+    for _ in range(5):
+        parameter.grad = torch.tensor(1.0)
+        optimizer.step()
+    assert parameter < 1
+
+
 def test_a_closure_and_missing_gradients() -> None:
     used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
     optimizer = ScaledAdam([used, unused], lr=0.1)

@@ -193,6 +193,16 @@ def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:
         assert not torch.equal(saved[name], newest.model[name])
 
 
+def test_an_average_that_is_turned_off_is_forgotten(folder: Path, tmp_path: Path) -> None:
+    train.train(config(folder, tmp_path / "run", stage1_steps=3, stage2_steps=0))
+    own = OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2)
+    with pytest.warns(UserWarning, match="has changed"):
+        train.train(config(folder, tmp_path / "run", stage1_steps=5, stage2_steps=0, optim=own))
+    newest = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert not [key for key in newest.optim if key.endswith("/average")]
+    assert torch.equal(weights(tmp_path / "run")["logit_scale"], newest.model["logit_scale"])
+
+
 def test_a_finished_run_is_reported_not_repeated(folder: Path, uninterrupted: Path) -> None:
     before = losses(uninterrupted)
     results = train.train(config(folder, uninterrupted))
