@@ -97,7 +97,7 @@ def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
 def test_memory_is_that_of_a_part() -> None:
     torch.set_num_threads(1)
-    model, batch = CLSP(without_dropout()), made_batch(64, 200)
+    model, batch = CLSP(without_dropout()), made_batch(256, 200)
     taken(model, made_batch(4, 200))
     peaks = []
     for settings in ({}, {"micro_seconds": 16.0}, {"recompute_layers": True}):
