@@ -2,8 +2,8 @@
 
 A tensor moves in proportion to its own root mean square, and its size is learned apart from its direction.
 Updates run over lists of tensors in place; what decides about a whole tensor (its norm, its size) is computed
-on the host from one transfer a step. Nothing of the model's size is made but square roots,
-_ELEMENTS_AT_ONCE at a time.
+on the host from one transfer a step and group, two in every fourth. Nothing of the model's size is made but
+square roots, _ELEMENTS_AT_ONCE at a time.
 
 Source: Yao et al., arXiv 2310.11230, section 3.5 and appendix; icefall's recipe for its constants.
 """
@@ -86,9 +86,8 @@ class ScaledAdam(torch.optim.Optimizer):
             self._begin(parameter)
         history = group.setdefault("history", torch.zeros(2 + _NORMS, dtype=torch.float64))
         step, (beta1, beta2) = int(history[0]), self.betas
-        sizes_P6 = (
-            torch.stack([self.state[p]["sizes"].cpu() for p in tensors]) if tensors else torch.zeros(0, 6)
-        )
+        sizes = [self.state[p]["sizes"].cpu() for p in tensors]
+        sizes_P6 = torch.stack(sizes) if sizes else torch.zeros(0, _FIRST + _PERIOD)
         norm_P, slope_P, scalar_norms = _norms_and_slopes(tensors, scalars)
         norm = float(((norm_P * sizes_P6[:, _RMS]).square().sum() + scalar_norms.square().sum()).sqrt())
         share = _clip(history, step, norm, self.clipping_scale)

@@ -7,7 +7,6 @@ them, so that its contrast is that of the whole batch, in the memory of a part.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -115,9 +114,12 @@ def clip_gradients(model: CLSP, place: Place, config: OptimConfig) -> float:
     """Averages the gradients over the ranks, scales them down to the largest norm, unless the optimiser does
     that, and returns the norm they had."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    place.average([p.grad for p in parameters if p.grad is not None])
-    most = config.clip_norm if config.algorithm == "adamw" else math.inf
-    return float(torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    place.average(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if config.algorithm == "adamw":
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm, foreach=True)
+    return float(norm)
 
 
 def absorb_statistics(model: CLSP, place: Place) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from peak_memory import peak_memory
 
 from clsp_fast import step
@@ -42,12 +45,12 @@ def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
     )
 
 
-def taken(model: CLSP, batch: Batch, **settings: object) -> dict[str, torch.Tensor]:
+def taken(model: CLSP, batch: Batch, place: Place = HERE, **settings: object) -> dict[str, torch.Tensor]:
     """Loss, embeddings, gradients and moments of a step."""
     config = TrainConfig(model=model.config, **settings)
     model.zero_grad()
     torch.manual_seed(1)
-    output, loss = step.forward(model, batch, HERE, config)
+    output, loss = step.forward(model, batch, place, config)
     loss.backward()
     found = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
     found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -65,6 +68,34 @@ def test_parts_give_the_step_of_the_whole_batch(captions: int, micro_seconds: fl
         # In parts of other lengths sums are rounded otherwise; batches of one clip take another path.
         error = (parts[name] - value).norm() / value.norm().clamp(min=1e-6)
         assert error < 2e-5, (name, error)
+
+
+def _rank_main(rank: int, folder: str) -> None:
+    """Gradients, averaged over two ranks, of a step in one part and of one in several; the ranks have unlike
+    numbers of clips and so of parts."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    place = Place(rank, 2, torch.device("cpu"), dist.group.WORLD)
+    torch.manual_seed(0)
+    model = CLSP(without_dropout())
+    torch.manual_seed(rank)
+    batch, found = made_batch((7, 3)[rank], 60), []
+    for micro_seconds in (0.0, 1.3):
+        gradients = taken(model, batch, place, micro_seconds=micro_seconds)
+        place.average([x for name, x in gradients.items() if name not in ("audio", "text")])
+        found.append(gradients)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multiproc
+def test_parts_give_the_step_of_the_whole_batch_on_two_ranks(tmp_path: Path) -> None:
+    mp.spawn(_rank_main, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        whole, parts = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name in set(whole) - {"audio", "text"}:
+            error = (parts[name] - whole[name]).norm() / whole[name].norm().clamp(min=1e-6)
+            assert error < 2e-5, (name, error)
 
 
 @pytest.mark.parametrize("settings", [{"recompute_layers": True}, {"micro_seconds": 2.0}])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,18 @@ def test_resumes_bit_exactly_from_any_step(
     monkeypatch.setattr(train, "forward", real)
     train.train(config(folder, tmp_path / "run"))
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_the_recipes_optimiser_learns_and_resumes_bit_exactly(folder: Path, tmp_path: Path) -> None:
+    own = OptimConfig(algorithm="scaled_adam", schedule="eden", lr=0.03, stage2_lr=0.01, warmup_steps=2)
+    for name, stage1_steps in (("whole", 60), ("parts", 25), ("parts", 60)):
+        made = config(folder, tmp_path / name, stage1_steps=stage1_steps, stage2_steps=0, optim=own)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the configuration of")
+            train.train(made)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    found = [loss for _, loss in losses(tmp_path / "whole")]
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
 
 
 def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:
