@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,21 @@ def test_workers_change_nothing(tmp_path: Path, corpus: DemoCorpus) -> None:
     again = demo.prepare(tmp_path / "again", dataclasses.replace(SMALL, workers=1))
     assert contents(again.folder) == contents(corpus.folder)
     assert again.fingerprint == corpus.fingerprint
+
+
+def test_what_lies_in_memory_changes_nothing() -> None:
+    # By itself Pico reads memory that it has not set, and speaks otherwise from the third time on.
+    if demo_engines.unavailable("pico"):
+        pytest.skip("py-nanotts is not installed")
+    code = """
+import hashlib
+from clsp_fast.demo_engines import Pico
+pico = Pico()
+print(*{hashlib.sha256(pico._say("The same sentence.", "en-US", 1.0, 1.0)).hexdigest() for _ in range(6)})
+"""
+    environment = demo._child_environment()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert len(done.stdout.split()) == 1
 
 
 @pytest.mark.multiproc
