@@ -1,9 +1,9 @@
-"""A model as ONNX, for runtimes without torch: `python -m clsp_fast.export MODEL --out FOLDER`.
+"""A model as ONNX, for runtimes without torch: `python -m clsp_fast.export [MODEL] [--out FOLDER]`.
 
 audio.onnx takes features (B, T, F) float32, the log-mel of `features.extract`, and lengths (B,) int64 in
 frames; text.onnx takes token_ids and attention_mask (B, L) int64. Each gives embeddings (B, D) float32, unit
-norm; B, T and L are free, and a clip's or caption's embedding does not depend on its batch. The metadata of
-both name the model and its logit_scale. tokenizer.json is copied beside them.
+norm; B, L and T >= 9 are free, and a clip's or caption's embedding does not depend on its batch. The metadata
+of both name the model and its logit_scale. tokenizer.json is copied beside them.
 Shape suffixes: B clips or captions, T frames, F mel bins, L tokens, D joint dimension.
 """
 
@@ -22,19 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clsp_fast import features, folder
+from clsp_fast import console, features, folder
 from clsp_fast.batches import MIN_FRAMES
 from clsp_fast.model import CLSP
-from clsp_fast.ops import frames_after_front, make_ragged
+from clsp_fast.ops import frames_after_front, frames_in_graph, make_ragged
 
 TOLERANCE = 1e-4
 """Most that an embedding may differ from the model's own."""
 
-_CHECKED = ((1, MIN_FRAMES), (3, 77), (2, 64), (2, 512))
+# Clips and frames of the batches that audio.onnx is checked with: the fewest frames; even, odd and prime
+# numbers. A graph that is right for one parity or one remainder alone fails at another size. For text.onnx
+# they are captions, and tokens from 1 on.
+_CHECKED = ((1, 9), (2, 10), (1, 11), (3, 13), (2, 31), (5, 64), (3, 77), (1, 128), (2, 211), (2, 520))
+_INPUTS = {"audio.onnx": ("features", "lengths"), "text.onnx": ("token_ids", "attention_mask")}
 
 
 class _AudioTower(nn.Module):
-    """`CLSP.encode_features` without a look at the lengths, which a graph could not repeat."""
+    """`CLSP.encode_features` without its checks, for any number of frames."""
 
     def __init__(self, model: CLSP) -> None:
         super().__init__()
@@ -42,8 +46,13 @@ class _AudioTower(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         front_lengths = frames_after_front(lengths)
-        ragged = make_ragged(front_lengths, frames_after_front(features.shape[1]), alone=True)
-        hidden, hidden_lengths = self.model.run_encoder(features, front_lengths, ragged)
+        frames = frames_in_graph(front_lengths)
+        # As many frames as the front reads for its `frames`; those behind the last are padding.
+        index_T = torch.arange(2 * frames + 7).clamp(max=features.shape[1] - 1)
+        ragged = make_ragged(front_lengths, frames, alone=True)
+        hidden, hidden_lengths = self.model.run_encoder(
+            features.index_select(1, index_T), front_lengths, ragged
+        )
         return self.model.join_audio(hidden, hidden_lengths, features, lengths)
 
 
@@ -59,27 +68,28 @@ class _TextTower(nn.Module):
 
 
 def export(model: CLSP, out: Path) -> dict[str, float]:
-    """Writes audio.onnx, text.onnx and tokenizer.json, each whole or not at all.
+    """Writes audio.onnx, text.onnx and tokenizer.json.
+
+    Both graphs are run with onnxruntime and compared with the model at several sizes before any of the files
+    appears in `out`; each appears whole or not at all.
 
     Args:
         model: on the CPU, in float32.
         out: folder; weights over 2 GB are in files of their own beside the graphs.
 
     Returns:
-        By file, the largest difference between embeddings of the graph and of the model on random batches of
-        several sizes; empty if onnxruntime is not installed.
+        By file, the largest difference between embeddings of the graph and of the model.
 
     Raises:
-        ImportError: the extra [onnx] is not installed. ValueError: the model is not in float32 on the CPU, or
-        a graph differs from it by more than `TOLERANCE`.
+        ImportError: the extra [onnx] is not installed. ValueError: the model is not in float32 on the CPU,
+        the exporter refuses it, or a graph does not run or differs from the model by more than `TOLERANCE`.
     """
     if model.dtype != torch.float32 or model.device.type != "cpu":
         raise ValueError(f"model must be float32 on the CPU, got {model.dtype} on {model.device}")
-    if importlib.util.find_spec("onnxscript") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("onnxscript", "onnxruntime")):
         raise ImportError("ONNX export needs the extra: pip install 'clsp_fast[onnx]'")
     out.mkdir(parents=True, exist_ok=True)
     towers = {"audio.onnx": _AudioTower(model).eval(), "text.onnx": _TextTower(model).eval()}
-    names = {"audio.onnx": ("features", "lengths"), "text.onnx": ("token_ids", "attention_mask")}
     metadata = {
         "model": folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
         "frontend": features.identity(),
@@ -89,15 +99,12 @@ def export(model: CLSP, out: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as temporary, torch.no_grad():
         for name, tower in towers.items():
             path = Path(temporary) / name
-            # Sizes that no factor of the model divides: what holds for them is not taken for a rule.
-            _write(tower, path, names[name], _example(model, name, 2, 101), metadata)
-            if importlib.util.find_spec("onnxruntime") is not None:
-                found[name] = _difference(model, tower, path, names[name])
+            _write(tower, path, _example(model, name, 2, 101), metadata)
+            found[name] = _difference(model, path)
         if model.tokenizer is not None:
             model.tokenizer.save(Path(temporary) / "tokenizer.json")
-        for path in sorted(
-            Path(temporary).iterdir(), reverse=True
-        ):  # weights before the graph that needs them
+        # Weights before the graph that needs them.
+        for path in sorted(Path(temporary).iterdir(), reverse=True):
             path.replace(out / path.name)
     return found
 
@@ -111,7 +118,7 @@ def _example(model: CLSP, name: str, rows: int, length: int) -> tuple[Tensor, Te
         lengths[0] = length
         return values, lengths
     text = model.config.text
-    length = min(length, text.max_tokens)
+    length = min(length - MIN_FRAMES + 1, text.max_tokens)
     lengths = torch.randint(1, length + 1, (rows,), generator=generator)
     lengths[0] = length
     mask = (torch.arange(length) < lengths[:, None]).long()
@@ -119,29 +126,30 @@ def _example(model: CLSP, name: str, rows: int, length: int) -> tuple[Tensor, Te
     return token_ids.where(mask == 1, text.pad_token_id), mask
 
 
-def _write(
-    tower: nn.Module,
-    path: Path,
-    names: tuple[str, str],
-    example: tuple[Tensor, Tensor],
-    metadata: dict[str, str],
-) -> None:
-    audio = path.name == "audio.onnx"
-    rows = torch.export.Dim("batch")
-    length = torch.export.Dim("frames", min=MIN_FRAMES) if audio else torch.export.Dim("tokens")
-    second = {0: rows} if audio else {0: rows, 1: length}
-    with _quiet():
-        program: Any = torch.onnx.export(
-            tower,
-            example,
-            dynamo=True,
-            verbose=False,
-            input_names=list(names),
-            output_names=["embeddings"],
-            dynamic_shapes=({0: rows, 1: length}, second),
-        )
-        program.model.metadata_props.update(metadata)
-        program.save(path)
+def _write(tower: nn.Module, path: Path, example: tuple[Tensor, Tensor], metadata: dict[str, str]) -> None:
+    rows = torch.export.Dim("batch", min=1)
+    if path.name == "audio.onnx":
+        shapes = ({0: rows, 1: torch.export.Dim("frames", min=MIN_FRAMES)}, {0: rows})
+    else:
+        shapes = ({0: rows, 1: torch.export.Dim("tokens", min=1)},) * 2
+    axes = tuple({axis: size.__name__ for axis, size in shape.items()} for shape in shapes)
+    try:
+        with _quiet():
+            # torch.onnx.export would do this, too; but where it cannot keep a size free, it ties it down and
+            # says nothing.
+            program = torch.export.export(tower, example, dynamic_shapes=shapes, strict=False)
+            graph: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=list(_INPUTS[path.name]),
+                output_names=["embeddings"],
+                dynamic_shapes=axes,
+            )
+            graph.model.metadata_props.update(metadata)
+            graph.save(path)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"torch cannot write {path.name}: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -152,28 +160,46 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The axis name|# The axis name")
-            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
 
 
-def _difference(model: CLSP, tower: nn.Module, path: Path, names: tuple[str, str]) -> float:
+def _difference(model: CLSP, path: Path) -> float:
+    """Largest difference between embeddings of a graph and of the model."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for rows, length in _CHECKED:
-        inputs = _example(model, path.name, rows, length)
-        (found,) = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
-        worst = max(worst, float((torch.from_numpy(found) - tower(*inputs)).abs().max()))
-    if not worst <= TOLERANCE:
-        raise ValueError(f"{path.name} differs from the model by {worst:.1e}, more than {TOLERANCE}")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is in the exception
+    names, worst = _INPUTS[path.name], 0.0
+    encode = model.encode_features if path.name == "audio.onnx" else model.encode_tokens
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        for rows, length in _CHECKED:
+            inputs = _example(model, path.name, rows, length)
+            given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+            (found,) = session.run(None, given)
+            difference = float((torch.from_numpy(found) - encode(*inputs)).abs().max())
+            if not difference <= TOLERANCE:
+                size = " x ".join(map(str, inputs[0].shape[:2]))
+                raise ValueError(
+                    f"{path.name} differs from the model by {difference:.1e}, more than {TOLERANCE}, with a "
+                    f"batch of {size}"
+                )
+            worst = max(worst, difference)
+    except ValueError:
+        raise
+    except Exception as error:  # onnxruntime's errors have no other class in common
+        raise ValueError(f"onnxruntime cannot run {path.name}: {_first_line(error)}") from error
     return worst
 
 
-def _command(model: str, /, *, out: Path) -> None:
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _command(model: str = "runs/demo/model", /, *, out: Path = Path("onnx")) -> None:
     """Write a model as ONNX.
 
     Args:
@@ -184,6 +210,7 @@ def _command(model: str, /, *, out: Path) -> None:
         print(f"{out / name}: within {difference:.1e} of the model")
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro

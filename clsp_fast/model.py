@@ -192,7 +192,7 @@ class CLSP(nn.Module):
         x = self.encoder(self.encoder_embed(features_BTF, ragged), ragged)
         lengths_B = frames_after(lengths_B, self.config.output_downsampling_factor)
         if hasattr(self, "encoder_downsample"):
-            x = self.encoder_downsample(x, ragged)
+            x = self.encoder_downsample(x, ragged)[0]
             lengths_B = frames_after(lengths_B, self.config.post_encoder_downsampling_factor)
         return x, lengths_B
 

@@ -37,12 +37,27 @@ class Ragged(NamedTuple):
 
     def every(self, factor: int) -> Ragged:
         """The same clips at `factor` times fewer frames: a group is padding if its first frame is."""
-        return Ragged(frames_after(self.lengths_N, factor), self.pad_NT[:, ::factor], self.alone)
+        lengths_N = frames_after(self.lengths_N, factor)
+        if torch.compiler.is_exporting():
+            return make_ragged(lengths_N, frames_in_graph(lengths_N), alone=self.alone)
+        return Ragged(lengths_N, self.pad_NT[:, ::factor], self.alone)
 
 
 def make_ragged(lengths_N: Tensor, frames: int, *, alone: bool) -> Ragged:
     """Ragged for clips of `lengths_N` valid frames (int64) in a tensor of `frames` frames."""
     return Ragged(lengths_N, torch.arange(frames, device=lengths_N.device) >= lengths_N[:, None], alone)
+
+
+def frames_in_graph(lengths_N: Tensor) -> int:
+    """The longest of the lengths, 2 at least, as a size of an exported graph.
+
+    To the exporter it is a number of its own, without a formula. Sizes that follow from the number of input
+    frames by floor divisions must be compared with one another, and the exporter then takes what holds for
+    its example (an odd number of frames, say) for a rule. From 2 on no size is taken for one that broadcasts.
+    """
+    frames = cast(int, lengths_N.max().clamp(min=2).item())
+    torch._check(frames >= 2)  # type: ignore[no-untyped-call]
+    return frames
 
 
 def frames_after(lengths_N: Tensor, factor: int) -> Tensor:

@@ -249,20 +249,23 @@ class Downsample(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(factor))
 
-    def forward(self, x_NTC: Tensor, ragged: Ragged | None) -> Tensor:
+    def forward(self, x_NTC: Tensor, ragged: Ragged | None) -> tuple[Tensor, Ragged | None]:
+        """The slower frames, and which of them are padding."""
         clips, frames, channels = x_NTC.shape
         factor = len(self.bias)
+        slow = None if ragged is None else ragged.every(factor)
         x = x_NTC
         if ragged is not None and ragged.alone:
             index = (ragged.lengths_N - 1)[:, None, None].expand(clips, 1, channels)
             x = torch.where(ragged.pad_NT[:, :, None], x.gather(1, index), x)
-        # Not asked while exporting: the answer would hold for any number of frames.
-        missing = factor - 1 if torch.compiler.is_exporting() else -frames % factor
-        if missing:
+        if torch.compiler.is_exporting():
+            assert slow is not None
+            time_T = torch.arange(slow.pad_NT.shape[1] * factor, device=x.device)
+            x = x.index_select(1, time_T.clamp(max=frames - 1))
+        elif missing := -frames % factor:
             x = torch.cat([x, x[:, -1:].expand(clips, missing, channels)], dim=1)
-        whole = (frames + factor - 1) // factor * factor
-        groups_NTKC = rearrange(x[:, :whole], "n (t k) c -> n t k c", k=factor)
-        return (groups_NTKC * self.bias.softmax(0).to(x.dtype)[:, None]).sum(dim=2, dtype=x.dtype)
+        groups_NTKC = rearrange(x, "n (t k) c -> n t k c", k=factor)
+        return (groups_NTKC * self.bias.softmax(0).to(x.dtype)[:, None]).sum(dim=2, dtype=x.dtype), slow
 
 
 class DownsampledStack(nn.Module):
@@ -276,9 +279,13 @@ class DownsampledStack(nn.Module):
         self.out_combiner = Bypass(stack.dim)
 
     def forward(self, x_NTC: Tensor, ragged: Ragged | None, mask_N1C: Tensor | None) -> Tensor:
-        slow = self.downsample(x_NTC, ragged)
-        slow = self.encoder(slow, None if ragged is None else ragged.every(self.factor), mask_N1C)
-        fast = slow.repeat_interleave(self.factor, dim=1)[:, : x_NTC.shape[1]]
+        slow = self.encoder(*self.downsample(x_NTC, ragged), mask_N1C)
+        if torch.compiler.is_exporting():
+            # By index: the end of a slice would be compared with the number of frames.
+            group_T = torch.arange(x_NTC.shape[1], device=slow.device) // self.factor
+            fast = slow.index_select(1, group_T)
+        else:
+            fast = slow.repeat_interleave(self.factor, dim=1)[:, : x_NTC.shape[1]]
         return cast(Tensor, self.out_combiner(x_NTC, fast))
 
 
@@ -307,7 +314,7 @@ class Zipformer(nn.Module):
         for output in reversed(outputs):
             if output.shape[2] > x.shape[2]:
                 x = torch.cat([x, output[..., x.shape[2] :]], dim=2)
-        return self.downsample_output(x, ragged) if hasattr(self, "downsample_output") else x
+        return self.downsample_output(x, ragged)[0] if hasattr(self, "downsample_output") else x
 
     def _feature_masks(self, x_NTC: Tensor) -> list[Tensor | None]:
         """One mask (N, 1, C) of zeros and ones a stack, from two draws a clip; None when not training."""

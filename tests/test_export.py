@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
 EVERY_LAYER = ModelConfig(
-    downsampling_factor=(1, 2),
+    downsampling_factor=(1, 3),
     num_encoder_layers=(1,),
     feedforward_dim=(32,),
     encoder_dim=(16, 24),
@@ -63,17 +64,22 @@ def run(folder: Path, name: str, **inputs: Tensor) -> Tensor:
     return torch.from_numpy(found)
 
 
+def batch(clips: int, frames: int) -> tuple[Tensor, Tensor]:
+    """Log-mel of clips of unequal lengths; often none of them is as long as the tensor."""
+    return 4 * torch.randn(clips, frames, 128) - 8, torch.randint(9, frames + 1, (clips,))
+
+
 @needs_onnx
 @pytest.mark.slow
 def test_embeddings_are_those_of_the_model(exported: tuple[CLSP, Path]) -> None:
     model, folder = exported
-    for clips, frames in ((1, 9), (1, 10), (2, 31), (4, 333), (7, 100)):
-        features, lengths = 4 * torch.randn(clips, frames, 128) - 8, torch.randint(9, frames + 1, (clips,))
+    for clips, frames in ((1, 9), (1, 10), (3, 11), (2, 14), (1, 17), (2, 31), (4, 333), (7, 100)):
+        features, lengths = batch(clips, frames)
         with torch.no_grad():
             expected = model.encode_features(features, lengths)
         found = run(folder, "audio.onnx", features=features, lengths=lengths)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    for captions in (["a calm voice"], ["calm", "a calm voice", "voice " * 20]):
+    for captions in (["a"], ["a calm voice"], ["calm", "a calm voice", "voice " * 20]):
         token_ids, mask = model.tokenizer.encode_batch(captions, model.config.text.max_tokens)  # type: ignore[union-attr]
         found = run(folder, "text.onnx", token_ids=token_ids, attention_mask=mask)
         torch.testing.assert_close(found, model.encode_text(captions), atol=1e-5, rtol=0)
@@ -98,10 +104,127 @@ def test_the_files_say_what_they_are(exported: tuple[CLSP, Path]) -> None:
 
     model, folder = exported
     assert {path.name for path in folder.iterdir()} == {"audio.onnx", "text.onnx", "tokenizer.json"}
-    session: Any = onnxruntime.InferenceSession(folder / "text.onnx", providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(folder / "audio.onnx", providers=["CPUExecutionProvider"])
+    assert {x.name: x.shape for x in session.get_inputs()} == {
+        "features": ["batch", "frames", 128],
+        "lengths": ["batch"],
+    }
+    session = onnxruntime.InferenceSession(folder / "text.onnx", providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     assert float(metadata["logit_scale"]) == pytest.approx(float(model.logit_scale.detach()))
     assert {x.name for x in session.get_inputs()} == {"token_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"downsampling_factor": (4,)},
+        {"downsampling_factor": (1, 3, 7)},
+        {"downsampling_factor": (6, 5), "output_downsampling_factor": 1},
+        {"output_downsampling_factor": 1, "post_encoder_downsampling_factor": 5},
+        {"embed_channels": (8,), "audio_pooling": "statistics", "heads": "linear"},
+        {"embed_channels": (8,), "heads": "linear", "downsampling_factor": (2, 1)},
+        {"audio_pooling": "statistics", "output_downsampling_factor": 1},
+    ],
+)
+def test_what_is_exported_computes_what_the_model_does(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """The code that takes the place of strides and slices while a graph is made, called directly."""
+    config = dataclasses.replace(EVERY_LAYER, **changes, encoder_dim=(16,))
+    model = CLSP(config).eval()
+    tower = export._AudioTower(model)
+    with torch.no_grad():
+        for frames in (*range(9, 25), 61, 128):
+            features, lengths = batch(3, frames)
+            expected = model.encode_features(features, lengths)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_exporting", lambda: True)
+                found = tower(features, lengths)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def graph_of_means(path: Path, *, frames: int | None) -> None:
+    """Writes a graph whose embeddings are means over time; with `frames` it runs for that many frames alone."""
+    from onnx import TensorProto, helper, save
+
+    sizes = helper.make_tensor("sizes", TensorProto.INT64, [3], [-1, frames or -1, 128])
+    nodes = [helper.make_node("ReduceMean", ["x", "axis"], ["embeddings"], keepdims=0)]
+    nodes.insert(
+        0,
+        helper.make_node(
+            "Reshape" if frames else "Identity", ["features", "sizes"][: 1 + bool(frames)], ["x"]
+        ),
+    )
+    inputs = [
+        helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", "frames", 128]),
+        helper.make_tensor_value_info("lengths", TensorProto.INT64, ["batch"]),
+    ]
+    output = helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", 128])
+    axis = helper.make_tensor("axis", TensorProto.INT64, [1], [1])
+    graph = helper.make_graph(nodes, "means", inputs, [output], [axis, sizes])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (None, r"audio\.onnx differs from the model by .*, more than 0\.0001, with a batch of 1 x 9$"),
+        (101, r"onnxruntime cannot run audio\.onnx: "),
+    ],
+)
+def test_a_graph_that_fails_leaves_no_file_and_one_line(
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    frames: int | None,
+    message: str,
+) -> None:
+    monkeypatch.setattr(export, "_write", lambda tower, path, *_: graph_of_means(path, frames=frames))
+    out = tmp_path / "onnx"
+    with pytest.raises(SystemExit, match=message) as stop:
+        export.main([str(model_folder), "--out", str(out)])
+    assert len(str(stop.value.code).splitlines()) == 1
+    assert capfd.readouterr().err == ""
+    assert list(out.iterdir()) == []
+
+
+@needs_onnx
+def test_no_file_appears_before_all_are_checked(
+    tmp_path: Path, tiny: CLSP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of an earlier export stay until then."""
+    (tmp_path / "audio.onnx").write_text("earlier")
+    seen = []
+
+    def check(model: CLSP, path: Path) -> float:
+        seen.append({p.name: p.read_text() for p in tmp_path.iterdir() if p.is_file()})
+        if path.name == "text.onnx":
+            raise ValueError("differs")
+        return 0.0
+
+    monkeypatch.setattr(export, "_write", lambda tower, path, *_: path.write_text("new"))
+    monkeypatch.setattr(export, "_difference", check)
+    with pytest.raises(ValueError, match="differs"):
+        export.export(tiny, tmp_path)
+    assert seen == [{"audio.onnx": "earlier"}] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["audio.onnx"]
+
+
+@needs_onnx
+def test_a_number_of_frames_that_cannot_stay_free_is_refused(
+    tmp_path: Path, tiny: CLSP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halves(tower: Any, features: Tensor, lengths: Tensor) -> Tensor:
+        return features.unflatten(1, (-1, 101)).sum((1, 2, 3))
+
+    monkeypatch.setattr(export._AudioTower, "forward", halves)
+    with pytest.raises(ValueError, match=r"torch cannot write audio\.onnx"):
+        export.export(tiny, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_in_16_bits_is_refused(model_folder: Path, tmp_path: Path) -> None:
