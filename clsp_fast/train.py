@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -22,11 +23,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from clsp_fast import checkpoint, evaluation, folder, optim, similarity
+from clsp_fast import checkpoint, console, evaluation, folder, optim, similarity
 from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
@@ -95,7 +96,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         first_step, state = resume(config, model, optimizer)
         if len(set(place.gather(first_step))) > 1:
             raise ValueError(
-                f"the ranks see different checkpoints: --run {config.run} must be a shared folder"
+                f"the ranks see different checkpoints: --run-dir {config.run} must be a shared folder"
             )
         log = RunLog(config.run, first_step=first_step, tensorboard=config.tensorboard, active=place.first)
         with log:
@@ -239,7 +240,7 @@ def claim(config: TrainConfig) -> None:
         for name in ("model", "seed", "init"):
             if getattr(before, name) != getattr(config, name):
                 raise ValueError(
-                    f"{config.run} holds a run with another {name}; give another --run, or delete the folder"
+                    f"{config.run} holds a run with another {name}; give another --run-dir, or delete it"
                 )
         if before != config:
             warnings.warn(f"the configuration of {config.run} has changed since it was started", stacklevel=2)
@@ -393,7 +394,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """
     import tyro
 
-    words = list(arguments)
+    # The option is called --run-dir: torchrun refuses --run, with which two of its own options begin. Without
+    # torchrun the short form is understood, too.
+    words = [re.sub(r"^--run(?=$|=)", "--run-dir", word) for word in arguments]
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
     stated: Any = {}
     if name.endswith(".json"):
@@ -417,9 +420,15 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             default = dataclasses.replace(default, model=folder.read_config(folder.resolve(init)))
         except (OSError, ValueError) as error:
             sys.exit(f"clsp_fast.train: --init: {error}")
-    return tyro.cli(TrainConfig, default=default, args=words, prog="python -m clsp_fast.train")
+    # Only tyro reads this annotation, and importing tyro where the class is would slow down every import. The
+    # field keeps its name in scripts and in config.json.
+    TrainConfig.__annotations__["run"] = Annotated[Path, tyro.conf.arg(name="run-dir")]
+    return tyro.cli(
+        TrainConfig, default=default, args=words, prog="python -m clsp_fast.train", description=__doc__
+    )
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     config = parse(sys.argv[1:] if arguments is None else arguments)

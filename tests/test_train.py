@@ -369,7 +369,7 @@ def test_wrong_flags_are_named_with_the_fix(
 ) -> None:
     words = [word.replace("{folder}", str(folder)) for word in arguments]
     with pytest.raises(SystemExit) as stop:
-        train.main([*words, "--run", str(tmp_path / "run")])
+        train.main([*words, "--run-dir", str(tmp_path / "run")])
     captured = capsys.readouterr()
     assert stop.value.code not in (0, None)
     assert message in f"{stop.value.code} {captured.err} {captured.out}"
@@ -377,7 +377,7 @@ def test_wrong_flags_are_named_with_the_fix(
 
 def test_a_config_file_repeats_a_run(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
     path = uninterrupted / "config.json"
-    again = train.parse([str(path), "--run", str(tmp_path / "run")])
+    again = train.parse([str(path), "--run-dir", str(tmp_path / "run")])
     assert again == dataclasses.replace(config(folder, uninterrupted), run=tmp_path / "run")
     wrong = json.loads(path.read_text())
     wrong["data"]["batch_clip"] = 3

@@ -27,7 +27,7 @@ def test_a_saved_model_brings_its_configuration(model_folder: Path, tmp_path: Pa
 
 def test_what_contradicts_a_saved_model_is_named(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "captions": ["A man."]}\n')
-    words = ["small", "--init", str(model_folder), "--run", str(tmp_path / "run")]
+    words = ["small", "--init", str(model_folder), "--run-dir", str(tmp_path / "run")]
     words += ["--data.manifest", str(tmp_path / "m.jsonl")]
     with pytest.raises(SystemExit) as stop:
         train.main([*words, "--model.joint-dim", "8", "--model.text.vocab-size", "400"])
