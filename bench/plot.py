@@ -17,6 +17,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from bench import machine
+from clsp_fast import console
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
@@ -26,6 +27,7 @@ COLOURS = (
 )
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     """Command line; returns the exit code: with --check, 1 if something would change."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=main.__doc__)

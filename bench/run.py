@@ -17,6 +17,7 @@ from typing import Any
 from bench import machine, plot
 from bench.cases import CASES
 from bench.measure import Case, Report, one_line, peak_memory, run_case
+from clsp_fast import console
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9
@@ -24,6 +25,7 @@ WORSE = 1.10
 """Ours counts as slower than before from this factor on, after what slowed the peers down as well."""
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if ours disagrees, fails, or became slower."""
     options = _parse(arguments)

@@ -8,7 +8,6 @@ T frames, F mel bins, D joint dimension.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from clsp_fast import features
 from clsp_fast.audio import AudioError, AudioErrorReason, Segment
+from clsp_fast.console import Progress
 
 LongAudio: TypeAlias = Literal["whole", "window", "error"]
 Errors: TypeAlias = dict[int, AudioError]
@@ -83,13 +83,15 @@ def embed(
         items: what `features.extract_files` takes, or waveforms.
         batching: see there.
         errors: takes the error of each recording that cannot be used, whose row is NaN; None: it is raised.
-        progress: True: show a counter on standard error; a function: called with how many more were embedded.
+        progress: True: say on standard error how far it is; a function: called with how many more were
+            embedded.
 
     Raises:
         AudioError, ValueError, TypeError: as `CLSP.encode_audio`.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    done = 0
+    if progress is True:
+        progress = Progress(len(items), "clips").add
     for item_B, start_B, features_BTF, lengths_B in batches(items, batching, errors):
         embedded_BD = encode(features_BTF, lengths_B)
         bad = item_B[~embedded_BD.isfinite().all(1).cpu()].tolist()
@@ -100,14 +102,8 @@ def embed(
             what = "gives an embedding that is not finite"
             errors[item] = AudioError(_name(items[item], item), AudioErrorReason.NON_FINITE, what)
         parts.append((item_B, start_B, lengths_B, embedded_BD))
-        more = int((start_B == 0).sum())
-        done += more
-        if callable(progress):
-            progress(more)
-        elif progress:
-            sys.stderr.write(f"\rencoded {done} of {len(items)} clips")
-    if progress is True:
-        sys.stderr.write("\n")
+        if progress:
+            progress(int((start_B == 0).sum()))
     if not parts:
         return torch.full((len(items), 0), torch.nan)
     return _join(*(torch.cat(column) for column in zip(*parts, strict=True)), count=len(items))

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clsp_fast import console
 from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
@@ -357,6 +358,7 @@ def _tokenizer(path: Path | None, folder: Path | None) -> Tokenizer | None:
     return None if path is None else Tokenizer.from_file(path)
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro

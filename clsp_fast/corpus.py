@@ -6,7 +6,7 @@ A file of its own because it decides where data comes from; how it becomes batch
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clsp_fast import checkpoint, demo, evaluation, manifest
 from clsp_fast.config import TrainConfig
+from clsp_fast.console import Progress
 from clsp_fast.data import DataError, usable
 from clsp_fast.manifest import Clip, Manifest
 from clsp_fast.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ class Corpus:
     @classmethod
     def _demo(cls, config: TrainConfig) -> Corpus:
         made = demo.prepare(
-            config.run / "corpus", demo.DemoConfig(clips=config.data.demo_clips), progress=_show_progress
+            config.run / "corpus", demo.DemoConfig(clips=config.data.demo_clips), progress=_show_progress()
         )
         sets = {"test": made.test} | ({"transfer": made.transfer} if made.transfer else {})
         train = manifest.read(made.train)
@@ -148,6 +149,13 @@ def _all_captions(clips: Sequence[Clip]) -> list[str]:
     return [text for clip in clips for own in clip.captions for text in own]
 
 
-def _show_progress(made: int, total: int) -> None:
-    end = "\n" if made == total else ""
-    print(f"\rmaking the demo corpus: {made} of {total} clips", end=end, file=sys.stderr, flush=True)
+def _show_progress() -> Callable[[int, int], None]:
+    """What `demo.prepare` calls with the clips made and the clips in all."""
+    progress = None
+
+    def show(made: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(total, "clips of the demo corpus")
+        progress.update(made)
+
+    return show

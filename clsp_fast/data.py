@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clsp_fast import captions as caption_sampling
+from clsp_fast import console
 from clsp_fast import manifest as manifests
 from clsp_fast.audio import AudioLimits, Segment, default_num_threads
 from clsp_fast.augment import augment
@@ -387,6 +388,7 @@ def validate(manifest: Path, *, decode: bool = False) -> int:
     return len(findings)
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m clsp_fast.data validate MANIFEST [--decode]`."""
     import tyro

@@ -18,12 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from clsp_fast import checkpoint, features, folder, manifest, store
+from clsp_fast import checkpoint, console, features, folder, manifest, store
 from clsp_fast.audio import AudioError
 from clsp_fast.checkpoint import FolderInUse, Place
 from clsp_fast.config import EncodeConfig
+from clsp_fast.console import Progress
 from clsp_fast.data import segment
-from clsp_fast.log import INCOMPLETE, Progress
+from clsp_fast.log import INCOMPLETE
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
@@ -259,6 +260,7 @@ class _Job:
         return failures
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import folder, metrics, tasks
+from clsp_fast import console, folder, metrics, tasks
 from clsp_fast.audio import AudioError
 from clsp_fast.captions import Captions
 from clsp_fast.checkpoint import Place, write_text
@@ -409,6 +409,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro

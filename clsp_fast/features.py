@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clsp_fast import _C, audio
+from clsp_fast import _C, audio, console
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Source, Waveform
 
 SAMPLE_RATE_HZ = 16000
@@ -246,10 +246,14 @@ def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-if __name__ == "__main__":
+def _main(arguments: Sequence[str] | None = None) -> int:
     from clsp_fast import parity
 
     parser = argparse.ArgumentParser(prog="python -m clsp_fast.features", description=parity.check.__doc__)
     parser.add_argument("--check-parity", action="store_true", required=True)
-    parser.parse_args()
-    sys.exit(parity.check())
+    parser.parse_args(arguments)
+    return parity.check()
+
+
+if __name__ == "__main__":
+    sys.exit(console.command(_main)())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -67,36 +66,6 @@ class RunLog:
         """Prints a line, on the first rank only."""
         if self._active:
             print(text, flush=True)
-
-
-class Progress:
-    """A line on standard error that says how far a long job is; a new line now and then where that is a file.
-
-    Args:
-        total: how many there are; None: not known. what: what they are. active: False: nothing is written.
-    """
-
-    def __init__(self, total: int | None, what: str, *, active: bool = True) -> None:
-        self._total, self._what, self._active = total, what, active
-        self._started, self._written = time.perf_counter(), 0.0
-        self._done = self._bad = 0
-
-    def add(self, count: int, bad: int = 0) -> None:
-        """`count` more are done, `bad` of them failed."""
-        self._done += count
-        self._bad += bad
-        now, last = time.perf_counter(), self._done == self._total
-        live = sys.stderr.isatty()
-        if not count or not self._active or not (last or now - self._written > (0.2 if live else 10.0)):
-            return
-        self._written = now
-        rate = self._done / max(1e-9, now - self._started)
-        of = "" if self._total is None else f" of {self._total}"
-        text = f"{self._done}{of} {self._what}, {rate:.0f} a second, {self._bad} failed"
-        if self._total is not None and not last:
-            text += f", {(self._total - self._done) / max(1e-9, rate):.0f} s left"
-        sys.stderr.write(f"\r{text}\x1b[K" + ("\n" if last else "") if live else text + "\n")
-        sys.stderr.flush()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -297,7 +297,8 @@ class CLSP(nn.Module):
             window_s: seconds; 30, as in the paper's training.
             errors: a dictionary that takes the error of each recording that cannot be used, by position; its
                 row is NaN. None: the first one is raised.
-            progress: True: show a counter on standard error; a function: called with how many more are done.
+            progress: True: say on standard error how far it is; a function: called with how many more are
+                done.
 
         Returns:
             (B, D) unit-norm embeddings in the order given, on the model's device. A clip's embedding depends

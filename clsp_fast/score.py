@@ -23,11 +23,12 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from clsp_fast import folder, store
+from clsp_fast import console, folder, store
 from clsp_fast.audio import AudioError
 from clsp_fast.checkpoint import FolderInUse, Place, hold
 from clsp_fast.config import EncodeConfig
-from clsp_fast.log import INCOMPLETE, Progress
+from clsp_fast.console import Progress
+from clsp_fast.log import INCOMPLETE
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
 
@@ -226,6 +227,7 @@ def _record(line: _Line, made_by: str, found: float | str) -> Row:
     return line.row | {"line": line.number, "model": made_by} | result
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro
@@ -239,9 +241,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         result = score(config)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except (OSError, ValueError, FolderInUse) as error:
         sys.exit(f"clsp_fast.score: {error}")
     except KeyboardInterrupt:

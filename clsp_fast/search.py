@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import audio, features, folder, similarity
+from clsp_fast import audio, console, features, folder, similarity
 from clsp_fast.audio import AudioError
 from clsp_fast.checkpoint import Place, write_text
 from clsp_fast.config import EncodeConfig
@@ -326,6 +326,7 @@ def _as_json(result: Result) -> str:
     return json.dumps({"kind": result.kind, "query": result.query, "hits": hits})
 
 
+@console.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro

@@ -25,6 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from clsp_fast import console
+
 from . import contrastive, rank, sigmoid
 from ._launch import OPTIONS, SIZES, TILES, has_descriptors, score_constants
 
@@ -190,6 +192,7 @@ def as_json(budgets: dict[str, Any]) -> str:
     return f'{{"triton": "{budgets["triton"]}", "kernels": {{\n' + ",\n".join(variants) + "\n}}\n"
 
 
+@console.command
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(

@@ -23,7 +23,7 @@ ALLOWED = {
     "audio": {"_C", "sndfile"},
     "sndfile": set(),
     # parity: by the command only, which is not there when features is imported.
-    "features": {"_C", "audio", "parity"},
+    "features": {"_C", "audio", "console", "parity"},
     "parity": {"audio", "features"},
     "lhotse": {"features"},
     "loss": {"gather", "kernels", "negatives", "positives", "sums"},
@@ -40,7 +40,7 @@ ALLOWED = {
     "tokenizer": set(),
     "folder": {"config", "tokenizer"},
     "store": {"folder", "model_config"},
-    "batches": {"audio", "features"},
+    "batches": {"audio", "console", "features"},
     "model": {
         "audio",
         "batches",
@@ -52,10 +52,11 @@ ALLOWED = {
         "zipformer",
     },
     "captions": set(),
+    "console": set(),
     "manifest": {"captions"},
     "sampler": set(),
     "augment": set(),
-    "data": {"audio", "augment", "captions", "config", "features", "manifest", "sampler"},
+    "data": {"audio", "augment", "captions", "config", "console", "features", "manifest", "sampler"},
     "metrics": set(),
     "tasks": {"captions", "manifest"},
     "evaluation": {"config", "data", "manifest", "metrics", "model", "similarity"},
@@ -69,7 +70,7 @@ ALLOWED = {
     "demo_engines": {"demo_signal", "demo_text"},
     "demo_signal": set(),
     "demo_text": set(),
-    "corpus": {"checkpoint", "config", "data", "demo", "evaluation", "manifest", "tokenizer"},
+    "corpus": {"checkpoint", "config", "console", "data", "demo", "evaluation", "manifest", "tokenizer"},
 }
 BENCH = sorted((ROOT / "bench").glob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))

@@ -1,0 +1,222 @@
+"""What holds for every command: progress of long jobs, readers that go away, options beside torchrun's."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from clsp_fast import batches, console, corpus, train
+from clsp_fast.console import Progress
+
+# Every command, down to its subcommands, as words after `python -m`.
+COMMANDS = (
+    "clsp_fast.convert reference",
+    "clsp_fast.data validate",
+    "clsp_fast.embed",
+    "clsp_fast.evaluate retrieval",
+    "clsp_fast.evaluate similarity",
+    "clsp_fast.evaluate zeroshot",
+    "clsp_fast.export",
+    "clsp_fast.score",
+    "clsp_fast.search",
+    "clsp_fast.train",
+)
+
+
+def test_in_a_file_it_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(5, "recordings")
+    for _ in range(4):
+        progress.add(1)
+    progress.add(1, 1)
+    progress.add(0)
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    first, last = text.splitlines()
+    assert re.fullmatch(r"1 of 5 recordings, \d+ a second, \d+ s left", first)
+    assert re.fullmatch(r"5 of 5 recordings, \d+ a second, 1 failed", last)
+
+
+def test_a_long_job_writes_a_line_in_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("clsp_fast.console.time.perf_counter", lambda: now)
+    show = corpus._show_progress()
+    for made in range(1, 3501):  # five calls a second
+        now += 0.2
+        show(made, 3500)
+        show(made, 3500)
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    lines = text.splitlines()
+    assert lines[-1] == "3500 of 3500 clips of the demo corpus, 5 a second"
+    assert 60 <= len(lines) <= 72
+
+
+def test_encoding_shows_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    clips = [torch.zeros(3200 + 800 * i) for i in range(40)]
+    batches.embed(
+        lambda x, _: torch.ones(len(x), 4), clips, batches.Batching(batch_seconds=0.5), progress=True
+    )
+    text = capsys.readouterr().err
+    assert "\r" not in text
+    assert len(text.splitlines()) == 2
+    assert text.splitlines()[-1].startswith("40 of 40 clips, ")
+
+
+def test_on_a_terminal_it_stays_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = Progress(2, "recordings")
+    progress.add(1)
+    progress.add(1)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.endswith("\n")
+    assert "\r2 of 2 recordings" in told
+
+
+def test_without_a_total_and_when_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(None, "lines").add(3)
+    assert capsys.readouterr().err.startswith("3 lines, ")
+    Progress(3, "lines", active=False).add(3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"{command} --help" for command in COMMANDS if not command.startswith("clsp_fast.evaluate")),
+        "clsp_fast.evaluate --help",
+        "clsp_fast.features --help",
+        "bench.plot --help",
+        "bench.run --list",
+    ],
+)
+def test_a_reader_that_goes_away_ends_it_quietly(words: str) -> None:
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words.split()],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    os.close(writer)
+    os.close(reader)
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("ends", ["print('x' * 2**20)", "print('x'); sys.exit(0)", "print('x'); caught()"])
+def test_whatever_write_fails_ends_quietly(ends: str) -> None:
+    code = f"""
+import sys
+from clsp_fast import console
+def caught():
+    try:
+        print("y", flush=True)
+    except OSError as error:
+        sys.exit(f"clsp_fast.train: {{error}}")
+@console.command
+def main(arguments=None):
+    {ends}
+main()
+"""
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    os.close(reader)
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 1
+
+
+def test_a_broken_pipe_of_something_else_is_not_hidden() -> None:
+    @console.command
+    def main(arguments: object = None) -> None:
+        raise BrokenPipeError("a worker")
+
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        main()
+
+
+def test_a_command_keeps_its_result_and_its_exit_code() -> None:
+    @console.command
+    def main(arguments: list[str] | None = None, *, code: int = 0) -> int:
+        if code:
+            sys.exit(code)
+        return len(arguments or ())
+
+    assert main(["a", "b"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(code=3)
+    assert stop.value.code == 3
+
+
+def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Every option string of a command, in both spellings."""
+    module, *words = command.split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main([*words, "--help"])
+    found = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w.-]*", capsys.readouterr().out))
+    return found | {"--" + option[2:].replace("-", "_") for option in found if option.startswith("--")}
+
+
+def torchruns_options() -> set[str]:
+    return {name for action in get_args_parser()._actions for name in action.option_strings}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_is_an_abbreviation_of_torchruns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """argparse looks at all words of the command line, the script's too, before it gives the script its
+    own; it refuses a word with which several of its options begin."""
+    monkeypatch.setenv("COLUMNS", "200")
+    ours, theirs = options_of(command, capsys), torchruns_options()
+    assert len(ours) > 1
+    assert len(theirs) > 40
+    ours -= {"-h", "--help"}  # the same word in full, which is never ambiguous
+    assert not {(own, other) for own in ours for other in theirs if other.startswith(own)}
+
+
+def test_the_old_spelling_is_what_torchrun_takes_for_its_own() -> None:
+    assert {name for name in torchruns_options() if name.startswith("--run")} == {"--run-path", "--run_path"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_torchrun_hands_on_every_option_in_any_order(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    ours = sorted(options_of(command, capsys))
+    module, *words = command.split()
+    spellings: tuple[Callable[[str], list[str]], ...] = (lambda x: [x, "y"], lambda x: [f"{x}=y"])
+    for options, spell in itertools.product((ours, ours[::-1], ours[1::2] + ours[::2]), spellings):
+        script = [*words, *(word for option in options for word in spell(option))]
+        for launch in (["--nproc-per-node", "2", "-m"], ["--standalone", "--nproc_per_node=2", "--module"]):
+            found: Any = get_args_parser().parse_args([*launch, module, *script])
+            assert (found.training_script, found.training_script_args) == (module, script)
+            assert found.run_path is False
+
+
+def test_the_runs_folder_has_two_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--run-dir", "x"], ["--run-dir=x"], ["--run_dir=x"], ["--run", "x"], ["--run=x"]):
+        assert train.parse(["tiny", *words, "--seed", "3"]).run == Path("x")
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    assert re.findall(r"--run\S*", capsys.readouterr().out) == ["--run-dir"]
