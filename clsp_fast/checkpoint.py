@@ -9,6 +9,7 @@ of it is a no-op for a single process.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -31,6 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+
+from clsp_fast import disk
 
 T = TypeVar("T")
 _TENSOR_FILES = ("model.safetensors", "optim.safetensors")
@@ -61,19 +64,22 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Writes `folder/step-<N>` atomically and removes all but the newest `keep` checkpoints.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; older checkpoints are untouched.
+        OSError: the disk is full (`disk.DiskFull`) or the folder is not writable; older checkpoints are
+        untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{checkpoint.step:08d}", folder / f".step-{checkpoint.step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        _write(temporary, checkpoint)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-    finally:
+    size = sum(x.nbytes for tensors in (checkpoint.model, checkpoint.optim) for x in tensors.values())
+    with disk.room_for(final, size):
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-    _flush(folder)
+        try:
+            temporary.mkdir()
+            _write(temporary, checkpoint)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.replace(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        disk.flush(folder)
     # Later steps than this one are damaged, or of a run that was taken up again before them.
     for old in [path for path in _folders(folder) if _step(path) > checkpoint.step]:
         shutil.rmtree(old)
@@ -90,7 +96,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     record = {"step": checkpoint.step, "sha256": hashes, "state": checkpoint.state}
     (folder / "state.json").write_text(json.dumps(record, indent=1))
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        disk.flush(path)
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -118,11 +124,22 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def hold(file: IO[Any], name: Path) -> None:
-    """Locks an open file until it is closed; FolderInUse, with `name`, if another process has it."""
+    """Locks an open file until it is closed; FolderInUse, with `name`, if another process has it.
+
+    Where the file system has no locks, a warning says so: nothing then stops a second process.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FolderInUse(f"{name} is in use by another process; wait for it, or choose another") from None
+    except OSError as error:
+        if error.errno not in disk.UNSUPPORTED | {errno.ENOLCK}:
+            raise
+        warnings.warn(
+            f"{name} cannot be locked, its file system has no locks ({error.strerror}): "
+            "make sure that no other process writes it",
+            stacklevel=2,
+        )
 
 
 def exists(folder: Path) -> bool:
@@ -132,15 +149,7 @@ def exists(folder: Path) -> bool:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; several processes may write the same file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
+    disk.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -168,15 +177,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Makes a file, or a folder's list of names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from clsp_fast import checkpoint, demo, evaluation, manifest
+from clsp_fast import checkpoint, demo, disk, evaluation, manifest
 from clsp_fast.config import TrainConfig
 from clsp_fast.console import Progress
 from clsp_fast.data import DataError, usable
@@ -138,10 +138,9 @@ def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
         )
     else:
         tokenizer = Tokenizer.train(_all_captions(clips), size, lowercase=True)
-    if tokenizer.vocab_size > size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower only {size} rows")
+    tokenizer.check_fits(config.model.text)
     config.run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(kept, tokenizer.to_json())
+    disk.write_text(kept, tokenizer.to_json())
     return tokenizer
 
 

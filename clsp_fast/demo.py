@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from clsp_fast import demo_engines
+from clsp_fast import demo_engines, disk
 from clsp_fast.demo_signal import SAMPLE_RATE_HZ
 from clsp_fast.demo_text import prompts, satisfies
 
@@ -45,6 +45,7 @@ _GENERATOR = 3  # raise it whenever the same configuration gives other clips
 _SHARD_CLIPS = 250
 _STALE_S = 6 * 3600.0
 _SUMMARY = "corpus.json"
+_TYPICAL_S = 2.0
 _SPLITS = ("train", "validation", "test", "transfer")
 
 
@@ -116,6 +117,7 @@ def prepare(
     Raises:
         ValueError: an engine of `config.engines` is not installed, or `folder` holds something else.
         RuntimeError: an engine failed twice on the same shard; the message ends with what it said.
+        disk.DiskFull: there is no room for the corpus; nothing of it is left behind.
     """
     folder = Path(folder).absolute()
     engines, missing = _installed_engines(config)
@@ -125,18 +127,20 @@ def prepare(
         return found
     if folder.exists() and not _is_ours(folder):
         raise ValueError(f"{folder} holds files that are no demo corpus; name another folder or empty it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    making = folder.parent / f".{folder.name}.making-{os.getpid()}"
-    making.mkdir()
-    try:
-        _make(making, config, engines, missing, fingerprint, progress)
-        if _find(folder, fingerprint) is None:  # else another process was quicker, with the same result
-            if folder.exists():
-                shutil.rmtree(folder)
-            making.replace(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+    clips = config.clips + config.validation_clips + config.test_clips + config.transfer_clips
+    with disk.room_for(folder, clips * _wav_bytes(_TYPICAL_S)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        making = folder.parent / f".{folder.name}.making-{os.getpid()}"
+        making.mkdir()
+        try:
+            _make(making, config, engines, missing, fingerprint, progress)
+            if _find(folder, fingerprint) is None:  # else another process was quicker, with the same result
+                if folder.exists():
+                    shutil.rmtree(folder)
+                making.replace(folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
     corpus = _find(folder, fingerprint)
     if corpus is None:
         raise RuntimeError(f"the corpus in {folder} was changed while it was made")
@@ -263,7 +267,9 @@ class _Child:
         return self.lines.read_bytes().count(b"\n") if self.lines.exists() else 0
 
     def complaint(self) -> str:
-        """How the process ended and the last thing it said."""
+        """How the process ended and the last thing it said; OSError if the disk was full."""
+        if self.process.returncode in disk.NO_ROOM:
+            raise OSError(self.process.returncode, os.strerror(self.process.returncode))
         said = self._log.read_text(errors="replace").strip().splitlines()
         return f"exit code {self.process.returncode}" + (f", {said[-1]}" if said else "")
 
@@ -354,10 +360,11 @@ def _run_shards(
                 if child.process.returncode == 0:
                     lines[job["number"]] = child.lines.read_bytes().splitlines(keepends=True)
                     done += job["clips"]
-                elif job["attempt"] == 0:
-                    waiting.append({**job, "attempt": 1})  # other draws: the crash may not come again
-                else:
-                    raise RuntimeError(f"engine {job['engine']} failed twice: {child.complaint()}")
+                    continue
+                complaint = child.complaint()
+                if job["attempt"]:
+                    raise RuntimeError(f"engine {job['engine']} failed twice: {complaint}")
+                waiting.append({**job, "attempt": 1})  # other draws: the crash may not come again
             if progress is not None:
                 progress(done + sum(child.made() for child in running), total)
     finally:

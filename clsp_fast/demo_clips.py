@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clsp_fast import demo_engines, demo_text
+from clsp_fast import demo_engines, demo_text, disk
 from clsp_fast.demo_engines import Manner, Voice
 from clsp_fast.demo_signal import (
     SAMPLE_RATE_HZ,
@@ -71,8 +72,17 @@ def run_job(job_file: str) -> None:
 
     The job file is JSON: {"probe": engine} or {"engine", "split", "clips", "number", "attempt", "seed",
     "audio", "lines"}; waveforms go to audio/<split>/, and one manifest line per clip to the file `lines`.
+    A full disk is told by the exit code, one of `disk.NO_ROOM`: there may be no room for words.
     """
-    job = json.loads(Path(job_file).read_text())
+    try:
+        _run_job(json.loads(Path(job_file).read_text()))
+    except OSError as error:
+        if error.errno not in disk.NO_ROOM:
+            raise
+        sys.exit(error.errno)
+
+
+def _run_job(job: Mapping[str, Any]) -> None:
     if "probe" in job:
         demo_engines.make(job["probe"], 0)
         return

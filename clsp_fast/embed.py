@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from clsp_fast import checkpoint, console, features, folder, manifest, store
+from clsp_fast import console, disk, features, folder, manifest, store
 from clsp_fast.audio import AudioError
 from clsp_fast.checkpoint import FolderInUse, Place
 from clsp_fast.config import EncodeConfig
@@ -91,7 +91,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
     # The shares of a list take unlike times, and processes meet only at its end: a limit that suits training,
     # whose processes meet in every step, would end the run when all but one have finished. Those that died
     # are not what it is for: torchrun then ends the others.
-    with Place.join(config.device, wait_hours=config.wait_hours) as place:
+    with disk.room_for(config.out), Place.join(config.device, wait_hours=config.wait_hours) as place:
         require(
             config.source != "-" or place.world == 1, "source", "a file or folder with several processes", "-"
         )
@@ -165,7 +165,7 @@ class _Job:
             with before.open("rb") as file:
                 self._compare(before, file.readline(store.LONGEST_LINE))
         self._parts.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(self._parts / "header.jsonl", self._header.to_line() + "\n")
+        disk.write_text(self._parts / "header.jsonl", self._header.to_line() + "\n")
         if self._index.exists():
             self._split_index()
         return [unit for unit in units if not self._is_done(unit)]
@@ -188,7 +188,7 @@ class _Job:
             unit = 0
             while lines := [line for line in (file.readline() for _ in range(rows)) if line]:
                 if not self._part(unit).exists():
-                    checkpoint.write_text(self._part(unit), b"".join(lines).decode())
+                    disk.write_text(self._part(unit), b"".join(lines).decode())
                 unit += 1
 
     def _is_done(self, unit: int) -> bool:
@@ -236,7 +236,7 @@ class _Job:
                 else {"error": str(errors[i].reason), "detail": errors[i].detail}
             )
             lines.append(json.dumps(_record(clip) | where) + "\n")
-        checkpoint.write_text(self._part(unit), "".join(lines))
+        disk.write_text(self._part(unit), "".join(lines))
 
     def finish(self) -> Counter[str]:
         """Joins the parts of the index and removes what killed runs left; returns the failures by reason."""
@@ -253,7 +253,7 @@ class _Job:
                         str(json.loads(line)["error"]) for line in part.splitlines() if b'"error": ' in line
                     )
 
-        folder.replace_file(self._index, join)
+        disk.replace_file(self._index, join)
         shutil.rmtree(self._parts)
         for left in self._out.glob(".*.tmp"):
             left.unlink(missing_ok=True)

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import console, folder, metrics, tasks
+from clsp_fast import console, disk, folder, metrics, tasks
 from clsp_fast.audio import AudioError
 from clsp_fast.captions import Captions
-from clsp_fast.checkpoint import Place, write_text
+from clsp_fast.checkpoint import Place
 from clsp_fast.config import EncodeConfig
 from clsp_fast.data import segment
 from clsp_fast.evaluation import caption_of, hit_chance
@@ -383,7 +383,7 @@ def save_picture(results: Results, path: Path) -> str:
                 axis.plot([p["cosine"] for p in own], [p["rating"] for p in own], ".", label=name)
             axis.set(xlabel="cosine", ylabel="mean rating", ylim=(-0.1, 5.1))
             axis.legend()
-    figure.savefig(path, dpi=110)
+    disk.replace_file(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
     return f"picture: {path}"
 
@@ -428,11 +428,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results = zeroshot(config) if isinstance(config, ZeroshotConfig) else similarity(config)
         config.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"config": _plain_config(config)} | _plain(results), indent=1)
-        write_text(config.out / "results.json", text + "\n")
+        disk.write_text(config.out / "results.json", text + "\n")
+        print(table(results))
+        print(save_picture(results, config.out / f"{results['kind']}.png"))
     except (OSError, ValueError) as error:
         sys.exit(f"clsp_fast.evaluate: {error}")
-    print(table(results))
-    print(save_picture(results, config.out / f"{results['kind']}.png"))
     for reason in list(results["bad"].values())[:10]:
         print(f"not used: {reason}", file=sys.stderr)
     sys.exit(INCOMPLETE if results["bad"] else 0)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clsp_fast import console, features, folder
+from clsp_fast import console, disk, features, folder
 from clsp_fast.batches import MIN_FRAMES
 from clsp_fast.model import CLSP
 from clsp_fast.ops import frames_after_front, frames_in_graph, make_ragged
@@ -206,7 +206,9 @@ def _command(model: str = "runs/demo/model", /, *, out: Path = Path("onnx")) -> 
         model: folder, or name of a repository on the Hugging Face hub.
         out: folder to write.
     """
-    for name, difference in export(CLSP.from_pretrained(model, dtype=torch.float32), out).items():
+    with disk.room_for(out):
+        found = export(CLSP.from_pretrained(model, dtype=torch.float32), out)
+    for name, difference in found.items():
         print(f"{out / name}: within {difference:.1e} of the model")
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clsp_fast import disk
 from clsp_fast.config import ModelConfig
+from clsp_fast.model_config import listed_groups
 from clsp_fast.tokenizer import Tokenizer
 
 FORMAT = "clsp_fast"
@@ -73,6 +75,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of a folder; FileNotFoundError or ValueError names the file."""
     file = _existing(folder / "config.json")
+    disk.refuse_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -98,20 +101,29 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a folder, on the CPU, with exactly the names and shapes of `expected`."""
     file = _existing(folder / "model.safetensors")
+    disk.refuse_pointer(file)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in expected]
+    check_tensors(tensors, expected, f"{file} does not fit config.json")
+    return tensors
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError, which begins with `what`, unless the names and shapes are those of `expected`."""
+    wrong = []
     for name in sorted(expected.keys() & tensors.keys()):
         want, got = expected[name], tensors[name]
         if want.shape != got.shape or not got.is_floating_point():
-            problems.append(f"{name} must have shape {tuple(want.shape)}, got {got.dtype} {tuple(got.shape)}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{file} does not fit config.json: {'; '.join(problems[:5])}{more}")
-    return tensors
+            wrong.append(f"{name} must have shape {tuple(want.shape)}, got {got.dtype} {tuple(got.shape)}")
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unknown": [name for name in tensors if name not in expected],
+        "": wrong,
+    }
+    if any(problems.values()):
+        raise ValueError(f"{what}: {listed_groups(problems)}")
 
 
 def write(
@@ -130,9 +142,11 @@ def write(
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_json()
     for name, text in texts.items():
-        replace_file(folder / name, lambda file, text=text: _write_text(file, text))  # type: ignore[misc]
-    replace_file(
-        folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"})
+        disk.write_text(folder / name, text)
+    disk.replace_file(
+        folder / "model.safetensors",
+        lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+        size=sum(tensor.nbytes for tensor in tensors.values()),
     )
 
 
@@ -145,22 +159,6 @@ def fingerprint(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tok
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     digest.update(b"" if tokenizer is None else tokenizer.to_json().encode())
     return digest.hexdigest()
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-
-
-def replace_file(file: Path, write_to: Callable[[Path], None]) -> None:
-    """Write a neighbour and rename it over `file`, so that a crash leaves the old content or the new."""
-    neighbour = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        write_to(neighbour)
-        with neighbour.open("rb") as handle:
-            os.fsync(handle.fileno())
-        neighbour.replace(file)
-    finally:
-        neighbour.unlink(missing_ok=True)
 
 
 def _existing(file: Path) -> Path:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from clsp_fast import disk
+
 INCOMPLETE = 3
 """Exit code of a command that did its work, but for recordings that could not be used."""
 _COLOURS = {"global": "tab:orange", "fine": "tab:blue"}
@@ -33,9 +35,9 @@ class RunLog:
         self._active = active
         if not active:
             return
-        path = folder / "log.jsonl"
-        _keep_before(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = folder / "log.jsonl"
+        _keep_before(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = _tensorboard(folder) if tensorboard else None
 
     def __enter__(self) -> RunLog:
@@ -45,7 +47,12 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._active:
-            self._file.close()
+            try:
+                with disk.room_for(self._path):
+                    self._file.close()
+            except disk.DiskFull:
+                if kind is None:  # else it is told already
+                    raise
             if self._board is not None:
                 self._board.close()
 
@@ -53,10 +60,10 @@ class RunLog:
         """Writes one record, {"kind", "step", "time", ...}; numbers also go to TensorBoard as kind/name."""
         if not self._active:
             return
-        self._file.write(
-            json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | figures) + "\n"
-        )
-        self._file.flush()
+        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | figures) + "\n"
+        with disk.room_for(self._path, len(line)):
+            self._file.write(line)
+            self._file.flush()
         if self._board is not None:
             for name, value in figures.items():
                 if isinstance(value, (int, float)):
@@ -82,9 +89,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _keep_before(path: Path, step: int) -> None:
     kept = [record for record in read(path) if record["step"] < step]
-    temporary = path.with_name(".log.jsonl.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    disk.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -130,7 +135,7 @@ def save_report(run: Path) -> str:
             axis.legend(fontsize="small")
     for axis in axes[1]:
         axis.set_xlabel("step")
-    figure.savefig(run / "curves.png", dpi=110)
+    disk.replace_file(run / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
     return f"curves: {run / 'curves.png'}"
 

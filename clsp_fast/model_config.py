@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,31 @@ from typing import Any, Literal, NamedTuple
 def require(ok: bool, field: str, expected: str, got: object) -> None:
     """Raises ValueError, naming the field, what was expected and what came, unless `ok`."""
     if not ok:
-        raise ValueError(f"{field} must be {expected}, got {got!r}")
+        raise ValueError(f"{field} must be {expected}, got {_shortened(repr(got))}")
+
+
+_LONGEST_ITEM = 160
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_ITEM else text[: _LONGEST_ITEM - 3] + "..."
+
+
+def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> str:
+    """The items as one screen line: all of them, or as many as fit, "2 of 1,431: a, b, ..."; always one."""
+    shown = 1
+    while shown < len(items) and len(separator.join(items[: shown + 1])) <= width:
+        shown += 1
+    text = separator.join(map(_shortened, items[:shown]))
+    return text if shown >= len(items) else f"{shown} of {len(items):,}: {text}{separator}..."
+
+
+def listed_groups(groups: Mapping[str, Sequence[str]]) -> str:
+    """Several lists behind their names as one screen line; empty ones are left out, and so is a name ""."""
+    some = {name: items for name, items in groups.items() if items}
+    width = 120 // max(1, len(some))
+    parts = [(f"{name}: " if name else "") + listed(items, width=width) for name, items in some.items()]
+    return "; ".join(parts)
 
 
 def reject_unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> None:
@@ -24,9 +48,9 @@ def reject_unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(key)[:_LONGEST_ITEM], known, n=1, cutoff=0.0)
             hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(f"{cls.__name__} has no key {key!r}{hint}")
+            raise ValueError(f"{cls.__name__} has no key {_shortened(repr(key))}{hint}")
 
 
 MOST_LAYERS = 1000

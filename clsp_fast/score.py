@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from clsp_fast import console, folder, store
+from clsp_fast import console, disk, folder, store
 from clsp_fast.audio import AudioError
 from clsp_fast.checkpoint import FolderInUse, Place, hold
 from clsp_fast.config import EncodeConfig
@@ -89,7 +88,8 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         FileNotFoundError: no such file or model. ValueError: the scores that are there are of other pairs or
         another model. FolderInUse: another process writes the file.
     """
-    with contextlib.ExitStack() as stack:
+    where = "standard output" if config.scores == "-" else config.scores
+    with disk.room_for(where), contextlib.ExitStack() as stack:
         place = stack.enter_context(Place.join(config.device))
         require(place.world == 1, "processes", "1; under torchrun, give each its --shard", place.world)
         standard = config.pairs == "-"
@@ -113,7 +113,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
             out.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
             out.flush()
             if config.scores != "-":
-                os.fsync(out.fileno())
+                disk.sync(out.fileno())
             bad = sum("error" in record for record in records)
             rows, failed = rows + len(lines), failed + bad
             progress.add(len(lines), bad)

@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import audio, console, features, folder, similarity
+from clsp_fast import audio, console, disk, features, folder, similarity
 from clsp_fast.audio import AudioError
-from clsp_fast.checkpoint import Place, write_text
+from clsp_fast.checkpoint import Place
 from clsp_fast.config import EncodeConfig
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
@@ -236,8 +236,8 @@ class _KeptIndex:
 
     def write(self, write_to: Callable[[Path], None]) -> None:
         # In this order, since without the index a label claims nothing.
-        write_text(self._label, json.dumps(self._own) + "\n")
-        folder.replace_file(self._file, write_to)
+        disk.write_text(self._label, json.dumps(self._own) + "\n")
+        disk.replace_file(self._file, write_to)
 
 
 def _first_rows(shards: Sequence[NDArray[Any]], count: int) -> NDArray[np.float32]:
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         results = search(config)
         if results and config.html is not None:
-            write_text(config.html, page(results))
+            disk.write_text(config.html, page(results))
     except (OSError, ValueError, ImportError, AudioError) as error:
         sys.exit(f"clsp_fast.search: {error}")
     if results:

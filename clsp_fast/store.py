@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from clsp_fast.folder import replace_file
+from clsp_fast.disk import replace_file
 from clsp_fast.model_config import reject_unknown_keys
 
 FORMAT = "clsp_fast embeddings"
@@ -200,14 +200,16 @@ def check_record(record: dict[str, Any], shard: int, rows: int) -> dict[str, Any
 def write_shard(file: Path, rows_ND: NDArray[Any]) -> None:
     """Write a shard whole or not at all."""
     if file.suffix == ".npy":
-        replace_file(file, lambda path: _save_npy(path, rows_ND))
+        replace_file(file, lambda path: _save_npy(path, rows_ND), size=rows_ND.nbytes)
     else:
-        replace_file(file, lambda path: safetensors.numpy.save_file({"embeddings": rows_ND}, path))
+        tensors = {"embeddings": rows_ND}
+        replace_file(file, lambda path: safetensors.numpy.save_file(tensors, path), size=rows_ND.nbytes)
 
 
 def _save_npy(file: Path, rows_ND: NDArray[Any]) -> None:
     with file.open("wb") as handle:
-        np.lib.format.write_array(handle, rows_ND, version=(1, 0), allow_pickle=False)
+        np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(rows_ND))
+        handle.write(rows_ND.tobytes())  # numpy's own way forgets why a disk did not take it
 
 
 def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:

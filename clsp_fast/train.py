@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import torch
 
-from clsp_fast import checkpoint, console, evaluation, folder, optim, similarity
+from clsp_fast import checkpoint, console, disk, evaluation, folder, optim, similarity
 from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
@@ -35,6 +35,7 @@ from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
 from clsp_fast.log import RunLog, save_report
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP, ClspOutput
+from clsp_fast.model_config import listed
 from clsp_fast.step import absorb_statistics, clip_gradients, forward
 
 
@@ -87,7 +88,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         not what its flag says. FloatingPointError: too many steps in a row were not finite. Interrupted: a
         signal came; the state was saved. checkpoint.FolderInUse: another process has the run folder.
     """
-    with Place.join(config.device) as place, place.exclusive(config.run):
+    with disk.room_for(config.run), Place.join(config.device) as place, place.exclusive(config.run):
         corpus = place.first_then_all(lambda: Corpus.open(config))
         if place.first:
             claim(config)
@@ -226,7 +227,8 @@ def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:
         return CLSP(config.model, tokenizer=corpus.tokenizer)
     model = CLSP.from_pretrained(config.init)
     if model.config != config.model:
-        differences = "; ".join(f"model.{line}" for line in config.model.differences(model.config))
+        lines = [f"model.{line}" for line in config.model.differences(model.config)]
+        differences = listed(lines, separator="; ")
         raise ValueError(f"the model in --init {config.init} is another: {differences}; leave these out")
     model.tokenizer = corpus.tokenizer
     return model
@@ -252,6 +254,8 @@ def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -
     found = checkpoint.newest(config.run / "checkpoints")
     if found is None:
         return 0, {}
+    where = f"the checkpoint of step {found.step} in {config.run} does not fit the model"
+    folder.check_tensors(found.model, model.state_dict(), where)
     model.load_state_dict(found.model)
     averaged = config.optim.average_steps > 0
     tensors = {key: x for key, x in found.optim.items() if averaged or not key.endswith("/average")}

@@ -146,7 +146,7 @@ def test_what_is_exported_computes_what_the_model_does(
 
 
 def graph_of_means(path: Path, *, frames: int | None) -> None:
-    """Writes a graph whose embeddings are means over time; with `frames` it runs for that many frames alone."""
+    """Writes a graph whose embeddings are means over time; with `frames` it runs for that many alone."""
     from onnx import TensorProto, helper, save
 
     sizes = helper.make_tensor("sizes", TensorProto.INT64, [3], [-1, frames or -1, 128])
