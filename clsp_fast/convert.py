@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clsp_fast import console
+from clsp_fast import console, disk
 from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
+from clsp_fast.model_config import listed, listed_groups
 from clsp_fast.tokenizer import Tokenizer
 
 SPEECH = ("encoder_embed.", "encoder.")
@@ -35,7 +37,9 @@ IGNORED_KEYS = ("text_encoder.embeddings.position_ids", "text_encoder.embeddings
 # A checkpoint in a folder, in the order in which they are looked for.
 _FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "pretrained.pt")
 _WRAPPERS = ("model", "state_dict")
-_SHOWN = 10
+# What DDP, torch.compile, FSDP and activation checkpointing put into names, in any order and number. They can
+# wrap a part of the model as well as the whole, and no tensor of a model has such a part in its own name.
+_WRAPPING = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 class KeyReport(NamedTuple):
@@ -51,8 +55,7 @@ class KeyReport(NamedTuple):
         lines = [", ".join(f"{len(names)} {group}" for group, names in self._asdict().items())]
         for group, names in self._asdict().items():
             if group != "matched" and names:
-                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                lines.append(f"  {group}: {', '.join(names[:_SHOWN])}{more}")
+                lines.append(f"  {group}: {listed(names)}")
         return "\n".join(lines)
 
 
@@ -64,17 +67,37 @@ def reference_config(values: Mapping[str, Any]) -> ModelConfig:
     describe the model are ignored.
 
     Raises:
-        ValueError: a text tower with another activation than GELU, or a value out of range.
+        ValueError: keys, and none of them known; a text tower with another activation than GELU, or a value
+        of another type or out of range.
     """
+    names = [field.name for field in fields(ModelConfig)]
+    _require_known(values, [*names, "roberta", "text_encoder_dim"], "the configuration")
+    try:
+        return _reference_config(values)
+    except TypeError as error:
+        raise ValueError(f"the configuration has a value of another type than expected: {error}") from error
+
+
+def _require_known(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """ValueError if there are keys, and none of them describes a model: it is the wrong file."""
+    if values and not set(values) & set(known):
+        got, expected = listed(sorted(map(str, values))), listed(known)
+        raise ValueError(f"{what} must have keys of the model ({expected}), got only others ({got})")
+
+
+def _reference_config(values: Mapping[str, Any]) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
     plain = {key: value for key, value in values.items() if key in known and key != "text"}
     for field in fields(ModelConfig):
         if field.name in plain and isinstance(field.default, tuple):
             plain[field.name] = _to_tuple(plain[field.name])
-    text = dict(values.get("roberta", values.get("text", {})))
+    text = values.get("roberta", values.get("text", {}))
+    if not isinstance(text, Mapping):
+        raise ValueError(f'"roberta" must be an object, got {type(text).__name__}')
+    names = [field.name for field in fields(TextConfig)]
+    _require_known(text, [*names, "hidden_act"], '"roberta"')
     if text.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f'roberta.hidden_act must be "gelu", got {text["hidden_act"]!r}')
-    names = {field.name for field in fields(TextConfig)}
     text_config = TextConfig(**{key: value for key, value in text.items() if key in names})
     if values.get("text_encoder_dim", text_config.hidden_size) != text_config.hidden_size:
         expected = f"roberta.hidden_size {text_config.hidden_size}"
@@ -89,12 +112,16 @@ def _to_tuple(value: Any) -> tuple[int, ...]:
 
 
 def unwrap(checkpoint: Mapping[str, Any], *, averaged: bool = False) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint: its "model" or "state_dict" entry if there is one, without the
-    prefixes "module." of DDP and "model." of a wrapping class.
+    """The model's tensors in a checkpoint: its "model" or "state_dict" entry if there is one, under the names
+    without what DDP ("module."), torch.compile ("_orig_mod."), FSDP and a wrapping class ("model.") add, in
+    whatever order and number.
 
     Args:
         checkpoint: what `read_checkpoint` gives.
         averaged: take the running average that icefall keeps beside the weights, "model_avg", in float32.
+
+    Raises:
+        ValueError: something else than tensors, two tensors of one name, or no average.
     """
     if averaged and "model_avg" not in checkpoint:
         raise ValueError('checkpoint must have "model_avg" for averaged weights, it has none')
@@ -104,13 +131,25 @@ def unwrap(checkpoint: Mapping[str, Any], *, averaged: bool = False) -> dict[str
         raise ValueError(f'checkpoint["{key}"] must be a dictionary of tensors, got {type(inner).__name__}')
     other = [key for key, value in inner.items() if not isinstance(value, Tensor)]
     if other:
-        raise ValueError(f"state_dict must hold tensors alone, got others under {other[:3]}")
-    tensors = {str(key).removeprefix("module."): value for key, value in inner.items()}
-    if tensors and all(name.startswith("model.") for name in tensors):
-        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+        raise ValueError(
+            f"state_dict must hold tensors alone, got others under {listed(list(map(str, other)))}"
+        )
+    bare = {str(key): _without_wrapping(str(key)) for key in inner}
+    while bare and all(name.startswith("model.") for name in bare.values()):
+        bare = {key: name.removeprefix("model.") for key, name in bare.items()}
+    twice = [name for name, count in Counter(bare.values()).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"checkpoint must name each tensor once, but for wrappers it has twice: {listed(twice)}"
+        )
+    tensors = {bare[str(key)]: value for key, value in inner.items()}
     if averaged:  # kept in float64
         tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     return tensors
+
+
+def _without_wrapping(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPING)
 
 
 def mean(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -165,14 +204,16 @@ def from_reference(
         model = CLSP(config, tokenizer)
     report = match_keys(state_dict, model)
     tensors = unwrap(state_dict)
-    problems = [f"missing: {name}" for name in report.missing] + [f"unknown: {name}" for name in report.extra]
-    problems += _unfit(model.state_dict(), tensors, report.matched)
-    if problems:
-        raise ValueError(
-            f"state_dict does not fit the configuration ({len(problems)}): " + "; ".join(problems)
-        )
+    wrong = _unfit(model.state_dict(), tensors, report.matched)
+    _refuse("state_dict", {"missing": report.missing, "unknown": report.extra, "": wrong})
     model.load_state_dict({name: tensors[name].clone() for name in report.matched}, strict=True, assign=True)
     return model.eval()
+
+
+def _refuse(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+    count = sum(map(len, problems.values()))
+    if count:
+        raise ValueError(f"{what} does not fit the configuration ({count:,}): {listed_groups(problems)}")
 
 
 def _unfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
@@ -221,10 +262,8 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
     buffers = {key.removeprefix(strip) for key in IGNORED_KEYS}
     own = tuple({name.partition(".")[0] + "." for name in wanted})
     extra = sorted(name for name in found.keys() - wanted.keys() - buffers if name.startswith(own))
-    problems = [f"missing: {name}" for name in missing if not name.startswith("pooler.")]
-    problems += [f"unknown: {name}" for name in extra] + _unfit(wanted, found, matched)
-    if problems:
-        raise ValueError(f"the tower does not fit the configuration ({len(problems)}): {'; '.join(problems)}")
+    needed = [name for name in missing if not name.startswith("pooler.")]
+    _refuse("the tower", {"missing": needed, "unknown": extra, "": _unfit(wanted, found, matched)})
     with torch.no_grad():
         for name, tensor in wanted.items():  # views of the parameters
             if name in found:
@@ -238,6 +277,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     with weights_only=True: no code in them runs."""
     if path.is_dir():
         path = _file_in(path)
+    disk.refuse_pointer(path)
     if path.suffixes[-2:] == [".index", ".json"]:
         return _read_shards(path)
     if path.suffix == ".safetensors":
@@ -257,6 +297,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    disk.refuse_pointer(path)
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError) as error:
@@ -288,6 +329,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object."""
+    disk.refuse_pointer(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -324,14 +366,14 @@ def reference(
         raise ValueError("give either --checkpoint, or --speech or --text or both")
     folder = text if towers else checkpoint[0] if checkpoint[0].is_dir() else checkpoint[0].parent
     words = _tokenizer(tokenizer, folder)
-    values = _configuration(config, folder if checkpoint else None, text)
+    architecture = _configuration(config, folder if checkpoint else None, text)
     if checkpoint:
         states = [unwrap(read_checkpoint(path), averaged=averaged) for path in checkpoint]
         state = states[0] if len(states) == 1 else mean(states)
-        model = from_reference(state, values, tokenizer=words)
+        model = from_reference(state, architecture, tokenizer=words)
         print(match_keys(state, model))
     else:
-        model = CLSP(reference_config(values), words)
+        model = CLSP(architecture, words)
         for tower, path in towers.items():
             print(f"{path}: {load_tower(model, read_checkpoint(path), tower)}")
         model.eval()
@@ -339,15 +381,20 @@ def reference(
     print(f"{out}: written")
 
 
-def _configuration(config: Path | None, folder: Path | None, text: Path | None) -> dict[str, Any]:
-    """The reference's keys: those of the file, or those found beside the checkpoints."""
-    if config is not None:
-        return _read_object(config)
-    if folder is not None and (folder / "config.json").is_file():
-        return _read_object(folder / "config.json")
-    return (
-        {"roberta": _read_object(text / "config.json")} if text and (text / "config.json").is_file() else {}
-    )
+def _configuration(config: Path | None, folder: Path | None, text: Path | None) -> ModelConfig:
+    """That of the file, or of the one beside the checkpoints; the paper's if there is none."""
+    beside = [path / "config.json" for path in (folder, text) if path is not None]
+    file = config or next((path for path in beside if path.is_file()), None)
+    if file is None:
+        return reference_config({})
+    values = _read_object(file)
+    try:
+        if not values:
+            raise ValueError("it must have keys of the model, and has none at all")
+        of_roberta = config is None and folder is None
+        return reference_config({"roberta": values} if of_roberta else values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _tokenizer(path: Path | None, folder: Path | None) -> Tokenizer | None:

@@ -253,3 +253,106 @@ def test_the_command_names_what_is_wrong(
     with pytest.raises(SystemExit) as stop:
         convert.main(words)
     assert message in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model.module.")
+PREFIXES += (
+    "module.model._orig_mod.",
+    "_orig_mod._orig_mod.",
+    "module.module.",
+    "model.model._orig_mod.module.",
+)
+PREFIXES += ("_fsdp_wrapped_module.", "module._fsdp_wrapped_module._orig_mod.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_what_wrappers_add_to_names_is_removed_in_any_order(
+    weights: dict[str, Tensor], prefix: str, wrapper: str | None
+) -> None:
+    wrapped = {prefix + name: tensor for name, tensor in weights.items()}
+    assert convert.unwrap(wrapped if wrapper is None else {wrapper: wrapped}).keys() == weights.keys()
+
+
+def test_parts_of_a_model_may_be_wrapped_alone(weights: dict[str, Tensor]) -> None:
+    compiled = {
+        name.replace("encoder.encoders.", "encoder._orig_mod.encoders.", 1).replace(
+            "text_encoder.", "text_encoder.module._checkpoint_wrapped_module.", 1
+        ): tensor
+        for name, tensor in weights.items()
+    }
+    assert compiled.keys() != weights.keys()
+    state = convert.from_reference(compiled, CONFIG).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    with pytest.raises(ValueError, match=r"name each tensor once.*logit_scale"):
+        convert.unwrap(weights | {"module.logit_scale": weights["logit_scale"]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "has none at all"),
+        ({"learning_rate": 1, "epochs": 3}, r"got only others \(epochs, learning_rate\)"),
+        ({f"option_{i}": i for i in range(1000)}, r"of 1,000: option_0, .*, \.\.\.\)"),
+        ({"format": "clsp_fast", "model": {"joint_dim": 3}}, r"got only others \(format, model\)"),
+        ({"roberta": {"n_layer": 3}}, r'"roberta" must have keys of the model .*got only others \(n_layer\)'),
+        ({"roberta": 3}, '"roberta" must be an object, got int'),
+        ({"encoder_dim": None}, "another type"),
+        ({"encoder_dim": "a,b"}, "a"),
+        ({"roberta": {"pad_token_id": None}}, "another type"),
+    ],
+)
+def test_a_configuration_of_something_else_is_refused_by_name(
+    weights: dict[str, Tensor], tmp_path: Path, content: dict[str, object], message: str
+) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    save_file(weights, tmp_path / "w.safetensors")
+    words = ["reference", "--checkpoint", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "m")]
+    with pytest.raises(SystemExit, match=message) as stop:
+        convert.main([*words, "--config", str(tmp_path / "c.json")])
+    assert f"{tmp_path}/c.json: " in str(stop.value.code)
+    assert len(str(stop.value.code)) < 600
+    assert not (tmp_path / "m").exists()
+
+
+def test_long_lists_of_names_take_one_line(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    others = {f"other.{name}": tensor for name, tensor in weights.items()}
+    grown = {name: torch.zeros(*tensor.shape, 2) for name, tensor in weights.items()}
+    text = {k: v for k, v in weights.items() if k.startswith("text_encoder.")}
+    more = text | {f"text_encoder.encoder.layer.{i}.x": torch.zeros(1) for i in range(9, 500)}
+    model = CLSP(convert.reference_config(CONFIG))
+    model.save_pretrained(tmp_path)
+    messages = []
+    for attempt in (
+        lambda: convert.from_reference(others, CONFIG),
+        lambda: convert.from_reference(grown, CONFIG),
+        lambda: convert.from_reference({}, CONFIG),
+        lambda: convert.load_tower(model, more, convert.TEXT),
+        lambda: convert.unwrap({f"key {i}": i for i in range(1000)}),
+        lambda: convert.unwrap(weights | {f"module.{name}": x for name, x in weights.items()}),
+    ):
+        with pytest.raises(ValueError, match=r"\d of [\d,]+: ") as told:
+            attempt()
+        messages.append(str(told.value))
+    for tensors in (others, grown):
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"model\.safetensors does not fit .*\d of \d+: ") as told:
+            CLSP.from_pretrained(tmp_path)
+        messages.append(str(told.value).replace(str(tmp_path), ""))
+    for message in messages:
+        assert len(message) < 400, message
+        assert "\n" not in message
+    assert max(map(len, str(convert.match_keys(others, model)).splitlines())) < 200
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "model.safetensors.index.json", "c.json"])
+def test_a_git_lfs_pointer_in_place_of_a_file_is_named(
+    weights: dict[str, Tensor], tmp_path: Path, name: str
+) -> None:
+    save_file(weights, tmp_path / "good.safetensors")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    checkpoint = tmp_path / ("good.safetensors" if name == "c.json" else name)
+    words = ["reference", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "m")]
+    words += ["--config", str(tmp_path / "c.json")] if name == "c.json" else []
+    with pytest.raises(SystemExit, match=rf'{name} is a Git LFS pointer.*"git lfs pull"'):
+        convert.main(words)

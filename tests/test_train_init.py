@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from clsp_fast import train
+from clsp_fast import checkpoint, train
 from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS
+from clsp_fast.tokenizer import Tokenizer
 
 
 def test_a_saved_model_brings_its_configuration(model_folder: Path, tmp_path: Path) -> None:
@@ -44,3 +46,16 @@ def test_an_init_that_is_no_model_is_named(tmp_path: Path) -> None:
         train.main(["--init", str(tmp_path)])
     with pytest.raises(SystemExit, match="--init: nowhere: no such folder"):
         train.main(["--init", "nowhere"])
+
+
+def test_a_checkpoint_of_another_model_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "captions": ["A man."]}\n')
+    tensors = {f"layers.{i}.weight": torch.zeros(2) for i in range(1000)}
+    checkpoint.save(tmp_path / "run/checkpoints", checkpoint.Checkpoint(3, tensors, {}, {}), keep=1)
+    Tokenizer.train(["A man."], 300).save(tmp_path / "run/tokenizer.json")
+    words = ["tiny", "--run", str(tmp_path / "run"), "--data.manifest", str(tmp_path / "m.jsonl")]
+    with pytest.raises(
+        SystemExit, match=r"step 3 .* does not fit the model: .*unknown: \d of 1,000: "
+    ) as stop:
+        train.main([*words, "--device", "cpu"])
+    assert len(str(stop.value.code)) < 400 + len(str(tmp_path))
