@@ -79,12 +79,8 @@ class CLSP(nn.Module):
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
         super().__init__()
-        if tokenizer is not None and tokenizer.vocab_size > config.text.vocab_size:
-            raise ValueError(
-                f"text.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
-                f"got {config.text.vocab_size}"
-            )
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         self.encoder_embed = make_front(config)
         self.encoder = zipformer.Zipformer(config)
         if config.post_encoder_downsampling_factor > 1:
@@ -101,6 +97,18 @@ class CLSP(nn.Module):
         if not self.log_logit_scale.is_meta:
             zipformer.initialise(self.encoder_embed, self.encoder)
             roberta.initialise(self.text_encoder)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What `encode_text` reads captions with; setting one that does not fit `config.text` is a
+        ValueError."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is not None:
+            tokenizer.check_fits(self.config.text)
+        self._tokenizer = tokenizer
 
     @property
     def log_logit_scale(self) -> nn.Parameter:

@@ -11,21 +11,72 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from clsp_fast import disk
+from clsp_fast.config import TextConfig
+
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
+_ENDS = ("<s>", "<pad>", "</s>")
+_PROBE = "A calm voice"
+
+
 class Tokenizer:
-    """Captions -> token ids between <s> and </s>; any text has a code, as bytes are the alphabet."""
+    """Captions -> token ids between <s> and </s>; any text has a code, as bytes are the alphabet.
+
+    Args:
+        engine: what knows <s>, <pad> and </s>. One that adds nothing to a caption gets RoBERTa's template;
+            its padding, truncation and BPE dropout are switched off.
+
+    Raises:
+        ValueError: it lacks one of the three tokens, or puts something else around a caption.
+    """
 
     def __init__(self, engine: Engine) -> None:
         vocabulary = engine.get_vocab(with_added_tokens=True)
-        missing = [token for token in ("<s>", "<pad>", "</s>") if token not in vocabulary]
+        missing = [token for token in _ENDS if token not in vocabulary]
         if missing:
             raise ValueError(f"tokenizer must have the tokens <s>, <pad> and </s>, it lacks {missing}")
         engine.no_padding()
         engine.no_truncation()
+        if getattr(engine.model, "dropout", None):
+            engine.model.dropout = None
         self._engine = engine
-        self.bos_id, self.pad_id, self.eos_id = (vocabulary[token] for token in ("<s>", "<pad>", "</s>"))
+        self.bos_id, self.pad_id, self.eos_id = (vocabulary[token] for token in _ENDS)
+        self._frame_captions()
+
+    def _frame_captions(self) -> None:
+        """Sees to it that every caption stands between <s> and </s>, which training and pooling count on."""
+        bare = self._engine.encode(_PROBE, add_special_tokens=False).ids
+        framed = self._engine.encode(_PROBE).ids
+        if framed == bare:
+            self._engine.post_processor = _between_ends(self._engine, add_prefix_space=True)
+        elif framed != [self.bos_id, *bare, self.eos_id]:
+            tokens = self._engine.encode(_PROBE).tokens
+            expected = f"<s> ({self.bos_id}) and </s> ({self.eos_id})"
+            raise ValueError(
+                f"tokenizer must put a caption between {expected}, it gives {tokens[:1]} ... {tokens[-1:]} "
+                f"(ids {framed[:1]} ... {framed[-1:]}); take RoBERTa's, or remove its post_processor"
+            )
+
+    def check_fits(self, config: TextConfig) -> None:
+        """Raises ValueError unless a text tower of this configuration can read these tokens: pad, start and
+        end have the same ids in both, and every id has a row of the embedding."""
+        for token, ours, field in (
+            ("<pad>", self.pad_id, "pad_token_id"),
+            ("<s>", self.bos_id, "bos_token_id"),
+            ("</s>", self.eos_id, "eos_token_id"),
+        ):
+            theirs = getattr(config, field)
+            if ours != theirs:
+                raise ValueError(
+                    f"the tokenizer's {token} is {ours}, and text.{field} is {theirs}: take the tokenizer "
+                    f"that the model was trained with, or for a new model set text.{field} to {ours}"
+                )
+        if self.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"text.vocab_size must be at least the tokenizer's {self.vocab_size}, got {config.vocab_size}"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -70,11 +121,14 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: neither is there.
-            ValueError: a file that is no tokenizer, or one without RoBERTa's special tokens.
+            ValueError: a file that is no tokenizer, or one without RoBERTa's special tokens, or one that puts
+            others around a caption.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         pair = (path / "vocab.json", path / "merges.txt")
+        for part in (file, *pair):
+            disk.refuse_pointer(part)
         try:
             if file.is_file():
                 return cls(Engine.from_file(str(file)))
@@ -130,9 +184,13 @@ class Tokenizer:
 def _roberta_engine(vocab: Path, merges: Path) -> Engine:
     """The tokenizer of RoBERTa's original pair of files."""
     engine = Engine(models.BPE.from_file(str(vocab), str(merges)))
+    known = engine.get_vocab()
+    missing = [token for token in _ENDS if token not in known]
+    if missing:  # added here they would get ids that no model knows
+        raise ValueError(f"{vocab.name} must have the tokens <s>, <pad> and </s>, it lacks {missing}")
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
-    engine.add_special_tokens(list(SPECIAL_TOKENS))
+    engine.add_special_tokens([token for token in SPECIAL_TOKENS if token in known])
     engine.post_processor = _between_ends(engine, add_prefix_space=False)
     return engine
 

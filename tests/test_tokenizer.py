@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer as Engine
+from tokenizers import models, processors
 
+from clsp_fast import convert, train
+from clsp_fast.config import MODEL_PRESETS
+from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
 CORPUS = [
@@ -132,3 +137,179 @@ def test_wrong_arguments_are_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="at least 261"):
         Tokenizer.train(CORPUS, 260)
     assert tokenizer.encode_batch([], 64)[0].shape == (0, 0)
+
+
+BETWEEN = (("</s>", 2), ("<s>", 0))
+
+
+def template(text: str) -> processors.TemplateProcessing:
+    known = {"<s>": 0, "</s>": 2, "<mask>": 4}
+    return processors.TemplateProcessing(
+        single=text, special_tokens=[(t, known[t]) for t in dict.fromkeys(text.split()) if t in known]
+    )
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        None,
+        processors.ByteLevel(trim_offsets=False),
+        template("$A"),
+        template("<s> $A </s>"),
+        processors.RobertaProcessing(*BETWEEN, add_prefix_space=False, trim_offsets=False),
+        processors.BertProcessing(*BETWEEN),
+        processors.Sequence([processors.ByteLevel(), template("<s> $A </s>")]),
+        processors.Sequence([processors.ByteLevel()]),
+    ],
+)
+@pytest.mark.parametrize("prefix_space", [True, False])
+def test_captions_get_both_ends_whatever_a_file_says_of_them(
+    tokenizer: Tokenizer, tmp_path: Path, processor: object, prefix_space: bool
+) -> None:
+    content = json.loads(tokenizer.to_json())
+    content["post_processor"] = None
+    content["pre_tokenizer"]["add_prefix_space"] = prefix_space
+    engine = Engine.from_str(json.dumps(content))
+    bare = engine.encode(CORPUS[0]).ids
+    if processor is not None:
+        engine.post_processor = processor
+    engine.save(str(tmp_path / "tokenizer.json"))
+    found = Tokenizer.from_file(tmp_path)
+    for made in (found, Tokenizer(Engine.from_str(found.to_json()))):
+        token_ids, mask = made.encode_batch([CORPUS[0]], 64)
+        assert token_ids[0].tolist() == [0, *bare, 2]
+        assert bool((mask == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (template("$A </s>"), r"between <s> \(0\) and </s> \(2\), it gives \['.*'\] \.\.\. \['</s>'\]"),
+        (template("<s> $A"), r"ids \[0\] \.\.\. \[\d+\]"),
+        (template("</s> $A <s>"), r"ids \[2\] \.\.\. \[0\]"),
+        (template("<s> <s> $A </s>"), "must put a caption between"),
+        (template("<s> $A </s> </s>"), "must put a caption between"),
+        (template("<mask> $A </s>"), r"\['<mask>'\] \.\.\. \['</s>'\]"),
+        (processors.RobertaProcessing(("</s>", 7), ("<s>", 5)), r"ids \[5\] \.\.\. \[7\]"),
+        (processors.BertProcessing(("</s>", 2), ("<s>", 9)), r"ids \[9\] \.\.\. \[2\]"),
+    ],
+)
+def test_other_ends_than_those_of_the_text_tower_are_refused(
+    tokenizer: Tokenizer, tmp_path: Path, processor: object, message: str
+) -> None:
+    engine = Engine.from_str(tokenizer.to_json())
+    engine.post_processor = processor
+    engine.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=message) as told:
+        Tokenizer.from_file(tmp_path)
+    assert str(tmp_path) in str(told.value)
+
+
+def test_a_tokenizer_of_berts_kind_is_refused_by_name(tmp_path: Path) -> None:
+    engine = Engine(
+        models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, unk_token="[UNK]")
+    )
+    engine.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    engine.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"lacks.*<s>.*<pad>.*</s>"):
+        Tokenizer.from_file(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "<s>": 1, "</s>": 2}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match=r"vocab\.json must have .* it lacks \['<pad>'\]"):
+        Tokenizer.from_file(tmp_path)
+
+
+def test_dropout_of_merges_stored_in_a_file_has_no_effect(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    content = json.loads(tokenizer.to_json())
+    content["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    restored = Tokenizer.from_file(tmp_path)
+    for _ in range(3):
+        assert torch.equal(
+            restored.encode_batch(CORPUS[:3], 64)[0], tokenizer.encode_batch(CORPUS[:3], 64)[0]
+        )
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(POINTER)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match=rf'{name} is a Git LFS pointer.*"git lfs pull"'):
+        Tokenizer.from_file(tmp_path)
+
+
+def renumbered(tokenizer: Tokenizer, swap: tuple[str, str]) -> Tokenizer:
+    """The same, but that two of its tokens have each other's id."""
+    content = json.loads(tokenizer.to_json())
+    vocabulary = content["model"]["vocab"]
+    first, second = vocabulary[swap[0]], vocabulary[swap[1]]
+    vocabulary[swap[0]], vocabulary[swap[1]] = second, first
+    for token in content["added_tokens"]:
+        token["id"] = vocabulary[token["content"]]
+    content["post_processor"] = None
+    return Tokenizer(Engine.from_str(json.dumps(content)))
+
+
+@pytest.mark.parametrize(
+    ("swap", "field", "ours", "theirs"),
+    [
+        (("<pad>", "<mask>"), "pad_token_id", 4, 1),
+        (("<s>", "<mask>"), "bos_token_id", 4, 0),
+        (("</s>", "<unk>"), "eos_token_id", 3, 2),
+    ],
+)
+def test_ids_are_those_of_the_configuration_wherever_a_tokenizer_comes_in(
+    tokenizer: Tokenizer, tmp_path: Path, swap: tuple[str, str], field: str, ours: int, theirs: int
+) -> None:
+    other = renumbered(tokenizer, swap)
+    message = f"the tokenizer's {swap[0]} is {ours}, and text.{field} is {theirs}"
+    config = MODEL_PRESETS["tiny"]
+    with pytest.raises(ValueError, match=message):
+        CLSP(config, other)
+    model = CLSP(config, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        model.tokenizer = other
+    model.save_pretrained(tmp_path / "m")
+    other.save(tmp_path / "m/tokenizer.json")
+    with pytest.raises(ValueError, match=message):
+        CLSP.from_pretrained(tmp_path / "m")
+    other.save(tmp_path / "other.json")
+    (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
+    words = [
+        "reference",
+        "--checkpoint",
+        str(tmp_path / "m/model.safetensors"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit, match=message):
+        convert.main(
+            [*words, "--config", str(tmp_path / "c.json"), "--tokenizer", str(tmp_path / "other.json")]
+        )
+    (tmp_path / "t.jsonl").write_text('{"audio": "a.wav", "captions": ["A man."]}\n')
+    words = [
+        "tiny",
+        "--data.manifest",
+        str(tmp_path / "t.jsonl"),
+        "--run",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    for more in (["--data.tokenizer", str(tmp_path / "other.json")], ["--init", str(tmp_path / "m")]):
+        with pytest.raises(SystemExit, match=message):
+            train.main([*words, *more])
+    assert not (tmp_path / "run/tokenizer.json").exists()
+    # The configuration may say so instead.
+    text = dataclasses.replace(config.text, **{field: ours})
+    CLSP(dataclasses.replace(config, text=text), other)
+
+
+def test_a_vocabulary_beyond_the_embedding_is_named(tokenizer: Tokenizer) -> None:
+    text = dataclasses.replace(MODEL_PRESETS["tiny"].text, vocab_size=319)
+    with pytest.raises(ValueError, match=r"text\.vocab_size must be at least the tokenizer's 320, got 319"):
+        CLSP(dataclasses.replace(MODEL_PRESETS["tiny"], text=text), tokenizer)
