@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import features
+from clsp_fast import features, paths
 from clsp_fast.audio import AudioError, AudioErrorReason, Segment
 from clsp_fast.console import Progress
 
@@ -232,7 +232,7 @@ def _bytes_of(item: Any) -> int:
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
         factor = 1 if path.suffix.lower() in _FULL_SIZE else _COMPRESSION
-        return factor * path.stat().st_size if path.is_file() else 0
+        return factor * path.stat().st_size if paths.is_file(path) else 0
     return len(item) if isinstance(item, bytes) else 2**20
 
 

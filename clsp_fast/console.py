@@ -1,5 +1,5 @@
-"""What every command does alike on a terminal, in a file and in a pipe: it says how far it is, and ends
-quietly when its reader has gone away.
+"""What every command does alike on a terminal, in a file and in a pipe: it says how far it is, prints any
+name, and ends quietly when its reader has gone away.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Progress:
 
 
 def command(main: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator of a command's `main`: when the reader of its output has gone away (`... | head`), it ends
-    quietly with exit code 1.
+    """Decorator of a command's `main`: it can print any name (`robust_streams`), and when the reader of its
+    output has gone away (`... | head`), it ends quietly with exit code 1.
 
     The error of a write to such a pipe may come from any print, or only when Python writes out its buffer at
     exit, where nothing can catch it any more: the buffer is written out here.
@@ -66,6 +66,7 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None, **options: Any) -> Result:
+        robust_streams()
         try:
             try:
                 return main(arguments, **options)
@@ -85,6 +86,18 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
             sys.exit(1)
 
     return run
+
+
+def robust_streams() -> None:
+    """Lets standard output and standard error write what their encoding lacks as an escape, such as \\xe9.
+
+    The names of recordings hold what they hold; a terminal or a pipe that takes only ASCII must not end the
+    command that prints them.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and getattr(stream, "errors", None) == "strict":
+            reconfigure(errors="backslashreplace")
 
 
 def _reader_is_gone(stream: TextIO) -> bool:

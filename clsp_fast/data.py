@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clsp_fast import captions as caption_sampling
-from clsp_fast import console
+from clsp_fast import console, paths
 from clsp_fast import manifest as manifests
 from clsp_fast.audio import AudioLimits, Segment, default_num_threads
 from clsp_fast.augment import augment
@@ -178,7 +178,7 @@ class Loader:
         """Equal for the same clips in the same batches."""
         known = hashlib.blake2b(self.plan.digest.encode(), digest_size=16)
         for clip in self.clips:
-            known.update(clip.id.encode() + b"\0")
+            known.update(clip.id.encode("utf-8", "surrogateescape") + b"\0")
         return known.hexdigest()
 
     def state(self) -> dict[str, Any]:
@@ -343,7 +343,7 @@ def _seconds(clip: Clip, config: DataConfig) -> float:
     import soundfile
 
     path = Path(clip.audio)
-    if not path.is_file():  # the decoder names it; a pipe would block here
+    if not paths.is_file(path):  # the decoder names it; a pipe would block here
         return config.max_seconds
     try:
         # A descriptor rather than a path: libsndfile then judges by content and not by the file's name.
@@ -359,7 +359,8 @@ def _seconds(clip: Clip, config: DataConfig) -> float:
 
 def _number(text: str) -> int:
     """A stable non-negative integer for a clip's id: Python's own hash differs from run to run."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    data = text.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def validate(manifest: Path, *, decode: bool = False) -> int:
@@ -380,7 +381,8 @@ def validate(manifest: Path, *, decode: bool = False) -> int:
             features.read(found.clips[start : start + 64])
         findings += [f"clip {clip_id}: {reason}" for clip_id, reason in features.bad.items()]
     else:
-        findings += [f"clip {c.id}: {c.audio} is missing" for c in found.clips if not Path(c.audio).is_file()]
+        problems = ((clip, paths.problem(clip.audio)) for clip in found.clips)
+        findings += [f"clip {clip.id}: {clip.audio} {problem}" for clip, problem in problems if problem]
     print(manifests.describe(found))
     for finding in findings:
         print(finding)
@@ -397,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         count = tyro.extras.subcommand_cli_from_dict(
             {"validate": validate}, args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"clsp_fast.data: {error}")
     sys.exit(1 if count else 0)
 

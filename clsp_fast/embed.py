@@ -1,6 +1,7 @@
 """Embeddings of many recordings: `python -m clsp_fast.embed SOURCE FOLDER --model MODEL`.
 
-SOURCE is a manifest (.jsonl), a folder, a list with one path a line, or - for such a list on standard input.
+SOURCE is a manifest (.jsonl), a folder, a list with one path a line, or - for a list or manifest on standard
+input. What is not taken from a folder is counted by its suffix; a list takes files of any name.
 Killed at any moment, the same command goes on; under torchrun, the processes share the work. The exit code
 is 0 if every recording was embedded, 3 if some could not be: index.jsonl says which and why.
 """

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import console, disk, folder, metrics, tasks
+from clsp_fast import console, disk, folder, metrics, paths, tasks, textfile
 from clsp_fast.audio import AudioError
 from clsp_fast.captions import Captions
 from clsp_fast.checkpoint import Place
@@ -171,7 +171,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     for name in config.task:
         require(name in known, "task", "one of " + ", ".join(known), name)
     chosen = [known[name] for name in config.task]
-    rows = ".jsonl" in config.source.suffixes and config.source.is_file()
+    rows = ".jsonl" in config.source.suffixes and paths.is_file(config.source)
     layouts = {config.layout or ("manifest" if rows else task.layout) for task in chosen}
     require(len(layouts) == 1, "task", "tasks of one layout, or --layout", sorted(layouts))
     clips = tasks.clips_of(config.source, layouts.pop())
@@ -257,15 +257,20 @@ def similarity(config: SimilarityConfig, *, model: CLSP | None = None) -> Result
 def _ratings(path: Path) -> Iterator[tuple[str, str, str, str, float]]:
     """(clip, caption, category, rater, rating) of each row."""
     columns = ("clip", "caption", "category", "rater", "rating")
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    expected = "a CSV table with the columns clip, caption, rater, rating and category"
+    with textfile.open_text(path, expected, newline="") as text:
         try:
-            rows = csv.DictReader(file)
+            rows = csv.DictReader(text.file)
             missing = set(columns) - set(rows.fieldnames or ())
             require(not missing, "its columns", "clip, caption, rater, rating, category", rows.fieldnames)
             for row in rows:
                 values = [row[column] for column in columns]
                 if not all(values):
                     raise ValueError(f"row {rows.line_num}: each column must have a value")
+                if not textfile.is_text(row["caption"]):
+                    raise ValueError(
+                        f"row {rows.line_num}: the caption is not UTF-8; save the table as UTF-8"
+                    )
                 rating = float(row["rating"])
                 require(0 <= rating <= 5, f"row {rows.line_num}: rating", "in [0, 5]", rating)
                 yield row["clip"], row["caption"], row["category"], row["rater"], rating

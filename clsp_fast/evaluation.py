@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import metrics, similarity
+from clsp_fast import metrics, similarity, textfile
 from clsp_fast.config import DataConfig
 from clsp_fast.data import ClipFeatures, DataError, collate
 from clsp_fast.manifest import Clip
@@ -176,7 +176,7 @@ def read_tasks(path: Path) -> dict[str, dict[str, list[str]]]:
         ValueError: the file holds something else; FileNotFoundError: there is none.
     """
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))
+        tasks = json.loads(textfile.read_text(path, "a JSON file of tasks"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     form = '{tag: {label: ["prompt", ...], ...}, ...}, two labels or more a tag'

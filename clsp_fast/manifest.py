@@ -5,19 +5,22 @@ A file of its own because reading a manifest must not need torch, audio or a tok
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import gzip
+import io
 import json
 import math
+import os
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PurePath
+from typing import IO, Any, TextIO, TypeGuard
 
+from clsp_fast import paths, textfile
 from clsp_fast.captions import Captions
+from clsp_fast.textfile import RENAMED, Text, is_text
 
 _KEYS = {
     "audio",
@@ -35,41 +38,14 @@ _KEYS = {
     "start_s",
     "tags",
 }
-_MEANT = {
-    "audio_file": "audio",
-    "audio_filepath": "audio",
-    "audio_path": "audio",
-    "begin": "start_s",
-    "caption": "captions",
-    "duration": "duration_s",
-    "file": "audio",
-    "offset": "start_s",
-    "path": "audio",
-    "start": "start_s",
-    "text": "captions",
-    "wav": "audio",
-}
-"""What others call some of these."""
 _MOST_SHOWN = 20
+_LONGEST_LINE = 2**24
+_LONGEST_NAME = 2**15
+"""Characters of a path; a line of an index must hold it twice, as escapes."""
+_JUDGED_LINES = 1000
+_EXPECTED = "a manifest (a JSON object a line)"
+_EXPECTED_SOURCE = "a manifest or a list of recordings (a path a line)"
 _GLOBAL_KEYS = ("global_captions", "short_captions")
-AUDIO_SUFFIXES = frozenset(
-    {
-        ".aif",
-        ".aiff",
-        ".au",
-        ".caf",
-        ".flac",
-        ".m4a",
-        ".mp3",
-        ".oga",
-        ".ogg",
-        ".opus",
-        ".rf64",
-        ".w64",
-        ".wav",
-    }
-)
-"""Files of a folder with these endings are taken for recordings."""
 _FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
 
 
@@ -143,7 +119,8 @@ def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
 
     A bad line becomes a `Problem` and costs nothing but itself. Relative audio paths are relative to the
     manifest (those of lhotse cuts to the working directory, as lhotse has it, where no such file is beside
-    the manifest).
+    the manifest). Names of files may hold bytes that are not UTF-8, as they are or as Python writes them to
+    JSON (\\udc80 to \\udcff); captions may not.
 
     Args:
         path: the file.
@@ -151,16 +128,37 @@ def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be decompressed, or no line gives a clip.
+        ValueError: the file is no text, or cannot be decompressed, or no line gives a clip.
     """
     path = Path(path)
+    with _open(path, _EXPECTED) as text:
+        return _read(text, path, need_captions)
+
+
+@contextlib.contextmanager
+def _open(source: Path | IO[bytes], expected: str) -> Iterator[Text]:
+    try:
+        with textfile.open_text(source, expected) as text:
+            yield text
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+
+
+def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
     clips: list[Clip] = []
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     unknown: Counter[str] = Counter()
-    for number, text in _lines(path):
+    kind = textfile.kind_of(text.head)
+    if kind.startswith("the index"):
+        raise ValueError(f"{path} is {kind}")
+    for number, line in textfile.lines(text.file, _LONGEST_LINE):
         try:
-            clip = _clip(text, path.parent, f"{path.stem}-{number}", need_captions, unknown)
+            if not textfile.is_whole(line, _LONGEST_LINE):
+                raise ValueError(f"a line must be shorter than {_LONGEST_LINE} characters")
+            clip = _clip(line, path.parent, f"{path.stem}-{number}", need_captions, unknown)
             if clip.id in seen:
                 raise ValueError(f"id {clip.id!r} was used in line {seen[clip.id]} already")
         except (ValueError, RecursionError) as error:
@@ -173,58 +171,84 @@ def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
         clips.append(clip)
     if not clips:
         why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"
-        raise ValueError(f"{path} holds no usable clip{why}")
+        looks = f"; it looks like {kind}" if kind else ""
+        raise ValueError(f"{path} holds no usable clip{why}{looks}")
     return Manifest(path, clips, problems, dict(unknown.most_common()))
 
 
-def sources(source: str, stream: TextIO = sys.stdin) -> tuple[list[Clip], list[Problem]]:
+def sources(source: str, stream: TextIO | None = None) -> tuple[list[Clip], list[Problem]]:
     """Clips of whatever names recordings; captions are not needed.
 
     Args:
-        source: a manifest (.jsonl, .jsonl.gz); a folder, searched for recordings at any depth, in order of
-            their paths; a recording; any other file: a list with one path a line; "-": such a list from
-            `stream`. Paths of a list are relative to the working directory, those of a manifest to it.
-        stream: standard input.
+        source: a manifest (JSON lines); a folder, searched for recordings at any depth, in order of their
+            paths; a recording; any other file: a list with one path a line; "-": a list or manifest from
+            `stream`. Paths of a list are relative to the working directory, those of a manifest to it. What
+            is left out of a folder is told on standard error.
+        stream: None: standard input.
 
     Returns:
         The clips, and the lines of a manifest that gave none.
 
     Raises:
-        FileNotFoundError: there is no such file or folder. ValueError: it names no recording.
+        FileNotFoundError: there is no such file or folder. ValueError: it names no recording, or is neither
+        list nor manifest.
     """
     path = Path(source)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        found = read(path, need_captions=False)
-        found.warn()
-        return found.clips, found.problems
     if source == "-":
-        names = [line.rstrip("\n") for line in stream if line.strip()]
-    elif path.is_dir():
-        names = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
-    elif path.suffix.lower() in AUDIO_SUFFIXES:
+        stream = sys.stdin if stream is None else stream
+        return _from_text(getattr(stream, "buffer", None) or _encoded(stream), source)
+    if paths.is_dir(path):
+        scan = paths.scan(path)
+        for line in scan.warnings():
+            print(f"{source}: {line}", file=sys.stderr)
+        names = scan.recordings
+    elif path.suffix.lower() in paths.AUDIO_SUFFIXES:
         names = [source]
-    elif path.is_file():
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
-            names = [line.rstrip("\r\n") for line in file if line.strip()]
+    elif paths.exists(path):
+        return _from_text(path, source)
     else:
-        raise FileNotFoundError(f"{source}: no such file or folder")
+        why = paths.problem(path)
+        raise FileNotFoundError(
+            f"{source}: no such file or folder" if "missing" in why else f"{source} {why}"
+        )
     if not names:
         raise ValueError(f"{source} names no recording")
-    return [Clip(name, name, 0.0, None, None, Captions((), ())) for name in names], []
+    return _named(names), []
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(1-based number, text) of each non-empty line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"manifest {path} does not exist or is not a file")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    yield number, text
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"manifest {path} cannot be read: {error}") from error
+def _encoded(stream: TextIO) -> IO[bytes]:
+    return io.BytesIO(stream.read().encode("utf-8", "surrogateescape"))
+
+
+def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Problem]]:
+    """Clips of a manifest or a list, whichever the text looks like."""
+    with _open(source, _EXPECTED_SOURCE) as text:
+        if name.endswith((".jsonl", ".jsonl.gz")) or text.head.lstrip().startswith("{"):
+            found = _read(text, Path("stdin" if name == "-" else name), need_captions=False)
+            found.warn()
+            return found.clips, found.problems
+        kind = textfile.kind_of(text.head)
+        if kind and not paths.exists(text.head.strip().splitlines()[0]):
+            raise ValueError(f"{name} is {kind}")
+        names = [line.rstrip("\n") for _, line in textfile.lines(text.file, _LONGEST_NAME)]
+    if not names:
+        raise ValueError(f"{name} names no recording")
+    if len(names) == 1 and "\0" in names[0]:
+        raise ValueError(f"{name} holds NUL characters; a list has one path a line (find without -print0)")
+    if not any(_may_be_a_recording(path) for path in names[:_JUDGED_LINES]):
+        raise ValueError(
+            f"{name} is no list of recordings: {names[0]!a:.100} is no file, nor does it end like a recording"
+        )
+    return _named(names), []
+
+
+def _may_be_a_recording(name: str) -> bool:
+    suffix = PurePath(name).suffix.lower()
+    return suffix in paths.AUDIO_SUFFIXES or suffix in paths.CONVERT_SUFFIXES or paths.exists(name)
+
+
+def _named(names: list[str]) -> list[Clip]:
+    return [Clip(name, name, 0.0, None, None, Captions((), ())) for name in names]
 
 
 def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown: Counter[str]) -> Clip:
@@ -239,7 +263,7 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown
         return _lhotse_clip(row, folder, default_id, need_captions)
     unknown.update(row.keys() - _KEYS)
     audio = row.get("audio")
-    if not isinstance(audio, str) or not audio or not _is_text(audio):
+    if not _is_path(audio):
         raise ValueError(f'"audio" must be a path{_nearest(row, "audio")}')
     captions = _captions(row)
     if need_captions and not any(captions):
@@ -281,14 +305,14 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
         captions = Captions((), (text.strip(),))
     if need_captions and not any(captions):
         raise ValueError("no captions in supervisions[0].custom or supervisions[0].text")
-    if not isinstance(name, str) or not name or not _is_text(name):
-        raise ValueError(f"recording.sources[0].source must be a path, got {name!a}")
+    if not _is_path(name):
+        raise ValueError(f"recording.sources[0].source must be a path, got {name!a:.100}")
     source = folder / name
     tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}
     tags |= {key: value for key, value in custom.items() if isinstance(value, str)}
     return Clip(
         id=_id(row.get("id"), default_id),
-        audio=str(source) if source.exists() else name,
+        audio=str(source) if paths.exists(source) else name,
         start_s=_seconds(row, "start", 0.0),
         duration_s=_seconds(row, "duration", None),
         channel=channel,
@@ -331,16 +355,23 @@ def _strings(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f'"{key}" must be a list of strings')
         if any(not v.strip() for v in values):
             raise ValueError(f'"{key}" holds an empty caption')
-        if not all(_is_text(v) for v in values):
-            raise ValueError(f'"{key}" holds half a surrogate pair, which is no text')
+        if not all(is_text(v) for v in values):
+            what = "half a surrogate pair, or bytes that are not UTF-8"
+            raise ValueError(f'"{key}" holds {what}, which is no text')
         if values:
             return tuple(v.strip() for v in values)
     return ()
 
 
-def _is_text(value: str) -> bool:
-    """Whether it can be encoded; JSON may hold half of an emoji."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+def _is_path(value: object) -> TypeGuard[str]:
+    """Whether it can be the name of a file, be there one or not. Names need not be UTF-8."""
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _seconds(row: Mapping[str, Any], key: str, default: float | None) -> Any:
@@ -360,7 +391,7 @@ def _channel(value: object) -> int | None:
 
 
 def _id(value: object, default: str) -> str:
-    if value is not None and not _is_text(str(value)):
+    if value is not None and not is_text(str(value)):
         raise ValueError(f'"id" must be text, got {value!a}')
     return default if value is None else str(value)
 
@@ -387,7 +418,7 @@ def _claims(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, s
 def _nearest(row: Mapping[str, Any], wanted: str) -> str:
     """A hint when an unknown key looks like the one that is missing."""
     unknown = [key for key in row if key not in _KEYS]
-    near = [key for key in unknown if _MEANT.get(key) == wanted]
+    near = [key for key in unknown if RENAMED.get(key) == wanted]
     near += difflib.get_close_matches(wanted, unknown, n=1)
     return f'; is "{near[0]}" meant to be "{wanted}"?' if near else ""
 
@@ -395,7 +426,7 @@ def _nearest(row: Mapping[str, Any], wanted: str) -> str:
 def _meant(key: str) -> str:
     """The key that an unknown one looks like; empty if it looks like none."""
     near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85)
-    return _MEANT.get(key.lower(), near[0] if near else "")
+    return RENAMED.get(key.lower(), near[0] if near else "")
 
 
 def _counted(key: str, count: int) -> str:

@@ -3,6 +3,7 @@
 A line of PAIRS has "audio" and either "caption" or "other", a second recording; further keys are kept. The
 same lines come out with "line" (its number), "model" (whose hash begins so), and "score", the cosine of the
 two embeddings, or "error" where there is none; a line that has one of these four keys already is an error.
+NaN and Infinity, which are not JSON, come out as null.
 Both files may be -, for standard input and output; relative paths are relative to PAIRS, or to the working
 directory if that is standard input. Killed at any moment, the same command goes on. The exit code is 0 if
 every line has a score, 3 if not.
@@ -18,11 +19,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TextIO
 
 import torch
 
-from clsp_fast import console, disk, folder, store
+from clsp_fast import console, disk, folder, store, textfile
 from clsp_fast.audio import AudioError
 from clsp_fast.checkpoint import FolderInUse, Place, hold
 from clsp_fast.config import EncodeConfig
@@ -30,10 +31,12 @@ from clsp_fast.console import Progress
 from clsp_fast.log import INCOMPLETE
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
+from clsp_fast.textfile import Text
 
 Row = dict[str, Any]
 
 _OWN_KEYS = ("line", "model", "score", "error")
+_EXPECTED = 'pairs, one a line: {"audio": "a.wav", "caption": "A man speaks."}, or "other" for "caption"'
 
 
 class _Line(NamedTuple):
@@ -93,11 +96,13 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         place = stack.enter_context(Place.join(config.device))
         require(place.world == 1, "processes", "1; under torchrun, give each its --shard", place.world)
         standard = config.pairs == "-"
-        pairs = sys.stdin.buffer if standard else stack.enter_context(Path(config.pairs).open("rb"))
+        source = sys.stdin.buffer if standard else Path(config.pairs)
+        pairs = stack.enter_context(textfile.open_text(source, _EXPECTED))
+        _check_kind(pairs, config.pairs)
         base = Path() if standard else Path(config.pairs).parent
         model = load(config, place.device) if model is None else model
         made_by = folder.fingerprint(model.config, model.state_dict(), model.tokenizer)[:16]
-        todo, before, failed = _lines(pairs, config.shard), 0, 0
+        todo, before, failed = _lines(pairs.file, config.shard), 0, 0
         if config.scores == "-":
             out: IO[bytes] = sys.stdout.buffer
         else:
@@ -171,22 +176,26 @@ def _encodable(value: str, *, path: bool) -> bool:
     return True
 
 
-def _lines(file: IO[bytes], shard: str) -> Iterator[_Line]:
+def _check_kind(pairs: Text, name: str) -> None:
+    """ValueError if the first lines are of a table, a list, or another kind of manifest."""
+    kind = textfile.kind_of(pairs.head)
+    begun = [line for line in pairs.head.splitlines() if line.strip()]
+    if not kind and begun and not any(line.lstrip().startswith("{") for line in begun):
+        kind = f"no file of JSON lines: it begins with {begun[0]!a:.60}"
+    if kind:
+        raise ValueError(f"{name} is {kind}; expected {_EXPECTED}")
+
+
+def _lines(file: TextIO, shard: str) -> Iterator[_Line]:
     """The lines of a shard, without empty ones."""
     first, step = (int(part) for part in shard.split("/"))
-    for number in itertools.count(1):
-        text = file.readline(store.LONGEST_LINE)
-        if not text:
-            return
-        whole = text.endswith(b"\n") or len(text) < store.LONGEST_LINE
-        rest = text
-        while not rest.endswith(b"\n") and rest:
-            rest = file.readline(store.LONGEST_LINE)
-        if (number - first) % step or not text.strip():
+    for number, text in textfile.lines(file, store.LONGEST_LINE):
+        if (number - first) % step:
             continue
         try:
+            whole = textfile.is_whole(text, store.LONGEST_LINE)
             require(whole, "a line", f"shorter than {store.LONGEST_LINE} bytes", "a longer one")
-            row = store.parse_object(text)
+            row = textfile.json_object(text)
             own = [key for key in _OWN_KEYS if key in row]
             require(not own, "keys", f"others than {', '.join(_OWN_KEYS)}, which are written here", own)
             yield _Line(number, row, "")

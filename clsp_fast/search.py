@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import json
+import os
 import sys
 import wave
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from clsp_fast.config import EncodeConfig
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
 from clsp_fast.store import Embeddings, parse_object
+from clsp_fast.textfile import is_text
 
 _PLAYED_S = 30
 _TRAINED_ON = 2**18
@@ -144,8 +146,18 @@ def _check_made_by(found: Embeddings, model: CLSP, path: Path) -> None:
         raise ValueError(f"{path} was made with other features than this version's; embed again")
 
 
+def _as_text(query: str) -> str:
+    """A description of the command line, where bytes that are not of the locale's encoding are surrogates."""
+    if is_text(query):
+        return query
+    try:
+        return os.fsencode(query).decode("utf-8")
+    except ValueError as error:
+        raise ValueError(f"text must be UTF-8, got {query!a}") from error
+
+
 def _embed_queries(config: SearchConfig, model: CLSP) -> Tensor:
-    texts_QD = model.encode_text(config.text)
+    texts_QD = model.encode_text([_as_text(query) for query in config.text])
     clips_QD = model.encode_audio(config.clip, **config.batching).to(texts_QD)
     return torch.cat([texts_QD, clips_QD]).float()
 

@@ -24,7 +24,19 @@ UNKNOWN_LENGTH = 1 << 62
 """`frames` of a stream is at least this where its file does not state its length."""
 
 _BLOCK_SAMPLES = 1 << 18
-_MAGIC = (b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"RIFX", b"RF64", b"caff", b"riff", b"NIST")
+_MAGIC = (
+    b"fLaC",
+    b"OggS",
+    b"ID3",
+    b"FORM",
+    b".snd",
+    b"RIFX",
+    b"RF64",
+    b"caff",
+    b"riff",
+    b"NIST",
+    b"Creative Voice File",
+)
 _MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
 _MP3_RATES_HZ = (44100, 48000, 32000)
 _MP3_KBPS = (  # MPEG-2 and 2.5, MPEG-1

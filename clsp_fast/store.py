@@ -19,10 +19,11 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from clsp_fast import textfile
 from clsp_fast.disk import replace_file
 from clsp_fast.model_config import reject_unknown_keys
 
-FORMAT = "clsp_fast embeddings"
+FORMAT = textfile.INDEX_FORMAT
 LONGEST_LINE = 2**20
 """Most bytes of a line of the index."""
 _LONGEST_HEADER = 2**16

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clsp_fast import manifest
+from clsp_fast import manifest, paths, textfile
 from clsp_fast.captions import Captions
 from clsp_fast.manifest import Clip
 
@@ -62,7 +62,9 @@ class Task:
         if not isinstance(self.field, str) or not self.field:
             return f'"field" must be the name of a tag, got {self.field!r}'
         texts = [text for own in self.prompts.values() for text in own]
-        if not all(self.prompts.values()) or not all(isinstance(t, str) and t.strip() for t in texts):
+        if not all(self.prompts.values()) or not all(
+            isinstance(t, str) and t.strip() and textfile.is_text(t) for t in texts
+        ):
             return '"prompts" must have a description or more for each label'
         for label, target in self.merge.items():
             if not isinstance(target, str) or target not in self.prompts or target in self.merge:
@@ -108,10 +110,8 @@ def read(path: Path | None = None) -> dict[str, Task]:
         ValueError: the file is not of the form; the message says where. FileNotFoundError: there is none.
     """
     path = Path(__file__).with_name("tasks.json") if path is None else path
-    if path.stat().st_size > _LARGEST_FILE:
-        raise ValueError(f"{path} must have at most {_LARGEST_FILE} bytes, got {path.stat().st_size}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(textfile.read_text(path, "a JSON file of tasks", most_bytes=_LARGEST_FILE))
         if not isinstance(content, dict) or not content:
             raise ValueError("expected an object with a task or more")
         return {name: _task(name, value) for name, value in content.items()}
@@ -160,7 +160,7 @@ def clips_of(source: Path, layout: str) -> list[Clip]:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if not source.exists():
+    if not paths.exists(source):
         raise FileNotFoundError(f"{source}: no such file or folder")
     # Copies of RAVDESS hold each recording twice, in folders of two names.
     clips = list({clip.id: clip for clip in LAYOUTS[layout](source)}.values())
@@ -201,11 +201,11 @@ def _crema_d(source: Path) -> Iterator[Clip]:
     tables = sorted(source.rglob("VideoDemographics.csv"))
     if not tables:
         raise FileNotFoundError(f"{source} holds no VideoDemographics.csv")
-    with tables[0].open(encoding="utf-8-sig", newline="") as file:
+    with textfile.open_text(tables[0], "a table of actors", newline="") as text:
         try:
             actors = {
                 row["ActorID"].strip(): (row["Age"].strip(), row["Sex"].strip().lower())
-                for row in csv.DictReader(file)
+                for row in csv.DictReader(text.file)
             }
         except (KeyError, AttributeError, csv.Error) as error:
             raise ValueError(f"{tables[0]} must have the columns ActorID, Age and Sex: {error}") from error
@@ -228,39 +228,34 @@ def _iemocap(source: Path) -> Iterator[Clip]:
     al., 2008)."""
     for table in sorted(source.glob("**/dialog/EmoEvaluation/Ses*.txt")):
         session = table.parents[2]
-        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
-            turn = _TURN.fullmatch(line.rstrip())
-            if turn:
-                path = session / "sentences" / "wav" / table.stem / f"{turn[1]}.wav"
-                gender = "female" if turn[2] == "F" else "male"
-                speaker = f"{table.stem[:5]}{turn[2]}"
-                yield _clip(path, emotion=_IEMOCAP.get(turn[3], turn[3]), gender=gender, speaker=speaker)
+        with textfile.open_text(table, "a table of turns") as text:
+            turns = [_TURN.fullmatch(line.rstrip()) for line in text.file]
+        for turn in filter(None, turns):
+            path = session / "sentences" / "wav" / table.stem / f"{turn[1]}.wav"
+            gender = "female" if turn[2] == "F" else "male"
+            speaker = f"{table.stem[:5]}{turn[2]}"
+            yield _clip(path, emotion=_IEMOCAP.get(turn[3], turn[3]), gender=gender, speaker=speaker)
 
 
 def _paraspeechcaps(source: Path) -> Iterator[Clip]:
     """The rows of the dataset as JSON lines; recordings under the folder of the file, or under its subfolder
     that is named like the row's "source" (Diwan et al., 2025). Descriptions become global captions."""
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} must be a file with one row of ParaSpeechCaps a line")
-    with source.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            if text.strip():
-                try:
-                    yield _paraspeechcaps_clip(json.loads(text), source, number)
-                except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-                    what = f"{type(error).__name__}: {error}"
-                    raise ValueError(
-                        f"{source}, line {number}, is no row of ParaSpeechCaps: {what}"
-                    ) from error
+    with textfile.open_text(source, "a file with one row of ParaSpeechCaps a line") as text:
+        for number, line in textfile.lines(text.file, _LARGEST_FILE):
+            try:
+                yield _paraspeechcaps_clip(json.loads(line), source, number)
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{source}, line {number}, is no row of ParaSpeechCaps: {what}") from error
 
 
 def _paraspeechcaps_clip(row: Mapping[str, Any], source: Path, number: int) -> Clip:
     relative = Path(row["relative_audio_path"])
     inside = source.parent / str(row.get("source", "")) / relative
-    path = inside if inside.exists() else source.parent / relative
+    path = inside if paths.exists(inside) else source.parent / relative
     descriptions = row["text_description"]
     descriptions = [descriptions] if isinstance(descriptions, str) else descriptions
-    if not all(isinstance(text, str) and text.strip() for text in descriptions):
+    if not all(isinstance(text, str) and text.strip() and textfile.is_text(text) for text in descriptions):
         raise ValueError('"text_description" must be text')
     tags = {
         key: str(row[key]) for key in ("gender", "accent", "pitch", "speaking_rate", "source") if row.get(key)

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import torch
 
-from clsp_fast import checkpoint, console, disk, evaluation, folder, optim, similarity
+from clsp_fast import checkpoint, console, disk, evaluation, folder, optim, similarity, textfile
 from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
@@ -405,7 +405,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     stated: Any = {}
     if name.endswith(".json"):
         try:
-            stated = json.loads(Path(name).read_text())
+            stated = json.loads(textfile.read_text(Path(name), "a configuration"))
             default = TrainConfig.from_dict(stated)
         except (OSError, ValueError, TypeError) as error:
             sys.exit(f"clsp_fast.train: {name}: {error}")

@@ -105,13 +105,15 @@ BAD = [
         "transforms is not supported",
     ),
     ({"audio": "a.wav", "captions": ["half \ud83d"]}, "surrogate"),
-    ({"audio": "a\udc80.wav", "captions": ["x"]}, '"audio"'),
+    ({"audio": "a\ud83d.wav", "captions": ["x"]}, '"audio"'),
+    ({"audio": "a" * 2**15 + ".wav", "captions": ["x"]}, '"audio" must be a path'),
+    ({"audio": "a.wav", "captions": ["caf\udce9"]}, "bytes that are not UTF-8"),
     ({"id": "\ud83d", "audio": "a.wav", "captions": ["x"]}, '"id" must be text'),
     ({"audio": "a.wav", "captions": ["x"], "channel": 2**31}, '"channel" must be'),
     (
         {
             "type": "MonoCut",
-            "recording": {"sources": [{"type": "file", "source": "a\udc80"}]},
+            "recording": {"sources": [{"type": "file", "source": "a\ud83d"}]},
             "supervisions": [{"text": "a"}],
         },
         "recording.sources[0].source must be a path",

@@ -1,0 +1,215 @@
+"""Questions about paths that never raise, and the recordings of a folder.
+
+A file of its own because one path that is too long, forbidden or broken must cost only itself, and
+`Path.is_file` raises for some of these: which ones depends on the version of Python.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+AnyPath: TypeAlias = "str | os.PathLike[str]"
+
+AUDIO_SUFFIXES = frozenset(
+    {
+        ".aif",
+        ".aifc",
+        ".aiff",
+        ".au",
+        ".bwf",
+        ".caf",
+        ".flac",
+        ".mp2",
+        ".mp3",
+        ".mpga",
+        ".nist",
+        ".oga",
+        ".ogg",
+        ".opus",
+        ".rf64",
+        ".snd",
+        ".sph",
+        ".voc",
+        ".w64",
+        ".wav",
+        ".wave",
+    }
+)
+"""Files of a folder whose names end like this, in any case, are taken for recordings."""
+CONVERT_SUFFIXES = frozenset(
+    {
+        ".3gp",
+        ".aac",
+        ".ac3",
+        ".amr",
+        ".ape",
+        ".avi",
+        ".flv",
+        ".m4a",
+        ".m4b",
+        ".mka",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpc",
+        ".weba",
+        ".webm",
+        ".wma",
+        ".wmv",
+        ".wv",
+    }
+)
+"""Recordings and films that must be converted before they can be read."""
+CONVERT = "convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
+_MOST_SHOWN = 10
+_LONGEST_SUFFIX = 12
+
+
+def is_file(path: AnyPath) -> bool:
+    """Whether it is a regular file, or a link to one; False where that cannot be found out."""
+    status = _status(path)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def is_dir(path: AnyPath) -> bool:
+    """Whether it is a folder, or a link to one; False where that cannot be found out."""
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def exists(path: AnyPath) -> bool:
+    """Whether there is anything of that name; False where that cannot be found out."""
+    return _status(path) is not None
+
+
+def _status(path: AnyPath) -> os.stat_result | None:
+    try:
+        return Path(path).stat()
+    except (OSError, ValueError):  # ValueError: the name holds NUL, or half a surrogate pair
+        return None
+
+
+def problem(path: AnyPath) -> str:
+    """Why a file cannot be opened for reading, as the end of a sentence; empty if it can be."""
+    try:
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode):
+            return "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+        with Path(path).open("rb"):
+            return ""
+    except (FileNotFoundError, NotADirectoryError):
+        return "is a link that leads nowhere" if _is_link(path) else "is missing"
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+    except ValueError as error:
+        return f"cannot be the name of a file: {error}"
+
+
+def _is_link(path: AnyPath) -> bool:
+    try:
+        return stat.S_ISLNK(Path(path).lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds.
+
+    Attributes:
+        recordings: paths of what is taken for a recording, sorted. Links that lead nowhere and folders that
+            cannot be read are among them, for the decoder to name.
+        left_out: how many files are not taken, by the lower-case end of their names.
+        unreadable: folders that cannot be read, and why.
+    """
+
+    recordings: list[str]
+    left_out: Counter[str]
+    unreadable: list[str]
+
+    def warnings(self) -> list[str]:
+        """What there is to say of files that are not taken and folders that cannot be read."""
+        lines = [f"cannot be read: {name}" for name in self.unreadable[:_MOST_SHOWN]]
+        if len(self.unreadable) > _MOST_SHOWN:
+            lines.append(f"cannot be read: {len(self.unreadable) - _MOST_SHOWN} folders more")
+        if self.left_out:
+            count = sum(self.left_out.values())
+            kinds = [f"{n} {_shown(suffix)}" for suffix, n in self.left_out.most_common(_MOST_SHOWN)]
+            more = ", ..." if len(self.left_out) > _MOST_SHOWN else ""
+            line = f"left out {count} file{'s' if count > 1 else ''}: {', '.join(kinds)}{more}"
+            convert = sorted(self.left_out.keys() & CONVERT_SUFFIXES)
+            if convert:
+                line += f"; {', '.join(convert)}: {CONVERT}"
+            lines.append(f"{line}; a list of paths takes files of any name")
+        return lines
+
+
+def _shown(suffix: str) -> str:
+    if not suffix:
+        return "without a suffix"
+    return suffix if suffix.isprintable() else ascii(suffix)[1:-1]
+
+
+def scan(folder: AnyPath) -> Scan:
+    """Searches a folder for recordings, at any depth.
+
+    Links to files and folders are followed. A folder that is its own ancestor by way of links is not entered
+    once more; nor is, beneath a link, a link to a folder that was entered already, so that folders which link
+    to each other do not multiply.
+    """
+    found = Scan([], Counter(), [])
+    entered: set[tuple[int, int]] = set()
+    waiting = [_Folder(Path(folder), frozenset(), linked=False, only_once=False)]
+    while waiting:
+        this = waiting.pop()
+        try:
+            status = this.path.stat()
+            here = (status.st_dev, status.st_ino)
+            if here in this.ancestors or (this.only_once and here in entered):
+                continue
+            with os.scandir(this.path) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            found.unreadable.append(f"{this.path}: {error.strerror}")
+            found.recordings.append(str(this.path))
+            continue
+        entered.add(here)
+        for entry in entries:
+            inner, link = this.path / entry.name, entry.is_symlink()
+            if _leads_to_a_folder(entry):
+                ancestors = this.ancestors | {here}
+                waiting.append(_Folder(inner, ancestors, link or this.linked, link and this.linked))
+            else:
+                _note(inner, leads_nowhere=link and not exists(inner), found=found)
+    found.recordings.sort()
+    return found
+
+
+class _Folder(NamedTuple):
+    """A folder that is to be searched: `ancestors` by device and inode, `linked` if a link led here."""
+
+    path: Path
+    ancestors: frozenset[tuple[int, int]]
+    linked: bool
+    only_once: bool
+
+
+def _leads_to_a_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, a forbidden target
+        return False
+
+
+def _note(path: Path, *, leads_nowhere: bool, found: Scan) -> None:
+    """Takes a file, or counts it. A broken link without a suffix may have led to a folder of recordings."""
+    suffix = path.suffix.lower()
+    if suffix in AUDIO_SUFFIXES or (leads_nowhere and not suffix):
+        found.recordings.append(str(path))
+    else:
+        found.left_out[suffix if len(suffix) <= _LONGEST_SUFFIX else f"{suffix[:_LONGEST_SUFFIX]}..."] += 1

@@ -1,0 +1,359 @@
+"""Text that users give: manifests, lists, pairs, tables, tasks, from files and from standard input.
+
+One reader for all of them, so that each treats alike what editors and other programs do to text: UTF-8 with
+and without a byte order mark, UTF-16 and UTF-32, any end of line, gzip under any name, and names of files
+that are not UTF-8. What is no text is refused by what its first bytes say.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import IO, Any, NamedTuple, TextIO, cast
+
+from clsp_fast import paths
+from clsp_fast.paths import AUDIO_SUFFIXES, CONVERT
+
+INDEX_FORMAT = "clsp_fast embeddings"
+"""What the index of a folder of embeddings says in its first line."""
+_GZIP = b"\x1f\x8b"
+_LONGEST_INTEGER = 1000  # Python refuses to read and write those of over 4300 digits
+_HOLD_PATHS = "; a list or manifest holds the paths of recordings"
+_UNPACK = "; unpack it first"
+_DECOMPRESS = "; decompress it first: gzip alone is read as it is"
+_AS_JSON = '; write a JSON object a line, such as {"audio": "a.wav", "captions": ["A man speaks."]}'
+
+_KINDS: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"fLaC", "a recording (FLAC)", _HOLD_PATHS),
+    (0, b"OggS", "a recording (Ogg)", _HOLD_PATHS),
+    (0, b"FORM", "a recording (AIFF)", _HOLD_PATHS),
+    (0, b".snd", "a recording (AU)", _HOLD_PATHS),
+    (0, b"caff", "a recording (CAF)", _HOLD_PATHS),
+    (0, b"RF64", "a recording (RF64)", _HOLD_PATHS),
+    (0, b"RIFX", "a recording (WAV)", _HOLD_PATHS),
+    (0, b"riff\x2e\x91\xcf\x11", "a recording (W64)", _HOLD_PATHS),
+    (0, b"NIST_1A", "a recording (NIST SPHERE)", _HOLD_PATHS),
+    (0, b"Creative Voice File", "a recording (VOC)", _HOLD_PATHS),
+    (0, b"ID3", "a recording (MP3)", _HOLD_PATHS),
+    (0, b"\x1aE\xdf\xa3", "a recording or film (WebM or Matroska)", f"; {CONVERT}"),
+    (4, b"ftyp", "a recording or film (MP4 or M4A)", f"; {CONVERT}"),
+    (0, b"#!AMR", "a recording (AMR)", f"; {CONVERT}"),
+    (0, b"0&\xb2u\x8ef\xcf\x11", "a recording or film (WMA)", f"; {CONVERT}"),
+    (0, b"MAC ", "a recording (APE)", f"; {CONVERT}"),
+    (0, b"wvpk", "a recording (WavPack)", f"; {CONVERT}"),
+    (0, b"FLV\x01", "a film (FLV)", f"; {CONVERT}"),
+    (257, b"ustar", "a tar archive", _UNPACK),
+    (0, b"PK\x03\x04", "a zip archive (.zip, .npz, .pt, .xlsx)", _UNPACK),
+    (0, b"PK\x05\x06", "an empty zip archive", ""),
+    (0, b"7z\xbc\xaf'\x1c", "a 7z archive", _UNPACK),
+    (0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
+    (0, _GZIP, "compressed twice with gzip", _DECOMPRESS),
+    (0, b"\xfd7zXZ\0", "compressed with xz", _DECOMPRESS),
+    (0, b"BZh", "compressed with bzip2", _DECOMPRESS),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", _DECOMPRESS),
+    (0, b"\x04\x22\x4d\x18", "compressed with lz4", _DECOMPRESS),
+    (0, b"\x93NUMPY", "a numpy array", ""),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", ""),
+    (0, b"PAR1", "a Parquet table", _AS_JSON),
+    (0, b"ARROW1", "an Arrow table", _AS_JSON),
+    (0, b"\xff\xff\xff\xff", "an Arrow table", _AS_JSON),
+    (0, b"SQLite format 3\0", "an SQLite database", _AS_JSON),
+    (0, b"Obj\x01", "an Avro table", _AS_JSON),
+    (0, b"%PDF", "a PDF file", ""),
+    (0, b"\x89PNG", "a picture", ""),
+    (0, b"\xff\xd8\xff", "a picture", ""),
+    (0, b"GIF8", "a picture", ""),
+    (0, b"\x7fELF", "a program", ""),
+)
+"""Where in a file which bytes stand, what it is then, and what to do about it."""
+_BEGIN_AS_TEXT = (b"NIST_1A\n", b"#!AMR", b"%PDF-")
+_CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
+
+_BYTE_ORDER_MARKS = (  # the longer ones first: UTF-16's mark begins UTF-32's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_COLUMNS = {
+    "audio",
+    "audio_file",
+    "audio_filepath",
+    "audio_path",
+    "caption",
+    "captions",
+    "clip",
+    "duration",
+    "file",
+    "file_name",
+    "filename",
+    "filepath",
+    "id",
+    "path",
+    "recording",
+    "sentence",
+    "text",
+    "transcript",
+    "transcription",
+    "utt_id",
+    "wav",
+    "wav_path",
+}
+"""Names of columns by which the first line of a table is known."""
+RENAMED = {
+    "audio_file": "audio",
+    "audio_filepath": "audio",
+    "audio_path": "audio",
+    "begin": "start_s",
+    "caption": "captions",
+    "duration": "duration_s",
+    "file": "audio",
+    "offset": "start_s",
+    "path": "audio",
+    "start": "start_s",
+    "text": "captions",
+    "wav": "audio",
+}
+"""What other manifests call our keys."""
+
+
+class Text(NamedTuple):
+    """Text that is open for reading, and how it begins: up to a few thousand characters."""
+
+    file: TextIO
+    head: str
+
+
+@contextlib.contextmanager
+def open_text(source: Path | str | IO[bytes], expected: str, *, newline: str | None = None) -> Iterator[Text]:
+    """Opens a text file, or a binary stream such as `sys.stdin.buffer`, which stays open.
+
+    Bytes that are not UTF-8 become lone surrogates, as `os.fsdecode` has it, so that the names of files
+    survive. UTF-16 and UTF-32 are known by their byte order mark, or by their zeros.
+
+    Args:
+        source: the file, or the stream.
+        expected: what it should be, for errors: "a manifest".
+        newline: as for `open`; None: each of \\n, \\r\\n and \\r ends a line.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder.
+        ValueError: it is no text, it cannot be decompressed, or UTF-16 in it is damaged.
+        OSError: it cannot be opened.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else "standard input"
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (str, Path)):
+            _check_path(Path(source), expected)
+            source = stack.enter_context(Path(source).open("rb"))
+        try:
+            reader = _with_peek(source)
+            head = reader.peek(1)
+            if head.startswith(_GZIP):
+                reader = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=reader)))
+                head = reader.peek(1)
+            what = _binary_kind(head)
+            if what:
+                raise ValueError(f"{name} is {what[0]}, not {expected}{what[1]}")
+            encoding = _encoding(head)
+            errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+            file = io.TextIOWrapper(reader, encoding, errors, newline)
+            stack.callback(file.detach)  # closing it would close standard input
+            yield Text(file, head.decode(encoding, "replace"))
+        except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def _check_path(path: Path, expected: str) -> None:
+    if paths.is_dir(path):
+        raise FileNotFoundError(f"{path} is a folder, not {expected}")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path} does not exist or is not a file; expected {expected}") from error
+
+
+def _with_peek(source: IO[bytes]) -> io.BufferedReader:
+    return cast(
+        io.BufferedReader, source if hasattr(source, "peek") else io.BufferedReader(cast(Any, source))
+    )
+
+
+def _binary_kind(head: bytes) -> tuple[str, str] | None:
+    """What a file that begins like this is, if it is no text, and what to do about it."""
+    controls = len(head) - len(head.translate(None, _CONTROLS))
+    if not controls and not head.startswith(_BEGIN_AS_TEXT):
+        return None  # a path may begin like "caffeine/" or "FORMS/"
+    for at, magic, what, fix in _KINDS:
+        if head.startswith(magic, at):
+            return what, fix
+    if head.startswith(b"RIFF"):
+        wav = head[8:12] == b"WAVE"
+        return ("a recording (WAV)", _HOLD_PATHS) if wav else ("a film or recording (RIFF)", f"; {CONVERT}")
+    if _is_mpeg(head):
+        layered = head[1] & 0x06
+        return ("a recording (MP3)", _HOLD_PATHS) if layered else ("a recording (AAC)", f"; {CONVERT}")
+    if re.match(rb"\x80[\x02-\x05]", head):
+        return "a pickle", "; nothing is unpickled here"
+    if head[8:9] == b"{" and head[5:8] == bytes(3):
+        return "a file of tensors (safetensors)", ""
+    # Single zeros may separate paths; text has no other control characters, so a tenth is enough to tell.
+    zeros = head.count(0)
+    if _encoding(head) == "utf-8-sig" and 10 * (controls - zeros + 2 * head.count(b"\0\0")) > len(head):
+        return "no text: its first bytes are none", ""
+    return None
+
+
+def _is_mpeg(head: bytes) -> bool:
+    """Whether it begins with a frame of MP3 or AAC, and not with the byte order mark of UTF-16."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0 or head.startswith(codecs.BOM_UTF16_LE):
+        return False
+    known_version, known_rates = head[1] & 0x18 != 0x08, head[2] & 0xF0 != 0xF0 and head[2] & 0x0C != 0x0C
+    return known_version and known_rates
+
+
+def _encoding(head: bytes) -> str:
+    for mark, name in _BYTE_ORDER_MARKS:
+        if head.startswith(mark):
+            return name
+    count = min(len(head), 256) // 4
+    zeros = [head[place : 4 * count : 4].count(0) for place in range(4)]
+    if count and zeros[0] == 0 and zeros[2:] == [count, count]:
+        return "utf-32-le"
+    if count and zeros[3] == 0 and zeros[:2] == [count, count]:
+        return "utf-32-be"
+    if zeros[0] + zeros[2] == 0 and zeros[1] + zeros[3] > count:
+        return "utf-16-le"
+    if zeros[1] + zeros[3] == 0 and zeros[0] + zeros[2] > count:
+        return "utf-16-be"
+    return "utf-8-sig"
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be encoded: no half of a surrogate pair, as JSON may hold, and no byte that was not
+    UTF-8."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object of a line. What Python writes as NaN or Infinity, and numbers that no float can hold,
+    become None: they are not JSON, and may stand in keys that nobody reads.
+
+    Raises:
+        ValueError: it is anything else, or nested too deeply.
+    """
+    try:
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None
+
+
+def _integer(digits: str) -> int | None:
+    return int(digits) if len(digits) <= _LONGEST_INTEGER else None
+
+
+def lines(file: TextIO, longest: int) -> Iterator[tuple[int, str]]:
+    """(1-based number, text) of each line that is not blank.
+
+    Of a line of over `longest` characters only the first `longest` are given; it then ends without \\n, so
+    that `is_whole` is False. No line can fill the memory.
+    """
+    for number in itertools.count(1):
+        text = rest = file.readline(longest)
+        if not text:
+            return
+        while rest and not rest.endswith("\n"):
+            rest = file.readline(longest)
+        if text.strip():
+            yield number, text
+
+
+def is_whole(text: str, longest: int) -> bool:
+    """Whether `lines` gave the whole of this line."""
+    return text.endswith("\n") or len(text) < longest
+
+
+def read_text(path: Path, expected: str, *, most_bytes: int = 2**24) -> str:
+    """The whole of a small text file, as `open_text` reads it.
+
+    Raises:
+        ValueError: it has more characters than `most_bytes`; and what `open_text` raises.
+    """
+    with open_text(path, expected) as text:
+        content = text.file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path} must have at most {most_bytes} bytes")
+    return content
+
+
+def kind_of(head: str) -> str:
+    """What text is that holds neither paths nor a manifest's JSON lines, with what to do about it; empty if
+    its first lines look like either.
+
+    Args:
+        head: how the text begins.
+    """
+    first, *others = [line.strip() for line in head.splitlines() if line.strip()][:2] or [""]
+    if first.startswith("version https://git-lfs"):
+        return "a pointer of Git LFS; fetch the file itself with `git lfs pull`"
+    if first.startswith("["):
+        return "a JSON array; write one object a line (jq -c '.[]' in.json > out.jsonl)"
+    if first.startswith("<"):
+        return "a page of HTML or XML"
+    if first.startswith("{"):
+        return _kind_of_object(first, others)
+    return _kind_of_table(first)
+
+
+def _kind_of_object(first: str, others: list[str]) -> str:
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        goes_on = first.endswith((",", "[", "{")) and others and not others[0].startswith("{")
+        spread = first == "{" or goes_on
+        return "one JSON object over several lines; write one object a line (jq -c .)" if spread else ""
+    if row.get("format") == INDEX_FORMAT:
+        return "the index of a folder of embeddings; give what they were made of"
+    if "audio" not in row and "audio_filepath" in row:
+        return f"a NeMo manifest: {renames(row)}"
+    return ""
+
+
+def renames(row: Mapping[str, Any]) -> str:
+    """How the keys of a line must be renamed for a manifest of ours; empty if none is known."""
+    known = [f'"{key}" to "{RENAMED[key]}"' for key in row if key in RENAMED]
+    return f"rename {', '.join(known)}" if known else ""
+
+
+def _kind_of_table(first: str) -> str:
+    for separator in "\t,;|":
+        fields = [field.strip().strip("\"'") for field in first.split(separator)]
+        if len(fields) < 2:
+            continue
+        headed = bool(_COLUMNS & {field.lower() for field in fields}) and not any(map(_is_audio, fields))
+        # A name may hold a comma; what stands behind the end of a name is another column.
+        if headed or (any(map(_is_audio, fields[:-1])) and not _is_audio(fields[-1])):
+            name = {"\t": "tab-separated table", ",": "CSV table"}.get(separator, "table")
+            return f"a {name}{_AS_JSON}"
+    return ""
+
+
+def _is_audio(name: str) -> bool:
+    return PurePath(name).suffix.lower() in AUDIO_SUFFIXES
