@@ -2,8 +2,9 @@
 
 The dense work, sums over all negative pairs, is an operator of `clsp_fast.negatives` (CPU) or
 `clsp_fast.kernels.contrastive` (CUDA) that knows no labels. Positive pairs are few; `clsp_fast.positives`
-adds them in float32 and O((M + N) D), as softplus(lse of negatives - s): no digit of a small loss is lost,
-and no probability is rounded before 1 is subtracted from it.
+adds them in float64 and O((M + N) D), as softplus(lse of negatives - lse of positives) and a term that is 0
+for one caption: no digit of a small loss is lost, and no probability is rounded before 1 is subtracted from
+it.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts of one clip.
 """
@@ -119,8 +120,8 @@ def contrastive_loss(
             others computed again; on CUDA, none are kept. Default: 256 MiB on the CPU, 512 MiB on CUDA. The
             CPU operator needs 15 MB at D = 512 whatever is asked for.
         compute_dtype: dtype of the matrix products on CUDA, default that of the embeddings; bfloat16 is what
-            tensor cores are fast at. Rows that `normalize` made are rounded to it. Positive pairs, sums and
-            gradients are in float32 (float64) in any case, and on the CPU so are the products.
+            tensor cores are fast at. Rows that `normalize` made are rounded to it. Sums and gradients are in
+            float32 (float64) in any case, and on the CPU so are the products; positive pairs are in float64.
 
     Returns:
         Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU operator's
@@ -145,8 +146,8 @@ def contrastive_loss(
         if engine is not negatives:
             options["compute_dtype"] = compute_dtype or audio_MD.dtype
         pairs = _pairs(audio_MD, text_ND, logit_scale, logit_bias, owner_N, normalize, group)
-        in_order = text_owner is None and weights is None
-        return _fused_loss(engine, pairs, weights, label_smoothing, kind, in_order, options)
+        loss = _fused_loss(engine, pairs, weights, label_smoothing, kind, options)
+        return loss.to(pairs.audio_MD.dtype)
 
 
 class LossAndGradients(NamedTuple):
@@ -387,24 +388,20 @@ def _fused_loss(
     weights: Tensor | None,
     label_smoothing: float,
     kind: Kind,
-    in_order: bool,
     options: dict[str, Any],
 ) -> Tensor:
+    bias = pairs.bias
+    if kind == "softmax":
+        # It cancels; added to the logits, it would only take digits from them.
+        pairs = pairs._replace(bias=torch.zeros_like(bias))
     pairs, positives = pairs.with_positives(means=label_smoothing > 0)
     if kind == "sigmoid":
         sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
         return sigmoid_loss(pairs, positives, sums_M, label_smoothing=label_smoothing)
-    row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
+    row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), **options)
     column_N = pairs.shards.own_lse(column_N)
-    return softmax_loss(
-        pairs,
-        positives,
-        row_M,
-        column_N,
-        weights=weights,
-        label_smoothing=label_smoothing,
-        in_order=in_order,
-    )
+    loss = softmax_loss(pairs, positives, row_M, column_N, weights=weights, label_smoothing=label_smoothing)
+    return loss + 0.0 * bias  # its gradient is 0
 
 
 def _gather_batch(

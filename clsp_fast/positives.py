@@ -1,7 +1,17 @@
-"""From sums over negative pairs to a contrastive loss: what the positive pairs add, exactly, in O((M + N) D).
+"""From sums over negative pairs to a contrastive loss: what the positive pairs add, in O((M + N) D).
 
-Everything is in float32 or float64. A text's loss is softplus(lse of its negatives - s), to full relative
-accuracy however small it is, and so is an audio's with one text.
+Let T_i be the texts of audio i with a share w_ij > 0 of its target, accepted_i = lse over j in T_i of s_ij,
+and rejected_i the log-sum-exp over all other texts. The loss of a row is the sum of two positive terms,
+
+    lse_j s_ij - sum_j w_ij s_ij = softplus(rejected_i - accepted_i) + sum_j w_ij (accepted_i - s_ij),
+
+and its gradient by s_ij is -sigmoid(rejected_i - accepted_i) q_ij + (q_ij - w_ij), with q the softmax over
+T_i. The second terms are exactly 0 where T_i is one text. A small loss is never a difference of large
+numbers, so it keeps its digits, and so do the gradients, for any number of texts and any weights. A text's
+own loss is the case of one positive: softplus(rejected_j - s).
+
+Products of positive pairs, and all numbers that belong to one audio or one text, are float64. Embeddings,
+their gradients and sums over negative pairs are in the dtype of the computation.
 
 Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 """
@@ -14,7 +24,15 @@ import torch
 from torch import Tensor
 
 from clsp_fast.gather import Shards
-from clsp_fast.sums import dots, of_owner, softplus, sum_by_owner, total
+from clsp_fast.sums import (
+    cross_entropy_by_owner,
+    dots,
+    lse_by_owner,
+    of_owner,
+    softplus,
+    sum_by_owner,
+    total,
+)
 
 
 class Pairs(NamedTuple):
@@ -70,6 +88,8 @@ class Positives(NamedTuple):
         pair_N: s of each text and its audio.
         mean_M: mean s of each audio over the texts of all ranks.
         mean_N: mean s of each text over the audio of all ranks.
+
+    `pair_N` is float64.
     """
 
     pair_N: Tensor
@@ -85,7 +105,6 @@ def softmax_loss(
     *,
     weights: Tensor | None,
     label_smoothing: float,
-    in_order: bool,
 ) -> Tensor:
     """The two-sided loss of `contrastive_loss`.
 
@@ -96,23 +115,31 @@ def softmax_loss(
         column_N: log-sum-exp of each own text's negatives, over the rows of all ranks.
         weights: of the texts, or None.
         label_smoothing: as of `contrastive_loss`.
-        in_order: whether text j is the only one of audio j, and there are no weights.
     """
-    shards, pair_N = pairs.shards, positives.pair_N
+    shards, pair_N, owner_N, clips = pairs.shards, positives.pair_N, pairs.owner_N, len(row_M)
     columns_N = softplus(column_N - pair_N)
     if positives.mean_N is not None:
         columns_N = columns_N + label_smoothing * (pair_N - positives.mean_N)
-    if in_order:
-        rows_M, targets_M = softplus(row_M[: len(pair_N)] - pair_N), pair_N
-        captioned_M, captioned = None, row_M.new_full((), len(pair_N))
-    else:
-        rows_M, targets_M, captioned_M = _row_losses(row_M, pair_N, pairs.owner_N, weights)
-        captioned = captioned_M.sum().to(row_M.dtype)
+
+    share_N, captioned_M = _shares(weights, owner_N, clips, pair_N)
+    if weights is not None:
+        # A caption without weight is one more wrong text of its clip.
+        index_M = torch.arange(clips, device=owner_N.device)
+        row_M = lse_by_owner(
+            torch.cat([row_M.to(pair_N.dtype), pair_N]),
+            torch.cat([torch.ones_like(captioned_M), share_N == 0]),
+            torch.cat([index_M, owner_N]),
+            clips,
+        )
+    accepted_M = lse_by_owner(pair_N, share_N > 0, owner_N, clips)
+    # Without this, a clip that has neither captions nor negatives would make inf - inf.
+    accepted_M = torch.where(captioned_M, accepted_M, 0.0)
+    rows_M = softplus(row_M - accepted_M) + cross_entropy_by_owner(pair_N, share_N, owner_N, clips)
     if positives.mean_M is not None:
-        rows_M = rows_M + label_smoothing * (targets_M - positives.mean_M[: len(targets_M)])
-    if captioned_M is not None:
-        rows_M = torch.where(captioned_M, rows_M, 0.0)
-    captioned = shards.sum(captioned).clamp(min=1)
+        targets_M = sum_by_owner(share_N * pair_N, owner_N, clips)
+        rows_M = rows_M + label_smoothing * (targets_M - positives.mean_M)
+    rows_M = torch.where(captioned_M, rows_M, 0.0)
+    captioned = shards.sum(captioned_M.sum().to(pair_N.dtype)).clamp(min=1)
     return shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
 
 
@@ -126,41 +153,15 @@ def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor, *, label_sm
     return shards.sum(loss) / (shards.total_clips * shards.total_texts)
 
 
-def _row_losses(
-    row_M: Tensor, positive_N: Tensor, owner_N: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """lse_j s_ij - sum_j w_ij s_ij of each audio, sum_j w_ij s_ij, and whether it has a text with a weight.
-
-    With a the heaviest text of audio i, the first is
-    log(1 + exp(negatives - s_ia) + sum_{j != a} exp(s_ij - s_ia)) + sum_j w_ij (s_ia - s_ij):
-    nothing cancels when the model is sure of a.
-    """
-    clips, index_N = len(row_M), torch.arange(len(owner_N), device=owner_N.device)
-    zeros_M = torch.zeros_like(row_M)
-    weight_N = (
-        torch.ones_like(positive_N) if weights is None else _relative(weights, owner_N, clips, row_M.dtype)
-    )
+def _shares(weights: Tensor | None, owner_N: Tensor, clips: int, like_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (N,) that add up to 1 over the texts of an audio, and whether it has a text with a weight."""
+    if weights is None:
+        weight_N = torch.ones_like(like_N)
+    else:
+        # Relative to the largest of their audio, so that no sum of finite weights is infinite.
+        wide_N = weights.to(like_N.dtype)
+        largest_M = wide_N.new_zeros(clips).scatter_reduce(0, owner_N, wide_N, "amax")
+        weight_N = wide_N / torch.where(largest_M > 0, largest_M, 1.0)[owner_N]
     total_M = sum_by_owner(weight_N, owner_N, clips)
     captioned_M = total_M > 0
-    share_N = weight_N / of_owner(torch.where(captioned_M, total_M, 1.0), owner_N)
-
-    # Weights are relative to the heaviest.
-    candidate_N = torch.where(weight_N == 1, index_N, 0)
-    anchor_M = torch.zeros_like(row_M, dtype=torch.int64).scatter_reduce(0, owner_N, candidate_N, "amax")
-    anchor_score_M = of_owner(positive_N, anchor_M)
-    above_N = positive_N - of_owner(anchor_score_M, owner_N)
-
-    negatives_M = row_M - anchor_score_M
-    shift_M = zeros_M.scatter_reduce(0, owner_N, above_N.detach(), "amax").maximum(negatives_M.detach())
-    others_N = torch.where(anchor_M[owner_N] == index_N, 0.0, (above_N - shift_M[owner_N]).exp())
-    others_M = (negatives_M - shift_M).exp() + sum_by_owner(others_N, owner_N, clips)
-    lse_M = shift_M + torch.log1p(others_M + torch.expm1(-shift_M))
-    target_M = sum_by_owner(share_N * above_N, owner_N, clips)
-    return lse_M - target_M, target_M + anchor_score_M, captioned_M
-
-
-def _relative(weights: Tensor, owner_N: Tensor, clips: int, dtype: torch.dtype) -> Tensor:
-    """Weights over the largest of their audio, which has 1; so that no sum of finite weights is infinite."""
-    wide_N = weights.to(torch.promote_types(weights.dtype, dtype))
-    most_M = wide_N.new_zeros(clips).scatter_reduce(0, owner_N, wide_N, "amax")
-    return (wide_N / torch.where(most_M > 0, most_M, 1.0)[owner_N]).to(dtype)
+    return weight_N / of_owner(torch.where(captioned_M, total_M, 1.0), owner_N), captioned_M

@@ -45,6 +45,9 @@ def dots(
 ) -> Dots:
     """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with means where they are given.
 
+    The products of pairs are exact to float64: two captions of a clip that fit it alike ask for gradients as
+    small as the difference of their products, of which float32 sums leave nothing.
+
     What is computed from the embeddings returned sends its gradients back through here, where those of the
     dots are added in place: beside the gradients by all logits no second ones of their size exist. Nobody
     else holds what is changed, since nobody else has seen what this returned.
@@ -66,6 +69,20 @@ def sum_by_owner(x_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
 def of_owner(x_M: Tensor, owner_N: Tensor) -> Tensor:
     """The number of each text's owner, (N,)."""
     return cast(Tensor, _OfOwner.apply(x_M, owner_N))  # type: ignore[no-untyped-call]
+
+
+def lse_by_owner(x_N: Tensor, counts_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
+    """Log-sum-exp (rows,) of the numbers of each owner that count, bool (N,); -inf where none does."""
+    return cast(Tensor, _LseByOwner.apply(x_N, counts_N, owner_N, rows))  # type: ignore[no-untyped-call]
+
+
+def cross_entropy_by_owner(x_N: Tensor, share_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
+    """sum_j share_j (lse - x_j) over the numbers of each owner whose share is positive, (rows,).
+
+    lse is the log-sum-exp of these numbers; the shares of an owner must add up to 1. The result of one number
+    is exactly 0, and so is its gradient.
+    """
+    return cast(Tensor, _CrossEntropyByOwner.apply(x_N, share_N, owner_N, rows))  # type: ignore[no-untyped-call]
 
 
 def softplus(x_B: Tensor) -> Tensor:
@@ -107,7 +124,9 @@ class _Dots(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         ctx.save_for_backward(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D)
         parts = _parts(len(text_ND))
-        pair_N = torch.cat([audio_MD.index_select(0, owner_N[p]).mul_(text_ND[p]).sum(1) for p in parts])
+        pair_N = torch.cat(
+            [audio_MD.index_select(0, owner_N[p]).double().mul_(text_ND[p]).sum(1) for p in parts]
+        )
         means = (_with_vector(audio_MD, mean_text_D), _with_vector(text_ND, mean_audio_D))
         return audio_MD.view_as(audio_MD), text_ND.view_as(text_ND), pair_N, *means
 
@@ -123,7 +142,7 @@ class _Dots(torch.autograd.Function):
         audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D = ctx.saved_tensors
         needs_audio, needs_text, *_ = ctx.needs_input_grad
         for p in _parts(len(text_ND)):
-            d_pair_P1 = d_pair_N[p, None]
+            d_pair_P1 = d_pair_N[p, None].to(text_ND.dtype)
             if needs_text:
                 d_text_ND[p].addcmul_(d_pair_P1, audio_MD.index_select(0, owner_N[p]))
             if needs_audio:
@@ -216,3 +235,71 @@ class _OfOwner(torch.autograd.Function):
         d_x_M = d_x_N.new_zeros(ctx.rows)
         _add_to_owners(d_x_M, owner_N, d_x_N)
         return d_x_M, None
+
+
+class _Softmax(NamedTuple):
+    """Softmax over the numbers of each owner that count.
+
+    Attributes:
+        largest_M: the largest number; -inf where none counts.
+        rest_M: sum over the others of exp(number - largest).
+        share_N: of each number; 0 where it does not count.
+        is_largest_N: whether it is the number that was taken as the largest: one an owner.
+    """
+
+    largest_M: Tensor
+    rest_M: Tensor
+    share_N: Tensor
+    is_largest_N: Tensor
+
+
+def _softmax_by_owner(x_N: Tensor, counts_N: Tensor, owner_N: Tensor, rows: int) -> _Softmax:
+    x_N = torch.where(counts_N, x_N, -torch.inf)
+    largest_M = x_N.new_full((rows,), -torch.inf).scatter_reduce(0, owner_N, x_N, "amax")
+    index_N = torch.arange(len(x_N), device=x_N.device)
+    candidate_N = torch.where(counts_N & (x_N == largest_M[owner_N]), index_N, -1)
+    chosen_M = torch.full_like(largest_M, -1, dtype=torch.int64)
+    is_largest_N = index_N == chosen_M.scatter_reduce(0, owner_N, candidate_N, "amax")[owner_N]
+    shift_M = torch.where(largest_M.isneginf(), 0.0, largest_M)
+    exp_N = (x_N - shift_M[owner_N]).exp()
+    rest_M = sum_by_owner(torch.where(is_largest_N, 0.0, exp_N), owner_N, rows)
+    return _Softmax(largest_M, rest_M, exp_N / (1 + rest_M)[owner_N], is_largest_N)
+
+
+class _LseByOwner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, counts_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
+        softmax = _softmax_by_owner(x_N, counts_N, owner_N, rows)
+        ctx.save_for_backward(softmax.share_N, owner_N)
+        return softmax.largest_M + softmax.rest_M.log1p()
+
+    @staticmethod
+    def backward(ctx: Any, d_lse_M: Tensor) -> tuple[Tensor, None, None, None]:
+        share_N, owner_N = ctx.saved_tensors
+        return d_lse_M[owner_N] * share_N, None, None, None
+
+
+class _CrossEntropyByOwner(torch.autograd.Function):
+    """Every term is positive, so that nothing cancels: share_j ((largest - x_j) + log(1 + rest)).
+
+    The gradient is softmax - share. That of the largest number is minus the sum of the others': where its
+    softmax and its share are both almost 1, their difference would have no digits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, share_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
+        counts_N = share_N > 0
+        softmax = _softmax_by_owner(x_N, counts_N, owner_N, rows)
+        others_N = torch.where(softmax.is_largest_N, 0.0, softmax.share_N - share_N)
+        of_largest_M = sum_by_owner(others_N, owner_N, rows).neg_()
+        slope_N = torch.where(softmax.is_largest_N, of_largest_M[owner_N], others_N)
+        lse_M = torch.where(softmax.largest_M.isneginf(), 0.0, softmax.largest_M)
+        below_N = (lse_M[owner_N] - x_N) + softmax.rest_M.log1p()[owner_N]
+        ctx.save_for_backward(slope_N, below_N if ctx.needs_input_grad[1] else None, owner_N)
+        return sum_by_owner(torch.where(counts_N, share_N * below_N, 0.0), owner_N, rows)
+
+    @staticmethod
+    def backward(ctx: Any, d_sums_M: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        slope_N, below_N, owner_N = ctx.saved_tensors
+        d_sums_N = d_sums_M[owner_N]
+        return d_sums_N * slope_N, None if below_N is None else d_sums_N * below_N, None, None

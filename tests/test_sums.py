@@ -71,7 +71,6 @@ def test_nor_with_many_captions_a_clip() -> None:
             *leaves[1:],
             weights=torch.linspace(0.1, 1, texts),
             label_smoothing=0.0,
-            in_order=False,
         )
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
