@@ -29,6 +29,7 @@ std::vector<std::string> instruction_sets() {
 }  // namespace clsp_python
 
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+  clsp::best_isa();  // a wrong CLSP_SIMD stops the import, and nothing later
   m.attr("__version__") = CLSP_VERSION;
   m.def("instruction_sets", &clsp_python::instruction_sets);
   clsp_python::bind_audio(m);

@@ -7,6 +7,9 @@
 
 #include <cmath>
 #include <cstddef>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #define CLSP_INLINE inline __attribute__((always_inline))
@@ -33,22 +36,37 @@ inline bool has_bit_instructions() {
 }
 #endif
 
-// AVX2 stands for FMA and the bit instructions too.
-inline Isa best_isa() {
+// What this processor has. AVX2 stands for FMA and the bit instructions too.
+inline Isa detect_isa() {
 #ifdef CLSP_X86
+  if (!has_bit_instructions()) return Isa::kBaseline;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("fma"))
+    return Isa::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+// The widest instruction set in use: the one that the environment variable CLSP_SIMD names, as if
+// the processor had no wider one, or all that the processor has. Throws std::invalid_argument for a
+// name that is unknown or a set that the processor lacks.
+inline Isa best_isa() {
   static const Isa best = [] {
-    if (!has_bit_instructions()) return Isa::kBaseline;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("fma"))
-      return Isa::kAvx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-    return Isa::kBaseline;
+    const Isa detected = detect_isa();
+    const char* set = std::getenv("CLSP_SIMD");
+    const std::string name = set == nullptr ? "" : set;
+    if (name.empty()) return detected;
+    if (name == "baseline") return Isa::kBaseline;
+    if (name == "avx2" && detected != Isa::kBaseline) return Isa::kAvx2;
+    if (name == "avx512" && detected == Isa::kAvx512) return Isa::kAvx512;
+    const bool known = name == "avx2" || name == "avx512";
+    throw std::invalid_argument("CLSP_SIMD must be baseline, avx2 or avx512, got '" + name + "'" +
+                                (known ? ", which this processor lacks" : "") +
+                                "; unset it to use all that there is");
   }();
   return best;
-#else
-  return Isa::kBaseline;
-#endif
 }
 
 template <int L>

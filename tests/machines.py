@@ -1,0 +1,163 @@
+"""Runs the numerical tests as other processors would: `make test-machines`, and `make test` a part of it.
+
+PyTorch, MKL, oneDNN and our engine choose their code by the processor. Environment variables make them choose
+as on a lesser one, so that one machine stands for many. Each row of the matrix is one run of pytest. A failing
+row does not stop the others; rows whose instruction sets this processor lacks are named and skipped.
+
+    python tests/machines.py [--part] [--jobs 2] [--only aten=avx2 ...] [-- arguments of pytest]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clsp_fast import _C
+
+HERE = Path(__file__).parent
+# Files whose tests compare floating-point results; a new one belongs here.
+FILES = [
+    "test_audio.py",
+    "test_augment.py",
+    "test_batches.py",
+    "test_embed.py",
+    "test_engine_similarity.py",
+    "test_evaluate.py",
+    "test_evaluation.py",
+    "test_export.py",
+    "test_features.py",
+    "test_flac.py",
+    "test_gather.py",
+    "test_kernel_contrastive.py",
+    "test_kernel_rank.py",
+    "test_lhotse.py",
+    "test_loss.py",
+    "test_metrics.py",
+    "test_model.py",
+    "test_negatives.py",
+    "test_ops.py",
+    "test_optim.py",
+    "test_parity.py",
+    "test_resample.py",
+    "test_roberta.py",
+    "test_scaled_adam.py",
+    "test_score.py",
+    "test_similarity.py",
+    "test_step.py",
+    "test_sums.py",
+    "test_zipformer.py",
+]
+# What `make test` runs: the towers, the step and the loss, where a machine's rounding shows most.
+PART_FILES = [
+    "test_loss.py",
+    "test_model.py",
+    "test_negatives.py",
+    "test_ops.py",
+    "test_roberta.py",
+    "test_scaled_adam.py",
+    "test_step.py",
+    "test_zipformer.py",
+]
+# Tests that take long, or that start processes with threads of their own.
+LEFT_OUT = "not slow and not multiproc and not alone and not gpu and not fuzz"
+SETS = ("baseline", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One machine to stand in for.
+
+    Attributes:
+        aten: instruction set of PyTorch's operators; PyTorch calls the baseline "default".
+        simd: instruction set of our engine.
+        threads: threads of PyTorch, MKL and our engine.
+        other: further environment variables, which lower MKL or oneDNN.
+    """
+
+    aten: str
+    simd: str
+    threads: int
+    other: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        words = [f"aten={self.aten}", f"simd={self.simd}", f"threads={self.threads}"]
+        return " ".join(words + [f"{k}={v}" for k, v in self.other.items()])
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "ATEN_CPU_CAPABILITY": "default" if self.aten == "baseline" else self.aten,
+            "CLSP_SIMD": self.simd,
+            "OMP_NUM_THREADS": str(self.threads),
+            "MKL_NUM_THREADS": str(self.threads),
+            # More threads than cores that wait in a loop would take the cores from those that work.
+            "OMP_WAIT_POLICY": "passive",
+            **self.other,
+        }
+
+    def lacking(self) -> str:
+        """The instruction set that this processor lacks, or nothing."""
+        return next((s for s in (self.aten, self.simd) if s not in _C.instruction_sets()), "")
+
+
+MATRIX = [
+    *(Row(aten, simd, threads) for aten, simd, threads in itertools.product(SETS, SETS, (1, 2, 3))),
+    # Without AVX, as MKL and oneDNN have it for the oldest and the strictest; then with AVX2.
+    Row("baseline", "baseline", 2, {"MKL_CBWR": "COMPATIBLE"}),
+    Row("avx2", "avx2", 2, {"MKL_CBWR": "AVX2"}),
+    Row("baseline", "baseline", 2, {"DNNL_MAX_CPU_ISA": "SSE41"}),
+    Row("avx2", "avx2", 2, {"DNNL_MAX_CPU_ISA": "AVX2"}),
+]
+PART = [
+    Row("baseline", "baseline", 1, {"MKL_CBWR": "COMPATIBLE", "DNNL_MAX_CPU_ISA": "SSE41"}),
+    Row("avx2", "avx2", 3, {"MKL_CBWR": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"}),
+]
+
+
+def run(row: Row, files: list[str], arguments: list[str]) -> tuple[str, float]:
+    """Runs the tests as on another machine; the outcome in a word or two, and seconds."""
+    if lacking := row.lacking():
+        return f"skipped: this processor has no {lacking}", 0.0
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", LEFT_OUT, *arguments]
+    paths = [str(HERE / name) for name in files]
+    done = subprocess.run(
+        command + paths, env=os.environ | row.environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        print(done.stdout, done.stderr, sep="\n", flush=True)
+    last = done.stdout.strip().splitlines()[-1:]
+    outcome = "passed" if done.returncode == 0 else f"FAILED ({last[0] if last else done.returncode})"
+    return outcome, time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Runs the numerical tests as other processors would.")
+    parser.add_argument("--part", action="store_true", help="the rows and files that `make test` runs")
+    parser.add_argument("--only", nargs="+", default=[], help="rows that have each of these words")
+    parser.add_argument("--jobs", default="2", help="processes of pytest")
+    parser.add_argument("arguments", nargs="*", help="for pytest, behind --")
+    options = parser.parse_args()
+    rows = [r for r in (PART if options.part else MATRIX) if set(options.only) <= set(r.name.split())]
+    files = PART_FILES if options.part else FILES
+    arguments = ["-n", options.jobs, *options.arguments] if options.jobs != "0" else options.arguments
+    results = []
+    for row in rows:
+        results.append((row.name, *run(row, files, arguments)))
+        print(f"{results[-1][0]}: {results[-1][1]}, {results[-1][2]:.0f} s", flush=True)
+    width = max((len(name) for name, *_ in results), default=0)
+    print(f"\n{'machine':{width}}  seconds  outcome")
+    for name, outcome, seconds in results:
+        print(f"{name:{width}}  {seconds:7.0f}  {outcome}")
+    return int(any(outcome.startswith("FAILED") for _, outcome, _ in results) or not results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
