@@ -25,8 +25,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clsp_fast import console
-
 from . import contrastive, rank, sigmoid
 from ._launch import OPTIONS, SIZES, TILES, has_descriptors, score_constants
 
@@ -192,7 +190,6 @@ def as_json(budgets: dict[str, Any]) -> str:
     return f'{{"triton": "{budgets["triton"]}", "kernels": {{\n' + ",\n".join(variants) + "\n}}\n"
 
 
-@console.command
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
