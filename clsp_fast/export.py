@@ -103,10 +103,17 @@ def export(model: CLSP, out: Path) -> dict[str, float]:
             found[name] = _difference(model, path)
         if model.tokenizer is not None:
             model.tokenizer.save(Path(temporary) / "tokenizer.json")
-        # Weights before the graph that needs them.
-        for path in sorted(Path(temporary).iterdir(), reverse=True):
-            path.replace(out / path.name)
+        _place(Path(temporary), out)
     return found
+
+
+def _place(temporary: Path, out: Path) -> None:
+    """Moves the finished files; weights that have a file of their own before the graph that needs them."""
+    for path in sorted(temporary.iterdir(), reverse=True):
+        if path.name.endswith(".onnx.data"):
+            # A graph of an earlier export would read these weights as its own.
+            (out / path.name.removesuffix(".data")).unlink(missing_ok=True)
+        path.replace(out / path.name)
 
 
 def _example(model: CLSP, name: str, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -221,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tyro.cli(_command, args=arguments, prog="python -m clsp_fast.export", description=__doc__)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"clsp_fast.export: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

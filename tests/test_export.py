@@ -146,7 +146,7 @@ def test_what_is_exported_computes_what_the_model_does(
 
 
 def graph_of_means(path: Path, *, frames: int | None) -> None:
-    """Writes a graph whose embeddings are means over time; with `frames` it runs for that many alone."""
+    """Writes a graph whose embeddings are means over time; with `frames` it runs for that number alone."""
     from onnx import TensorProto, helper, save
 
     sizes = helper.make_tensor("sizes", TensorProto.INT64, [3], [-1, frames or -1, 128])
@@ -212,6 +212,28 @@ def test_no_file_appears_before_all_are_checked(
         export.export(tiny, tmp_path)
     assert seen == [{"audio.onnx": "earlier"}] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["audio.onnx"]
+
+
+def test_no_graph_stands_beside_the_weights_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, out = tmp_path / "new", tmp_path / "out"
+    for folder in (new, out):
+        folder.mkdir()
+        for name in ("audio.onnx", "audio.onnx.data", "text.onnx"):
+            (folder / name).write_text(folder.name)
+    replace, seen = Path.replace, []
+
+    def look(path: Path, target: Path) -> Path:
+        result = replace(path, target)
+        pair = [p.read_text() for p in sorted(out.glob("audio*"))]
+        seen.append(len(set(pair)))
+        return result
+
+    monkeypatch.setattr(Path, "replace", look)
+    export._place(new, out)
+    assert seen == [1, 1, 1]
+    assert {path.read_text() for path in out.iterdir()} == {"new"}
 
 
 @needs_onnx
