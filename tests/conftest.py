@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +72,23 @@ def make_clips() -> Callable[[Path, int], list[Path]]:
         return paths
 
     return make
+
+
+@pytest.fixture
+def open_in_browser() -> Callable[[Path], str]:
+    """What a real browser makes of a page. Without one the test is skipped, or fails where
+    CLSP_REQUIRE_BROWSER=1 promises one."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next((found for name in names if (found := shutil.which(name))), None)
+
+    def show(file: Path) -> str:
+        if browser is None:
+            required = os.environ.get("CLSP_REQUIRE_BROWSER") == "1"
+            (pytest.fail if required else pytest.skip)("no browser was found")
+        words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=240).stdout
+
+    return show
 
 
 @pytest.fixture

@@ -1,109 +1,290 @@
-"""The README's code runs, and its commands exist."""
+"""Every command and block of code of the README is executed as it stands, on a model of the demo's preset and
+on recordings of a fraction of a second."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
+import torch
+from safetensors.torch import load_file
+from test_console import COMMANDS, options_of, torchruns_options
 
-import clsp_fast
-from clsp_fast import convert, data, embed, evaluate, export, score, search, train
-from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS
-from clsp_fast.embed import EmbedConfig
+from clsp_fast import log, train
+from clsp_fast.config import TRAIN_PRESETS
 from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
+
+Clips = Callable[[Path, int], list[Path]]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def code(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
 
 
-def test_the_code_runs_as_it_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    wave = 0.1 * np.sin(np.arange(24000) * 0.05)
+def commands_of_blocks() -> list[list[str]]:
+    """The commands of each sh block, without comments."""
+    lines = [[line.split("  #")[0].strip() for line in text.splitlines()] for text in code("sh")]
+    return [[line for line in block if line] for block in lines]
+
+
+def commands_of_prose() -> list[str]:
+    """What stands between backticks and is a whole command: with a module or a target."""
+    return [span for span in SPANS if re.match(r"(python|torchrun)\b.* -m |python -m |make \w+$", span)]
+
+
+def write_rows(path: str, rows: list[dict[str, object]]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lay_out(make_clips: Clips) -> None:
+    """What the README's commands read, in the current folder, under the names that it gives them."""
+    clips = make_clips(Path("clips"), 16)
     for name in ("a.wav", "b.flac", "c.mp3"):
-        soundfile.write(name, wave, 24000)
-    tokenizer = Tokenizer.train(["a woman speaks slowly", "a man whispers"], 300, lowercase=True)
-    CLSP(MODEL_PRESETS["tiny"], tokenizer).save_pretrained("runs/demo/model")
-    (code,) = blocks("python")
-    names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["speech"].shape == (3, 128)
-    assert names["features"].values.shape == (2, 100, 128)
-    assert np.isfinite(names["loss"].item())
-    assert "tensor" in capsys.readouterr().out
-
-
-def test_the_training_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = re.findall(r"python -m clsp_fast\.(train|data|convert) (\w+)?", README)
-    assert {"train", "data", "convert"} <= {name for name, _ in commands}
-    for name, word in commands:
-        if name == "train":
-            assert not word or word in TRAIN_PRESETS
-            continue
-        with pytest.raises(SystemExit) as stop:
-            {"data": data, "convert": convert}[name].main([word, "--help"])
-        assert stop.value.code == 0
-    training = [line for line in "".join(blocks("sh")).splitlines() if "clsp_fast.train" in line]
-    flags = {flag for line in training for flag in re.findall(r"--[a-z][\w.-]*", line)}
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    known = capsys.readouterr().out
-    assert len(flags) > 3
-    for flag in flags - {"--nproc-per-node"}:
-        assert flag in known, flag
-
-
-def test_the_commands_for_a_trained_model_run_as_they_stand(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    model_folder: Path,
-    make_clips: Callable[[Path, int], object],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_folder, "runs/demo/model")
-    make_clips(Path("clips"), 16)
-    for i in range(16):
+        wave, rate = soundfile.read(clips[0])
+        soundfile.write(name, wave, rate)
+    shutil.copy(clips[1], "clips/1.wav")
+    write_rows(
+        "m.jsonl",
+        [
+            {
+                "audio": str(path),
+                "global_captions": [f"A voice, number {i}."],
+                "finegrained_captions": [f"It starts as {i} and whispers."],
+            }
+            for i, path in enumerate(clips)
+        ],
+    )
+    with Path("m.jsonl").open("a") as file:  # the manifest's line that the README shows
+        file.write("".join(code("json")))
+    shutil.copy("m.jsonl", "v.jsonl")
+    shutil.copy("m.jsonl", "test.jsonl")
+    write_rows("pairs.jsonl", [{"audio": str(path), "caption": "A voice."} for path in clips[:5]])
+    for i, path in enumerate(clips):
         target = Path(f"RAVDESS/Actor_{i // 8 + 1:02d}/03-01-{i % 8 + 1:02d}-01-01-01-{i // 8 + 1:02d}.wav")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(f"clips/{i:05d}.wav", target)
-    rows = [{"audio": f"clips/{i:05d}.wav", "caption": f"Voice {i}."} for i in range(5)]
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"audio": row["audio"], "captions": [row["caption"]]} for row in rows]
-    Path("test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ratings = [f"clips/{i:05d}.wav,Voice.,r{i % 2},{i % 6},intrinsic" for i in range(8)]
+        shutil.copy(path, target)
+    ratings = [f"{path},Voice.,r{i % 2},{i % 6},intrinsic" for i, path in enumerate(clips[:8])]
     Path("ratings.csv").write_text("\n".join(["clip,caption,rater,rating,category", *ratings, ""]))
-    modules = {"embed": embed, "search": search, "score": score, "evaluate": evaluate, "export": export}
-    # tests/test_export.py exports and looks at the result.
-    monkeypatch.setattr(export, "export", lambda model, out: {})
-    ran = []
-    for line in "".join(blocks("sh")).splitlines():
-        words = shlex.split(line, comments=True)
-        name = words[2].removeprefix("clsp_fast.") if words[:2] == ["python", "-m"] else ""
-        if name in modules:
-            code: object = 0
-            try:
-                modules[name].main([*words[3:], *([] if name == "export" else ["--device", "cpu"])])
-            except SystemExit as stop:
-                code = stop.code
-            assert code == 0, line
-            ran.append(name)
-    assert set(ran) == set(modules)
-    assert {"embeddings", "answers.html", "scores.jsonl", "evaluation"} <= {
-        path.name for path in tmp_path.iterdir()
-    }
-    assert clsp_fast.embed.embed(EmbedConfig(source="clips/", out=Path("embeddings"))).complete
+    # A checkpoint of the reference recipe, its two towers apart, and a tokenizer like RoBERTa's.
+    shutil.copy(GOLDEN / "golden_a.config.json", "config.json")
+    weights = load_file(GOLDEN / "golden_a.weights.safetensors")
+    torch.save({"model": weights}, "epoch.pt")
+    torch.save({k: v for k, v in weights.items() if k.startswith("encoder")}, "spear.pt")
+    Path("roberta").mkdir()
+    text = {k.removeprefix("text_encoder."): v for k, v in weights.items() if k.startswith("text_encoder.")}
+    torch.save(text, "roberta/pytorch_model.pt")
+    Tokenizer.train(["a calm voice", "it whispers"] * 3, 280).save("roberta/tokenizer.json")
+    tiny = TRAIN_PRESETS["tiny"].to_dict()
+    Path("recipe.json").write_text(
+        json.dumps(
+            {
+                "model": tiny["model"],
+                "data": {"manifest": "m.jsonl", "batch_clips": 4, "buckets": 1},
+                "stage1_steps": 2,
+                "stage2_steps": 1,
+            }
+        )
+    )
+    results = [
+        path for path in sorted((ROOT / "bench/results").glob("*.json")) if "fbank-10s" in path.read_text()
+    ]
+    shutil.copy(results[-1], "old.json")
+    Path("bin").mkdir()
+    for name, words in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+        script = Path("bin", name)
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+        script.chmod(0o755)
+
+
+class Shell:
+    """Runs commands of the README in a folder, with this Python as `python`, on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ran = folder, list[str]()
+        self.environment = os.environ | {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PET_STANDALONE": "1",  # any free port for torchrun
+        }
+
+    def run_all(self, commands: list[str]) -> None:
+        """Several commands, one after the other."""
+        for command in commands:
+            self.run(command)
+
+    def run(self, command: str) -> None:
+        """One command, to its end; an AssertionError with its output if it fails."""
+        special = {"make": self._make, "python -m clsp_fast.train small": self._interrupted}
+        run = next((run for start, run in special.items() if command.startswith(start)), self._whole)
+        run(command)
+        self.ran.append(command)
+
+    def _whole(self, command: str, *, codes: tuple[int, ...] = (0,)) -> str:
+        if command.startswith("python -m bench.run") and "--against" in command:
+            codes = (0, 1)  # 1: slower than when that file was written, on whatever machine
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode in codes, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert "Traceback" not in done.stderr, f"{command}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def _make(self, command: str) -> None:
+        """A target as far as it can be run here: without the installation, which tests/test_packaging.py
+        looks at, and the training with a small corpus and few steps."""
+        target = command.split()[1]
+        make = ["make", "-f", str(ROOT / "Makefile"), "-o", f".venv/.{target}", f"BIN={self.folder / 'bin'}"]
+        dry = self._whole(" ".join([*make, "-n", "-o", ".venv/.test", target]))
+        start = {
+            "train": "python -m clsp_fast.train",
+            "test": "ruff check .",
+            "bench": "python -m bench.run",
+        }[target]
+        assert f"{self.folder / 'bin'}/{start}" in dry
+        if target == "train":
+            arguments = "--data.manifest m.jsonl --data.validation v.jsonl --stage1-steps 2 --stage2-steps 1"
+            self._whole(
+                " ".join([*make, target, f"ARGS='{arguments} --data.batch-clips 8 --data.buckets 1'"])
+            )
+
+    def _interrupted(self, command: str) -> None:
+        """A run of many hours: Ctrl-C, once it trains, saves it."""
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 240
+        while process.poll() is None and not _catches(process.pid, signal.SIGTERM):
+            assert time.monotonic() < deadline, command
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 128 + signal.SIGINT, error
+        assert "the same command resumes" in error
+        assert list((self.folder / "runs/a/checkpoints").glob("step-*"))
+
+
+def _catches(process: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, which the trainer sets when its first step begins."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", status)
+    return bool(caught and int(caught[1], 16) >> (number - 1) & 1)
+
+
+PYTHON = "\n".join(
+    [
+        *code("python"),
+        "assert speech.shape == (3, 128)",
+        "assert (speech.norm(dim=1) - 1).abs().max() < 1e-5",
+        "assert features.values.shape[2] == 128",
+        "assert loss.isfinite()",
+        "assert len(ranks) == 2",
+        "from lhotse.dataset import OnTheFlyFeatures",
+        "from clsp_fast.lhotse import ClspFbank",
+        "OnTheFlyFeatures(ClspFbank())",
+        "from clsp_fast.embed import EmbedConfig",
+        "from pathlib import Path",
+        'assert clsp_fast.embed.embed(EmbedConfig(source="clips/", out=Path("embeddings"))).complete',
+    ]
+)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.timeout(900)
+def test_every_command_runs_as_it_stands(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_clips: Clips,
+    open_in_browser: Callable[[Path], str],
+) -> None:
+    for name in ("onnxscript", "onnxruntime", "lhotse"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    lay_out(make_clips)
+    shell = Shell(tmp_path)
+    makes, training, use = commands_of_blocks()
+    # The second list needs nothing of the first: both at a time, on two cores.
+    first = [*makes, "python readme.py", *use]
+    second = [*training, *(c for c in dict.fromkeys(commands_of_prose()) if c not in makes)]
+    Path("readme.py").write_text(PYTHON)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(shell.run_all, commands) for commands in (first, second)]
+        for done in both:
+            done.result()
+    assert set(shell.ran) >= {*chain(*commands_of_blocks()), *commands_of_prose()}
+    assert len(shell.ran) > 18
+
+    steps = [record["step"] for record in log.read(Path("runs/b/log.jsonl")) if record["kind"] == "train"]
+    assert steps == [2]
+    for model in ("runs/demo/model", "runs/b/model", "model", "start"):
+        assert CLSP.from_pretrained(model).tokenizer is not None
+    assert len(Path("scores.jsonl").read_text().splitlines()) == 5
+    assert {path.name for path in Path("onnx").iterdir()} == {"audio.onnx", "text.onnx", "tokenizer.json"}
+    assert Path("evaluation").is_dir()
+    assert "<audio controls" in open_in_browser(Path("answers.html").absolute())
+
+
+def test_no_other_language_stands_in_the_readme() -> None:
+    """What the test above executes: sh and python blocks; the one JSON line is part of its manifest. Blocks
+    without a language are output."""
+    assert {name for name, _ in BLOCKS} == {"sh", "python", "json"}
+    for command in [*chain(*commands_of_blocks()), *commands_of_prose()]:
+        assert re.match(r"python -m |torchrun .*-m |make \w+$", command), command
+    # No command hides between backticks in a form that is not looked for.
+    others = [span for span in SPANS if span not in commands_of_prose()]
+    assert not [span for span in others if re.search(r"-m (clsp_fast|bench)", span)]
+    for marker in ("$ ", "clsp-train", "pip install"):
+        assert marker not in README
+
+
+def test_every_option_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    known = torchruns_options().union(*(options_of(command, capsys) for command in COMMANDS))
+    known |= {"--check-parity", "--list", "--against", "--json", "--plot"}  # of commands that are run above
+    named = {flag for span in SPANS for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", span)}
+    assert len(named) > 15
+    assert named <= known
+
+
+def test_without_arguments_it_is_the_demo() -> None:
+    assert train.parse([]) == TRAIN_PRESETS["tiny"]
+    assert TRAIN_PRESETS["tiny"].data.manifest is None
 
 
 def test_the_preset_sizes_are_those_of_the_readme() -> None:
