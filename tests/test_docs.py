@@ -29,27 +29,41 @@ from clsp_fast.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
-
 Clips = Callable[[Path, int], list[Path]]
 
 
-def code(language: str) -> list[str]:
-    return [text for name, text in BLOCKS if name == language]
+class Document:
+    """What a Markdown text lets its reader type."""
+
+    def __init__(self, text: str) -> None:
+        self.blocks: list[tuple[str, str]] = re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        self.spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+        self.lists = [self._commands(block) for block in self.code("sh")]
+        # Between backticks, a command has a module or a target; the rest are names, options and values.
+        self.inline = [s for s in self.spans if re.match(r"(python|torchrun)\b.*-m |make \w+$", s)]
+
+    def code(self, language: str) -> list[str]:
+        return [text for name, text in self.blocks if name == language]
+
+    @staticmethod
+    def _commands(block: str) -> list[str]:
+        lines = [line.split("  #")[0].strip() for line in block.splitlines()]
+        return [line for line in lines if line]
+
+    def strays(self) -> list[str]:
+        """What looks like a command or like code and is none of `lists`, `inline` and the python and JSON
+        blocks, which are executed. Blocks without a language are output."""
+        others = [span for span in self.spans if span not in self.inline]
+        words = r"-m (clsp_fast|bench)|^(clsp-\w+|pip|make|python|sh|bash|git|\$) "
+        strange = [text for name, text in self.blocks if name not in ("", "sh", "python", "json")]
+        typed = [
+            text for text in self.code("") if re.search(r"^\s*\$ |python -m|torchrun", text, re.MULTILINE)
+        ]
+        return [span for span in others if re.search(words, span)] + strange + typed
 
 
-def commands_of_blocks() -> list[list[str]]:
-    """The commands of each sh block, without comments."""
-    lines = [[line.split("  #")[0].strip() for line in text.splitlines()] for text in code("sh")]
-    return [[line for line in block if line] for block in lines]
-
-
-def commands_of_prose() -> list[str]:
-    """What stands between backticks and is a whole command: with a module or a target."""
-    return [span for span in SPANS if re.match(r"(python|torchrun)\b.* -m |python -m |make \w+$", span)]
+README = Document((ROOT / "README.md").read_text())
 
 
 def write_rows(path: str, rows: list[dict[str, object]]) -> None:
@@ -75,7 +89,7 @@ def lay_out(make_clips: Clips) -> None:
         ],
     )
     with Path("m.jsonl").open("a") as file:  # the manifest's line that the README shows
-        file.write("".join(code("json")))
+        file.write("".join(README.code("json")))
     shutil.copy("m.jsonl", "v.jsonl")
     shutil.copy("m.jsonl", "test.jsonl")
     write_rows("pairs.jsonl", [{"audio": str(path), "caption": "A voice."} for path in clips[:5]])
@@ -208,7 +222,7 @@ def _catches(process: int, number: int) -> bool:
 
 PYTHON = "\n".join(
     [
-        *code("python"),
+        *README.code("python"),
         "assert speech.shape == (3, 128)",
         "assert (speech.norm(dim=1) - 1).abs().max() < 1e-5",
         "assert features.values.shape[2] == 128",
@@ -238,16 +252,16 @@ def test_every_command_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     lay_out(make_clips)
     shell = Shell(tmp_path)
-    makes, training, use = commands_of_blocks()
+    makes, training, use = README.lists
     # The second list needs nothing of the first: both at a time, on two cores.
     first = [*makes, "python readme.py", *use]
-    second = [*training, *(c for c in dict.fromkeys(commands_of_prose()) if c not in makes)]
+    second = [*training, *(c for c in dict.fromkeys(README.inline) if c not in makes)]
     Path("readme.py").write_text(PYTHON)
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(shell.run_all, commands) for commands in (first, second)]
         for done in both:
             done.result()
-    assert set(shell.ran) >= {*chain(*commands_of_blocks()), *commands_of_prose()}
+    assert set(shell.ran) >= {*chain(*README.lists), *README.inline}
     assert len(shell.ran) > 18
 
     steps = [record["step"] for record in log.read(Path("runs/b/log.jsonl")) if record["kind"] == "train"]
@@ -260,24 +274,37 @@ def test_every_command_runs_as_it_stands(
     assert "<audio controls" in open_in_browser(Path("answers.html").absolute())
 
 
-def test_no_other_language_stands_in_the_readme() -> None:
-    """What the test above executes: sh and python blocks; the one JSON line is part of its manifest. Blocks
-    without a language are output."""
-    assert {name for name, _ in BLOCKS} == {"sh", "python", "json"}
-    for command in [*chain(*commands_of_blocks()), *commands_of_prose()]:
-        assert re.match(r"python -m |torchrun .*-m |make \w+$", command), command
-    # No command hides between backticks in a form that is not looked for.
-    others = [span for span in SPANS if span not in commands_of_prose()]
-    assert not [span for span in others if re.search(r"-m (clsp_fast|bench)", span)]
-    for marker in ("$ ", "clsp-train", "pip install"):
-        assert marker not in README
+def test_nothing_stands_there_that_is_not_executed() -> None:
+    assert README.strays() == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Run `clsp-embed clips/ out/`.",
+        "Run `pip install clsp_fast`.",
+        "Run `OMP_NUM_THREADS=2 python -m clsp_fast.embed clips/ out/`.",
+        "Run `make train ARGS=--help`.",
+        "```bash\npython -m clsp_fast.embed\n```",
+        "```\n$ python -m clsp_fast.embed\n```",
+        "```cpp\nint main();\n```",
+    ],
+)
+def test_what_would_not_be_executed_is_found(text: str) -> None:
+    assert Document(text).strays()
+
+
+def test_a_new_command_is_executed() -> None:
+    """It is among those that the test above runs; a fourth list makes that test fail."""
+    new = Document("As `python -m clsp_fast.embed x y` does.\n```sh\nls  # files\n\nmake x\n```\n")
+    assert (new.lists, new.inline) == ([["ls", "make x"]], ["python -m clsp_fast.embed x y"])
 
 
 def test_every_option_exists(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     known = torchruns_options().union(*(options_of(command, capsys) for command in COMMANDS))
     known |= {"--check-parity", "--list", "--against", "--json", "--plot"}  # of commands that are run above
-    named = {flag for span in SPANS for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", span)}
+    named = {flag for span in README.spans for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", span)}
     assert len(named) > 15
     assert named <= known
 
@@ -288,5 +315,6 @@ def test_without_arguments_it_is_the_demo() -> None:
 
 
 def test_the_preset_sizes_are_those_of_the_readme() -> None:
-    assert "724,244,405" in README
-    assert set(re.findall(r"\b(tiny|small|base|xlarge)\b", README)) == set(TRAIN_PRESETS)
+    text = (ROOT / "README.md").read_text()
+    assert "724,244,405" in text
+    assert set(re.findall(r"\b(tiny|small|base|xlarge)\b", text)) == set(TRAIN_PRESETS)
