@@ -229,7 +229,9 @@ def similarity(config: SimilarityConfig, *, model: CLSP | None = None) -> Result
     require(bool(ratings), "source", "a table with a rating or more", str(config.source))
     names = list(dict.fromkeys(clip for clip, _, _ in ratings))
     none = Captions((), ())
-    clips = [Clip(name, str(config.source.parent / name), 0.0, None, None, none) for name in names]
+    clips = [
+        Clip(name, str(config.source.parent / paths.from_text(name)), 0.0, None, None, none) for name in names
+    ]
     model = _model(config, model)
     audio_MD, kept, bad = _embed(clips, model, config)
     row = {clip.id: i for i, clip in enumerate(kept)}

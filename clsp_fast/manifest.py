@@ -43,8 +43,8 @@ _LONGEST_LINE = 2**24
 _LONGEST_NAME = 2**15
 """Characters of a path; a line of an index must hold it twice, as escapes."""
 _JUDGED_LINES = 1000
-_EXPECTED = "a manifest (a JSON object a line)"
-_EXPECTED_SOURCE = "a manifest or a list of recordings (a path a line)"
+_EXPECTED = 'a manifest (a JSON object a line: {"audio": "a.wav", "captions": ["A man speaks."]})'
+_EXPECTED_SOURCE = 'a list of recordings (a path a line) or a manifest (lines such as {"audio": "a.wav"})'
 _GLOBAL_KEYS = ("global_captions", "short_captions")
 _FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
 
@@ -153,7 +153,7 @@ def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
     unknown: Counter[str] = Counter()
     kind = textfile.kind_of(text.head)
     if kind.startswith("the index"):
-        raise ValueError(f"{path} is {kind}")
+        raise ValueError(f"{path} is {kind}; expected {_EXPECTED}")
     for number, line in textfile.lines(text.file, _LONGEST_LINE):
         try:
             if not textfile.is_whole(line, _LONGEST_LINE):
@@ -171,7 +171,7 @@ def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
         clips.append(clip)
     if not clips:
         why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"
-        looks = f"; it looks like {kind}" if kind else ""
+        looks = f"; it looks like {kind}; expected {_EXPECTED}" if kind else ""
         raise ValueError(f"{path} holds no usable clip{why}{looks}")
     return Manifest(path, clips, problems, dict(unknown.most_common()))
 
@@ -196,7 +196,7 @@ def sources(source: str, stream: TextIO | None = None) -> tuple[list[Clip], list
     path = Path(source)
     if source == "-":
         stream = sys.stdin if stream is None else stream
-        return _from_text(getattr(stream, "buffer", None) or _encoded(stream), source)
+        return _from_text(getattr(stream, "buffer", None) or _encoded(stream), "stdin")
     if paths.is_dir(path):
         scan = paths.scan(path)
         for line in scan.warnings():
@@ -224,13 +224,13 @@ def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Pr
     """Clips of a manifest or a list, whichever the text looks like."""
     with _open(source, _EXPECTED_SOURCE) as text:
         if name.endswith((".jsonl", ".jsonl.gz")) or text.head.lstrip().startswith("{"):
-            found = _read(text, Path("stdin" if name == "-" else name), need_captions=False)
+            found = _read(text, Path(name), need_captions=False)
             found.warn()
             return found.clips, found.problems
         kind = textfile.kind_of(text.head)
         if kind and not paths.exists(text.head.strip().splitlines()[0]):
-            raise ValueError(f"{name} is {kind}")
-        names = [line.rstrip("\n") for _, line in textfile.lines(text.file, _LONGEST_NAME)]
+            raise ValueError(f"{name} is {kind}; expected {_EXPECTED_SOURCE}")
+        names = [paths.from_text(line.rstrip("\n")) for _, line in textfile.lines(text.file, _LONGEST_NAME)]
     if not names:
         raise ValueError(f"{name} names no recording")
     if len(names) == 1 and "\0" in names[0]:
@@ -254,7 +254,7 @@ def _named(names: list[str]) -> list[Clip]:
 def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown: Counter[str]) -> Clip:
     """The clip of one line, whose unknown keys are counted; ValueError says what is wrong with it."""
     try:
-        row = json.loads(text)
+        row = json.loads(text, parse_int=textfile.integer)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
@@ -263,6 +263,7 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown
         return _lhotse_clip(row, folder, default_id, need_captions)
     unknown.update(row.keys() - _KEYS)
     audio = row.get("audio")
+    audio = paths.from_text(audio) if isinstance(audio, str) else audio
     if not _is_path(audio):
         raise ValueError(f'"audio" must be a path{_nearest(row, "audio")}')
     captions = _captions(row)
@@ -305,6 +306,7 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
         captions = Captions((), (text.strip(),))
     if need_captions and not any(captions):
         raise ValueError("no captions in supervisions[0].custom or supervisions[0].text")
+    name = paths.from_text(name) if isinstance(name, str) else name
     if not _is_path(name):
         raise ValueError(f"recording.sources[0].source must be a path, got {name!a:.100}")
     source = folder / name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,17 @@ def is_dir(path: AnyPath) -> bool:
 def exists(path: AnyPath) -> bool:
     """Whether there is anything of that name; False where that cannot be found out."""
     return _status(path) is not None
+
+
+def from_text(text: str) -> str:
+    """The name of a file as text gives it. Text is UTF-8, and so are names on the disk; where the locale says
+    otherwise, Python would look for another name."""
+    if sys.getfilesystemencoding() == "utf-8":
+        return text
+    try:
+        return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a surrogate pair, which no name holds
+        return text
 
 
 def _status(path: AnyPath) -> os.stat_result | None:

@@ -31,6 +31,7 @@ from clsp_fast.console import Progress
 from clsp_fast.log import INCOMPLETE
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
+from clsp_fast.paths import from_text
 from clsp_fast.textfile import Text
 
 Row = dict[str, Any]
@@ -141,7 +142,9 @@ def score_rows(
     paths = list(dict.fromkeys(row[key] for row in good for key in ("audio", "other") if key in row))
     captions = list(dict.fromkeys(row["caption"] for row in good if "caption" in row))
     errors: dict[int, AudioError] = {}
-    audio_ND = model.encode_audio([base / path for path in paths], errors=errors, **config.batching)
+    audio_ND = model.encode_audio(
+        [base / from_text(path) for path in paths], errors=errors, **config.batching
+    )
     audio_ND, text_MD = audio_ND.float().cpu(), model.encode_text(captions).float().cpu()
     clip, text = ({name: i for i, name in enumerate(names)} for names in (paths, captions))
     for number, row in enumerate(rows):

@@ -35,7 +35,7 @@ _MAGIC = (
     b"caff",
     b"riff",
     b"NIST",
-    b"Creative Voice File",
+    b"Creative Voice",
 )
 _MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
 _MP3_RATES_HZ = (44100, 48000, 32000)

@@ -30,7 +30,6 @@ _LONGEST_INTEGER = 1000  # Python refuses to read and write those of over 4300 d
 _HOLD_PATHS = "; a list or manifest holds the paths of recordings"
 _UNPACK = "; unpack it first"
 _DECOMPRESS = "; decompress it first: gzip alone is read as it is"
-_AS_JSON = '; write a JSON object a line, such as {"audio": "a.wav", "captions": ["A man speaks."]}'
 
 _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"fLaC", "a recording (FLAC)", _HOLD_PATHS),
@@ -63,11 +62,11 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x04\x22\x4d\x18", "compressed with lz4", _DECOMPRESS),
     (0, b"\x93NUMPY", "a numpy array", ""),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", ""),
-    (0, b"PAR1", "a Parquet table", _AS_JSON),
-    (0, b"ARROW1", "an Arrow table", _AS_JSON),
-    (0, b"\xff\xff\xff\xff", "an Arrow table", _AS_JSON),
-    (0, b"SQLite format 3\0", "an SQLite database", _AS_JSON),
-    (0, b"Obj\x01", "an Avro table", _AS_JSON),
+    (0, b"PAR1", "a Parquet table", ""),
+    (0, b"ARROW1", "an Arrow table", ""),
+    (0, b"\xff\xff\xff\xff", "an Arrow table", ""),
+    (0, b"SQLite format 3\0", "an SQLite database", ""),
+    (0, b"Obj\x01", "an Avro table", ""),
     (0, b"%PDF", "a PDF file", ""),
     (0, b"\x89PNG", "a picture", ""),
     (0, b"\xff\xd8\xff", "a picture", ""),
@@ -206,9 +205,9 @@ def _binary_kind(head: bytes) -> tuple[str, str] | None:
         return "a pickle", "; nothing is unpickled here"
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return "a file of tensors (safetensors)", ""
-    # Single zeros may separate paths; text has no other control characters, so a tenth is enough to tell.
-    zeros = head.count(0)
-    if _encoding(head) == "utf-8-sig" and 10 * (controls - zeros + 2 * head.count(b"\0\0")) > len(head):
+    # Single zeros may separate paths. Text has no other control characters, bytes by chance have a tenth.
+    noise = controls - head.count(0) + 2 * head.count(b"\0\0")
+    if _encoding(head) == "utf-8-sig" and noise > 3 and 20 * noise > len(head):
         return "no text: its first bytes are none", ""
     return None
 
@@ -258,6 +257,11 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def integer(digits: str) -> int | float:
+    """For `json.loads`: an integer of more digits than Python converts is infinite, out of any range."""
+    return int(digits) if len(digits) <= _LONGEST_INTEGER else math.inf
 
 
 def _finite(digits: str) -> float | None:
@@ -313,9 +317,9 @@ def kind_of(head: str) -> str:
     first, *others = [line.strip() for line in head.splitlines() if line.strip()][:2] or [""]
     if first.startswith("version https://git-lfs"):
         return "a pointer of Git LFS; fetch the file itself with `git lfs pull`"
-    if first.startswith("["):
+    if re.match(r"\[\s*($|[\[{\"\d\]-])", first):
         return "a JSON array; write one object a line (jq -c '.[]' in.json > out.jsonl)"
-    if first.startswith("<"):
+    if re.match(r"<(!doctype|html|head|body|\?xml)", first, re.IGNORECASE):
         return "a page of HTML or XML"
     if first.startswith("{"):
         return _kind_of_object(first, others)
@@ -351,7 +355,7 @@ def _kind_of_table(first: str) -> str:
         # A name may hold a comma; what stands behind the end of a name is another column.
         if headed or (any(map(_is_audio, fields[:-1])) and not _is_audio(fields[-1])):
             name = {"\t": "tab-separated table", ",": "CSV table"}.get(separator, "table")
-            return f"a {name}{_AS_JSON}"
+            return f"a {name}"
     return ""
 
 
