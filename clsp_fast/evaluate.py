@@ -89,8 +89,8 @@ class ZeroshotConfig(_Config):
     task_file: Path | None = None
     """JSON file of tasks; see clsp_fast.tasks for its form."""
     layout: str | None = None
-    """How the source is laid out: manifest, ravdess, crema-d, iemocap, paraspeechcaps. None: a .jsonl file is
-    a manifest, a folder what the task says."""
+    """How the source is laid out: manifest, ravdess, crema-d, iemocap, paraspeechcaps. None: a file is a
+    manifest, a folder what the task says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,8 +171,12 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     for name in config.task:
         require(name in known, "task", "one of " + ", ".join(known), name)
     chosen = [known[name] for name in config.task]
-    rows = ".jsonl" in config.source.suffixes and paths.is_file(config.source)
-    layouts = {config.layout or ("manifest" if rows else task.layout) for task in chosen}
+    # All other layouts but ParaSpeechCaps' are folders, so a file of any name is a manifest.
+    rows, named = paths.is_file(config.source), ".jsonl" in config.source.suffixes
+    layouts = {
+        config.layout or ("manifest" if rows and (named or task.layout != "paraspeechcaps") else task.layout)
+        for task in chosen
+    }
     require(len(layouts) == 1, "task", "tasks of one layout, or --layout", sorted(layouts))
     clips = tasks.clips_of(config.source, layouts.pop())
     labelled = [clip for clip in clips if any(task.label_of(clip) for task in chosen)]

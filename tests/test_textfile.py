@@ -250,6 +250,7 @@ def test_what_is_no_list_is_refused_by_name_by_every_command(
         monkeypatch.setattr(module, "load", no_model)
     make, message = NO_LISTS[kind]
     file, out = tmp_path / name, tmp_path / "out"
+    zeroshot = evaluate.ZeroshotConfig(source=file, task=("ravdess-emotion",))
     file.write_bytes(make())
     commands: dict[str, Callable[[], object]] = {
         "embed": lambda: embed.embed(EmbedConfig(source=str(file), out=out)),
@@ -257,6 +258,7 @@ def test_what_is_no_list_is_refused_by_name_by_every_command(
         "train": lambda: manifest.read(file),
         "score": lambda: score.score(ScoreConfig(pairs=str(file), scores=str(out))),
         "retrieval": lambda: evaluate.retrieval(evaluate.RetrievalConfig(source=file)),
+        "zeroshot": lambda: evaluate.zeroshot(zeroshot),
     }
     for command, run in commands.items():
         with pytest.raises(ValueError, match=f"^{re.escape(str(file))}") as refusal:
