@@ -410,7 +410,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro
 
-    console.robust_streams()
     app = tyro.extras.SubcommandApp()
     app.command(reference)
     try:

@@ -224,7 +224,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     import tyro
 
-    console.robust_streams()
     try:
         tyro.cli(_command, args=arguments, prog="python -m clsp_fast.export", description=__doc__)
     except (OSError, ValueError, ImportError) as error:
