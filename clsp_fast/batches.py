@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsp_fast import features, paths
-from clsp_fast.audio import AudioError, AudioErrorReason, Segment
+from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment
 from clsp_fast.console import Progress
 
 LongAudio: TypeAlias = Literal["whole", "window", "error"]
@@ -47,6 +47,8 @@ class Batching:
     """What is done with a recording longer than `window_s`: embed it as one, average its windows, refuse."""
     window_s: float = 30.0
     """Length of a window in seconds."""
+    slack_seconds: float = DEFAULT_LIMITS.slack_s
+    """How far a segment may reach behind the end of its recording."""
 
     def __post_init__(self) -> None:
         if not self.batch_seconds > 0:
@@ -55,6 +57,7 @@ class Batching:
             raise ValueError(f'long_audio must be "whole", "window" or "error", got {self.long_audio!r}')
         if not self.window_s >= 1:
             raise ValueError(f"window_s must be at least 1 second, got {self.window_s}")
+        AudioLimits(slack_s=self.slack_seconds)
 
 
 class Rows(NamedTuple):
@@ -130,7 +133,7 @@ def batches(items: list[Any], batching: Batching, errors: Errors | None = None) 
 
     def load() -> tuple[list[int], features.Features] | None:
         block = next(blocks, None)
-        return None if block is None else _extract(items, block, batching.sample_rate, errors)
+        return None if block is None else _extract(items, block, batching, errors)
 
     with ThreadPoolExecutor(1, thread_name_prefix="clsp-decode") as pool:
         ahead = pool.submit(load)
@@ -140,10 +143,10 @@ def batches(items: list[Any], batching: Batching, errors: Errors | None = None) 
 
 
 def _extract(
-    items: list[Any], block: list[int], sample_rate: int | None, errors: Errors | None
+    items: list[Any], block: list[int], batching: Batching, errors: Errors | None
 ) -> tuple[list[int], features.Features]:
     """(positions, features) of the recordings of a block that can be used."""
-    chosen = [items[i] for i in block]
+    chosen, sample_rate = [items[i] for i in block], batching.sample_rate
     if hasattr(chosen[0], "shape"):
         if errors is not None:
             least = 80 * (sample_rate or features.SAMPLE_RATE_HZ) / features.SAMPLE_RATE_HZ
@@ -152,7 +155,8 @@ def _extract(
             block = [i for i in block if i not in errors]
             chosen = [items[i] for i in block]
         return block, features.extract(chosen, sample_rate=sample_rate)
-    found = features.extract_files(chosen, on_error="raise" if errors is None else "skip")
+    limits = AudioLimits(slack_s=batching.slack_seconds)
+    found = features.extract_files(chosen, on_error="raise" if errors is None else "skip", limits=limits)
     if errors is not None:
         errors.update({block[row]: error for row, error in found.errors})
     return [block[row] for row in found.kept.tolist()], found

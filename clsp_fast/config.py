@@ -63,6 +63,9 @@ class DataConfig:
     """Shorter clips are left out, and counted."""
     max_seconds: float = 30.0
     """Longer clips are left out, and counted."""
+    slack_seconds: float = 0.1
+    """How far a clip may reach behind the end of its recording before it counts as truncated. Lengths that
+    were taken from the header of an MP3 can be a third of a second too long."""
     tail: Literal["reflect", "zero"] = "reflect"
     """How the last frame is completed: "reflect" as at inference, "zero" as the reference recipe trains."""
     augment: float = 0.0
@@ -88,6 +91,7 @@ class DataConfig:
             require(
                 is_positive(getattr(self, name)), f"data.{name}", "a positive integer", getattr(self, name)
             )
+        require(0 <= self.slack_seconds < math.inf, "data.slack_seconds", "at least 0", self.slack_seconds)
         for name in ("threads", "cache_mb", "augment"):
             require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         longer = f"more than data.min_seconds {self.min_seconds}"
@@ -172,10 +176,14 @@ class EncodeConfig:
     squared), average its windows, or refuse it."""
     window_s: float = 30.0
     """Length of a window in seconds."""
+    slack_seconds: float = 0.1
+    """How far a clip of a manifest may reach behind the end of its recording before it counts as
+    truncated."""
 
     def __post_init__(self) -> None:
         require(self.batch_seconds > 0, "batch_seconds", "positive", self.batch_seconds)
         require(self.window_s >= 1, "window_s", "at least 1 second", self.window_s)
+        require(0 <= self.slack_seconds < math.inf, "slack_seconds", "at least 0", self.slack_seconds)
         require(self.precision in ("fp32", "bf16"), "precision", '"fp32" or "bf16"', self.precision)
         known = self.long_audio in ("whole", "window", "error")
         require(known, "long_audio", '"whole", "window" or "error"', self.long_audio)
@@ -183,7 +191,8 @@ class EncodeConfig:
     @property
     def batching(self) -> dict[str, Any]:
         """What `CLSP.encode_audio` is told of it."""
-        return {name: getattr(self, name) for name in ("batch_seconds", "long_audio", "window_s")}
+        names = ("batch_seconds", "long_audio", "window_s", "slack_seconds")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

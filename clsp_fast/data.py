@@ -83,7 +83,9 @@ class ClipFeatures:
     def __init__(self, config: DataConfig) -> None:
         self.bad: dict[str, str] = {}
         self._fbank = FbankConfig(tail=config.tail)
-        self._limits = AudioLimits(min_s=_MIN_CLIP_S, max_s=config.max_seconds + 1)
+        self._limits = AudioLimits(
+            min_s=_MIN_CLIP_S, max_s=config.max_seconds + 1, slack_s=config.slack_seconds
+        )
         self._threads = config.threads or default_num_threads()
         # With tail="zero" a clip's last frame depends on its batch, so it cannot be kept.
         self._room = config.cache_mb << 20 if config.tail == "reflect" else 0

@@ -107,6 +107,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
             shard_format=config.shard_format,
             long_audio=config.long_audio,
             window_s=float(config.window_s),
+            slack_seconds=float(config.slack_seconds),
         )
         with place.exclusive(config.out):
             job = _Job(config.out, header, clips, config.source)

@@ -34,7 +34,7 @@ from clsp_fast.evaluation import caption_of, hit_chance
 from clsp_fast.log import INCOMPLETE
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP, load
-from clsp_fast.model_config import require
+from clsp_fast.model_config import listed, require
 from clsp_fast.similarity import ranks as ranks_of
 
 Results = dict[str, Any]
@@ -169,7 +169,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     """
     known = tasks.read() | ({} if config.task_file is None else tasks.read(config.task_file))
     for name in config.task:
-        require(name in known, "task", "one of " + ", ".join(known), name)
+        require(name in known, "task", f"one of {listed(list(known), width=200)}", name)
     chosen = [known[name] for name in config.task]
     # All other layouts but ParaSpeechCaps' are folders, so a file of any name is a manifest.
     rows, named = paths.is_file(config.source), ".jsonl" in config.source.suffixes
@@ -178,7 +178,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
         for task in chosen
     }
     require(len(layouts) == 1, "task", "tasks of one layout, or --layout", sorted(layouts))
-    clips = tasks.clips_of(config.source, layouts.pop())
+    clips = tasks.clips_of(config.source, layouts.pop(), {task.field for task in chosen})
     labelled = [clip for clip in clips if any(task.label_of(clip) for task in chosen)]
     fields = ", ".join(sorted({task.field for task in chosen}))
     require(bool(labelled), "source", f"clips with a label of the tasks under {fields}", config.source)
@@ -444,6 +444,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(save_picture(results, config.out / f"{results['kind']}.png"))
     except (OSError, ValueError) as error:
         sys.exit(f"clsp_fast.evaluate: {error}")
+    if results["bad"]:
+        reasons = Counter(text.rpartition("[")[2].rstrip("]") for text in results["bad"].values())
+        print(
+            "could not be used:", ", ".join(f"{n} {reason}" for reason, n in reasons.items()), file=sys.stderr
+        )
     for reason in list(results["bad"].values())[:10]:
         print(f"not used: {reason}", file=sys.stderr)
     sys.exit(INCOMPLETE if results["bad"] else 0)

@@ -294,10 +294,7 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
     recording = row.get("recording") or {}
     name, channel = _lhotse_source(recording.get("sources") or [{}], row.get("channel"))
     supervisions = row.get("supervisions") or [{}]
-    if recording.get("transforms"):
-        raise ValueError(
-            "recording.transforms is not supported: write the audio out first (CutSet.save_audios)"
-        )
+    _refuse_transforms(recording.get("transforms") or [])
     custom = dict(supervisions[0].get("custom") or {})
     captions = _captions(custom)
     text = supervisions[0].get("text")
@@ -321,6 +318,27 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
         captions=captions,
         tags=tags,
     )
+
+
+_MODEL_RATE_HZ = 16_000
+
+
+def _refuse_transforms(transforms: object) -> None:
+    """ValueError unless the recording's transforms only resample, as reading it does anyway."""
+    for transform in transforms if isinstance(transforms, list) else [transforms]:
+        name = transform.get("name") if isinstance(transform, Mapping) else None
+        fix = "write the audio out first (CutSet.save_audios)"
+        if name != "Resample":
+            raise ValueError(
+                f"recording.transforms is not supported but for Resample, got {name!a:.60}: {fix}"
+            )
+        rates = transform.get("kwargs") or {}
+        low, source = (rates.get(f"{key}_sampling_rate") for key in ("target", "source"))
+        # What a lower rate cut off is still in the file.
+        if isinstance(low, int) and low < min(_MODEL_RATE_HZ, source or _MODEL_RATE_HZ):
+            raise ValueError(
+                f"recording.transforms: Resample to {low} Hz, under {_MODEL_RATE_HZ}, is lossy: {fix}"
+            )
 
 
 def _lhotse_source(sources: list[Mapping[str, Any]], wanted: object) -> tuple[Any, int | None]:

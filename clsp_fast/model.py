@@ -288,6 +288,7 @@ class CLSP(nn.Module):
         batch_seconds: float = 120.0,
         long_audio: LongAudio = "whole",
         window_s: float = 30.0,
+        slack_seconds: float = 0.1,
         errors: dict[int, AudioError] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Tensor:
@@ -303,6 +304,8 @@ class CLSP(nn.Module):
                 needs memory that grows with its length squared; "window": the mean of the embeddings of its
                 windows of that length, weighted by their lengths and scaled to unit norm; "error": refuse it.
             window_s: seconds; 30, as in the paper's training.
+            slack_seconds: how far a `Segment` may reach behind the end of its recording before it counts as
+                truncated.
             errors: a dictionary that takes the error of each recording that cannot be used, by position; its
                 row is NaN. None: the first one is raised.
             progress: True: say on standard error how far it is; a function: called with how many more are
@@ -319,7 +322,11 @@ class CLSP(nn.Module):
         """
         items = _as_list(audio, "audio")
         batching = Batching(
-            sample_rate=sample_rate, batch_seconds=batch_seconds, long_audio=long_audio, window_s=window_s
+            sample_rate=sample_rate,
+            batch_seconds=batch_seconds,
+            long_audio=long_audio,
+            window_s=window_s,
+            slack_seconds=slack_seconds,
         )
         with self._evaluating():
             found = embed(self.encode_features, items, batching, errors=errors, progress=progress)

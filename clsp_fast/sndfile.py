@@ -17,6 +17,8 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from clsp_fast.disk import LFS_FIX, LFS_POINTER
+
 if TYPE_CHECKING:
     from soundfile import SoundFile
 
@@ -64,7 +66,7 @@ def open_stream(data: str | bytes | bytearray | memoryview) -> Iterator[SoundFil
     import soundfile
 
     with _open_file(data) as file:
-        check_magic(file.read(16))
+        check_magic(file.read(32))
         file.seek(0)
         try:
             with _with_length(file) as complete, _stream_class()(complete.fileno(), closefd=False) as stream:
@@ -131,6 +133,8 @@ def check_magic(head: bytes) -> None:
     """
     if head.startswith(_MAGIC) or _is_mpeg(head):
         return
+    if head.startswith(LFS_POINTER):
+        raise DecodeError(LFS_FIX)
     found = "an MP4/M4A container" if head[4:8] == b"ftyp" else f"it begins with {head[:8]!r}"
     fix = "convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
     raise DecodeError(f"not in a known audio format ({found}); {fix}")

@@ -51,6 +51,8 @@ class EmbeddingHeader:
     """What was done with recordings longer than window_s."""
     window_s: float = 30.0
     """Seconds."""
+    slack_seconds: float = 0.1
+    """How far clips were allowed to reach behind the end of their recordings."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -19,15 +19,19 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from clsp_fast import manifest, paths, textfile
+from clsp_fast import disk, manifest, paths, textfile
 from clsp_fast.captions import Captions
 from clsp_fast.manifest import Clip
+from clsp_fast.model_config import listed
 
 _LARGEST_FILE = 2**20
 _KEYS = {"field", "labels", "template", "prompts", "merge", "below", "layout"}
@@ -128,10 +132,8 @@ def _task(name: str, value: Any) -> Task:
         value = {"field": name, "prompts": value}
     unknown = set(value) - _KEYS
     if unknown or "field" not in value or ("prompts" in value) == ("labels" in value):
-        known = ", ".join(sorted(_KEYS))
-        raise ValueError(
-            f'task {name!r} must have "field" and "prompts" or "labels", of {known}; got {sorted(value)}'
-        )
+        known, got = ", ".join(sorted(_KEYS)), listed(sorted(value))
+        raise ValueError(f'task {name!r} must have "field" and "prompts" or "labels", of {known}; got {got}')
     prompts = value.get("prompts")
     if prompts is None:
         template, labels = value.get("template"), value["labels"]
@@ -148,72 +150,161 @@ def _task(name: str, value: Any) -> Task:
     return Task(name=name, field=value["field"], layout=value.get("layout", "manifest"), **parts)
 
 
-def clips_of(source: Path, layout: str) -> list[Clip]:
-    """The clips of a corpus.
+class LeftOut(NamedTuple):
+    """A file or line of a corpus that gives no clip, and why."""
+
+    name: str
+    reason: str
+
+
+def clips_of(source: Path, layout: str, fields: Iterable[str] = ()) -> list[Clip]:
+    """The clips of a corpus; what is left out is counted by reason on standard error.
+
+    Links to files and folders are followed, and each folder is looked at once.
 
     Args:
         source: its folder, or the file of a manifest or of ParaSpeechCaps rows.
         layout: key of `LAYOUTS`.
+        fields: tags that are needed; some are in a table of the corpus that not every copy has.
 
     Raises:
-        FileNotFoundError: there is no such thing. ValueError: it holds nothing of that layout.
+        FileNotFoundError: there is no such thing, or no table with the fields. ValueError: it holds nothing
+        of that layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if not paths.exists(source):
         raise FileNotFoundError(f"{source}: no such file or folder")
-    # Copies of RAVDESS hold each recording twice, in folders of two names.
-    clips = list({clip.id: clip for clip in LAYOUTS[layout](source)}.values())
+    clips: dict[str, Clip] = {}
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for item in LAYOUTS[layout](source, frozenset(fields)):
+        if isinstance(item, LeftOut):
+            left_out[item.reason].append(item.name)
+        elif clips.setdefault(item.id, item) is not item:
+            # Copies of RAVDESS hold each recording twice, in folders of two names.
+            left_out["in a second copy"].append(Path(item.audio).name)
+    if left_out:
+        counts = [
+            f"{len(names):,} {reason} ({listed(names, width=40)})" for reason, names in left_out.items()
+        ]
+        print(f"{source}: left out: {'; '.join(counts)}", file=sys.stderr)
     if not clips:
         raise ValueError(f"{source} holds no recording of the layout {layout!r}")
-    return clips
+    return list(clips.values())
 
 
-def _manifest(source: Path) -> Iterator[Clip]:
+def _files(source: Path) -> Iterator[Path | LeftOut]:
+    """Files at any depth, in the order of their paths; links to folders are followed, loops of them end."""
+    unreadable: list[LeftOut] = []
+    seen: set[tuple[int, int]] = set()
+    files: list[Path] = []
+
+    def note(error: OSError) -> None:
+        unreadable.append(LeftOut(str(error.filename), "folders that cannot be read"))
+
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=note):
+        try:
+            status = Path(folder).stat()
+        except OSError as error:
+            note(error)
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        files += [Path(folder, name) for name in names]
+    yield from unreadable
+    yield from sorted(files)
+
+
+def _recordings(source: Path) -> Iterator[Path | LeftOut]:
+    """The WAV files of a corpus."""
+    for path in _files(source):
+        if isinstance(path, LeftOut) or path.suffix.lower() == ".wav":
+            yield path
+        elif path.suffix.lower() in paths.AUDIO_SUFFIXES:
+            yield LeftOut(path.name, "not WAV")
+
+
+def _manifest(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     found = manifest.read(source, need_captions=False)
     found.warn()
+    yield from (LeftOut(f"line {problem.line}", "bad lines") for problem in found.problems)
     yield from found.clips
 
 
+_OTHER_NAME = "with a name of another form"
 _RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprised")
 
 
-def _ravdess(source: Path) -> Iterator[Clip]:
+def _ravdess(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """Actor_NN/MM-VV-EE-II-SS-RR-AA.wav: modality 03 is sound alone, vocal channel 01 is speech; odd actors
     are men (Livingstone & Russo, 2018)."""
-    for path in sorted(source.rglob("*.wav")):
-        codes = re.fullmatch(r"03-01-(0[1-8])-0[12]-0[12]-0[12]-(\d\d)", path.stem)
-        if codes:
-            actor = int(codes[2])
-            yield _clip(
-                path,
-                emotion=_RAVDESS[int(codes[1]) - 1],
-                gender="male" if actor % 2 else "female",
-                speaker=codes[2],
-            )
+    for path in _recordings(source):
+        if isinstance(path, LeftOut):
+            yield path
+            continue
+        codes = re.fullmatch(r"(0[123]-0[12])-(0[1-8])-0[12]-0[12]-0[12]-(\d\d)", path.stem)
+        if codes is None:
+            yield LeftOut(path.name, _OTHER_NAME)
+        elif codes[1] != "03-01":
+            yield LeftOut(path.name, "sung or with a picture")
+        else:
+            gender = "male" if int(codes[3]) % 2 else "female"
+            yield _clip(path, emotion=_RAVDESS[int(codes[2]) - 1], gender=gender, speaker=codes[3])
 
 
 _CREMA_D = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 
 
-def _crema_d(source: Path) -> Iterator[Clip]:
-    """AudioWAV/NNNN_SSS_EEE_LL.wav and VideoDemographics.csv (Cao et al., 2014)."""
-    tables = sorted(source.rglob("VideoDemographics.csv"))
-    if not tables:
-        raise FileNotFoundError(f"{source} holds no VideoDemographics.csv")
-    with textfile.open_text(tables[0], "a table of actors", newline="") as text:
+def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
+    """AudioWAV/NNNN_SSS_EEE_LL.wav and VideoDemographics.csv (Cao et al., 2014).
+
+    One recording has a single letter for its intensity. Copies of the recordings alone have no table: their
+    emotions are known, and neither age nor gender is.
+    """
+    actors = _actors(source)
+    if actors is None and fields & {"age", "gender"}:
+        raise FileNotFoundError(
+            f"{source} holds no VideoDemographics.csv, which has the actors' age and sex: take it from "
+            "https://github.com/CheyneyComputerScience/CREMA-D and put it into this folder"
+        )
+    for path in _recordings(source):
+        if isinstance(path, LeftOut):
+            yield path
+            continue
+        codes = re.fullmatch(r"(\d{4})_[A-Z]{3}_([A-Z]{3})_[A-Z]{1,2}", path.stem.upper())
+        if codes is None:
+            yield LeftOut(path.name, _OTHER_NAME)
+        elif codes[2] not in _CREMA_D:
+            yield LeftOut(path.name, "of an unknown emotion")
+        elif actors is not None and codes[1] not in actors:
+            yield LeftOut(path.name, "by an actor whom VideoDemographics.csv lacks")
+        else:
+            known = {} if actors is None else actors[codes[1]]
+            yield _clip(path, emotion=_CREMA_D[codes[2]], **known, speaker=codes[1])
+
+
+def _actors(source: Path) -> dict[str, dict[str, str]] | None:
+    """Gender and age of each actor by number; None: there is no table, neither here nor one folder up."""
+    name = "videodemographics.csv"
+    tables = [path for path in _files(source) if isinstance(path, Path) and path.name.lower() == name]
+    beside = source.absolute().parent / "VideoDemographics.csv"
+    if not tables and not beside.is_file():
+        return None
+    table = tables[0] if tables else beside
+    disk.refuse_pointer(table)
+    actors = {}
+    with textfile.open_text(table, "a table of actors", newline="") as text:
         try:
-            actors = {
-                row["ActorID"].strip(): (row["Age"].strip(), row["Sex"].strip().lower())
-                for row in csv.DictReader(text.file)
-            }
-        except (KeyError, AttributeError, csv.Error) as error:
-            raise ValueError(f"{tables[0]} must have the columns ActorID, Age and Sex: {error}") from error
-    for path in sorted(source.rglob("*.wav")):
-        codes = re.fullmatch(r"(\d{4})_[A-Z]{3}_([A-Z]{3})_[A-Z]{2}", path.stem)
-        if codes and codes[2] in _CREMA_D and codes[1] in actors:
-            age, sex = actors[codes[1]]
-            yield _clip(path, emotion=_CREMA_D[codes[2]], gender=sex, age=age, speaker=codes[1])
+            for row in csv.DictReader(text.file):
+                cells = {str(key).strip().lower(): str(value or "").strip() for key, value in row.items()}
+                tags = {"gender": cells["sex"].lower(), "age": cells["age"]}
+                actors[cells["actorid"]] = {key: value for key, value in tags.items() if value}
+        except (KeyError, csv.Error) as error:
+            raise ValueError(f"{table} must have the columns ActorID, Age and Sex: {error}") from error
+    return actors
 
 
 _IEMOCAP = {
@@ -223,23 +314,37 @@ _IEMOCAP = {
 _TURN = re.compile(r"\[\d+\.\d+ - \d+\.\d+\]\t(Ses\d\d[FM]_\w+_([FM])\d+)\t(\w{3})\t\[.*\]")
 
 
-def _iemocap(source: Path) -> Iterator[Clip]:
+def _iemocap(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """Session<N>/dialog/EmoEvaluation/<dialog>.txt and Session<N>/sentences/wav/<dialog>/<turn>.wav (Busso et
     al., 2008)."""
-    for table in sorted(source.glob("**/dialog/EmoEvaluation/Ses*.txt")):
+    files = list(_files(source))
+    yield from (item for item in files if isinstance(item, LeftOut))
+    every = [path for path in files if isinstance(path, Path)]
+    sentences = {p.stem: p for p in every if p.suffix.lower() == ".wav" and "sentences" in p.parts}
+    for table in every:
+        place = (table.parent.parent.name, table.parent.name, table.name[:3], table.suffix.lower())
+        if place != ("dialog", "EmoEvaluation", "Ses", ".txt"):
+            continue
         session = table.parents[2]
         with textfile.open_text(table, "a table of turns") as text:
-            turns = [_TURN.fullmatch(line.rstrip()) for line in text.file]
-        for turn in filter(None, turns):
-            path = session / "sentences" / "wav" / table.stem / f"{turn[1]}.wav"
-            gender = "female" if turn[2] == "F" else "male"
-            speaker = f"{table.stem[:5]}{turn[2]}"
-            yield _clip(path, emotion=_IEMOCAP.get(turn[3], turn[3]), gender=gender, speaker=speaker)
+            lines = [line.rstrip() for line in text.file]
+        for line in lines:
+            turn = _TURN.fullmatch(line)
+            if turn:
+                named = session / "sentences" / "wav" / table.stem / f"{turn[1]}.wav"
+                path = sentences.pop(turn[1], named)
+                gender = "female" if turn[2] == "F" else "male"
+                speaker = f"{table.stem[:5]}{turn[2]}"
+                yield _clip(path, emotion=_IEMOCAP.get(turn[3], turn[3]), gender=gender, speaker=speaker)
+            elif line.startswith("["):
+                yield LeftOut(table.name, "lines of another form")
+    yield from (LeftOut(path.name, "in no table of emotions") for path in sentences.values())
 
 
-def _paraspeechcaps(source: Path) -> Iterator[Clip]:
+def _paraspeechcaps(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """The rows of the dataset as JSON lines; recordings under the folder of the file, or under its subfolder
     that is named like the row's "source" (Diwan et al., 2025). Descriptions become global captions."""
+    disk.refuse_pointer(source)
     with textfile.open_text(source, "a file with one row of ParaSpeechCaps a line") as text:
         for number, line in textfile.lines(text.file, _LARGEST_FILE):
             try:
@@ -270,11 +375,11 @@ def _clip(path: Path, **tags: str) -> Clip:
     return Clip(path.stem, str(path), 0.0, None, None, Captions((), ()), tags)
 
 
-LAYOUTS: dict[str, Callable[[Path], Iterator[Clip]]] = {
+LAYOUTS: dict[str, Callable[[Path, frozenset[str]], Iterator[Clip | LeftOut]]] = {
     "manifest": _manifest,
     "ravdess": _ravdess,
     "crema-d": _crema_d,
     "iemocap": _iemocap,
     "paraspeechcaps": _paraspeechcaps,
 }
-"""How a corpus lies on the disk: name -> reader."""
+"""How a corpus lies on the disk: name -> reader of a source, which is told the tags that are needed."""

@@ -125,8 +125,8 @@ def test_crema_d(tmp_path: Path) -> None:
         "1002_TIE_XXX_XX",
     ):
         touch(tmp_path / f"AudioWAV/{name}.wav")
-    with pytest.raises(FileNotFoundError, match=r"no VideoDemographics\.csv"):
-        tasks.clips_of(tmp_path, "crema-d")
+    with pytest.raises(FileNotFoundError, match=r"no VideoDemographics\.csv.*https://.*CREMA-D"):
+        tasks.clips_of(tmp_path, "crema-d", ["emotion", "age"])
     table = tmp_path / "VideoDemographics.csv"
     table.write_text(
         "ActorID,Age,Sex,Race,Ethnicity\n1001,51,Male,Caucasian,Not Hispanic\n1002,21,Female,x,y\n"
@@ -218,3 +218,111 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path, layout: str) -> Non
         tasks.clips_of(tmp_path / "none", layout)
     with pytest.raises(ValueError, match="layout must be one of"):
         tasks.clips_of(tmp_path, "zip")
+
+
+TABLE = "ActorID,Age,Sex,Race,Ethnicity\n1001,51,Male,x,y\n1040,42,Female,x,y\n1076,25,Female,x,y\n"
+
+
+def test_crema_d_as_it_is_on_disks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("1001_DFA_ANG_XX.wav", "1001_DFA_HAP_HI.WAV", "1040_ITH_SAD_X.wav", "1076_mti_neu_lo.Wav")
+    others = (
+        "1099_DFA_ANG_XX.wav",
+        "1001_DFA_XXX_XX.wav",
+        "notes.wav",
+        "._1001_DFA_ANG_XX.wav",
+        "a.mp3",
+        "a.txt",
+    )
+    for name in names + others:
+        touch(tmp_path / "AudioWAV" / name)
+    touch(tmp_path / "copy/1040_ITH_SAD_X.wav")
+    (tmp_path / "VideoDemographics.csv").write_text(TABLE)
+    clips = {Path(c.audio).name: c.tags for c in tasks.clips_of(tmp_path, "crema-d", ["age"])}
+    assert sorted(clips) == sorted(names)
+    assert dict(clips["1040_ITH_SAD_X.wav"]) == {
+        "emotion": "sad", "gender": "female", "age": "42", "speaker": "1040",
+    }  # fmt: skip
+    told = capsys.readouterr().err
+    for part in (
+        f"{tmp_path}: left out: ",
+        "2 with a name of another form (._1001_DFA_ANG_XX.wav, notes.wav)",
+        "1 by an actor whom VideoDemographics.csv lacks (1099_DFA_ANG_XX.wav)",
+        "1 of an unknown emotion (1001_DFA_XXX_XX.wav)",
+        "1 not WAV (a.mp3)",
+        "1 in a second copy (1040_ITH_SAD_X.wav)",
+    ):
+        assert part in told
+    assert "a.txt" not in told
+
+
+def test_crema_d_without_its_table_knows_emotions_alone(tmp_path: Path) -> None:
+    touch(tmp_path / "AudioWAV/1001_DFA_ANG_XX.wav")
+    (clip,) = tasks.clips_of(tmp_path, "crema-d", ["emotion"])
+    assert dict(clip.tags) == {"emotion": "angry", "speaker": "1001"}
+    for field in ("age", "gender"):
+        with pytest.raises(FileNotFoundError, match=r"VideoDemographics\.csv"):
+            tasks.clips_of(tmp_path, "crema-d", [field])
+    (tmp_path / "VideoDemographics.csv").write_text("\ufeffActorid,AGE, sex\r\n1001,51,MALE\r\n1002,,\r\n")
+    for source in (tmp_path, tmp_path / "AudioWAV"):  # the table may be one folder up
+        (clip,) = tasks.clips_of(source, "crema-d", ["age"])
+        assert (clip.tags["age"], clip.tags["gender"]) == ("51", "male")
+    (tmp_path / "VideoDemographics.csv").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(ValueError, match=r'VideoDemographics\.csv is a Git LFS pointer.*"git lfs pull"'):
+        tasks.clips_of(tmp_path, "crema-d")
+
+
+def linked_corpus(tmp_path: Path, layout: str) -> Path:
+    """A corpus whose speaker or session folder is a link, and with links that lead around."""
+    corpus, away = tmp_path / "corpus", tmp_path / "away"
+    if layout == "ravdess":
+        touch(away / "03-01-05-01-02-01-07.WAV")
+        touch(away / "notes.wav")
+        link = corpus / "Actor_07"
+    elif layout == "crema-d":
+        touch(away / "1001_DFA_ANG_XX.wav")
+        link = corpus / "AudioWAV"
+    else:
+        table = away / "dialog/EmoEvaluation/Ses01F_impro01.txt"
+        table.parent.mkdir(parents=True)
+        table.write_text("[6.2901 - 8.2357]\tSes01F_impro01_F000\tang\t[2.5, 2.5, 2.5]\n[broken\n")
+        touch(away / "sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.WAV")
+        touch(away / "sentences/wav/Ses01F_impro01/Ses01F_impro01_F001.wav")
+        link = corpus / "Session1"
+    corpus.mkdir()
+    link.symlink_to(away, target_is_directory=True)
+    (away / "up").symlink_to(corpus, target_is_directory=True)
+    (away / "self").symlink_to(".", target_is_directory=True)
+    (corpus / "alias").symlink_to(away, target_is_directory=True)
+    (corpus / "nowhere").symlink_to(tmp_path / "none")
+    return corpus
+
+
+@pytest.mark.parametrize(
+    ("layout", "left_out"),
+    [
+        ("ravdess", "1 with a name of another form (notes.wav)"),
+        ("crema-d", ""),
+        ("iemocap", "1 lines of another form (Ses01F_impro01.txt); 1 in no table of emotions"),
+    ],
+)
+def test_links_of_a_corpus_are_followed_and_their_loops_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str, left_out: str
+) -> None:
+    (clip,) = tasks.clips_of(linked_corpus(tmp_path, layout), layout)
+    assert clip.tags["emotion"] == "angry"
+    assert Path(clip.audio).is_file()
+    told = capsys.readouterr().err
+    assert left_out in told
+    assert bool(told) == bool(left_out)
+
+
+def test_bad_lines_of_a_manifest_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\nno JSON\n{"audio": 3}\n')
+    assert len(tasks.clips_of(tmp_path / "m.jsonl", "manifest")) == 1
+    assert "left out: 2 bad lines (line 2, line 3)" in capsys.readouterr().err
+
+
+def test_a_row_whose_path_is_too_long_costs_itself_alone(tmp_path: Path) -> None:
+    rows = [{"relative_audio_path": name, "text_description": "One."} for name in ("a" * 5000, "b.wav")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(tasks.clips_of(tmp_path / "rows.jsonl", "paraspeechcaps")) == 2
