@@ -375,11 +375,12 @@ def _pairs(
     # What 16-bit embeddings travel as; rows that are normalised here no longer fit.
     travels = wide if normalize else audio_MD.dtype
     shards = Shards.agree(group, len(audio_MD), len(text_ND), device, travels)
+    raw = (audio_MD.detach(), text_ND.detach()) if normalize else None
     # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
     audio_MD, text_ND = (normalise(x, wide) if normalize else x.to(wide) for x in (audio_MD, text_ND))
     scale = _scalar(logit_scale, device, wide)
     bias = _scalar(0.0 if logit_bias is None else logit_bias, device, wide)
-    return Pairs(audio_MD, text_ND, scale, bias, owner_N, shards)
+    return Pairs(audio_MD, text_ND, scale, bias, owner_N, shards, raw)
 
 
 def _fused_loss(

@@ -45,6 +45,7 @@ class Pairs(NamedTuple):
         bias: scalar.
         owner_N: int64, the audio row of each text.
         shards: who else has a part of the batch.
+        raw: what audio_MD and text_ND were normalised from, in the caller's dtype; None where they were not.
     """
 
     audio_MD: Tensor
@@ -53,6 +54,7 @@ class Pairs(NamedTuple):
     bias: Tensor
     owner_N: Tensor
     shards: Shards
+    raw: tuple[Tensor, Tensor] | None = None
 
     def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This rank's audio, all ranks' texts, the scale, and owners counting from this rank's first clip."""
@@ -66,7 +68,7 @@ class Pairs(NamedTuple):
         if means:
             mean_text_D = shards.sum(self.text_ND.sum(0)) / shards.total_texts
             mean_audio_D = shards.sum(self.audio_MD.sum(0)) / shards.total_clips
-        found = dots(self.audio_MD, self.text_ND, self.owner_N, mean_text_D, mean_audio_D)
+        found = dots(self.audio_MD, self.text_ND, self.owner_N, mean_text_D, mean_audio_D, self.raw)
         passed = self._replace(  # embeddings that need no gradient stay such
             audio_MD=found.audio_MD if self.audio_MD.requires_grad else self.audio_MD,
             text_ND=found.text_ND if self.text_ND.requires_grad else self.text_ND,

@@ -17,6 +17,8 @@ from torch import Tensor
 _ROWS_AT_ONCE = 512
 _SHORT = 1024
 """So many numbers torch leaves to one thread."""
+_LEAST_NORM = 1e-12
+"""As in `torch.nn.functional.normalize`."""
 
 
 class Dots(NamedTuple):
@@ -42,17 +44,19 @@ def dots(
     owner_N: Tensor,
     mean_text_D: Tensor | None,
     mean_audio_D: Tensor | None,
+    raw: tuple[Tensor, Tensor] | None = None,
 ) -> Dots:
     """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with means where they are given.
 
     The products of pairs are exact to float64: two captions of a clip that fit it alike ask for gradients as
-    small as the difference of their products, of which float32 sums leave nothing.
+    small as the difference of their products, of which float32 sums leave nothing. `raw` are the rows that
+    the embeddings were normalised from: what rounding took from unit rows is then not missing either.
 
     What is computed from the embeddings returned sends its gradients back through here, where those of the
     dots are added in place: beside the gradients by all logits no second ones of their size exist. Nobody
     else holds what is changed, since nobody else has seen what this returned.
     """
-    return Dots(*_Dots.apply(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D))  # type: ignore[no-untyped-call]
+    return Dots(*_Dots.apply(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D, raw))  # type: ignore[no-untyped-call]
 
 
 def normalise(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,12 +125,15 @@ class _Dots(torch.autograd.Function):
         owner_N: Tensor,
         mean_text_D: Tensor | None,
         mean_audio_D: Tensor | None,
+        raw: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         ctx.save_for_backward(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D)
         parts = _parts(len(text_ND))
-        pair_N = torch.cat(
-            [audio_MD.index_select(0, owner_N[p]).double().mul_(text_ND[p]).sum(1) for p in parts]
-        )
+        if raw is None:
+            pairs = [audio_MD.index_select(0, owner_N[p]).double().mul_(text_ND[p]).sum(1) for p in parts]
+        else:
+            pairs = [_cosines(raw[0].index_select(0, owner_N[p]), raw[1][p]) for p in parts]
+        pair_N = torch.cat(pairs)
         means = (_with_vector(audio_MD, mean_text_D), _with_vector(text_ND, mean_audio_D))
         return audio_MD.view_as(audio_MD), text_ND.view_as(text_ND), pair_N, *means
 
@@ -138,7 +145,7 @@ class _Dots(torch.autograd.Function):
         d_pair_N: Tensor,
         d_mean_M: Tensor | None,
         d_mean_N: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None, None]:
         audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D = ctx.saved_tensors
         needs_audio, needs_text, *_ = ctx.needs_input_grad
         for p in _parts(len(text_ND)):
@@ -150,7 +157,15 @@ class _Dots(torch.autograd.Function):
         d_mean_text_D = _vector_gradient(audio_MD, mean_text_D, d_mean_M, d_audio_MD if needs_audio else None)
         d_mean_audio_D = _vector_gradient(text_ND, mean_audio_D, d_mean_N, d_text_ND if needs_text else None)
         by_input = (d_audio_MD if needs_audio else None, d_text_ND if needs_text else None)
-        return *by_input, None, d_mean_text_D, d_mean_audio_D
+        return *by_input, None, d_mean_text_D, d_mean_audio_D, None
+
+
+def _cosines(a_PD: Tensor, b_PD: Tensor) -> Tensor:
+    """<a, b> of the unit rows that `normalise` makes, in float64 (P,)."""
+    a_PD, b_PD = a_PD.double(), b_PD.double()
+    norm_P = torch.linalg.vector_norm(a_PD, dim=1).clamp_(min=_LEAST_NORM)
+    norm_P *= torch.linalg.vector_norm(b_PD, dim=1).clamp_(min=_LEAST_NORM)
+    return a_PD.mul(b_PD).sum(1).div_(norm_P)
 
 
 def _with_vector(x_BD: Tensor, vector_D: Tensor | None) -> Tensor | None:
@@ -177,7 +192,7 @@ def _vector_gradient(
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BD: Tensor, dtype: torch.dtype) -> Tensor:
-        norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True, dtype=dtype).clamp_(min=1e-12)
+        norm_B1 = torch.linalg.vector_norm(x_BD, dim=1, keepdim=True, dtype=dtype).clamp_(min=_LEAST_NORM)
         unit_BD: Tensor = x_BD / norm_B1
         ctx.save_for_backward(unit_BD, norm_B1)
         ctx.dtype = x_BD.dtype

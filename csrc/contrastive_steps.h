@@ -20,6 +20,10 @@ inline constexpr std::size_t kMostColumns = 32;
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
+// A logit is a sum of sums of so many products each: a single chain of 512 would round it to as
+// much as 1e-7, and at a scale of 100 its exponential to 1e-5.
+inline constexpr std::size_t kChain = 128;
+
 // One exponential serves a row and a column whose normalisers are this close to each other: its
 // argument is then small enough to be rounded to 5e-7.
 template <class T>
@@ -178,9 +182,19 @@ struct Steps {
     for (std::size_t r = 0; r < rows; r += M::kRows) {
       const T* const a = pass.scratch.audio_beside.data() + (unit * kUnit + r) * depth;
       for (std::size_t c = 0; c < padded; c += M::kColumns) {
+        const T* const b = pass.scratch.text_beside.data() + (tile * kTile + c) * depth;
         M m;
-        multiply(a, 1, M::kRows, pass.scratch.text_beside.data() + (tile * kTile + c) * depth,
-                 depth, m);
+        multiply(a, 1, M::kRows, b, std::min(kChain, depth), m);
+        for (std::size_t k = kChain; k < depth; k += kChain) {
+          M next;
+          multiply(a + k * M::kRows, 1, M::kRows, b + k * M::kColumns, std::min(kChain, depth - k),
+                   next);
+          for (std::size_t q = 0; q < M::kRows; ++q) {
+            for (std::size_t l = 0; l < M::kColumns; l += L) {
+              store(m.sums[q] + l, load<V>(m.sums[q] + l) + load<V>(next.sums[q] + l));
+            }
+          }
+        }
         for (std::size_t q = 0; q < M::kRows; ++q) {
           for (std::size_t l = 0; l < M::kColumns; l += L) {
             store(logits + (r + q) * kTile + c + l, load<V>(m.sums[q] + l) + pass.pairs.bias);

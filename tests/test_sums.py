@@ -83,6 +83,26 @@ def test_total_is_the_sum() -> None:
         torch.testing.assert_close(sums.total(x), x.sum())
 
 
+def test_sums_over_captions_are_those_of_their_formulas() -> None:
+    owner_N = torch.tensor([3, 0, 3, 1, 3, 1])
+    x_N = (30 * torch.randn(6, dtype=torch.float64)).requires_grad_()
+    share_N = torch.tensor([0.5, 1.0, 0.2, 0.0, 0.3, 1.0], dtype=torch.float64).requires_grad_()
+    counts_N = share_N > 0
+    lse_M = sums.lse_by_owner(x_N, counts_N, owner_N, 4)
+    entropy_M = sums.cross_entropy_by_owner(x_N, share_N, owner_N, 4)
+    assert lse_M[2] == -torch.inf
+    for row in (0, 1, 3):
+        inside = counts_N & (owner_N == row)
+        torch.testing.assert_close(lse_M[row], x_N[inside].logsumexp(0))
+        torch.testing.assert_close(entropy_M[row], (share_N * (lse_M[row] - x_N))[inside].sum())
+    assert entropy_M[[0, 1, 2]].tolist() == [0.0, 0.0, 0.0]
+    near_N = torch.randn(6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sums.lse_by_owner(x, counts_N, owner_N, 4)[[0, 1, 3]], near_N)
+    assert torch.autograd.gradcheck(
+        lambda x: sums.cross_entropy_by_owner(x, share_N.detach(), owner_N, 4), near_N
+    )
+
+
 def test_softplus_is_that_of_torch() -> None:
     edges = torch.tensor([-torch.inf, -800.0, -1e-300, 0.0, 3.0, 800.0, torch.inf], dtype=torch.float64)
     x = torch.cat([torch.randn(2000, dtype=torch.float64) * 20, edges]).requires_grad_()

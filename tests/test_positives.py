@@ -1,0 +1,210 @@
+"""Every way of stating a contrastive problem keeps the digits of its loss and gradients, however good the
+model is: against 60 decimal digits for small batches, and float64 for losses that it can represent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from exact_loss import exact_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
+
+GRADIENTS = ("audio_MD", "text_ND", "logit_scale", "logit_bias")
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def texts_at(audio_MD: Tensor, owner_N: Tensor, cosine: float | Tensor) -> Tensor:
+    """Unit texts with that cosine to the audio that they describe."""
+    own_ND, cosine = audio_MD[owner_N], torch.as_tensor(cosine, dtype=torch.float64)
+    other_ND = torch.randn_like(own_ND)
+    other_ND = F.normalize(other_ND - (other_ND * own_ND).sum(1, keepdim=True) * own_ND, dim=1)
+    cosine_N1 = cosine.expand(len(owner_N))[:, None]
+    return cosine_N1 * own_ND + (1 - cosine_N1.square()).sqrt() * other_ND
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+def statements(clips: int) -> dict[str, dict[str, Any]]:
+    """One problem in other words, and problems that differ by a few captions."""
+    one, half = torch.arange(clips), torch.arange(clips // 2)
+    shuffled, twice = torch.randperm(clips), torch.cat([one, one])
+    first_of_two = torch.cat([torch.ones(clips), torch.zeros(clips)])
+    return {
+        "default": {},
+        "owners in order": {"text_owner": one},
+        "owners out of order": {"text_owner": shuffled},
+        "equal weights": {"weights": torch.full((clips,), 3.0)},
+        "any weights of single captions": {"weights": torch.rand(clips) + 0.01},
+        "a bias": {"logit_bias": 1000.0},
+        "one caption among many clips": {"text_owner": shuffled[:1]},
+        "half of the clips": {"text_owner": half},
+        "some clips with two, some with none": {"text_owner": torch.cat([one[:-20], half])},
+        "two": {"text_owner": twice},
+        "two, one without weight": {"text_owner": twice, "weights": first_of_two},
+        "two, one with next to no weight": {"text_owner": twice, "weights": first_of_two + 1e-9},
+        "three with other weights": {"text_owner": one.repeat(3), "weights": torch.rand(3 * clips)},
+        "smoothing": {"text_owner": one, "label_smoothing": 0.1},
+        "rows of any length": {"normalize": True},
+        "two, rows of any length": {"text_owner": twice, "normalize": True},
+        "sigmoid": {"kind": "sigmoid", "text_owner": shuffled, "logit_bias": -10.0},
+    }
+
+
+@pytest.mark.parametrize("cosine", [0.7, 0.8])
+@pytest.mark.parametrize("name", statements(40))
+def test_a_good_model_keeps_its_gradient_in_any_words(name: str, cosine: float) -> None:
+    options = statements(256)[name]
+    audio_MD, owner_N = unit(256, 128), options.get("text_owner", torch.arange(256))
+    text_ND = texts_at(audio_MD, owner_N, cosine)
+    if "normalize" in options:
+        audio_MD, text_ND = 2 * audio_MD, 0.3 * text_ND
+    check_against_float64(audio_MD, text_ND, 30.0, options)
+
+
+@pytest.mark.parametrize("cosine", [0.2, 0.3])
+def test_at_the_largest_scale_too(cosine: float) -> None:
+    audio_MD = unit(512, 512)
+    check_against_float64(audio_MD, texts_at(audio_MD, torch.arange(512), cosine), 100.0, {})
+
+
+def check_against_float64(audio_MD: Tensor, text_ND: Tensor, scale: float, options: dict[str, Any]) -> None:
+    audio_MD, text_ND = audio_MD.float(), text_ND.float()
+    leaves = [audio_MD.double(), text_ND.double(), torch.tensor(scale, dtype=torch.float64)]
+    leaves = [x.requires_grad_() for x in leaves]
+    loss = contrastive_loss_reference(*leaves, **options)
+    truth, loss = torch.autograd.grad(loss, leaves), loss.detach()
+    found = loss_and_grad(audio_MD, text_ND, scale, **options)
+    # Float64 itself knows logits of 30 to 7e-15.
+    assert relative(found.loss, loss) < 1e-5 + 1e-14 / float(loss)
+    for name, gradient in zip(GRADIENTS[:3], truth, strict=True):
+        assert relative(getattr(found, name), gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("clips", [300, 1500])
+@pytest.mark.parametrize("words", ["owners in order", "equal weights", "a bias"])
+def test_the_same_problem_has_the_same_bits(words: str, clips: int) -> None:
+    audio_MD = unit(clips, 40)
+    text_ND = texts_at(audio_MD, torch.arange(clips), 0.8).float()
+    expected, found = (
+        loss_and_grad(audio_MD.float(), text_ND, 30.0, **statements(clips)[name])
+        for name in ("default", words)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected[:4], found[:4], strict=True))
+    assert found.logit_bias is None or found.logit_bias == 0
+
+
+@st.composite
+def problems(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, float, dict[str, Any]]:
+    """Audio, texts, scale and options of a small batch; texts of equal or other cosine, of either sign."""
+    clips, texts, depth = (
+        draw(st.integers(1, 8)),
+        draw(st.integers(1, 10)),
+        draw(st.sampled_from([3, 16, 40])),
+    )
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    owner_N = torch.tensor(draw(st.lists(st.integers(0, clips - 1), min_size=texts, max_size=texts)))
+    low = draw(st.sampled_from([-0.9, 0.5, 0.8]))
+    spread_N = torch.rand(texts) if draw(st.booleans()) else torch.zeros(texts)
+    audio_MD = unit(clips, depth)
+    text_ND = texts_at(audio_MD, owner_N, low + (0.95 - low) * spread_N.double())
+    options: dict[str, Any] = {"text_owner": owner_N}
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.0, 0.1]))
+    if draw(st.integers(0, 3)) == 0:
+        options |= {"kind": "sigmoid", "logit_bias": draw(st.sampled_from([-10.0, 0.0, 3.0]))}
+    else:
+        values = draw(st.sampled_from([None, [2.0], [0.0, 1.0, 2.0], [1e-9, 1e-3, 1.0]]))
+        if values is not None:
+            options["weights"] = torch.tensor(values)[torch.randint(len(values), (texts,))]
+    return audio_MD.float(), text_ND.float(), draw(st.sampled_from([1.0, 14.0, 30.0, 60.0, 100.0])), options
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_any_problem_keeps_its_digits(problem: tuple[Tensor, Tensor, float, dict[str, Any]]) -> None:
+    """Gradients to 1e-5, of their own norm or of the terms that add up to them: a sum of opposite terms is no
+    more exact than these. The loss is, unless float32 has no normal numbers for its gradients."""
+    audio_MD, text_ND, scale, options = problem
+    exact = exact_loss(audio_MD, text_ND, scale, **options)
+    found = loss_and_grad(audio_MD, text_ND, scale, **{"logit_bias": 0.0, **options})
+    subnormal = float(exact.loss) < 1e-30
+    assert subnormal or relative(found.loss, exact.loss) < 1e-5
+    for name, terms in zip(GRADIENTS, exact.terms, strict=True):
+        gradient, truth = getattr(found, name), getattr(exact, name)
+        assert bool(gradient.isfinite().all()), name
+        error = float((gradient.double() - truth).norm())
+        assert subnormal or error <= 1e-5 * terms, (name, error / terms)
+
+
+@pytest.mark.parametrize("loss", [1e-1, 1e-3, 1.8e-5, 3.7e-7, 1e-9, 1e-12, 1e-20, 1e-28])
+@pytest.mark.parametrize("owner", [[0, 1, 2, 3, 4, 5], [3, 5, 1, 0, 2, 4], [4, 2], [0, 1, 2, 3, 4, 5, 2, 0]])
+def test_a_loss_of_any_size_keeps_its_digits(loss: float, owner: list[int]) -> None:
+    # The last two are copies of captions, so that the excess of the loss over log 2 a pair is as small.
+    owner_N = torch.tensor(owner)
+    audio_MD = torch.eye(6, 8, dtype=torch.float64) + 0.01 * torch.randn(6, 8, dtype=torch.float64)
+    text_ND = (audio_MD[owner_N] + 0.01 * torch.randn(len(owner), 8, dtype=torch.float64)).float()
+    text_ND[6:] = text_ND[[2, 0][: max(0, len(owner) - 6)]]
+    scale = math.log(5 / loss)
+    exact = exact_loss(audio_MD.float(), text_ND, scale, text_owner=owner_N)
+    for weights in (None, torch.full((len(owner),), 0.7)):
+        found = loss_and_grad(audio_MD.float(), text_ND, scale, text_owner=owner_N, weights=weights)
+        assert relative(found.loss, exact.loss) < 1e-5
+        for name in GRADIENTS[:3]:
+            assert relative(getattr(found, name), getattr(exact, name)) < 1e-5, name
+
+
+def test_weights_have_the_gradient_of_the_definition() -> None:
+    audio_MD, text_ND = unit(5, 8), unit(8, 8)
+    owner_N = torch.tensor([0, 0, 0, 2, 3, 3, 0, 2])
+    for weights in ([1, 2, 0.5, 1e-9, 1, 1, 0.3, 2], [0, 2, 0.5, 0, 1, 1, 0.3, 2]):
+        weight_N = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
+        found, expected = (
+            torch.autograd.grad(
+                contrastive_loss(
+                    audio_MD, text_ND, 9.0, text_owner=owner_N, weights=weight_N, implementation=name
+                ),
+                weight_N,
+            )
+            for name in ("cpu", "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_group_of_one_keeps_the_digits() -> None:
+    audio_MD, owner_N = unit(60, 128), torch.cat([torch.arange(60), torch.arange(20)])
+    text_ND = texts_at(audio_MD, owner_N, 0.8).float()
+    alone = loss_and_grad(audio_MD.float(), text_ND, 30.0, text_owner=owner_N)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        options = {"text_owner": owner_N, "group": dist.group.WORLD}
+        grouped = loss_and_grad(audio_MD.float(), text_ND, 30.0, **options)
+    finally:
+        dist.destroy_process_group()
+    for a, b in zip(alone[:4], grouped[:4], strict=True):
+        assert relative(a, b.double()) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [5.0, 30.0, 60.0])
+def test_near_misses_keep_their_gradient(scale: float) -> None:
+    audio_BD = unit(16, 64)
+    text_BKD = torch.stack([texts_at(audio_BD, torch.arange(16), c) for c in (0.9, 0.2, -0.3)], 1)
+    inputs = [audio_BD.float(), text_BKD.float(), torch.tensor(scale)]
+    found, truth = [], []
+    for dtype, out in ((torch.float32, found), (torch.float64, truth)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out += torch.autograd.grad(hard_negative_loss(*leaves), leaves)
+    for a, b in zip(found, truth, strict=True):
+        assert relative(a, b) < 1e-5
