@@ -1,4 +1,4 @@
-"""What every test shares: golden data, a fixed seed, single-threaded torch."""
+"""What every test shares: golden data, a fixed seed, the number of threads."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _repeatable() -> None:
+def _repeatable() -> Iterator[None]:
+    """One seed for each test, and the number of threads as it was before."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

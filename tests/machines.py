@@ -1,8 +1,8 @@
 """Runs the numerical tests as other processors would: `make test-machines`, and `make test` a part of it.
 
-PyTorch, MKL, oneDNN and our engine choose their code by the processor. Environment variables make them choose
-as on a lesser one, so that one machine stands for many. Each row of the matrix is one run of pytest. A failing
-row does not stop the others; rows whose instruction sets this processor lacks are named and skipped.
+PyTorch, MKL, oneDNN and our engine choose their code by the processor. Environment variables make them
+choose as on a lesser one, so that one machine stands for many. Each row of the matrix is one run of pytest.
+A failing row does not stop the others. Rows whose instruction sets this processor lacks are skipped by name.
 
     python tests/machines.py [--part] [--jobs 2] [--only aten=avx2 ...] [-- arguments of pytest]
 """

@@ -9,6 +9,8 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from numerics import assert_as_exact, in_float64
+from torch import Tensor
 
 from clsp_fast import batches, features
 from clsp_fast.audio import AudioError, AudioErrorReason, Segment
@@ -22,18 +24,27 @@ def tiny() -> CLSP:
     return CLSP(MODEL_PRESETS["tiny"]).eval()
 
 
+@pytest.fixture(scope="module")
+def exact(tiny: CLSP) -> CLSP:
+    """`tiny` in float64."""
+    return in_float64(tiny)  # type: ignore[no-any-return]
+
+
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     envelope = 0.1 + 0.1 * np.sin(np.arange(int(seconds * 16000)) / (700 + 100 * seed))
     return (envelope * rng.standard_normal(int(seconds * 16000))).astype(np.float32)
 
 
-def test_one_utterance_one_embedding_alone_or_in_any_batch(tiny: CLSP) -> None:
+@pytest.mark.slow
+def test_one_utterance_one_embedding_alone_or_in_any_batch(tiny: CLSP, exact: CLSP) -> None:
     rng = np.random.default_rng(0)
     clips = [noise(float(seconds), i) for i, seconds in enumerate(rng.uniform(0.1, 3.0, 16))]
     for long_audio in ("whole", "window"):
-        alone = torch.cat([tiny.encode_audio([c], long_audio=long_audio, window_s=1.0) for c in clips])
-        worst = 0.0
+        alone, truth = (
+            torch.cat([model.encode_audio([c], long_audio=long_audio, window_s=1.0) for c in clips])
+            for model in (tiny, exact)
+        )
         for _ in range(100):
             chosen = rng.permutation(len(clips))[: rng.integers(2, 9)]
             together = tiny.encode_audio(
@@ -42,33 +53,33 @@ def test_one_utterance_one_embedding_alone_or_in_any_batch(tiny: CLSP) -> None:
                 long_audio=long_audio,
                 window_s=1.0,
             )
-            worst = max(worst, float((together - alone[torch.from_numpy(chosen)]).abs().max()))
-        assert worst <= 1e-5
+            rows = torch.from_numpy(chosen)
+            assert_as_exact(together, alone[rows], truth[rows])
 
 
-def test_a_long_clip_is_the_weighted_mean_of_its_windows(tiny: CLSP) -> None:
+def mean_of_windows(model: CLSP, parts: list[Tensor]) -> Tensor:
+    """The definition: embeddings of a clip's windows, weighted by their frames."""
+    with torch.no_grad():
+        rows = torch.cat([model.encode_features(x[None], torch.tensor([len(x)])) for x in parts])
+    return F.normalize(rows.T @ torch.tensor([float(len(x)) for x in parts], dtype=rows.dtype), dim=0)
+
+
+def test_a_long_clip_is_the_weighted_mean_of_its_windows(tiny: CLSP, exact: CLSP) -> None:
     clip = noise(2.6)
     found = tiny.encode_audio([clip, noise(0.5)], long_audio="window", window_s=1.0)[0]
     frames = features.extract(clip).values[0]
     parts = [frames[:100], frames[100:200], frames[200:260]]
-    with torch.no_grad():
-        own = torch.cat([tiny.encode_features(x[None], torch.tensor([len(x)])) for x in parts])
-    expected = F.normalize(own.T @ torch.tensor([100.0, 100.0, 60.0]) / 260, dim=0)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    whole = tiny.encode_audio([clip])[0]
-    assert float((whole - found).abs().max()) > 1e-3
+    truth = mean_of_windows(exact, parts)
+    assert_as_exact(found, mean_of_windows(tiny, parts), truth)
+    assert float((tiny.encode_audio([clip])[0] - found).abs().max()) > 1e-3  # windows do something
 
 
-def test_a_rest_too_short_for_a_window_joins_the_one_before(tiny: CLSP) -> None:
+def test_a_rest_too_short_for_a_window_joins_the_one_before(tiny: CLSP, exact: CLSP) -> None:
     clip = noise(2.05)
     found = tiny.encode_audio([clip], long_audio="window", window_s=1.0)[0]
     frames = features.extract(clip).values[0]
-    with torch.no_grad():
-        own = torch.cat(
-            [tiny.encode_features(x[None], torch.tensor([len(x)])) for x in (frames[:100], frames[100:])]
-        )
-    expected = F.normalize(own.T @ torch.tensor([100.0, 105.0]), dim=0)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    parts = [frames[:100], frames[100:]]
+    assert_as_exact(found, mean_of_windows(tiny, parts), mean_of_windows(exact, parts))
 
 
 def test_a_long_clip_can_be_refused(tiny: CLSP) -> None:
@@ -92,7 +103,7 @@ def test_wrong_options_are_named(tiny: CLSP, option: dict[str, object], message:
         tiny.encode_audio([noise(1.0)], **option)  # type: ignore[arg-type]
 
 
-def test_errors_are_kept_by_recording(tiny: CLSP, tmp_path: Path) -> None:
+def test_errors_are_kept_by_recording(tiny: CLSP, exact: CLSP, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", noise(1.5), 16000)
     soundfile.write(tmp_path / "short.wav", noise(0.05), 16000)
     (tmp_path / "text.wav").write_text("no audio")
@@ -105,12 +116,14 @@ def test_errors_are_kept_by_recording(tiny: CLSP, tmp_path: Path) -> None:
     for i, error in errors.items():
         assert error.path.endswith(names[i])
     assert found[:4].isnan().all()
-    torch.testing.assert_close(found[4], tiny.encode_audio([sources[4]])[0])
+    alone, truth = (model.encode_audio([sources[4]])[0] for model in (tiny, exact))
+    assert_as_exact(found[4], alone, truth)
     waves = [noise(1.0), noise(1.0)[:79], np.full(16000, np.nan, np.float32)]
     errors.clear()
     found = tiny.encode_audio(waves, errors=errors)
     assert {i: str(error.reason) for i, error in errors.items()} == {1: "too_short", 2: "non_finite"}
-    torch.testing.assert_close(found[0], tiny.encode_audio(waves[:1])[0])
+    alone, truth = (model.encode_audio(waves[:1])[0] for model in (tiny, exact))
+    assert_as_exact(found[0], alone, truth)
     assert tiny.encode_audio([tmp_path / "missing.wav"], errors={}).shape == (1, 128)
 
 
@@ -130,14 +143,16 @@ def test_what_is_compressed_counts_as_the_audio_that_it_becomes(tmp_path: Path) 
     assert blocks == [[3, 4], [0, 1, 2]]
 
 
-def test_blocks_of_recordings_come_in_order_of_size(tiny: CLSP, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_recordings_come_in_order_of_size(
+    tiny: CLSP, exact: CLSP, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clips = [noise(0.2 + 0.1 * i, i) for i in range(9)]
-    together = tiny.encode_audio(clips)
+    together, truth = tiny.encode_audio(clips), exact.encode_audio(clips)
     sizes: list[int] = []
     extract = features.extract
     monkeypatch.setattr(features, "extract", lambda x, **kw: (sizes.append(len(x)), extract(x, **kw))[1])
     blocks = batches._blocks
     monkeypatch.setattr(batches, "_blocks", lambda items: blocks(items, 60_000))
-    torch.testing.assert_close(tiny.encode_audio(clips), together, atol=1e-5, rtol=0)
+    assert_as_exact(tiny.encode_audio(clips), together, truth)
     assert len(sizes) > 3
     assert sum(sizes) == 9

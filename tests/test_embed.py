@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numerics import assert_as_exact, in_float64
 
 from clsp_fast import checkpoint, manifest, store
 from clsp_fast import embed as command
@@ -55,11 +56,12 @@ def test_a_folder_holds_what_encode_audio_gives(
     assert [line["audio"] for line in lines] == [str(path) for path in paths]
     assert lines[2]["error"] == "format"
     model = CLSP.from_pretrained(model_folder)
+    exact = in_float64(model)
     for line, path in zip(lines, paths, strict=True):
         if "row" in line:
-            row = torch.from_numpy(np.array(found.shards[line["shard"]][line["row"]], np.float32))
-            expected = model.encode_audio([path])[0]
-            torch.testing.assert_close(row, expected, atol=1e-3 if options else 1e-5, rtol=0)
+            row = np.array(found.shards[line["shard"]][line["row"]], np.float32)
+            expected, truth = (m.encode_audio([path])[0] for m in (model, exact))
+            assert_as_exact(row, expected, truth, dtype=np.dtype(options.get("dtype", "float32")))
 
 
 @pytest.mark.slow
@@ -268,7 +270,7 @@ def test_the_first_process_alone_says_what_is_left(
 
 @pytest.mark.multiproc
 def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path, make_clips: MakeClips) -> None:
-    make_clips(tmp_path / "clips", 11)
+    paths = make_clips(tmp_path / "clips", 11)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     words += ["clsp_fast.embed", str(tmp_path / "clips"), str(tmp_path / "two"), "--model", str(model_folder)]
     words += ["--shard-rows", "2", "--device", "cpu"]
@@ -279,8 +281,9 @@ def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path, make_c
     run(tmp_path / "clips", tmp_path / "one", model_folder, shard_rows=2)
     one, two = Embeddings(tmp_path / "one"), Embeddings(tmp_path / "two")
     assert (tmp_path / "one/index.jsonl").read_bytes() == (tmp_path / "two/index.jsonl").read_bytes()
-    for a, b in zip(one.shards, two.shards, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    rows = [np.concatenate([np.array(shard) for shard in folder.shards]) for folder in (one, two)]
+    truth = in_float64(CLSP.from_pretrained(model_folder)).encode_audio(paths)
+    assert_as_exact(rows[1], rows[0], truth)
 
 
 def test_processes_wait_for_days_and_say_why_they_stop(

@@ -53,7 +53,7 @@ def test_equals_libsndfile(subtype: str, level: float, channels: int, tmp_path: 
         mean = load(source, limits=AudioLimits(max_channels=8))
         if channels <= 2:
             assert np.array_equal(mean, expected.mean(axis=1))
-        assert np.allclose(mean, expected.mean(axis=1), rtol=0, atol=1e-7)
+        assert np.allclose(mean, expected.mean(axis=1), rtol=0, atol=np.finfo(np.float32).eps)
     for channel in range(channels):
         assert np.array_equal(load(data, channel=channel), expected[:, channel])
 
@@ -162,7 +162,9 @@ def test_every_feature_of_the_format(part: int) -> None:
         for channel, expected in enumerate(scaled):
             assert np.array_equal(load(data, channel=channel, limits=limits), expected), seed
         mean = load(data, limits=limits)
-        assert np.allclose(mean, scaled.mean(axis=0, dtype=np.float64), rtol=0, atol=1.2e-7), seed
+        assert np.allclose(
+            mean, scaled.mean(axis=0, dtype=np.float64), rtol=0, atol=np.finfo(np.float32).eps
+        ), seed
 
 
 def test_libsndfile_reads_what_the_tests_write() -> None:

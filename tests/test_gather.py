@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from numerics import assert_agrees, norm
 from torch import Tensor
 
 from clsp_fast.loss import contrastive_loss
@@ -109,11 +110,11 @@ def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None
         for name, results in found.items():
             world, case, implementation = name.split()
             whole = spread_case(data, range(int(world)), SPREAD[int(case)], "reference", None)
-            bounds = (
-                {"rtol": 2e-5, "atol": 2e-6} if implementation == "triton" else {"rtol": 1e-11, "atol": 1e-12}
-            )
-            for value, expected in zip(results, whole, strict=True):
-                torch.testing.assert_close(value.double(), expected, **bounds, msg=f"{rank}: {name}")
+            # Sums of some tens of terms, whose exponents are logits of up to 12; kernels add them in float32.
+            dtype = torch.float32 if implementation == "triton" else torch.float64
+            gradient = norm([norm(x) for x in whole[1:]])
+            for value, expected, size in zip(results, whole, (whole[0], gradient, gradient), strict=True):
+                assert_agrees(value, expected, count=100, dtype=dtype, size=size, name=f"{rank}: {name}")
 
 
 def check_what_travelled(found: dict[str, list[tuple[str, str, int]]]) -> None:
@@ -144,7 +145,7 @@ def test_one_clip_alone_in_a_group_has_no_loss_and_no_gradient(tmp_path: Path) -
             loss = contrastive_loss(audio, text, 10.0, text_owner=owner, group=dist.group.WORLD)
             loss.backward()
             alone = contrastive_loss(audio.detach(), text.detach(), 10.0, text_owner=owner)
-            torch.testing.assert_close(loss.detach(), alone)
+            assert_agrees(loss, alone, count=8, dtype=torch.float32)
             assert audio.grad.isfinite().all()
             assert text.grad.isfinite().all()
     finally:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numerics import assert_as_exact, in_float64
 
 from clsp_fast import score as command
 from clsp_fast import store
@@ -71,6 +73,20 @@ ERRORS = {
 }
 
 
+def cosines(model: CLSP, pairs: Path) -> dict[int, torch.Tensor]:
+    """What the lines of the list without an error are."""
+    audio = model.encode_audio([pairs.parent / f"clips/0000{i}.wav" for i in range(3)])
+    text = model.encode_text(CAPTIONS)
+    return {1: audio[0] @ text[0], 2: audio[0] @ text[1], 3: audio[1] @ audio[0], 15: audio[0] @ audio[0]}
+
+
+def assert_scores(found: dict[int, float], plain: dict[int, Any], truth: dict[int, Any]) -> None:
+    """Scores by line, whose terms are two unit embeddings each."""
+    assert found.keys() == plain.keys() == truth.keys()
+    vectors = [[float(scores[line]) for line in truth] for scores in (found, plain, truth)]
+    assert_as_exact(*vectors, size=2 * np.ones(len(truth)))
+
+
 def test_scores_are_the_cosines_and_errors_stay_in_their_lines(
     pairs: Path, tmp_path: Path, model_folder: Path
 ) -> None:
@@ -85,12 +101,9 @@ def test_scores_are_the_cosines_and_errors_stay_in_their_lines(
     assert found[0]["id"] == "a"
     assert found[1]["mine"] == [1]
     model = CLSP.from_pretrained(model_folder)
-    audio = model.encode_audio([pairs.parent / f"clips/0000{i}.wav" for i in range(3)])
-    text = model.encode_text(CAPTIONS)
-    expected = {1: audio[0] @ text[0], 2: audio[0] @ text[1], 3: audio[1] @ audio[0], 15: torch.tensor(1.0)}
-    for row in found:
-        if "score" in row:
-            assert row["score"] == pytest.approx(float(expected[row["line"]]), abs=1e-5)
+    expected, truth = (cosines(m, pairs) for m in (model, in_float64(model)))
+    cosine = {row["line"]: row["score"] for row in found if "score" in row}
+    assert_scores(cosine, expected, truth)
 
 
 def test_keys_that_would_be_overwritten_are_errors_of_their_lines(
@@ -151,10 +164,15 @@ def test_shards_have_every_line_once(pairs: Path, tmp_path: Path, model_folder: 
         run(pairs, tmp_path / f"{i}.jsonl", model_folder, shard=f"{i}/3")
         found += read(tmp_path / f"{i}.jsonl")
     found.sort(key=lambda row: row["line"])
-    for row, whole in zip(found, read(tmp_path / "whole.jsonl"), strict=True):
-        assert (
-            row == whole | {"score": pytest.approx(whole["score"], abs=1e-5)} if "score" in whole else whole
-        )
+    truth = cosines(in_float64(CLSP.from_pretrained(model_folder)), pairs)
+    whole = read(tmp_path / "whole.jsonl")
+    assert_scores(
+        *({row["line"]: row["score"] for row in rows if "score" in row} for rows in (found, whole)), truth
+    )
+    for rows in (found, whole):
+        for row in rows:
+            row.pop("score", None)
+    assert found == whole
 
 
 def test_standard_streams(

@@ -434,8 +434,9 @@ def test_two_ranks_train_like_one(folder: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     records = [[r for r in log.read(runs[w] / "log.jsonl") if r["kind"] == "train"] for w in (1, 2)]
     for alone, together in zip(*records, strict=True):
-        # Adam turns rounding into steps, so only the first step is the same to rounding.
-        tolerance = 1e-6 if alone["step"] == 0 else 2e-2
+        # Adam turns rounding into steps, so only the first step is the same to rounding: that of some hundred
+        # operations in float32, and of exponents that are logits of up to 14.
+        tolerance = 1000 * torch.finfo(torch.float32).eps if alone["step"] == 0 else 2e-2
         for figure in ("loss", "gradient_norm"):
             assert together[figure] == pytest.approx(alone[figure], rel=tolerance), (alone["step"], figure)
     one, two = weights(runs[1]), weights(runs[2])
