@@ -8,13 +8,19 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt
 SOURCES += $(filter-out %/__pycache__,$(wildcard csrc/* clsp_fast/* kernels/*))
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test bench lint sanitize fuzz clean
+.PHONY: train test test-machines bench lint sanitize fuzz clean
 train: .venv/.train
 	$(BIN)/python -m clsp_fast.train $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not alone" $(ARGS)
 	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none of them
+	$(if $(ARGS),,$(BIN)/python tests/machines.py --part)
+
+# The numerical tests as other processors would run them: every instruction set of PyTorch and of our engine,
+# with 1 to 3 threads, and MKL and oneDNN lowered. `make test` runs a part of it.
+test-machines: .venv/.test
+	$(BIN)/python tests/machines.py $(ARGS)
 
 bench: .venv/.bench
 	$(BIN)/python -m bench.run $(ARGS)

@@ -41,6 +41,7 @@ FILES = [
     "test_metrics.py",
     "test_model.py",
     "test_negatives.py",
+    "test_numerics.py",
     "test_ops.py",
     "test_optim.py",
     "test_parity.py",
@@ -128,8 +129,9 @@ def run(row: Row, files: list[str], arguments: list[str]) -> tuple[str, float]:
     start = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-q", "-m", LEFT_OUT, *arguments]
     paths = [str(HERE / name) for name in files]
+    settings = os.environ | row.environment
     done = subprocess.run(
-        command + paths, env=os.environ | row.environment, capture_output=True, text=True, check=False
+        command + paths, cwd=HERE.parent, env=settings, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         print(done.stdout, done.stderr, sep="\n", flush=True)

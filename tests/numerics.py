@@ -41,7 +41,8 @@ def error(found: Any, truth: Any) -> float:
     """Norm of the difference in float64. Equal infinities do not differ; NaN is beyond every bound."""
     found, truth = wide(found), wide(truth)
     assert found.shape == truth.shape, f"shape {found.shape}, expected {truth.shape}"
-    return float(np.sqrt(np.square(np.subtract(found, truth)[found != truth]).sum()))
+    differ = found != truth
+    return float(np.sqrt(np.square(found[differ] - truth[differ]).sum()))
 
 
 def eps(dtype: Any) -> float:

@@ -1,0 +1,79 @@
+"""The judgements of floating-point error, and the variable that stands for a lesser processor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import machines
+import numpy as np
+import pytest
+import torch
+from numerics import assert_agrees, assert_as_exact, error
+
+from clsp_fast import _C
+
+EPS = 2.0**-23
+
+
+def test_an_error_may_be_twice_plain_torchs_and_a_few_roundings() -> None:
+    truth = np.array([3.0, 4.0])
+    plain = truth + np.array([0.0, 1e-3])
+    few = 8 * 5 * EPS  # of numbers whose norm is 5
+    assert_as_exact(truth + np.array([2e-3 + 0.99 * few, 0.0]), plain, truth)
+    with pytest.raises(AssertionError, match=r"weight: error 0\.002, plain torch's 0\.001, bound 0\.002"):
+        assert_as_exact(truth + np.array([2e-3 + 1.01 * few, 0.0]), plain, truth, name="weight")
+
+
+def test_roundings_are_counted_in_the_dtype_and_the_size() -> None:
+    for dtype, eps in ((np.float32, EPS), (torch.bfloat16, 2.0**-7), (torch.float64, 2.0**-52)):
+        assert_agrees(1 + 9 * eps, 1.0, count=10, dtype=dtype)
+        assert_agrees(1 + 19 * eps, 1.0, count=10, dtype=dtype, size=torch.tensor([-2.0]))
+        with pytest.raises(AssertionError, match="bound"):
+            assert_agrees(1 + 11 * eps, 1.0, count=10, dtype=dtype)
+
+
+def test_infinities_must_be_equal_and_nan_never_is() -> None:
+    infinite = torch.tensor([1.0, -torch.inf])
+    assert error(infinite, infinite) == 0
+    assert_agrees(infinite, infinite, count=1, dtype=np.float32)
+    for other in (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 0.0])):
+        with pytest.raises(AssertionError):
+            assert_agrees(other, infinite, count=1e9, dtype=np.float32)
+        with pytest.raises(AssertionError):
+            assert_as_exact(other, infinite, infinite)
+    with pytest.raises(AssertionError, match="shape"):
+        error(torch.ones(2), torch.ones(2, 1))
+
+
+def test_the_matrix_has_every_file_that_judges_rounding() -> None:
+    # These start processes for all that they compare, so that the variables' place is in them.
+    others = {"test_train.py", "test_search.py"}
+    folder = Path(__file__).parent
+    judging = {path.name for path in folder.glob("test_*.py") if "from numerics import" in path.read_text()}
+    assert judging - others <= set(machines.FILES)
+    assert set(machines.PART_FILES) <= set(machines.FILES)
+    assert all((folder / name).exists() for name in machines.FILES)
+
+
+def sets_with(value: str) -> subprocess.CompletedProcess[str]:
+    code = "from clsp_fast import _C; print(*_C.instruction_sets())"
+    settings = os.environ | {"CLSP_SIMD": value}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_lesser_processor_is_chosen_by_name() -> None:
+    have = _C.instruction_sets()
+    for place, name in enumerate(have):
+        assert sets_with(name).stdout.split() == have[: place + 1]
+    assert sets_with("sse9").returncode != 0
+    assert "CLSP_SIMD must be baseline, avx2 or avx512, got 'sse9'" in sets_with("sse9").stderr
+
+
+@pytest.mark.skipif("avx512" in _C.instruction_sets(), reason="this processor has every instruction set")
+def test_what_the_processor_lacks_is_refused() -> None:
+    assert "got 'avx512', which this processor lacks" in sets_with("avx512").stderr
