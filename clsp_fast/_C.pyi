@@ -32,6 +32,10 @@ def load_batch(
     num_threads: int,
     isa: str = "auto",
 ) -> list[_Float32 | tuple[str, str]]: ...
+
+# A header: (offset, channels, rate, frames), frames being None where FLAC leaves them out; (offset,) where
+# the recording that begins there is for another decoder; or (reason, message).
+def probe(source: Any) -> tuple[int, int, int, int | None] | tuple[int] | tuple[str, str]: ...
 def finish(waveform: _Float32, *, sample_rate_hz: int, policy: LoadPolicy) -> _Float32 | tuple[str, str]: ...
 def select_section(
     channels: int,

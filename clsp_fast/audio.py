@@ -8,12 +8,13 @@ because the model was trained through it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import multiprocessing
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -23,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clsp_fast import _C, sndfile
+
+_NO_NAME = "cannot be the name of a file: it holds what is no character, such as half a pair"
 
 Waveform: TypeAlias = NDArray[np.float32]
 # A path, the bytes of a file, a binary file object, a waveform (samples,) as array or tensor, or a `Segment`.
@@ -331,8 +334,7 @@ def _load_requests(
     others: list[int] = []
     for i, request in enumerate(requests):
         if isinstance(request.data, str) and not _can_be_a_name(request.data):
-            what = "cannot be the name of a file: it holds what is no character, such as half a pair"
-            results[i] = request.fail(AudioErrorReason.OPEN, what)
+            results[i] = request.fail(AudioErrorReason.OPEN, _NO_NAME)
         else:
             (encoded if request.rate_hz is None else others).append(i)
     items = [(requests[i].data, *requests[i].part) for i in encoded]
@@ -384,24 +386,84 @@ def _select(
 def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tuple[Waveform, int]:
     """Decodes through libsndfile: (mono samples at the file's rate, rate)."""
     segment = request.segment
-    try:
-        with sndfile.open_stream(request.data) as stream:
-            rate_hz, channels = stream.samplerate, stream.channels
-            known = stream.frames < sndfile.UNKNOWN_LENGTH
-            longest = sndfile.UNKNOWN_LENGTH
-            start, most = (int(min(s * rate_hz, longest)) for s in (segment.start_s, limits.max_s))
-            claimed = stream.frames if known else start + most
-            first, count = _select(request, policy, channels, rate_hz, claimed)
-            # One more where the end is unknown tells a file of just the longest length from a longer one.
-            mono, end, problem = sndfile.read_mono(stream, first, count + (not known), segment.channel)
-    except sndfile.DecodeError as error:
-        raise request.fail(AudioErrorReason.FORMAT, str(error)) from error
-    except OSError as error:
-        raise request.fail(AudioErrorReason.OPEN, str(error.strerror)) from error
+    with _named_failures(request), sndfile.open_stream(request.data, _probe(request)[0]) as stream:
+        rate_hz, cut = stream.samplerate, stream.cut
+        known = stream.frames < sndfile.UNKNOWN_LENGTH
+        if cut and stream.frames == 0:
+            raise request.fail(AudioErrorReason.TRUNCATED, cut)
+        longest = sndfile.UNKNOWN_LENGTH
+        start, most = (int(min(s * rate_hz, longest)) for s in (segment.start_s, limits.max_s))
+        claimed = stream.frames if known else start + most
+        first, count = _select(request, policy, stream.channels, rate_hz, claimed)
+        if cut and segment.duration_s is None:
+            raise request.fail(AudioErrorReason.TRUNCATED, cut)
+        # One more where the end is unknown tells a file of just the longest length from a longer one.
+        mono, end, problem = sndfile.read_mono(stream, first, count + (not known), segment.channel)
     if problem or (known and len(mono) < count):
         promised = f" of {count}" if known else ""
         what = f"decoding stopped after {len(mono)}{promised} samples: {problem or 'the file ends'}"
         raise request.fail(AudioErrorReason.TRUNCATED, what)
     if not known:
-        _, count = _select(request, policy, channels, rate_hz, end)
+        _, count = _select(request, policy, stream.channels, rate_hz, end)
+    # A part may reach a little behind the end, but not behind the place where the rest is missing.
+    if cut and count < math.floor(cast(float, segment.duration_s) * rate_hz + 0.5):
+        raise request.fail(AudioErrorReason.TRUNCATED, cut)
     return mono[:count], rate_hz
+
+
+def _probe(request: _Request) -> tuple[int, int, int, int | None] | tuple[int]:
+    """What the extension says of a file: see `_C.probe`."""
+    probed = _C.probe(request.data)
+    if isinstance(probed[0], str):
+        raise request.fail(*probed)
+    return cast("tuple[int]", probed)
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What the header of a recording states."""
+
+    sample_rate_hz: int
+    """Sample rate in Hz."""
+    channels: int
+    """Number of channels."""
+    frames: int | None
+    """Samples of each channel; None: the header does not state them."""
+    exact: bool
+    """Whether the frames are counted, by the rules that `load` goes by, rather than estimated."""
+
+
+def info(source: Source) -> AudioInfo:
+    """Reads the header of a recording, without decoding it.
+
+    Args:
+        source: a path, the bytes of a file, or a binary file object.
+
+    Raises:
+        AudioError: the header cannot be read.
+        ValueError, TypeError: the argument is wrong.
+    """
+    request = _parse(Segment(source), 16000)
+    if request.rate_hz is not None:
+        raise TypeError("source must be a file, not a waveform, which has no header")
+    if isinstance(request.data, str) and not _can_be_a_name(request.data):
+        raise request.fail(AudioErrorReason.OPEN, _NO_NAME)
+    probed = _probe(request)
+    if len(probed) == 4:
+        _, channels, rate_hz, frames = probed
+        return AudioInfo(rate_hz, channels, frames, True)
+    with _named_failures(request), sndfile.open_stream(request.data, probed[0], guess=True) as stream:
+        known = not stream.cut and stream.frames < sndfile.UNKNOWN_LENGTH
+        frames = stream.frames if known else None
+        return AudioInfo(stream.samplerate, stream.channels, frames, stream.format != "MP3")
+
+
+@contextlib.contextmanager
+def _named_failures(request: _Request) -> Iterator[None]:
+    """Turns what `sndfile` raises into an AudioError."""
+    try:
+        yield
+    except sndfile.DecodeError as error:
+        raise request.fail(error.reason, str(error)) from error
+    except OSError as error:
+        raise request.fail(AudioErrorReason.OPEN, str(error.strerror)) from error

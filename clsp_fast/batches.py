@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clsp_fast import features, paths
-from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment
+from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, as_waveform
 from clsp_fast.console import Progress
 
 LongAudio: TypeAlias = Literal["whole", "window", "error"]
@@ -148,6 +149,11 @@ def _extract(
     """(positions, features) of the recordings of a block that can be used."""
     chosen, sample_rate = [items[i] for i in block], batching.sample_rate
     if hasattr(chosen[0], "shape"):
+        for i in block:
+            if (loud := _amplitude_error(items[i], i)) is not None:
+                if errors is None:
+                    raise loud
+                errors[i] = loud
         if errors is not None:
             least = 80 * (sample_rate or features.SAMPLE_RATE_HZ) / features.SAMPLE_RATE_HZ
             for i in (i for i in block if len(items[i]) < least):
@@ -160,6 +166,17 @@ def _extract(
     if errors is not None:
         errors.update({block[row]: error for row, error in found.errors})
     return [block[row] for row in found.kept.tolist()], found
+
+
+def _amplitude_error(item: Any, position: int) -> AudioError | None:
+    """Why a waveform is refused that is out of scale, as files and segments are; None: it is not."""
+    samples = np.abs(as_waveform(item, f"audio[{position}]"))
+    most = DEFAULT_LIMITS.max_amplitude
+    loud = samples[np.isfinite(samples) & (samples > most)]
+    if loud.size == 0:
+        return None
+    what = f"holds {loud[0]:g}; samples are in [-1, 1] and up to {most:g} is accepted: rescale it"
+    return AudioError(_name(item, position), AudioErrorReason.AMPLITUDE, what)
 
 
 def _rows(

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clsp_fast import audio, console, paths
 from clsp_fast import captions as caption_sampling
-from clsp_fast import console, paths
 from clsp_fast import manifest as manifests
-from clsp_fast.audio import AudioLimits, Segment, default_num_threads
+from clsp_fast.audio import AudioError, AudioLimits, Segment, default_num_threads
 from clsp_fast.augment import augment
 from clsp_fast.config import DataConfig
 from clsp_fast.features import NUM_MEL_BINS, PADDING_VALUE, FbankConfig, extract_files
@@ -32,7 +32,6 @@ from clsp_fast.sampler import BatchPlan
 _STREAM_AUGMENT = 21
 _SPARE_ATTEMPTS = 20
 _FORGIVEN_CLIPS = 10
-_LONGEST_STATED_S = 1e6  # headers of unknown length state astronomical ones
 _MIN_CLIP_S = 0.1  # nine frames, the least that the model takes
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
@@ -342,21 +341,14 @@ def usable(clips: Sequence[Clip], config: DataConfig) -> tuple[list[Clip], list[
 def _seconds(clip: Clip, config: DataConfig) -> float:
     if clip.duration_s is not None:
         return clip.duration_s
-    import soundfile
-
-    path = Path(clip.audio)
-    if not paths.is_file(path):  # the decoder names it; a pipe would block here
-        return config.max_seconds
     try:
-        # A descriptor rather than a path: libsndfile then judges by content and not by the file's name.
-        with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as header:
-            seconds = float(header.frames / header.samplerate) - clip.start_s
-            estimated = bool(header.format == "MP3")
-    except (soundfile.LibsndfileError, OSError, TypeError, ValueError):
+        stated = audio.info(clip.audio)
+    except AudioError:  # reading it names the reason
         return config.max_seconds
-    if seconds > _LONGEST_STATED_S:
+    if stated.frames is None or stated.sample_rate_hz < 1:
         return config.max_seconds
-    return min(max(seconds, config.min_seconds), config.max_seconds) if estimated else seconds
+    seconds = stated.frames / stated.sample_rate_hz - clip.start_s
+    return seconds if stated.exact else min(max(seconds, config.min_seconds), config.max_seconds)
 
 
 def _number(text: str) -> int:

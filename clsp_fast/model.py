@@ -318,7 +318,8 @@ class CLSP(nn.Module):
         Raises:
             TypeError: one path or waveform instead of a list, or recordings and waveforms mixed.
             ValueError: a waveform with NaN or infinity, an option that is none.
-            clsp_fast.audio.AudioError: a recording that cannot be read, is too short or, if asked, too long.
+            clsp_fast.audio.AudioError: a recording that cannot be read, is too short or, if asked, too long;
+                a waveform far outside [-1, 1], such as one on the scale of 16-bit integers.
         """
         items = _as_list(audio, "audio")
         batching = Batching(

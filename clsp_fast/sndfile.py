@@ -1,4 +1,4 @@
-"""Every format but WAV and FLAC, decoded by libsndfile in blocks, so that no header can make it allocate.
+"""What the extension does not decode, through libsndfile in blocks, so that no header can make it allocate.
 
 What libsndfile and its Python wrapper do about wrong or missing lengths is worked around here only.
 """
@@ -9,14 +9,16 @@ import contextlib
 import functools
 import os
 import re
+import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clsp_fast import containers, ogg
 from clsp_fast.disk import LFS_FIX, LFS_POINTER
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _MAGIC = (
     b"ID3",
     b"FORM",
     b".snd",
+    b"RIFF",
     b"RIFX",
     b"RF64",
     b"caff",
@@ -39,7 +42,6 @@ _MAGIC = (
     b"NIST",
     b"Creative Voice",
 )
-_MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
 _MP3_RATES_HZ = (44100, 48000, 32000)
 _MP3_KBPS = (  # MPEG-2 and 2.5, MPEG-1
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -49,34 +51,81 @@ _MP3_KBPS = (  # MPEG-2 and 2.5, MPEG-1
 _MP3_KBPS_AND_RATE = b"".join(rb"\x%x0-\x%xb" % (kbps, kbps) for kbps in range(1, 15))
 _MP3_HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][%s]." % _MP3_KBPS_AND_RATE, re.DOTALL)
 _MP3_LONGEST_GAP = 1 << 16
+_MP3_FEW_FRAMES = 10
+_ID3V1_BYTES = 128
+_FIX = "or convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
 
 
 class DecodeError(Exception):
-    """libsndfile cannot decode it; the message says why."""
+    """Nothing can be decoded; the message says why.
+
+    Attributes:
+        reason: "format", "truncated" or "empty".
+    """
+
+    def __init__(self, message: str, reason: str = "format") -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+class Stream:
+    """One or several recordings, one after the other, opened for `read_mono`.
+
+    Attributes:
+        cut: what is missing, where the file ends before what its header states; else empty.
+    """
+
+    def __init__(self, parts: Sequence[SoundFile], cut: str = "") -> None:
+        self.parts, self.cut = parts, cut
+        first = parts[0]
+        self.samplerate, self.channels, self.format = first.samplerate, first.channels, first.format
+
+    @property
+    def frames(self) -> int:
+        return min(sum(int(part.frames) for part in self.parts), UNKNOWN_LENGTH)
 
 
 @contextlib.contextmanager
-def open_stream(data: str | bytes | bytearray | memoryview) -> Iterator[SoundFile]:
-    """Opens a path or the bytes of a file for `read_mono`.
+def open_stream(
+    data: str | bytes | bytearray | memoryview, offset: int = 0, *, guess: bool = False
+) -> Iterator[Stream]:
+    """Opens a path or the bytes of a file, whose recording begins at `offset`, for `read_mono`.
+
+    With `guess` the length of an MP3 file is what libsndfile makes of its beginning; the file is not read.
 
     Raises:
-        DecodeError: it is in no format that libsndfile knows, or its header is damaged.
+        DecodeError: it is in no format that libsndfile knows, its header is damaged, or it has no samples.
         OSError: the file cannot be read.
     """
     import soundfile
 
-    with _open_file(data) as file:
-        check_magic(file.read(32))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_open_file(data))
+        if offset > 0:
+            file.seek(offset)
+            rest = stack.enter_context(_memory_file(file.read()))
+            file = rest if _begins_here(rest) else file
         file.seek(0)
+        check_magic(file.read(32))
+        files, cut = _parts(file, guess)
         try:
-            with _with_length(file) as complete, _stream_class()(complete.fileno(), closefd=False) as stream:
-                yield stream
+            opened = [
+                stack.enter_context(_stream_class()(stack.enter_context(part).fileno(), closefd=False))
+                for part in files
+            ]
         except soundfile.LibsndfileError as error:
+            if cut:
+                raise DecodeError(cut, "truncated") from error
             raise DecodeError(f"cannot be decoded: {error.error_string}") from error
+        kinds = {(part.samplerate, part.channels) for part in opened}
+        if len(kinds) > 1:
+            listed = " and ".join(f"{rate} Hz in {channels} channels" for rate, channels in sorted(kinds))
+            raise DecodeError(f"holds recordings of {listed}, one after the other; split them, {_FIX}")
+        yield Stream(opened, cut)
 
 
 def read_mono(
-    stream: SoundFile, first: int, count: int, channel: int | None
+    stream: Stream, first: int, count: int, channel: int | None
 ) -> tuple[NDArray[np.float32], int, str]:
     """Decodes frames [first, first + count) to one channel, or to the mean over channels for None.
 
@@ -84,18 +133,41 @@ def read_mono(
         (samples, end, problem): fewer than `count` samples if the stream ended before, at frame `end`;
         `problem` is what the decoder said then, if it did.
     """
+    blocks = [np.empty(0, np.float32)]
+    begin, last, problem = 0, first + count, ""
+    for part in stream.parts:
+        size = min(part.frames, UNKNOWN_LENGTH)
+        skipped = min(max(first - begin, 0), size)
+        wanted = min(last - begin, size) - skipped
+        end = size
+        if wanted > 0:
+            samples, end, problem = _read_part(part, skipped, wanted, channel)
+            blocks.append(samples)
+            if problem or len(samples) < wanted:
+                begin += end
+                break
+        begin += end
+        if begin >= last:
+            break
+    return np.concatenate(blocks), begin, problem
+
+
+def _read_part(
+    part: SoundFile, first: int, count: int, channel: int | None
+) -> tuple[NDArray[np.float32], int, str]:
+    """`read_mono` of one recording."""
     import soundfile
 
-    buffer = np.empty((max(1, _BLOCK_SAMPLES // stream.channels), stream.channels), np.float32)
+    buffer = np.empty((max(1, _BLOCK_SAMPLES // part.channels), part.channels), np.float32)
     blocks = [np.empty(0, np.float32)]
-    mean = channel is None and stream.channels > 1
+    mean = channel is None and part.channels > 1
     position, last, problem = 0, first + count, ""
     try:
         # MP3 seeks are not exact, and without a length there are none.
-        if first > 0 and stream.frames < UNKNOWN_LENGTH and stream.format != "MP3":
-            position = stream.seek(first)
+        if first > 0 and part.frames < UNKNOWN_LENGTH and part.format != "MP3":
+            position = part.seek(first)
         while position < last:
-            block = stream.read(min(last - position, len(buffer)), out=buffer)
+            block = part.read(min(last - position, len(buffer)), out=buffer)
             if len(block) == 0:
                 break
             kept = block[max(first - position, 0) :]
@@ -136,36 +208,109 @@ def check_magic(head: bytes) -> None:
     if head.startswith(LFS_POINTER):
         raise DecodeError(LFS_FIX)
     found = "an MP4/M4A container" if head[4:8] == b"ftyp" else f"it begins with {head[:8]!r}"
-    fix = "convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
-    raise DecodeError(f"not in a known audio format ({found}); {fix}")
+    raise DecodeError(f"not in a known audio format ({found}); {_FIX.removeprefix('or ')}")
 
 
 def _is_mpeg(head: bytes | memoryview) -> bool:
     return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
 
 
-@contextlib.contextmanager
-def _with_length(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """The file, or for an MP3 file that does not state its length a copy that does.
+def _begins_here(file: IO[bytes]) -> bool:
+    """Whether a recording begins where junk may have ended."""
+    head = file.read(16)
+    if not _is_mpeg(head):
+        return head.startswith(_MAGIC)
+    file.seek(_mp3_frame_bytes(head))
+    return _mp3_frame_bytes(head) > 0 and _mp3_frame_bytes(file.read(4)) > 0  # one might be chance
 
-    From such files libsndfile stops at a guess, which is far off where the bit rate varies.
+
+def _parts(file: IO[bytes], guess: bool) -> tuple[list[IO[bytes]], str]:
+    """The recordings of a file, each as a file that libsndfile reads to its end, and what is missing."""
+    head = file.read(4) if file.seek(0) == 0 else b""
+    size = file.seek(0, os.SEEK_END)
+    if head.startswith(b"OggS"):
+        return _ogg_parts(file, size)
+    if head.startswith(b"ID3") or _is_mpeg(head):
+        return ([_copy_of(file)] if guess else _mp3_parts(file)), ""
+    extent = containers.find_extent(file, size)
+    if extent is None:
+        return [_copy_of(file)], ""
+    if extent.cut:
+        missing = max(extent.end or 0, extent.extra_end) - extent.present_end
+        return [_copy_of(file)], f"the file ends {missing} bytes before what its header states"
+    if containers.find_second(file, size, extent):
+        raise DecodeError(f"a second file follows the first; split them, {_FIX}")
+    if extent.end is not None and extent.begin == extent.end:
+        raise DecodeError("has no samples", "empty")
+    if extent.end is None and extent.size_at > 0:
+        return [_memory_file(*containers.with_size(file, extent))], ""
+    if extent.end is not None and extent.end < size and containers.reads_too_far(head):
+        file.seek(0)
+        return [_memory_file(file.read(extent.end))], ""
+    return [_copy_of(file)], ""
+
+
+def _copy_of(file: IO[bytes]) -> IO[bytes]:
+    """The same file to be closed on its own, read from its beginning."""
+    file.seek(0)
+    return os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+
+
+def _ogg_parts(file: IO[bytes], size: int) -> tuple[list[IO[bytes]], str]:
+    try:
+        recordings = ogg.recordings(file, size)
+    except ogg.MultiplexedError:
+        raise DecodeError(f"holds several recordings at the same time; choose one, {_FIX}") from None
+    whole = all(recording.ended for recording in recordings)
+    cut = "" if whole else "the last page of the Ogg stream is missing; decode and encode what is there"
+    if cut and len(recordings[-1].pages) == 1:
+        raise DecodeError("the Ogg stream ends within its header")
+    if len(recordings) == 1 and not recordings[0].is_flac:
+        covered = sum(count for _, count in recordings[0].pages)
+        if covered == size or not whole:
+            return [_copy_of(file)], cut
+    if not recordings:
+        return [_copy_of(file)], ""
+    return [_memory_file(ogg.copy(file, recording)) for recording in recordings], cut
+
+
+def _mp3_parts(file: IO[bytes]) -> list[IO[bytes]]:
+    """MP3 files one after the other, each with a frame that states its length.
+
+    From those that do not state it libsndfile stops at a guess, which is far off where the bit rate varies.
     """
     first = _mp3_start(file)
     file.seek(first)
     head = file.read(2048)
-    file.seek(0)
-    if not _mp3_frame_bytes(head) or any(tag in head for tag in _MP3_LENGTH_TAGS):
-        yield file
-        return
-    audio = memoryview(file.read())[first:]
-    with _memory_file(_mp3_length_frame(audio), audio) as complete:
-        yield complete
+    if not _mp3_frame_bytes(head):
+        return [_copy_of(file)]
+    stated = _mp3_stated(head)
+    size = file.seek(0, os.SEEK_END) - first
+    # The usual file: its length is stated, and nothing or a short tag follows.
+    if stated and 0 <= size - stated[1] <= _ID3V1_BYTES:
+        return [_copy_of(file)]
+    file.seek(first)
+    audio = memoryview(file.read())
+    spans = _mp3_spans(audio)
+    if len(spans) == 1 and stated:
+        return [_copy_of(file)]
+    parts = []
+    for begin, end in spans:
+        part = audio[begin:end]
+        lengths = [] if _mp3_stated(part[:2048]) else [_mp3_length_frame(part)]
+        parts.append(_memory_file(*lengths, part))
+    return parts
 
 
 def _mp3_start(file: IO[bytes]) -> int:
     """Where the audio begins: behind an ID3v2 tag, if there is one."""
-    head = file.read(10)
-    if len(head) < 10 or not head.startswith(b"ID3"):
+    file.seek(0)
+    return _id3_bytes(file.read(10))
+
+
+def _id3_bytes(head: bytes | memoryview) -> int:
+    """Length of the ID3v2 tag that begins like this; 0 if none does."""
+    if len(head) < 10 or head[:3] != b"ID3":
         return 0
     return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
 
@@ -200,14 +345,94 @@ def _mp3_length_frame(audio: memoryview) -> bytes:
     return body.ljust(_mp3_frame_bytes(head), b"\0")
 
 
+def _mp3_stated(frame: bytes | memoryview) -> tuple[int, int] | None:
+    """(frames, bytes) that follow, as a length frame states them, 0 where not; None: it is no such frame."""
+    if not _mp3_frame_bytes(frame):
+        return None
+    mpeg1, mono = frame[1] >> 3 & 3 == 3, frame[3] >> 6 == 3
+    side_bytes = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
+    # Encoders write the tag there whether or not a checksum precedes the side information.
+    for at in (4 + side_bytes, 6 + side_bytes):
+        tag = bytes(frame[at : at + 16])
+        if len(tag) == 16 and tag.startswith((b"Xing", b"Info")):
+            flags, *fields = struct.unpack(">3I", tag[4:])
+            frames = fields.pop(0) if flags & 1 else 0
+            return frames, fields[0] if flags & 2 else 0
+    tag = bytes(frame[36:54])
+    if len(tag) == 18 and tag.startswith(b"VBRI"):
+        total, frames = struct.unpack(">II", tag[10:])
+        return frames, total
+    return None
+
+
+def _mp3_kind(head: bytes | memoryview) -> tuple[int, int, bool]:
+    """What stays the same within a recording: version, rate, and whether it is mono."""
+    return head[1] & 0x18, head[2] & 0x0C, head[3] >> 6 == 3
+
+
+def _mp3_spans(audio: memoryview) -> list[tuple[int, int]]:
+    """(begin, end) of each of the recordings that follow one another in `audio`.
+
+    A recording begins where a frame states a length, where the frames change in kind, and where many more
+    frames follow than were stated.
+    """
+    begins, at, frames = [0], 0, 0
+    kind, stated = _mp3_kind(audio), _mp3_stated(audio[:64])
+    while (begin := _next_mp3_frame(audio, at, kind)) is not None:
+        head = audio[begin : begin + 64]
+        length = _mp3_stated(head)
+        more = stated is not None and frames == stated[0] > 0 and _goes_on(audio, begin)
+        if begin > 0 and (length or more or _mp3_kind(head) != kind):
+            begins.append(begin)
+            frames, kind, stated = 0, _mp3_kind(head), length
+        frames += length is None
+        at = begin + _mp3_frame_bytes(head)
+    return list(zip(begins, [*begins[1:], len(audio)], strict=True))
+
+
+def _next_mp3_frame(audio: memoryview, at: int, kind: tuple[int, int, bool]) -> int | None:
+    """Where the next frame begins, behind tags and other bytes that are none.
+
+    Behind these, and where its kind changes, it counts only if another one of the kind follows, or nothing.
+    """
+    while at < len(audio):
+        match = _MP3_HEADER.search(audio, at, at + _MP3_LONGEST_GAP)
+        begin = match.start() if match else min(at + _MP3_LONGEST_GAP, len(audio))
+        tag = bytes(audio[at:begin]).find(b"ID3") if begin > at else -1
+        if tag >= 0 and (tag_bytes := _id3_bytes(audio[at + tag : at + tag + 10])):
+            at += tag + tag_bytes
+            continue
+        if match is None:
+            return None
+        head = audio[begin : begin + 4]
+        found = _mp3_kind(head)
+        if begin == at and found == kind:
+            return begin
+        following = audio[begin + _mp3_frame_bytes(head) :][:4]
+        if len(following) < 4 or (_mp3_frame_bytes(following) and _mp3_kind(following) == found):
+            return begin
+        at = begin + 1
+    return None
+
+
+def _goes_on(audio: memoryview, at: int) -> bool:
+    """Whether so many frames follow that they are not the end of the recording before."""
+    for _ in range(_MP3_FEW_FRAMES):
+        size = _mp3_frame_bytes(audio[at : at + 4])
+        if size == 0:
+            return False
+        at += size
+    return True
+
+
 @functools.lru_cache(maxsize=1)
 def _stream_class() -> type[SoundFile]:
     import soundfile
 
-    class Stream(soundfile.SoundFile):  # type: ignore[misc]
+    class Unseekable(soundfile.SoundFile):  # type: ignore[misc]
         """Reads on where SoundFile.read would seek: behind the last frame that a wrong header promised."""
 
         def seekable(self) -> bool:
             return False
 
-    return Stream
+    return Unseekable

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -92,8 +93,9 @@ Loaded guarded(const Work& work) {
   return loaded;
 }
 
-Samples load_flac(const ByteSource& source, const Part& part, const LoadPolicy& policy, Isa isa) {
-  const FlacInfo info = parse_flac(source);
+Samples load_flac(const ByteSource& source, std::uint64_t offset, const Part& part,
+                  const LoadPolicy& policy, Isa isa) {
+  const FlacInfo info = parse_flac(source, offset);
   Header header{info.channels, info.sample_rate_hz, info.frames};
   const bool known = info.frames != 0;
   Part wanted = part;
@@ -117,14 +119,40 @@ Samples load_flac(const ByteSource& source, const Part& part, const LoadPolicy& 
   return conditioned(std::move(decoded.samples), info.sample_rate_hz, false, policy, isa);
 }
 
-Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {
-  const auto source = request.path.empty() ? open_memory(request.bytes) : open_file(request.path);
+// The frames of a WAV file that are asked for. Of a file that is cut, parts that it holds whole can
+// be read.
+Section select_wav_section(const WavInfo& info, const Part& part, const LoadPolicy& policy) {
+  const auto refuse = [&] {
+    throw AudioFailure("truncated", "the file ends after " + std::to_string(info.present_frames) +
+                                        " of the " + std::to_string(info.frames) +
+                                        " samples that its header states");
+  };
+  const Header header{info.channels, info.sample_rate_hz, info.frames};
+  const bool cut = info.present_frames < info.frames;
+  if (cut && part.duration_s < 0) {
+    check_header(header, part.channel, policy);
+    refuse();
+  }
+  const Section section = select_section(header, part, policy);
+  if (cut && section.first + section.count > info.present_frames) refuse();
+  return section;
+}
+
+std::unique_ptr<ByteSource> open(const LoadRequest& request) {
+  auto source = request.path.empty() ? open_memory(request.bytes) : open_file(request.path);
   if (source->size() == 0) throw AudioFailure("empty", "has 0 bytes");
-  if (is_flac(*source)) return load_flac(*source, request.part, policy, isa);
-  if (!is_wav(*source)) throw AudioFailure(kOtherFormat, "");
-  const WavInfo info = parse_wav(*source);
-  const Section section =
-      select_section({info.channels, info.sample_rate_hz, info.frames}, request.part, policy);
+  return source;
+}
+
+Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {
+  const auto source = open(request);
+  const Content content = find_content(*source);
+  if (content.kind == ContentKind::kFlac) {
+    return load_flac(*source, content.offset, request.part, policy, isa);
+  }
+  if (content.kind == ContentKind::kOther) throw AudioFailure(kOtherFormat, "");
+  const WavInfo info = parse_wav(*source, content.offset);
+  const Section section = select_wav_section(info, request.part, policy);
   Samples samples(checked_size(section.count));
   decode_wav(*source, info, section.first, request.part.channel, samples.span(), isa);
   return conditioned(std::move(samples), info.sample_rate_hz, is_bounded(info.format), policy, isa);
@@ -197,6 +225,24 @@ std::vector<Loaded> load_batch(const std::vector<LoadRequest>& requests, const L
     loaded[i] = guarded([&] { return load(requests[i], policy, isa); });
   });
   return loaded;
+}
+
+Probed probe(const LoadRequest& request) {
+  const auto source = open(request);
+  const Content content = find_content(*source);
+  if (content.kind == ContentKind::kFlac) {
+    const FlacInfo info = parse_flac(*source, content.offset);
+    const Header header{info.channels, info.sample_rate_hz, info.frames};
+    return {content.offset, header, info.frames != 0};
+  }
+  if (content.kind == ContentKind::kOther) return {content.offset, std::nullopt, false};
+  try {
+    const WavInfo info = parse_wav(*source, content.offset);
+    return {content.offset, Header{info.channels, info.sample_rate_hz, info.frames}, true};
+  } catch (const AudioFailure& failure) {
+    if (std::strcmp(failure.reason(), kOtherFormat) != 0) throw;
+    return {content.offset, std::nullopt, false};
+  }
 }
 
 Loaded finish(Span<const float> samples, int sample_rate_hz, const LoadPolicy& policy, Isa isa) {

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "checked.h"
 #include "fbank.h"
+#include "source.h"
 
 namespace clsp {
 
@@ -44,11 +46,8 @@ struct Loaded {
   std::string reason, message;
 };
 
-// The reason of an item that is readable but neither WAV nor FLAC: another decoder may know it.
-inline constexpr char kOtherFormat[] = "other_format";
-
 // Decodes WAV and FLAC recordings to mono at the policy's rate. No failure of an item touches the
-// others.
+// others; its reason is kOtherFormat where another decoder may know it.
 std::vector<Loaded> load_batch(const std::vector<LoadRequest>& requests, const LoadPolicy& policy,
                                int threads, Isa isa);
 
@@ -64,6 +63,17 @@ struct Header {
 struct Section {
   std::uint64_t first, count;
 };
+
+// Where a recording begins in its file, and what load_batch goes by, unless another decoder is to
+// read it.
+struct Probed {
+  std::uint64_t offset;
+  std::optional<Header> header;
+  bool frames_known;
+};
+
+// Reads the header alone. Throws AudioFailure.
+Probed probe(const LoadRequest& request);
 
 // The frames of `part`, or AudioFailure if the policy refuses the header or the part.
 Section select_section(const Header& header, const Part& part, const LoadPolicy& policy);

@@ -49,6 +49,26 @@ struct Requests {
   std::vector<py::buffer_info> held;
 };
 
+// `data`: a path, or a buffer, whose view goes to `held`.
+void set_data(clsp::LoadRequest* request, const py::object& data,
+              std::vector<py::buffer_info>* held) {
+  if (py::isinstance<py::bytes>(data) || !py::isinstance<py::str>(data)) {
+    held->push_back(data.cast<py::buffer>().request());
+    const py::buffer_info& info = held->back();
+    if (info.ndim > 1 || (info.ndim == 1 && info.strides[0] != info.itemsize)) {
+      throw py::value_error("bytes must be contiguous");
+    }
+    request->bytes = {static_cast<const std::uint8_t*>(info.ptr),
+                      static_cast<std::size_t>(info.size * info.itemsize)};
+  } else {
+    // The same bytes as the file system has, whatever the locale.
+    const auto name = py::reinterpret_steal<py::bytes>(PyUnicode_EncodeFSDefault(data.ptr()));
+    if (!name) throw py::error_already_set();
+    request->path = name.cast<std::string>();
+    if (request->path.empty()) throw py::value_error("a path must not be empty");
+  }
+}
+
 Requests parse_requests(const py::list& sources) {
   Requests requests;
   for (const py::handle& item : sources) {
@@ -58,22 +78,7 @@ Requests parse_requests(const py::list& sources) {
     clsp::LoadRequest request;
     request.part = parse_part(fields[1].cast<double>(), fields[2].cast<std::optional<double>>(),
                               fields[3].cast<std::optional<int>>());
-    if (py::isinstance<py::bytes>(fields[0]) || !py::isinstance<py::str>(fields[0])) {
-      requests.held.push_back(fields[0].cast<py::buffer>().request());
-      const py::buffer_info& info = requests.held.back();
-      if (info.ndim > 1 || (info.ndim == 1 && info.strides[0] != info.itemsize)) {
-        throw py::value_error("bytes must be contiguous");
-      }
-      request.bytes = {static_cast<const std::uint8_t*>(info.ptr),
-                       static_cast<std::size_t>(info.size * info.itemsize)};
-    } else {
-      // The same bytes as the file system has, whatever the locale.
-      const auto name =
-          py::reinterpret_steal<py::bytes>(PyUnicode_EncodeFSDefault(fields[0].ptr()));
-      if (!name) throw py::error_already_set();
-      request.path = name.cast<std::string>();
-      if (request.path.empty()) throw py::value_error("a path must not be empty");
-    }
+    set_data(&request, fields[0], &requests.held);
     requests.items.push_back(std::move(request));
   }
   return requests;
@@ -91,6 +96,26 @@ py::list load_batch(const py::list& sources, const clsp::LoadPolicy& policy, int
   py::list out;
   for (clsp::Loaded& item : loaded) out.append(to_object(std::move(item)));
   return out;
+}
+
+// (offset, channels, rate, frames), (offset,) for another decoder, or (reason, message).
+py::tuple probe(const py::object& source) {
+  clsp::LoadRequest request;
+  std::vector<py::buffer_info> held;
+  set_data(&request, source, &held);
+  try {
+    const clsp::Probed probed = [&] {
+      const py::gil_scoped_release release;
+      return clsp::probe(request);
+    }();
+    if (!probed.header) return py::make_tuple(probed.offset);
+    const clsp::Header& header = *probed.header;
+    const auto frames =
+        probed.frames_known ? std::optional<std::uint64_t>(header.frames) : std::nullopt;
+    return py::make_tuple(probed.offset, header.channels, header.sample_rate_hz, frames);
+  } catch (const clsp::AudioFailure& failure) {
+    return py::make_tuple(failure.reason(), failure.what());
+  }
 }
 
 py::object finish(const py::object& waveform, int sample_rate_hz, const clsp::LoadPolicy& policy) {
@@ -184,6 +209,7 @@ void bind_audio(py::module_& m) {
 
   m.def("load_batch", &load_batch, arg("sources"), py::kw_only(), arg("policy"), arg("num_threads"),
         arg("isa") = "auto");
+  m.def("probe", &probe, arg("source"));
   m.def("finish", &finish, arg("waveform"), py::kw_only(), arg("sample_rate_hz"), arg("policy"));
   m.def("select_section", &select_section, arg("channels"), arg("sample_rate_hz"), arg("frames"),
         arg("start_s"), arg("duration_s"), arg("channel"), arg("policy"));

@@ -11,29 +11,13 @@
 namespace clsp {
 namespace {
 
-constexpr std::size_t kStreamInfoBytes = 34;
+constexpr std::uint8_t kStreamInfoBytes = 34;
 constexpr std::size_t kWindow = std::size_t{1} << 16;
 
 std::uint32_t big_endian(const std::uint8_t* p, int bytes) {
   std::uint32_t value = 0;
   for (int i = 0; i < bytes; ++i) value = value << 8 | p[i];
   return value;
-}
-
-// Where the stream begins, behind any ID3v2 tags, or nothing.
-std::optional<std::uint64_t> stream_offset(const ByteSource& source) {
-  std::uint8_t head[10];
-  std::uint64_t offset = 0;
-  for (int tags = 0; tags < 16; ++tags) {
-    const std::size_t got = source.read(offset, head, sizeof head);
-    if (got >= 4 && std::memcmp(head, "fLaC", 4) == 0) return offset;
-    if (got < sizeof head || std::memcmp(head, "ID3", 3) != 0) break;
-    const bool footer = (head[5] & 0x10) != 0;
-    std::uint32_t size = 0;
-    for (int i = 6; i < 10; ++i) size = size << 7 | (head[i] & 0x7Fu);
-    offset += sizeof head + size + (footer ? sizeof head : 0);
-  }
-  return std::nullopt;
 }
 
 // Bytes of the file from one offset on, of which as many are in memory as were asked for.
@@ -98,6 +82,24 @@ class FrameReader {
            (rest.size() == kTagBytes && std::memcmp(rest.data(), "TAG", 3) == 0);
   }
 
+  // Whether another stream begins in what follows, as after `cat a.flac b.flac`.
+  bool another_stream_follows() {
+    const Span<const std::uint8_t> rest = window_.bytes(kSearchBytes, kSearchBytes);
+    static constexpr std::uint8_t kBegin[] = {'f', 'L', 'a', 'C', 0, 0, 0, kStreamInfoBytes};
+    for (std::size_t i = 0; i + sizeof kBegin <= rest.size(); ++i) {
+      const void* at = std::memchr(rest.data() + i, 'f', rest.size() - i);
+      if (at == nullptr) return false;
+      i = static_cast<std::size_t>(static_cast<const std::uint8_t*>(at) - rest.data());
+      if (i + sizeof kBegin > rest.size()) return false;
+      // The first bit of the block tells whether it is the last one.
+      if (std::memcmp(at, kBegin, 4) == 0 && (rest[i + 4] & 0x7F) == 0 &&
+          std::memcmp(rest.data() + i + 5, kBegin + 5, 3) == 0) {
+        return true;
+      }
+    }
+    return false;
+  }
+
   // Whether the next frame is there, as far as its header says.
   bool another_follows() {
     try {
@@ -153,6 +155,7 @@ class FrameReader {
 
   static constexpr std::size_t kTagBytes = 128;
   static constexpr std::size_t kScanBytes = std::size_t{1} << 14;
+  static constexpr std::size_t kSearchBytes = std::size_t{1} << 20;
 
   void go_to(const Place& place) {
     next_ = place;
@@ -214,10 +217,8 @@ class FrameReader {
 
 }  // namespace
 
-bool is_flac(const ByteSource& source) { return stream_offset(source).has_value(); }
-
-FlacInfo parse_flac(const ByteSource& source) {
-  std::uint64_t offset = stream_offset(source).value_or(0) + 4;
+FlacInfo parse_flac(const ByteSource& source, std::uint64_t offset) {
+  offset += 4;
   FlacInfo info{};
   std::uint8_t head[4];
   // A block takes at least 4 bytes; the cap bounds the walk through a file made of empty ones.
@@ -262,6 +263,12 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
     throw AudioFailure("truncated",
                        "decoding stopped after " + std::to_string(done) + of + " samples: " + why);
   };
+  const auto refuse_joined = [&] {
+    if (!frames.another_stream_follows()) return;
+    throw AudioFailure("format",
+                       "a second FLAC file follows the first; split them, or join their samples, "
+                       "for instance with `sox a.flac b.flac out.flac`");
+  };
   try {
     while (frames.position() < last && !frames.at_end()) {
       const std::uint64_t begin = frames.position();
@@ -275,6 +282,7 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
                                                            static_cast<std::size_t>(to - from)));
     }
   } catch (const FlacDamage& damage) {
+    if (info.frames == 0) refuse_joined();
     fail("the frame at byte " + std::to_string(frames.offset()) + " is damaged (" + damage.what() +
          ")");
   }
@@ -284,6 +292,7 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
     throw AudioFailure("format", "the FLAC header states " + std::to_string(info.frames) +
                                      " samples, but more follow; decode and encode it again");
   }
+  if (last == info.frames) refuse_joined();
   part.samples.resize(static_cast<std::size_t>(done));
   part.end = frames.position();
   return part;

@@ -6,7 +6,7 @@
 
 #include "checked.h"
 #include "simd.h"
-#include "wav.h"
+#include "source.h"
 
 namespace clsp {
 
@@ -19,11 +19,9 @@ struct FlacInfo {
   std::uint64_t data_offset;
 };
 
-// Whether the native FLAC stream begins here, behind ID3v2 tags or not; FLAC in Ogg is none.
-bool is_flac(const ByteSource& source);
-
-// Reads the metadata blocks. Throws AudioFailure("format" | "truncated").
-FlacInfo parse_flac(const ByteSource& source);
+// Reads the metadata blocks of the stream that begins at `offset`. Throws
+// AudioFailure("format" | "truncated").
+FlacInfo parse_flac(const ByteSource& source, std::uint64_t offset);
 
 struct FlacPart {
   Samples samples;
@@ -34,7 +32,8 @@ struct FlacPart {
 // `channel` is negative, to [-1, 1). Every frame that is read has its checksums and its place in
 // the stream checked. Memory grows with what is really decoded, whatever the header says. Throws
 // AudioFailure("truncated") where a frame is damaged, or missing from a stream of stated length; a
-// stream of unknown length gives what there is.
+// stream of unknown length gives what there is. Throws AudioFailure("format") where more follows
+// behind the end: frames, or another stream.
 FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64_t first,
                      std::uint64_t count, int channel, Isa isa);
 

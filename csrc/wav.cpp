@@ -1,85 +1,34 @@
 #include "wav.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <array>
-#include <cerrno>
+#include <cctype>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 namespace clsp {
 namespace {
 
-class FileSource : public ByteSource {
- public:
-  // O_NONBLOCK: opening a named pipe must not wait for its other end.
-  explicit FileSource(const std::string& path)
-      : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-    if (descriptor_ < 0) throw AudioFailure("open", std::strerror(errno));
-    struct stat status;
-    const bool regular = ::fstat(descriptor_, &status) == 0 && S_ISREG(status.st_mode);
-    if (!regular) {
-      ::close(descriptor_);
-      throw AudioFailure("open", "not a regular file; pass its bytes or a file object instead");
-    }
-    size_ = static_cast<std::uint64_t>(status.st_size);
-  }
-  ~FileSource() override { ::close(descriptor_); }
-  FileSource(const FileSource&) = delete;
-  FileSource& operator=(const FileSource&) = delete;
-
-  std::uint64_t size() const override { return size_; }
-
-  std::size_t read(std::uint64_t offset, std::uint8_t* bytes, std::size_t count) const override {
-    std::size_t done = 0;
-    while (done < count) {
-      const auto at = static_cast<off_t>(offset + done);
-      const ssize_t got = ::pread(descriptor_, bytes + done, count - done, at);
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) throw AudioFailure("open", std::strerror(errno));
-      if (got == 0) break;
-      done += static_cast<std::size_t>(got);
-    }
-    return done;
-  }
-
- private:
-  int descriptor_;
-  std::uint64_t size_ = 0;
-};
-
-class MemorySource : public ByteSource {
- public:
-  explicit MemorySource(Span<const std::uint8_t> bytes) : bytes_(bytes) {}
-
-  std::uint64_t size() const override { return bytes_.size(); }
-
-  std::size_t read(std::uint64_t offset, std::uint8_t* bytes, std::size_t count) const override {
-    if (offset >= bytes_.size()) return 0;
-    const auto begin = static_cast<std::size_t>(offset);
-    const std::size_t got = std::min(count, bytes_.size() - begin);
-    std::memcpy(bytes, bytes_.data() + begin, got);
-    return got;
-  }
-
- private:
-  Span<const std::uint8_t> bytes_;
-};
-
-std::uint32_t little_endian(const std::uint8_t* p, int bytes) {
-  std::uint32_t value = 0;
-  for (int i = 0; i < bytes; ++i) value |= static_cast<std::uint32_t>(p[i]) << (8 * i);
+std::uint64_t little_endian(const std::uint8_t* p, int bytes) {
+  std::uint64_t value = 0;
+  for (int i = 0; i < bytes; ++i) value |= static_cast<std::uint64_t>(p[i]) << (8 * i);
   return value;
+}
+
+std::uint32_t word(const std::uint8_t* p) {
+  return static_cast<std::uint32_t>(little_endian(p, 4));
+}
+std::uint32_t half_word(const std::uint8_t* p) {
+  return static_cast<std::uint32_t>(little_endian(p, 2));
 }
 
 bool has_tag(const std::uint8_t* p, const char* tag) { return std::memcmp(p, tag, 4) == 0; }
 
 constexpr std::uint32_t kPcm = 1, kFloat = 3, kAlawTag = 6, kMulawTag = 7, kExtensible = 0xFFFE;
+// What follows the encoding in the identifier of an extensible header.
+constexpr std::uint8_t kGuidTail[14] = {0, 0, 0, 0, 0x10, 0, 0x80, 0, 0, 0xAA, 0, 0x38, 0x9B, 0x71};
 
-SampleFormat sample_format(std::uint32_t tag, std::uint32_t bits) {
+std::optional<SampleFormat> sample_format(std::uint32_t tag, std::uint32_t bits) {
   const std::uint32_t bytes = (bits + 7) / 8;
   if (tag == kPcm && bytes == 1) return SampleFormat::kU8;
   if (tag == kPcm && bytes == 2) return SampleFormat::kS16;
@@ -87,79 +36,183 @@ SampleFormat sample_format(std::uint32_t tag, std::uint32_t bits) {
   if (tag == kPcm && bytes == 4) return SampleFormat::kS32;
   if (tag == kFloat && bits == 32) return SampleFormat::kF32;
   if (tag == kFloat && bits == 64) return SampleFormat::kF64;
-  if (tag == kAlawTag && bits == 8) return SampleFormat::kAlaw;
-  if (tag == kMulawTag && bits == 8) return SampleFormat::kMulaw;
-  throw AudioFailure("format", "WAV encoding " + std::to_string(tag) + " with " +
-                                   std::to_string(bits) +
-                                   " bits is not supported; convert it to 16-bit PCM");
+  if (tag == kAlawTag) return SampleFormat::kAlaw;
+  if (tag == kMulawTag) return SampleFormat::kMulaw;
+  return std::nullopt;
 }
 
-WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint32_t size) {
+WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint64_t size) {
   std::uint8_t chunk[40] = {};
-  const std::size_t wanted = std::min<std::size_t>(size, sizeof chunk);
+  const auto wanted = static_cast<std::size_t>(std::min<std::uint64_t>(size, sizeof chunk));
   if (wanted < 16 || source.read(offset, chunk, wanted) < wanted) {
     throw AudioFailure("format", "the WAV format chunk is incomplete");
   }
-  std::uint32_t tag = little_endian(chunk, 2);
-  // An extensible header names the encoding in the first two bytes of its GUID.
-  if (tag == kExtensible && wanted >= 26) tag = little_endian(chunk + 24, 2);
-  const std::uint32_t channels = little_endian(chunk + 2, 2), rate = little_endian(chunk + 4, 4);
-  const std::uint32_t frame_bytes = little_endian(chunk + 12, 2);
+  std::uint32_t tag = half_word(chunk);
+  // An extensible header names the encoding in the first two bytes of its identifier.
+  if (tag == kExtensible && wanted == sizeof chunk &&
+      std::memcmp(chunk + 26, kGuidTail, sizeof kGuidTail) == 0) {
+    tag = half_word(chunk + 24);
+  }
+  const std::uint32_t channels = half_word(chunk + 2), rate = word(chunk + 4);
+  const std::uint32_t frame_bytes = half_word(chunk + 12), bits = half_word(chunk + 14);
   if (channels == 0) throw AudioFailure("channels", "the WAV header says 0 channels");
+  if (frame_bytes == 0) throw AudioFailure("format", "the WAV header says frames of 0 bytes");
+  const std::optional<SampleFormat> format = sample_format(tag, bits);
+  if (!format) throw AudioFailure(kOtherFormat, "");
+  // Sizes of frames are often wrong, and the channels and bits decide. But three of four bytes may
+  // be meant here, and which three is not said.
+  if (*format == SampleFormat::kS24 && frame_bytes == 4 * channels) {
+    throw AudioFailure("format", "the WAV header contradicts itself: samples of " +
+                                     std::to_string(bits) + " bits in " +
+                                     std::to_string(frame_bytes / channels) +
+                                     " bytes; convert it to 16-bit PCM");
+  }
   WavInfo info{};
-  info.format = sample_format(tag, little_endian(chunk + 14, 2));
+  info.format = *format;
   info.channels = static_cast<int>(channels);
   info.sample_rate_hz = static_cast<int>(std::min<std::uint32_t>(rate, 0x7FFFFFFF));
-  if (frame_bytes != channels * sample_bytes(info.format)) {
-    throw AudioFailure("format", "the WAV header contradicts itself: " + std::to_string(channels) +
-                                     " channels in frames of " + std::to_string(frame_bytes) +
-                                     " bytes");
-  }
   return info;
+}
+
+// Chunks that hold no sound.
+bool is_metadata(const std::uint8_t* tag) {
+  static const char* const kTags[] = {
+      "LIST", "JUNK", "junk", "PAD ", "FLLR", "fact", "PEAK", "bext", "iXML", "axml",
+      "_PMX", "id3 ", "ID3 ", "cue ", "plst", "labl", "ltxt", "note", "smpl", "inst",
+      "acid", "DISP", "cart", "chna", "afsp", "umid", "minf", "elm1", "regn", "levl"};
+  return std::any_of(std::begin(kTags), std::end(kTags),
+                     [&](const char* known) { return has_tag(tag, known); });
+}
+
+bool is_known(const std::uint8_t* tag) {
+  return is_metadata(tag) || has_tag(tag, "fmt ") || has_tag(tag, "data") || has_tag(tag, "ds64");
+}
+
+bool is_printable(const std::uint8_t* tag) {
+  return std::all_of(tag, tag + 4, [](std::uint8_t c) { return c >= 0x20 && c < 0x7F; });
+}
+
+struct Chunk {
+  std::uint8_t tag[4];
+  std::uint32_t size;
+  std::uint64_t begin;  // of its content
+};
+
+// The chunks of a file, one after the other.
+class ChunkReader {
+ public:
+  ChunkReader(const ByteSource& source, std::uint64_t offset) : source_(source), offset_(offset) {}
+
+  std::optional<Chunk> next() {
+    // A chunk of odd size has a pad byte behind it, which some writers leave out.
+    std::uint8_t head[9];
+    const std::size_t pad = odd_ ? 1 : 0, got = source_.read(offset_, head, 8 + pad);
+    if (got < 8) return std::nullopt;
+    const bool unpadded = pad == 1 && (got < 9 || !is_known(head + 1)) &&
+                          (is_known(head) || (head[0] != 0 && is_printable(head)));
+    const std::size_t first = unpadded ? 0 : pad;
+    if (got < first + 8) return std::nullopt;
+    Chunk chunk{};
+    std::memcpy(chunk.tag, head + first, 4);
+    chunk.size = word(head + first + 4);
+    chunk.begin = offset_ + first + 8;
+    offset_ = chunk.begin + chunk.size;
+    odd_ = chunk.size % 2 == 1;
+    return chunk;
+  }
+
+  // Where the chunk that was read last ends.
+  std::uint64_t offset() const { return offset_; }
+
+ private:
+  const ByteSource& source_;
+  std::uint64_t offset_;
+  bool odd_ = false;
+};
+
+// Whether the file goes on with metadata rather than with samples.
+bool only_metadata_follows(const ByteSource& source, std::uint64_t offset) {
+  constexpr int kMostChunks = 1000;
+  ChunkReader chunks(source, offset);
+  for (int read = 0; read < kMostChunks; ++read) {
+    const std::optional<Chunk> chunk = chunks.next();
+    if (!chunk || !is_printable(chunk->tag)) return false;
+    if (is_metadata(chunk->tag)) return true;
+    const std::uint64_t end = chunks.offset();
+    if (end >= source.size() || end + chunk->size % 2 == source.size()) {
+      return end <= source.size();
+    }
+  }
+  return false;
+}
+
+// Whether a second file follows, as after `cat a.wav b.wav`.
+bool another_follows(const ByteSource& source, std::uint64_t offset) {
+  constexpr std::size_t kMostBytes = std::size_t{1} << 20, kHeadBytes = 12;
+  const std::uint64_t left = source.size() - offset;
+  std::vector<std::uint8_t> rest(
+      static_cast<std::size_t>(std::min<std::uint64_t>(left, kMostBytes)));
+  const std::size_t got = source.read(offset, rest.data(), rest.size());
+  for (std::size_t i = 0; i + kHeadBytes <= got; ++i) {
+    const auto* const at = static_cast<const std::uint8_t*>(
+        std::memchr(rest.data() + i, 'R', got - kHeadBytes + 1 - i));
+    if (at == nullptr) return false;
+    i = static_cast<std::size_t>(at - rest.data());
+    if ((has_tag(at, "RIFF") || has_tag(at, "RF64")) && has_tag(at + 8, "WAVE")) return true;
+  }
+  return false;
+}
+
+// Sizes that stand for "up to the end" where the file holds less. The second one is what SoX writes
+// to a pipe, rounded down to whole frames.
+bool is_stream_size(std::uint64_t size, std::uint64_t step) {
+  return size >= 0x7FFFFF00 || (size <= 0x7FFFF000 && size + step > 0x7FFFF000);
+}
+
+// `long_size`: what the header of a file beyond 4 GiB states, or 0.
+void find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_size,
+               WavInfo* info) {
+  const std::uint64_t step =
+      std::uint64_t{static_cast<unsigned>(info->channels)} * sample_bytes(info->format);
+  const std::uint64_t rest = source.size() - chunk.begin;
+  const bool is_long = chunk.size == 0xFFFFFFFF && long_size != 0;
+  const std::uint64_t size = is_long ? long_size : chunk.size;
+  const bool unknown = is_long ? size >> 63 != 0 : is_stream_size(size, step);
+  bool stream = unknown && size > rest;
+  if (size == 0) stream = rest != 0 && !only_metadata_follows(source, chunk.begin);
+  if (!stream && size < rest && another_follows(source, chunk.begin + size)) {
+    throw AudioFailure("format",
+                       "a second WAV file follows the first; split them, or join their samples, "
+                       "for instance with `sox a.wav b.wav out.wav`");
+  }
+  info->data_offset = chunk.begin;
+  info->frames = (stream ? rest : size) / step;
+  info->present_frames = std::min(rest / step, info->frames);
 }
 
 }  // namespace
 
-std::unique_ptr<ByteSource> open_file(const std::string& path) {
-  if (path.find('\0') != std::string::npos) {
-    throw AudioFailure("open", "the path holds a NUL character");
-  }
-  return std::make_unique<FileSource>(path);
-}
-
-std::unique_ptr<ByteSource> open_memory(Span<const std::uint8_t> bytes) {
-  return std::make_unique<MemorySource>(bytes);
-}
-
-bool is_wav(const ByteSource& source) {
-  std::uint8_t head[12];
-  return source.read(0, head, sizeof head) == sizeof head && has_tag(head, "RIFF") &&
-         has_tag(head + 8, "WAVE");
-}
-
-WavInfo parse_wav(const ByteSource& source) {
-  WavInfo info{};
-  std::uint64_t offset = 12;
-  std::uint8_t head[8];
+WavInfo parse_wav(const ByteSource& source, std::uint64_t offset) {
+  std::optional<WavInfo> info;
+  std::uint64_t long_size = 0;
+  ChunkReader chunks(source, offset + 12);
   // A chunk takes at least 8 bytes; the cap bounds the walk through a file made of empty ones.
-  for (int chunks = 0; chunks < 65536 && source.read(offset, head, 8) == 8; ++chunks) {
-    const std::uint32_t size = little_endian(head + 4, 4);
-    offset += 8;
-    if (has_tag(head, "fmt ")) info = parse_format(source, offset, size);
-    if (has_tag(head, "data")) {
-      if (info.channels == 0) break;
-      const std::uint64_t rest = source.size() - offset;
-      const std::uint64_t bytes = size == 0 ? rest : std::min<std::uint64_t>(size, rest);
-      const auto channels = static_cast<std::uint32_t>(info.channels);
-      info.data_offset = offset;
-      info.frames = bytes / (channels * sample_bytes(info.format));
-      return info;
+  for (int read = 0; read < 65536; ++read) {
+    const std::optional<Chunk> chunk = chunks.next();
+    if (!chunk) break;
+    if (has_tag(chunk->tag, "fmt ")) info = parse_format(source, chunk->begin, chunk->size);
+    if (has_tag(chunk->tag, "ds64")) {
+      std::uint8_t sizes[16] = {};
+      source.read(chunk->begin, sizes, sizeof sizes);
+      long_size = little_endian(sizes + 8, 8);
     }
-    offset += std::uint64_t{size} + (size & 1);
+    if (!has_tag(chunk->tag, "data")) continue;
+    if (!info) break;
+    find_data(source, *chunk, long_size, &*info);
+    return *info;
   }
-  throw AudioFailure("format", info.channels == 0
-                                   ? "the WAV file has no format chunk before its data"
-                                   : "the WAV file has no data chunk");
+  throw AudioFailure("format", info ? "the WAV file has no data chunk"
+                                    : "the WAV file has no format chunk before its data");
 }
 
 void decode_wav(const ByteSource& source, const WavInfo& info, std::uint64_t first, int channel,

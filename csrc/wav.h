@@ -3,40 +3,28 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <string>
 
 #include "checked.h"
 #include "pcm.h"
+#include "source.h"
 
 namespace clsp {
-
-// Random access to the bytes of one recording.
-class ByteSource {
- public:
-  virtual ~ByteSource() = default;
-  virtual std::uint64_t size() const = 0;
-  // Reads up to `count` bytes at `offset`; fewer only at the end.
-  virtual std::size_t read(std::uint64_t offset, std::uint8_t* bytes, std::size_t count) const = 0;
-};
-
-// Throws AudioFailure("open") unless `path` is a regular file that can be read.
-std::unique_ptr<ByteSource> open_file(const std::string& path);
-std::unique_ptr<ByteSource> open_memory(Span<const std::uint8_t> bytes);
 
 struct WavInfo {
   SampleFormat format;
   int channels;
   int sample_rate_hz;
   std::uint64_t data_offset;
-  std::uint64_t frames;
+  std::uint64_t frames;          // as the header states; of a stream, as the file holds
+  std::uint64_t present_frames;  // fewer than `frames` where the file is cut
 };
 
-bool is_wav(const ByteSource& source);
-
-// Reads the chunks up to "data". A data size of 0, 0xFFFFFFFF or beyond the end means "up to the
-// end"; bytes of an incomplete last frame are dropped. Throws AudioFailure("format" | "channels").
-WavInfo parse_wav(const ByteSource& source);
+// Reads the chunks up to "data" of the RIFF, RF64 or BW64 file that begins at `offset`. A data size
+// of 0 before samples, or of 0x7FFFFF00 and more beyond the end, stands for "up to the end": that
+// is how streams, and recordings that were cut off, are written. Bytes of an incomplete last frame
+// are dropped. Throws AudioFailure("format" | "channels"), or of kOtherFormat for an encoding that
+// decode_wav does not know.
+WavInfo parse_wav(const ByteSource& source, std::uint64_t offset);
 
 // Decodes frames [first, first + mono.size()) of one channel, or of the mean over channels where
 // `channel` is negative. Scale: integers to [-1, 1), floats as they are.

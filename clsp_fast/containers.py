@@ -1,0 +1,224 @@
+"""Where the sound of a file begins and ends, as its container states it, for what libsndfile decodes.
+
+libsndfile takes a file that is cut for a shorter one, and in some containers what follows the sound for more
+of it. Here the header is compared with the file first. The extension reads WAV and FLAC itself; only WAV
+encodings that it does not know are handled here.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+_LONGEST_SEARCH = 1 << 20
+_MOST_CHUNKS = 65536
+# Sizes that stand for "up to the end" where the file holds less, of 64 and of 32 bits. SoX rounds its
+# to whole frames, and begins with 0x7F000000 in AIFF.
+_LEAST_STREAM_SIZE = {8: (1 << 63) - (1 << 16), 4: 0x7FFF0000}
+_LEAST_AIFF_STREAM_SIZE = 0x7F000000
+# Of these, libsndfile reads what follows the sound as sound.
+_READ_TOO_FAR = (b"riff", b"NIST", b".snd", b"FORM")
+_NIST_FIELD = re.compile(rb"^(\w+) -[a-z0-9]+ (\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the sound of a file is.
+
+    Attributes:
+        begin: offset of its first byte.
+        end: offset behind its last byte, as the header states it; None: up to the end of the file.
+        present_end: the same, as the file holds it.
+        size_at: offset of the field that states the size.
+        size_layout: how that field is written, for `struct`.
+        size_bias: what the field counts besides the sound.
+        extra_end: the end of chunks behind the sound that are needed to decode it.
+    """
+
+    begin: int
+    end: int | None
+    present_end: int
+    size_at: int = 0
+    size_layout: str = "<q"
+    size_bias: int = 0
+    extra_end: int = 0
+
+    @property
+    def cut(self) -> bool:
+        """Whether the file ends before what its header states."""
+        return max(self.end or 0, self.extra_end) > self.present_end
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a container of chunks is written: header bytes, tag and size of a chunk, and its alignment."""
+
+    first: int
+    size_at: int
+    size_layout: str
+    head_bytes: int
+    own_bytes: int
+    """What a chunk's size counts of its head."""
+    align: int
+    data_tags: tuple[bytes, ...]
+    data_head_bytes: int = 0
+    """What precedes the sound within its chunk."""
+
+
+_LAYOUTS = {
+    b"RIFF": _Layout(12, 4, "<I", 8, 0, 2, (b"data",)),
+    b"RIFX": _Layout(12, 4, ">I", 8, 0, 2, (b"data",)),
+    b"FORM AIFF": _Layout(12, 4, ">I", 8, 0, 2, (b"SSND",), data_head_bytes=8),
+    b"FORM": _Layout(12, 4, ">I", 8, 0, 2, (b"BODY",)),
+    b"caff": _Layout(8, 4, ">q", 12, 0, 1, (b"data",), data_head_bytes=4),
+    b"riff": _Layout(40, 16, "<q", 24, 24, 8, (b"data",)),
+}
+
+
+def find_extent(file: IO[bytes], size: int) -> Extent | None:
+    """Where the sound of a file of `size` bytes is; None where its container does not state it."""
+    head = _read(file, 0, 64)
+    if head.startswith(b".snd"):
+        return _au_extent(head, size)
+    if head.startswith(b"NIST"):
+        return _nist_extent(_read(file, 0, 1 << 16), size)
+    kind = b"FORM AIFF" if head.startswith(b"FORM") and head[8:11] == b"AIF" else head[:4]
+    layout = _LAYOUTS.get(kind)
+    return _chunk_extent(file, size, layout) if layout else None
+
+
+def find_second(file: IO[bytes], size: int, extent: Extent) -> bool:
+    """Whether a second file of the same container follows the first, as after `cat a.au b.au`."""
+    if extent.end is None or extent.end >= size:
+        return False
+    magic = _read(file, 0, 4)
+    magic = b"NIST_1A\n" if magic == b"NIST" else magic
+    rest = _read(file, extent.end, _LONGEST_SEARCH)
+    if magic not in (b"RIFF", b"RIFX", b"FORM", b"riff"):
+        return magic in rest
+    # Four letters and the kind of file behind its size: metadata would not hold both.
+    kind_at = 24 if magic == b"riff" else 8
+    kind = _read(file, kind_at, 4)
+    return (
+        re.search(re.escape(magic) + b".{%d}" % (kind_at - 4) + re.escape(kind), rest, re.DOTALL) is not None
+    )
+
+
+def with_size(file: IO[bytes], extent: Extent) -> tuple[bytes, bytes, bytes]:
+    """The parts of the file as it would be if its header stated what it holds."""
+    stated = struct.pack(extent.size_layout, extent.present_end - extent.begin + extent.size_bias)
+    file.seek(0)
+    return file.read(extent.size_at), stated, file.read()[len(stated) :]
+
+
+def reads_too_far(head: bytes) -> bool:
+    """Whether libsndfile reads what follows the sound of such a file as sound."""
+    return head.startswith(_READ_TOO_FAR)
+
+
+def _read(file: IO[bytes], offset: int, count: int) -> bytes:
+    file.seek(offset)
+    return file.read(count)
+
+
+def _extent(begin: int, stated: int, size: int, at: int = 0, layout: str = "<q", bias: int = 0) -> Extent:
+    """Of sound that is stated to take `stated` bytes in a file of `size` bytes."""
+    least = _LEAST_STREAM_SIZE[struct.calcsize(layout)] if layout != ">I" else _LEAST_AIFF_STREAM_SIZE
+    end = None if stated <= 0 or stated >= max(least, size - begin + 1) else begin + stated
+    present = size if end is None else min(end, size)
+    return Extent(begin, end, present, at, layout, bias)
+
+
+def _au_extent(head: bytes, size: int) -> Extent | None:
+    if len(head) < 12:
+        return None
+    begin, stated = struct.unpack_from(">II", head, 4)
+    return _extent(begin, stated, size, 8, ">I")
+
+
+def _nist_extent(head: bytes, size: int) -> Extent | None:
+    fields = dict(_NIST_FIELD.findall(head.split(b"end_head")[0]))
+    try:
+        begin = int(head[8:16])
+        samples, width = int(fields[b"sample_count"]), int(fields[b"sample_n_bytes"])
+        stated = samples * width * int(fields.get(b"channel_count", b"1"))
+    except (KeyError, ValueError):
+        return None
+    coding = fields.get(b"sample_coding", b"pcm")
+    if b"," in coding or stated <= 0:  # packed, or not stated
+        return None
+    return _extent(begin, stated, size)
+
+
+def _chunk_extent(file: IO[bytes], size: int, layout: _Layout) -> Extent | None:
+    found: Extent | None = None
+    for tag, at, content, stated in _chunks(file, size, layout):
+        if found is not None:
+            # Compressed sound in CAF has the sizes of its packets behind it.
+            if layout.size_layout == ">q" and tag == b"pakt":
+                return _extent_with_extra(found, content + stated, size)
+        elif tag in layout.data_tags:
+            head_bytes = layout.data_head_bytes
+            begin, sound = content + head_bytes, stated - head_bytes
+            empty = (sound == 0 and head_bytes > 0) or stated == 0
+            if empty and _only_chunks_follow(file, size, content + stated, layout):
+                found = Extent(content, content, content)
+            else:
+                bias = head_bytes + layout.own_bytes
+                found = _extent(begin, sound, size, at + layout.size_at, layout.size_layout, bias)
+    return found
+
+
+def _extent_with_extra(found: Extent, extra_end: int, size: int) -> Extent:
+    present = size if extra_end > size else found.present_end
+    return Extent(found.begin, found.end, present, extra_end=extra_end if extra_end > size else 0)
+
+
+def _chunks(file: IO[bytes], size: int, layout: _Layout) -> Iterator[tuple[bytes, int, int, int]]:
+    """(tag, offset, offset of the content, stated size of the content) of each chunk."""
+    at = layout.first
+    for _ in range(_MOST_CHUNKS):
+        head = _read(file, at, layout.head_bytes)
+        if len(head) < layout.head_bytes:
+            return
+        (stated,) = struct.unpack_from(layout.size_layout, head, layout.size_at)
+        content, stated = at + layout.head_bytes, stated - layout.own_bytes
+        yield head[:4], at, content, stated
+        if stated < 0:
+            return
+        at = content + stated
+        odd = -at % layout.align if layout.align > 2 else stated % layout.align
+        # Writers leave the pad byte out now and then.
+        if (
+            odd == 1
+            and layout.align == 2
+            and _is_tag(_read(file, at, 4))
+            and not _is_tag(_read(file, at + 1, 4))
+        ):
+            odd = 0
+        at += odd
+
+
+def _is_tag(tag: bytes) -> bool:
+    return len(tag) == 4 and all(0x20 <= byte < 0x7F for byte in tag)
+
+
+def _only_chunks_follow(file: IO[bytes], size: int, offset: int, layout: _Layout) -> bool:
+    """Whether the file ends here, or goes on with whole chunks up to its end."""
+    if offset >= size:
+        return True
+    at = offset
+    while at + layout.head_bytes <= size:
+        head = _read(file, at, layout.head_bytes)
+        (stated,) = struct.unpack_from(layout.size_layout, head, layout.size_at)
+        stated -= layout.own_bytes
+        if not _is_tag(head[:4]) or stated < 0:
+            return False
+        at += layout.head_bytes + stated
+        if at == size:
+            return True
+        at += -at % layout.align if layout.align > 2 else stated % layout.align
+    return at == size
