@@ -49,6 +49,7 @@ FILES = [
     "test_roberta.py",
     "test_scaled_adam.py",
     "test_score.py",
+    "test_search.py",
     "test_similarity.py",
     "test_step.py",
     "test_sums.py",
