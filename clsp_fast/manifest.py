@@ -387,6 +387,8 @@ def _is_path(value: object) -> TypeGuard[str]:
     """Whether it can be the name of a file, be there one or not. Names need not be UTF-8."""
     if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME:
         return False
+    if value.isascii():
+        return True
     try:
         os.fsencode(value)
     except UnicodeEncodeError:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
-from clsp_fast import data, embed, evaluate, manifest, paths, score
+from clsp_fast import audio, data, embed, evaluate, manifest, paths, score
 from clsp_fast.config import DataConfig
 from clsp_fast.model import CLSP
 from clsp_fast.store import Embeddings
@@ -294,6 +296,22 @@ def test_every_suffix_that_is_taken_can_hold_a_recording(tmp_path: Path, make_cl
     clip.unlink()
     assert len(paths.scan(tmp_path / "clips").recordings) == 2 * len(paths.AUDIO_SUFFIXES)
     assert not paths.AUDIO_SUFFIXES & paths.CONVERT_SUFFIXES
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.sph", "NIST"), ("a.voc", "VOC"), ("a.au", "AU"), ("a.aifc", "AIFF"), ("a.caf", "CAF"),
+        ("a.w64", "W64"), ("a.RF64", "RF64"), ("a.Wave", "WAV"), ("a.oga", "OGG"), ("a.MPGA", "MP3"),
+        ("a.flac", "FLAC"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_gives_is_decoded(name: str, kind: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    with file.open("wb") as stream:
+        soundfile.write(stream, 0.1 * np.sin(np.arange(8000) / 9), 16000, format=kind)
+    assert paths.scan(tmp_path).recordings == [str(file)]
+    assert abs(len(audio.load(file)) - 8000) < 2000
 
 
 def test_a_model_takes_them_too(clips: Path, tiny: CLSP) -> None:
