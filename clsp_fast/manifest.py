@@ -325,20 +325,20 @@ _MODEL_RATE_HZ = 16_000
 
 def _refuse_transforms(transforms: object) -> None:
     """ValueError unless the recording's transforms only resample, as reading it does anyway."""
+    fix = "write the audio out first (CutSet.save_audios)"
     for transform in transforms if isinstance(transforms, list) else [transforms]:
-        name = transform.get("name") if isinstance(transform, Mapping) else None
-        fix = "write the audio out first (CutSet.save_audios)"
-        if name != "Resample":
+        name = transform.get("name") if isinstance(transform, Mapping) else transform
+        if not isinstance(transform, Mapping) or name != "Resample":
             raise ValueError(
                 f"recording.transforms is not supported but for Resample, got {name!a:.60}: {fix}"
             )
-        rates = transform.get("kwargs") or {}
+        kwargs = transform.get("kwargs")
+        rates = kwargs if isinstance(kwargs, Mapping) else {}
         low, source = (rates.get(f"{key}_sampling_rate") for key in ("target", "source"))
         # What a lower rate cut off is still in the file.
-        if isinstance(low, int) and low < min(_MODEL_RATE_HZ, source or _MODEL_RATE_HZ):
-            raise ValueError(
-                f"recording.transforms: Resample to {low} Hz, under {_MODEL_RATE_HZ}, is lossy: {fix}"
-            )
+        least = min(_MODEL_RATE_HZ, source) if isinstance(source, int) else _MODEL_RATE_HZ
+        if isinstance(low, int) and low < least:
+            raise ValueError(f"recording.transforms: Resample to {low} Hz, under {least}, is lossy: {fix}")
 
 
 def _lhotse_source(sources: list[Mapping[str, Any]], wanted: object) -> tuple[Any, int | None]:
