@@ -15,12 +15,12 @@ from typing import IO
 
 _LONGEST_SEARCH = 1 << 20
 _MOST_CHUNKS = 65536
-# Sizes that stand for "up to the end" where the file holds less, of 64 and of 32 bits. SoX rounds its
-# to whole frames, and begins with 0x7F000000 in AIFF.
+# Sizes that stand for "up to the end" where the file holds less, of 64 and of 32 bits. SoX rounds
+# 0x7FFFF000 down to whole frames, and in AIFF 0x7F000000.
 _LEAST_STREAM_SIZE = {8: (1 << 63) - (1 << 16), 4: 0x7FFF0000}
-_LEAST_AIFF_STREAM_SIZE = 0x7F000000
-# Of these, libsndfile reads what follows the sound as sound.
-_READ_TOO_FAR = (b"riff", b"NIST", b".snd", b"FORM")
+_LEAST_AIFF_STREAM_SIZE = 0x7EFF0000
+# Of these, libsndfile reads what follows the sound as sound, were it but a pad byte.
+_READ_TOO_FAR = (b"RIFF", b"riff", b"NIST", b".snd", b"FORM")
 _NIST_FIELD = re.compile(rb"^(\w+) -[a-z0-9]+ (\S+)", re.MULTILINE)
 
 
@@ -181,6 +181,8 @@ def _chunks(file: IO[bytes], size: int, layout: _Layout) -> Iterator[tuple[bytes
     """(tag, offset, offset of the content, stated size of the content) of each chunk."""
     at = layout.first
     for _ in range(_MOST_CHUNKS):
+        if at >= size:
+            return
         head = _read(file, at, layout.head_bytes)
         if len(head) < layout.head_bytes:
             return

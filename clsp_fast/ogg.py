@@ -12,6 +12,8 @@ from typing import IO
 
 _HEAD = struct.Struct("<4sBBqIIIB")
 _FIRST, _LAST = 2, 4
+LONGEST_HEAD = _HEAD.size + 255
+"""Bytes of a page before its content, at most."""
 _LONGEST_GAP = 1 << 16
 _FLAC_HEAD = b"\x7fFLAC"
 _AUDIO = (b"\x01vorbis", b"OpusHead", b"Speex   ", _FLAC_HEAD)
@@ -80,7 +82,7 @@ def recordings(file: IO[bytes], size: int) -> list[Recording]:
 def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int, int, int] | None:
     """(offset, flags, granule position, serial number, offset of the content, end) of a page."""
     file.seek(at)
-    head = file.read(_HEAD.size + 255)
+    head = file.read(LONGEST_HEAD)
     if not head.startswith(b"OggS"):
         file.seek(at)
         gap = file.read(_LONGEST_GAP).find(b"OggS")
@@ -88,7 +90,7 @@ def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int,
             return None
         at += gap
         file.seek(at)
-        head = file.read(_HEAD.size + 255)
+        head = file.read(LONGEST_HEAD)
     if len(head) < _HEAD.size:
         return at, 0, 0, -1, at, size + 1
     _, _, flags, samples, serial, _, _, segments = _HEAD.unpack_from(head)

@@ -42,6 +42,9 @@ _MAGIC = (
     b"NIST",
     b"Creative Voice",
 )
+_SEEKABLE = frozenset(
+    ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "OPUS")
+)
 _MP3_RATES_HZ = (44100, 48000, 32000)
 _MP3_KBPS = (  # MPEG-2 and 2.5, MPEG-1
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -117,6 +120,9 @@ def open_stream(
             if cut:
                 raise DecodeError(cut, "truncated") from error
             raise DecodeError(f"cannot be decoded: {error.error_string}") from error
+        # Of encodings in blocks, libsndfile makes up the rest of a block that is cut.
+        if cut and not all(part.subtype in _SEEKABLE for part in opened):
+            raise DecodeError(cut, "truncated")
         kinds = {(part.samplerate, part.channels) for part in opened}
         if len(kinds) > 1:
             listed = " and ".join(f"{rate} Hz in {channels} channels" for rate, channels in sorted(kinds))
@@ -163,8 +169,8 @@ def _read_part(
     mean = channel is None and part.channels > 1
     position, last, problem = 0, first + count, ""
     try:
-        # MP3 seeks are not exact, and without a length there are none.
-        if first > 0 and part.frames < UNKNOWN_LENGTH and part.format != "MP3":
+        # Not of every encoding are seeks exact, and without a length there are none.
+        if first > 0 and part.frames < UNKNOWN_LENGTH and part.subtype in _SEEKABLE:
             position = part.seek(first)
         while position < last:
             block = part.read(min(last - position, len(buffer)), out=buffer)
@@ -263,7 +269,8 @@ def _ogg_parts(file: IO[bytes], size: int) -> tuple[list[IO[bytes]], str]:
         raise DecodeError(f"holds several recordings at the same time; choose one, {_FIX}") from None
     whole = all(recording.ended for recording in recordings)
     cut = "" if whole else "the last page of the Ogg stream is missing; decode and encode what is there"
-    if cut and len(recordings[-1].pages) == 1:
+    # Not even the second page begins.
+    if cut and len(recordings[-1].pages) == 1 and size - sum(recordings[-1].pages[0]) < ogg.LONGEST_HEAD:
         raise DecodeError("the Ogg stream ends within its header")
     if len(recordings) == 1 and not recordings[0].is_flac:
         covered = sum(count for _, count in recordings[0].pages)
@@ -376,9 +383,9 @@ def _mp3_spans(audio: memoryview) -> list[tuple[int, int]]:
     A recording begins where a frame states a length, where the frames change in kind, and where many more
     frames follow than were stated.
     """
-    begins, at, frames = [0], 0, 0
+    begins, at, frames, in_step = [0], 0, 0, True
     kind, stated = _mp3_kind(audio), _mp3_stated(audio[:64])
-    while (begin := _next_mp3_frame(audio, at, kind)) is not None:
+    while (begin := _next_mp3_frame(audio, at, kind if in_step else None)) is not None:
         head = audio[begin : begin + 64]
         length = _mp3_stated(head)
         more = stated is not None and frames == stated[0] > 0 and _goes_on(audio, begin)
@@ -387,13 +394,17 @@ def _mp3_spans(audio: memoryview) -> list[tuple[int, int]]:
             frames, kind, stated = 0, _mp3_kind(head), length
         frames += length is None
         at = begin + _mp3_frame_bytes(head)
+        # Where no frame follows, this one may be cut, and the next recording begin within its stated length.
+        in_step = at >= len(audio) or _MP3_HEADER.match(audio, at) is not None
+        at = at if in_step else begin + 4
     return list(zip(begins, [*begins[1:], len(audio)], strict=True))
 
 
-def _next_mp3_frame(audio: memoryview, at: int, kind: tuple[int, int, bool]) -> int | None:
+def _next_mp3_frame(audio: memoryview, at: int, kind: tuple[int, int, bool] | None) -> int | None:
     """Where the next frame begins, behind tags and other bytes that are none.
 
-    Behind these, and where its kind changes, it counts only if another one of the kind follows, or nothing.
+    It is one if it begins at once and is of the kind. Others count only if another one of theirs follows, or
+    nothing.
     """
     while at < len(audio):
         match = _MP3_HEADER.search(audio, at, at + _MP3_LONGEST_GAP)

@@ -79,7 +79,7 @@ bool is_metadata(const std::uint8_t* tag) {
   static const char* const kTags[] = {
       "LIST", "JUNK", "junk", "PAD ", "FLLR", "fact", "PEAK", "bext", "iXML", "axml",
       "_PMX", "id3 ", "ID3 ", "cue ", "plst", "labl", "ltxt", "note", "smpl", "inst",
-      "acid", "DISP", "cart", "chna", "afsp", "umid", "minf", "elm1", "regn", "levl"};
+      "acid", "DISP", "cart", "chna", "afsp", "umid", "minf", "elm1", "regn"};
   return std::any_of(std::begin(kTags), std::end(kTags),
                      [&](const char* known) { return has_tag(tag, known); });
 }
