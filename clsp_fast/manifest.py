@@ -323,7 +323,7 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
 _MODEL_RATE_HZ = 16_000
 
 
-def _refuse_transforms(transforms: object) -> None:
+def _refuse_transforms(transforms: Any) -> None:
     """ValueError unless the recording's transforms only resample, as reading it does anyway."""
     fix = "write the audio out first (CutSet.save_audios)"
     for transform in transforms if isinstance(transforms, list) else [transforms]:
