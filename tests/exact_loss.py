@@ -56,6 +56,7 @@ def exact_loss(
             exp = _exp(s)
             loss = (_log(1 + exp) - target * s).sum() / (m * n)
             d_s = (exp / (1 + exp) - target) / (m * n)
+            spread = smoothing * (positive + Decimal("0.5")) / (m * n)
         else:
             weight = positive if weights is None else positive * _decimals(weights)
             captioned = weight.sum(1) > 0
@@ -70,8 +71,11 @@ def exact_loss(
             d_s = exp / row * rows.sum(1, keepdims=True) - rows
             d_s = (d_s + exp / column * columns.sum(0, keepdims=True) - columns) / 2
             loss /= 2
+            # Smoothing takes from the target and adds to all candidates: two more terms.
+            spread = smoothing * (rows + columns)
         gradients = [scale * d_s @ y, scale * d_s.T @ x, (d_s * cosine).sum(), d_s.sum()]
-        sizes = [scale * abs(d_s) @ abs(y), scale * abs(d_s).T @ abs(x), abs(d_s * cosine), abs(d_s)]
+        size = abs(d_s) + spread
+        sizes = [scale * size @ abs(y), scale * size.T @ abs(x), size * abs(cosine), size]
         terms = [float(_tensor(size).norm()) for size in sizes[:2]]
         terms += [float(size.sum()) for size in sizes[2:]]
         return Exact(_tensor(loss), *(_tensor(g) for g in gradients), terms)

@@ -132,7 +132,7 @@ def problems(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, float, dict[str,
     return audio_MD.float(), text_ND.float(), draw(st.sampled_from([1.0, 14.0, 30.0, 60.0, 100.0])), options
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_any_problem_keeps_its_digits(problem: tuple[Tensor, Tensor, float, dict[str, Any]]) -> None:
     """Gradients to 1e-5, of their own norm or of the terms that add up to them: a sum of opposite terms is no
