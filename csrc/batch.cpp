@@ -1,16 +1,13 @@
 #include "batch.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <exception>
-#include <mutex>
-#include <thread>
 
 #include "flac.h"
 #include "resample.h"
+#include "team.h"
 #include "wav.h"
 
 namespace clsp {
@@ -161,30 +158,8 @@ Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {
 }  // namespace
 
 void for_each(std::size_t count, int threads, const std::function<void(std::size_t)>& work) {
-  std::atomic<std::size_t> next{0};
-  std::exception_ptr failure;
-  std::mutex failure_mutex;
-  const auto run = [&] {
-    for (std::size_t i = next++; i < count; i = next++) {
-      try {
-        work(i);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(failure_mutex);
-        if (!failure) failure = std::current_exception();
-      }
-    }
-  };
-  std::vector<std::thread> helpers;
   const std::size_t wanted = std::min(count, static_cast<std::size_t>(std::max(threads, 1)));
-  try {
-    helpers.reserve(wanted);  // what grows later could throw, and lose threads that run
-    while (helpers.size() + 1 < wanted) helpers.emplace_back(run);
-  } catch (const std::exception&) {
-    // The system has no more threads, or memory, to give: those that started and this one go on.
-  }
-  run();
-  for (std::thread& helper : helpers) helper.join();
-  if (failure) std::rethrow_exception(failure);
+  Team(static_cast<int>(wanted)).for_each(count, work);
 }
 
 Section select_section(const Header& header, const Part& part, const LoadPolicy& policy) {

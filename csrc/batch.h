@@ -13,9 +13,8 @@
 namespace clsp {
 
 // Calls work(0) .. work(count - 1), each once, from at most `threads` threads, and returns when all
-// are done; the first exception is thrown again. Threads live as long as the call: nothing is left
-// behind that a fork() could break or an exiting interpreter would have to end. Threads that wait
-// between the calls were measured to save 10 us a call (docs/log.md).
+// are done; the first exception is thrown again. The threads are a Team that lives as long as the
+// call; threads that wait between the calls were measured to save 10 us a call (docs/log.md).
 void for_each(std::size_t count, int threads, const std::function<void(std::size_t)>& work);
 
 // What is accepted and what is asked for, the same for every item of a batch.

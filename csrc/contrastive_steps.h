@@ -8,6 +8,7 @@
 
 #include "contrastive.h"
 #include "micro_tile.h"
+#include "team.h"
 
 namespace clsp {
 
@@ -86,6 +87,7 @@ template <class T>
 struct Pass {
   const Negatives<T>& pairs;
   Scratch<T>& scratch;
+  Team& team;
   T* kept;
   std::size_t kept_units;
   PerRowAndColumn<const T> out, d_out;  // backward only
