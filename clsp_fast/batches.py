@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import features, paths
+from clsp_fast import contention, features, paths
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, as_waveform
 from clsp_fast.console import Progress
 
@@ -98,6 +98,7 @@ def embed(
         progress = Progress(len(items), "clips").add
     for item_B, start_B, features_BTF, lengths_B in batches(items, batching, errors):
         embedded_BD = encode(features_BTF, lengths_B)
+        contention.look()
         bad = item_B[~embedded_BD.isfinite().all(1).cpu()].tolist()
         if bad and errors is None:
             raise ValueError(f"audio must be finite, got NaN or infinity from the clips {bad}")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import metrics, similarity, textfile
+from clsp_fast import contention, metrics, similarity, textfile
 from clsp_fast.config import DataConfig
 from clsp_fast.data import ClipFeatures, DataError, collate
 from clsp_fast.manifest import Clip
@@ -93,6 +93,7 @@ def evaluate_clips(
                 lengths = torch.tensor([len(values) for _, values in batch])
                 values = collate([values for _, values in batch]).to(model.device)
                 parts.append(model.encode_features(values, lengths).float().cpu())
+                contention.look()
     if not parts:
         raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
     return evaluate(torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clsp_fast import folder, roberta, zipformer
+from clsp_fast import contention, folder, roberta, zipformer
 from clsp_fast.audio import AudioError
 from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed
 from clsp_fast.config import EncodeConfig, ModelConfig
@@ -362,6 +362,7 @@ class CLSP(nn.Module):
                 batch = captions[start : start + batch_size]
                 tokens = self.tokenizer.encode_batch(batch, self.config.text.max_tokens)
                 parts.append(self.encode_tokens(*tokens))
+                contention.look()
         return torch.cat(parts)
 
     def classify(

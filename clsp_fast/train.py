@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import torch
 
-from clsp_fast import checkpoint, console, disk, evaluation, folder, optim, similarity, textfile
+from clsp_fast import checkpoint, console, contention, disk, evaluation, folder, optim, similarity, textfile
 from clsp_fast.checkpoint import Place
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.corpus import Corpus
@@ -166,6 +166,7 @@ def fit(
             else:
                 bad_steps = count_bad_step(bad_steps, batch, loss.item(), norm, config, log, place)
             optimizer.zero_grad()
+            contention.look()
             done, other_work = step + 1, time.perf_counter()
             if done % config.log_every == 0 or done == total:
                 progress(log, meter, output, step, total, bad, optimizer, place)

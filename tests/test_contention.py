@@ -1,0 +1,163 @@
+"""Shorter waits while other processes want the CPUs: when, for whom, and that they are shorter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from clsp_fast import contention
+from clsp_fast.contention import CONTENDED, PERIOD_S, Usage, Watch
+
+Looks = Callable[[float, float], int]
+QUIET, BUSY = 0.5 * CONTENDED, 2 * CONTENDED
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
+    """Looks after a period in which others used so many CPUs and threads here waited for so many; returns
+    the number of spare teams then."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(contention, "_cpus", lambda: 2)
+    now = [0.0, 0.0, 0.0]  # time, others' CPU time, waited
+    watch = Watch(lambda: Usage(now[1], {"1": now[2]}), lambda: now[0])
+
+    def look(others: float, waited: float) -> int:
+        for i, rate in enumerate((1.0, others, waited)):
+            now[i] += PERIOD_S * rate
+        watch.look()
+        return watch.spare
+
+    look(BUSY, BUSY)  # the first look has nothing to compare with
+    yield look
+    look(0.0, 0.0)
+
+
+def test_waits_are_short_while_others_take_cpus_from_us(looks: Looks) -> None:
+    before = threading.active_count()
+    assert [looks(BUSY, BUSY), looks(BUSY, BUSY)] == [1, 1]
+    assert threading.active_count() == before + 1
+    assert looks(QUIET, QUIET) == 0
+    assert threading.active_count() == before
+    assert looks(BUSY, BUSY) == 1
+
+
+@pytest.mark.parametrize(("others", "waited"), [(QUIET, BUSY), (BUSY, QUIET)])
+def test_own_threads_and_idle_cpus_are_no_contention(looks: Looks, others: float, waited: float) -> None:
+    assert looks(others, waited) == 0
+    looks(BUSY, BUSY)
+    assert looks(others, waited) == 0
+
+
+@pytest.mark.parametrize("setting", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_what_the_user_set_stays(looks: Looks, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setenv(setting, "active")
+    assert looks(BUSY, BUSY) == 0
+
+
+def test_lone_threads_wait_for_nobody(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert looks(BUSY, BUSY) == 0
+
+
+@pytest.mark.parametrize(("threads", "cpus"), [(2, 2), (3, 2), (2, 16), (8, 16), (16, 16), (16, 8)])
+def test_spare_teams_make_more_threads_than_cpus_but_no_more_teams_than_that(threads: int, cpus: int) -> None:
+    teams = contention._teams_needed(threads, cpus)
+    counted = threads + teams * (threads - 1)
+    assert counted > cpus
+    assert teams == 1 or counted - (threads - 1) <= cpus
+
+
+def test_threads_that_come_and_go_are_not_counted() -> None:
+    seconds = iter([0.0, 1.0, 2.0])
+    usages = iter([Usage(0.0, {"1": 0.0, "2": 50.0}), Usage(9.0, {"1": 0.0, "3": 50.0})])
+    watch = Watch(lambda: next(usages), lambda: next(seconds))
+    watch.look()
+    watch.look()
+    assert watch.spare == 0
+
+
+def test_a_system_that_does_not_tell_is_left_as_it_is() -> None:
+    def unknown() -> Usage:
+        raise FileNotFoundError("/proc/stat")
+
+    seconds = iter([0.0, 1.0, 2.0])
+    watch = Watch(unknown, lambda: next(seconds))
+    watch.look()
+    watch.look()
+    assert watch.spare == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc")
+def test_usage_counts_others_and_not_us() -> None:
+    started, before = time.perf_counter(), contention.usage()
+    while time.perf_counter() < started + 0.3:
+        pass
+    after, elapsed_s = contention.usage(), time.perf_counter() - started
+    assert str(threading.get_native_id()) in after.waited_s
+    # What the kernel sampled differs from what it counted by some ticks.
+    assert -0.1 < after.others_s - before.others_s < os.cpu_count() * elapsed_s  # type: ignore[operator]
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            before = contention.usage()
+            time.sleep(1.0)
+            assert contention.usage().others_s - before.others_s > 0.3
+        finally:
+            other.kill()
+
+
+SPINNING = """
+import time, torch
+from clsp_fast.contention import Usage, Watch
+now = [0.0]
+watch = Watch(lambda: Usage(now[0] * share, {"1": now[0] * share}), lambda: now[0])
+torch.set_num_threads(2)
+x = torch.ones(1 << 16)
+
+def spun_s():
+    start = time.process_time()
+    for _ in range(20):
+        x.add_(1)
+        time.sleep(0.02)
+    return time.process_time() - start
+
+share = 1.0
+spun_s()
+long = spun_s()
+for now[0] in (1.0, 2.0):
+    watch.look()
+time.sleep(0.1)  # its threads have gone to sleep
+short = spun_s()
+share = 0.0
+now[0] = 9.0
+watch.look()
+print(long, short, spun_s(), watch.spare, len(open("/proc/self/maps").read().split("libgomp")) > 1)
+"""
+
+
+def test_threads_of_a_spare_team_end_the_spinning() -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one CPU: threads never spin for long")
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    }
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    code = f"import os; os.sched_setaffinity(0, {cpus})\n" + SPINNING
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
+    long, short, again, spare, is_libgomp = done.stdout.split()
+    assert spare == "0"
+    if is_libgomp == "False":
+        pytest.skip("torch has another OpenMP here")
+    assert float(short) < 0.5 * float(long)
+    assert float(again) > 2 * float(short)
