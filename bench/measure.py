@@ -63,6 +63,11 @@ class Case:
     """Ours first."""
     goals: Mapping[str, float] = field(default_factory=dict)
     """Provider -> how many times its time ours should at least be faster by."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Provider, ours under other conditions -> how many times our time it may take at most, in the median of
+    the rounds."""
+    before: Callable[[Any], None] | None = None
+    """What is done with a provider's call before each of its rounds, untimed."""
     amount: float = 1.0
     """Units of work of one call."""
     unit: str = "calls"
@@ -245,6 +250,8 @@ def _interleave(
     try:
         for _ in range(rounds):
             for name, call in calls.items():
+                if case.before is not None:
+                    case.before(call)
                 cpu_s, wall_s, result = _time(call, repeats[name], case.device)
                 times[name][0].append(cpu_s)
                 times[name][1].append(wall_s)
@@ -292,6 +299,8 @@ def _compare(
     for name, row in record["providers"].items():
         if name in case.goals:
             row["goal"] = case.goals[name]
+        if name in case.limits:
+            row["limit"] = case.limits[name]
         if ours not in times or name not in times or name == ours:
             continue
         mine, theirs = times[ours][column], times[name][column]
@@ -299,6 +308,8 @@ def _compare(
         row["round_ratio"] = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
         if name in case.goals:
             row["reached"] = row["ratio"] >= case.goals[name]
+        if name in case.limits:
+            row["reached"] = row["round_ratio"] <= case.limits[name]
 
 
 def peak_memory(case: Case, provider: Provider) -> int:

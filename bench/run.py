@@ -123,7 +123,8 @@ def _row(provider: str, row: dict[str, Any], clock: str) -> tuple[str, ...]:
     time_s = row[f"{clock}_s"]
     cells = [duration(time_s["min"]), duration(time_s["median"]), f"{time_s['spread']:.0%}"]
     cells += [f"{row['ratio']:.2f}x", f"{row['round_ratio']:.2f}x"] if "ratio" in row else ["", ""]
-    goal = f"{row['goal']:.3g}x {'reached' if row.get('reached') else 'NOT REACHED'}" if "goal" in row else ""
+    wanted = f"{row['goal']:.3g}x" if "goal" in row else f"<= {row['limit']:.3g}x" if "limit" in row else ""
+    goal = wanted and f"{wanted} {'reached' if row.get('reached') else 'NOT REACHED'}"
     memory = f"{row['peak_bytes'] / 2**20:.1f} MiB" if row.get("peak_bytes") is not None else ""
     memory = "failed" if "memory_failed" in row else memory
     if "memory_goal" in row:

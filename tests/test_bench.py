@@ -328,7 +328,7 @@ def test_goals_name_providers() -> None:
     for case in CASES.values():
         if isinstance(case, Case):
             names = {provider.name for provider in case.providers}
-            assert set(case.goals) <= names, case.name
+            assert {*case.goals, *case.limits} <= names, case.name
             assert len(names) == len(case.providers), case.name
 
 

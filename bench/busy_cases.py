@@ -1,0 +1,244 @@
+"""Work beside busy processes on the same two CPUs: training steps, extraction of a batch, the loss.
+
+Everything timed here is ours: how long it takes beside others is compared with how long it takes alone. How
+OpenMP's threads wait can only be set when torch is loaded, so each provider is a process of its own:
+`python -m bench.busy_cases WORK`, which does a block of the work for each number of times that it reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import loss_cases
+from bench.frontend_inputs import recordings
+from bench.measure import Case, Provider, relative
+from clsp_fast import contention, features, optim
+from clsp_fast.checkpoint import Place
+from clsp_fast.config import TRAIN_PRESETS
+from clsp_fast.data import Batch
+from clsp_fast.model import CLSP
+from clsp_fast.step import absorb_statistics, clip_gradients, forward
+
+CPUS = 2
+CLIPS = 128
+ROOT = Path(__file__).parent.parent
+LIBGOMP = {"GOMP_SPINCOUNT": "300000"}
+"""Its own default. Whoever states it keeps our waits out."""
+BUSY = """
+import os, select
+while os.read(0, 1):  # start
+    while not select.select([0], [], [], 0)[0]:
+        for _ in range(20_000):
+            pass
+    os.read(0, 1)  # stop
+"""
+"""Ends with the process that started it, whose end of the pipe is then closed."""
+Work = Callable[[], list[float]]
+
+
+# What the process does that is timed.
+
+
+def training() -> Work:
+    """A step of the tiny preset on the shapes of the demo corpus, as the trainer takes it, with a batch that
+    is there already; its loss."""
+    config = TRAIN_PRESETS["tiny"]
+    torch.manual_seed(0)
+    model = CLSP(config.model)
+    optimizer = optim.build(model, config.optim)
+    optim.set_learning_rate(optimizer, 1e-4)
+    batch, place = training_batch(config.model.text.vocab_size), Place(0, 1, torch.device("cpu"), None)
+
+    def call() -> list[float]:
+        torch.manual_seed(1)
+        _, loss = forward(model, batch, place, config)
+        torch.autograd.backward(loss)
+        clip_gradients(model, place, config.optim)
+        optimizer.step()
+        absorb_statistics(model, place)
+        optimizer.zero_grad()
+        contention.look()
+        return [loss.item()]
+
+    return call
+
+
+def training_batch(vocabulary: int, tokens: int = 40) -> Batch:
+    """Noise: clips of 2 to 3 s, captions of 8 to 40 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    sizes_B1 = torch.linspace(8, tokens, CLIPS).long()[:, None]
+    mask_BL = (torch.arange(tokens) < sizes_B1).long()
+    return Batch(
+        step=0,
+        ids=[str(i) for i in range(CLIPS)],
+        features=torch.randn(CLIPS, 300, 128, generator=generator) * 3 - 8,
+        lengths=torch.linspace(200, 300, CLIPS).long(),
+        token_ids=torch.randint(5, vocabulary, (CLIPS, tokens), generator=generator).where(mask_BL > 0, 1),
+        attention_mask=mask_BL,
+        text_owner=torch.arange(CLIPS),
+        seconds=2.5 * CLIPS,
+    )
+
+
+def extraction() -> Work:
+    """Features of a batch of files; their sum."""
+    made = recordings(CLIPS, 2.0, 3.0)
+    return lambda: [float(features.extract_files(made.paths, num_threads=CPUS).values.double().sum())]
+
+
+def contrast() -> Work:
+    """The loss of 1,024 clips, forward and backward; its value and the norms of the gradients."""
+    call = loss_cases.ours(loss_cases.batch(1024, 1))
+
+    def norms() -> list[float]:
+        result = [float(x.norm()) for x in call()]
+        contention.look()
+        return result
+
+    return norms
+
+
+WORK = {"training": training, "extraction": extraction, "contrast": contrast}
+
+
+def serve(name: str) -> None:
+    """Reads numbers, one a line; does the work so often, and prints the last result."""
+    torch.set_num_threads(CPUS)
+    call = WORK[name]()
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            result = call()
+        print(json.dumps(result), flush=True)
+
+
+# The processes.
+
+
+@contextlib.contextmanager
+def on_two_cpus() -> Iterator[None]:
+    """Processes that are started meanwhile have two CPUs."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:CPUS])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def start(words: list[str], settings: Mapping[str, str]) -> subprocess.Popen[str]:
+    waits = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in waits} | settings
+    command, pipe = [sys.executable, *words], subprocess.PIPE
+    with on_two_cpus():
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
+
+
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.communicate()
+
+
+class Neighbours:
+    """Three processes, of which some keep a CPU busy each."""
+
+    def __init__(self) -> None:
+        self._processes = [start(["-c", BUSY], {}) for _ in range(3)]
+        self._busy = 0
+        weakref.finalize(self, end, self._processes)
+
+    def keep_busy(self, count: int) -> None:
+        for process in self._processes[count : self._busy] or self._processes[self._busy : count]:
+            assert process.stdin is not None
+            process.stdin.write(".")
+            process.stdin.flush()
+        self._busy = count
+
+
+@dataclass
+class Beside:
+    """The call that is timed: a block of work beside so many busy processes."""
+
+    neighbours: Neighbours
+    count: int
+    work: str
+    calls: int
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._process = start(["-m", "bench.busy_cases", self.work], self.settings)
+        weakref.finalize(self, end, [self._process])
+
+    def __call__(self) -> list[float]:
+        self.neighbours.keep_busy(self.count)
+        result = self._run(self.calls)
+        self.neighbours.keep_busy(0)
+        return result
+
+    def settle(self) -> None:
+        """As long as it takes to notice who else is there."""
+        self.neighbours.keep_busy(self.count)
+        self._run(self.calls)
+
+    def _run(self, calls: int) -> list[float]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{calls}\n")
+        self._process.stdin.flush()
+        result: list[float] = json.loads(self._process.stdout.readline())
+        return result
+
+
+def expected(work: str, calls: int) -> list[float]:
+    """The same work here, with the same number of threads."""
+    call = WORK[work]()
+    return [call() for _ in range(calls)][-1]
+
+
+def busy_case(work: str, what: str, calls: int) -> Case:
+    def beside(name: str, count: int, **settings: str) -> Provider:
+        def prepare(neighbours: Neighbours) -> Beside:
+            return Beside(neighbours, count, work, calls, settings)
+
+        return Provider(name, prepare)
+
+    return Case(
+        name=f"busy-{work}",
+        area="busy",
+        what=f"{what}, alone and beside processes that keep a CPU busy each; two CPUs",
+        inputs=Neighbours,
+        expected=lambda _: expected(work, calls),
+        gate=relative(1e-5),
+        providers=(
+            beside("clsp_fast", 0),
+            beside("beside 1", 1),
+            beside("beside 3", 3),
+            beside("libgomp's waits", 0, **LIBGOMP),
+            beside("libgomp's waits, beside 1", 1, **LIBGOMP),
+        ),
+        goals={"libgomp's waits": 1 / 1.1},
+        limits={"beside 1": 1.7, "beside 3": 4.0},
+        before=Beside.settle,
+        amount=calls,
+        threads=CPUS,
+        optional=True,
+    )
+
+
+CASES = (
+    busy_case("training", f"steps of the tiny preset, {CLIPS} clips of 2 to 3 s", 6),
+    busy_case("extraction", f"features of {CLIPS} WAV files of 2 to 3 s", 60),
+    busy_case("contrast", "the loss of 1024 clips, D = 512, forward and backward", 30),
+)
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
