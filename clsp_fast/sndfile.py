@@ -40,7 +40,6 @@ _MAGIC = (
     b"caff",
     b"riff",
     b"NIST",
-    b"Creative Voice",
 )
 _SEEKABLE = frozenset(
     ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "OPUS")

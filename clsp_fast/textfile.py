@@ -41,7 +41,7 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"RIFX", "a recording (WAV)", _HOLD_PATHS),
     (0, b"riff\x2e\x91\xcf\x11", "a recording (W64)", _HOLD_PATHS),
     (0, b"NIST_1A", "a recording (NIST SPHERE)", _HOLD_PATHS),
-    (0, b"Creative Voice File", "a recording (VOC)", _HOLD_PATHS),
+    (0, b"Creative Voice File", "a recording (VOC)", f"; {CONVERT}"),
     (0, b"ID3", "a recording (MP3)", _HOLD_PATHS),
     (0, b"\x1aE\xdf\xa3", "a recording or film (WebM or Matroska)", f"; {CONVERT}"),
     (4, b"ftyp", "a recording or film (MP4 or M4A)", f"; {CONVERT}"),
