@@ -327,7 +327,7 @@ def _refuse_transforms(transforms: Any) -> None:
     """ValueError unless the recording's transforms only resample, as reading it does anyway."""
     fix = "write the audio out first (CutSet.save_audios)"
     for transform in transforms if isinstance(transforms, list) else [transforms]:
-        name = transform.get("name") if isinstance(transform, Mapping) else transform
+        name = transform.get("name") if isinstance(transform, Mapping) else None
         if not isinstance(transform, Mapping) or name != "Resample":
             raise ValueError(
                 f"recording.transforms is not supported but for Resample, got {name!a:.60}: {fix}"

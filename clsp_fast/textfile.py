@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple, TextIO, cast
 
-from clsp_fast import paths
+from clsp_fast import disk, paths
 from clsp_fast.paths import AUDIO_SUFFIXES, CONVERT
 
 INDEX_FORMAT = "clsp_fast embeddings"
@@ -315,8 +315,8 @@ def kind_of(head: str) -> str:
         head: how the text begins.
     """
     first, *others = [line.strip() for line in head.splitlines() if line.strip()][:2] or [""]
-    if first.startswith("version https://git-lfs"):
-        return "a pointer of Git LFS; fetch the file itself with `git lfs pull`"
+    if first.startswith(disk.LFS_POINTER.decode()):
+        return disk.LFS_FIX.removeprefix("is ")
     if re.match(r"\[\s*($|[\[{\"\d\]-])", first):
         return "a JSON array; write one object a line (jq -c '.[]' in.json > out.jsonl)"
     if re.match(r"<(!doctype|html|head|body|\?xml)", first, re.IGNORECASE):
