@@ -95,7 +95,7 @@ def embed(
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     if progress is True:
-        progress = Progress(len(items), "clips").add
+        progress = Progress(len(items), "clips", lead="encoded ").add
     for item_B, start_B, features_BTF, lengths_B in batches(items, batching, errors):
         embedded_BD = encode(features_BTF, lengths_B)
         contention.look()

@@ -24,11 +24,12 @@ class Progress:
     line, at most once in ten seconds and at the end.
 
     Args:
-        total: how many there are; None: not known. what: what they are. active: False: nothing is written.
+        total: how many there are; None: not known. what: what they are. lead: what stands before the numbers.
+        active: False: nothing is written.
     """
 
-    def __init__(self, total: int | None, what: str, *, active: bool = True) -> None:
-        self._total, self._what, self._active = total, what, active
+    def __init__(self, total: int | None, what: str, *, lead: str = "", active: bool = True) -> None:
+        self._total, self._what, self._lead, self._active = total, what, lead, active
         self._started, self._written = time.perf_counter(), -math.inf
         self._done = self._bad = 0
 
@@ -43,7 +44,7 @@ class Progress:
         self._written = now
         rate = self._done / max(1e-9, now - self._started)
         of = "" if self._total is None else f" of {self._total}"
-        text = f"{self._done}{of} {self._what}, {rate:.0f} a second"
+        text = f"{self._lead}{self._done}{of} {self._what}, {rate:.0f} a second"
         if self._bad:
             text += f", {self._bad} failed"
         if self._total is not None and not last:

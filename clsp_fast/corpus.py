@@ -154,7 +154,7 @@ def _show_progress() -> Callable[[int, int], None]:
 
     def show(made: int, total: int) -> None:
         nonlocal progress
-        progress = progress or Progress(total, "clips of the demo corpus")
+        progress = progress or Progress(total, "clips", lead="making the demo corpus: ")
         progress.update(made)
 
     return show

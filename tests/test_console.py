@@ -59,7 +59,7 @@ def test_a_long_job_writes_a_line_in_ten_seconds(
     text = capsys.readouterr().err
     assert "\r" not in text
     lines = text.splitlines()
-    assert lines[-1] == "3500 of 3500 clips of the demo corpus, 5 a second"
+    assert lines[-1] == "making the demo corpus: 3500 of 3500 clips, 5 a second"
     assert 60 <= len(lines) <= 72
 
 
@@ -73,7 +73,7 @@ def test_encoding_shows_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().err
     assert "\r" not in text
     assert len(text.splitlines()) == 2
-    assert text.splitlines()[-1].startswith("40 of 40 clips, ")
+    assert text.splitlines()[-1].startswith("encoded 40 of 40 clips, ")
 
 
 def test_on_a_terminal_it_stays_one_line(
