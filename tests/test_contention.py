@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
-from clsp_fast import contention
+from clsp_fast import contention, train
+from clsp_fast.config import TRAIN_PRESETS, DataConfig
 from clsp_fast.contention import CONTENDED, PERIOD_S, Usage, Watch
+from clsp_fast.model import CLSP
 
 Looks = Callable[[float, float], int]
 QUIET, BUSY = 0.5 * CONTENDED, 2 * CONTENDED
@@ -114,6 +121,33 @@ def test_usage_counts_others_and_not_us() -> None:
             other.kill()
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each time that somebody looked."""
+    found: list[str] = []
+    monkeypatch.setattr(contention, "look", lambda: found.append("look"))
+    return found
+
+
+def test_encoding_looks_after_every_batch(tiny: CLSP, seen: list[str]) -> None:
+    tiny.encode_audio([np.ones(16000, np.float32)] * 5, batch_seconds=2.0)
+    assert len(seen) == 3
+    tiny.encode_text(["She whispers."] * 5, batch_size=2)
+    assert len(seen) == 6
+
+
+def test_training_looks_at_every_step(seen: list[str], tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).standard_normal(8000) * 0.1
+    soundfile.write(tmp_path / "a.wav", noise, 16000)
+    rows = [{"id": f"c{i}", "audio": "a.wav", "captions": ["She whispers."]} for i in range(4)]
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(manifest=manifest, batch_clips=2, buckets=1)
+    config = replace(TRAIN_PRESETS["tiny"], run=tmp_path / "run", data=data, device="cpu")
+    train.train(replace(config, stage1_steps=3, stage2_steps=0))
+    assert len(seen) == 3
+
+
 SPINNING = """
 import time, torch
 from clsp_fast.contention import Usage, Watch
@@ -146,11 +180,8 @@ print(long, short, spun_s(), watch.spare, len(open("/proc/self/maps").read().spl
 def test_threads_of_a_spare_team_end_the_spinning() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one CPU: threads never spin for long")
-    environment = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
-    }
+    settings = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
     cpus = sorted(os.sched_getaffinity(0))[:2]
     code = f"import os; os.sched_setaffinity(0, {cpus})\n" + SPINNING
     run = [sys.executable, "-c", code]
