@@ -235,7 +235,7 @@ def busy_case(work: str, what: str, calls: int) -> Case:
 
 
 CASES = (
-    busy_case("training", f"steps of the tiny preset, {CLIPS} clips of 2 to 3 s", 6),
+    busy_case("training", f"steps of the tiny preset, {CLIPS} clips of 2 to 3 s", 4),
     busy_case("extraction", f"features of {CLIPS} WAV files of 2 to 3 s", 60),
     busy_case("contrast", "the loss of 1024 clips, D = 512, forward and backward", 30),
 )
