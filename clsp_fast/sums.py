@@ -162,10 +162,11 @@ class _Dots(torch.autograd.Function):
 
 def _cosines(a_PD: Tensor, b_PD: Tensor) -> Tensor:
     """<a, b> of the unit rows that `normalise` makes, in float64 (P,)."""
-    a_PD, b_PD = a_PD.double(), b_PD.double()
+    # The first is a copy, also of what is float64 already: it is changed in place.
+    a_PD, b_PD = a_PD.to(torch.float64, copy=True), b_PD.double()
     norm_P = torch.linalg.vector_norm(a_PD, dim=1).clamp_(min=_LEAST_NORM)
     norm_P *= torch.linalg.vector_norm(b_PD, dim=1).clamp_(min=_LEAST_NORM)
-    return a_PD.mul(b_PD).sum(1).div_(norm_P)
+    return a_PD.mul_(b_PD).sum(1).div_(norm_P)
 
 
 def _with_vector(x_BD: Tensor, vector_D: Tensor | None) -> Tensor | None:

@@ -21,8 +21,7 @@ inline constexpr std::size_t kMostColumns = 32;
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// A logit is a sum of sums of so many products each: a single chain of 512 would round it to as
-// much as 1e-7, and at a scale of 100 its exponential to 1e-5.
+// Products in one chain of additions: one of 512 would round a logit of 100 to as much as 1e-5.
 inline constexpr std::size_t kChain = 128;
 
 // One exponential serves a row and a column whose normalisers are this close to each other: its

@@ -208,3 +208,34 @@ def test_near_misses_keep_their_gradient(scale: float) -> None:
         out += torch.autograd.grad(hard_negative_loss(*leaves), leaves)
     for a, b in zip(found, truth, strict=True):
         assert relative(a, b) < 1e-5
+
+
+# Triton's interpreter computes with numpy, which warns of infinities that the kernels intend.
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"text_owner": torch.arange(60)},
+        {"weights": torch.full((60,), 2.0)},
+        {"text_owner": torch.arange(59, -1, -1)},
+        {"text_owner": torch.tensor([7])},
+        {"text_owner": torch.arange(80) % 60},
+        {"text_owner": torch.arange(80) % 60, "weights": (torch.arange(80) < 60).float()},
+        {"text_owner": torch.arange(30), "kind": "sigmoid", "logit_bias": -10.0},
+    ],
+    ids=["default", "owners", "weights", "permuted", "one", "some two", "no weight", "sigmoid"],
+)
+@pytest.mark.parametrize("cosine", [0.6, 0.8])
+def test_kernels_in_any_words_keep_the_gradient_of_a_good_model(
+    kernel_device: torch.device, options: dict, cosine: float
+) -> None:
+    audio = unit(60, 128)
+    text = texts_at(audio, options.get("text_owner", torch.arange(60)), cosine)
+    inputs = [x.float().to(kernel_device) for x in (audio, text, torch.tensor(30.0))]
+    options = {k: v.to(kernel_device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    leaves = [x.double().requires_grad_() for x in inputs]
+    truth = torch.autograd.grad(contrastive_loss_reference(*leaves, **options), leaves)
+    found = loss_and_grad(*inputs, implementation="triton", **options)
+    for mine, true in zip(found[1:4], truth, strict=True):
+        assert (mine.double() - true).norm() <= 1e-5 * true.norm()
