@@ -10,9 +10,10 @@ import os
 import stat
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -167,14 +168,25 @@ def _shown(suffix: str) -> str:
     return suffix if suffix.isprintable() else ascii(suffix)[1:-1]
 
 
-def scan(folder: AnyPath) -> Scan:
-    """Searches a folder for recordings, at any depth.
+class Entry(NamedTuple):
+    """What a folder holds, or why it cannot be told: `why` ends a sentence about an unreadable folder."""
 
-    Links to files and folders are followed. A folder that is its own ancestor by way of links is not entered
-    once more; nor is, beneath a link, a link to a folder that was entered already, so that folders which link
-    to each other do not multiply.
+    path: Path
+    kind: Literal["file", "dead link", "unreadable folder"]
+    why: str = ""
+
+
+def walk(folder: AnyPath, *, once: bool = False) -> Iterator[Entry]:
+    """What lies in a folder, at any depth, in no particular order.
+
+    Links to files and folders are followed. A link to one of its own parent folders is skipped. Inside a
+    linked folder, a further link is skipped if its target was already searched, so that folders which link to
+    each other do not multiply.
+
+    Args:
+        folder: the folder.
+        once: whether every folder is searched once only, however many links lead to it.
     """
-    found = Scan([], Counter(), [])
     entered: set[tuple[int, int]] = set()
     waiting = [_Folder(Path(folder), frozenset(), linked=False, only_once=False)]
     while waiting:
@@ -184,26 +196,46 @@ def scan(folder: AnyPath) -> Scan:
             here = (status.st_dev, status.st_ino)
             if here in this.ancestors or (this.only_once and here in entered):
                 continue
-            with os.scandir(this.path) as listed:
-                entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
+            with os.scandir(this.path) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            found.unreadable.append(f"{this.path}: {error.strerror}")
-            found.recordings.append(str(this.path))
+            yield Entry(this.path, "unreadable folder", str(error.strerror))
             continue
         entered.add(here)
         for entry in entries:
             inner, link = this.path / entry.name, entry.is_symlink()
             if _leads_to_a_folder(entry):
-                ancestors = this.ancestors | {here}
-                waiting.append(_Folder(inner, ancestors, link or this.linked, link and this.linked))
+                only_once = once or (link and this.linked)
+                waiting.append(_Folder(inner, this.ancestors | {here}, link or this.linked, only_once))
             else:
-                _note(inner, leads_nowhere=link and not exists(inner), found=found)
-    found.recordings.sort()
-    return found
+                yield Entry(inner, "dead link" if link and not exists(inner) else "file")
+
+
+def scan(folder: AnyPath) -> Scan:
+    """Searches a folder for recordings, at any depth.
+
+    Links to files and folders are followed. A link to one of its own parent folders is skipped. Inside a
+    linked folder, a further link is skipped if its target was already searched.
+    """
+    result = Scan([], Counter(), [])
+    for entry in walk(folder):
+        suffix = entry.path.suffix.lower()
+        if entry.kind == "unreadable folder":
+            result.unreadable.append(f"{entry.path}: {entry.why}")
+            result.recordings.append(str(entry.path))
+        elif suffix in AUDIO_SUFFIXES or (entry.kind == "dead link" and not suffix):
+            # A dead link without a suffix may have led to a folder of recordings.
+            result.recordings.append(str(entry.path))
+        else:
+            shown = suffix if len(suffix) <= _LONGEST_SUFFIX else f"{suffix[:_LONGEST_SUFFIX]}..."
+            result.left_out[shown] += 1
+    result.recordings.sort()
+    return result
 
 
 class _Folder(NamedTuple):
-    """A folder that is to be searched: `ancestors` by device and inode, `linked` if a link led here."""
+    """A folder that is to be searched: `ancestors` by device and inode, `linked` if a link led here,
+    `only_once` if it is skipped where it was searched already."""
 
     path: Path
     ancestors: frozenset[tuple[int, int]]
@@ -216,12 +248,3 @@ def _leads_to_a_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a loop of links, a forbidden target
         return False
-
-
-def _note(path: Path, *, leads_nowhere: bool, found: Scan) -> None:
-    """Takes a file, or counts it. A broken link without a suffix may have led to a folder of recordings."""
-    suffix = path.suffix.lower()
-    if suffix in AUDIO_SUFFIXES or (leads_nowhere and not suffix):
-        found.recordings.append(str(path))
-    else:
-        found.left_out[suffix if len(suffix) <= _LONGEST_SUFFIX else f"{suffix[:_LONGEST_SUFFIX]}..."] += 1

@@ -19,7 +19,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from collections import defaultdict
@@ -160,7 +159,7 @@ class LeftOut(NamedTuple):
 def clips_of(source: Path, layout: str, fields: Iterable[str] = ()) -> list[Clip]:
     """The clips of a corpus; what is left out is counted by reason on standard error.
 
-    Links to files and folders are followed, and each folder is looked at once.
+    Links to files and folders are followed, and each folder is searched once.
 
     Args:
         source: its folder, or the file of a manifest or of ParaSpeechCaps rows.
@@ -169,7 +168,7 @@ def clips_of(source: Path, layout: str, fields: Iterable[str] = ()) -> list[Clip
 
     Raises:
         FileNotFoundError: there is no such thing, or no table with the fields. ValueError: it holds nothing
-        of that layout.
+        of that layout, or its table cannot be read.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -193,37 +192,34 @@ def clips_of(source: Path, layout: str, fields: Iterable[str] = ()) -> list[Clip
     return list(clips.values())
 
 
-def _files(source: Path) -> Iterator[Path | LeftOut]:
-    """Files at any depth, in the order of their paths; links to folders are followed, loops of them end."""
-    unreadable: list[LeftOut] = []
-    seen: set[tuple[int, int]] = set()
-    files: list[Path] = []
+class _Corpus(NamedTuple):
+    """The files of a corpus in the order of their paths, and what of it cannot be read."""
 
-    def note(error: OSError) -> None:
-        unreadable.append(LeftOut(str(error.filename), "folders that cannot be read"))
-
-    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=note):
-        try:
-            status = Path(folder).stat()
-        except OSError as error:
-            note(error)
-            continue
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders.sort()
-        files += [Path(folder, name) for name in names]
-    yield from unreadable
-    yield from sorted(files)
+    files: list[Path]
+    left_out: list[LeftOut]
 
 
-def _recordings(source: Path) -> Iterator[Path | LeftOut]:
-    """The WAV files of a corpus."""
-    for path in _files(source):
-        if isinstance(path, LeftOut) or path.suffix.lower() == ".wav":
+def _corpus(source: Path) -> _Corpus:
+    corpus = _Corpus([], [])
+    for entry in paths.walk(source, once=True):
+        if entry.kind == "file":
+            corpus.files.append(entry.path)
+        else:
+            reasons = {"dead link": _DEAD_LINKS, "unreadable folder": "folders that cannot be read"}
+            corpus.left_out.append(LeftOut(str(entry.path), reasons[entry.kind]))
+    corpus.files.sort()
+    corpus.left_out.sort()
+    return corpus
+
+
+def _recordings(corpus: _Corpus) -> Iterator[Path | LeftOut]:
+    """The WAV files of a corpus, and what of it is left out."""
+    yield from corpus.left_out
+    for path in corpus.files:
+        suffix = path.suffix.lower()
+        if suffix == ".wav":
             yield path
-        elif path.suffix.lower() in paths.AUDIO_SUFFIXES:
+        elif suffix in paths.AUDIO_SUFFIXES | paths.CONVERT_SUFFIXES:
             yield LeftOut(path.name, "not WAV")
 
 
@@ -234,6 +230,7 @@ def _manifest(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     yield from found.clips
 
 
+_DEAD_LINKS = "links that lead nowhere"
 _OTHER_NAME = "with a name of another form"
 _RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprised")
 
@@ -241,7 +238,7 @@ _RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surp
 def _ravdess(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """Actor_NN/MM-VV-EE-II-SS-RR-AA.wav: modality 03 is sound alone, vocal channel 01 is speech; odd actors
     are men (Livingstone & Russo, 2018)."""
-    for path in _recordings(source):
+    for path in _recordings(_corpus(source)):
         if isinstance(path, LeftOut):
             yield path
             continue
@@ -261,16 +258,13 @@ _CREMA_D = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NE
 def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """AudioWAV/NNNN_SSS_EEE_LL.wav and VideoDemographics.csv (Cao et al., 2014).
 
-    One recording has a single letter for its intensity. Copies of the recordings alone have no table: their
-    emotions are known, and neither age nor gender is.
+    One recording has a single letter for its intensity. Only age and gender are in the table, which many
+    copies lack: it is read if they are needed. Clips of actors whom it lacks have neither.
     """
-    actors = _actors(source)
-    if actors is None and fields & {"age", "gender"}:
-        raise FileNotFoundError(
-            f"{source} holds no VideoDemographics.csv, which has the actors' age and sex: take it from "
-            "https://github.com/CheyneyComputerScience/CREMA-D and put it into this folder"
-        )
-    for path in _recordings(source):
+    corpus = _corpus(source)
+    in_table = bool(fields & {"age", "gender"})
+    actors = _actors(source, corpus) if in_table else {}
+    for path in _recordings(corpus):
         if isinstance(path, LeftOut):
             yield path
             continue
@@ -279,20 +273,24 @@ def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
             yield LeftOut(path.name, _OTHER_NAME)
         elif codes[2] not in _CREMA_D:
             yield LeftOut(path.name, "of an unknown emotion")
-        elif actors is not None and codes[1] not in actors:
-            yield LeftOut(path.name, "by an actor whom VideoDemographics.csv lacks")
         else:
-            known = {} if actors is None else actors[codes[1]]
-            yield _clip(path, emotion=_CREMA_D[codes[2]], **known, speaker=codes[1])
+            if in_table and codes[1] not in actors:
+                yield LeftOut(
+                    path.name, "of tasks of age and gender, by an actor whom VideoDemographics.csv lacks"
+                )
+            yield _clip(path, emotion=_CREMA_D[codes[2]], **actors.get(codes[1], {}), speaker=codes[1])
 
 
-def _actors(source: Path) -> dict[str, dict[str, str]] | None:
-    """Gender and age of each actor by number; None: there is no table, neither here nor one folder up."""
-    name = "videodemographics.csv"
-    tables = [path for path in _files(source) if isinstance(path, Path) and path.name.lower() == name]
-    beside = source.absolute().parent / "VideoDemographics.csv"
-    if not tables and not beside.is_file():
-        return None
+def _actors(source: Path, corpus: _Corpus) -> dict[str, dict[str, str]]:
+    """Gender and age of each actor by number, from a table that is in the corpus or one folder up."""
+    name = "VideoDemographics.csv"
+    tables = [path for path in corpus.files if path.name.lower() == name.lower()]
+    beside = source.absolute().parent / name
+    if not tables and not paths.is_file(beside):
+        raise FileNotFoundError(
+            f"{source} holds no {name}, which has the actors' age and sex: take it from "
+            "https://github.com/CheyneyComputerScience/CREMA-D and put it into this folder"
+        )
     table = tables[0] if tables else beside
     disk.refuse_pointer(table)
     actors = {}
@@ -303,7 +301,9 @@ def _actors(source: Path) -> dict[str, dict[str, str]] | None:
                 tags = {"gender": cells["sex"].lower(), "age": cells["age"]}
                 actors[cells["actorid"]] = {key: value for key, value in tags.items() if value}
         except (KeyError, csv.Error) as error:
-            raise ValueError(f"{table} must have the columns ActorID, Age and Sex: {error}") from error
+            raise ValueError(
+                f"{table} must have the columns ActorID, Age and Sex, separated by commas: {error}"
+            ) from error
     return actors
 
 
@@ -317,17 +317,21 @@ _TURN = re.compile(r"\[\d+\.\d+ - \d+\.\d+\]\t(Ses\d\d[FM]_\w+_([FM])\d+)\t(\w{3
 def _iemocap(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """Session<N>/dialog/EmoEvaluation/<dialog>.txt and Session<N>/sentences/wav/<dialog>/<turn>.wav (Busso et
     al., 2008)."""
-    files = list(_files(source))
-    yield from (item for item in files if isinstance(item, LeftOut))
-    every = [path for path in files if isinstance(path, Path)]
-    sentences = {p.stem: p for p in every if p.suffix.lower() == ".wav" and "sentences" in p.parts}
-    for table in every:
+    corpus = _corpus(source)
+    yield from corpus.left_out
+    sentences = {p.stem: p for p in corpus.files if p.suffix.lower() == ".wav" and "sentences" in p.parts}
+    for table in corpus.files:
         place = (table.parent.parent.name, table.parent.name, table.name[:3], table.suffix.lower())
         if place != ("dialog", "EmoEvaluation", "Ses", ".txt"):
             continue
+        try:
+            disk.refuse_pointer(table)
+            with textfile.open_text(table, "a table of turns") as text:
+                lines = [line.rstrip() for line in text.file]
+        except (OSError, ValueError) as error:
+            yield LeftOut(str(error), "tables of turns that cannot be read")
+            continue
         session = table.parents[2]
-        with textfile.open_text(table, "a table of turns") as text:
-            lines = [line.rstrip() for line in text.file]
         for line in lines:
             turn = _TURN.fullmatch(line)
             if turn:
@@ -345,13 +349,19 @@ def _paraspeechcaps(source: Path, fields: frozenset[str]) -> Iterator[Clip | Lef
     """The rows of the dataset as JSON lines; recordings under the folder of the file, or under its subfolder
     that is named like the row's "source" (Diwan et al., 2025). Descriptions become global captions."""
     disk.refuse_pointer(source)
+    good, first_problem = 0, ""
     with textfile.open_text(source, "a file with one row of ParaSpeechCaps a line") as text:
         for number, line in textfile.lines(text.file, _LARGEST_FILE):
             try:
-                yield _paraspeechcaps_clip(json.loads(line), source, number)
+                clip = _paraspeechcaps_clip(json.loads(line), source, number)
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-                what = f"{type(error).__name__}: {error}"
-                raise ValueError(f"{source}, line {number}, is no row of ParaSpeechCaps: {what}") from error
+                first_problem = first_problem or f"line {number}: {type(error).__name__}: {error}"
+                yield LeftOut(f"line {number}", "bad rows")
+                continue
+            good += 1
+            yield clip
+    if first_problem and not good:
+        raise ValueError(f"{source} holds no row of ParaSpeechCaps; {first_problem}")
 
 
 def _paraspeechcaps_clip(row: Mapping[str, Any], source: Path, number: int) -> Clip:

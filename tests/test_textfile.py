@@ -122,7 +122,7 @@ def test_actors_and_turns_are_read_alike(tmp_path: Path) -> None:
             continue  # the first line of a table has its columns
         (tmp_path / "crema/VideoDemographics.csv").write_bytes(way("ActorID,Age,Sex\n1001,51,Male\n"))
         (session / "Ses01F_impro01.txt").write_bytes(way(turn))
-        assert [clip.tags["age"] for clip in tasks.clips_of(tmp_path / "crema", "crema-d")] == ["51"]
+        assert [clip.tags["age"] for clip in tasks.clips_of(tmp_path / "crema", "crema-d", ["age"])] == ["51"]
         assert [clip.tags["emotion"] for clip in tasks.clips_of(tmp_path / "iemocap", "iemocap")] == [
             "neutral"
         ]
