@@ -176,8 +176,9 @@ def read_tasks(path: Path) -> dict[str, dict[str, list[str]]]:
     Raises:
         ValueError: the file holds something else; FileNotFoundError: there is none.
     """
+    text = textfile.read_text(path, "a JSON file of tasks")
     try:
-        tasks = json.loads(textfile.read_text(path, "a JSON file of tasks"))
+        tasks = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     form = '{tag: {label: ["prompt", ...], ...}, ...}, two labels or more a tag'
@@ -189,6 +190,10 @@ def read_tasks(path: Path) -> dict[str, dict[str, list[str]]]:
             isinstance(p, list) and p and all(isinstance(s, str) for s in p) for p in labels.values()
         ):
             raise ValueError(f"{path} must hold {form}; {tag!r} does not")
+        for name in (tag, *labels, *(prompt for prompts in labels.values() for prompt in prompts)):
+            if not textfile.is_text(name):
+                got = f"half a surrogate pair, or bytes that are not UTF-8: {name!r}"
+                raise ValueError(f"{path} must hold text, got {got}")
     return tasks
 
 

@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from collections import defaultdict
@@ -64,6 +65,11 @@ class Task:
     def _problem(self) -> str:
         if not isinstance(self.field, str) or not self.field:
             return f'"field" must be the name of a tag, got {self.field!r}'
+        names = [self.name, self.field, *self.prompts, *self.merge, *self.below]
+        unwritable = [name for name in names if not textfile.is_text(name)]
+        if unwritable:
+            got = f"half a surrogate pair, or bytes that are not UTF-8: {unwritable[0]!r}"
+            return f"its names must be text, got {got}"
         texts = [text for own in self.prompts.values() for text in own]
         if not all(self.prompts.values()) or not all(
             isinstance(t, str) and t.strip() and textfile.is_text(t) for t in texts
@@ -113,8 +119,9 @@ def read(path: Path | None = None) -> dict[str, Task]:
         ValueError: the file is not of the form; the message says where. FileNotFoundError: there is none.
     """
     path = Path(__file__).with_name("tasks.json") if path is None else path
+    text = textfile.read_text(path, "a JSON file of tasks", most_bytes=_LARGEST_FILE)
     try:
-        content = json.loads(textfile.read_text(path, "a JSON file of tasks", most_bytes=_LARGEST_FILE))
+        content = json.loads(text)
         if not isinstance(content, dict) or not content:
             raise ValueError("expected an object with a task or more")
         return {name: _task(name, value) for name, value in content.items()}
@@ -184,7 +191,7 @@ def clips_of(source: Path, layout: str, fields: Iterable[str] = ()) -> list[Clip
             left_out["in a second copy"].append(Path(item.audio).name)
     if left_out:
         counts = [
-            f"{len(names):,} {reason} ({listed(names, width=40)})" for reason, names in left_out.items()
+            f"{len(names):,} {reason} ({listed(names, width=60)})" for reason, names in left_out.items()
         ]
         print(f"{source}: left out: {'; '.join(counts)}", file=sys.stderr)
     if not clips:
@@ -206,7 +213,8 @@ def _corpus(source: Path) -> _Corpus:
             corpus.files.append(entry.path)
         else:
             reasons = {"dead link": _DEAD_LINKS, "unreadable folder": "folders that cannot be read"}
-            corpus.left_out.append(LeftOut(str(entry.path), reasons[entry.kind]))
+            name = os.path.relpath(entry.path, source)
+            corpus.left_out.append(LeftOut(name, reasons[entry.kind]))
     corpus.files.sort()
     corpus.left_out.sort()
     return corpus
@@ -329,7 +337,8 @@ def _iemocap(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
             with textfile.open_text(table, "a table of turns") as text:
                 lines = [line.rstrip() for line in text.file]
         except (OSError, ValueError) as error:
-            yield LeftOut(str(error), "tables of turns that cannot be read")
+            why = str(error).removeprefix(str(table))
+            yield LeftOut(f"{table.name}{why}", "tables of turns that cannot be read")
             continue
         session = table.parents[2]
         for line in lines:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsp_fast import evaluation
+from clsp_fast import evaluation, tasks
 from clsp_fast.captions import Captions
 from clsp_fast.manifest import Clip
 
@@ -106,3 +106,27 @@ def test_a_right_task_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "tasks.json"
     path.write_text(json.dumps(TASKS))
     assert evaluation.read_tasks(path) == TASKS
+
+
+def test_a_bad_file_of_tasks_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    for content in (b"RIFF\x10\0\0\0WAVEfmt " + bytes(99), b"{", b" " * (2**24 + 1)):
+        path.write_bytes(content)
+        for read in (evaluation.read_tasks, tasks.read):
+            with pytest.raises(ValueError, match=r"t\.json") as refusal:
+                read(path)
+            assert str(refusal.value).count("t.json") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"t\ud83d": {"a": ["x"], "b": ["y"]}},
+        {"t": {"a\udce9": ["x"], "b": ["y"]}},
+        {"t": {"a": ["\ud83d"], "b": ["y"]}},
+    ],
+)
+def test_tasks_of_training_must_be_text(tmp_path: Path, content: object) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must hold text"):
+        evaluation.read_tasks(tmp_path / "t.json")

@@ -86,6 +86,10 @@ GOOD = {"field": "a", "prompts": {"x": ["p"], "y": ["q"]}}
         ({"t": GOOD | {"below": {"z": 20, "y": None}}}, '"below" must give'),
         ({"t": GOOD | {"layout": "tar"}}, '"layout" must be one of manifest, ravdess'),
         ({"t": {"field": "a", "labels": ["x", "y"]}}, '"template" that has'),
+        ({"t": {"caf\udce9": ["x"], "b": ["y"]}}, r"names must be text.*'caf\\udce9'"),
+        ({"t\ud83d": {"a": ["x"], "b": ["y"]}}, r"task 't\\ud83d': its names must be text"),
+        ({"t": GOOD | {"field": "\ud83d"}}, "names must be text"),
+        ({"t": GOOD | {"merge": {"\ud83d": "x"}}}, "names must be text"),
         ({"t": {"field": "a", "labels": ["x", "y"], "template": "A."}}, '"template" that has'),
     ],
 )
@@ -321,7 +325,7 @@ def test_links_of_a_corpus_are_followed_and_their_loops_end(
     assert Path(clip.audio).is_file()
     told = capsys.readouterr().err
     assert left_out in told
-    assert f"1 links that lead nowhere ({tmp_path}" in told
+    assert "1 links that lead nowhere (nowhere)" in told
     assert "second copy" not in told
 
 
@@ -335,9 +339,7 @@ def test_dead_links_and_other_formats_of_a_corpus_are_told(
     (tmp_path / "Actor_03").symlink_to("Actor_03")
     assert len(tasks.clips_of(tmp_path, "ravdess")) == 1
     told = capsys.readouterr().err
-    assert (
-        f"2 links that lead nowhere ({tmp_path}/Actor_02" in told or "2 links that lead nowhere (1 of" in told
-    )
+    assert "2 links that lead nowhere (Actor_02, Actor_03)" in told
     assert "3 not WAV (" in told
 
 
