@@ -18,7 +18,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import IO, Any, NamedTuple, TextIO, cast
+from typing import IO, Any, NamedTuple, TextIO
 
 from clsp_fast import disk, paths
 from clsp_fast.paths import AUDIO_SUFFIXES, CONVERT
@@ -26,6 +26,8 @@ from clsp_fast.paths import AUDIO_SUFFIXES, CONVERT
 INDEX_FORMAT = "clsp_fast embeddings"
 """What the index of a folder of embeddings says in its first line."""
 _GZIP = b"\x1f\x8b"
+_HEAD_BYTES = 4096
+"""By which a file is judged; those of most kinds are known by fewer."""
 _LONGEST_INTEGER = 1000  # Python refuses to read and write those of over 4300 digits
 _HOLD_PATHS = "; a list or manifest holds the paths of recordings"
 _UNPACK = "; unpack it first"
@@ -74,6 +76,7 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x7fELF", "a program", ""),
 )
 """Where in a file which bytes stand, what it is then, and what to do about it."""
+# These kinds may have no control characters among their first bytes, and no path begins like them.
 _BEGIN_AS_TEXT = (b"NIST_1A\n", b"#!AMR", b"%PDF-")
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 
@@ -155,11 +158,9 @@ def open_text(source: Path | str | IO[bytes], expected: str, *, newline: str | N
             _check_path(Path(source), expected)
             source = stack.enter_context(Path(source).open("rb"))
         try:
-            reader = _with_peek(source)
-            head = reader.peek(1)
+            reader, head = _with_head(source)
             if head.startswith(_GZIP):
-                reader = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=reader)))
-                head = reader.peek(1)
+                reader, head = _with_head(gzip.GzipFile(fileobj=reader))
             what = _binary_kind(head)
             if what:
                 raise ValueError(f"{name} is {what[0]}, not {expected}{what[1]}")
@@ -181,10 +182,29 @@ def _check_path(path: Path, expected: str) -> None:
         raise FileNotFoundError(f"{path} does not exist or is not a file; expected {expected}") from error
 
 
-def _with_peek(source: IO[bytes]) -> io.BufferedReader:
-    return cast(
-        io.BufferedReader, source if hasattr(source, "peek") else io.BufferedReader(cast(Any, source))
-    )
+class _Prepended(io.RawIOBase):
+    """A stream whose first bytes were read already. Closing it leaves the stream open."""
+
+    def __init__(self, head: bytes, source: Any) -> None:
+        self._head = head
+        self._read = getattr(source, "read1", source.read)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._head[: len(buffer)] or self._read(len(buffer)) or b""
+        self._head = self._head[len(part) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def _with_head(source: Any) -> tuple[io.BufferedReader, bytes]:
+    """The stream from its start, and its first bytes. A pipe may give them one by one."""
+    head = b""
+    while len(head) < _HEAD_BYTES and (part := source.read(_HEAD_BYTES - len(head))):
+        head += part
+    return io.BufferedReader(_Prepended(head, source), 2**16), head
 
 
 def _binary_kind(head: bytes) -> tuple[str, str] | None:
@@ -205,10 +225,11 @@ def _binary_kind(head: bytes) -> tuple[str, str] | None:
         return "a pickle", "; nothing is unpickled here"
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return "a file of tensors (safetensors)", ""
-    # Single zeros may separate paths. Text has no other control characters, bytes by chance have a tenth.
+    # Lists from find -print0 hold single NUL bytes. About a tenth of random bytes are control characters, and
+    # text has none.
     noise = controls - head.count(0) + 2 * head.count(b"\0\0")
     if _encoding(head) == "utf-8-sig" and noise > 3 and 20 * noise > len(head):
-        return "no text: its first bytes are none", ""
+        return "a binary file of an unknown kind", ""
     return None
 
 
@@ -251,7 +272,9 @@ def json_object(text: str) -> dict[str, Any]:
         ValueError: it is anything else, or nested too deeply.
     """
     try:
-        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_integer)
+        value = json.loads(
+            text, parse_constant=lambda _: None, parse_float=_finite, parse_int=_finite_integer
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -269,8 +292,9 @@ def _finite(digits: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _integer(digits: str) -> int | None:
-    return int(digits) if len(digits) <= _LONGEST_INTEGER else None
+def _finite_integer(digits: str) -> int | float | None:
+    number = integer(digits)
+    return None if number == math.inf else number
 
 
 def lines(file: TextIO, longest: int) -> Iterator[tuple[int, str]]:
@@ -280,9 +304,12 @@ def lines(file: TextIO, longest: int) -> Iterator[tuple[int, str]]:
     that `is_whole` is False. No line can fill the memory.
     """
     for number in itertools.count(1):
-        text = rest = file.readline(longest)
+        text = file.readline(longest)
+        if text.startswith("\ufeff"):  # of the second of two files that `cat` joined
+            text = text[1:] + ("" if text.endswith("\n") else file.readline(1))
         if not text:
             return
+        rest = text
         while rest and not rest.endswith("\n"):
             rest = file.readline(longest)
         if text.strip():

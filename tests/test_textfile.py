@@ -218,9 +218,9 @@ NO_LISTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "sqlite": (lambda: b"SQLite format 3\0" + bytes(range(64)), "SQLite"),
     "pickle": (lambda: pickle.dumps([1, 2]), "a pickle"),
     "picture": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(range(64)), "a picture"),
-    "zeros": (lambda: bytes(5000), "no text"),
-    "noise": (lambda: np.random.default_rng(0).bytes(999), "no text"),
-    "half a gzip": (lambda: gzip.compress(os.urandom(20000))[:9000], "cannot be read|no text"),
+    "zeros": (lambda: bytes(5000), "a binary file of an unknown kind"),
+    "noise": (lambda: np.random.default_rng(0).bytes(999), "a binary file"),
+    "half a gzip": (lambda: gzip.compress(os.urandom(20000))[:9000], "cannot be read|a binary file"),
     "find -print0": (lambda: b"clips/a.wav\0clips/b.wav\0clips/c.wav\0", "NUL|JSON lines|no usable clip"),
     "csv": (lambda: b"path,caption\n../v.wav,A man.\n", "a CSV table.*expected "),
     "csv in utf-16": (lambda: "path,caption\n../v.wav,A man.\n".encode("utf-16"), "a CSV table"),
@@ -350,4 +350,50 @@ def test_no_line_fills_the_memory(tmp_path: Path) -> None:
         found = list(textfile.lines(file, 1000))
     assert [(number, len(text), textfile.is_whole(text, 1000)) for number, text in found] == [
         (1, 1000, False), (2, 3, True), (4, 1000, False),
+    ]  # fmt: skip
+
+
+class Slow(io.RawIOBase):
+    """A pipe whose writer sends one byte at a time."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part, self.content = self.content[:1], self.content[1:]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_slow_pipe_is_read_like_a_file(way: str, buffered: bool) -> None:
+    stream: Any = Slow(WAYS[way](JSON_LINES * 50))
+    stream = io.BufferedReader(stream) if buffered else stream
+    with textfile.open_text(stream, "a manifest") as text:
+        assert text.head.lstrip().startswith('{"audio"')
+        assert sum(1 for _ in textfile.lines(text.file, 1000)) == 100
+    assert not stream.closed
+
+
+@pytest.mark.parametrize("kind", ["wav", "avi", "tar.gz", "xz", "zip", "zeros"])
+def test_what_is_no_text_is_known_in_a_slow_pipe(kind: str) -> None:
+    make, message = NO_LISTS[kind]
+    with pytest.raises(ValueError, match=message), textfile.open_text(Slow(make()), "a list"):  # type: ignore[arg-type]
+        pass
+
+
+def test_files_that_cat_joined_hold_several_byte_order_marks(tmp_path: Path) -> None:
+    for content in (JSON_LINES, "a.wav\nb.wav\n"):
+        (tmp_path / "given").write_bytes(2 * content.encode("utf-8-sig"))
+        found = manifest.sources(str(tmp_path / "given"))
+        assert not any("\ufeff" in clip.audio for clip in found[0])
+        assert not any("not JSON" in problem.message for problem in found[1])
+    with io.StringIO("\ufeff12345\n\ufeff1234\n\ufeff") as file:
+        found_lines = list(textfile.lines(file, 5))
+    assert [(text, textfile.is_whole(text, 5)) for _, text in found_lines] == [
+        ("12345", False), ("1234\n", True),
     ]  # fmt: skip
