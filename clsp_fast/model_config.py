@@ -22,16 +22,17 @@ def require(ok: bool, field: str, expected: str, got: object) -> None:
 _LONGEST_ITEM = 160
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_ITEM else text[: _LONGEST_ITEM - 3] + "..."
+def _shortened(text: str, longest: int = _LONGEST_ITEM) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> str:
-    """The items as one screen line: all of them, or as many as fit, "2 of 1,431: a, b, ..."; always one."""
+    """The items as one screen line: all of them, or as many as fit, "2 of 1,431: a, b, ...". At least one
+    item is shown; one of over `width` characters is cut."""
     shown = 1
     while shown < len(items) and len(separator.join(items[: shown + 1])) <= width:
         shown += 1
-    text = separator.join(map(_shortened, items[:shown]))
+    text = separator.join(_shortened(item, width) for item in items[:shown])
     return text if shown >= len(items) else f"{shown} of {len(items):,}: {text}{separator}..."
 
 

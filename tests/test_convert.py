@@ -65,6 +65,15 @@ def test_what_does_not_fit_is_listed(weights: dict[str, Tensor]) -> None:
         convert.from_reference({"model": 3}, CONFIG)
 
 
+def test_what_does_not_fit_is_listed_on_one_line_whatever_the_names(weights: dict[str, Tensor]) -> None:
+    for i in range(3):
+        weights[f"{i}" * 300] = torch.zeros(1)
+    del weights["encoder_embed.out.bias"]
+    with pytest.raises(ValueError, match=r"1 of 3: 0000") as error:
+        convert.from_reference(weights, CONFIG)
+    assert len(str(error.value)) < 250
+
+
 def test_whole_numbers_for_weights_are_refused(weights: dict[str, Tensor]) -> None:
     name = "text_encoder.encoder.layer.0.output.dense.weight"
     weights[name] = weights[name].to(torch.int8)
