@@ -20,7 +20,7 @@ from typing import IO, Any, TextIO, TypeGuard
 
 from clsp_fast import paths, textfile
 from clsp_fast.captions import Captions
-from clsp_fast.textfile import RENAMED, Text, is_text
+from clsp_fast.textfile import RENAMED, Text, is_text, shown
 
 _KEYS = {
     "audio",
@@ -45,6 +45,11 @@ _LONGEST_NAME = 2**15
 _JUDGED_LINES = 1000
 _EXPECTED = 'a manifest (a JSON object a line: {"audio": "a.wav", "captions": ["A man speaks."]})'
 _EXPECTED_SOURCE = 'a list of recordings (a path a line) or a manifest (lines such as {"audio": "a.wav"})'
+_A_LIST = (
+    "a list of paths: embed takes it if its name does not end in .jsonl; training needs captions, in a JSON "
+    "object a line"
+)
+_MODEL_RATE_HZ = 16_000
 _GLOBAL_KEYS = ("global_captions", "short_captions")
 _FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
 
@@ -160,7 +165,7 @@ def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
                 raise ValueError(f"a line must be shorter than {_LONGEST_LINE} characters")
             clip = _clip(line, path.parent, f"{path.stem}-{number}", need_captions, unknown)
             if clip.id in seen:
-                raise ValueError(f"id {clip.id!r} was used in line {seen[clip.id]} already")
+                raise ValueError(f"id {shown(clip.id)} was used in line {seen[clip.id]} already")
         except (ValueError, RecursionError) as error:
             problems.append(Problem(number, str(error)))
             continue
@@ -170,6 +175,8 @@ def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
         seen[clip.id] = number
         clips.append(clip)
     if not clips:
+        if not kind and textfile.looks_like_paths(text.head):
+            kind = _A_LIST
         why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"
         looks = f"; it looks like {kind}; expected {_EXPECTED}" if kind else ""
         raise ValueError(f"{path} holds no usable clip{why}{looks}")
@@ -228,7 +235,8 @@ def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Pr
             found.warn()
             return found.clips, found.problems
         kind = textfile.kind_of(text.head)
-        if kind and not paths.exists(text.head.strip().splitlines()[0]):
+        first = paths.from_text(text.head.strip().splitlines()[0]) if kind else ""
+        if kind and (paths.is_dir(first) or not paths.exists(first)):
             raise ValueError(f"{name} is {kind}; expected {_EXPECTED_SOURCE}")
         names = [paths.from_text(line.rstrip("\n")) for _, line in textfile.lines(text.file, _LONGEST_NAME)]
     if not names:
@@ -237,7 +245,7 @@ def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Pr
         raise ValueError(f"{name} holds NUL characters; a list has one path a line (find without -print0)")
     if not any(_may_be_a_recording(path) for path in names[:_JUDGED_LINES]):
         raise ValueError(
-            f"{name} is no list of recordings: {names[0]!a:.100} is no file, nor does it end like a recording"
+            f"{name} is no list of recordings: {shown(names[0])} is no file, nor does it end like a recording"
         )
     return _named(names), []
 
@@ -265,7 +273,7 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown
     audio = row.get("audio")
     audio = paths.from_text(audio) if isinstance(audio, str) else audio
     if not _is_path(audio):
-        raise ValueError(f'"audio" must be a path{_nearest(row, "audio")}')
+        raise ValueError(f'"audio" must be a path{_got_audio(row)}')
     captions = _captions(row)
     if need_captions and not any(captions):
         raise ValueError(f"no captions{_nearest(row, 'captions') or _nearest(row, 'finegrained_captions')}")
@@ -289,7 +297,7 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
     kind = row.get("type", "MonoCut")
     if kind not in ("MonoCut", "MultiCut"):
         raise ValueError(
-            f"a lhotse {kind} has no single recording; save the cuts as MonoCuts (cuts.trim_to_...)"
+            f"a lhotse {shown(kind)} has no single recording; save the cuts as MonoCuts (cuts.trim_to_...)"
         )
     recording = row.get("recording") or {}
     name, channel = _lhotse_source(recording.get("sources") or [{}], row.get("channel"))
@@ -305,7 +313,7 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
         raise ValueError("no captions in supervisions[0].custom or supervisions[0].text")
     name = paths.from_text(name) if isinstance(name, str) else name
     if not _is_path(name):
-        raise ValueError(f"recording.sources[0].source must be a path, got {name!a:.100}")
+        raise ValueError(f"recording.sources[0].source must be a path, got {shown(name)}")
     source = folder / name
     tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}
     tags |= {key: value for key, value in custom.items() if isinstance(value, str)}
@@ -320,9 +328,6 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
     )
 
 
-_MODEL_RATE_HZ = 16_000
-
-
 def _refuse_transforms(transforms: Any) -> None:
     """ValueError unless the recording's transforms only resample, as reading it does anyway."""
     fix = "write the audio out first (CutSet.save_audios)"
@@ -330,7 +335,7 @@ def _refuse_transforms(transforms: Any) -> None:
         name = transform.get("name") if isinstance(transform, Mapping) else None
         if not isinstance(transform, Mapping) or name != "Resample":
             raise ValueError(
-                f"recording.transforms is not supported but for Resample, got {name!a:.60}: {fix}"
+                f"recording.transforms is not supported but for Resample, got {shown(name)}: {fix}"
             )
         kwargs = transform.get("kwargs")
         rates = kwargs if isinstance(kwargs, Mapping) else {}
@@ -338,7 +343,9 @@ def _refuse_transforms(transforms: Any) -> None:
         # What a lower rate cut off is still in the file.
         least = min(_MODEL_RATE_HZ, source) if isinstance(source, int) else _MODEL_RATE_HZ
         if isinstance(low, int) and low < least:
-            raise ValueError(f"recording.transforms: Resample to {low} Hz, under {least}, is lossy: {fix}")
+            raise ValueError(
+                f"recording.transforms: Resample to {shown(low)} Hz, under {least}, is lossy: {fix}"
+            )
 
 
 def _lhotse_source(sources: list[Mapping[str, Any]], wanted: object) -> tuple[Any, int | None]:
@@ -352,10 +359,10 @@ def _lhotse_source(sources: list[Mapping[str, Any]], wanted: object) -> tuple[An
         whole = cut == own or (cut == (None,) and len(sources) == 1)
         if whole or (len(cut) == 1 and cut[0] in own):
             if source.get("type") != "file":
-                raise ValueError(f'recording.sources must be of type "file", got {source.get("type")!a}')
+                raise ValueError(f'recording.sources must be of type "file", got {shown(source.get("type"))}')
             return source["source"], None if whole else own.index(cut[0])
     raise ValueError(
-        f'"channel" is {wanted!a}, and the files of recording.sources hold {[*map(list, held)]}: '
+        f'"channel" is {shown(wanted)}, and the files of recording.sources hold {shown([*map(list, held)])}: '
         "a clip is one channel, or all of one file (MultiCut.to_mono splits a cut)"
     )
 
@@ -402,19 +409,21 @@ def _seconds(row: Mapping[str, Any], key: str, default: float | None) -> Any:
         return default
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (value == 0 and "duration" in key):
-        raise ValueError(f'"{key}" must be seconds{" > 0" if "duration" in key else " >= 0"}, got {value!r}')
+        raise ValueError(
+            f'"{key}" must be seconds{" > 0" if "duration" in key else " >= 0"}, got {shown(value)}'
+        )
     return float(value)
 
 
 def _channel(value: object) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31):
         return value
-    raise ValueError(f'"channel" must be an integer in [0, 2147483648), got {value!r}')
+    raise ValueError(f'"channel" must be an integer in [0, 2147483648), got {shown(value)}')
 
 
 def _id(value: object, default: str) -> str:
     if value is not None and not is_text(str(value)):
-        raise ValueError(f'"id" must be text, got {value!a}')
+        raise ValueError(f'"id" must be text, got {shown(value)}')
     return default if value is None else str(value)
 
 
@@ -443,6 +452,17 @@ def _nearest(row: Mapping[str, Any], wanted: str) -> str:
     near = [key for key in unknown if RENAMED.get(key) == wanted]
     near += difflib.get_close_matches(wanted, unknown, n=1)
     return f'; is "{near[0]}" meant to be "{wanted}"?' if near else ""
+
+
+def _got_audio(row: Mapping[str, Any]) -> str:
+    """What stands in the place of a path, and what to do about it."""
+    if "audio" not in row:
+        return _nearest(row, "audio")
+    audio = row["audio"]
+    fix = ""
+    if isinstance(audio, Mapping) and isinstance(audio.get("path"), str):
+        fix = f"; write \"audio\": {shown(audio['path'])} (jq -c '.audio = .audio.path')"
+    return f", got {shown(audio)}{fix}"
 
 
 def _meant(key: str) -> str:

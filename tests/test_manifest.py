@@ -129,6 +129,22 @@ BAD = [
     ),
     ('{"audio": "a.wav", "captions": ["x"], "start_s": ' + "9" * 400 + "}", ""),
     (GOOD, "was used in line 1 already"),
+    ({"audio": {"path": "b.wav", "sampling_rate": 16000}, "captions": ["x"]}, """write "audio": 'b.wav'"""),
+    ({"audio": ["b.wav"], "captions": ["x"]}, """"audio" must be a path, got ['b.wav']"""),
+    ({"audio": "a.wav", "captions": ["x"], "channel": "x" * 100_000}, '"channel" must be an integer'),
+    ({"audio": "a.wav", "captions": ["x"], "start_s": "x" * 100_000}, '"start_s" must be seconds'),
+    ({"audio": "a.wav", "captions": ["x"], "duration_s": ["x"] * 9999}, '"duration_s" must be seconds'),
+    ({"audio": "a.wav", "captions": ["x"], "id": "\ud83d" * 9999}, '"id" must be text'),
+    ({"audio": {"path": "b" * 9999}, "captions": ["x"]}, "\"audio\" must be a path, got {'path': 'bbb"),
+    ({"type": "x" * 9999 + "Cut"}, "has no single recording"),
+    (
+        {
+            "type": "MultiCut",
+            "channel": [*range(9999)],
+            "recording": {"sources": [{"type": "file", "channels": [*range(9998)], "source": "a"}]},
+        },
+        '"channel" is [0, 1',
+    ),
 ]
 
 
@@ -139,6 +155,7 @@ def test_a_bad_line_costs_only_itself_and_says_why(tmp_path: Path, row: object, 
     (problem,) = found.problems
     assert problem.line == 2
     assert message in problem.message
+    assert len(problem.message) < 300
 
 
 def test_a_byte_order_mark_and_null_ids_are_fine(tmp_path: Path) -> None:
@@ -292,3 +309,20 @@ def test_describe_counts(tmp_path: Path) -> None:
     text = manifest.describe(manifest.read(write(tmp_path, GOOD, "oops")))
     assert "1 clips, 1 bad lines" in text
     assert "3 captions of 3 to 6 words" in text
+
+
+def test_an_id_that_is_long_and_used_twice_is_shortened(tmp_path: Path) -> None:
+    row = GOOD | {"id": "i" * 100_000}
+    (problem,) = manifest.read(write(tmp_path, row, row)).problems
+    assert problem.message.endswith("... was used in line 1 already")
+    assert len(problem.message) < 200
+
+
+def test_a_list_of_paths_is_no_manifest_and_the_fix_is_told(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    for text in ("a.wav\nb.wav\n", f"{tmp_path}/there\n", "my file.wav\n"):
+        (tmp_path / "list.txt").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths: embed"
+        ):
+            manifest.read(tmp_path / "list.txt")

@@ -227,6 +227,24 @@ NO_LISTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "csv of other columns": (lambda: b"id;text;file\n1;A man;v.wav\n", "a table.*expected "),
     "tsv": (lambda: b"client_id\tpath\tsentence\nx\tv.mp3\tHi.\n", "a tab-separated table"),
     "csv without a header": (lambda: b"v.wav,A man.\n", "a CSV table"),
+    "csv of unknown columns": (lambda: b"emotion,utterance\nhappy,a.wav\nsad,b.wav\n", "a CSV table"),
+    "csv in german": (lambda: b"nr;Satz;datei\n1;\"Ja; gut\";a.wav\n", "a table"),
+    "psv": (lambda: b"speaker|where\ns1|a.wav\n", "a table"),
+    "csv without a header, path last": (lambda: b"happy,a.wav\nsad,b.wav\n", "a CSV table"),
+    "one column": (lambda: b"filename\na.wav\nb.wav\n", "a table of one column.*remove the first line"),
+    "wav.scp": (lambda: b"utt1 a.wav\nutt2 b.wav\n", "Kaldi wav.scp.*sed"),
+    "wav.scp of roots": (lambda: b"ab /data/my a.wav\nac /data/b.wav\n", "Kaldi wav.scp"),
+    "wav.scp of stems": (lambda: b"84-121-0 84/121/84-121-0.flac\n", "Kaldi wav.scp"),
+    "wav.scp with tabs": (lambda: b"utt1\ta.wav\nutt2\tb.wav\n", "Kaldi wav.scp"),
+    "wav.scp of commands": (lambda: b"utt1 sph2pipe -f wav a.sph |\n", "Kaldi wav.scp"),
+    "fairseq": (lambda: b"/root\na.wav\t24000\nb.wav\t16000\n", "a fairseq manifest.*awk"),
+    "yaml": (lambda: b"- audio: a.wav\n  text: x\n", "YAML"),
+    "yaml list": (lambda: b"- a.wav\n- b.wav\n", "YAML"),
+    "playlist": (lambda: b"#EXTM3U\n#EXTINF:1,x\na.wav\n", "a playlist"),
+    "hugging face": (lambda: b'{"file_name": "a.wav", "text": ""}', 'rename "file_name" to "audio", "text"'),
+    "wav_path": (lambda: b'{"wav_path": "a.wav"}\n{"wav_path": "b.wav"}\n', 'rename "wav_path" to "audio"'),
+    "data": (lambda: json.dumps({"version": 1, "data": ROWS}).encode(), r"jq -c '\.data\[\]'"),
+    "data over lines": (lambda: json.dumps({"data": ROWS * 99}, indent=1).encode(), r"jq -c '\.data\[\]'"),
     "nemo": (lambda: json.dumps(NEMO).encode() + b"\n", 'rename "audio_filepath" to "audio", "duration" to'),
     "json array": (lambda: json.dumps(ROWS).encode(), "a JSON array; write one object a line"),
     "json array over lines": (lambda: json.dumps(ROWS, indent=1).encode(), "a JSON array; write one object"),
@@ -315,6 +333,49 @@ def test_a_list_of_what_is_there_needs_no_suffix(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("Dear diary,\ntoday I spoke.\n")
     with pytest.raises(ValueError, match="no list of recordings: 'Dear diary,' is no file"):
         read_sources(tmp_path / "list")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["my file.wav", "your file.wav"], ["my file.wav"], ["01 Intro.wav", "02 Song.wav"],
+        ["Smith, John.wav", "Doe, Jane.wav"], ["Smith, John.wav"], ["a;b.wav"], ["take 1.wav", "take 2.wav"],
+        ["a b/1, c.wav", "a c/1, d.wav"], ["x|a.wav", "b.wav"], ["filename"], ["utt1 a.wav", "b.wav"],
+    ],
+)  # fmt: skip
+def test_odd_names_stay_lists_be_they_there_or_not(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"{name}\n" for name in names)
+    (tmp_path / "list").write_text(text)
+    if names != ["filename"]:
+        assert read_sources(tmp_path / "list") == names
+    assert textfile.kind_of(text) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["utt1 a.wav", "happy,a.wav", "a.wav\t24000", "- a.wav", "filename", "x.wav,y"]
+)
+def test_a_path_that_is_there_makes_a_list(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [name, name.replace("a", "b")]
+    (tmp_path / "list").write_text("".join(f"{name}\n" for name in names))
+    (tmp_path / names[1]).touch()
+    assert read_sources(tmp_path / "list") == names
+
+
+def test_the_path_of_a_column_that_is_there_makes_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.wav").touch()
+    for line, kind in (("happy, a.wav", "a CSV table"), ("happy a.wav", "a Kaldi wav.scp")):
+        (tmp_path / "list").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=kind):
+            read_sources(tmp_path / "list")
 
 
 def test_a_list_may_come_through_a_named_pipe(tmp_path: Path) -> None:
