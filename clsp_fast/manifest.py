@@ -315,17 +315,27 @@ def _lhotse_clip(row: Mapping[str, Any], folder: Path, default_id: str, need_cap
     if not _is_path(name):
         raise ValueError(f"recording.sources[0].source must be a path, got {shown(name)}")
     source = folder / name
+    start, duration = _seconds(row, "start", 0.0), _seconds(row, "duration", None)
+    total = recording.get("duration")
+    # lhotse computes the lengths of a resampled recording from what it was told of it, and the file decides.
+    if recording.get("transforms") and start == 0 and _is_as_long(duration, total):
+        duration = None
     tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}
     tags |= {key: value for key, value in custom.items() if isinstance(value, str)}
     return Clip(
         id=_id(row.get("id"), default_id),
         audio=str(source) if paths.exists(source) else name,
-        start_s=_seconds(row, "start", 0.0),
-        duration_s=_seconds(row, "duration", None),
+        start_s=start,
+        duration_s=duration,
         channel=channel,
         captions=captions,
         tags=tags,
     )
+
+
+def _is_as_long(duration: float | None, total: object) -> bool:
+    """Whether a cut has the whole of its recording's seconds, but for rounding."""
+    return duration is not None and isinstance(total, (int, float)) and abs(duration - total) < 1e-3
 
 
 def _refuse_transforms(transforms: Any) -> None:

@@ -47,6 +47,22 @@ def test_a_resampled_recording_is_read(tmp_path: Path, recording: Any) -> None:
         assert len(audio.load(data.segment(clip))) == 24000
 
 
+@pytest.mark.parametrize(("start", "duration", "kept"), [(0, 3.0, None), (0, 1.0, 1.0), (0.5, 2.5, 2.5)])
+def test_the_file_decides_how_long_a_resampled_recording_is(
+    tmp_path: Path, recording: Any, start: float, duration: float, kept: float | None
+) -> None:
+    row = json.loads(saved(tmp_path, recording.resample(16000), start=start, duration=duration).read_text())
+    row["recording"] |= {"duration": 3.0, "num_samples": 48000}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(row) + "\n")
+    (clip,) = manifest.read(tmp_path / "cuts.jsonl").clips
+    assert (clip.start_s, clip.duration_s) == (start, kept)
+    if kept is None:
+        assert len(audio.load(data.segment(clip))) == 24000
+        del row["recording"]["transforms"]
+        (tmp_path / "cuts.jsonl").write_text(json.dumps(row) + "\n")
+        assert manifest.read(tmp_path / "cuts.jsonl").clips[0].duration_s == 3.0
+
+
 @pytest.mark.parametrize(
     ("transforms", "message"),
     [
