@@ -267,11 +267,17 @@ def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """AudioWAV/NNNN_SSS_EEE_LL.wav and VideoDemographics.csv (Cao et al., 2014).
 
     One recording has a single letter for its intensity. Only age and gender are in the table, which many
-    copies lack: it is read if they are needed. Clips of actors whom it lacks have neither.
+    copies lack: without it clips have neither, and it is an error only if they are needed. Clips of actors
+    whom it lacks have neither.
     """
     corpus = _corpus(source)
     in_table = bool(fields & {"age", "gender"})
-    actors = _actors(source, corpus) if in_table else {}
+    try:
+        actors = _actors(source, corpus)
+    except (OSError, ValueError):
+        if in_table:
+            raise
+        actors = {}
     for path in _recordings(corpus):
         if isinstance(path, LeftOut):
             yield path
