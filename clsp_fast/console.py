@@ -1,9 +1,11 @@
 """What every command does alike on a terminal, in a file and in a pipe: it says how far it is, prints any
-name, and ends quietly when its reader has gone away.
+name, names a full disk behind its output, runs without standard streams, and ends quietly when its reader has
+gone away.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import math
@@ -11,10 +13,13 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TextIO, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO, TypeVar, cast
+
+from clsp_fast import disk
 
 Result = TypeVar("Result")
+_NEVER_FAIL = ("backslashreplace", "namereplace", "xmlcharrefreplace", "replace", "ignore")
 
 
 class Progress:
@@ -38,8 +43,10 @@ class Progress:
         self._done += count
         self._bad += bad
         now, last = time.perf_counter(), self._done == self._total
+        if sys.stderr is None or not count or not self._active:
+            return
         live = sys.stderr.isatty()
-        if not count or not self._active or not (last or now - self._written > (0.2 if live else 10.0)):
+        if not (last or now - self._written > (0.2 if live else 10.0)):
             return
         self._written = now
         rate = self._done / max(1e-9, now - self._started)
@@ -59,49 +66,128 @@ class Progress:
 
 def command(main: Callable[..., Result]) -> Callable[..., Result]:
     """Decorator of a command's `main`: it can print any name (`robust_streams`), and when the reader of its
-    output has gone away (`... | head`), it ends quietly with exit code 1.
+    output has gone away (`... | head`), it ends quietly with exit code 1. When standard output is a file on a
+    full disk, it ends with one line and exit code 1; what standard error cannot take is lost.
 
-    The error of a write to such a pipe may come from any print, or only when Python writes out its buffer at
-    exit, where nothing can catch it any more: the buffer is written out here.
+    The error of such a write may come from any print, or only when Python writes out its buffer at exit,
+    where nothing can catch it any more: the buffer is written out here.
     """
+    spec = main.__globals__.get("__spec__")
+    prefix = "" if spec is None else f"{spec.name}: "
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None, **options: Any) -> Result:
+        _reserve_descriptors()
         robust_streams()
-        try:
+        with _full_disks_named():
             try:
-                return main(arguments, **options)
-            finally:
-                sys.stdout.flush()
-        except (BrokenPipeError, SystemExit) as error:
-            # A command turns an OSError into a message and exits: the error is then the context of the exit.
-            cause = error.__context__ if isinstance(error, SystemExit) else error
-            if not isinstance(cause, BrokenPipeError):
-                raise
-            broken = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
-            if not broken:  # a pipe of something else
-                raise
-            for stream in broken:
-                # What is left in the buffer goes nowhere, instead of failing again at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            sys.exit(1)
+                try:
+                    return main(arguments, **options)
+                finally:
+                    if sys.stdout is not None:
+                        sys.stdout.flush()
+            except disk.DiskFull as error:
+                sys.exit(f"{prefix}{error}")
+            except (BrokenPipeError, SystemExit) as error:
+                # A command turns an OSError into a message and exits: it is then the context of the exit.
+                cause = error.__context__ if isinstance(error, SystemExit) else error
+                if not isinstance(cause, BrokenPipeError):
+                    raise
+                broken = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+                if not broken:  # a pipe of something else
+                    raise
+                for stream in broken:
+                    _discard(stream)
+                sys.exit(1)
 
     return run
+
+
+class _Stream:
+    """A standard stream, but for a full disk: standard output raises `disk.DiskFull`, whatever it is that
+    prints, and what standard error cannot take is lost, since no work should end for a line about it."""
+
+    def __init__(self, stream: TextIO, *, optional: bool) -> None:
+        self._stream, self._optional = stream, optional
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._named():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            with disk.room_for(None):
+                yield
+        except disk.DiskFull:
+            if not self._optional:
+                raise
+
+
+@contextlib.contextmanager
+def _full_disks_named() -> Iterator[None]:
+    """Puts a `_Stream` in place of each standard stream. What cannot be written at the end is given up, so
+    that Python does not try it again at exit."""
+    out, err = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(contextlib.redirect_stdout(cast(TextIO, _Stream(out, optional=False))))
+        if err is not None:
+            stack.enter_context(contextlib.redirect_stderr(cast(TextIO, _Stream(err, optional=True))))
+        try:
+            yield
+        finally:
+            for stream in (out, err):
+                if stream is None:
+                    continue
+                try:
+                    stream.flush()
+                except OSError as error:
+                    if error.errno in disk.NO_ROOM:
+                        _discard(stream)
+
+
+def _reserve_descriptors() -> None:
+    """Opens the null device as each of the descriptors 0 to 2 that is closed: otherwise the next file that is
+    opened gets its number, and what a library writes to standard error goes into that file."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def _discard(stream: TextIO) -> None:
+    """What is left in the stream's buffer, and whatever is written later, goes nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def robust_streams() -> None:
     """Lets standard output and standard error write what their encoding lacks as an escape, such as \\xe9.
 
     The names of recordings hold what they hold; a terminal or a pipe that takes only ASCII must not end the
-    command that prints them.
+    command that prints them. In the C locale Python writes bytes of names as they are ("surrogateescape"),
+    which is kept for UTF-8; ASCII still lacks every other letter.
     """
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None and getattr(stream, "errors", None) == "strict":
+        reconfigure, errors = getattr(stream, "reconfigure", None), getattr(stream, "errors", None)
+        if reconfigure is None or errors in _NEVER_FAIL:
+            continue
+        if errors != "surrogateescape" or codecs.lookup(stream.encoding).name != "utf-8":
             reconfigure(errors="backslashreplace")
 
 
-def _reader_is_gone(stream: TextIO) -> bool:
+def _reader_is_gone(stream: TextIO | None) -> bool:
+    if stream is None:
+        return False
     with contextlib.suppress(OSError, ValueError):  # closed, or no file
         poll = select.poll()
         poll.register(stream.fileno(), 0)

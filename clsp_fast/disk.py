@@ -1,12 +1,14 @@
 """Files written whole or not at all, on disks that are full and on file systems that lack a feature.
 
-Every other module writes through this one, so that a full disk has the same name everywhere.
+Other modules write through this one, or within its `room_for`, so that a full disk has the same name
+everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -33,11 +35,12 @@ class DiskFull(OSError):
 
 
 @contextlib.contextmanager
-def room_for(path: Path | str, size: int | None = None) -> Iterator[None]:
+def room_for(path: Path | str | None, size: int | None = None) -> Iterator[None]:
     """Names a full disk, a used-up quota and a limit of file sizes, whichever library met it.
 
     Args:
-        path: what is written inside.
+        path: what is written inside; None: standard output. An error that names a file elsewhere keeps that
+            file's name.
         size: bytes that it needs; None: not known.
 
     Raises:
@@ -51,7 +54,26 @@ def room_for(path: Path | str, size: int | None = None) -> Iterator[None]:
         code = _no_room(error)
         if code is None:
             raise
-        raise DiskFull(code, _describe(code, Path(path), size), str(path)) from error
+        where, elsewhere = None if path is None else Path(path), _elsewhere(error, path)
+        if elsewhere is not None:
+            where, size = elsewhere, None
+        raise DiskFull(code, _describe(code, where, size), None if where is None else str(where)) from error
+
+
+def _elsewhere(error: Exception, path: Path | str | None) -> Path | None:
+    """The file that the error names, if it is neither `path`, nor in it, nor what will become it: a hidden
+    neighbour, as `replace_file` and others write."""
+    name = error.filename if isinstance(error, OSError) else None
+    if not isinstance(name, (str, bytes)) or not name:
+        return None
+    file = Path(os.fsdecode(name))
+    if path is None:
+        return file
+    target = Path(path).absolute()
+    for place in (file.absolute(), *file.absolute().parents):
+        if place == target or (place.parent == target.parent and place.name.startswith(".")):
+            return None
+    return file
 
 
 def _no_room(error: Exception) -> int | None:
@@ -67,16 +89,17 @@ def _no_room(error: Exception) -> int | None:
     return None
 
 
-def _describe(code: int, where: Path, size: int | None) -> str:
+def _describe(code: int, where: Path | None, size: int | None) -> str:
+    name = "standard output" if where is None else where
     needed = "" if size is None else f", needed about {_megabytes(size)} MB"
     if code == errno.EFBIG:
         fix = "raise the limit (ulimit -f), or choose a file system for larger files"
-        return f"file size limit: {where}{needed}: {os.strerror(code)}; {fix}"
-    free = _free_bytes(where)
-    left = "" if free is None or code == errno.EDQUOT else f", {_megabytes(free)} MB are free"
+        return f"file size limit: {name}{needed}: {os.strerror(code)}; {fix}"
+    free = None if where is None or code == errno.EDQUOT else _free_bytes(where)
+    left = "" if free is None else f", {_megabytes(free)} MB are free"
     quota = " (quota)" if code == errno.EDQUOT else ""
     fix = "make room and run the same command again"
-    return f"disk full{quota}: {where}{needed}{left}: {os.strerror(code)}; {fix}"
+    return f"disk full{quota}: {name}{needed}{left}: {os.strerror(code)}; {fix}"
 
 
 def _megabytes(count: int) -> str:
@@ -84,11 +107,11 @@ def _megabytes(count: int) -> str:
 
 
 def _free_bytes(where: Path) -> int | None:
-    for folder in (where, *where.absolute().parents):
-        try:
-            return shutil.disk_usage(folder).free
-        except OSError:
-            continue
+    """Of the file system that `where` is on; None if neither it nor the folder that it is in exists, as a
+    folder further up may be on another one."""
+    for place in (where, where.absolute().parent):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(place).free
     return None
 
 
@@ -103,7 +126,9 @@ def replace_file(file: Path, write_to: Callable[[Path], None], *, size: int | No
     Raises:
         DiskFull: there is no room; nothing is left behind.
     """
-    neighbour = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # Its length does not grow with the file's name, which may be as long as a name can be.
+    digest = hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]
+    neighbour = file.with_name(f".{digest}.{os.getpid()}.tmp")
     with room_for(file, size):
         try:
             write_to(neighbour)
@@ -133,7 +158,7 @@ def flush(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """fsync, unless there is none: many network file systems refuse it for folders."""
+    """Calls fsync; ignores file systems that do not support it, as many network file systems for folders."""
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -92,8 +92,11 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         FileNotFoundError: no such file or model. ValueError: the scores that are there are of other pairs or
         another model. FolderInUse: another process writes the file.
     """
-    where = "standard output" if config.scores == "-" else config.scores
-    with disk.room_for(where), contextlib.ExitStack() as stack:
+    for name, stream in (("pairs", sys.stdin), ("scores", sys.stdout)):
+        require(
+            getattr(config, name) != "-" or stream is not None, name, "a file: that stream is closed", "-"
+        )
+    with disk.room_for(None if config.scores == "-" else config.scores), contextlib.ExitStack() as stack:
         place = stack.enter_context(Place.join(config.device))
         require(place.world == 1, "processes", "1; under torchrun, give each its --shard", place.world)
         standard = config.pairs == "-"

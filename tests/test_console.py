@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser
 
-from clsp_fast import batches, console, corpus, train
+from clsp_fast import batches, console, corpus, data, embed, score, search, train
 from clsp_fast.console import Progress
 
 # Every command, down to its subcommands, as words after `python -m`.
@@ -155,6 +156,95 @@ main()
     os.close(reader)
     assert process.communicate(timeout=120)[1] == b""
     assert process.returncode == 1
+
+
+PRINTS = """
+import contextlib, os, sys
+from clsp_fast import console
+@console.command
+def main(arguments=None):
+    console.Progress(1, "recordings").add(1)
+    {code}
+    with open("done", "w") as file, contextlib.suppress(OSError):
+        file.write("done")
+        os.write(2, b"a library's warning, ")
+main()
+"""
+FULL = "disk full: standard output: No space left on device; make room and run the same command again"
+PROGRESS = r"1 of 1 recordings, \d+ a second\n"
+WARNING = "a library's warning, "
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("code", "streams", "returned", "told"),
+    [
+        ("print('x')", "> /dev/full", 1, f"{PROGRESS}{WARNING}{FULL}\n"),
+        ("print('x' * 2**20)", "> /dev/full", 1, f"{PROGRESS}{FULL}\n"),
+        ("print('x', file=sys.stderr)", "2> /dev/full", 0, ""),
+        ("print('x' * 2**20, file=sys.stderr)", "2> /dev/full", 0, ""),
+        ("print('x')", ">&-", 0, f"{PROGRESS}{WARNING}"),
+        ("print('x')", "2>&-", 0, ""),
+        ("print('x', file=sys.stderr)", "<&- >&- 2>&-", 0, ""),
+    ],
+)
+def test_full_and_closed_streams(tmp_path: Path, code: str, streams: str, returned: int, told: str) -> None:
+    (tmp_path / "script.py").write_text(PRINTS.format(code=code))
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' script.py {streams}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root, "PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.fullmatch(told, done.stderr), done.stderr
+    assert done.returncode == returned
+    if WARNING in told or not told:  # the command went on to its end
+        assert (tmp_path / "done").read_text() == "done"
+
+
+def test_a_full_standard_output_is_named_by_commands(
+    tmp_path: Path,
+    model_folder: Path,
+    make_clips: Callable[[Path, int], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [
+        {"audio": str(clip), "captions": ["A voice."], "caption": "A voice."}
+        for clip in make_clips(tmp_path / "clips", 8)
+    ]
+    source, model = tmp_path / "m.jsonl", ["--model", str(model_folder), "--device", "cpu"]
+    source.write_text("".join(json.dumps({"id": str(i)} | row) + "\n" for i, row in enumerate(rows)))
+    pairs = tmp_path / "p.jsonl"
+    pairs.write_text("".join(f'{{"audio": "{row["audio"]}", "caption": "A voice."}}\n' for row in rows))
+    words = ["tiny", "--data.manifest", str(source), "--data.min-seconds", "0.1", "--stage1-steps", "1"]
+    words += ["--stage2-steps", "0", "--model.text.vocab-size", "300", "--device", "cpu"]
+    out = str(tmp_path / "out")
+    commands: tuple[tuple[Callable[..., object], list[str]], ...] = (
+        (embed.main, [str(source), out, *model]),
+        (search.main, [out, "--text", "A voice.", *model]),
+        (score.main, [str(pairs), "-", *model]),
+        (data.main, ["validate", str(source)]),
+        (train.main, [*words, "--run", str(tmp_path / "run")]),
+        (train.main, ["--help"]),
+    )
+    for main, arguments in commands:
+        with Path("/dev/full").open("w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            with pytest.raises(SystemExit) as stop:
+                main(arguments)
+        assert re.fullmatch(rf"clsp_fast\.\w+: {FULL}", str(stop.value.code))
+    assert (tmp_path / "out/index.jsonl").exists()
+
+
+def test_score_refuses_a_stream_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, words in (("stdin", ["-", "s.jsonl"]), ("stdout", ["p.jsonl", "-"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, stream, None)
+            with pytest.raises(SystemExit, match="that stream is closed"):
+                score.main([*words, "--model", "none"])
 
 
 def test_a_broken_pipe_of_something_else_is_not_hidden() -> None:

@@ -29,7 +29,13 @@ FAISS = "Error in void faiss::write_index(): 'ret == size' failed: write error i
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "disk full: /nowhere/x, needed about 3.0 MB"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded", "/elsewhere"), r"disk full \(quota\): /nowhere/x"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded", "/elsewhere"),
+            r"disk full \(quota\): /elsewhere: Disk",
+        ),
+        (OSError(errno.EDQUOT, "Quota", "/nowhere/.x.1.tmp/a"), r"disk full \(quota\): /nowhere/x, needed"),
+        (OSError(errno.ENOSPC, "No space", "/nowhere/x/a"), "disk full: /nowhere/x, needed"),
+        (OSError(errno.ENOSPC, "No space", "/nowhere/xy"), "disk full: /nowhere/xy: No space left"),
         (OSError(errno.EFBIG, "File too large"), "file size limit: /nowhere/x.*ulimit -f"),
         (OSError("1000000 requested and 262112 written"), "disk full: /nowhere/x"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "disk full: /nowhere/x"),
@@ -44,8 +50,17 @@ def test_every_librarys_word_for_a_full_disk_is_one(error: Exception, words: str
         raise error
     assert "\n" not in str(told.value)
     assert told.value.errno in disk.NO_ROOM
-    with pytest.raises(disk.DiskFull, match="/nowhere/x"), disk.room_for("/nowhere"):
-        raise told.value  # the inner name stays
+    with pytest.raises(disk.DiskFull) as outer, disk.room_for("/nowhere"):
+        raise told.value
+    assert outer.value is told.value  # the inner name stays
+
+
+def test_free_space_is_that_of_the_files_own_folder_alone(tmp_path: Path) -> None:
+    for path, stated in ((tmp_path / "a", True), (tmp_path / "no/a", False), (None, False)):
+        with pytest.raises(disk.DiskFull) as told, disk.room_for(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert ("MB are free" in str(told.value)) == stated
+        assert ("standard output" in str(told.value)) == (path is None)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +89,18 @@ def test_a_file_that_finds_no_room_keeps_its_old_content(tmp_path: Path) -> None
     with pytest.raises(disk.DiskFull, match=r"/a, needed about 1\.5 MB, [\d.,]+ MB are free"):
         disk.replace_file(tmp_path / "a", fail, size=1_500_000)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_a_name_of_any_length_is_written(tmp_path: Path) -> None:
+    names = ["a" * 255, "b" * 251 + ".txt", "\u58f0" * 85, "caf\udce9" + "c" * 200, "d"]
+    for name in names:
+        disk.write_text(tmp_path / name, name[:1])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {n: n[:1] for n in names}
+    seen = list[str]()
+    for name in names:
+        disk.replace_file(tmp_path / name, lambda path: (seen.append(path.name), path.touch())[1])
+    assert len(set(seen)) == len(names)
+    assert all(name.startswith(".") and name.endswith(".tmp") and len(name) < 40 for name in seen)
 
 
 NO_FSYNC = ("EINVAL", "EOPNOTSUPP", "ENOTSUP", "ENOSYS")

@@ -315,6 +315,10 @@ def test_the_command_prints_and_writes(
     assert (tmp_path / "page.html").read_text().count("<audio") == 4
     command.main([*words, "--json"])
     first, second = capsys.readouterr().out.splitlines()
+    longest = tmp_path / f"{'h' * 250}.html"  # a name can have 255 bytes
+    command.main([*words, "--html", str(longest)])
+    assert longest.read_text().count("<audio") == 4
+    capsys.readouterr()
     assert json.loads(first)["query"] == TEXTS[0]
     assert len(json.loads(second)["hits"]) == 2
     for bad, message in ((["--model", "nowhere"], "no such folder"), (["--html", "/nowhere/x"], "nowhere")):
