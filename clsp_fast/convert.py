@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clsp_fast import console, disk
+from clsp_fast import console, disk, textfile
 from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
 from clsp_fast.model_config import listed, listed_groups
@@ -330,8 +330,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object."""
     disk.refuse_pointer(file)
+    text = textfile.read_text(file, "a JSON object")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error
     if not isinstance(values, dict):

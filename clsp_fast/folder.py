@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clsp_fast import disk
+from clsp_fast import disk, textfile
 from clsp_fast.config import ModelConfig
 from clsp_fast.model_config import listed_groups
 from clsp_fast.tokenizer import Tokenizer
@@ -76,8 +76,9 @@ def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of a folder; FileNotFoundError or ValueError names the file."""
     file = _existing(folder / "config.json")
     disk.refuse_pointer(file)
+    text = textfile.read_text(file, "a model's configuration")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             hint = "; a run keeps its model in its folder model" if (folder / "model").is_dir() else ""
             raise ValueError(f'expected "format": "{FORMAT}"{hint}')
@@ -88,7 +89,7 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig.from_dict(content["model"])
     except RecursionError:
         raise ValueError(f"{file}: nested too deeply") from None
-    except (ValueError, TypeError, KeyError) as error:  # JSON and UTF-8 errors are ValueErrors
+    except (ValueError, TypeError, KeyError) as error:  # JSON's errors are ValueErrors
         raise ValueError(f"{file}: {error}") from error
 
 

@@ -147,7 +147,8 @@ def _check_made_by(found: Embeddings, model: CLSP, path: Path) -> None:
 
 
 def _as_text(query: str) -> str:
-    """A description of the command line, where bytes that are not of the locale's encoding are surrogates."""
+    """Reads a description of the command line as UTF-8, whatever the locale is: there, bytes that are not of
+    its encoding are surrogates."""
     if is_text(query):
         return query
     try:

@@ -212,7 +212,7 @@ def write_shard(file: Path, rows_ND: NDArray[Any]) -> None:
 def _save_npy(file: Path, rows_ND: NDArray[Any]) -> None:
     with file.open("wb") as handle:
         np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(rows_ND))
-        handle.write(rows_ND.tobytes())  # numpy's own way forgets why a disk did not take it
+        handle.write(rows_ND.tobytes())  # numpy's writer loses errno, so a full disk could not be named.
 
 
 def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from clsp_fast import disk
+from clsp_fast import disk, textfile
 from clsp_fast.config import TextConfig
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -19,14 +20,16 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 _ENDS = ("<s>", "<pad>", "</s>")
 _PROBE = "A calm voice"
+_MOST_BYTES = 2**28
+"""Largest file of a tokenizer that is read; those of 250,000 tokens have 2**24 bytes."""
 
 
 class Tokenizer:
     """Captions -> token ids between <s> and </s>; any text has a code, as bytes are the alphabet.
 
     Args:
-        engine: what knows <s>, <pad> and </s>. One that adds nothing to a caption gets RoBERTa's template;
-            its padding, truncation and BPE dropout are switched off.
+        engine: a tokenizer whose vocabulary has <s>, <pad> and </s>. One that adds nothing to a caption gets
+            RoBERTa's template; its padding, truncation and BPE dropout are switched off.
 
     Raises:
         ValueError: it lacks one of the three tokens, or puts something else around a caption.
@@ -129,16 +132,21 @@ class Tokenizer:
         pair = (path / "vocab.json", path / "merges.txt")
         for part in (file, *pair):
             disk.refuse_pointer(part)
+        whole = file.is_file()
+        if not whole and not all(part.is_file() for part in pair):
+            raise FileNotFoundError(f"{path}: no tokenizer.json, nor vocab.json and merges.txt")
+        texts = [
+            textfile.read_text(part, "a file of a tokenizer", most_bytes=_MOST_BYTES)
+            for part in ((file,) if whole else pair)
+        ]
         try:
-            if file.is_file():
-                return cls(Engine.from_file(str(file)))
-            if all(part.is_file() for part in pair):
-                return cls(_roberta_engine(*pair))
+            return cls(Engine.from_str(*texts) if whole else _roberta_engine(*texts))
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path} is no tokenizer: it is neither UTF-8 nor UTF-16") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise ValueError(f"{path} is no tokenizer: {error}") from error
-        raise FileNotFoundError(f"{path}: no tokenizer.json, nor vocab.json and merges.txt")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one tokenizer.json."""
@@ -181,13 +189,26 @@ class Tokenizer:
         return token_ids, (torch.arange(token_ids.shape[1]) < lengths[:, None]).long()
 
 
-def _roberta_engine(vocab: Path, merges: Path) -> Engine:
-    """The tokenizer of RoBERTa's original pair of files."""
-    engine = Engine(models.BPE.from_file(str(vocab), str(merges)))
+def _roberta_engine(vocab: str, merges: str) -> Engine:
+    """The tokenizer of RoBERTa's original pair of files, vocab.json and merges.txt.
+
+    Args:
+        vocab: JSON object from tokens to ids. merges: a pair of tokens a line, and comments.
+    """
+    ids, pairs = json.loads(vocab), list[tuple[str, str]]()
+    if not isinstance(ids, dict):
+        raise ValueError(f"vocab.json must hold a JSON object, got {type(ids).__name__}")
+    for number, line in enumerate(merges.split("\n"), 1):
+        if line.strip() and not line.startswith("#version"):
+            left, space, right = line.partition(" ")
+            if not (left and space and right) or " " in right:
+                raise ValueError(f"merges.txt, line {number}: expected two tokens, got {line!a:.60}")
+            pairs.append((left, right))
+    engine = Engine(models.BPE(ids, pairs))
     known = engine.get_vocab()
     missing = [token for token in _ENDS if token not in known]
     if missing:  # added here they would get ids that no model knows
-        raise ValueError(f"{vocab.name} must have the tokens <s>, <pad> and </s>, it lacks {missing}")
+        raise ValueError(f"vocab.json must have the tokens <s>, <pad> and </s>, it lacks {missing}")
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     engine.add_special_tokens([token for token in SPECIAL_TOKENS if token in known])

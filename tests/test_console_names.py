@@ -49,6 +49,28 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     assert lenient.errors == "surrogateescape"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "errors", "after"),
+    [
+        ("ascii", "surrogateescape", "backslashreplace"),
+        ("latin-1", "surrogateescape", "backslashreplace"),
+        ("utf-8", "strict", "backslashreplace"),
+        ("UTF8", "surrogateescape", "surrogateescape"),
+        ("ascii", "namereplace", "namereplace"),
+        ("ascii", "xmlcharrefreplace", "xmlcharrefreplace"),
+        ("ascii", "replace", "replace"),
+    ],
+)
+def test_only_what_would_fail_is_changed(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str, after: str
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors)
+    monkeypatch.setattr(sys, "stdout", stream)
+    console.robust_streams()
+    assert stream.errors == after
+    print(NAME)
+
+
 def test_no_command_dies_of_a_name(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,3 +126,10 @@ def test_find_into_embed_under_an_ascii_locale(
     assert done.returncode == 0, done.stderr
     index = (tmp_path / "out/index.jsonl").read_text("ascii").splitlines()
     assert os.fsencode(json.loads(index[1])["audio"]) == os.fsencode(f"clips/{NAME}")
+    # An index that was made where names are UTF-8 has letters that ASCII lacks.
+    embed.main([str(tmp_path / "clips"), str(tmp_path / "other"), "--model", str(model_folder)])
+    words = [sys.executable, "-m", "clsp_fast.search", "other", "--text", "x", "--model", str(model_folder)]
+    environment = os.environ | ascii_alone | {"PYTHONIOENCODING": ""}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"clips/caf\\udce9 d\\xe9j\\xe0 \\u58f0.wav" in done.stdout

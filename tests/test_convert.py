@@ -355,6 +355,24 @@ def test_long_lists_of_names_take_one_line(weights: dict[str, Tensor], tmp_path:
     assert max(map(len, str(convert.match_keys(others, model)).splitlines())) < 200
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_configurations_and_indexes_of_any_unicode_encoding_are_read(
+    weights: dict[str, Tensor], tmp_path: Path, encoding: str
+) -> None:
+    folder, out = tmp_path / "sharded", tmp_path / "model"
+    folder.mkdir()
+    save_file(weights, folder / "1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding)
+    (tmp_path / "c.json").write_text((GOLDEN / "golden_a.config.json").read_text(), encoding)
+    words = ["reference", "--checkpoint", str(folder), "--config", str(tmp_path / "c.json")]
+    convert.main([*words, "--out", str(out)])
+    (out / "config.json").write_text((out / "config.json").read_text(), encoding)
+    assert CLSP.from_pretrained(out).config == convert.reference_config(
+        json.loads((GOLDEN / "golden_a.config.json").read_text())
+    )
+
+
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "model.safetensors.index.json", "c.json"])
 def test_a_git_lfs_pointer_in_place_of_a_file_is_named(
     weights: dict[str, Tensor], tmp_path: Path, name: str

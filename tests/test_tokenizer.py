@@ -98,6 +98,43 @@ def test_reads_robertas_pair_of_files(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == len(trained["vocab"])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_files_of_any_unicode_encoding_are_read(tmp_path: Path, encoding: str) -> None:
+    content = Tokenizer.train([*CORPUS, "Z\u00fcrich \u58f0"], 400).to_json()
+    trained = json.loads(content)["model"]
+    merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in trained["merges"])
+    files = {"plain/tokenizer.json": content, "plain/pair/merges.txt": merges}
+    files["plain/pair/vocab.json"] = json.dumps(trained["vocab"], ensure_ascii=False)
+    for name, text in files.items():
+        for file, written_as in (
+            (tmp_path / name, "utf-8"),
+            (tmp_path / name.replace("plain", "x"), encoding),
+        ):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text.replace("\n", "\r\n") if written_as == encoding else text, written_as)
+    for folder in ("", "pair"):
+        plain, other = (Tokenizer.from_file(tmp_path / root / folder) for root in ("plain", "x"))
+        assert other.to_json() == plain.to_json()
+
+
+def test_the_pair_of_files_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    trained = json.loads(Tokenizer.train(CORPUS, 400).to_json())["model"]
+    vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    vocab.write_text(json.dumps(trained["vocab"]))
+    merges.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in trained["merges"]))
+    found = json.loads(Tokenizer.from_file(tmp_path).to_json())["model"]
+    expected = json.loads(Engine(models.BPE.from_file(str(vocab), str(merges))).to_str())["model"]
+    assert found == expected
+    for content, message in (
+        ("a b c\n", "line 1"),
+        ("#version: 0.2\na\n", "line 2"),
+        ("a zz\n", "tokenizer"),
+    ):
+        merges.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.from_file(tmp_path)
+
+
 def test_padding_or_truncation_stored_in_a_file_has_no_effect(tokenizer: Tokenizer, tmp_path: Path) -> None:
     engine = Engine.from_str(tokenizer.to_json())
     engine.enable_padding(length=40, pad_id=1, pad_token="<pad>")
