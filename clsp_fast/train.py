@@ -406,9 +406,15 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     stated: Any = {}
     if name.endswith(".json"):
         try:
-            stated = json.loads(textfile.read_text(Path(name), "a configuration"))
+            text = textfile.read_text(Path(name), "a configuration")
+        except (OSError, ValueError) as error:  # names the file itself
+            sys.exit(f"clsp_fast.train: {error}")
+        try:
+            stated = json.loads(text)
+            if not isinstance(stated, dict):
+                raise ValueError(f"expected a JSON object, got {type(stated).__name__}")
             default = TrainConfig.from_dict(stated)
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             sys.exit(f"clsp_fast.train: {name}: {error}")
     elif name in TRAIN_PRESETS:
         default = TRAIN_PRESETS[name]
@@ -425,12 +431,24 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             default = dataclasses.replace(default, model=folder.read_config(folder.resolve(init)))
         except (OSError, ValueError) as error:
             sys.exit(f"clsp_fast.train: --init: {error}")
-    # Only tyro reads this annotation, and importing tyro where the class is would slow down every import. The
-    # field keeps its name in scripts and in config.json.
-    TrainConfig.__annotations__["run"] = Annotated[Path, tyro.conf.arg(name="run-dir")]
-    return tyro.cli(
-        TrainConfig, default=default, args=words, prog="python -m clsp_fast.train", description=__doc__
+    # The field keeps its name in scripts and in config.json, and importing tyro where TrainConfig is would
+    # slow down every import: the option gets its name in a subclass.
+    named = Annotated[Path, tyro.conf.arg(name="run-dir")]
+    flags = dataclasses.make_dataclass(
+        "TrainConfig", [("run", named)], bases=(TrainConfig,), frozen=True, kw_only=True
     )
+    parsed = tyro.cli(
+        flags,
+        default=flags(**_values(default)),
+        args=words,
+        prog="python -m clsp_fast.train",
+        description=__doc__,
+    )
+    return TrainConfig(**_values(parsed))
+
+
+def _values(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 @console.command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from clsp_fast import checkpoint, train
-from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS
+from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS, TrainConfig
 from clsp_fast.tokenizer import Tokenizer
 
 
@@ -25,6 +26,24 @@ def test_a_saved_model_brings_its_configuration(model_folder: Path, tmp_path: Pa
     assert train.parse([str(file)]).model == MODEL_PRESETS["tiny"]
     file.write_text(json.dumps({"init": saved, "model": {"joint_dim": 8}}))
     assert train.parse([str(file)]).model.joint_dim == 8
+
+
+def test_a_command_line_changes_no_class_and_an_error_names_its_file_once(tmp_path: Path) -> None:
+    before = dict(TrainConfig.__annotations__)
+    made = train.parse(["tiny", "--run-dir", "x"])
+    assert type(made) is TrainConfig
+    assert made == dataclasses.replace(TRAIN_PRESETS["tiny"], run=Path("x"))
+    assert before == TrainConfig.__annotations__ == {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+    for number, content in enumerate(
+        (b"%PDF-1.7\0", b"{", b'{"no_such_key": 1}', b"[]", b"[" * 100_000, None)
+    ):
+        file = tmp_path / f"{number}.json"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            train.parse([str(file)])
+        assert str(stop.value.code).startswith("clsp_fast.train: ")
+        assert str(stop.value.code).count(file.name) == 1
 
 
 def test_what_contradicts_a_saved_model_is_named(model_folder: Path, tmp_path: Path) -> None:
