@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -174,7 +176,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def leave(folder: Path, free: int) -> Path:
-    """Fills a small file system but for `free` bytes."""
+    """Fills a small file system but for `free` bytes, or but for less where its blocks are larger."""
     at = os.statvfs(folder)
     filler = folder / "filler"
     with filler.open("wb") as file:
@@ -239,11 +241,66 @@ def test_train_names_a_full_disk_and_resumes_when_there_is_room(
     assert (run / "model/model.safetensors").exists()
 
 
+def full_from(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The disk is full from the `count`-th file on that is flushed: many file systems say so only then."""
+    flush, asked = disk.flush, itertools.count(1)
+
+    def fail(path: Path) -> None:
+        if next(asked) >= count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(path)
+
+    monkeypatch.setattr(disk, "flush", fail)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 8])
+def test_embed_goes_on_after_any_file_found_no_room(
+    tmp_path: Path,
+    model_folder: Path,
+    make_clips: MakeClips,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+) -> None:
+    """As with `small_disk`, on machines where none can be mounted."""
+    make_clips(tmp_path / "clips", 12)  # a header, three shards and their parts, and the index
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        full_from(patch, count)
+        with pytest.raises(SystemExit) as stop:
+            embed_command(tmp_path / "clips", out, model_folder)
+    assert re.fullmatch(rf"clsp_fast.embed: disk full: {out}.*MB are free: No space.*", str(stop.value.code))
+    assert leftovers(out) == []
+    embed_command(tmp_path / "clips", out, model_folder)
+    embed_command(tmp_path / "clips", tmp_path / "whole", model_folder)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    for path in (tmp_path / "whole").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 5, 10])
+def test_train_resumes_after_any_file_found_no_room(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """As with `small_disk`, on machines where none can be mounted."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        full_from(patch, count)
+        with pytest.raises(SystemExit) as stop:
+            train.main([*trained, str(run)])
+    assert re.fullmatch(rf"clsp_fast.train: disk full: {run}.*MB are free: No space.*", str(stop.value.code))
+    assert leftovers(run) == []
+    train.main([*trained, str(run)])
+    assert [r["step"] for r in log.read(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
+    assert (run / "model/model.safetensors").exists()
+
+
 def test_the_log_names_a_full_disk_and_is_read_again(small_disk: Path) -> None:
     with log.RunLog(small_disk, first_step=0) as written:
         written.record("train", 0, loss=1.0)
     filler = leave(small_disk, 0)
-    text = "x" * 10_000
+    text = "x" * (10_000 + 2 * os.statvfs(small_disk).f_frsize)  # more than is left of the log's last block
     with (
         pytest.raises(disk.DiskFull, match=r"log\.jsonl"),
         log.RunLog(small_disk, first_step=0) as written,
@@ -269,14 +326,20 @@ def test_the_demo_corpus_names_a_full_disk_and_leaves_nothing(small_disk: Path) 
 
 
 def test_score_and_evaluate_name_a_full_disk(
-    tmp_path: Path, small_disk: Path, model_folder: Path, make_clips: MakeClips
+    tmp_path: Path,
+    small_disk: Path,
+    model_folder: Path,
+    make_clips: MakeClips,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    block = os.statvfs(small_disk).f_frsize
     clips = make_clips(tmp_path / "clips", 4)
     rows = [
-        {"audio": str(path), "caption": "A calm voice. " * 200, "captions": ["A voice."]} for path in clips
+        {"audio": str(path), "caption": "A calm voice. " * (block // 16), "captions": ["A voice."]}
+        for path in clips
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    filler, scores = leave(small_disk, 4096), small_disk / "s.jsonl"
+    filler, scores = leave(small_disk, block), small_disk / "s.jsonl"
     words = [str(tmp_path / "p.jsonl"), str(scores), "--model", str(model_folder), "--device", "cpu"]
     with pytest.raises(SystemExit, match=f"clsp_fast.score: disk full: {scores}"):
         score.main(words)
@@ -293,7 +356,14 @@ def test_score_and_evaluate_name_a_full_disk(
         score.main(words)
     assert not stop.value.code
     assert len(scores.read_text().splitlines()) == 4
-    leave(small_disk, 16_384)  # room for the figures, and none for the picture
+    replace_file = disk.replace_file
+
+    def full_for_pictures(file: Path, write_to: Callable[[Path], None], *, size: int | None = None) -> None:
+        if file.suffix == ".png":
+            leave(small_disk, 0)
+        replace_file(file, write_to, size=size)
+
+    monkeypatch.setattr(disk, "replace_file", full_for_pictures)
     with pytest.raises(SystemExit, match=f"disk full: {small_disk}/e/retrieval.png"):
         evaluate.main(retrieval)
     assert leftovers(small_disk) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,71 @@ def test_a_forbidden_folder_costs_only_itself(tmp_path: Path, monkeypatch: pytes
         "last/c.wav",
     ]
     assert scan.warnings() == [f"cannot be read: {tmp_path / 'forbidden'}: Permission denied"]
+
+
+# Runs as a user who is not let in. The imports, and all that is loaded at the first use, come before.
+LOCKED = """
+import contextlib, json, os, sys
+from clsp_fast import CLSP, data, paths
+model = CLSP.from_pretrained(sys.argv[1])
+names = json.loads(sys.argv[2])
+model.encode_audio(names[:1])
+with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+    data.main(["validate", "good.jsonl", "--decode"])
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for name in names[1:-1]:
+    try:
+        open(name, "rb")
+    except PermissionError:
+        continue
+    sys.exit(f"{name} can be opened")
+errors = {}
+model.encode_audio(names, errors=errors)
+scan = paths.scan("clips")
+print(json.dumps([{i: str(error.reason) for i, error in errors.items()}, scan.recordings, scan.warnings()]))
+data.main(["validate", "m.jsonl", "--decode"])
+"""
+
+
+@pytest.mark.multiproc
+def test_files_that_the_system_itself_refuses(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips
+) -> None:
+    first, last = make_clips(tmp_path / "clips", 2)
+    samples, rate = soundfile.read(first)
+    (tmp_path / "clips/closed").mkdir()
+    names = [f"clips/{name}" for name in ("a.wav", "a.flac", "a.ogg", "a.mp3", "closed/a.wav")]
+    for name in names:
+        soundfile.write(tmp_path / name, samples, rate)
+        (tmp_path / name).chmod(0)
+    names = ["clips/00000.wav", *names, "clips/00001.wav"]
+    write(tmp_path / "m.jsonl", [{"audio": name, "captions": ["A voice."]} for name in names])
+    write(tmp_path / "good.jsonl", [{"audio": names[0], "captions": ["A voice."]}])
+    # Relative to the current folder: those above it may be closed to that user as well.
+    for path, mode in ((tmp_path, 0o755), (tmp_path / "clips", 0o755), (first, 0o644), (last, 0o644)):
+        path.chmod(mode)
+    (tmp_path / "clips/closed").chmod(0)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", LOCKED, str(model_folder), json.dumps(names)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        (tmp_path / "clips/closed").chmod(0o755)
+    assert done.returncode == 1, done.stderr  # there are findings
+    errors, recordings, warnings = json.loads(done.stdout.splitlines()[0])
+    assert errors == {str(i): "open" for i in range(1, 6)}
+    assert recordings == sorted([*names[:-2], "clips/closed", names[-1]])
+    assert warnings == ["cannot be read: clips/closed: Permission denied"]
+    assert "5 findings" in done.stdout
+    assert done.stdout.count(": open\n") == 5
 
 
 def test_a_tree_that_is_deeper_than_any_path_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
