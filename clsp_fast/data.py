@@ -77,10 +77,12 @@ class ClipFeatures:
 
     Attributes:
         bad: why each unreadable clip met so far could not be read: id -> reason.
+        details: the same in words, with the path: id -> sentence.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self.bad: dict[str, str] = {}
+        self.details: dict[str, str] = {}
         self._fbank = FbankConfig(tail=config.tail)
         self._limits = AudioLimits(
             min_s=_MIN_CLIP_S, max_s=config.max_seconds + 1, slack_s=config.slack_seconds
@@ -104,7 +106,8 @@ class ClipFeatures:
             limits=self._limits,
         )
         for failed, error in result.errors:
-            self.bad[clips[missing[failed]].id] = error.reason.value
+            clip_id = clips[missing[failed]].id
+            self.bad[clip_id], self.details[clip_id] = error.reason.value, str(error)
         for row, kept in enumerate(result.kept.tolist()):
             values = result.values[row, : int(result.lengths[row])]
             found[missing[kept]] = self._keep(clips[missing[kept]].id, values)
@@ -373,7 +376,7 @@ def validate(manifest: Path, *, decode: bool = False) -> int:
         features = ClipFeatures(DataConfig(cache_mb=0))
         for start in range(0, len(found.clips), 64):
             features.read(found.clips[start : start + 64])
-        findings += [f"clip {clip_id}: {reason}" for clip_id, reason in features.bad.items()]
+        findings += [f"clip {clip_id}: {detail}" for clip_id, detail in features.details.items()]
     else:
         problems = ((clip, paths.problem(clip.audio)) for clip in found.clips)
         findings += [f"clip {clip.id}: {clip.audio} {problem}" for clip, problem in problems if problem]
@@ -391,7 +394,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         count = tyro.extras.subcommand_cli_from_dict(
-            {"validate": validate}, args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
+            {"validate": validate},
+            args=arguments,
+            prog="python -m clsp_fast.data",
+            config=(tyro.conf.PositionalRequiredArgs,),
         )
     except (OSError, ValueError) as error:
         sys.exit(f"clsp_fast.data: {error}")

@@ -51,6 +51,7 @@ class EmbedConfig(EncodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(bool(self.source.strip()), "source", "a manifest, folder, list, or -", self.source)
         require(
             self.shard_format in ("npy", "safetensors"),
             "shard_format",
@@ -279,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError, FolderInUse) as error:
         sys.exit(f"clsp_fast.embed: {error}")
     except KeyboardInterrupt:
+        print("clsp_fast.embed: stopped by SIGINT; the same command goes on", file=sys.stderr)
         sys.exit(130)
     for problem in result.problems[:10]:
         print(f"{config.source}, line {problem.line}: {problem.message}", file=sys.stderr)

@@ -437,13 +437,19 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     flags = dataclasses.make_dataclass(
         "TrainConfig", [("run", named)], bases=(TrainConfig,), frozen=True, kw_only=True
     )
-    parsed = tyro.cli(
-        flags,
-        default=flags(**_values(default)),
-        args=words,
-        prog="python -m clsp_fast.train",
-        description=__doc__,
-    )
+    try:
+        parsed = tyro.cli(
+            flags,
+            default=flags(**_values(default)),
+            args=words,
+            prog="python -m clsp_fast.train",
+            description=__doc__,
+        )
+    except SystemExit as stop:
+        late = [word for word in words if word in TRAIN_PRESETS]
+        if stop.code and late:
+            print(f"A preset comes first: python -m clsp_fast.train {late[0]} --flags", file=sys.stderr)
+        raise
     return TrainConfig(**_values(parsed))
 
 

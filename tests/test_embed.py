@@ -237,6 +237,24 @@ def test_wrong_flags_are_usage_errors(flags: list[str], capsys: pytest.CaptureFi
     capsys.readouterr()
 
 
+def test_an_empty_source_is_no_folder() -> None:
+    with pytest.raises(ValueError, match="source must be a manifest, folder, list, or -, got ''"):
+        EmbedConfig(source="", out=Path("embeddings"))
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: EmbedConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "embed", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["clips", str(tmp_path / "out")])
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_the_command_tells_of_failures(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,7 +155,7 @@ def test_validate(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         told = capsys.readouterr().out
         assert f"{len(BAD_PATHS)} findings" in told
         assert all(f"clip {i + 1}: " in told for i in range(len(BAD_PATHS)))
-    assert told.count(": open\n") == len(BAD_PATHS)
+    assert told.count("[open]\n") == len(BAD_PATHS)
 
 
 def test_train(clips: Path, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_files_that_the_system_itself_refuses(
     assert recordings == sorted([*names[:-2], "clips/closed", names[-1]])
     assert warnings == ["cannot be read: clips/closed: Permission denied"]
     assert "5 findings" in done.stdout
-    assert done.stdout.count(": open\n") == 5
+    assert done.stdout.count("[open]\n") == 5
 
 
 def test_a_tree_that_is_deeper_than_any_path_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

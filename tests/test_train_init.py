@@ -78,3 +78,9 @@ def test_a_checkpoint_of_another_model_is_named_in_one_line(tmp_path: Path) -> N
     ) as stop:
         train.main([*words, "--device", "cpu"])
     assert len(str(stop.value.code)) < 400 + len(str(tmp_path))
+
+
+def test_a_preset_that_does_not_come_first_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(["--run-dir", "x", "tiny"])
+    assert "A preset comes first: python -m clsp_fast.train tiny --flags" in capsys.readouterr().err
