@@ -71,8 +71,6 @@ class MemorySource : public ByteSource {
   Span<const std::uint8_t> bytes_;
 };
 
-bool has_tag(const std::uint8_t* p, const char* tag) { return std::memcmp(p, tag, 4) == 0; }
-
 // Bytes of the ID3v2 tag that begins like this, or 0 if none does.
 std::uint64_t id3_bytes(const std::uint8_t* head) {
   if (std::memcmp(head, "ID3", 3) != 0) return 0;
@@ -126,8 +124,9 @@ Content find_content(const ByteSource& source) {
       offset += 3;
       continue;
     }
-    if (got < sizeof head) break;
-    const bool riff = has_tag(head, "RIFF") || has_tag(head, "RF64") || has_tag(head, "BW64");
+    if (got < kId3HeadBytes) break;
+    const bool riff = got == sizeof head &&
+                      (has_tag(head, "RIFF") || has_tag(head, "RF64") || has_tag(head, "BW64"));
     if (riff && has_tag(head + 8, "WAVE")) return {ContentKind::kWav, offset};
     const std::uint64_t tag = id3_bytes(head);
     if (tag == 0) break;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 
@@ -24,6 +25,8 @@ std::unique_ptr<ByteSource> open_memory(Span<const std::uint8_t> bytes);
 
 // The reason of a recording that is readable but not for this engine: another decoder may know it.
 inline constexpr char kOtherFormat[] = "other_format";
+
+inline bool has_tag(const std::uint8_t* p, const char* tag) { return std::memcmp(p, tag, 4) == 0; }
 
 enum class ContentKind { kWav, kFlac, kOther };
 

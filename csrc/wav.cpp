@@ -1,7 +1,6 @@
 #include "wav.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -21,8 +20,6 @@ std::uint32_t word(const std::uint8_t* p) {
 std::uint32_t half_word(const std::uint8_t* p) {
   return static_cast<std::uint32_t>(little_endian(p, 2));
 }
-
-bool has_tag(const std::uint8_t* p, const char* tag) { return std::memcmp(p, tag, 4) == 0; }
 
 constexpr std::uint32_t kPcm = 1, kFloat = 3, kAlawTag = 6, kMulawTag = 7, kExtensible = 0xFFFE;
 // What follows the encoding in the identifier of an extensible header.
@@ -56,7 +53,6 @@ WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint64
   const std::uint32_t channels = half_word(chunk + 2), rate = word(chunk + 4);
   const std::uint32_t frame_bytes = half_word(chunk + 12), bits = half_word(chunk + 14);
   if (channels == 0) throw AudioFailure("channels", "the WAV header says 0 channels");
-  if (frame_bytes == 0) throw AudioFailure("format", "the WAV header says frames of 0 bytes");
   const std::optional<SampleFormat> format = sample_format(tag, bits);
   if (!format) throw AudioFailure(kOtherFormat, "");
   // Sizes of frames are often wrong, and the channels and bits decide. But three of four bytes may
@@ -98,24 +94,25 @@ struct Chunk {
   std::uint64_t begin;  // of its content
 };
 
+// A chunk takes at least 8 bytes; this bounds the walk through a file made of empty ones.
+constexpr int kMostChunks = 65536;
+
 // The chunks of a file, one after the other.
 class ChunkReader {
  public:
-  ChunkReader(const ByteSource& source, std::uint64_t offset) : source_(source), offset_(offset) {}
+  // `odd`: the chunk that ends at `offset` is of odd size.
+  ChunkReader(const ByteSource& source, std::uint64_t offset, bool odd = false)
+      : source_(source), offset_(offset), odd_(odd) {}
 
   std::optional<Chunk> next() {
-    // A chunk of odd size has a pad byte behind it, which some writers leave out.
     std::uint8_t head[9];
-    const std::size_t pad = odd_ ? 1 : 0, got = source_.read(offset_, head, 8 + pad);
+    const std::size_t got = source_.read(offset_, head, sizeof head);
+    const std::size_t pad = odd_ && got == sizeof head && is_padded(head) ? 1 : 0;
     if (got < 8) return std::nullopt;
-    const bool unpadded = pad == 1 && (got < 9 || !is_known(head + 1)) &&
-                          (is_known(head) || (head[0] != 0 && is_printable(head)));
-    const std::size_t first = unpadded ? 0 : pad;
-    if (got < first + 8) return std::nullopt;
     Chunk chunk{};
-    std::memcpy(chunk.tag, head + first, 4);
-    chunk.size = word(head + first + 4);
-    chunk.begin = offset_ + first + 8;
+    std::memcpy(chunk.tag, head + pad, 4);
+    chunk.size = word(head + pad + 4);
+    chunk.begin = offset_ + pad + 8;
     offset_ = chunk.begin + chunk.size;
     odd_ = chunk.size % 2 == 1;
     return chunk;
@@ -125,19 +122,38 @@ class ChunkReader {
   std::uint64_t offset() const { return offset_; }
 
  private:
+  // A chunk of odd size has a pad byte behind it, which some writers leave out, and others do not
+  // write as zero. Where both readings give a tag, the sizes decide.
+  bool is_padded(const std::uint8_t* head) const {
+    if (is_known(head + 1)) return true;
+    if (is_known(head)) return false;
+    if (!is_printable(head)) return true;
+    if (!is_printable(head + 1)) return false;
+    return leads_on(offset_ + 1, word(head + 5)) || !leads_on(offset_, word(head + 4));
+  }
+
+  // Whether the chunk at `offset` ends where another one begins, or the file ends.
+  bool leads_on(std::uint64_t offset, std::uint32_t size) const {
+    const std::uint64_t end = offset + 8 + size;
+    std::uint8_t next[5];
+    const std::size_t got = source_.read(end, next, sizeof next);
+    if (end + size % 2 == source_.size() || end == source_.size()) return true;
+    return (got >= 4 && is_printable(next)) ||
+           (size % 2 == 1 && got == 5 && is_printable(next + 1));
+  }
+
   const ByteSource& source_;
   std::uint64_t offset_;
-  bool odd_ = false;
+  bool odd_;
 };
 
-// Whether the file goes on with metadata rather than with samples.
-bool only_metadata_follows(const ByteSource& source, std::uint64_t offset) {
-  constexpr int kMostChunks = 1000;
+// Whether the file goes on with chunks rather than with samples.
+bool chunks_follow(const ByteSource& source, std::uint64_t offset) {
   ChunkReader chunks(source, offset);
   for (int read = 0; read < kMostChunks; ++read) {
     const std::optional<Chunk> chunk = chunks.next();
     if (!chunk || !is_printable(chunk->tag)) return false;
-    if (is_metadata(chunk->tag)) return true;
+    if (is_known(chunk->tag)) return true;
     const std::uint64_t end = chunks.offset();
     if (end >= source.size() || end + chunk->size % 2 == source.size()) {
       return end <= source.size();
@@ -146,19 +162,41 @@ bool only_metadata_follows(const ByteSource& source, std::uint64_t offset) {
   return false;
 }
 
-// Whether a second file follows, as after `cat a.wav b.wav`.
-bool another_follows(const ByteSource& source, std::uint64_t offset) {
-  constexpr std::size_t kMostBytes = std::size_t{1} << 20, kHeadBytes = 12;
-  const std::uint64_t left = source.size() - offset;
-  std::vector<std::uint8_t> rest(
-      static_cast<std::size_t>(std::min<std::uint64_t>(left, kMostBytes)));
-  const std::size_t got = source.read(offset, rest.data(), rest.size());
-  for (std::size_t i = 0; i + kHeadBytes <= got; ++i) {
-    const auto* const at = static_cast<const std::uint8_t*>(
-        std::memchr(rest.data() + i, 'R', got - kHeadBytes + 1 - i));
-    if (at == nullptr) return false;
-    i = static_cast<std::size_t>(at - rest.data());
-    if ((has_tag(at, "RIFF") || has_tag(at, "RF64")) && has_tag(at + 8, "WAVE")) return true;
+// Whether a second chunk of sound follows the one that ends at `offset`.
+bool more_data_follows(const ByteSource& source, std::uint64_t offset, bool odd) {
+  ChunkReader chunks(source, offset, odd);
+  for (int read = 0; read < kMostChunks; ++read) {
+    const std::optional<Chunk> chunk = chunks.next();
+    if (!chunk || !is_printable(chunk->tag)) return false;
+    if (has_tag(chunk->tag, "data") && chunk->size > 0) return true;
+  }
+  return false;
+}
+
+// Whether a second file begins in [offset, end), as after `cat a.wav b.wav`. Among samples, it is
+// one only if a chunk follows its header.
+bool another_follows(const ByteSource& source, std::uint64_t offset, std::uint64_t end,
+                     bool among_samples) {
+  constexpr std::size_t kBlockBytes = std::size_t{1} << 18, kHeadBytes = 16;
+  std::vector<std::uint8_t> block(
+      static_cast<std::size_t>(std::min<std::uint64_t>(end - offset, kBlockBytes)));
+  while (offset < end) {
+    const std::size_t got = source.read(offset, block.data(), block.size());
+    std::size_t from = 8;  // "WAVE" stands behind "RIFF" and the size
+    while (from < got) {
+      const void* const found = memmem(block.data() + from, got - from, "WAVE", 4);
+      if (found == nullptr) break;
+      const auto* const at = static_cast<const std::uint8_t*>(found);
+      const auto* const head = at - 8;
+      const auto behind = static_cast<std::size_t>(block.data() + got - at);
+      if ((has_tag(head, "RIFF") || has_tag(head, "RF64") || has_tag(head, "BW64")) &&
+          (!among_samples || (behind >= 8 && is_known(at + 4)))) {
+        return true;
+      }
+      from = static_cast<std::size_t>(at - block.data()) + 1;
+    }
+    if (got < block.size() || got < kHeadBytes) break;
+    offset += got - kHeadBytes + 1;
   }
   return false;
 }
@@ -169,9 +207,11 @@ bool is_stream_size(std::uint64_t size, std::uint64_t step) {
   return size >= 0x7FFFFF00 || (size <= 0x7FFFF000 && size + step > 0x7FFFF000);
 }
 
-// `long_size`: what the header of a file beyond 4 GiB states, or 0.
-void find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_size,
+// Where the sound is, or nothing if the chunk is empty. `long_size`: what the header of a file
+// beyond 4 GiB states, or 0.
+bool find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_size,
                WavInfo* info) {
+  constexpr std::uint64_t kFarthest = std::uint64_t{1} << 20;
   const std::uint64_t step =
       std::uint64_t{static_cast<unsigned>(info->channels)} * sample_bytes(info->format);
   const std::uint64_t rest = source.size() - chunk.begin;
@@ -179,8 +219,10 @@ void find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_
   const std::uint64_t size = is_long ? long_size : chunk.size;
   const bool unknown = is_long ? size >> 63 != 0 : is_stream_size(size, step);
   bool stream = unknown && size > rest;
-  if (size == 0) stream = rest != 0 && !only_metadata_follows(source, chunk.begin);
-  if (!stream && size < rest && another_follows(source, chunk.begin + size)) {
+  if (size == 0) stream = rest != 0 && !chunks_follow(source, chunk.begin);
+  const std::uint64_t begin = chunk.begin + (stream ? 0 : std::min(size, rest));
+  const std::uint64_t end = stream ? source.size() : std::min(source.size(), begin + kFarthest);
+  if (another_follows(source, begin, end, stream)) {
     throw AudioFailure("format",
                        "a second WAV file follows the first; split them, or join their samples, "
                        "for instance with `sox a.wav b.wav out.wav`");
@@ -188,6 +230,13 @@ void find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_
   info->data_offset = chunk.begin;
   info->frames = (stream ? rest : size) / step;
   info->present_frames = std::min(rest / step, info->frames);
+  if (size != 0 && size < rest && more_data_follows(source, begin, size % 2 == 1)) {
+    throw AudioFailure(
+        "format",
+        "a second data chunk follows the first; write their samples as one, or split "
+        "them into files");
+  }
+  return stream || size != 0;
 }
 
 }  // namespace
@@ -195,12 +244,14 @@ void find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_
 WavInfo parse_wav(const ByteSource& source, std::uint64_t offset) {
   std::optional<WavInfo> info;
   std::uint64_t long_size = 0;
+  bool empty = false;
   ChunkReader chunks(source, offset + 12);
-  // A chunk takes at least 8 bytes; the cap bounds the walk through a file made of empty ones.
-  for (int read = 0; read < 65536; ++read) {
+  for (int read = 0; read < kMostChunks; ++read) {
     const std::optional<Chunk> chunk = chunks.next();
     if (!chunk) break;
-    if (has_tag(chunk->tag, "fmt ")) info = parse_format(source, chunk->begin, chunk->size);
+    if (has_tag(chunk->tag, "fmt ") && !empty) {
+      info = parse_format(source, chunk->begin, chunk->size);
+    }
     if (has_tag(chunk->tag, "ds64")) {
       std::uint8_t sizes[16] = {};
       source.read(chunk->begin, sizes, sizeof sizes);
@@ -208,9 +259,10 @@ WavInfo parse_wav(const ByteSource& source, std::uint64_t offset) {
     }
     if (!has_tag(chunk->tag, "data")) continue;
     if (!info) break;
-    find_data(source, *chunk, long_size, &*info);
-    return *info;
+    if (find_data(source, *chunk, long_size, &*info)) return *info;
+    empty = true;
   }
+  if (empty) return *info;
   throw AudioFailure("format", info ? "the WAV file has no data chunk"
                                     : "the WAV file has no format chunk before its data");
 }

@@ -22,8 +22,9 @@ struct WavInfo {
 // Reads the chunks up to "data" of the RIFF, RF64 or BW64 file that begins at `offset`. A data size
 // of 0 before samples, or of 0x7FFFFF00 and more beyond the end, stands for "up to the end": that
 // is how streams, and recordings that were cut off, are written. Bytes of an incomplete last frame
-// are dropped. Throws AudioFailure("format" | "channels"), or of kOtherFormat for an encoding that
-// decode_wav does not know.
+// are dropped; an empty chunk is passed over if another one holds samples. A second file or chunk
+// of samples behind the first is refused. Throws AudioFailure("format" | "channels"), or of
+// kOtherFormat for an encoding that decode_wav does not know.
 WavInfo parse_wav(const ByteSource& source, std::uint64_t offset);
 
 // Decodes frames [first, first + mono.size()) of one channel, or of the mean over channels where

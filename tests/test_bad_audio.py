@@ -68,7 +68,6 @@ CASES: dict[str, tuple[bytes, str]] = {
     "mp3 in wav": (patch(WAV, 20, "<H", 0x55), "format"),
     "40 bits": (patch(WAV, 34, "<H", 40), "format"),
     "0 bits": (patch(WAV, 34, "<H", 0), "format"),
-    "frame size 0": (patch(WAV, 32, "<H", 0), "format"),
     "0 channels": (patch(WAV, 22, "<H", 0), "channels"),
     "200 channels": (patch(patch(WAV, 22, "<H", 200), 32, "<H", 400), "channels"),
     "rate 0": (patch(WAV, 24, "<I", 0), "rate"),

@@ -161,6 +161,11 @@ WAVS: dict[str, tuple[bytes, NDArray[np.float32] | str]] = {
         RIGHT.reshape(-1, 2).mean(1),
     ),
     "align 4 of mono": (riff(fmt(align=4), chunk(b"data", SOUND)), RIGHT),
+    "align 0": (riff(fmt(align=0), chunk(b"data", SOUND)), RIGHT),
+    "align 0 of stereo": (
+        riff(fmt(channels=2, align=0), chunk(b"data", SOUND)),
+        RIGHT.reshape(-1, 2).mean(1),
+    ),
     "24 bits of 4 bytes": (riff(fmt(bits=24, align=4), chunk(b"data", SOUND)), "format"),
     "24 in 32": (
         riff(
@@ -181,6 +186,26 @@ WAVS: dict[str, tuple[bytes, NDArray[np.float32] | str]] = {
     "RF64 stream": (riff(ds64(0), fmt(), chunk(b"data", SOUND, 0xFFFFFFFF), form=b"RF64"), RIGHT),
     "RF64 cut": (riff(ds64(1 << 33), fmt(), chunk(b"data", SOUND, 0xFFFFFFFF), form=b"RF64"), "truncated"),
     "joined": (2 * riff(fmt(), chunk(b"data", SOUND), LIST), "format"),
+    "joined streams of 0xFFFFFFFF": (2 * riff(fmt(), chunk(b"data", SOUND, 0xFFFFFFFF)), "format"),
+    "joined streams of 0": (2 * riff(fmt(), chunk(b"data", SOUND, 0)), "format"),
+    "two data chunks": (riff(fmt(), chunk(b"data", SOUND), chunk(b"data", SOUND)), "format"),
+    "two data chunks, LIST between": (
+        riff(fmt(), chunk(b"data", SOUND), LIST, chunk(b"data", SOUND)),
+        "format",
+    ),
+    "two odd data chunks": (riff(fmt(), chunk(b"data", SOUND + b"x"), chunk(b"data", SOUND)), "format"),
+    "empty data behind": (riff(fmt(), chunk(b"data", SOUND), chunk(b"data", b"")), RIGHT),
+    "empty data before": (riff(fmt(), chunk(b"data", b""), chunk(b"data", SOUND)), RIGHT),
+    "empty data before LIST": (riff(fmt(), chunk(b"data", b""), LIST, chunk(b"data", SOUND)), RIGHT),
+    "two empty data chunks": (riff(fmt(), chunk(b"data", b""), chunk(b"data", b"")), "empty"),
+    "odd chunk, padded with a space": (
+        riff(fmt(), chunk(b"LIST", b"abc", pad=False) + b" ", chunk(b"xyzw", b"1234"), chunk(b"data", SOUND)),
+        RIGHT,
+    ),
+    "odd chunk, not padded, before unknown": (
+        riff(fmt(), chunk(b"LIST", b"abc", pad=False), chunk(b"xyzw", b"1234"), chunk(b"data", SOUND)),
+        RIGHT,
+    ),
 }
 
 
