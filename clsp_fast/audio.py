@@ -430,7 +430,8 @@ class AudioInfo:
     frames: int | None
     """Samples of each channel; None: the header does not state them."""
     exact: bool
-    """Whether the frames are counted, by the rules that `load` goes by, rather than estimated."""
+    """Whether the header states the frames, rather than an estimate from the bit rate. Of joined
+    FLAC files, which `load` refuses, they are those of the first."""
 
 
 def info(source: Source) -> AudioInfo:

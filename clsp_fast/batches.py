@@ -171,8 +171,11 @@ def _extract(
 
 def _amplitude_error(item: Any, position: int) -> AudioError | None:
     """Why a waveform is refused that is out of scale, as files and segments are; None: it is not."""
-    samples = np.abs(as_waveform(item, f"audio[{position}]"))
+    samples = as_waveform(item, f"audio[{position}]")
     most = DEFAULT_LIMITS.max_amplitude
+    if samples.size == 0 or max(samples.max(), -samples.min()) <= most:  # false for NaN
+        return None
+    samples = np.abs(samples)
     loud = samples[np.isfinite(samples) & (samples > most)]
     if loud.size == 0:
         return None

@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 _LONGEST_SEARCH = 1 << 20
+_BLOCK_BYTES = 1 << 20
+_LONGEST_HEAD = 64
 _MOST_CHUNKS = 65536
 # Sizes that stand for "up to the end" where the file holds less, of 64 and of 32 bits. SoX rounds
 # 0x7FFFF000 down to whole frames, and in AIFF 0x7F000000.
-_LEAST_STREAM_SIZE = {8: (1 << 63) - (1 << 16), 4: 0x7FFF0000}
+_LEAST_STREAM_SIZE = {8: 0x7FFFFF00, 4: 0x7FFF0000}
 _LEAST_AIFF_STREAM_SIZE = 0x7EFF0000
 # Of these, libsndfile reads what follows the sound as sound, were it but a pad byte.
 _READ_TOO_FAR = (b"RIFF", b"riff", b"NIST", b".snd", b"FORM")
@@ -35,6 +37,7 @@ class Extent:
         size_at: offset of the field that states the size.
         size_layout: how that field is written, for `struct`.
         size_bias: what the field counts besides the sound.
+        several: whether a second chunk of sound follows.
         extra_end: the end of chunks behind the sound that are needed to decode it.
     """
 
@@ -45,6 +48,7 @@ class Extent:
     size_layout: str = "<q"
     size_bias: int = 0
     extra_end: int = 0
+    several: bool = False
 
     @property
     def cut(self) -> bool:
@@ -91,27 +95,60 @@ def find_extent(file: IO[bytes], size: int) -> Extent | None:
 
 
 def find_second(file: IO[bytes], size: int, extent: Extent) -> bool:
-    """Whether a second file of the same container follows the first, as after `cat a.au b.au`."""
-    if extent.end is None or extent.end >= size:
-        return False
-    magic = _read(file, 0, 4)
-    magic = b"NIST_1A\n" if magic == b"NIST" else magic
-    rest = _read(file, extent.end, _LONGEST_SEARCH)
-    if magic not in (b"RIFF", b"RIFX", b"FORM", b"riff"):
-        return magic in rest
-    # Four letters and the kind of file behind its size: metadata would not hold both.
-    kind_at = 24 if magic == b"riff" else 8
-    kind = _read(file, kind_at, 4)
-    return (
-        re.search(re.escape(magic) + b".{%d}" % (kind_at - 4) + re.escape(kind), rest, re.DOTALL) is not None
-    )
+    """Whether a second file of the same container follows the first, as after `cat a.au b.au`.
+
+    It does if a whole header is there, as no text and no samples hold it. Where the end of the sound is not
+    stated, the header may be anywhere.
+    """
+    begin = extent.begin if extent.end is None else extent.end
+    end = size if extent.end is None else min(size, begin + _LONGEST_SEARCH)
+    head = _read(file, 0, _LONGEST_HEAD)
+    pattern = _second_header(head)
+    while begin < end:
+        block = _read(file, begin, _BLOCK_BYTES + _LONGEST_HEAD)
+        if pattern.search(block):
+            return True
+        begin += _BLOCK_BYTES
+    return False
 
 
-def with_size(file: IO[bytes], extent: Extent) -> tuple[bytes, bytes, bytes]:
+def _second_header(head: bytes) -> re.Pattern[bytes]:
+    """What another file of the same container begins with."""
+    magic = head[:4]
+    if magic == b".snd":  # sound from byte 24 .. 65535 on, size, encoding 1 .. 27
+        return re.compile(rb"\.snd\0\0(?:\0[\x18-\xff]|[^\0].).{4}\0\0\0[\x01-\x1b]", re.DOTALL)
+    if magic == b"caff":
+        return re.compile(re.escape(b"caff\0\1\0\0desc"))
+    if magic == b"NIST":
+        return re.compile(rb"NIST_1A\n[ 0-9]{7}\n")
+    if magic == b"riff":
+        return re.compile(re.escape(head[:16]) + b".{8}" + re.escape(head[24:40]), re.DOTALL)
+    return re.compile(re.escape(magic) + b".{4}" + re.escape(head[8:12]), re.DOTALL)
+
+
+def with_size(file: IO[bytes], extent: Extent) -> Iterator[bytes]:
     """The parts of the file as it would be if its header stated what it holds."""
     stated = struct.pack(extent.size_layout, extent.present_end - extent.begin + extent.size_bias)
-    file.seek(0)
-    return file.read(extent.size_at), stated, file.read()[len(stated) :]
+    yield _read(file, 0, extent.size_at)
+    yield stated
+    yield from blocks(file, extent.size_at + len(stated))
+
+
+def blocks(file: IO[bytes], begin: int, end: int | None = None) -> Iterator[bytes]:
+    """The bytes [begin, end) of a file, however many, in blocks; up to the end of the file for None.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    file.seek(begin)
+    while end is None or begin < end:
+        block = file.read(_BLOCK_BYTES if end is None else min(end - begin, _BLOCK_BYTES))
+        if not block:
+            if end is not None:
+                raise EOFError
+            return
+        begin += len(block)
+        yield block
 
 
 def reads_too_far(head: bytes) -> bool:
@@ -156,7 +193,9 @@ def _nist_extent(head: bytes, size: int) -> Extent | None:
 def _chunk_extent(file: IO[bytes], size: int, layout: _Layout) -> Extent | None:
     found: Extent | None = None
     for tag, at, content, stated in _chunks(file, size, layout):
-        if found is not None:
+        if found is not None and (found.end is None or found.end > found.begin):
+            if tag in layout.data_tags and stated > layout.data_head_bytes:
+                return replace(found, several=True)
             # Compressed sound in CAF has the sizes of its packets behind it.
             if layout.size_layout == ">q" and tag == b"pakt":
                 return _extent_with_extra(found, content + stated, size)

@@ -14,7 +14,7 @@ _HEAD = struct.Struct("<4sBBqIIIB")
 _FIRST, _LAST = 2, 4
 LONGEST_HEAD = _HEAD.size + 255
 """Bytes of a page before its content, at most."""
-_LONGEST_GAP = 1 << 16
+_BLOCK_BYTES = 1 << 20
 _FLAC_HEAD = b"\x7fFLAC"
 _AUDIO = (b"\x01vorbis", b"OpusHead", b"Speex   ", _FLAC_HEAD)
 
@@ -84,11 +84,10 @@ def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int,
     file.seek(at)
     head = file.read(LONGEST_HEAD)
     if not head.startswith(b"OggS"):
-        file.seek(at)
-        gap = file.read(_LONGEST_GAP).find(b"OggS")
-        if gap < 0:
+        found = _find_page(file, at)
+        if found is None:
             return None
-        at += gap
+        at = found
         file.seek(at)
         head = file.read(LONGEST_HEAD)
     if len(head) < _HEAD.size:
@@ -98,6 +97,18 @@ def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int,
     sizes = head[_HEAD.size : _HEAD.size + segments]
     end = body_at + sum(sizes) if len(sizes) == segments else size + 1
     return at, flags, samples, serial, body_at, end
+
+
+def _find_page(file: IO[bytes], at: int) -> int | None:
+    """Where the next page begins, however far behind `at`; its version is 0."""
+    while True:
+        file.seek(at)
+        block = file.read(_BLOCK_BYTES)
+        if (found := block.find(b"OggS\0")) >= 0:
+            return at + found
+        if len(block) < 5:
+            return None
+        at += len(block) - 4
 
 
 def copy(file: IO[bytes], recording: Recording) -> bytes:

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -37,13 +37,23 @@ _MAGIC = (
     b"RIFF",
     b"RIFX",
     b"RF64",
+    b"BW64",
     b"caff",
     b"riff",
     b"NIST",
 )
-_SEEKABLE = frozenset(
-    ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "OPUS")
-)
+_SAMPLE_BYTES = {
+    "PCM_S8": 1,
+    "PCM_U8": 1,
+    "PCM_16": 2,
+    "PCM_24": 3,
+    "PCM_32": 4,
+    "FLOAT": 4,
+    "DOUBLE": 8,
+    "ULAW": 1,
+    "ALAW": 1,
+}
+_SEEKABLE = frozenset((*_SAMPLE_BYTES, "VORBIS", "OPUS"))
 _MP3_RATES_HZ = (44100, 48000, 32000)
 _MP3_KBPS = (  # MPEG-2 and 2.5, MPEG-1
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -55,6 +65,8 @@ _MP3_HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][%s]." % _MP3_KBPS_AND
 _MP3_LONGEST_GAP = 1 << 16
 _MP3_FEW_FRAMES = 10
 _ID3V1_BYTES = 128
+_ID3_HEAD_BYTES = 10
+_ID3_FOOTER = 0x10
 _FIX = "or convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
 
 
@@ -74,17 +86,23 @@ class Stream:
     """One or several recordings, one after the other, opened for `read_mono`.
 
     Attributes:
+        parts: the recordings.
+        sizes: frames of each of them.
         cut: what is missing, where the file ends before what its header states; else empty.
     """
 
-    def __init__(self, parts: Sequence[SoundFile], cut: str = "") -> None:
+    def __init__(self, parts: Sequence[SoundFile], cut: str = "", sound_bytes: int | None = None) -> None:
         self.parts, self.cut = parts, cut
+        self.sizes = [min(int(part.frames), UNKNOWN_LENGTH) for part in parts]
+        if sound_bytes is not None:  # libsndfile may take what follows the sound for more of it
+            frame_bytes = _SAMPLE_BYTES[parts[0].subtype] * parts[0].channels
+            self.sizes[0] = min(self.sizes[0], sound_bytes // frame_bytes)
         first = parts[0]
         self.samplerate, self.channels, self.format = first.samplerate, first.channels, first.format
 
     @property
     def frames(self) -> int:
-        return min(sum(int(part.frames) for part in self.parts), UNKNOWN_LENGTH)
+        return min(sum(self.sizes), UNKNOWN_LENGTH)
 
 
 @contextlib.contextmanager
@@ -103,13 +121,13 @@ def open_stream(
 
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_open_file(data))
-        if offset > 0:
-            file.seek(offset)
-            rest = stack.enter_context(_memory_file(file.read()))
+        _check_tag(file, offset)
+        if offset > 0 and not _is_tagged_mpeg(file, offset):
+            rest = stack.enter_context(_memory_file(containers.blocks(file, offset)))
             file = rest if _begins_here(rest) else file
         file.seek(0)
         check_magic(file.read(32))
-        files, cut = _parts(file, guess)
+        files, cut, sound_bytes = _parts(file, guess)
         try:
             opened = [
                 stack.enter_context(_stream_class()(stack.enter_context(part).fileno(), closefd=False))
@@ -126,7 +144,7 @@ def open_stream(
         if len(kinds) > 1:
             listed = " and ".join(f"{rate} Hz in {channels} channels" for rate, channels in sorted(kinds))
             raise DecodeError(f"holds recordings of {listed}, one after the other; split them, {_FIX}")
-        yield Stream(opened, cut)
+        yield Stream(opened, cut, sound_bytes)
 
 
 def read_mono(
@@ -140,8 +158,7 @@ def read_mono(
     """
     blocks = [np.empty(0, np.float32)]
     begin, last, problem = 0, first + count, ""
-    for part in stream.parts:
-        size = min(part.frames, UNKNOWN_LENGTH)
+    for part, size in zip(stream.parts, stream.sizes, strict=True):
         skipped = min(max(first - begin, 0), size)
         wanted = min(last - begin, size) - skipped
         end = size
@@ -186,10 +203,10 @@ def _read_part(
 
 def _open_file(data: str | bytes | bytearray | memoryview) -> IO[bytes]:
     """A file with a descriptor: libsndfile then judges by content, not by a name, and needs no callbacks."""
-    return Path(data).open("rb", buffering=0) if isinstance(data, str) else _memory_file(data)
+    return Path(data).open("rb", buffering=0) if isinstance(data, str) else _memory_file([data])
 
 
-def _memory_file(*parts: bytes | bytearray | memoryview) -> IO[bytes]:
+def _memory_file(parts: Iterable[bytes | bytearray | memoryview]) -> IO[bytes]:
     """A file that holds the parts one after the other."""
     if hasattr(os, "memfd_create"):
         file: IO[bytes] = os.fdopen(os.memfd_create("clsp_fast"), "w+b", buffering=0)
@@ -201,6 +218,26 @@ def _memory_file(*parts: bytes | bytearray | memoryview) -> IO[bytes]:
             rest = rest[file.write(rest) :]
     file.seek(0)
     return file
+
+
+def _check_tag(file: IO[bytes], offset: int) -> None:
+    """Raises DecodeError if the file ends within an ID3v2 tag, or with one."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if offset > size or (size < _ID3_HEAD_BYTES and file.read(3) == b"ID3"):
+        raise DecodeError("the file ends within its ID3 tag", "truncated")
+    if offset == size > 0:
+        raise DecodeError("the file ends behind its ID3 tag, before any sound", "truncated")
+
+
+def _is_tagged_mpeg(file: IO[bytes], offset: int) -> bool:
+    """Whether MPEG audio at `offset` follows one ID3v2 tag, which libsndfile passes over by itself."""
+    file.seek(0)
+    head = file.read(_ID3_HEAD_BYTES)
+    if _id3_bytes(head) != offset or head[5] & _ID3_FOOTER:
+        return False
+    file.seek(offset)
+    return _is_mpeg(file.read(4))
 
 
 def check_magic(head: bytes) -> None:
@@ -229,30 +266,51 @@ def _begins_here(file: IO[bytes]) -> bool:
     return _mp3_frame_bytes(head) > 0 and _mp3_frame_bytes(file.read(4)) > 0  # one might be chance
 
 
-def _parts(file: IO[bytes], guess: bool) -> tuple[list[IO[bytes]], str]:
-    """The recordings of a file, each as a file that libsndfile reads to its end, and what is missing."""
+def _parts(file: IO[bytes], guess: bool) -> tuple[list[IO[bytes]], str, int | None]:
+    """The recordings of a file, each as a file that libsndfile reads to its end, and what is missing.
+
+    The last value is how many bytes of sound there are, where libsndfile would read on behind them.
+    """
     head = file.read(4) if file.seek(0) == 0 else b""
     size = file.seek(0, os.SEEK_END)
     if head.startswith(b"OggS"):
-        return _ogg_parts(file, size)
+        return *_ogg_parts(file, size), None
     if head.startswith(b"ID3") or _is_mpeg(head):
-        return ([_copy_of(file)] if guess else _mp3_parts(file)), ""
+        _check_first_frame(file, size)
+        return ([_copy_of(file)] if guess else _mp3_parts(file)), "", None
     extent = containers.find_extent(file, size)
     if extent is None:
-        return [_copy_of(file)], ""
+        return [_copy_of(file)], "", None
     if extent.cut:
         missing = max(extent.end or 0, extent.extra_end) - extent.present_end
-        return [_copy_of(file)], f"the file ends {missing} bytes before what its header states"
+        return [_copy_of(file)], f"the file ends {missing} bytes before what its header states", None
+    if extent.several:
+        raise DecodeError(f"a second chunk of sound follows the first; split them, {_FIX}")
     if containers.find_second(file, size, extent):
         raise DecodeError(f"a second file follows the first; split them, {_FIX}")
     if extent.end is not None and extent.begin == extent.end:
         raise DecodeError("has no samples", "empty")
     if extent.end is None and extent.size_at > 0:
-        return [_memory_file(*containers.with_size(file, extent))], ""
+        return [_memory_file(containers.with_size(file, extent))], "", None
     if extent.end is not None and extent.end < size and containers.reads_too_far(head):
-        file.seek(0)
-        return [_memory_file(file.read(extent.end))], ""
-    return [_copy_of(file)], ""
+        if _subtype(file) in _SAMPLE_BYTES:
+            return [_copy_of(file)], "", extent.end - extent.begin
+        try:
+            return [_memory_file(containers.blocks(file, 0, extent.end))], "", None
+        except EOFError:
+            raise DecodeError("the file became shorter while it was read", "truncated") from None
+    return [_copy_of(file)], "", None
+
+
+def _subtype(file: IO[bytes]) -> str:
+    """What libsndfile calls the encoding; empty if it cannot open the file."""
+    import soundfile
+
+    try:
+        with _copy_of(file) as same, soundfile.SoundFile(same.fileno(), closefd=False) as sound:
+            return str(sound.subtype)
+    except soundfile.LibsndfileError:
+        return ""
 
 
 def _copy_of(file: IO[bytes]) -> IO[bytes]:
@@ -277,7 +335,7 @@ def _ogg_parts(file: IO[bytes], size: int) -> tuple[list[IO[bytes]], str]:
             return [_copy_of(file)], cut
     if not recordings:
         return [_copy_of(file)], ""
-    return [_memory_file(ogg.copy(file, recording)) for recording in recordings], cut
+    return [_memory_file([ogg.copy(file, recording)]) for recording in recordings], cut
 
 
 def _mp3_parts(file: IO[bytes]) -> list[IO[bytes]]:
@@ -304,8 +362,17 @@ def _mp3_parts(file: IO[bytes]) -> list[IO[bytes]]:
     for begin, end in spans:
         part = audio[begin:end]
         lengths = [] if _mp3_stated(part[:2048]) else [_mp3_length_frame(part)]
-        parts.append(_memory_file(*lengths, part))
+        parts.append(_memory_file([*lengths, part]))
     return parts
+
+
+def _check_first_frame(file: IO[bytes], size: int) -> None:
+    """Raises DecodeError if an MP3 file ends within its first frame."""
+    first = _mp3_start(file)
+    file.seek(first)
+    head = file.read(4)
+    if (len(head) < 4 and size > first) or first + _mp3_frame_bytes(head) > size:
+        raise DecodeError("holds not one whole MP3 frame", "truncated")
 
 
 def _mp3_start(file: IO[bytes]) -> int:
@@ -316,9 +383,10 @@ def _mp3_start(file: IO[bytes]) -> int:
 
 def _id3_bytes(head: bytes | memoryview) -> int:
     """Length of the ID3v2 tag that begins like this; 0 if none does."""
-    if len(head) < 10 or head[:3] != b"ID3":
+    if len(head) < _ID3_HEAD_BYTES or head[:3] != b"ID3":
         return 0
-    return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    return _ID3_HEAD_BYTES + size + (_ID3_HEAD_BYTES if head[5] & _ID3_FOOTER else 0)
 
 
 def _mp3_frame_bytes(head: bytes | memoryview) -> int:
@@ -404,13 +472,17 @@ def _next_mp3_frame(audio: memoryview, at: int, kind: tuple[int, int, bool] | No
 
     It is one if it begins at once and is of the kind. Others count only if another one of theirs follows, or
     nothing.
+
+    Raises:
+        DecodeError: it begins so far behind other bytes that a decoder would give up before.
     """
+    gap_at = at
     while at < len(audio):
-        match = _MP3_HEADER.search(audio, at, at + _MP3_LONGEST_GAP)
-        begin = match.start() if match else min(at + _MP3_LONGEST_GAP, len(audio))
+        match = _MP3_HEADER.search(audio, at)
+        begin = match.start() if match else len(audio)
         tag = bytes(audio[at:begin]).find(b"ID3") if begin > at else -1
-        if tag >= 0 and (tag_bytes := _id3_bytes(audio[at + tag : at + tag + 10])):
-            at += tag + tag_bytes
+        if tag >= 0 and (tag_bytes := _id3_bytes(audio[at + tag : at + tag + _ID3_HEAD_BYTES])):
+            at = gap_at = at + tag + tag_bytes
             continue
         if match is None:
             return None
@@ -419,7 +491,13 @@ def _next_mp3_frame(audio: memoryview, at: int, kind: tuple[int, int, bool] | No
         if begin == at and found == kind:
             return begin
         following = audio[begin + _mp3_frame_bytes(head) :][:4]
-        if len(following) < 4 or (_mp3_frame_bytes(following) and _mp3_kind(following) == found):
+        goes_on = _mp3_frame_bytes(following) > 0 and _mp3_kind(following) == found
+        gap = begin - gap_at
+        if goes_on and gap > _MP3_LONGEST_GAP:
+            raise DecodeError(
+                f"a second recording follows behind {gap} bytes of something else; split them, {_FIX}"
+            )
+        if goes_on or (len(following) < 4 and gap <= _MP3_LONGEST_GAP):
             return begin
         at = begin + 1
     return None
