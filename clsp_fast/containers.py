@@ -164,7 +164,7 @@ def _read(file: IO[bytes], offset: int, count: int) -> bytes:
 def _extent(begin: int, stated: int, size: int, at: int = 0, layout: str = "<q", bias: int = 0) -> Extent:
     """Of sound that is stated to take `stated` bytes in a file of `size` bytes."""
     least = _LEAST_STREAM_SIZE[struct.calcsize(layout)] if layout != ">I" else _LEAST_AIFF_STREAM_SIZE
-    end = None if stated <= 0 or stated >= max(least, size - begin + 1) else begin + stated
+    end = None if stated <= 0 or stated >= max(least - bias, size - begin + 1) else begin + stated
     present = size if end is None else min(end, size)
     return Extent(begin, end, present, at, layout, bias)
 

@@ -136,6 +136,9 @@ def open_stream(
         except soundfile.LibsndfileError as error:
             if cut:
                 raise DecodeError(cut, "truncated") from error
+            if _begins_as_mp3(file):
+                _require_mp3_frames(file, 2)
+                raise DecodeError("cannot be decoded: no two MP3 frames follow one another") from error
             raise DecodeError(f"cannot be decoded: {error.error_string}") from error
         # Of encodings in blocks, libsndfile makes up the rest of a block that is cut.
         if cut and not all(part.subtype in _SEEKABLE for part in opened):
@@ -257,6 +260,12 @@ def _is_mpeg(head: bytes | memoryview) -> bool:
     return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
 
 
+def _begins_as_mp3(file: IO[bytes]) -> bool:
+    file.seek(0)
+    head = file.read(4)
+    return head.startswith(b"ID3") or _is_mpeg(head)
+
+
 def _begins_here(file: IO[bytes]) -> bool:
     """Whether a recording begins where junk may have ended."""
     head = file.read(16)
@@ -275,8 +284,8 @@ def _parts(file: IO[bytes], guess: bool) -> tuple[list[IO[bytes]], str, int | No
     size = file.seek(0, os.SEEK_END)
     if head.startswith(b"OggS"):
         return *_ogg_parts(file, size), None
-    if head.startswith(b"ID3") or _is_mpeg(head):
-        _check_first_frame(file, size)
+    if _begins_as_mp3(file):
+        _require_mp3_frames(file, 1)
         return ([_copy_of(file)] if guess else _mp3_parts(file)), "", None
     extent = containers.find_extent(file, size)
     if extent is None:
@@ -366,13 +375,19 @@ def _mp3_parts(file: IO[bytes]) -> list[IO[bytes]]:
     return parts
 
 
-def _check_first_frame(file: IO[bytes], size: int) -> None:
-    """Raises DecodeError if an MP3 file ends within its first frame."""
-    first = _mp3_start(file)
-    file.seek(first)
-    head = file.read(4)
-    if (len(head) < 4 and size > first) or first + _mp3_frame_bytes(head) > size:
-        raise DecodeError("holds not one whole MP3 frame", "truncated")
+def _require_mp3_frames(file: IO[bytes], count: int) -> None:
+    """Raises DecodeError if an MP3 file ends before so many frames do."""
+    size = file.seek(0, os.SEEK_END)
+    at = _mp3_start(file)
+    for frame in range(count):
+        file.seek(at)
+        head = file.read(4)
+        frame_bytes = _mp3_frame_bytes(head)
+        if len(head) == 4 and frame_bytes == 0:
+            return  # something else that libsndfile may pass over
+        at += max(frame_bytes, 4)
+        if at > size:
+            raise DecodeError(f"the file ends after {frame} whole MP3 frames", "truncated")
 
 
 def _mp3_start(file: IO[bytes]) -> int:

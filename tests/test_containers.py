@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from clsp_fast import audio, data
+from clsp_fast import audio, data, sndfile
 from clsp_fast.audio import AudioError, load, load_batch
 from clsp_fast.config import DataConfig
 from clsp_fast.manifest import Clip
@@ -253,8 +255,8 @@ def test_wav_in_other_encodings_goes_to_libsndfile() -> None:
 STREAMS = {
     "AU": (8, ">I", (0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)),
     "AIFF": (-1, ">I", (0, 0x7F000000, 0x7FFFFFFF, 0xFFFFFFFF)),
-    "CAF": (-1, ">q", (-1, 0)),  # codespell:ignore caf
-    "W64": (-2, "<q", (-1, 0, (1 << 63) - 1)),
+    "CAF": (-1, ">q", (-1, 0, 0x7FFFFF00, 1 << 62)),  # codespell:ignore caf
+    "W64": (-2, "<q", (-1, 0, 0x7FFFFF00, (1 << 63) - 1)),
 }
 
 
@@ -365,3 +367,137 @@ def test_waveforms_out_of_scale_are_refused_by_the_model_as_by_load() -> None:
         with pytest.raises(AudioError) as caught:
             model.encode_audio([audio.Segment(loud)])
         assert caught.value.reason.value == "amplitude"
+
+
+GAPS = {
+    f"{count} {kind}": bytes(count) if kind == "zeros" else np.random.default_rng(3).bytes(count)
+    for count in (66_000, 100_000, 1_500_000)
+    for kind in ("zeros", "random")
+}
+
+
+@pytest.mark.parametrize("gap", GAPS.values(), ids=list(GAPS))
+def test_what_follows_a_long_gap_is_read_or_refused(gap: bytes) -> None:
+    a, b = encode("OGG", x=noise(20000)), encode("OGG", x=noise(30000, seed=1))
+    assert np.array_equal(outcome(a + gap + b), np.concatenate([load(a), load(b)]))
+    assert np.array_equal(outcome(a + gap), load(a))
+    a, b = encode("MP3", x=noise(20000)), encode("MP3", x=noise(30000, seed=1))
+    for joined in (a + gap + b, a + gap + bare(b), bare(a) + gap + b, bare(a) + gap + bare(b)):
+        with pytest.raises(AudioError, match=r"a second recording follows behind .* bytes of something else"):
+            load(joined)
+    assert np.array_equal(outcome(a + gap), load(a))
+    frame = bare(b).index(b[:2], len(b) // 2)
+    assert outcome(bare(b)[:frame] + gap + bare(b)[frame:]) == "format"
+
+
+def test_a_large_file_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 GiB of zeros that take no room on the disk, behind 8000 samples of sound and before a chunk."""
+    copied: list[int] = []
+    monkeypatch.setattr(sndfile, "_memory_file", lambda parts: copied.append(1))
+    for kind in ("AU", "W64", "AIFF"):
+        whole = bytearray(encode(kind, "PCM_16"))
+        sound = SAMPLES * 2
+        size = sound + (3 << 30 if kind == "W64" else 2_000_000_000)
+        at, layout, bias = {
+            "AU": (8, ">I", 0),
+            "W64": (whole.find(b"data") + 16, "<q", 24),
+            "AIFF": (whole.find(b"SSND") + 4, ">I", 8),
+        }[kind]
+        struct.pack_into(layout, whole, at, size + bias)
+        begin = {"AU": 24, "W64": at + 8, "AIFF": at + 12}[kind]
+        path = tmp_path / kind
+        with path.open("wb") as file:
+            file.write(whole[: begin + sound])
+            file.truncate(begin + size)
+            file.seek(0, 2)
+            file.write(b"LIST\4\0\0\0abcd")
+        assert audio.info(path).frames == size // 2, kind
+        got = load(path, start_s=0.1, duration_s=0.2)
+        assert np.array_equal(got, theirs(encode(kind, "PCM_16"))[1600:4800])
+        end = load(path, start_s=size // 2 / RATE - 0.1, duration_s=0.1)
+        assert end.shape == (1600,)
+        assert not end.any()
+    assert not copied
+
+
+def test_letters_behind_the_sound_are_no_second_file() -> None:
+    for kind in ("AU", "CAF", "NIST", "AIFF", "W64"):  # codespell:ignore caf
+        whole = encode(kind, "PCM_16")
+        magic = whole[:4]
+        text = b"a caffeinated title, x.snd, FORM, riff, NIST and RIFF and " + magic + b" again"
+        if kind == "CAF":  # codespell:ignore caf
+            text = b"info" + struct.pack(">q", len(text)) + text
+        assert np.array_equal(outcome(whole + text), theirs(whole)), kind
+        assert outcome(whole + whole) == "format"
+        assert outcome(whole + b"some bytes between" + whole) == "format"
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_joined_streams_are_refused(kind: str) -> None:
+    where, layout, sizes = STREAMS[kind]
+    whole = encode(kind, "PCM_16")
+    tag = whole.index(b"SSND" if kind == "AIFF" else b"data") if where < 0 else 0
+    at = {-1: tag + 4, -2: tag + 16}.get(where, where)
+    for size in sizes:
+        stream = bytearray(whole)
+        struct.pack_into(layout, stream, at, size)
+        assert outcome(bytes(stream + stream)) == "format", size
+
+
+def test_two_chunks_of_sound_are_refused() -> None:
+    for kind, subtype in (("AIFF", "PCM_16"), ("WAV", "IMA_ADPCM")):
+        whole = encode(kind, subtype)
+        at = whole.index(b"SSND" if kind == "AIFF" else b"data")
+        (size,) = struct.unpack_from(">I" if kind == "AIFF" else "<I", whole, at + 4)
+        sound = whole[at : at + 8 + size]
+        assert outcome(whole[: at + len(sound)] + sound) == "format"
+
+
+def test_files_cut_within_a_tag_or_the_first_frame_are_truncated() -> None:
+    tag = b"ID3\4\0\0\0\1\0\0" + b"p" * (1 << 14)
+    mp3 = encode("MP3")
+    for whole in (mp3, encode("FLAC"), encode("WAV")):
+        for cut in (5, 10, 11, 200, len(tag) - 1, len(tag)):
+            with pytest.raises(AudioError, match=r"the file ends (within|behind) its ID3 tag") as caught:
+                load((tag + whole)[:cut])
+            assert caught.value.reason.value == "truncated"
+    size = len(mp3) - len(bare(mp3))
+    for begin in (mp3, tag + mp3, bare(mp3)):
+        for cut in (2, 3, 4, 50, 100, size - 1, *([] if begin == bare(mp3) else [size])):
+            with pytest.raises(AudioError) as caught:
+                load(begin[: len(begin) - len(begin.removeprefix(tag)) + cut])
+            assert caught.value.reason.value == "truncated", (cut, caught.value)
+            assert "does not exist" not in caught.value.detail, (cut, caught.value)
+
+
+def test_tagged_mp3_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copied: list[int] = []
+    real = sndfile._memory_file
+
+    def counted(parts: Iterable[bytes]) -> IO[bytes]:
+        parts = list(parts)
+        copied.append(sum(map(len, parts)))
+        return real(parts)
+
+    path = tmp_path / "a.mp3"
+    mp3 = encode("MP3")
+    path.write_bytes(ID3 + mp3)
+    monkeypatch.setattr(sndfile, "_memory_file", counted)
+    assert audio.info(path) == audio.info(path)
+    assert np.array_equal(load(path), load(path))
+    assert not copied
+    path.write_bytes(bytes(40) + mp3)
+    load(path)
+    assert copied == [len(mp3)]
+
+
+def test_tags_with_a_footer_between_mp3_files() -> None:
+    a, b = encode("MP3", x=noise(20000)), encode("MP3", x=noise(30000, seed=1))
+    body = b"\xff\xfb\x90\x64" * 32
+    tag = b"ID3\4\0\x10\0\0\1\0" + body + b"3DI\4\0\x10\0\0\1\0"
+    assert sndfile._id3_bytes(tag) == len(tag)
+    assert np.array_equal(outcome(tag + a + tag + b), np.concatenate([load(a), load(b)]))
+
+
+def test_bw64_in_other_encodings_is_known() -> None:
+    sndfile.check_magic(b"BW64\xff\xff\xff\xffWAVE")
