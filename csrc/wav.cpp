@@ -201,6 +201,14 @@ bool another_follows(const ByteSource& source, std::uint64_t offset, std::uint64
   return false;
 }
 
+void refuse_second(const ByteSource& source, std::uint64_t begin, std::uint64_t end,
+                   bool among_samples) {
+  if (!another_follows(source, begin, end, among_samples)) return;
+  throw AudioFailure("format",
+                     "a second WAV file follows the first; split them, or join their samples, "
+                     "for instance with `sox a.wav b.wav out.wav`");
+}
+
 // Sizes that stand for "up to the end" where the file holds less. The second one is what SoX writes
 // to a pipe, rounded down to whole frames.
 bool is_stream_size(std::uint64_t size, std::uint64_t step) {
@@ -220,14 +228,10 @@ bool find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_
   const bool unknown = is_long ? size >> 63 != 0 : is_stream_size(size, step);
   bool stream = unknown && size > rest;
   if (size == 0) stream = rest != 0 && !chunks_follow(source, chunk.begin);
-  const std::uint64_t begin = chunk.begin + (stream ? 0 : std::min(size, rest));
-  const std::uint64_t end = stream ? source.size() : std::min(source.size(), begin + kFarthest);
-  if (another_follows(source, begin, end, stream)) {
-    throw AudioFailure("format",
-                       "a second WAV file follows the first; split them, or join their samples, "
-                       "for instance with `sox a.wav b.wav out.wav`");
-  }
+  const std::uint64_t begin = chunk.begin + std::min(size, rest);
+  if (!stream) refuse_second(source, begin, std::min(source.size(), begin + kFarthest), false);
   info->data_offset = chunk.begin;
+  info->stream = stream;
   info->frames = (stream ? rest : size) / step;
   info->present_frames = std::min(rest / step, info->frames);
   if (size != 0 && size < rest && more_data_follows(source, begin, size % 2 == 1)) {
@@ -273,6 +277,14 @@ void decode_wav(const ByteSource& source, const WavInfo& info, std::uint64_t fir
   const auto channels = static_cast<std::size_t>(info.channels);
   const std::size_t step = channels * sample_bytes(info.format);
   const std::size_t block = std::min(std::max<std::size_t>(1, kBlockBytes / step), mono.size());
+  if (info.stream) {
+    // Where the sound ends is not stated, so a second header may be anywhere in the part.
+    constexpr std::uint64_t kLongestHead = 64;
+    const std::uint64_t begin = info.data_offset + first * step;
+    const std::uint64_t end = begin + mono.size() * step + kLongestHead;
+    refuse_second(source, begin - std::min(kLongestHead, first * step),
+                  std::min(end, source.size()), true);
+  }
   std::vector<std::uint8_t> bytes(step * block);
   Samples interleaved(channels == 1 ? 0 : channels * block);
   for (std::size_t done = 0; done < mono.size(); done += block) {

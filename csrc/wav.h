@@ -17,6 +17,7 @@ struct WavInfo {
   std::uint64_t data_offset;
   std::uint64_t frames;          // as the header states; of a stream, as the file holds
   std::uint64_t present_frames;  // fewer than `frames` where the file is cut
+  bool stream;                   // the sound goes up to the end of the file
 };
 
 // Reads the chunks up to "data" of the RIFF, RF64 or BW64 file that begins at `offset`. A data size
@@ -28,7 +29,8 @@ struct WavInfo {
 WavInfo parse_wav(const ByteSource& source, std::uint64_t offset);
 
 // Decodes frames [first, first + mono.size()) of one channel, or of the mean over channels where
-// `channel` is negative. Scale: integers to [-1, 1), floats as they are.
+// `channel` is negative. Throws AudioFailure("format") where a second file begins among the frames
+// of a stream. Scale: integers to [-1, 1), floats as they are.
 void decode_wav(const ByteSource& source, const WavInfo& info, std::uint64_t first, int channel,
                 Span<float> mono, Isa isa);
 
