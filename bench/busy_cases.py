@@ -33,7 +33,7 @@ CPUS = 2
 CLIPS = 128
 ROOT = Path(__file__).parent.parent
 LIBGOMP = {"GOMP_SPINCOUNT": "300000"}
-"""Its own default. Whoever states it keeps our waits out."""
+"""libgomp's own default. Where the variable is set, clsp_fast leaves the waits as they are."""
 BUSY = """
 import os, select
 while os.read(0, 1):  # start

@@ -95,7 +95,7 @@ def _embed(
 
 
 def _contexts(model: CLSP) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the first and of the second time: moments of the batch are noted once."""
+    """Contexts for the forward pass and for its recomputation: only the first records the batch's moments."""
     return nullcontext(), _unnoticed(model.running_norms)
 
 

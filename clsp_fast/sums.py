@@ -22,7 +22,7 @@ _LEAST_NORM = 1e-12
 
 
 class Dots(NamedTuple):
-    """The embeddings as they came, and products of theirs.
+    """Inner products that the loss needs, and the embeddings themselves, unchanged.
 
     Attributes:
         audio_MD, text_ND: the embeddings.
@@ -210,7 +210,11 @@ class _Normalise(torch.autograd.Function):
 
 
 class _Softplus(torch.autograd.Function):
-    """Of functions that torch computes alike within a thread's part and at its end; softplus is not one."""
+    """log(1 + exp(x)) whose bits do not depend on the number of threads.
+
+    torch's vectorised softplus rounds differently in the scalar tail of each thread's chunk, so its result
+    does. exp and log1p do not.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
