@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,28 +47,44 @@ class Usage:
     """What the kernel has counted up to now."""
 
     others_s: float
-    """CPU time of all other processes, in seconds."""
+    """CPU time that others took from the CPUs that this process may use, in seconds."""
     waited_s: Mapping[str, float]
     """Thread of this process, by its id -> how long it could have run but had no CPU, in seconds."""
 
 
-def usage() -> Usage:
+def usage(proc: Path = Path("/proc")) -> Usage:
     """What /proc says.
+
+    Args:
+        proc: folder in which the kernel tells its counts.
 
     Raises:
         OSError, ValueError: this system does not say it.
     """
-    user, nice, system, _, _, irq, softirq, *_ = Path("/proc/stat").read_text().split()[1:]
-    all_s = sum(map(int, (user, nice, system, irq, softirq))) / os.sysconf("SC_CLK_TCK")
-    others_s = all_s - time.process_time()
+    others_s = _used_s((proc / "stat").read_text(), _cpus()) - time.process_time()
     waited_s = {}
-    for thread in Path("/proc/self/task").iterdir():
+    for thread in (proc / "self/task").iterdir():
         try:
             _, nanoseconds, _ = (thread / "schedstat").read_text().split()
         except (FileNotFoundError, ProcessLookupError):  # the thread has ended, or the kernel does not count
             continue
         waited_s[thread.name] = int(nanoseconds) * 1e-9
     return Usage(others_s, waited_s)
+
+
+def _used_s(stat: str, cpus: Set[int]) -> float:
+    """CPU time that everybody took from these CPUs, in seconds: processes here, and on a virtual machine its
+    neighbours, whose share the kernel calls steal."""
+    ticks, missing = 0, {f"cpu{number}" for number in cpus}
+    for line in stat.splitlines():
+        name, *counts = line.split()
+        if name in missing:
+            missing.remove(name)
+            user, nice, system, _, _, irq, softirq, steal, *_ = map(int, counts)
+            ticks += user + nice + system + irq + softirq + steal
+    if missing:
+        raise ValueError(f"/proc/stat must have a line for each CPU, has none for {sorted(missing)}")
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Watch:
@@ -88,6 +104,7 @@ class Watch:
         self._before: Usage | None = None
         self._release = threading.Event()
         self._spare: list[threading.Thread] = []
+        self._no_more_threads = False
 
     @property
     def spare(self) -> int:
@@ -98,8 +115,10 @@ class Watch:
         """Makes waits short or long, depending on how contended the CPUs were since the last look.
 
         Returns at once if that was less than `PERIOD_S` ago, and does nothing where the user has set how
-        threads wait.
+        threads wait. Where the system allows no more threads, waits stay long for good.
         """
+        if self._no_more_threads:
+            return
         now = self._clock()
         if now - self._since < PERIOD_S or not self._lock.acquire(blocking=False):
             return
@@ -108,7 +127,7 @@ class Watch:
             if any(name in os.environ for name in _SETTINGS):
                 return
             if self._contended(elapsed_s):
-                self._keep(_teams_needed(torch.get_num_threads(), _cpus()))
+                self._keep(_teams_needed(torch.get_num_threads(), len(_cpus())))
             else:
                 self._let_go()
         finally:
@@ -132,8 +151,13 @@ class Watch:
             return
         self._release = threading.Event()
         for _ in range(teams):
-            thread = threading.Thread(target=_have_a_team, args=(self._release,), daemon=True)
-            thread.start()
+            thread = threading.Thread(target=_start_spare_team, args=(self._release,), daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):  # the work itself goes on, only slower
+                self._no_more_threads = True
+                self._let_go()
+                return
             self._spare.append(thread)
 
     def _let_go(self) -> None:
@@ -143,8 +167,11 @@ class Watch:
         self._spare = []
 
 
-def _have_a_team(release: threading.Event) -> None:
-    """libgomp keeps the team of a thread that has run in parallel for as long as that thread lives."""
+def _start_spare_team(release: threading.Event) -> None:
+    """Starts an OpenMP team and keeps it until `release`.
+
+    libgomp keeps the team of a thread that has run in parallel for as long as that thread lives.
+    """
     torch.zeros(_PARALLEL_ELEMENTS).add_(1)
     release.wait()
 
@@ -158,8 +185,11 @@ def _teams_needed(threads: int, cpus: int) -> int:
     return needed if needed <= _MOST_TEAMS else 0
 
 
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cpus() -> Set[int]:
+    """Numbers of the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 look = Watch().look

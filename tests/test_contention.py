@@ -33,7 +33,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(contention, "_cpus", lambda: 2)
+    monkeypatch.setattr(contention, "_cpus", lambda: {0, 1})
     now = [0.0, 0.0, 0.0]  # time, others' CPU time, waited
     watch = Watch(lambda: Usage(now[1], {"1": now[2]}), lambda: now[0])
 
@@ -101,6 +101,70 @@ def test_a_system_that_does_not_tell_is_left_as_it_is() -> None:
     watch.look()
     watch.look()
     assert watch.spare == 0
+
+
+def stat(folder: Path, text: str) -> Path:
+    """A folder like /proc with that file, for a process without threads."""
+    (folder / "self/task").mkdir(parents=True)
+    (folder / "stat").write_text(text)
+    return folder
+
+
+def test_usage_counts_the_cpus_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc = stat(
+        tmp_path,
+        "cpu  111111 0 0 0 0 0 0 0 0 0\n"
+        "cpu0 1 2 4 500 500 8 16 32 500 500\n"
+        "cpu1 50000 0 0 0 0 0 0 0 0 0\n"
+        "cpu10 64 0 0 500 500 0 0 128 500 500\n"
+        "intr 5 6 7\nctxt 8\n",
+    )
+    monkeypatch.setattr(contention, "_cpus", lambda: {0, 10})
+    monkeypatch.setattr(time, "process_time", lambda: 0.25)
+    ticks = 1 + 2 + 4 + 8 + 16 + 32 + 64 + 128
+    assert contention.usage(proc).others_s == ticks / os.sysconf("SC_CLK_TCK") - 0.25
+
+
+@pytest.mark.parametrize(
+    "text", ["", "cpu 1 2 3 4 5 6 7 8\n", "cpu0 1 2 3 4 5 6 7\n", "cpu0 1 2 3 4 5 6 seven 8\n", "\n", None]
+)
+def test_counts_that_are_missing_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    proc = stat(tmp_path, text or "")
+    if text is None:
+        (proc / "stat").unlink()
+    monkeypatch.setattr(contention, "_cpus", lambda: {0})
+    with pytest.raises((OSError, ValueError)):
+        contention.usage(proc)
+    seconds = iter([0.0, 1.0, 2.0])
+    watch = Watch(lambda: contention.usage(proc), lambda: next(seconds))
+    watch.look()
+    watch.look()
+    assert watch.spare == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_a_system_without_room_for_threads_is_asked_once(
+    looks: Looks, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The run goes on, and teams that did start are let go."""
+    monkeypatch.setattr(contention, "_cpus", lambda: set(range(8)))
+    before, asked, start = threading.active_count(), [], threading.Thread.start
+
+    def second_fails(thread: threading.Thread) -> None:
+        asked.append(thread)
+        if len(asked) == 2:
+            raise error
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    assert looks(BUSY, BUSY) == 0
+    assert threading.active_count() == before
+    assert looks(BUSY, BUSY) == 0
+    assert len(asked) == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc")
