@@ -6,6 +6,11 @@ adds them in float64 and O((M + N) D), as softplus(lse of negatives - lse of pos
 for one caption: no digit of a small loss is lost, and no probability is rounded before 1 is subtracted from
 it.
 
+What is left is the rounding of the float32 logits of negative pairs and of their log-sum-exp, which is about
+as large as they are. The relative error of a float32 gradient is at most (8 + 2 logit_scale) eps, with eps =
+2^-23: 8.1e-6 at a scale of 30 and 2.5e-5 at 100. Where terms of opposite sign cancel, as they may in the
+gradient of the scale, this is the error relative to the terms.
+
 Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts of one clip.
 """
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from exact_loss import exact_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import FEW, eps
 from torch import Tensor
 
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
@@ -32,6 +33,11 @@ def texts_at(audio_MD: Tensor, owner_N: Tensor, cosine: float | Tensor) -> Tenso
     other_ND = F.normalize(other_ND - (other_ND * own_ND).sum(1, keepdim=True) * own_ND, dim=1)
     cosine_N1 = cosine.expand(len(owner_N))[:, None]
     return cosine_N1 * own_ND + (1 - cosine_N1.square()).sqrt() * other_ND
+
+
+def law(scale: float) -> float:
+    """Largest relative error of a float32 gradient that the README allows; see `clsp_fast.loss`."""
+    return (FEW + 2 * scale) * eps(torch.float32)
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -75,10 +81,28 @@ def test_a_good_model_keeps_its_gradient_in_any_words(name: str, cosine: float) 
     check_against_float64(audio_MD, text_ND, 30.0, options)
 
 
-@pytest.mark.parametrize("cosine", [0.2, 0.3])
-def test_at_the_largest_scale_too(cosine: float) -> None:
-    audio_MD = unit(512, 512)
-    check_against_float64(audio_MD, texts_at(audio_MD, torch.arange(512), cosine), 100.0, {})
+@pytest.mark.parametrize("scale", [14.0, 30.0, 60.0, 100.0])
+@pytest.mark.parametrize("cosine", [0.3, 0.7, 0.8])
+def test_the_rounding_of_logits_is_the_limit_at_any_scale(scale: float, cosine: float) -> None:
+    """Judged by float64 against negatives alone, which knows losses that 1 - probability does not."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        audio_MD = unit(64, 128)
+        text_ND = texts_at(audio_MD, torch.arange(64), cosine).float()
+        x, y = audio_MD.float().double().requires_grad_(), text_ND.double().requires_grad_()
+        cosine_MN = x @ y.T
+        logits_MN = scale * cosine_MN
+        positive_M = logits_MN.diag()
+        others_MN = logits_MN.masked_fill(torch.eye(64, dtype=torch.bool), -math.inf)
+        loss = sum(F.softplus(others_MN.logsumexp(axis) - positive_M).mean() for axis in (0, 1)) / 2
+        by_audio, by_text, by_logit = torch.autograd.grad(loss, (x, y, logits_MN))
+        found = loss_and_grad(audio_MD.float(), text_ND, scale)
+        assert relative(found.loss, loss.detach()) <= law(scale), seed
+        assert relative(found.audio_MD, by_audio) <= law(scale), seed
+        assert relative(found.text_ND, by_text) <= law(scale), seed
+        terms_MN = by_logit * cosine_MN.detach()  # of both signs
+        error = abs(float(found.logit_scale.double() - terms_MN.sum()))
+        assert error <= law(scale) * float(terms_MN.abs().sum()), seed
 
 
 def check_against_float64(audio_MD: Tensor, text_ND: Tensor, scale: float, options: dict[str, Any]) -> None:
@@ -89,9 +113,9 @@ def check_against_float64(audio_MD: Tensor, text_ND: Tensor, scale: float, optio
     truth, loss = torch.autograd.grad(loss, leaves), loss.detach()
     found = loss_and_grad(audio_MD, text_ND, scale, **options)
     # Float64 itself knows logits of 30 to 7e-15.
-    assert relative(found.loss, loss) < 1e-5 + 1e-14 / float(loss)
+    assert relative(found.loss, loss) <= law(scale) + 1e-14 / float(loss)
     for name, gradient in zip(GRADIENTS[:3], truth, strict=True):
-        assert relative(getattr(found, name), gradient) < 1e-5, name
+        assert relative(getattr(found, name), gradient) <= law(scale), name
 
 
 @pytest.mark.parametrize("clips", [300, 1500])
@@ -135,18 +159,18 @@ def problems(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, float, dict[str,
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_any_problem_keeps_its_digits(problem: tuple[Tensor, Tensor, float, dict[str, Any]]) -> None:
-    """Gradients to 1e-5, of their own norm or of the terms that add up to them: a sum of opposite terms is no
+    """Gradients to `law`, of their own norm or of the terms that add up to them: a sum of opposite terms is no
     more exact than these. The loss is, unless float32 has no normal numbers for its gradients."""
     audio_MD, text_ND, scale, options = problem
     exact = exact_loss(audio_MD, text_ND, scale, **options)
     found = loss_and_grad(audio_MD, text_ND, scale, **{"logit_bias": 0.0, **options})
     subnormal = float(exact.loss) < 1e-30
-    assert subnormal or relative(found.loss, exact.loss) < 1e-5
+    assert subnormal or relative(found.loss, exact.loss) <= law(scale)
     for name, terms in zip(GRADIENTS, exact.terms, strict=True):
         gradient, truth = getattr(found, name), getattr(exact, name)
         assert bool(gradient.isfinite().all()), name
         error = float((gradient.double() - truth).norm())
-        assert subnormal or error <= 1e-5 * terms, (name, error / terms)
+        assert subnormal or error <= law(scale) * terms, (name, error / terms)
 
 
 @pytest.mark.parametrize("loss", [1e-1, 1e-3, 1.8e-5, 3.7e-7, 1e-9, 1e-12, 1e-20, 1e-28])
@@ -161,9 +185,9 @@ def test_a_loss_of_any_size_keeps_its_digits(loss: float, owner: list[int]) -> N
     exact = exact_loss(audio_MD.float(), text_ND, scale, text_owner=owner_N)
     for weights in (None, torch.full((len(owner),), 0.7)):
         found = loss_and_grad(audio_MD.float(), text_ND, scale, text_owner=owner_N, weights=weights)
-        assert relative(found.loss, exact.loss) < 1e-5
+        assert relative(found.loss, exact.loss) <= law(scale)
         for name in GRADIENTS[:3]:
-            assert relative(getattr(found, name), getattr(exact, name)) < 1e-5, name
+            assert relative(getattr(found, name), getattr(exact, name)) <= law(scale), name
 
 
 def test_weights_have_the_gradient_of_the_definition() -> None:
@@ -194,7 +218,7 @@ def test_a_group_of_one_keeps_the_digits() -> None:
     finally:
         dist.destroy_process_group()
     for a, b in zip(alone[:4], grouped[:4], strict=True):
-        assert relative(a, b.double()) < 1e-5
+        assert relative(a, b.double()) <= law(30.0)
 
 
 @pytest.mark.parametrize("scale", [5.0, 30.0, 60.0])
@@ -207,7 +231,7 @@ def test_near_misses_keep_their_gradient(scale: float) -> None:
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
         out += torch.autograd.grad(hard_negative_loss(*leaves), leaves)
     for a, b in zip(found, truth, strict=True):
-        assert relative(a, b) < 1e-5
+        assert relative(a, b) <= law(scale)
 
 
 # Triton's interpreter computes with numpy, which warns of infinities that the kernels intend.
@@ -238,4 +262,4 @@ def test_kernels_in_any_words_keep_the_gradient_of_a_good_model(
     truth = torch.autograd.grad(contrastive_loss_reference(*leaves, **options), leaves)
     found = loss_and_grad(*inputs, implementation="triton", **options)
     for mine, true in zip(found[1:4], truth, strict=True):
-        assert (mine.double() - true).norm() <= 1e-5 * true.norm()
+        assert (mine.double() - true).norm() <= law(30.0) * true.norm()
