@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,10 +47,20 @@ def test_infinities_must_be_equal_and_nan_never_is() -> None:
         error(torch.ones(2), torch.ones(2, 1))
 
 
+JUDGES = re.compile(r"allclose|assert_close|approx|\bnumerics\b")
+# Files that mention a judgement of rounding, but whose results no other processor can change.
+ELSEWHERE = {
+    "test_architecture.py": "reads sources: allclose is one of the words it looks for",
+    "test_bench.py": "times are given numbers; of the tools it compares, each to its own rounding, none is ours alone",
+    "test_data.py": "durations, shares and sums in Python's own numbers",
+}
+
+
 def test_the_matrix_has_every_file_that_judges_rounding() -> None:
     folder = Path(__file__).parent
-    judging = {path.name for path in folder.glob("test_*.py") if "from numerics import" in path.read_text()}
-    assert judging <= set(machines.FILES)
+    judging = {path.name for path in folder.glob("test_*.py") if JUDGES.search(path.read_text())}
+    assert judging - set(ELSEWHERE) <= set(machines.FILES)
+    assert set(ELSEWHERE) <= judging - set(machines.FILES), "an exception that is none any more"
     assert set(machines.PART_FILES) <= set(machines.FILES)
     assert all((folder / name).exists() for name in machines.FILES)
 
