@@ -155,7 +155,9 @@ def _write(tower: nn.Module, path: Path, example: tuple[Tensor, Tensor], metadat
             )
             graph.model.metadata_props.update(metadata)
             graph.save(path)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except OSError:  # of the disk, which says so itself
+        raise
+    except Exception as error:  # the exporter's errors are of any class
         raise ValueError(f"torch cannot write {path.name}: {_first_line(error)}") from error
 
 

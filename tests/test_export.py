@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_as_exact, in_float64
+from numerics import assert_agrees, assert_as_exact, in_float64
 from torch import Tensor
 
 from clsp_fast import export
@@ -138,16 +138,55 @@ def test_what_is_exported_computes_what_the_model_does(
 ) -> None:
     """The code that takes the place of strides and slices while a graph is made, called directly."""
     config = dataclasses.replace(EVERY_LAYER, **changes, encoder_dim=(16,))
-    model = CLSP(config).eval()
+    model = CLSP(config).double().eval()
     tower = export._AudioTower(model)
     with torch.no_grad():
         for frames in (*range(9, 25), 61, 128):
             features, lengths = batch(3, frames)
+            features = features.double()
             expected = model.encode_features(features, lengths)
             with monkeypatch.context() as patch:
                 patch.setattr(torch.compiler, "is_exporting", lambda: True)
                 found = tower(features, lengths)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+            assert_agrees(found, expected, count=1e5)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_a_model_that_differs_in_every_choice_is_exported(tmp_path: Path) -> None:
+    """The export itself holds the graphs against the model, with batches of several sizes."""
+    config = dataclasses.replace(
+        EVERY_LAYER,
+        downsampling_factor=(3,),
+        encoder_dim=(16,),
+        output_downsampling_factor=1,
+        post_encoder_downsampling_factor=5,
+        embed_channels=(8,),
+        audio_pooling="statistics",
+        heads="linear",
+    )
+    found = export.export(CLSP(config).eval(), tmp_path)
+    assert set(found) == {"audio.onnx", "text.onnx"}
+
+
+@needs_onnx
+@pytest.mark.parametrize("where", ["torch.export.export", "torch.onnx.export"])
+@pytest.mark.parametrize(
+    "error", [TypeError("no\nsecond line"), KeyError("no"), NotImplementedError("no"), RecursionError("no")]
+)
+def test_any_error_of_the_exporter_is_one_line(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(
+        "torch.export.export", fails if where == "torch.export.export" else lambda *_, **__: 0
+    )
+    monkeypatch.setattr("torch.onnx.export", fails)
+    with pytest.raises(SystemExit, match=r"^clsp_fast\.export: torch cannot write audio\.onnx: '?no'?$"):
+        export.main([str(model_folder), "--out", str(tmp_path / "onnx")])
+    assert list((tmp_path / "onnx").iterdir()) == []
 
 
 def graph_of_means(path: Path, *, frames: int | None) -> None:

@@ -102,7 +102,8 @@ class Case:
             assert errors[0].isfinite()
             assert errors[0] <= 2 * errors[1] + bit * size + 1e-12
             if self.x.dtype == torch.float32:
-                assert errors[0] <= 1e-5 * size + 1e-12
+                # The law of clsp_fast.loss: the rounding of float32 logits.
+                assert errors[0] <= (FEW + 2 * scale) * eps(torch.float32) * size + 1e-12
 
     def check_both(self, **options: object) -> None:
         self.check(negative_lse, negative_lse_reference, **options)
@@ -310,7 +311,8 @@ def test_gradients_of_good_models_survive_bf16(
     assert_agrees(ours, loss, count=FEW + 1 / 0.07, dtype=torch.float32)
     for i, mine in enumerate(torch.autograd.grad(ours, (x, y))):
         error = (mine.double() - truth[i]).norm() / truth[i].norm()
-        assert error < 3e-4
+        # Each element of G is rounded to bf16 by half an eps at most; the comparisons below are sharper.
+        assert error < eps(torch.bfloat16) / 2
         for name, (factor, rounded) in theirs.items():
             assert (rounded[i].double() - truth[i]).norm() / truth[i].norm() > factor * error, name
 

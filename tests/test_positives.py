@@ -159,8 +159,8 @@ def problems(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, float, dict[str,
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_any_problem_keeps_its_digits(problem: tuple[Tensor, Tensor, float, dict[str, Any]]) -> None:
-    """Gradients to `law`, of their own norm or of the terms that add up to them: a sum of opposite terms is no
-    more exact than these. The loss is, unless float32 has no normal numbers for its gradients."""
+    """Gradients to `law`, of their own norm or of the terms that add up to them: a sum of opposite terms is
+    no more exact than these. The loss is, unless float32 has no normal numbers for its gradients."""
     audio_MD, text_ND, scale, options = problem
     exact = exact_loss(audio_MD, text_ND, scale, **options)
     found = loss_and_grad(audio_MD, text_ND, scale, **{"logit_bias": 0.0, **options})

@@ -339,14 +339,16 @@ def test_another_model_in_the_run_folder_is_refused(folder: Path, uninterrupted:
 
 
 def test_starts_from_a_saved_model(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
-    slow = OptimConfig(lr=1e-6)
+    lr = 1e-6
+    slow = OptimConfig(lr=lr)
     made = config(
         folder, tmp_path / "run", init=uninterrupted / "model", stage1_steps=1, stage2_steps=0, optim=slow
     )
     train.train(made)
     found, start = weights(tmp_path / "run"), weights(uninterrupted)
     for name, parameter in clsp_fast.CLSP(MODEL).named_parameters():
-        torch.testing.assert_close(found[name], start[name], rtol=0, atol=1e-5, msg=name)
+        # A step of AdamW moves a weight by about lr, beside its decay and roundings: ten times that is far.
+        torch.testing.assert_close(found[name], start[name], rtol=1e-6, atol=10 * lr, msg=name)
         assert parameter.shape == found[name].shape
     assert not torch.equal(found["encoder_embed.out.weight"], start["encoder_embed.out.weight"])
 
