@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -260,17 +260,23 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("kind", STREAMS)
-def test_streams_are_read_to_their_end(kind: str) -> None:
+def streams(kind: str, whole: bytes) -> Iterator[bytes]:
+    """The file with each size that stands for "up to the end" in its header."""
     where, layout, sizes = STREAMS[kind]
-    whole = encode(kind, "PCM_16")
     tag = whole.index(b"SSND" if kind == "AIFF" else b"data") if where < 0 else 0
     at = {-1: tag + 4, -2: tag + 16}.get(where, where)
     for size in sizes:
         stream = bytearray(whole)
         struct.pack_into(layout, stream, at, size)
-        assert np.array_equal(outcome(bytes(stream)), theirs(whole)), size
-        assert audio.info(bytes(stream)).frames == SAMPLES
+        yield bytes(stream)
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_streams_are_read_to_their_end(kind: str) -> None:
+    whole = encode(kind, "PCM_16")
+    for stream in streams(kind, whole):
+        assert np.array_equal(outcome(stream), theirs(whole))
+        assert audio.info(stream).frames == SAMPLES
 
 
 def bare(mp3: bytes) -> bytes:
@@ -434,14 +440,8 @@ def test_letters_behind_the_sound_are_no_second_file() -> None:
 
 @pytest.mark.parametrize("kind", STREAMS)
 def test_joined_streams_are_refused(kind: str) -> None:
-    where, layout, sizes = STREAMS[kind]
-    whole = encode(kind, "PCM_16")
-    tag = whole.index(b"SSND" if kind == "AIFF" else b"data") if where < 0 else 0
-    at = {-1: tag + 4, -2: tag + 16}.get(where, where)
-    for size in sizes:
-        stream = bytearray(whole)
-        struct.pack_into(layout, stream, at, size)
-        assert outcome(bytes(stream + stream)) == "format", size
+    for stream in streams(kind, encode(kind, "PCM_16")):
+        assert outcome(stream + stream) == "format"
 
 
 def test_two_chunks_of_sound_are_refused() -> None:
