@@ -311,8 +311,9 @@ def test_gradients_of_good_models_survive_bf16(
     assert_agrees(ours, loss, count=FEW + 1 / 0.07, dtype=torch.float32)
     for i, mine in enumerate(torch.autograd.grad(ours, (x, y))):
         error = (mine.double() - truth[i]).norm() / truth[i].norm()
-        # Each element of G is rounded to bf16 by half an eps at most; the comparisons below are sharper.
-        assert error < eps(torch.bfloat16) / 2
+        # What the kernels promise with bf16 inputs. An element of G is off by half an eps of bf16 at most,
+        # which is 2e-3. These errors have either sign, so sums of many elements are off by less.
+        assert error < 3e-4
         for name, (factor, rounded) in theirs.items():
             assert (rounded[i].double() - truth[i]).norm() / truth[i].norm() > factor * error, name
 
