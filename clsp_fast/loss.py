@@ -151,6 +151,7 @@ def contrastive_loss(
         if engine is not negatives:
             options["compute_dtype"] = compute_dtype or audio_MD.dtype
         pairs = _pairs(audio_MD, text_ND, logit_scale, logit_bias, owner_N, normalize, group)
+        pairs = pairs._replace(in_order=text_owner is None and len(text_ND) == len(audio_MD))
         loss = _fused_loss(engine, pairs, weights, label_smoothing, kind, options)
         return loss.to(pairs.audio_MD.dtype)
 

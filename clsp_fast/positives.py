@@ -46,6 +46,8 @@ class Pairs(NamedTuple):
         owner_N: int64, the audio row of each text.
         shards: who else has a part of the batch.
         raw: what audio_MD and text_ND were normalised from, in the caller's dtype; None where they were not.
+        in_order: whether there is one text for each audio, that of its index. It decides only what is left
+            out, not a result.
     """
 
     audio_MD: Tensor
@@ -55,6 +57,7 @@ class Pairs(NamedTuple):
     owner_N: Tensor
     shards: Shards
     raw: tuple[Tensor, Tensor] | None = None
+    in_order: bool = False
 
     def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This rank's audio, all ranks' texts, the scale, and owners counting from this rank's first clip."""
@@ -68,7 +71,14 @@ class Pairs(NamedTuple):
         if means:
             mean_text_D = shards.sum(self.text_ND.sum(0)) / shards.total_texts
             mean_audio_D = shards.sum(self.audio_MD.sum(0)) / shards.total_clips
-        found = dots(self.audio_MD, self.text_ND, self.owner_N, mean_text_D, mean_audio_D, self.raw)
+        found = dots(
+            self.audio_MD,
+            self.text_ND,
+            None if self.in_order else self.owner_N,
+            mean_text_D,
+            mean_audio_D,
+            self.raw,
+        )
         passed = self._replace(  # embeddings that need no gradient stay such
             audio_MD=found.audio_MD if self.audio_MD.requires_grad else self.audio_MD,
             text_ND=found.text_ND if self.text_ND.requires_grad else self.text_ND,
@@ -118,11 +128,26 @@ def softmax_loss(
         weights: of the texts, or None.
         label_smoothing: as of `contrastive_loss`.
     """
-    shards, pair_N, owner_N, clips = pairs.shards, positives.pair_N, pairs.owner_N, len(row_M)
+    shards, pair_N = pairs.shards, positives.pair_N
     columns_N = softplus(column_N - pair_N)
     if positives.mean_N is not None:
         columns_N = columns_N + label_smoothing * (pair_N - positives.mean_N)
+    if pairs.in_order and weights is None:
+        rows_M, targets_M, captioned_M = softplus(row_M - pair_N), pair_N, torch.ones_like(pair_N)
+    else:
+        rows_M, targets_M, captioned_M = _rows(row_M, pair_N, pairs.owner_N, weights)
+    if positives.mean_M is not None:
+        rows_M = rows_M + label_smoothing * captioned_M * (targets_M - positives.mean_M)
+    captioned = shards.sum(captioned_M.sum()).clamp(min=1)
+    return shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
 
+
+def _rows(
+    row_M: Tensor, pair_N: Tensor, owner_N: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse_j s_ij - sum_j w_ij s_ij of each audio, sum_j w_ij s_ij, and 1 where there is a weight; else three
+    times 0."""
+    clips = len(row_M)
     share_N, captioned_M = _shares(weights, owner_N, clips, pair_N)
     if weights is not None:
         # A caption without weight is one more wrong text of its clip.
@@ -137,12 +162,8 @@ def softmax_loss(
     # Without this, a clip that has neither captions nor negatives would make inf - inf.
     accepted_M = torch.where(captioned_M, accepted_M, 0.0)
     rows_M = softplus(row_M - accepted_M) + cross_entropy_by_owner(pair_N, share_N, owner_N, clips)
-    if positives.mean_M is not None:
-        targets_M = sum_by_owner(share_N * pair_N, owner_N, clips)
-        rows_M = rows_M + label_smoothing * (targets_M - positives.mean_M)
-    rows_M = torch.where(captioned_M, rows_M, 0.0)
-    captioned = shards.sum(captioned_M.sum().to(pair_N.dtype)).clamp(min=1)
-    return shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
+    targets_M = sum_by_owner(share_N * pair_N, owner_N, clips)
+    return torch.where(captioned_M, rows_M, 0.0), targets_M, captioned_M.to(pair_N.dtype)
 
 
 def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor, *, label_smoothing: float) -> Tensor:

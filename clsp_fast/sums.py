@@ -41,12 +41,14 @@ class Dots(NamedTuple):
 def dots(
     audio_MD: Tensor,
     text_ND: Tensor,
-    owner_N: Tensor,
+    owner_N: Tensor | None,
     mean_text_D: Tensor | None,
     mean_audio_D: Tensor | None,
     raw: tuple[Tensor, Tensor] | None = None,
 ) -> Dots:
     """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with means where they are given.
+
+    Without owners text j belongs to audio j, which saves copies of the audio.
 
     The products of pairs are exact to float64: two captions of a clip that fit it alike ask for gradients as
     small as the difference of their products, of which float32 sums leave nothing. `raw` are the rows that
@@ -116,13 +118,18 @@ def _add_to_owners(total: Tensor, owner_N: Tensor, x: Tensor) -> None:
         total.index_add_(0, owner_N, x)
 
 
+def _of_texts(audio_MD: Tensor, owner_N: Tensor | None, part: slice) -> Tensor:
+    """The audio of some texts, not to be changed."""
+    return audio_MD[part] if owner_N is None else audio_MD.index_select(0, owner_N[part])
+
+
 class _Dots(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         audio_MD: Tensor,
         text_ND: Tensor,
-        owner_N: Tensor,
+        owner_N: Tensor | None,
         mean_text_D: Tensor | None,
         mean_audio_D: Tensor | None,
         raw: tuple[Tensor, Tensor] | None,
@@ -130,9 +137,12 @@ class _Dots(torch.autograd.Function):
         ctx.save_for_backward(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D)
         parts = _parts(len(text_ND))
         if raw is None:
-            pairs = [audio_MD.index_select(0, owner_N[p]).double().mul_(text_ND[p]).sum(1) for p in parts]
+            pairs = [
+                _of_texts(audio_MD, owner_N, p).to(torch.float64, copy=True).mul_(text_ND[p]).sum(1)
+                for p in parts
+            ]
         else:
-            pairs = [_cosines(raw[0].index_select(0, owner_N[p]), raw[1][p]) for p in parts]
+            pairs = [_cosines(_of_texts(raw[0], owner_N, p), raw[1][p]) for p in parts]
         pair_N = torch.cat(pairs)
         means = (_with_vector(audio_MD, mean_text_D), _with_vector(text_ND, mean_audio_D))
         return audio_MD.view_as(audio_MD), text_ND.view_as(text_ND), pair_N, *means
@@ -151,8 +161,10 @@ class _Dots(torch.autograd.Function):
         for p in _parts(len(text_ND)):
             d_pair_P1 = d_pair_N[p, None].to(text_ND.dtype)
             if needs_text:
-                d_text_ND[p].addcmul_(d_pair_P1, audio_MD.index_select(0, owner_N[p]))
-            if needs_audio:
+                d_text_ND[p].addcmul_(d_pair_P1, _of_texts(audio_MD, owner_N, p))
+            if needs_audio and owner_N is None:
+                d_audio_MD[p].addcmul_(d_pair_P1, text_ND[p])
+            elif needs_audio:
                 _add_to_owners(d_audio_MD, owner_N[p], d_pair_P1 * text_ND[p])
         d_mean_text_D = _vector_gradient(audio_MD, mean_text_D, d_mean_M, d_audio_MD if needs_audio else None)
         d_mean_audio_D = _vector_gradient(text_ND, mean_audio_D, d_mean_N, d_text_ND if needs_text else None)
