@@ -23,6 +23,7 @@ _LEAST_STREAM_SIZE = {8: 0x7FFFFF00, 4: 0x7FFF0000}
 _LEAST_AIFF_STREAM_SIZE = 0x7EFF0000
 # Of these, libsndfile reads what follows the sound as sound, were it but a pad byte.
 _READ_TOO_FAR = (b"RIFF", b"riff", b"NIST", b".snd", b"FORM")
+_AIFF_PCM = (b"NONE", b"twos", b"sowt", b"raw ", b"in24", b"in32", b"fl32", b"FL32", b"fl64", b"FL64")
 _NIST_FIELD = re.compile(rb"^(\w+) -[a-z0-9]+ (\S+)", re.MULTILINE)
 
 
@@ -192,7 +193,10 @@ def _nist_extent(head: bytes, size: int) -> Extent | None:
 
 def _chunk_extent(file: IO[bytes], size: int, layout: _Layout) -> Extent | None:
     found: Extent | None = None
+    counted = 0
     for tag, at, content, stated in _chunks(file, size, layout):
+        if tag == b"COMM" and layout.data_tags == (b"SSND",):
+            counted = _aiff_sound_bytes(_read(file, content, min(stated, 22)))
         if found is not None and (found.end is None or found.end > found.begin):
             if tag in layout.data_tags and stated > layout.data_head_bytes:
                 return replace(found, several=True)
@@ -208,7 +212,19 @@ def _chunk_extent(file: IO[bytes], size: int, layout: _Layout) -> Extent | None:
             else:
                 bias = head_bytes + layout.own_bytes
                 found = _extent(begin, sound, size, at + layout.size_at, layout.size_layout, bias)
+                if found.end is None and begin + counted > size:
+                    found = replace(found, extra_end=begin + counted)
     return found
+
+
+def _aiff_sound_bytes(comm: bytes) -> int:
+    """What AIFF's COMM chunk says of the size of the sound; 0 where it says nothing, as in a stream."""
+    if len(comm) < 18:
+        return 0
+    channels, frames, bits = struct.unpack_from(">hIh", comm)
+    stated: int = channels * frames * (-(-bits // 8))
+    is_pcm = comm[18:22] in (b"", *_AIFF_PCM)
+    return stated if is_pcm and 0 < stated < _LEAST_AIFF_STREAM_SIZE else 0
 
 
 def _extent_with_extra(found: Extent, extra_end: int, size: int) -> Extent:

@@ -279,6 +279,19 @@ def test_streams_are_read_to_their_end(kind: str) -> None:
         assert audio.info(stream).frames == SAMPLES
 
 
+def test_an_aiff_stream_that_states_its_frames_is_cut_where_they_are_missing() -> None:
+    for subtype in ("PCM_16", "PCM_24", "FLOAT", "PCM_U8"):
+        whole = encode("AIFF", subtype)
+        for stream in streams("AIFF", whole):
+            assert np.array_equal(outcome(stream), theirs(whole))
+            for missing in (2, 100, 3001):
+                assert outcome(stream[:-missing]) == "truncated"
+            at = stream.index(b"COMM") + 10
+            for frames in (0, 0xFFFFFFFF):
+                unknown = stream[:at] + struct.pack(">I", frames) + stream[at + 4 :]
+                assert len(load(unknown[:-100])) > SAMPLES // 2
+
+
 def bare(mp3: bytes) -> bytes:
     """Without the frame that states the length."""
     return mp3[mp3.index(mp3[:2], 40) :]
