@@ -44,14 +44,33 @@ def listed_groups(groups: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(parts)
 
 
+def differences(config: Any, other: Any) -> list[str]:
+    """What differs between two configurations of one class, field by field: "text.dim is 256, not 512", where
+    512 is the other's."""
+    values, others = _by_path(dataclasses.asdict(config)), _by_path(dataclasses.asdict(other))
+    return [
+        f"{path} is {value}, not {others[path]}" for path, value in values.items() if value != others[path]
+    ]
+
+
+def _by_path(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _by_path(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{path}" if path else key: inner_value for path, inner_value in inner.items()}
+    return flat
+
+
 def reject_unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the first key that `cls` does not have, and the nearest one that it has."""
+    """Raise ValueError that names the first key that `cls` does not have, and one that is spelt like it, or
+    those that it has."""
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key)[:_LONGEST_ITEM], known, n=1, cutoff=0.0)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(f"{cls.__name__} has no key {_shortened(repr(key))}{hint}")
+            near = difflib.get_close_matches(str(key)[:_LONGEST_ITEM], known, n=1)
+            hint = f"the nearest is {near[0]!r}" if near else f"it has {listed(known)}"
+            raise ValueError(f"{cls.__name__} has no key {_shortened(repr(key))}; {hint}")
 
 
 MOST_LAYERS = 1000
@@ -283,15 +302,6 @@ class ModelConfig:
     def audio_dim(self) -> int:
         """Channels of the speech tower's output: the widest stack."""
         return max(stack.dim for stack in self.stacks)
-
-    def differences(self, other: ModelConfig) -> list[str]:
-        """What differs, field by field: "joint_dim is 256, not 512", where 512 is the other's."""
-        own, others = self._flat(), other._flat()
-        return [f"{key} is {own[key]}, not {others[key]}" for key in own if own[key] != others[key]]
-
-    def _flat(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        return values | {f"text.{key}": value for key, value in values.pop("text").items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON stores them: tuples become lists, `text` a dictionary."""

@@ -35,7 +35,7 @@ from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
 from clsp_fast.log import RunLog, save_report
 from clsp_fast.manifest import Clip
 from clsp_fast.model import CLSP, ClspOutput
-from clsp_fast.model_config import listed
+from clsp_fast.model_config import differences, listed
 from clsp_fast.step import absorb_statistics, clip_gradients, forward
 
 
@@ -228,9 +228,9 @@ def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:
         return CLSP(config.model, tokenizer=corpus.tokenizer)
     model = CLSP.from_pretrained(config.init)
     if model.config != config.model:
-        lines = [f"model.{line}" for line in config.model.differences(model.config)]
-        differences = listed(lines, separator="; ")
-        raise ValueError(f"the model in --init {config.init} is another: {differences}; leave these out")
+        lines = [f"model.{line}" for line in differences(config.model, model.config)]
+        text = listed(lines, separator="; ")
+        raise ValueError(f"the model in --init {config.init} is another: {text}; leave these out")
     model.tokenizer = corpus.tokenizer
     return model
 
@@ -246,7 +246,10 @@ def claim(config: TrainConfig) -> None:
                     f"{config.run} holds a run with another {name}; give another --run-dir, or delete it"
                 )
         if before != config:
-            warnings.warn(f"the configuration of {config.run} has changed since it was started", stacklevel=2)
+            text = listed(differences(config, before), separator="; ")
+            warnings.warn(
+                f"the configuration of {config.run} has changed since it was started: {text}", stacklevel=2
+            )
     checkpoint.write_json(path, config.to_dict())
 
 

@@ -159,7 +159,8 @@ def test_other_batches_begin_a_new_epoch(
         return real(model, batch, place, made_)
 
     monkeypatch.setattr(train, "forward", note)
-    with pytest.warns(UserWarning, match="has changed since it was started"):
+    changed = "has changed since it was started: data.batch_clips is 10, not 8; stage1_steps is 7, not 3"
+    with pytest.warns(UserWarning, match=changed):
         train.train(made(clips, tmp_path / "run", steps=7, data=data | {"batch_clips": 10}))
     assert "(ranks: 1 then, 1 now): a new epoch begins after step 3" in capsys.readouterr().out
     assert sorted(seen) == sorted(f"c{i}" for i in range(40))
