@@ -169,7 +169,7 @@ class Tokenizer:
 
         Raises:
             TypeError: a single string in place of a list.
-            ValueError: an empty caption, or max_length below 3.
+            ValueError: a caption that is empty or holds half a surrogate pair, or max_length below 3.
         """
         if isinstance(captions, str):
             raise TypeError("captions must be a list of strings, got a single string; put it into a list")
@@ -180,6 +180,9 @@ class Tokenizer:
                 raise TypeError(f"captions[{index}] must be a string, got {type(caption).__name__}")
             if not caption.strip():
                 raise ValueError(f"captions[{index}] must not be empty, got {caption!r}")
+            if not textfile.is_text(caption):
+                what = "half a surrogate pair, or bytes that are not UTF-8"
+                raise ValueError(f"captions[{index}] must be text, got {what}: {textfile.shown(caption)}")
         rows = [encoding.ids for encoding in self._engine.encode_batch(list(captions))]
         rows = [row if len(row) <= max_length else [*row[: max_length - 1], self.eos_id] for row in rows]
         token_ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id, dtype=torch.int64)

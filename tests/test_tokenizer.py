@@ -169,6 +169,8 @@ def test_wrong_arguments_are_named(tokenizer: Tokenizer) -> None:
     for empty in ("", "  \n"):
         with pytest.raises(ValueError, match=r"captions\[1\] must not be empty"):
             tokenizer.encode_batch(["a", empty], 64)
+    with pytest.raises(ValueError, match=r"captions\[1\] must be text, got half a surrogate pair"):
+        tokenizer.encode_batch(["a", "a \ud83d"], 64)
     with pytest.raises(ValueError, match="max_length"):
         tokenizer.encode_batch(["a"], 2)
     with pytest.raises(ValueError, match="at least 261"):
