@@ -163,7 +163,7 @@ class _Dots(torch.autograd.Function):
             if needs_text:
                 d_text_ND[p].addcmul_(d_pair_P1, _of_texts(audio_MD, owner_N, p))
             if needs_audio and owner_N is None:
-                d_audio_MD[p].addcmul_(d_pair_P1, text_ND[p])
+                d_audio_MD[p].add_(d_pair_P1 * text_ND[p])  # rounds as below; addcmul_ does not everywhere
             elif needs_audio:
                 _add_to_owners(d_audio_MD, owner_N[p], d_pair_P1 * text_ND[p])
         d_mean_text_D = _vector_gradient(audio_MD, mean_text_D, d_mean_M, d_audio_MD if needs_audio else None)
