@@ -17,6 +17,7 @@ Another OpenMP than libgomp is left as it is, and so is a system without Linux's
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -105,6 +106,8 @@ class Watch:
         self._release = threading.Event()
         self._spare: list[threading.Thread] = []
         self._no_more_threads = False
+        # A thread that comes back from torch after the interpreter has ended aborts the process.
+        atexit.register(self.close)
 
     @property
     def spare(self) -> int:
@@ -132,6 +135,12 @@ class Watch:
                 self._let_go()
         finally:
             self._lock.release()
+
+    def close(self) -> None:
+        """Ends the spare teams; there will be no others."""
+        with self._lock:
+            self._no_more_threads = True
+            self._let_go()
 
     def _contended(self, elapsed_s: float) -> bool:
         before = self._before

@@ -256,3 +256,39 @@ def test_threads_of_a_spare_team_end_the_spinning() -> None:
         pytest.skip("torch has another OpenMP here")
     assert float(short) < 0.5 * float(long)
     assert float(again) > 2 * float(short)
+
+
+ENDING = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+from clsp_fast.contention import Usage, Watch
+now = [0.0]
+watch = Watch(lambda: Usage(now[0], {"thread": now[0]}), lambda: now[0])
+for now[0] in (1.0, 2.0):
+    watch.look()
+print(watch.spare)
+"""
+
+
+def ended(code: str) -> subprocess.CompletedProcess[str]:
+    """A process in which spare teams have just been started."""
+    settings = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    environment["OMP_NUM_THREADS"] = "2"
+    run = [sys.executable, "-c", ENDING + code]
+    return subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize(("code", "status"), [("", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
+def test_a_process_may_end_while_spare_teams_start(code: str, status: int) -> None:
+    for _ in range(3):
+        done = ended(code)
+        assert done.stdout == "1\n"
+        assert done.returncode == status, done.stderr
+        assert "terminate" not in done.stderr
+
+
+def test_a_closed_watch_starts_no_more() -> None:
+    assert ended(
+        "watch.close(); print(watch.spare); now[0] = 3.0; watch.look(); print(watch.spare)"
+    ).stdout == ("1\n0\n0\n")
