@@ -137,7 +137,7 @@ class Watch:
             self._lock.release()
 
     def close(self) -> None:
-        """Ends the spare teams; there will be no others."""
+        """Ends the spare teams, and starts no more of them."""
         with self._lock:
             self._no_more_threads = True
             self._let_go()

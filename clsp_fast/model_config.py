@@ -53,12 +53,11 @@ def differences(config: Any, other: Any) -> list[str]:
     ]
 
 
-def _by_path(values: Mapping[str, Any]) -> dict[str, Any]:
+def _by_path(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = _by_path(value) if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}.{path}" if path else key: inner_value for path, inner_value in inner.items()}
+        flat |= _by_path(value, f"{lead}{key}.") if isinstance(value, dict) else {lead + key: value}
     return flat
 
 

@@ -46,8 +46,7 @@ class Pairs(NamedTuple):
         owner_N: int64, the audio row of each text.
         shards: who else has a part of the batch.
         raw: what audio_MD and text_ND were normalised from, in the caller's dtype; None where they were not.
-        in_order: whether there is one text for each audio, that of its index. It decides only what is left
-            out, not a result.
+        in_order: whether text j is the only text of audio j, for every j. It saves work, no result changes.
     """
 
     audio_MD: Tensor
@@ -135,18 +134,18 @@ def softmax_loss(
     if pairs.in_order and weights is None:
         rows_M, targets_M, captioned_M = softplus(row_M - pair_N), pair_N, torch.ones_like(pair_N)
     else:
-        rows_M, targets_M, captioned_M = _rows(row_M, pair_N, pairs.owner_N, weights)
+        rows_M, targets_M, captioned_M = _row_losses(row_M, pair_N, pairs.owner_N, weights)
     if positives.mean_M is not None:
         rows_M = rows_M + label_smoothing * captioned_M * (targets_M - positives.mean_M)
     captioned = shards.sum(captioned_M.sum()).clamp(min=1)
     return shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
 
 
-def _rows(
+def _row_losses(
     row_M: Tensor, pair_N: Tensor, owner_N: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lse_j s_ij - sum_j w_ij s_ij of each audio, sum_j w_ij s_ij, and 1 where there is a weight; else three
-    times 0."""
+    """Of each audio: lse_j s_ij - sum_j w_ij s_ij, its target sum_j w_ij s_ij, and 1. All three are 0 for
+    audio without a caption of positive weight."""
     clips = len(row_M)
     share_N, captioned_M = _shares(weights, owner_N, clips, pair_N)
     if weights is not None:

@@ -48,7 +48,7 @@ def dots(
 ) -> Dots:
     """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with means where they are given.
 
-    Without owners text j belongs to audio j, which saves copies of the audio.
+    Without `owner_N` text j belongs to audio j; the audio is then not copied.
 
     The products of pairs are exact to float64: two captions of a clip that fit it alike ask for gradients as
     small as the difference of their products, of which float32 sums leave nothing. `raw` are the rows that
@@ -163,7 +163,7 @@ class _Dots(torch.autograd.Function):
             if needs_text:
                 d_text_ND[p].addcmul_(d_pair_P1, _of_texts(audio_MD, owner_N, p))
             if needs_audio and owner_N is None:
-                d_audio_MD[p].add_(d_pair_P1 * text_ND[p])  # rounds as below; addcmul_ does not everywhere
+                d_audio_MD[p].add_(d_pair_P1 * text_ND[p])  # addcmul_ would round otherwise than below
             elif needs_audio:
                 _add_to_owners(d_audio_MD, owner_N[p], d_pair_P1 * text_ND[p])
         d_mean_text_D = _vector_gradient(audio_MD, mean_text_D, d_mean_M, d_audio_MD if needs_audio else None)
