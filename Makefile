@@ -3,9 +3,9 @@
 # Each target makes .venv and installs what it needs; nothing but python3, make and a C++ compiler is assumed.
 PYTHON ?= python3
 BIN := .venv/bin
-# Every run touches __pycache__.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt
-SOURCES += $(filter-out %/__pycache__,$(wildcard csrc/* clsp_fast/* kernels/*))
+# Every run touches __pycache__.
+SOURCES += $(shell find csrc clsp_fast kernels -name __pycache__ -prune -o -type f -print)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: train test test-machines bench lint sanitize fuzz clean

@@ -22,12 +22,13 @@ import torch
 from bench import loss_cases
 from bench.frontend_inputs import recordings
 from bench.measure import Case, Provider, relative
-from clsp_fast import contention, features, optim
-from clsp_fast.checkpoint import Place
+from clsp_fast import contention, features
 from clsp_fast.config import TRAIN_PRESETS
 from clsp_fast.data import Batch
 from clsp_fast.model import CLSP
-from clsp_fast.step import absorb_statistics, clip_gradients, forward
+from clsp_fast.training import optim
+from clsp_fast.training.checkpoint import Place
+from clsp_fast.training.step import absorb_statistics, clip_gradients, forward
 
 CPUS = 2
 CLIPS = 128

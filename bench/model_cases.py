@@ -19,12 +19,12 @@ from torch import Tensor
 
 from bench.frontend_inputs import RATE_HZ, speech
 from bench.measure import Call, Case, Provider, relative
-from clsp_fast import optim
 from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS, DataConfig, OptimConfig
 from clsp_fast.loss import contrastive_loss
 from clsp_fast.model import CLSP
-from clsp_fast.roberta import Roberta
+from clsp_fast.towers.roberta import Roberta
 from clsp_fast.train import train
+from clsp_fast.training import optim
 
 CLIPS = 16
 TOKENS = 48

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import contention, features, paths
+from clsp_fast import contention, features
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, as_waveform
 from clsp_fast.console import Progress
+from clsp_fast.storage import paths
 
 LongAudio: TypeAlias = Literal["whole", "window", "error"]
 Errors: TypeAlias = dict[int, AudioError]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar, cast
 
-from clsp_fast import disk
+from clsp_fast.storage import files
 
 Result = TypeVar("Result")
 _NEVER_FAIL = ("backslashreplace", "namereplace", "xmlcharrefreplace", "replace", "ignore")
@@ -73,7 +73,7 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
     where nothing can catch it any more: the buffer is written out here.
     """
     spec = main.__globals__.get("__spec__")
-    prefix = "" if spec is None else f"{spec.name}: "
+    prefix = "" if spec is None else f"{spec.name.removesuffix('.__main__')}: "
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None, **options: Any) -> Result:
@@ -86,7 +86,7 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
                 finally:
                     if sys.stdout is not None:
                         sys.stdout.flush()
-            except disk.DiskFull as error:
+            except files.DiskFull as error:
                 sys.exit(f"{prefix}{error}")
             except (BrokenPipeError, SystemExit) as error:
                 # A command turns an OSError into a message and exits: it is then the context of the exit.
@@ -125,9 +125,9 @@ class _Stream:
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         try:
-            with disk.room_for(None):
+            with files.room_for(None):
                 yield
-        except disk.DiskFull:
+        except files.DiskFull:
             if not self._optional:
                 raise
 
@@ -151,7 +151,7 @@ def _full_disks_named() -> Iterator[None]:
                 try:
                     stream.flush()
                 except OSError as error:
-                    if error.errno in disk.NO_ROOM:
+                    if error.errno in files.NO_ROOM:
                         _discard(stream)
 
 

@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clsp_fast import console, disk, textfile
+from clsp_fast import console
 from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
 from clsp_fast.model_config import listed, listed_groups
+from clsp_fast.storage import files, textfile
 from clsp_fast.tokenizer import Tokenizer
 
 SPEECH = ("encoder_embed.", "encoder.")
@@ -277,7 +278,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     with weights_only=True: no code in them runs."""
     if path.is_dir():
         path = _file_in(path)
-    disk.refuse_pointer(path)
+    files.refuse_pointer(path)
     if path.suffixes[-2:] == [".index", ".json"]:
         return _read_shards(path)
     if path.suffix == ".safetensors":
@@ -297,7 +298,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    disk.refuse_pointer(path)
+    files.refuse_pointer(path)
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError) as error:
@@ -329,7 +330,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object."""
-    disk.refuse_pointer(file)
+    files.refuse_pointer(file)
     text = textfile.read_text(file, "a JSON object")
     try:
         values = json.loads(text)

@@ -19,17 +19,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from clsp_fast import console, disk, features, folder, manifest, store
+from clsp_fast import console, features
 from clsp_fast.audio import AudioError
-from clsp_fast.checkpoint import FolderInUse, Place
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import Progress
-from clsp_fast.data import segment
-from clsp_fast.log import INCOMPLETE
-from clsp_fast.manifest import Clip
+from clsp_fast.data import manifest, segment
+from clsp_fast.data.manifest import Clip
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
-from clsp_fast.store import EmbeddingHeader
+from clsp_fast.storage import embedding_folder, files, model_folder
+from clsp_fast.storage.embedding_folder import EmbeddingHeader
+from clsp_fast.storage.log import INCOMPLETE
+from clsp_fast.training.checkpoint import FolderInUse, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +94,14 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
     # The shares of a list take unlike times, and processes meet only at its end: a limit that suits training,
     # whose processes meet in every step, would end the run when all but one have finished. Those that died
     # are not what it is for: torchrun then ends the others.
-    with disk.room_for(config.out), Place.join(config.device, wait_hours=config.wait_hours) as place:
+    with files.room_for(config.out), Place.join(config.device, wait_hours=config.wait_hours) as place:
         require(
             config.source != "-" or place.world == 1, "source", "a file or folder with several processes", "-"
         )
         clips, problems = manifest.sources(config.source)
         model = load(config, place.device) if model is None else model
         header = EmbeddingHeader(
-            model=folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
+            model=model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
             frontend=features.identity(),
             dim=model.config.joint_dim,
             dtype=config.dtype,
@@ -166,9 +167,9 @@ class _Job:
         before = self._index if self._index.exists() else self._parts / "header.jsonl"
         if before.exists():
             with before.open("rb") as file:
-                self._compare(before, file.readline(store.LONGEST_LINE))
+                self._compare(before, file.readline(embedding_folder.LONGEST_LINE))
         self._parts.mkdir(parents=True, exist_ok=True)
-        disk.write_text(self._parts / "header.jsonl", self._header.to_line() + "\n")
+        files.write_text(self._parts / "header.jsonl", self._header.to_line() + "\n")
         if self._index.exists():
             self._split_index()
         return [unit for unit in units if not self._is_done(unit)]
@@ -191,7 +192,7 @@ class _Job:
             unit = 0
             while lines := [line for line in (file.readline() for _ in range(rows)) if line]:
                 if not self._part(unit).exists():
-                    disk.write_text(self._part(unit), b"".join(lines).decode())
+                    files.write_text(self._part(unit), b"".join(lines).decode())
                 unit += 1
 
     def _is_done(self, unit: int) -> bool:
@@ -199,9 +200,12 @@ class _Job:
         if not part.exists():
             return False
         try:
-            shard = store.read_shard(self._header.shard(self._out, unit), self._header)
+            shard = embedding_folder.read_shard(self._header.shard(self._out, unit), self._header)
             lines = part.read_text(encoding="utf-8").splitlines()
-            records = [store.check_record(store.parse_object(line), unit, len(shard)) for line in lines]
+            records = [
+                embedding_folder.check_record(embedding_folder.parse_object(line), unit, len(shard))
+                for line in lines
+            ]
         except (FileNotFoundError, ValueError):
             return False  # made again
         extra = {"shard", "row", "error", "detail"}
@@ -226,7 +230,7 @@ class _Job:
         embedded = model.encode_audio(sources, errors=errors, progress=progress.add, **config.batching)
         progress.add(len(errors), len(errors))
         good = [i for i in range(len(clips)) if i not in errors]
-        store.write_shard(
+        embedding_folder.write_shard(
             self._header.shard(self._out, unit),
             embedded[good].cpu().to(getattr(torch, self._header.dtype)).numpy(),
         )
@@ -239,7 +243,7 @@ class _Job:
                 else {"error": str(errors[i].reason), "detail": errors[i].detail}
             )
             lines.append(json.dumps(_record(clip) | where) + "\n")
-        disk.write_text(self._part(unit), "".join(lines))
+        files.write_text(self._part(unit), "".join(lines))
 
     def finish(self) -> Counter[str]:
         """Joins the parts of the index and removes what killed runs left; returns the failures by reason."""
@@ -256,7 +260,7 @@ class _Job:
                         str(json.loads(line)["error"]) for line in part.splitlines() if b'"error": ' in line
                     )
 
-        disk.replace_file(self._index, join)
+        files.replace_file(self._index, join)
         shutil.rmtree(self._parts)
         for left in self._out.glob(".*.tmp"):
             left.unlink(missing_ok=True)

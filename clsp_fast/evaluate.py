@@ -24,18 +24,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import console, disk, folder, metrics, paths, tasks, textfile
+from clsp_fast import console, metrics
 from clsp_fast.audio import AudioError
-from clsp_fast.captions import Captions
-from clsp_fast.checkpoint import Place
 from clsp_fast.config import EncodeConfig
 from clsp_fast.data import segment
-from clsp_fast.evaluation import caption_of, hit_chance
-from clsp_fast.log import INCOMPLETE
-from clsp_fast.manifest import Clip
+from clsp_fast.data.captions import Captions
+from clsp_fast.data.manifest import Clip
+from clsp_fast.evaluation import tasks
+from clsp_fast.evaluation.figures import caption_of, hit_chance
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import listed, require
 from clsp_fast.similarity import ranks as ranks_of
+from clsp_fast.storage import files, model_folder, paths, textfile
+from clsp_fast.storage.log import INCOMPLETE
+from clsp_fast.training.checkpoint import Place
 
 Results = dict[str, Any]
 
@@ -322,7 +324,7 @@ def _embed(
 
 
 def _results(kind: str, model: CLSP, count: int, bad: Mapping[str, str]) -> Results:
-    made_by = folder.fingerprint(model.config, model.state_dict(), model.tokenizer)
+    made_by = model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer)
     return {"kind": kind, "model": made_by, "n": count, "bad": dict(bad), kind: {}}
 
 
@@ -394,7 +396,7 @@ def save_picture(results: Results, path: Path) -> str:
                 axis.plot([p["cosine"] for p in own], [p["rating"] for p in own], ".", label=name)
             axis.set(xlabel="cosine", ylabel="mean rating", ylim=(-0.1, 5.1))
             axis.legend()
-    disk.replace_file(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+    files.replace_file(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     plt.close(figure)
     return f"picture: {path}"
 
@@ -439,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results = zeroshot(config) if isinstance(config, ZeroshotConfig) else similarity(config)
         config.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"config": _plain_config(config)} | _plain(results), indent=1)
-        disk.write_text(config.out / "results.json", text + "\n")
+        files.write_text(config.out / "results.json", text + "\n")
         print(table(results))
         print(save_picture(results, config.out / f"{results['kind']}.png"))
     except (OSError, ValueError) as error:

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clsp_fast import console, disk, features, folder
+from clsp_fast import console, features
 from clsp_fast.batches import MIN_FRAMES
 from clsp_fast.model import CLSP
-from clsp_fast.ops import frames_after_front, frames_in_graph, make_ragged
+from clsp_fast.storage import files, model_folder
+from clsp_fast.towers.layers import frames_after_front, frames_in_graph, make_ragged
 
 TOLERANCE = 1e-4
 """Most that an embedding may differ from the model's own."""
@@ -91,7 +92,7 @@ def export(model: CLSP, out: Path) -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
     towers = {"audio.onnx": _AudioTower(model).eval(), "text.onnx": _TextTower(model).eval()}
     metadata = {
-        "model": folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
+        "model": model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
         "frontend": features.identity(),
         "logit_scale": repr(float(model.logit_scale.detach())),
     }
@@ -215,7 +216,7 @@ def _command(model: str = "runs/demo/model", /, *, out: Path = Path("onnx")) -> 
         model: folder, or name of a repository on the Hugging Face hub.
         out: folder to write.
     """
-    with disk.room_for(out):
+    with files.room_for(out):
         found = export(CLSP.from_pretrained(model, dtype=torch.float32), out)
     for name, difference in found.items():
         print(f"{out / name}: within {difference:.1e} of the model")

@@ -26,10 +26,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import negatives
-from clsp_fast.gather import Shards
-from clsp_fast.positives import Pairs, sigmoid_loss, softmax_loss
-from clsp_fast.sums import normalise
+from clsp_fast.contrastive import negatives
+from clsp_fast.contrastive.gather import Shards
+from clsp_fast.contrastive.positives import Pairs, sigmoid_loss, softmax_loss
+from clsp_fast.contrastive.sums import normalise
 
 Kind = Literal["softmax", "sigmoid"]
 Implementation = Literal["auto", "cpu", "triton", "reference"]

@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clsp_fast import contention, folder, roberta, zipformer
+from clsp_fast import contention
 from clsp_fast.audio import AudioError
 from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed
 from clsp_fast.config import EncodeConfig, ModelConfig
-from clsp_fast.ops import (
+from clsp_fast.storage import model_folder
+from clsp_fast.tokenizer import Tokenizer
+from clsp_fast.towers import roberta, zipformer
+from clsp_fast.towers.layers import (
     Ragged,
     RunningNorm,
     frames_after,
@@ -33,7 +36,6 @@ from clsp_fast.ops import (
     pool_statistics,
     standardise,
 )
-from clsp_fast.tokenizer import Tokenizer
 
 Padding = Literal["alone", "batch"]
 
@@ -417,14 +419,14 @@ class CLSP(nn.Module):
             FileNotFoundError: no such folder, or a file of it is missing.
             ValueError: a file that is damaged or does not fit the others.
         """
-        path = folder.resolve(source)
-        config, tokenizer = folder.read_config(path), folder.read_tokenizer(path)
+        path = model_folder.resolve(source)
+        config, tokenizer = model_folder.read_config(path), model_folder.read_tokenizer(path)
         with torch.device("meta"):
             model = cls(config, tokenizer)
         # Loading looks at the property of that name, and for an exponential on the meta device torch would
         # import its compiler.
         model._parameters["logit_scale"] = nn.Parameter(torch.zeros(()))
-        model.load_state_dict(folder.read_weights(path, model.state_dict()), strict=True, assign=True)
+        model.load_state_dict(model_folder.read_weights(path, model.state_dict()), strict=True, assign=True)
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -432,7 +434,7 @@ class CLSP(nn.Module):
 
         Each file is replaced whole or not at all; other files in the folder stay.
         """
-        folder.write(Path(path), self.config, self.state_dict(), self.tokenizer)
+        model_folder.write(Path(path), self.config, self.state_dict(), self.tokenizer)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -23,16 +23,17 @@ from typing import IO, Any, NamedTuple, TextIO
 
 import torch
 
-from clsp_fast import console, disk, folder, store, textfile
+from clsp_fast import console
 from clsp_fast.audio import AudioError
-from clsp_fast.checkpoint import FolderInUse, Place, hold
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import Progress
-from clsp_fast.log import INCOMPLETE
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
-from clsp_fast.paths import from_text
-from clsp_fast.textfile import Text
+from clsp_fast.storage import embedding_folder, files, model_folder, textfile
+from clsp_fast.storage.log import INCOMPLETE
+from clsp_fast.storage.paths import from_text
+from clsp_fast.storage.textfile import Text
+from clsp_fast.training.checkpoint import FolderInUse, Place, hold
 
 Row = dict[str, Any]
 
@@ -96,7 +97,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         require(
             getattr(config, name) != "-" or stream is not None, name, "a file: that stream is closed", "-"
         )
-    with disk.room_for(None if config.scores == "-" else config.scores), contextlib.ExitStack() as stack:
+    with files.room_for(None if config.scores == "-" else config.scores), contextlib.ExitStack() as stack:
         place = stack.enter_context(Place.join(config.device))
         require(place.world == 1, "processes", "1; under torchrun, give each its --shard", place.world)
         standard = config.pairs == "-"
@@ -105,7 +106,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         _check_kind(pairs, config.pairs)
         base = Path() if standard else Path(config.pairs).parent
         model = load(config, place.device) if model is None else model
-        made_by = folder.fingerprint(model.config, model.state_dict(), model.tokenizer)[:16]
+        made_by = model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer)[:16]
         todo, before, failed = _lines(pairs.file, config.shard), 0, 0
         if config.scores == "-":
             out: IO[bytes] = sys.stdout.buffer
@@ -122,7 +123,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
             out.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
             out.flush()
             if config.scores != "-":
-                disk.sync(out.fileno())
+                files.sync(out.fileno())
             bad = sum("error" in record for record in records)
             rows, failed = rows + len(lines), failed + bad
             progress.add(len(lines), bad)
@@ -195,12 +196,12 @@ def _check_kind(pairs: Text, name: str) -> None:
 def _lines(file: TextIO, shard: str) -> Iterator[_Line]:
     """The lines of a shard, without empty ones."""
     first, step = (int(part) for part in shard.split("/"))
-    for number, text in textfile.lines(file, store.LONGEST_LINE):
+    for number, text in textfile.lines(file, embedding_folder.LONGEST_LINE):
         if (number - first) % step:
             continue
         try:
-            whole = textfile.is_whole(text, store.LONGEST_LINE)
-            require(whole, "a line", f"shorter than {store.LONGEST_LINE} bytes", "a longer one")
+            whole = textfile.is_whole(text, embedding_folder.LONGEST_LINE)
+            require(whole, "a line", f"shorter than {embedding_folder.LONGEST_LINE} bytes", "a longer one")
             row = textfile.json_object(text)
             own = [key for key in _OWN_KEYS if key in row]
             require(not own, "keys", f"others than {', '.join(_OWN_KEYS)}, which are written here", own)
@@ -216,7 +217,7 @@ def _resume(file: IO[bytes], todo: Iterator[_Line], made_by: str, path: Path) ->
     done, failed, at = 0, 0, 0
     while (text := file.readline()).endswith(b"\n"):
         try:
-            record = store.parse_object(text)
+            record = embedding_folder.parse_object(text)
         except ValueError as error:
             raise ValueError(f"{path}, line {done + 1}: {error}; choose another file") from error
         line = next(todo, None)

@@ -24,14 +24,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import audio, console, disk, features, folder, similarity
+from clsp_fast import audio, console, features, similarity
 from clsp_fast.audio import AudioError
-from clsp_fast.checkpoint import Place
 from clsp_fast.config import EncodeConfig
 from clsp_fast.model import CLSP, load
 from clsp_fast.model_config import require
-from clsp_fast.store import Embeddings, parse_object
-from clsp_fast.textfile import is_text
+from clsp_fast.storage import files, model_folder
+from clsp_fast.storage.embedding_folder import Embeddings, parse_object
+from clsp_fast.storage.textfile import is_text
+from clsp_fast.training.checkpoint import Place
 
 _PLAYED_S = 30
 _TRAINED_ON = 2**18
@@ -136,7 +137,7 @@ def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
 
 
 def _check_made_by(found: Embeddings, model: CLSP, path: Path) -> None:
-    own = folder.fingerprint(model.config, model.state_dict(), model.tokenizer)
+    own = model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer)
     if found.header.model != own:
         raise ValueError(
             f"{path} was made with the model {found.header.model[:16]}..., this one is {own[:16]}...: "
@@ -249,8 +250,8 @@ class _KeptIndex:
 
     def write(self, write_to: Callable[[Path], None]) -> None:
         # In this order, since without the index a label claims nothing.
-        disk.write_text(self._label, json.dumps(self._own) + "\n")
-        disk.replace_file(self._file, write_to)
+        files.write_text(self._label, json.dumps(self._own) + "\n")
+        files.replace_file(self._file, write_to)
 
 
 def _first_rows(shards: Sequence[NDArray[Any]], count: int) -> NDArray[np.float32]:
@@ -354,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         results = search(config)
         if results and config.html is not None:
-            disk.write_text(config.html, page(results))
+            files.write_text(config.html, page(results))
     except (OSError, ValueError, ImportError, AudioError) as error:
         sys.exit(f"clsp_fast.search: {error}")
     if results:

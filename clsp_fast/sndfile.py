@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clsp_fast import containers, ogg
-from clsp_fast.disk import LFS_FIX, LFS_POINTER
+from clsp_fast.storage.files import LFS_FIX, LFS_POINTER
 
 if TYPE_CHECKING:
     from soundfile import SoundFile

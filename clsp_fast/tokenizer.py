@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from clsp_fast import disk, textfile
 from clsp_fast.config import TextConfig
+from clsp_fast.storage import files, textfile
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -131,7 +131,7 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         pair = (path / "vocab.json", path / "merges.txt")
         for part in (file, *pair):
-            disk.refuse_pointer(part)
+            files.refuse_pointer(part)
         whole = file.is_file()
         if not whole and not all(part.is_file() for part in pair):
             raise FileNotFoundError(f"{path}: no tokenizer.json, nor vocab.json and merges.txt")

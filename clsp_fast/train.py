@@ -27,16 +27,19 @@ from typing import Annotated, Any
 
 import torch
 
-from clsp_fast import checkpoint, console, contention, disk, evaluation, folder, optim, similarity, textfile
-from clsp_fast.checkpoint import Place
+from clsp_fast import console, contention, similarity
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
-from clsp_fast.corpus import Corpus
 from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
-from clsp_fast.log import RunLog, save_report
-from clsp_fast.manifest import Clip
+from clsp_fast.data.manifest import Clip
+from clsp_fast.evaluation import figures
 from clsp_fast.model import CLSP, ClspOutput
 from clsp_fast.model_config import differences, listed
-from clsp_fast.step import absorb_statistics, clip_gradients, forward
+from clsp_fast.storage import files, model_folder, textfile
+from clsp_fast.storage.log import RunLog, save_report
+from clsp_fast.training import checkpoint, optim
+from clsp_fast.training.checkpoint import Place
+from clsp_fast.training.corpus import Corpus
+from clsp_fast.training.step import absorb_statistics, clip_gradients, forward
 
 
 class Interrupted(Exception):
@@ -88,7 +91,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         not what its flag says. FloatingPointError: too many steps in a row were not finite. Interrupted: a
         signal came; the state was saved. checkpoint.FolderInUse: another process has the run folder.
     """
-    with disk.room_for(config.run), Place.join(config.device) as place, place.exclusive(config.run):
+    with files.room_for(config.run), Place.join(config.device) as place, place.exclusive(config.run):
         corpus = place.first_then_all(lambda: Corpus.open(config))
         if place.first:
             claim(config)
@@ -140,7 +143,7 @@ def fit(
     log.record("start", first_step, left_out=dict(loader.left_out))
     log.say(f"{len(loader.clips)} clips; left out: {dict(loader.left_out) or 'none'}")
     total = config.stage1_steps + config.stage2_steps
-    validation = evaluation.features_for(config.data)
+    validation = figures.features_for(config.data)
     meter, bad_steps = Meter(), 0
     with stop_signals() as stop:
         waiting = time.perf_counter()
@@ -259,7 +262,7 @@ def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -
     if found is None:
         return 0, {}
     where = f"the checkpoint of step {found.step} in {config.run} does not fit the model"
-    folder.check_tensors(found.model, model.state_dict(), where)
+    model_folder.check_tensors(found.model, model.state_dict(), where)
     model.load_state_dict(found.model)
     averaged = config.optim.average_steps > 0
     tensors = {key: x for key, x in found.optim.items() if averaged or not key.endswith("/average")}
@@ -322,29 +325,29 @@ def validate(
     model: CLSP,
     clips: Sequence[Clip],
     features: ClipFeatures,
-    tasks: evaluation.Tasks,
+    tasks: figures.Tasks,
     step: int,
 ) -> None:
     """Logs and prints the figures of the validation clips."""
     if not clips:
         return
     try:
-        results = evaluation.evaluate_clips(model, clips, features, tasks)
+        results = figures.evaluate_clips(model, clips, features, tasks)
     except (DataError, ValueError) as error:  # not worth the run
         log.say(f"validation after step {step + 1} failed: {error}")
         return
     log.record("validation", step, results=results)
-    log.say(f"validation after step {step + 1}: {evaluation.summary(results)}")
+    log.say(f"validation after step {step + 1}: {figures.summary(results)}")
 
 
 def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dict[str, Any]:
     """Evaluates the final model and leaves results.json, curves.png and model/ in the run folder."""
     results: dict[str, Any] = {}
     model.save_pretrained(config.run / "model")
-    features = evaluation.features_for(config.data)
+    features = figures.features_for(config.data)
     for name, clips in corpus.final_sets.items():
-        results[name] = evaluation.evaluate_clips(model, clips, features, corpus.tasks)
-        log.say("\n" + evaluation.table(results[name], name) + "\n")
+        results[name] = figures.evaluate_clips(model, clips, features, corpus.tasks)
+        log.say("\n" + figures.table(results[name], name) + "\n")
     checkpoint.write_json(config.run / "results.json", results)
     log.say(save_report(config.run))
     log.say(f"model: {config.run / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")
@@ -431,7 +434,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         init = default.init
     if init not in (None, "None"):  # the second: how a flag says that there is none
         try:
-            default = dataclasses.replace(default, model=folder.read_config(folder.resolve(init)))
+            default = dataclasses.replace(default, model=model_folder.read_config(model_folder.resolve(init)))
         except (OSError, ValueError) as error:
             sys.exit(f"clsp_fast.train: --init: {error}")
     # The field keeps its name in scripts and in config.json, and importing tyro where TrainConfig is would

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser
 
-from clsp_fast import batches, console, corpus, data, embed, score, search, train
+from clsp_fast import batches, console, embed, score, search, train
 from clsp_fast.console import Progress
+from clsp_fast.data import __main__ as data_command
+from clsp_fast.training import corpus
 
 # Every command, down to its subcommands, as words after `python -m`.
 COMMANDS = (
@@ -226,7 +228,7 @@ def test_a_full_standard_output_is_named_by_commands(
         (embed.main, [str(source), out, *model]),
         (search.main, [out, "--text", "A voice.", *model]),
         (score.main, [str(pairs), "-", *model]),
-        (data.main, ["validate", str(source)]),
+        (data_command.main, ["validate", str(source)]),
         (train.main, [*words, "--run", str(tmp_path / "run")]),
         (train.main, ["--help"]),
     )

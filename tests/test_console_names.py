@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from clsp_fast import console, data, embed, evaluate, score, search
+from clsp_fast import console, embed, evaluate, score, search
+from clsp_fast.data import __main__ as data_command
 
 MakeClips = Callable[[Path, int], list[Path]]
 NAME = "caf\udce9 d\u00e9j\u00e0 \u58f0.wav"
@@ -86,8 +87,8 @@ def test_no_command_dies_of_a_name(
     model = ["--model", str(model_folder), "--device", "cpu"]
     out = str(tmp_path / "out \u00e9")
     commands = (
-        (data.main, ["validate", str(manifest)], 1),
-        (data.main, ["validate", str(tmp_path / "none \udce9")], None),
+        (data_command.main, ["validate", str(manifest)], 1),
+        (data_command.main, ["validate", str(tmp_path / "none \udce9")], None),
         (embed.main, [str(manifest), out, *model], 3),
         (search.main, [out, "--text", "Une voix d\u00e9j\u00e0", "--clip", rows[1]["audio"], *model], 0),
         (search.main, [out, "--text", "Une voix", "--json", "--html", f"{out}/a.html", *model], 0),

@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from test_console import COMMANDS, options_of, torchruns_options
 
 from bench.run import regressions, table
-from clsp_fast import log, train
+from clsp_fast import train
 from clsp_fast.config import TRAIN_PRESETS
 from clsp_fast.model import CLSP
+from clsp_fast.storage import log
 from clsp_fast.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -23,12 +23,14 @@ import pytest
 import torch
 from numerics import assert_as_exact, in_float64
 
-from clsp_fast import checkpoint, manifest, store
 from clsp_fast import embed as command
-from clsp_fast.checkpoint import FolderInUse, Place, exclusive
+from clsp_fast.data import manifest
 from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
-from clsp_fast.store import Embeddings
+from clsp_fast.storage import embedding_folder
+from clsp_fast.storage.embedding_folder import Embeddings
+from clsp_fast.training import checkpoint
+from clsp_fast.training.checkpoint import FolderInUse, Place, exclusive
 
 MakeClips = Callable[[Path, int], list[Path]]
 
@@ -182,17 +184,17 @@ def test_a_full_disk_costs_nothing_that_was_done(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_clips(tmp_path / "clips", 9)
-    real = store.write_shard
+    real = embedding_folder.write_shard
 
     def full(file: Path, rows: Any) -> None:
         if "000002" in file.name:
             raise OSError(28, "No space left on device")
         real(file, rows)
 
-    monkeypatch.setattr(store, "write_shard", full)
+    monkeypatch.setattr(embedding_folder, "write_shard", full)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=3)
-    monkeypatch.setattr(store, "write_shard", real)
+    monkeypatch.setattr(embedding_folder, "write_shard", real)
     assert len(list((tmp_path / "out/.parts").glob("0*.jsonl"))) == 2
     run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=3)
     run(tmp_path / "clips", tmp_path / "fresh", model_folder, shard_rows=3)

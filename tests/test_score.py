@@ -16,9 +16,9 @@ import torch
 from numerics import assert_as_exact, in_float64
 
 from clsp_fast import score as command
-from clsp_fast import store
 from clsp_fast.model import CLSP
 from clsp_fast.score import ScoreConfig, score
+from clsp_fast.storage import embedding_folder
 
 MakeClips = Callable[[Path, int], list[Path]]
 CAPTIONS = ("A calm voice.", "She whispers, fast.")
@@ -50,7 +50,7 @@ def pairs(tmp_path: Path, make_clips: MakeClips) -> Path:
         json.dumps({"audio": "clips/00002.wav", "caption": "half \ud800"}),
         "not JSON",
         "[" * 100_000,
-        '{"audio": "' + "x" * store.LONGEST_LINE + '"}',
+        '{"audio": "' + "x" * embedding_folder.LONGEST_LINE + '"}',
         "",
         json.dumps({"audio": str(tmp_path / "clips/00002.wav"), "other": "clips/00002.wav"}),
     ]

@@ -25,7 +25,7 @@ from clsp_fast.config import MODEL_PRESETS
 from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
 from clsp_fast.search import Hit, Result, SearchConfig, page, search, table
-from clsp_fast.store import Embeddings
+from clsp_fast.storage.embedding_folder import Embeddings
 
 MakeClips = Callable[[Path, int], list[Path]]
 TEXTS = ("A calm voice.", "She whispers, fast.")

@@ -19,9 +19,11 @@ import soundfile
 import torch
 
 import clsp_fast
-from clsp_fast import checkpoint, log, train
+from clsp_fast import train
 from clsp_fast.config import DataConfig, ModelConfig, OptimConfig, TextConfig, TrainConfig
 from clsp_fast.data import DataError
+from clsp_fast.storage import log
+from clsp_fast.training import checkpoint
 
 FORMATS = [
     ("wav", "PCM_16", 16000),

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from clsp_fast import checkpoint, train
+from clsp_fast import train
 from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS, TrainConfig
 from clsp_fast.tokenizer import Tokenizer
+from clsp_fast.training import checkpoint
 
 
 def test_a_saved_model_brings_its_configuration(model_folder: Path, tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ import torch
 import torch.multiprocessing as mp
 from test_train import COMMAND, assert_same_run, config, losses
 
-from clsp_fast import log, train
+from clsp_fast import train
 from clsp_fast.config import TrainConfig
 from clsp_fast.data import DataError
+from clsp_fast.storage import log
 
 BAD_FILES = {"open": "missing.wav", "empty": "empty.wav", "format": "text.wav"}
 pytestmark = pytest.mark.multiproc

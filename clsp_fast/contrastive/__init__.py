@@ -1,0 +1,1 @@
+"""The loss behind `clsp_fast.loss`: embeddings of all ranks, negatives and positives."""

@@ -1,0 +1,189 @@
+"""From sums over negative pairs to a contrastive loss: what the positive pairs add, in O((M + N) D).
+
+Let T_i be the texts of audio i with a share w_ij > 0 of its target, accepted_i = lse over j in T_i of s_ij,
+and rejected_i the log-sum-exp over all other texts. The loss of a row is the sum of two positive terms,
+
+    lse_j s_ij - sum_j w_ij s_ij = softplus(rejected_i - accepted_i) + sum_j w_ij (accepted_i - s_ij),
+
+and its gradient by s_ij is -sigmoid(rejected_i - accepted_i) q_ij + (q_ij - w_ij), with q the softmax over
+T_i. The second terms are exactly 0 where T_i is one text. A small loss is never a difference of large
+numbers, so it keeps its digits, and so do the gradients, for any number of texts and any weights. A text's
+own loss is the case of one positive: softplus(rejected_j - s).
+
+Products of positive pairs, and all numbers that belong to one audio or one text, are float64. Embeddings,
+their gradients and sums over negative pairs are in the dtype of the computation.
+
+Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clsp_fast.contrastive.gather import Shards
+from clsp_fast.contrastive.sums import (
+    cross_entropy_by_owner,
+    dots,
+    lse_by_owner,
+    of_owner,
+    softplus,
+    sum_by_owner,
+    total,
+)
+
+
+class Pairs(NamedTuple):
+    """What logits s_ij = scale <audio_i, text_j> + bias are made of.
+
+    Attributes:
+        audio_MD: this rank's audio.
+        text_ND: this rank's texts.
+        scale: scalar of the computation's dtype.
+        bias: scalar.
+        owner_N: int64, the audio row of each text.
+        shards: who else has a part of the batch.
+        raw: what audio_MD and text_ND were normalised from, in the caller's dtype; None where they were not.
+        in_order: whether text j is the only text of audio j, for every j. It saves work, no result changes.
+    """
+
+    audio_MD: Tensor
+    text_ND: Tensor
+    scale: Tensor
+    bias: Tensor
+    owner_N: Tensor
+    shards: Shards
+    raw: tuple[Tensor, Tensor] | None = None
+    in_order: bool = False
+
+    def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's audio, all ranks' texts, the scale, and owners counting from this rank's first clip."""
+        first = self.shards.first_clip
+        owner_N = self.shards.all_of_texts(self.owner_N + first) - first
+        return self.audio_MD, self.shards.all_texts(self.text_ND), self.scale, owner_N
+
+    def with_positives(self, *, means: bool) -> tuple[Pairs, Positives]:
+        """These pairs, for all that is computed from them, and their positives; means only if asked for."""
+        shards, mean_text_D, mean_audio_D = self.shards, None, None
+        if means:
+            mean_text_D = shards.sum(self.text_ND.sum(0)) / shards.total_texts
+            mean_audio_D = shards.sum(self.audio_MD.sum(0)) / shards.total_clips
+        found = dots(
+            self.audio_MD,
+            self.text_ND,
+            None if self.in_order else self.owner_N,
+            mean_text_D,
+            mean_audio_D,
+            self.raw,
+        )
+        passed = self._replace(  # embeddings that need no gradient stay such
+            audio_MD=found.audio_MD if self.audio_MD.requires_grad else self.audio_MD,
+            text_ND=found.text_ND if self.text_ND.requires_grad else self.text_ND,
+        )
+        return passed, Positives(
+            self._logits(found.pair_N),
+            None if found.mean_M is None else self._logits(found.mean_M),
+            None if found.mean_N is None else self._logits(found.mean_N),
+        )
+
+    def _logits(self, cosines: Tensor) -> Tensor:
+        return self.scale * cosines + self.bias
+
+
+class Positives(NamedTuple):
+    """Logits that belong to one audio or text each.
+
+    Attributes:
+        pair_N: s of each text and its audio.
+        mean_M: mean s of each audio over the texts of all ranks.
+        mean_N: mean s of each text over the audio of all ranks.
+
+    `pair_N` is float64.
+    """
+
+    pair_N: Tensor
+    mean_M: Tensor | None
+    mean_N: Tensor | None
+
+
+def softmax_loss(
+    pairs: Pairs,
+    positives: Positives,
+    row_M: Tensor,
+    column_N: Tensor,
+    *,
+    weights: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """The two-sided loss of `contrastive_loss`.
+
+    Args:
+        pairs: the embeddings.
+        positives: theirs; with means if there is smoothing.
+        row_M: log-sum-exp of each audio row's negatives.
+        column_N: log-sum-exp of each own text's negatives, over the rows of all ranks.
+        weights: of the texts, or None.
+        label_smoothing: as of `contrastive_loss`.
+    """
+    shards, pair_N = pairs.shards, positives.pair_N
+    columns_N = softplus(column_N - pair_N)
+    if positives.mean_N is not None:
+        columns_N = columns_N + label_smoothing * (pair_N - positives.mean_N)
+    if pairs.in_order and weights is None:
+        rows_M, targets_M, captioned_M = softplus(row_M - pair_N), pair_N, torch.ones_like(pair_N)
+    else:
+        rows_M, targets_M, captioned_M = _row_losses(row_M, pair_N, pairs.owner_N, weights)
+    if positives.mean_M is not None:
+        rows_M = rows_M + label_smoothing * captioned_M * (targets_M - positives.mean_M)
+    captioned = shards.sum(captioned_M.sum()).clamp(min=1)
+    return shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
+
+
+def _row_losses(
+    row_M: Tensor, pair_N: Tensor, owner_N: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each audio: lse_j s_ij - sum_j w_ij s_ij, its target sum_j w_ij s_ij, and 1. All three are 0 for
+    audio without a caption of positive weight."""
+    clips = len(row_M)
+    share_N, captioned_M = _shares(weights, owner_N, clips, pair_N)
+    if weights is not None:
+        # A caption without weight is one more wrong text of its clip.
+        index_M = torch.arange(clips, device=owner_N.device)
+        row_M = lse_by_owner(
+            torch.cat([row_M.to(pair_N.dtype), pair_N]),
+            torch.cat([torch.ones_like(captioned_M), share_N == 0]),
+            torch.cat([index_M, owner_N]),
+            clips,
+        )
+    accepted_M = lse_by_owner(pair_N, share_N > 0, owner_N, clips)
+    # Without this, a clip that has neither captions nor negatives would make inf - inf.
+    accepted_M = torch.where(captioned_M, accepted_M, 0.0)
+    rows_M = softplus(row_M - accepted_M) + cross_entropy_by_owner(pair_N, share_N, owner_N, clips)
+    targets_M = sum_by_owner(share_N * pair_N, owner_N, clips)
+    return torch.where(captioned_M, rows_M, 0.0), targets_M, captioned_M.to(pair_N.dtype)
+
+
+def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor, *, label_smoothing: float) -> Tensor:
+    """The pairwise loss of `contrastive_loss` from sums (M,) of softplus over each audio row's negatives."""
+    shards = pairs.shards
+    loss = total(sums_M) + total(softplus(-positives.pair_N))
+    if positives.mean_M is not None:
+        of_all = total(positives.mean_M) * shards.total_texts
+        loss = loss + label_smoothing * (total(positives.pair_N) - of_all / 2)
+    return shards.sum(loss) / (shards.total_clips * shards.total_texts)
+
+
+def _shares(weights: Tensor | None, owner_N: Tensor, clips: int, like_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (N,) that add up to 1 over the texts of an audio, and whether it has a text with a weight."""
+    if weights is None:
+        weight_N = torch.ones_like(like_N)
+    else:
+        # Relative to the largest of their audio, so that no sum of finite weights is infinite.
+        wide_N = weights.to(like_N.dtype)
+        largest_M = wide_N.new_zeros(clips).scatter_reduce(0, owner_N, wide_N, "amax")
+        weight_N = wide_N / torch.where(largest_M > 0, largest_M, 1.0)[owner_N]
+    total_M = sum_by_owner(weight_N, owner_N, clips)
+    captioned_M = total_M > 0
+    return weight_N / of_owner(torch.where(captioned_M, total_M, 1.0), owner_N), captioned_M

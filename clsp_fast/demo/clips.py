@@ -1,0 +1,297 @@
+"""Clips of the demo corpus: from a style that is wanted to a waveform, its measured labels and its captions.
+
+One process makes the clips of one shard (`run_job`): the engines may crash, and some keep state from one
+sentence to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import wave
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clsp_fast.demo import engines
+from clsp_fast.demo import text as wording
+from clsp_fast.demo.engines import Manner, Voice
+from clsp_fast.demo.signal import (
+    SAMPLE_RATE_HZ,
+    Signal,
+    active_level_db,
+    creak,
+    f0_statistics,
+    f0_track,
+    set_level,
+    syllable_nuclei,
+    tilt,
+    trim,
+    whisper,
+)
+from clsp_fast.demo.text import ATTRIBUTES, Split
+from clsp_fast.storage import files
+
+Bands = dict[str, tuple[float, float]]
+# label -> (lowest, highest) measured value; the gaps between labels belong to none of them.
+_SPEED: Bands = {"slow": (1.5, 3.4), "medium": (3.8, 4.8), "fast": (5.35, 10.0)}  # syllables per second
+_PITCH: dict[str, Bands] = {  # median F0 in Hz, relative to sex
+    "male": {"low": (60, 102), "medium": (108, 129), "high": (137, 164)},
+    "female": {"low": (150, 186), "medium": (194, 228), "high": (242, 340)},
+}
+_LIVELINESS: Bands = {"monotone": (0.0, 0.95), "normal": (1.1, 2.25), "lively": (2.6, 9.0)}  # semitones
+_LOUDNESS: Bands = {"quiet": (-60, -35), "normal": (-31, -24), "loud": (-21, 0)}  # dB re full scale
+# label -> range from which the wanted value is drawn, well inside the band
+_WANTED_SPEED: Bands = {"slow": (2.3, 3.2), "medium": (3.95, 4.65), "fast": (5.7, 7.4)}
+_WANTED_PITCH: dict[str, Bands] = {
+    "male": {"low": (80, 98), "medium": (111, 126), "high": (140, 159)},
+    "female": {"low": (162, 180), "medium": (198, 222), "high": (250, 292)},
+}
+_WANTED_LEVEL: Bands = {"quiet": (-42, -36.5), "normal": (-30, -25), "loud": (-20, -16)}
+_EFFORT_TILT = {"quiet": -1.5, "normal": 0.0, "loud": 1.5}  # dB per octave: loud voices are brighter
+_CREAK_HZ = {"male": (42.0, 60.0), "female": (48.0, 75.0)}
+
+
+@dataclass(frozen=True)
+class _Style:
+    """What is asked for."""
+
+    sex: str
+    pitch: str
+    speed: str
+    liveliness: str
+    loudness: str
+    quality: str
+
+
+def run_job(job_file: str) -> None:
+    """Make the clips of one shard, or only start its engine: the entry point of a child process.
+
+    The job file is JSON: {"probe": engine} or {"engine", "split", "clips", "number", "attempt", "seed",
+    "audio", "lines"}; waveforms go to audio/<split>/, and one manifest line per clip to the file `lines`.
+    A full disk is told by the exit code, one of `disk.NO_ROOM`: there may be no room for words.
+    """
+    try:
+        _run_job(json.loads(Path(job_file).read_text()))
+    except OSError as error:
+        if error.errno not in files.NO_ROOM:
+            raise
+        sys.exit(error.errno)
+
+
+def _run_job(job: Mapping[str, Any]) -> None:
+    if "probe" in job:
+        engines.make(job["probe"], 0)
+        return
+    seeds = np.random.SeedSequence([job["seed"], job["number"], job["attempt"]])
+    speaker = _Speaker(job["engine"], job["split"], np.random.default_rng(seeds))
+    with Path(job["lines"]).open("w") as lines:
+        for i, (style, change) in enumerate(speaker.styles(job["clips"])):
+            name = f"{job['engine']}-{job['split']}-{job['number']:02d}-{i:04d}"
+            x, clip = speaker.clip(style, change)
+            audio = Path(job["audio"]) / job["split"] / f"{name}.wav"
+            samples = _write_wav(audio, x)
+            line = {
+                "id": name,
+                "audio": f"audio/{job['split']}/{name}.wav",
+                "duration_s": samples / SAMPLE_RATE_HZ,
+            }
+            lines.write(json.dumps({**line, **clip}) + "\n")
+            lines.flush()
+
+
+class _Gain:
+    """What to ask for, relative to what is wanted: an average over clips, by voice and manner."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], float] = {}
+
+    def get(self, voice: str, manner: str) -> float:
+        return self._known.get((voice, manner), self._known.get(("", manner), 1.0))
+
+    def learn(self, voice: str, manner: str, gain: float) -> None:
+        for key in ((voice, manner), ("", manner)):
+            self._known[key] = gain if key not in self._known else 0.6 * self._known[key] + 0.4 * gain
+
+
+class _Speaker:
+    """One engine with the voices and the sentences of one split."""
+
+    def __init__(self, engine: str, split: str, rng: np.random.Generator) -> None:
+        part: Split = "test" if split == "transfer" else split  # type: ignore[assignment]
+        self._name = engine
+        self._engine = engines.make(engine, int(rng.integers(2**31)))
+        self._voices = {sex: self._engine.voices(sex, part) for sex in ATTRIBUTES["sex"]}
+        self._rng = rng
+        self._sentences = wording.sentences(part)
+        self._syllables = np.array([wording.syllables(text) for text in self._sentences])
+        self._rate_gain, self._f0_gain = _Gain(), _Gain()
+
+    def styles(self, count: int) -> Iterator[tuple[_Style, _Style | None]]:
+        """`count` styles with even shares of each label, every fifth with a second style to change to."""
+
+        def deck(labels: Sequence[str]) -> list[str]:
+            cards = np.resize(self._rng.permutation(np.asarray(labels)), count)
+            return [str(card) for card in self._rng.permutation(cards)]
+
+        qualities = deck(["normal"] * 7 + ["whisper"] * 3 + ["creaky"] * 3)
+        drawn = zip(
+            deck(ATTRIBUTES["sex"]),
+            deck(ATTRIBUTES["pitch"]),
+            deck(ATTRIBUTES["speed"]),
+            deck(ATTRIBUTES["liveliness"]),
+            deck(ATTRIBUTES["loudness"]),
+            qualities,
+            deck(["single"] * 4 + ["joined"]),
+            strict=True,
+        )
+        for *labels, kind in drawn:
+            style = _Style(*labels)
+            if style.quality != "normal":
+                style = dataclasses.replace(style, liveliness="normal")
+            yield self._pair(style) if kind == "joined" else (style, None)
+
+    def _pair(self, style: _Style) -> tuple[_Style, _Style]:
+        """Two styles that differ in one or two attributes."""
+        rng = self._rng
+        changed = rng.choice(["pitch", "speed", "loudness", "quality"], rng.choice([1, 2]), replace=False)
+        first = {**dataclasses.asdict(style), "liveliness": "normal"}
+        if "pitch" in changed and "quality" not in changed:
+            first["quality"] = "normal"
+        second = dict(first)
+        for attribute in changed:
+            low, high = ATTRIBUTES[attribute][0], ATTRIBUTES[attribute][-1]
+            if attribute == "quality":
+                low, high = "normal", str(rng.choice(["whisper", "creaky"]))
+            first[attribute], second[attribute] = (low, high) if rng.random() < 0.5 else (high, low)
+        return _Style(**first), _Style(**second)
+
+    def clip(self, style: _Style, change: _Style | None) -> tuple[Signal, dict[str, Any]]:
+        """One clip and the part of its manifest line that describes it."""
+        rng = self._rng
+        voices = self._voices[style.sex]
+        voice = voices[int(rng.integers(len(voices)))]
+        if change is None:
+            x, tags = self._piece(style, voice, rng.uniform(1.4, 2.7), exact=False)
+        else:
+            first, tags = self._piece(style, voice, rng.uniform(0.8, 1.3), exact=True)
+            second, tags_after = self._piece(change, voice, rng.uniform(0.8, 1.3), exact=True)
+            x = np.concatenate([first, np.zeros(int(rng.uniform(0.02, 0.1) * SAMPLE_RATE_HZ)), second])
+            tags = _joined_tags(tags, tags_after)
+        x = x + _room(x, rng)
+        captions = wording.captions(tags, rng)
+        return x, {
+            "speaker": f"{self._name}-{voice}",
+            "gender": style.sex,
+            "global_captions": captions.global_captions,
+            "finegrained_captions": captions.fine_captions,
+            "tags": {**tags, "engine": self._name},
+            "claims": {"global": captions.global_claims, "fine": captions.fine_claims},
+        }
+
+    def _sentence(self, wanted_syllables: float) -> tuple[str, int]:
+        distance = np.abs(self._syllables - wanted_syllables)
+        (near,) = np.nonzero(distance <= max(0.5, distance.min()))
+        index = int(self._rng.choice(near))
+        return self._sentences[index], int(self._syllables[index])
+
+    def _piece(
+        self, style: _Style, voice: Voice, duration_s: float, *, exact: bool
+    ) -> tuple[Signal, dict[str, str]]:
+        """One sentence at its level, and the labels that were measured on it.
+
+        They are those of `style` if `exact` (and the engine obeys); else it is enough that there are labels.
+        """
+        rng = self._rng
+        f0_hz = float(rng.uniform(*_WANTED_PITCH[style.sex][style.pitch]))
+        rate = float(rng.uniform(*_WANTED_SPEED[style.speed]))
+        text, count = self._sentence(rate * duration_s)  # so that slow clips are no longer than fast ones
+        whispers = style.quality == "whisper" and self._engine.can_whisper and rng.random() < 0.5
+        rate_gain = self._rate_gain.get(voice.name, style.speed)
+        f0_gain = self._f0_gain.get(voice.name, style.liveliness)
+        for _ in range(3):
+            manner = Manner(
+                f0_hz=f0_hz * f0_gain,
+                syllables_per_s=rate * rate_gain,
+                liveliness=style.liveliness,
+                whisper=bool(whispers),
+            )
+            x = trim(self._engine.speak(f"{text}.", voice, manner, rng))
+            measured_rate = _syllables_per_s(x, count)
+            measured_f0, spread = (0.0, 0.0) if whispers else f0_statistics(f0_track(x))
+            rate_gain *= float(np.clip(rate / measured_rate, 0.5, 2.0))
+            self._rate_gain.learn(voice.name, style.speed, rate_gain)
+            if measured_f0 > 0:
+                f0_gain *= float(np.clip(f0_hz / measured_f0, 0.6, 1.6))
+                self._f0_gain.learn(voice.name, style.liveliness, f0_gain)
+            speed, pitch = _label(measured_rate, _SPEED), _label(measured_f0, _PITCH[style.sex])
+            pitch_matters = style.quality == "normal" and measured_f0 > 0
+            as_asked = speed == style.speed and (not pitch_matters or pitch == style.pitch)
+            if as_asked or (not exact and speed and (pitch or not pitch_matters)):
+                break
+        if style.quality == "creaky":
+            x = creak(x, float(rng.uniform(*_CREAK_HZ[style.sex])), rng)
+        elif style.quality == "whisper" and not whispers:
+            x = whisper(x, rng)
+        x = tilt(x, _EFFORT_TILT[style.loudness] + float(rng.uniform(-0.7, 0.7)))
+        x = set_level(x, float(rng.uniform(*_WANTED_LEVEL[style.loudness])))
+        tags = {
+            "sex": style.sex,
+            "pitch": pitch if pitch_matters else "",
+            "speed": speed,
+            "liveliness": _label(spread, _LIVELINESS) if pitch_matters else "",
+            "loudness": _label(active_level_db(x), _LOUDNESS),
+            "quality": style.quality,
+        }
+        return x, {attribute: label for attribute, label in tags.items() if label}
+
+
+def _syllables_per_s(x: Signal, count: int) -> float:
+    """Speaking rate, from the geometric mean of the text's syllables and of those that are heard.
+
+    Foreign voices add syllables, fast ones swallow some: neither count alone is what a listener would say.
+    """
+    heard = max(1, syllable_nuclei(x))
+    return math.sqrt(count * heard) / max(0.2, len(x) / SAMPLE_RATE_HZ - 0.08)  # less the margins of trim
+
+
+def _label(value: float, bands: Bands) -> str:
+    """The class of a measured value; empty between two classes."""
+    return next((label for label, (low, high) in bands.items() if low <= value <= high), "")
+
+
+def _joined_tags(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
+    """Labels of a clip made of two: what stays, and the changes that there are words for."""
+    tags = {}
+    for attribute in ATTRIBUTES:
+        a, b = before.get(attribute, ""), after.get(attribute, "")
+        if attribute == "liveliness" or not a or not b:
+            continue
+        if a == b:
+            tags[attribute] = a
+        elif wording.has_change(attribute, f"{a}>{b}"):
+            tags[attribute] = f"{a}>{b}"
+    return tags
+
+
+def _room(x: Signal, rng: np.random.Generator) -> Signal:
+    """Background noise 25-55 dB below the speech: silence that is digital would tell the engines apart."""
+    noise = tilt(rng.standard_normal(len(x)), float(rng.uniform(-4.0, 1.0)))
+    level_db = active_level_db(x) - float(rng.uniform(25, 55))
+    return noise * 10 ** (level_db / 20) / float(np.sqrt(np.mean(noise**2)))
+
+
+def _write_wav(path: Path, x: Signal) -> int:
+    """Write 16-bit PCM; returns the number of samples."""
+    samples = np.round(np.clip(x, -1.0, 1.0) * 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE_HZ)
+        file.writeframes(samples.tobytes())
+    return len(samples)

@@ -1,0 +1,288 @@
+"""A folder of embeddings of recordings: what `embed` writes and `search` reads.
+
+It has shard-<s>.npy or .safetensors, each a matrix with one row a recording, and index.jsonl: first a line
+that says what made them, then one line a recording in the order of the input, with "shard" and "row" where
+its embedding is, or "error" and "detail" where there is none. Line i belongs to shard i // shard_rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from clsp_fast.model_config import reject_unknown_keys
+from clsp_fast.storage import textfile
+from clsp_fast.storage.files import replace_file
+
+FORMAT = textfile.INDEX_FORMAT
+LONGEST_LINE = 2**20
+"""Most bytes of a line of the index."""
+_LONGEST_HEADER = 2**16
+_BLOCK = 2**24
+_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingHeader:
+    """What made a folder of embeddings: its index's first line."""
+
+    model: str
+    """`fingerprint` of the model."""
+    frontend: str
+    """`features.identity()`."""
+    dim: int
+    """Columns of a shard."""
+    dtype: str = "float32"
+    """"float32" or "float16"."""
+    shard_rows: int = 1024
+    """Lines of the index that share a shard."""
+    shard_format: str = "npy"
+    """"npy" or "safetensors"."""
+    long_audio: str = "window"
+    """What was done with recordings longer than window_s."""
+    window_s: float = 30.0
+    """Seconds."""
+    slack_seconds: float = 0.1
+    """How far clips were allowed to reach behind the end of their recordings."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) not in _TYPES[str(field.type)]:
+                raise ValueError(f"{field.name} must be of type {field.type}, got {value!r}")
+        for name, least, most in (("dim", 1, 2**16), ("shard_rows", 1, 2**20)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}], got {getattr(self, name)}")
+        if self.dtype not in ("float32", "float16") or self.shard_format not in ("npy", "safetensors"):
+            raise ValueError(f"unknown dtype {self.dtype!r} or shard_format {self.shard_format!r}")
+
+    def shard(self, folder: Path, number: int) -> Path:
+        """File of a shard."""
+        return folder / f"shard-{number:06d}.{self.shard_format}"
+
+    def to_line(self) -> str:
+        """The index's first line."""
+        return json.dumps({"format": FORMAT, "version": 1} | dataclasses.asdict(self))
+
+    @classmethod
+    def from_line(cls, line: str | bytes) -> EmbeddingHeader:
+        """The inverse of `to_line`; ValueError says what is wrong."""
+        values = parse_object(line)
+        if values.pop("format", None) != FORMAT or values.pop("version", None) != 1:
+            raise ValueError(f'expected "format": "{FORMAT}", "version": 1')
+        reject_unknown_keys(cls, values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+class Embeddings:
+    """A finished folder of embeddings; shards are mapped and lines are read when they are asked for.
+
+    Args:
+        folder: what `python -m clsp_fast.embed` wrote.
+
+    Raises:
+        FileNotFoundError: it has no index.jsonl, or a shard is missing.
+        ValueError: a file of it is damaged; the message names the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._index = folder / "index.jsonl"
+        if not self._index.is_file():
+            unfinished = (folder / ".parts").is_dir()
+            fix = (
+                "run the same embed command again to finish it"
+                if unfinished
+                else "make it with clsp_fast.embed"
+            )
+            raise FileNotFoundError(f"{folder} has no index.jsonl; {fix}")
+        with self._index.open("rb") as file:
+            try:
+                self.header = EmbeddingHeader.from_line(file.readline(LONGEST_LINE))
+            except ValueError as error:
+                raise ValueError(f"{self._index}, line 1: {error}") from error
+            self.clips, self._offsets = self._find_lines(file, file.tell())
+        self.shards = [
+            read_shard(self.header.shard(folder, number), self.header) for number in range(len(self._offsets))
+        ]
+
+    def _find_lines(self, file: BinaryIO, at: int) -> tuple[int, list[int]]:
+        """How many lines follow, and where those of each shard begin; `at` is where the first does."""
+        count, offsets = 0, list[int]()
+        start = position = at
+        while block := file.read(_BLOCK):
+            ends = position + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+            starts = np.concatenate([[start], ends])
+            long = np.flatnonzero(np.diff(starts) > LONGEST_LINE)
+            if len(long):
+                self._refuse_line(count + int(long[0]))
+            # A shard begins with every shard_rows-th line; the last start is the next block's first.
+            offsets += starts[:-1][-count % self.header.shard_rows :: self.header.shard_rows].tolist()
+            count, start, position = count + len(ends), int(starts[-1]), position + len(block)
+            if position - start > LONGEST_LINE:
+                self._refuse_line(count)
+        if position > start:
+            self._refuse_line(count)
+        return count, offsets
+
+    def _refuse_line(self, clip: int) -> NoReturn:
+        raise ValueError(f"{self._index}, line {clip + 2}: cut short or over {LONGEST_LINE} bytes")
+
+    def __len__(self) -> int:
+        """Embeddings, without the recordings that failed."""
+        return sum(map(len, self.shards))
+
+    def lines(self, shard: int) -> list[dict[str, Any]]:
+        """The index's lines of a shard; ValueError names a damaged one."""
+        return [self._record(shard, number, text) for number, text in enumerate(self._texts(shard))]
+
+    def line(self, shard: int, row: int) -> dict[str, Any]:
+        """The index's line of an embedding; ValueError if there is none, or one met on the way is damaged."""
+        texts = self._texts(shard)
+        # Only lines without an embedding put a row's line behind the place of its number.
+        for number in (*range(row, len(texts)), *range(min(row, len(texts)))):
+            record = self._record(shard, number, texts[number])
+            if record.get("row") == row:
+                return record
+        raise ValueError(f"{self._index} has no line for row {row} of shard {shard}")
+
+    def digest(self) -> str:
+        """SHA-256 of the index and of the first row of each shard: it changes with the model, the list, the
+        settings, and recordings that were replaced by others under the same names."""
+        digest = hashlib.sha256()
+        with self._index.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        for shard in self.shards:
+            digest.update(shard[:1].tobytes())
+        return digest.hexdigest()
+
+    def _texts(self, shard: int) -> list[bytes]:
+        rows = self.header.shard_rows
+        with self._index.open("rb") as file:
+            file.seek(self._offsets[shard])
+            return [file.readline(LONGEST_LINE) for _ in range(min(rows, self.clips - shard * rows))]
+
+    def _record(self, shard: int, number: int, text: bytes) -> dict[str, Any]:
+        try:
+            return check_record(parse_object(text), shard, len(self.shards[shard]))
+        except ValueError as error:
+            line = shard * self.header.shard_rows + number + 2
+            raise ValueError(f"{self._index}, line {line}: {error}") from error
+
+
+def check_record(record: dict[str, Any], shard: int, rows: int) -> dict[str, Any]:
+    """A line of an index as it is; ValueError if it is not of the form."""
+    for key in ("id", "audio"):
+        if not isinstance(record.get(key), str):
+            raise ValueError(f'"{key}" must be a string, got {record.get(key)!r}')
+    for key in ("start_s", "duration_s", "channel"):
+        value = record.get(key, 0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e9:
+            raise ValueError(f'"{key}" must be a number >= 0, got {value!r}')
+    if "error" not in record:
+        row = record.get("row")
+        if record.get("shard") != shard or not isinstance(row, int) or not 0 <= row < rows:
+            raise ValueError(
+                f'"shard" must be {shard} and "row" in [0, {rows}), got {record.get("shard")!r}, {row!r}'
+            )
+    return record
+
+
+def write_shard(file: Path, rows_ND: NDArray[Any]) -> None:
+    """Write a shard whole or not at all."""
+    if file.suffix == ".npy":
+        replace_file(file, lambda path: _save_npy(path, rows_ND), size=rows_ND.nbytes)
+    else:
+        tensors = {"embeddings": rows_ND}
+        replace_file(file, lambda path: safetensors.numpy.save_file(tensors, path), size=rows_ND.nbytes)
+
+
+def _save_npy(file: Path, rows_ND: NDArray[Any]) -> None:
+    with file.open("wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(rows_ND))
+        handle.write(rows_ND.tobytes())  # numpy's writer loses errno, so a full disk could not be named.
+
+
+def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:
+    """A shard, mapped for reading (N, dim); nothing in it can make this allocate.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is not a shard of such a folder.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        rows, offset = (_npy_layout if file.suffix == ".npy" else _safetensors_layout)(file, header)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is not a shard of embeddings: {error}") from error
+    dtype = np.dtype(header.dtype)
+    if rows > header.shard_rows or file.stat().st_size != offset + rows * header.dim * dtype.itemsize:
+        raise ValueError(f"{file} is not a shard of embeddings: its size is not that of {rows} rows")
+    if offset % dtype.itemsize:
+        what = f"its rows begin at byte {offset}, not at a multiple of {dtype.itemsize}"
+        raise ValueError(f"{file} is not a shard of embeddings: {what}")
+    if rows == 0:
+        return np.empty((0, header.dim), dtype)
+    return np.memmap(file, dtype, "r", offset, (rows, header.dim))
+
+
+def _npy_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
+    """(rows, where they begin)."""
+    with file.open("rb") as handle:
+        if np.lib.format.read_magic(handle) != (1, 0):  # whose header has at most 64 KiB
+            raise ValueError("expected version 1.0 of the format")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(handle)
+        if fortran or dtype != np.dtype(header.dtype) or len(shape) != 2 or shape[1] != header.dim:
+            raise ValueError(f"expected {header.dtype} with {header.dim} columns, got {dtype} {shape}")
+        return int(shape[0]), handle.tell()
+
+
+def _safetensors_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
+    """(rows, where they begin)."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"its header has {length} bytes, over {_LONGEST_HEADER}")
+        content = parse_object(handle.read(length))
+    tensor = content["embeddings"]
+    dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    rows = shape[0] if len(shape) == 2 and isinstance(shape[0], int) and shape[0] >= 0 else -1
+    expected = {"float32": "F32", "float16": "F16"}[header.dtype]
+    size = rows * header.dim * np.dtype(header.dtype).itemsize
+    if rows < 0 or shape[1] != header.dim or dtype != expected or offsets != [0, size]:
+        raise ValueError(f"expected {expected} with {header.dim} columns, got {dtype} {shape} at {offsets}")
+    return rows, 8 + length
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; ValueError for anything else, nesting beyond any parser, NaN and infinity included."""
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):  # it would be written as Infinity, which is not JSON
+        raise ValueError(f"{digits:.20} is too large for a number")
+    return value

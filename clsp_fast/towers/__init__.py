@@ -1,0 +1,1 @@
+"""The networks behind `clsp_fast.model`: the speech tower, the text tower and their layers."""

@@ -1,0 +1,163 @@
+"""What a run reads: the user's manifests or the demo corpus, the tokenizer, the zero-shot tasks.
+
+A file of its own because it decides where data comes from; how it becomes batches is in data.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from clsp_fast import demo
+from clsp_fast.config import TrainConfig
+from clsp_fast.console import Progress
+from clsp_fast.data import DataError, manifest, usable
+from clsp_fast.data.manifest import Clip, Manifest
+from clsp_fast.evaluation import figures
+from clsp_fast.storage import files
+from clsp_fast.tokenizer import Tokenizer
+from clsp_fast.training import checkpoint
+
+_ROBERTA_VOCABULARY = 50265
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything that a run reads.
+
+    Attributes:
+        train: training clips.
+        validation: clips for the figures during training; may be empty.
+        final_sets: named clips for the final tables.
+        tasks: zero-shot tasks; may be empty.
+        tokenizer: captions to tokens.
+        max_tokens: longer captions are cut.
+        is_demo: whether this is the demo corpus.
+        note: description for people.
+    """
+
+    train: list[Clip]
+    validation: list[Clip]
+    final_sets: Mapping[str, list[Clip]]
+    tasks: figures.Tasks
+    tokenizer: Tokenizer
+    max_tokens: int
+    is_demo: bool
+    note: str
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> Corpus:
+        """Reads the manifests, or makes the demo corpus, and the tokenizer.
+
+        Raises:
+            DataError, ValueError, FileNotFoundError: a manifest, tokenizer or task file is missing or wrong.
+        """
+        if config.data.manifest is None:
+            return cls._demo(config)
+        train = _read(config.data.manifest, config)
+        sets = {}
+        for name in ("validation", "test"):
+            path: Path | None = getattr(config.data, name)
+            if path is not None:
+                read = _read(path, config)
+                read.warn()  # the note below has what there is to say of the training clips
+                sets[name], _, left_out = usable(read.clips, config.data)
+                if not sets[name]:
+                    raise DataError(f"--data.{name} {path}: all clips are left out: {dict(left_out)}")
+                if left_out:
+                    print(f"{path}: clips left out: {dict(left_out)}", file=sys.stderr)
+        tasks = figures.read_tasks(config.data.zeroshot) if config.data.zeroshot else {}
+        final = {name: clips for name, clips in sets.items() if name == "test" or "test" not in sets}
+        return cls(
+            train=train.clips,
+            validation=sets.get("validation", []),
+            final_sets=final,
+            tasks=tasks,
+            tokenizer=_tokenizer(train.clips, config),
+            max_tokens=config.model.text.max_tokens,
+            is_demo=False,
+            note=f"{config.data.manifest}: {manifest.describe(train)}",
+        )
+
+    @classmethod
+    def _demo(cls, config: TrainConfig) -> Corpus:
+        made = demo.prepare(
+            config.run / "corpus", demo.DemoConfig(clips=config.data.demo_clips), progress=_show_progress()
+        )
+        sets = {"test": made.test} | ({"transfer": made.transfer} if made.transfer else {})
+        train = manifest.read(made.train)
+        return cls(
+            train=train.clips,
+            validation=manifest.read(made.validation).clips,
+            final_sets={name: manifest.read(path).clips for name, path in sets.items()},
+            tasks=demo.prompts(),
+            tokenizer=_tokenizer(train.clips, config),
+            max_tokens=config.model.text.max_tokens,
+            is_demo=True,
+            note=demo.describe(made),
+        )
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """token_ids and attention_mask, int64 (N, L)."""
+        return self.tokenizer.encode_batch(captions, self.max_tokens)
+
+    def describe(self) -> str:
+        """For people."""
+        return self.note
+
+
+def _read(path: Path, config: TrainConfig) -> Manifest:
+    """A manifest whose bad lines stay within data.max_bad_share; they are named on standard error."""
+    found = manifest.read(path)
+    for problem in found.problems[:20]:
+        print(f"{path}, line {problem.line}: {problem.message}; skipped", file=sys.stderr)
+    count, lines = len(found.problems), len(found.problems) + len(found.clips)
+    if count > max(10, config.data.max_bad_share * lines):
+        raise DataError(
+            f"{count} of {lines} lines of {path} are bad, over data.max_bad_share "
+            f"{config.data.max_bad_share}; `python -m clsp_fast.data validate {path}` lists them"
+        )
+    return found
+
+
+def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
+    """That of a run that has begun, of `data.tokenizer` or `init`, or a new one trained on the captions."""
+    kept = config.run / "tokenizer.json"
+    if kept.exists() and checkpoint.exists(config.run / "checkpoints"):
+        return Tokenizer.from_file(kept)
+    size = config.model.text.vocab_size
+    if config.data.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(config.data.tokenizer)
+    elif config.init is not None:
+        tokenizer = Tokenizer.from_file(config.init)
+    elif size == _ROBERTA_VOCABULARY:
+        raise ValueError(
+            "this preset's text tower is RoBERTa: give --data.tokenizer a RoBERTa folder (tokenizer.json, or "
+            "vocab.json and merges.txt), or --init a saved model"
+        )
+    else:
+        tokenizer = Tokenizer.train(_all_captions(clips), size, lowercase=True)
+    tokenizer.check_fits(config.model.text)
+    config.run.mkdir(parents=True, exist_ok=True)
+    files.write_text(kept, tokenizer.to_json())
+    return tokenizer
+
+
+def _all_captions(clips: Sequence[Clip]) -> list[str]:
+    return [text for clip in clips for own in clip.captions for text in own]
+
+
+def _show_progress() -> Callable[[int, int], None]:
+    """What `demo.prepare` calls with the clips made and the clips in all."""
+    progress = None
+
+    def show(made: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(total, "clips", lead="making the demo corpus: ")
+        progress.update(made)
+
+    return show

@@ -1,0 +1,155 @@
+"""The optimiser with a learning rate per part of the model, the schedule of a stage, the weights' average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from clsp_fast.config import OptimConfig
+from clsp_fast.training.scaled_adam import ScaledAdam, eden
+
+_PARTS = {
+    "encoder_embed": "speech",
+    "encoder": "speech",
+    "encoder_downsample": "speech",
+    "text_encoder": "text",
+}
+
+
+def part_of(name: str) -> str:
+    """The part of a CLSP that a parameter belongs to: "speech", "text" or "head" (projections,
+    logit_scale)."""
+    return _PARTS.get(name.split(".")[0], "head")
+
+
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of `config.algorithm` over the trainable parameters of a CLSP.
+
+    Each group carries `scale`, its learning rate relative to the speech tower's. With AdamW, matrices and
+    filters of the speech tower and the heads decay; vectors, scalars and the text tower do not: decay of a
+    small bag of token embeddings forgets rare words faster than they are seen. With ScaledAdam nothing
+    decays, and the parts of one rate are one group, whose gradients are clipped together.
+    """
+    scales = {"speech": 1.0, "text": config.text_lr_scale, "head": config.head_lr_scale}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        decays = config.algorithm == "adamw" and part != "text" and parameter.ndim >= 2
+        own = groups.setdefault((scales[part], config.weight_decay if decays else 0.0), [])
+        own.append(parameter)
+    if config.algorithm == "scaled_adam":
+        scaled = [{"params": own, "scale": scale} for (scale, _), own in groups.items()]
+        return ScaledAdam(scaled, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(
+        [{"params": own, "scale": scale, "weight_decay": decay} for (scale, decay), own in groups.items()],
+        lr=config.lr,
+        betas=config.betas,
+        eps=1e-8,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, steps: int, steps_per_epoch: int, peak: float, config: OptimConfig) -> float:
+    """Rate of step `step` of a stage of `steps` steps: warm-up, then `config.schedule`."""
+    if config.schedule == "eden":
+        share = eden(
+            step + 1,
+            step // steps_per_epoch,
+            batches=config.lr_batches,
+            epochs=config.lr_epochs,
+            warmup=config.warmup_steps,
+        )
+        return peak * share
+    warmup = min(config.warmup_steps, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    floor = config.final_lr_share
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every group its share of `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+@torch.no_grad()
+def update_average(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Takes the weights after `step` steps (counted from 1) up into their average.
+
+    That is the mean of all at first, and forgets with a time constant of `steps` later. It is a part of the
+    optimiser's state, "average", and so of every checkpoint.
+    """
+    own = [(p, state) for p, state in optimizer.state.items() if state]
+    fresh = [(p, state) for p, state in own if "average" not in state]
+    for parameter, state in fresh:
+        state["average"] = parameter.detach().clone()
+    if len(fresh) < len(own):
+        averages, weights = zip(*((state["average"], p.detach()) for p, state in own), strict=True)
+        torch._foreach_lerp_(averages, weights, 1 / min(step, steps))
+
+
+@contextlib.contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The model has its averaged weights inside, where there are any; nothing is copied."""
+    own = [(p, state) for p, state in optimizer.state.items() if "average" in state]
+    _swap(own)
+    try:
+        yield
+    finally:
+        _swap(own)
+
+
+def _swap(own: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
+    for parameter, state in own:
+        parameter.data, state["average"] = state["average"], parameter.data
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state by parameter name: "<name>/<key>" -> tensor, and "@<number>/history" of groups.
+    Names survive a change of the parameters' order."""
+    found = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    for number, group in enumerate(optimizer.param_groups):
+        if "history" in group:
+            found[f"@{number}/history"] = group["history"]
+    return found
+
+
+def load_state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The inverse of `state_tensors`.
+
+    Raises:
+        ValueError: the tensors are not those of this model's parameters, or of another optimiser.
+    """
+    parameters = dict(model.named_parameters())
+    groups = {f"@{number}": group for number, group in enumerate(optimizer.param_groups)}
+    fields = {key.rpartition("/")[2] for key in tensors}
+    if fields and ("delta" in fields) != isinstance(optimizer, ScaledAdam):
+        raise ValueError("the checkpoint is of another optim.algorithm; give the one that it was made with")
+    histories = {key.rpartition("/")[0] for key in tensors if key.startswith("@")}
+    if histories and histories != groups.keys():
+        raise ValueError(
+            f"the checkpoint has {len(histories)} groups of parameters and this run {len(groups)}: "
+            "optim.text_lr_scale and optim.head_lr_scale must be equal, or not, as they were"
+        )
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        if name in groups:
+            groups[name][field] = value
+            continue
+        of_size = value.ndim == 0 or field == "sizes"
+        if name not in parameters or not (of_size or value.shape == parameters[name].shape):
+            raise ValueError(f"optimiser state {key!r} of shape {tuple(value.shape)} fits no parameter")
+        parameter = parameters[name]
+        optimizer.state[parameter][field] = value if field == "sizes" else value.to(parameter.device)

@@ -1,0 +1,197 @@
+"""Sums around the contrastive loss: one order of addition, and gradients of nothing more than asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import FEW, assert_agrees, assert_as_exact, eps, norm
+from torch import Tensor
+
+from clsp_fast.contrastive import negatives, sums
+from clsp_fast.contrastive.gather import Shards
+from clsp_fast.contrastive.positives import Pairs, Positives, softmax_loss
+from clsp_fast.kernels import contrastive
+from clsp_fast.loss import contrastive_loss, loss_and_grad
+
+# Triton's interpreter computes with numpy, which warns of infinities that the kernels intend.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def same_for_any_threads(compute: Callable[[], list[Tensor]]) -> bool:
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 4, 2):
+            torch.set_num_threads(threads)
+            found.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    return all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "kind": "sigmoid"},
+        {"normalize": True},
+        {"text_owner": torch.arange(700) % 300, "weights": torch.linspace(0, 1, 700)},
+    ],
+    ids=["smoothing", "sigmoid", "normalize", "weights"],
+)
+def test_no_bit_of_a_loss_depends_on_the_number_of_threads(options: dict) -> None:
+    audio, text = 1.7 * unit(700, 512), unit(700, 512)
+    assert same_for_any_threads(lambda: list(loss_and_grad(audio, text, 20.0, **options)[:4]))
+
+
+def test_nor_with_many_captions_a_clip() -> None:
+    # torch adds on the CPU in threads, and in the order in which they come, from 32,768 numbers on.
+    clips, texts = 20_000, 100_000
+    pair_N, row_M, column_N = torch.randn(texts), torch.randn(clips) + 5, torch.randn(texts) + 5
+    pairs = Pairs(
+        torch.empty(0),
+        torch.empty(0),
+        torch.tensor(1.0),
+        torch.tensor(0.0),
+        torch.arange(texts) % clips,
+        Shards(None, [clips], [texts], 0, torch.float32),
+    )
+
+    def compute() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (pair_N, row_M, column_N)]
+        loss = softmax_loss(
+            pairs,
+            Positives(leaves[0], None, None),
+            *leaves[1:],
+            weights=torch.linspace(0.1, 1, texts),
+            label_smoothing=0.0,
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    assert same_for_any_threads(compute)
+
+
+def test_total_is_the_sum() -> None:
+    for size in (0, 1, 1024, 1025, 5000):
+        x = torch.randn(size, dtype=torch.float64)
+        torch.testing.assert_close(sums.total(x), x.sum())
+
+
+def test_sums_over_captions_are_those_of_their_formulas() -> None:
+    owner_N = torch.tensor([3, 0, 3, 1, 3, 1])
+    x_N = (30 * torch.randn(6, dtype=torch.float64)).requires_grad_()
+    share_N = torch.tensor([0.5, 1.0, 0.2, 0.0, 0.3, 1.0], dtype=torch.float64).requires_grad_()
+    counts_N = share_N > 0
+    lse_M = sums.lse_by_owner(x_N, counts_N, owner_N, 4)
+    entropy_M = sums.cross_entropy_by_owner(x_N, share_N, owner_N, 4)
+    assert lse_M[2] == -torch.inf
+    for row in (0, 1, 3):
+        inside = counts_N & (owner_N == row)
+        torch.testing.assert_close(lse_M[row], x_N[inside].logsumexp(0))
+        torch.testing.assert_close(entropy_M[row], (share_N * (lse_M[row] - x_N))[inside].sum())
+    assert entropy_M[[0, 1, 2]].tolist() == [0.0, 0.0, 0.0]
+    near_N = torch.randn(6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sums.lse_by_owner(x, counts_N, owner_N, 4)[[0, 1, 3]], near_N)
+    assert torch.autograd.gradcheck(
+        lambda x: sums.cross_entropy_by_owner(x, share_N.detach(), owner_N, 4), near_N
+    )
+
+
+def test_softplus_is_that_of_torch() -> None:
+    edges = torch.tensor([-torch.inf, -800.0, -1e-300, 0.0, 3.0, 800.0, torch.inf], dtype=torch.float64)
+    x = torch.cat([torch.randn(2000, dtype=torch.float64) * 20, edges]).requires_grad_()
+    found, expected = sums.softplus(x), F.softplus(x, threshold=40.0)
+    # An exponential, a logarithm and what is between, each element by itself, in ours and in torch's.
+    rounding = 2 * FEW * eps(torch.float64)
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=0)
+    found, expected = (torch.autograd.grad(y[:-1].sum(), x)[0] for y in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-300)
+
+
+def test_normalise_is_that_of_torch() -> None:
+    x = torch.randn(1100, 5, dtype=torch.float64).requires_grad_()
+    upstream = torch.randn(1100, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(F.normalize(x), x, upstream)
+    (found,) = torch.autograd.grad(sums.normalise(x, torch.float64), x, upstream.clone())
+    torch.testing.assert_close(sums.normalise(x, torch.float64), F.normalize(x))
+    torch.testing.assert_close(found, expected)
+    assert sums.normalise(x.bfloat16(), torch.float32).dtype == torch.float32
+    assert not sums.normalise(torch.zeros(2, 3), torch.float32).any()
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+@pytest.mark.parametrize("frozen", ["audio", "text"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
+def test_a_frozen_tower_costs_no_product(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, frozen: str, options: dict[str, float]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    audio, text, scale = unit(5, 16), unit(5, 16), torch.tensor(10.0, requires_grad=True)
+    learns = text if frozen == "audio" else audio
+    whole = loss_and_grad(audio, text, scale, **options)
+    learns.requires_grad_()
+    module, name = {
+        "cpu": (negatives, "_sum_negatives_backward"),
+        "triton": (contrastive, "products"),
+    }[implementation]
+    needs, compute = [], getattr(module, name)
+
+    def spy(*arguments: object) -> tuple[Tensor, ...]:
+        needs.append(arguments[-2:])
+        return compute(*arguments)
+
+    monkeypatch.setattr(module, name, spy)
+    loss = contrastive_loss(audio, text, scale, implementation=implementation, **options)
+    by_embedding, by_scale = torch.autograd.grad(loss, (learns, scale))
+    assert needs == [(frozen == "text", frozen == "audio")]
+    expected = whole.text_ND if frozen == "audio" else whole.audio_MD
+    exact = loss_and_grad(*(x.detach().double() for x in (audio, text, scale)), **options)
+    truth = exact.text_ND if frozen == "audio" else exact.audio_MD
+    size = norm([norm(x) for x in exact[1:4]])
+    assert_as_exact(by_embedding, expected, truth, size=size)
+    assert_as_exact(by_scale, whole.logit_scale, exact.logit_scale, size=size)
+
+
+def test_the_scale_alone_may_learn() -> None:
+    audio, text, scale = unit(5, 16), unit(5, 16), torch.tensor(10.0, requires_grad=True)
+    (found,) = torch.autograd.grad(contrastive_loss(audio, text, scale), scale)
+    exact = loss_and_grad(*(x.detach().double() for x in (audio, text, scale))).logit_scale
+    assert_as_exact(found, loss_and_grad(audio, text, scale).logit_scale, exact)
+
+
+def test_weights_of_any_finite_size_mean_their_shares() -> None:
+    audio, text, owner = unit(3, 8), unit(6, 8), torch.arange(6) % 3
+    shares = torch.tensor([1.0, 2.0, 3.0, 1.0, 0.0, 0.5], dtype=torch.float64)
+    expected = contrastive_loss(audio, text, 10.0, text_owner=owner, weights=shares)
+    for size in (1e300, 1e-46):
+        got = contrastive_loss(audio, text, 10.0, text_owner=owner, weights=shares * size)
+        assert_agrees(got, expected, count=FEW, dtype=torch.float32)
+
+
+def test_embeddings_may_come_from_inference_mode() -> None:
+    with torch.inference_mode():
+        audio, text = unit(4, 8), unit(4, 8)
+        found = loss_and_grad(audio, text, 10)
+    expected = loss_and_grad(audio.clone(), text.clone(), torch.tensor(10.0))
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"workspace_bytes": -1}, ValueError, "workspace_bytes must be at least 0"),
+        ({"workspace_bytes": "1GB"}, TypeError, "workspace_bytes must be a whole number"),
+        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
+    ],
+)
+def test_options_are_checked_on_every_device(options: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        contrastive_loss(unit(2, 4), unit(2, 4), 1.0, **options)

@@ -1,0 +1,329 @@
+"""Manifests: JSON lines and lhotse cuts, good and bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import lhotse
+import numpy as np
+import pytest
+import soundfile
+
+from clsp_fast import audio
+from clsp_fast.data import manifest
+from clsp_fast.data.captions import Captions
+
+
+def write(folder: Path, *rows: object, name: str = "m.jsonl") -> Path:
+    path = folder / name
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+GOOD = {
+    "id": "a",
+    "audio": "clips/a.wav",
+    "start_s": 1.5,
+    "duration_s": 2,
+    "channel": 1,
+    "global_captions": ["A man speaks."],
+    "finegrained_captions": ["A man speaks slowly, then fast.", " Slow, then fast. "],
+    "speaker": "s1",
+    "gender": "male",
+    "tags": {"speed": "slow>fast", "age": 40, "accent": None},
+    "claims": {"global": [{"gender": "male"}], "fine": [{"speed": "slow>fast"}, {}]},
+}
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
+def test_reads_every_field(tmp_path: Path, name: str) -> None:
+    found = manifest.read(write(tmp_path, GOOD, "", name=name))
+    (clip,) = found.clips
+    assert not found.problems
+    assert (clip.id, clip.audio) == ("a", str(tmp_path / "clips/a.wav"))
+    assert (clip.start_s, clip.duration_s, clip.channel) == (1.5, 2.0, 1)
+    assert clip.captions == Captions(
+        ("A man speaks.",), ("A man speaks slowly, then fast.", "Slow, then fast.")
+    )
+    assert clip.tags == {"speed": "slow>fast", "age": "40", "speaker": "s1", "gender": "male"}
+    assert clip.claims["fine"] == ({"speed": "slow>fast"}, {})
+
+
+def test_a_bare_line_is_enough(tmp_path: Path) -> None:
+    (clip,) = manifest.read(write(tmp_path, {"audio": "/x/b.flac", "captions": "One caption"})).clips
+    assert clip.audio == "/x/b.flac"
+    assert (clip.start_s, clip.duration_s, clip.channel) == (0.0, None, None)
+    assert clip.captions == Captions((), ("One caption",))
+
+
+BAD = [
+    ("{", "not JSON"),
+    ("[1]", "one JSON object"),
+    ("[" * 100_000, ""),
+    ({"captions": ["x"]}, '"audio" must be a path'),
+    ({"audoi": "a.wav", "captions": ["x"]}, 'is "audoi" meant to be "audio"?'),
+    ({"audio_filepath": "a.wav", "captions": ["x"]}, 'is "audio_filepath" meant to be "audio"?'),
+    ({"audio": "a.wav", "text": "x"}, 'no captions; is "text" meant to be "captions"?'),
+    ({"audio": "a.wav", "finegrained_caption": ["x"]}, 'meant to be "finegrained_captions"?'),
+    ({"audio": "a.wav", "captions": [1]}, "list of strings"),
+    ({"audio": "a.wav", "captions": ["x", " "]}, "empty caption"),
+    ({"audio": "a.wav", "captions": ["x"], "duration_s": 0}, '"duration_s" must be seconds > 0'),
+    ({"audio": "a.wav", "captions": ["x"], "start_s": -1}, '"start_s" must be seconds >= 0'),
+    ({"audio": "a.wav", "captions": ["x"], "duration_s": float("nan")}, '"duration_s"'),
+    ({"audio": "a.wav", "captions": ["x"], "channel": "left"}, '"channel"'),
+    ({"audio": "a.wav", "captions": ["x"], "tags": [1]}, '"tags"'),
+    ({"audio": "a.wav", "captions": ["x"], "claims": {"fine": [{}, {}]}}, '"claims"."fine"'),
+    ({"type": "MixedCut", "id": "m", "tracks": []}, "MixedCut"),
+    ({"type": "MonoCut", "recording": {"sources": [{"type": "url"}]}}, 'type "file"'),
+    ({"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}]}}, "no captions"),
+    ({"type": "MonoCut", "recording": {"sources": {"type": "file"}}}, "form"),
+    (
+        {
+            "type": "MonoCut",
+            "channel": 2,
+            "recording": {"sources": [{"type": "file", "channels": [0, 1], "source": "a"}]},
+        },
+        '"channel" is 2, and the files of recording.sources hold [[0, 1]]',
+    ),
+    (
+        {
+            "type": "MultiCut",
+            "channel": [0, 1],
+            "recording": {"sources": [{"type": "file", "channels": [i], "source": "a"} for i in range(2)]},
+        },
+        "MultiCut.to_mono splits a cut",
+    ),
+    (
+        {"type": "MonoCut", "recording": {"sources": [{"type": "file"}]}, "supervisions": [{"text": "a"}]},
+        "form",
+    ),
+    ({"type": "MonoCut", "recording": {"sources": ["a.wav"]}}, "form"),
+    (
+        {"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}], "transforms": [{}]}},
+        "transforms is not supported",
+    ),
+    ({"audio": "a.wav", "captions": ["half \ud83d"]}, "surrogate"),
+    ({"audio": "a\ud83d.wav", "captions": ["x"]}, '"audio"'),
+    ({"audio": "a" * 2**15 + ".wav", "captions": ["x"]}, '"audio" must be a path'),
+    ({"audio": "a.wav", "captions": ["caf\udce9"]}, "bytes that are not UTF-8"),
+    ({"id": "\ud83d", "audio": "a.wav", "captions": ["x"]}, '"id" must be text'),
+    ({"audio": "a.wav", "captions": ["x"], "channel": 2**31}, '"channel" must be'),
+    (
+        {
+            "type": "MonoCut",
+            "recording": {"sources": [{"type": "file", "source": "a\ud83d"}]},
+            "supervisions": [{"text": "a"}],
+        },
+        "recording.sources[0].source must be a path",
+    ),
+    (
+        {
+            "type": "MonoCut",
+            "id": "\ud83d",
+            "recording": {"sources": [{"type": "file", "source": "a"}]},
+            "supervisions": [{"text": "a"}],
+        },
+        '"id" must be text',
+    ),
+    ('{"audio": "a.wav", "captions": ["x"], "start_s": ' + "9" * 400 + "}", ""),
+    (GOOD, "was used in line 1 already"),
+    ({"audio": {"path": "b.wav", "sampling_rate": 16000}, "captions": ["x"]}, """write "audio": 'b.wav'"""),
+    ({"audio": ["b.wav"], "captions": ["x"]}, """"audio" must be a path, got ['b.wav']"""),
+    ({"audio": "a.wav", "captions": ["x"], "channel": "x" * 100_000}, '"channel" must be an integer'),
+    ({"audio": "a.wav", "captions": ["x"], "start_s": "x" * 100_000}, '"start_s" must be seconds'),
+    ({"audio": "a.wav", "captions": ["x"], "duration_s": ["x"] * 9999}, '"duration_s" must be seconds'),
+    ({"audio": "a.wav", "captions": ["x"], "id": "\ud83d" * 9999}, '"id" must be text'),
+    ({"audio": {"path": "b" * 9999}, "captions": ["x"]}, "\"audio\" must be a path, got {'path': 'bbb"),
+    ({"type": "x" * 9999 + "Cut"}, "has no single recording"),
+    (
+        {
+            "type": "MultiCut",
+            "channel": [*range(9999)],
+            "recording": {"sources": [{"type": "file", "channels": [*range(9998)], "source": "a"}]},
+        },
+        '"channel" is [0, 1',
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+def test_a_bad_line_costs_only_itself_and_says_why(tmp_path: Path, row: object, message: str) -> None:
+    found = manifest.read(write(tmp_path, GOOD, row, GOOD | {"id": "c"}))
+    assert [clip.id for clip in found.clips] == ["a", "c"]
+    (problem,) = found.problems
+    assert problem.line == 2
+    assert message in problem.message
+    assert len(problem.message) < 300
+
+
+def test_a_byte_order_mark_and_null_ids_are_fine(tmp_path: Path) -> None:
+    rows = [
+        {"id": None, "audio": "a.wav", "captions": ["x"]},
+        {"id": None, "audio": "b.wav", "captions": ["y"]},
+    ]
+    path = write(tmp_path, *rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = manifest.read(path)
+    assert [clip.id for clip in found.clips] == ["m-1", "m-2"]
+
+
+def test_a_file_without_clips_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        manifest.read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="holds no usable clip: the file is empty"):
+        manifest.read(write(tmp_path))
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        manifest.read(write(tmp_path, "oops"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"audio"' * 100)[:-9])
+    with pytest.raises(ValueError, match="cannot be read"):
+        manifest.read(tmp_path / "b.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    "keys", [("short_captions", "long_captions"), ("global_captions", "finegrained_captions")]
+)
+def test_reads_what_lhotse_writes(tmp_path: Path, keys: tuple[str, str]) -> None:
+    soundfile.write(tmp_path / "r.wav", np.zeros((32000, 2), np.float32), 16000)
+    recording = lhotse.Recording.from_file(tmp_path / "r.wav")
+    custom = {keys[0]: ["A woman."], keys[1]: ["A woman, quick.", "Quick."], "emotion": "calm"}
+    supervision = lhotse.SupervisionSegment(
+        "s", recording.id, 0, 1.5, speaker="p9", gender="F", custom=custom
+    )
+    cut = lhotse.MonoCut("cut-1", 0.25, 1.5, channel=1, recording=recording, supervisions=[supervision])
+    lhotse.CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl.gz")
+    (clip,) = manifest.read(tmp_path / "cuts.jsonl.gz").clips
+    assert (clip.id, clip.start_s, clip.duration_s, clip.channel) == ("cut-1", 0.25, 1.5, 1)
+    assert Path(clip.audio) == tmp_path / "r.wav"
+    assert clip.captions == Captions(("A woman.",), ("A woman, quick.", "Quick."))
+    assert clip.tags == {"speaker": "p9", "gender": "F", "emotion": "calm"}
+
+
+def cut(*sources: tuple[list[int], str], channel: object = 0, **supervision: object) -> dict[str, object]:
+    """A cut of a recording whose channels lie in these files."""
+    files = [{"type": "file", "channels": channels, "source": name} for channels, name in sources]
+    return {
+        "type": "MonoCut",
+        "id": "c",
+        "start": 0,
+        "duration": 1,
+        "channel": channel,
+        "recording": {"id": "r", "sources": files},
+        "supervisions": [{"id": "s", "text": "He whispers."} | supervision],
+    }
+
+
+@pytest.mark.parametrize(
+    ("custom", "expected"),
+    [
+        ({}, Captions((), ("He whispers.",))),
+        ({"short_captions": ["A man."]}, Captions(("A man.",), ())),
+        ({"global_captions": ["A man."]}, Captions(("A man.",), ())),
+        ({"long_captions": ["A man, hoarse."]}, Captions((), ("A man, hoarse.",))),
+    ],
+)
+def test_the_text_of_a_cut_is_its_caption_only_where_it_has_no_other(
+    tmp_path: Path, custom: dict[str, object], expected: Captions
+) -> None:
+    (clip,) = manifest.read(write(tmp_path, cut(([0], "r.wav"), custom=custom))).clips
+    assert clip.captions == expected
+    assert clip.channel is None
+
+
+APART = (([0], "ch0.wav"), ([1], "ch1.wav"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "channel", "expected"),
+    [
+        (APART, 0, ("ch0.wav", None)),
+        (APART, 1, ("ch1.wav", None)),
+        ((([0], "a.wav"), ([3, 1], "b.wav")), 1, ("b.wav", 1)),
+        ((([0, 1], "a.wav"),), 1, ("a.wav", 1)),
+        ((([0, 1], "a.wav"),), [0, 1], ("a.wav", None)),
+        ((([0, 1], "a.wav"),), [1], ("a.wav", 1)),
+    ],
+)
+def test_a_cut_is_read_from_the_file_of_its_channel(
+    tmp_path: Path, sources: tuple[tuple[list[int], str]], channel: object, expected: tuple[str, int | None]
+) -> None:
+    (clip,) = manifest.read(write(tmp_path, cut(*sources, channel=channel))).clips
+    assert (clip.audio, clip.channel) == expected
+
+
+def test_the_channel_of_a_cut_is_the_one_that_lhotse_reads(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 16000)).astype(np.float32)
+    for name, own in (("a.wav", samples[:1]), ("b.wav", samples[1:3]), ("c.wav", samples[3:])):
+        soundfile.write(tmp_path / name, own.T, 16000, subtype="FLOAT")
+    sources = [
+        lhotse.audio.AudioSource("file", channels, str(tmp_path / name))
+        for channels, name in (([0], "a.wav"), ([1, 2], "b.wav"), ([3], "c.wav"))
+    ]
+    recording = lhotse.Recording("r", sources, 16000, 16000, 1.0, channel_ids=[0, 1, 2, 3])
+    supervision = lhotse.SupervisionSegment("s", "r", 0, 1, text="He whispers.")
+    cuts = [
+        lhotse.MonoCut(f"c{i}", 0, 1, channel=i, recording=recording, supervisions=[supervision])
+        for i in range(4)
+    ]
+    lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    for theirs, clip in zip(cuts, manifest.read(tmp_path / "cuts.jsonl.gz").clips, strict=True):
+        np.testing.assert_array_equal(audio.load(clip.audio, channel=clip.channel), theirs.load_audio()[0])
+
+
+@pytest.mark.parametrize("key", ["duration", "offset", "audio_filepath", "text", "caption", "speeker"])
+def test_a_key_that_looks_like_another_is_named(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meant = {"duration": "duration_s", "offset": "start_s", "audio_filepath": "audio", "speeker": "speaker"}
+    path = write(tmp_path, GOOD | {key: 3}, GOOD | {"id": "b", key: 1}, GOOD | {"id": "d"})
+    found = manifest.read(path)
+    assert (len(found.clips), found.problems) == (3, [])
+    warning = f'warning: "{key}" in 2 lines is ignored; is it meant to be "{meant.get(key, "captions")}"?'
+    assert found.warnings() == [warning]
+    assert warning in manifest.describe(found).splitlines()
+    manifest.sources(str(path))
+    assert capsys.readouterr().err == f"{path}: {warning}\n"
+
+
+def test_keys_of_the_users_own_are_counted_and_no_more(tmp_path: Path) -> None:
+    own = {"emotion": "calm", "\x1b[2J": 1, "\ud83d": 2}
+    found = manifest.read(
+        write(tmp_path, GOOD | own, {"id": "b", "emotion": 2, "audio": "a", "captions": "x"})
+    )
+    assert (len(found.clips), found.problems, found.warnings()) == (2, [], [])
+    last = manifest.describe(found).splitlines()[-1]
+    assert last.startswith('not read: "emotion" in 2 lines, ')
+    assert "'\\x1b[2J' in 1 line" in last
+    last.encode()
+
+
+def test_every_key_that_is_read_is_known(tmp_path: Path) -> None:
+    row = {"audio": "a.wav", "short_captions": ["A man."], "long_captions": ["A man, hoarse."]}
+    found = manifest.read(write(tmp_path, GOOD, row))
+    assert found.clips[1].captions == Captions(("A man.",), ("A man, hoarse.",))
+    assert found.unknown == {}
+
+
+def test_describe_counts(tmp_path: Path) -> None:
+    text = manifest.describe(manifest.read(write(tmp_path, GOOD, "oops")))
+    assert "1 clips, 1 bad lines" in text
+    assert "3 captions of 3 to 6 words" in text
+
+
+def test_an_id_that_is_long_and_used_twice_is_shortened(tmp_path: Path) -> None:
+    row = GOOD | {"id": "i" * 100_000}
+    (problem,) = manifest.read(write(tmp_path, row, row)).problems
+    assert problem.message.endswith("... was used in line 1 already")
+    assert len(problem.message) < 200
+
+
+def test_a_list_of_paths_is_no_manifest_and_the_fix_is_told(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    for text in ("a.wav\nb.wav\n", f"{tmp_path}/there\n", "my file.wav\n"):
+        (tmp_path / "list.txt").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths: embed"
+        ):
+            manifest.read(tmp_path / "list.txt")

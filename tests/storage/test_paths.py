@@ -1,0 +1,392 @@
+"""Paths that cannot be read cost only themselves, in every command; what is in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from clsp_fast import audio, data, embed, evaluate, score
+from clsp_fast.config import DataConfig
+from clsp_fast.data import __main__ as data_command
+from clsp_fast.data import manifest
+from clsp_fast.model import CLSP
+from clsp_fast.storage import paths
+from clsp_fast.storage.embedding_folder import Embeddings
+from clsp_fast.tokenizer import Tokenizer
+
+MakeClips = Callable[[Path, int], list[Path]]
+
+BAD_PATHS = {
+    "a name of 304 characters": "x" * 300 + ".wav",
+    "a path of 8,000 characters": "deep/" * 1600 + "a.wav",
+    "missing": "missing.wav",
+    "in a file": "00000.wav/a.wav",
+    "a broken link": "broken.wav",
+    "a loop of links": "loop.wav",
+    "two links in a loop": "one.wav",
+    "beneath a loop": "loop.wav/a.wav",
+    "a folder": "folder.wav",
+    "a named pipe": "pipe.wav",
+    "NUL": "a\0b.wav",
+    "not UTF-8": "caf\udce9.wav",
+    "forbidden": "forbidden/a.wav",
+}
+
+
+@pytest.fixture
+def clips(tmp_path: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two good recordings and all that can be wrong with a path."""
+    folder = tmp_path / "clips"
+    make_clips(folder, 2)
+    (folder / "broken.wav").symlink_to("nowhere.wav")
+    (folder / "loop.wav").symlink_to("loop.wav")
+    (folder / "one.wav").symlink_to("two.wav")
+    (folder / "two.wav").symlink_to("one.wav")
+    (folder / "folder.wav").mkdir()
+    os.mkfifo(folder / "pipe.wav")
+    forbid(monkeypatch)
+    return folder
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has "forbidden" in its path may not be looked at; root would be let in otherwise."""
+    stat, scandir = Path.stat, os.scandir
+
+    def refuse(path: object) -> None:
+        if "/forbidden" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    def checked_stat(path: Path, **options: bool) -> os.stat_result:
+        refuse(path)
+        return stat(path, **options)
+
+    def checked_scandir(path: Any) -> Any:
+        refuse(path)
+        return scandir(path)
+
+    monkeypatch.setattr(Path, "stat", checked_stat)
+    monkeypatch.setattr(os, "scandir", checked_scandir)
+
+
+def test_questions_are_answered(clips: Path) -> None:
+    for why, name in BAD_PATHS.items():
+        path = clips / name
+        assert not paths.is_file(path), why
+        assert paths.is_dir(path) == (why == "a folder")
+        assert paths.exists(path) == (why in ("a folder", "a named pipe"))
+        assert paths.problem(path), why
+    good = clips / "00000.wav"
+    assert (paths.is_file(good), paths.is_dir(good), paths.exists(good), paths.problem(good)) == (
+        True, False, True, "",
+    )  # fmt: skip
+    assert (
+        paths.problem(clips / BAD_PATHS["a name of 304 characters"]) == "cannot be opened: File name too long"
+    )
+    assert paths.problem(clips / "broken.wav") == "is a link that leads nowhere"
+    assert paths.problem(clips / "forbidden/a.wav") == "cannot be opened: Permission denied"
+
+
+def lines(clips: Path, **keys: Any) -> list[dict[str, Any]]:
+    names = ["00000.wav", *BAD_PATHS.values(), "00001.wav"]
+    return [{"audio": str(clips / name), "id": str(i)} | keys for i, name in enumerate(names)]
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["manifest", "list"])
+def test_embed(kind: str, clips: Path, tmp_path: Path, model_folder: Path) -> None:
+    rows = lines(clips)
+    source = write(tmp_path / "m.jsonl", rows)
+    if kind == "list":
+        source = tmp_path / "list"
+        source.write_bytes(os.fsencode("".join(row["audio"] + "\n" for row in rows)))
+    words = [str(source), str(tmp_path / "out"), "--model", str(model_folder), "--device", "cpu"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            embed.main(words)
+        assert stop.value.code == 3
+    found = Embeddings(tmp_path / "out").lines(0)
+    assert [line["audio"] for line in found] == [row["audio"] for row in rows]
+    assert [line.get("error", "") for line in found] == ["", *["open"] * len(BAD_PATHS), ""]
+
+
+def test_score(clips: Path, tmp_path: Path, model_folder: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in lines(clips, caption="A calm voice.")]
+    rows += [{"audio": rows[0]["audio"], "other": row["audio"]} for row in rows]
+    source, out = write(tmp_path / "p.jsonl", rows), tmp_path / "scores.jsonl"
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            score.main([str(source), str(out), "--model", str(model_folder), "--device", "cpu"])
+        assert stop.value.code == 3
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["score" in row for row in found] == 2 * [True, *[False] * len(BAD_PATHS), True]
+    # One line refuses NUL before the recording is looked at.
+    assert sum("[open]" in row.get("error", "") for row in found) == 2 * (len(BAD_PATHS) - 1)
+
+
+def test_evaluate(clips: Path, tmp_path: Path, model_folder: Path) -> None:
+    rows = lines(clips, captions=["A calm voice."], mood="calm")
+    source, out = write(tmp_path / "m.jsonl", rows), tmp_path / "out"
+    words = ["--model", str(model_folder), "--device", "cpu", "--out", str(out), "--resamples", "5"]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["retrieval", str(source), *words])
+    assert stop.value.code == 3
+    results = json.loads((out / "results.json").read_text())
+    assert results["n"] == 2
+    assert len(results["bad"]) == len(BAD_PATHS)
+    assert all("[open]" in reason for reason in results["bad"].values())
+
+
+def test_validate(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "m.jsonl", lines(clips, captions=["A calm voice."]))
+    for words in (["validate", str(source)], ["validate", str(source), "--decode"]):
+        with pytest.raises(SystemExit) as stop:
+            data_command.main(words)
+        assert stop.value.code == 1
+        told = capsys.readouterr().out
+        assert f"{len(BAD_PATHS)} findings" in told
+        assert all(f"clip {i + 1}: " in told for i in range(len(BAD_PATHS)))
+    assert told.count("[open]\n") == len(BAD_PATHS)
+
+
+def test_train(clips: Path, tmp_path: Path) -> None:
+    rows = lines(clips, captions=["A calm voice."])
+    rows += [row | {"id": f"again {i}"} for i in range(20) for row in (rows[0], rows[-1])]
+    read = manifest.read(write(tmp_path / "m.jsonl", rows))
+    config = DataConfig(batch_seconds=1e4, buckets=1, min_seconds=0.05)
+    encode = Tokenizer.train(["A calm voice."] * 9, 300).encode_batch
+    loader = data.Loader(read.clips, lambda texts: encode(texts, 20), config, seed=0, stage1_steps=10)
+    assert loader.left_out == {}
+    batch = loader.batch(0)
+    assert loader.bad == {str(i + 1): "open" for i in range(len(BAD_PATHS))}
+    assert "0" in batch.ids
+
+
+def test_an_id_that_is_not_utf8_is_trained_on(clips: Path, tmp_path: Path) -> None:
+    rows = [{"audio": str(clips / "00000.wav"), "captions": ["A calm voice."]}] * 3
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
+    read = manifest.read(write(Path(name), rows))
+    encode = Tokenizer.train(["A calm voice."] * 9, 300).encode_batch
+    config = DataConfig(min_seconds=0.05)
+    loader = data.Loader(read.clips, lambda texts: encode(texts, 20), config, seed=0, stage1_steps=10)
+    loader.resume(1, loader.state())
+    assert len(loader.batch(0).ids) == 3
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def found(folder: Path) -> list[str]:
+    return [os.path.relpath(name, folder) for name in paths.scan(folder).recordings]
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    make(
+        tmp_path,
+        "elsewhere/b.wav",
+        "elsewhere/deep/c.flac",
+        "v.wav",
+        "folder/real/a.wav",
+        "folder/.hidden/h.WAV",
+    )
+    (folder / "linked").symlink_to("../elsewhere")
+    (folder / "link.wav").symlink_to("../v.wav")
+    (folder / "dangling.wav").symlink_to("no-such.wav")
+    (folder / "unmounted").symlink_to("/no/such/disk")
+    (folder / "notes.txt").symlink_to("no-such.txt")
+    (folder / "self").symlink_to(".")
+    (folder / "real/up").symlink_to("..")
+    (folder / "endless").symlink_to("endless")
+    (tmp_path / "elsewhere/back").symlink_to("../folder")
+    assert found(folder) == [
+        ".hidden/h.WAV", "dangling.wav", "endless", "link.wav", "linked/b.wav", "linked/deep/c.flac",
+        "real/a.wav", "unmounted",
+    ]  # fmt: skip
+    assert paths.scan(folder).left_out == {".txt": 1}
+    (folder / "twice").symlink_to("real")
+    assert {"real/a.wav", "twice/a.wav"} <= set(found(folder))
+
+
+def test_folders_that_link_to_each_other_do_not_multiply(tmp_path: Path) -> None:
+    names = [f"{i:02d}" for i in range(12)]
+    for name in names:
+        make(tmp_path, f"{name}/a.wav")
+        for other in names:
+            (tmp_path / name / f"to-{other}").symlink_to(f"../{other}")
+    listed = found(tmp_path)
+    assert {f"{name}/a.wav" for name in names} <= set(listed)
+    assert len(listed) <= 2 * 12 * 12
+
+
+def test_a_forbidden_folder_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.wav", "forbidden/b.wav", "last/c.wav")
+    forbid(monkeypatch)
+    scan = paths.scan(tmp_path)
+    assert [os.path.relpath(name, tmp_path) for name in scan.recordings] == [
+        "a.wav",
+        "forbidden",
+        "last/c.wav",
+    ]
+    assert scan.warnings() == [f"cannot be read: {tmp_path / 'forbidden'}: Permission denied"]
+
+
+# Runs as a user who is not let in. The imports, and all that is loaded at the first use, come before.
+LOCKED = """
+import contextlib, json, os, sys
+from clsp_fast import CLSP
+from clsp_fast.data import __main__ as data_command
+from clsp_fast.storage import paths
+model = CLSP.from_pretrained(sys.argv[1])
+names = json.loads(sys.argv[2])
+model.encode_audio(names[:1])
+with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
+    data_command.main(["validate", "good.jsonl", "--decode"])
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for name in names[1:-1]:
+    try:
+        open(name, "rb")
+    except PermissionError:
+        continue
+    sys.exit(f"{name} can be opened")
+errors = {}
+model.encode_audio(names, errors=errors)
+scan = paths.scan("clips")
+print(json.dumps([{i: str(error.reason) for i, error in errors.items()}, scan.recordings, scan.warnings()]))
+data_command.main(["validate", "m.jsonl", "--decode"])
+"""
+
+
+@pytest.mark.multiproc
+def test_files_that_the_system_itself_refuses(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips
+) -> None:
+    first, last = make_clips(tmp_path / "clips", 2)
+    samples, rate = soundfile.read(first)
+    (tmp_path / "clips/closed").mkdir()
+    names = [f"clips/{name}" for name in ("a.wav", "a.flac", "a.ogg", "a.mp3", "closed/a.wav")]
+    for name in names:
+        soundfile.write(tmp_path / name, samples, rate)
+        (tmp_path / name).chmod(0)
+    names = ["clips/00000.wav", *names, "clips/00001.wav"]
+    write(tmp_path / "m.jsonl", [{"audio": name, "captions": ["A voice."]} for name in names])
+    write(tmp_path / "good.jsonl", [{"audio": names[0], "captions": ["A voice."]}])
+    # Relative to the current folder: those above it may be closed to that user as well.
+    for path, mode in ((tmp_path, 0o755), (tmp_path / "clips", 0o755), (first, 0o644), (last, 0o644)):
+        path.chmod(mode)
+    (tmp_path / "clips/closed").chmod(0)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", LOCKED, str(model_folder), json.dumps(names)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        (tmp_path / "clips/closed").chmod(0o755)
+    assert done.returncode == 1, done.stderr  # there are findings
+    errors, recordings, warnings = json.loads(done.stdout.splitlines()[0])
+    assert errors == {str(i): "open" for i in range(1, 6)}
+    assert recordings == sorted([*names[:-2], "clips/closed", names[-1]])
+    assert warnings == ["cannot be read: clips/closed: Permission denied"]
+    assert "5 findings" in done.stdout
+    assert done.stdout.count("[open]\n") == 5
+
+
+def test_a_tree_that_is_deeper_than_any_path_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path, "a.wav")
+    for _ in range(25):
+        Path("x" * 200).mkdir()
+        os.chdir("x" * 200)
+    scan = paths.scan(tmp_path)
+    assert scan.recordings[0] == str(tmp_path / "a.wav")
+    assert len(scan.recordings) == 2
+    assert "File name too long" in scan.warnings()[0]
+
+
+def test_what_is_left_out_is_counted_and_named(
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_clips(tmp_path / "clips", 1)
+    make(
+        tmp_path / "clips",
+        "b.webm",
+        "deep/c.WEBM",
+        "d.m4a",
+        "e.json",
+        "README",
+        "f.\x1b[2J",
+        "g." + "y" * 200,
+    )
+    words = [str(tmp_path / "clips"), str(tmp_path / "out"), "--model", str(model_folder), "--device", "cpu"]
+    embed.main(words)
+    told = capsys.readouterr()
+    assert "1 embeddings of 1 recordings" in told.out
+    assert "left out 7 files: 2 .webm, " in told.err
+    for part in (
+        "1 .m4a",
+        "1 .json",
+        "1 without a suffix",
+        "1 .\\x1b[2j",
+        "1 .yyyyyyyyyyy...",
+        "ffmpeg",
+        "a list of",
+    ):
+        assert part in told.err
+    (tmp_path / "clips/00000.wav").unlink()
+    with pytest.raises(SystemExit, match="names no recording"):
+        embed.main(words)
+    assert "left out 7 files" in capsys.readouterr().err
+
+
+def test_every_suffix_that_is_taken_can_hold_a_recording(tmp_path: Path, make_clips: MakeClips) -> None:
+    (clip,) = make_clips(tmp_path / "clips", 1)
+    for suffix in paths.AUDIO_SUFFIXES:
+        for spelt in (suffix, suffix.upper()):
+            (tmp_path / f"clips/a{spelt}").write_bytes(clip.read_bytes())
+    clip.unlink()
+    assert len(paths.scan(tmp_path / "clips").recordings) == 2 * len(paths.AUDIO_SUFFIXES)
+    assert not paths.AUDIO_SUFFIXES & paths.CONVERT_SUFFIXES
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.sph", "NIST"), ("a.au", "AU"), ("a.aifc", "AIFF"), ("a.caf", "CAF"),
+        ("a.w64", "W64"), ("a.RF64", "RF64"), ("a.Wave", "WAV"), ("a.oga", "OGG"), ("a.MPGA", "MP3"),
+        ("a.flac", "FLAC"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_gives_is_decoded(name: str, kind: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    with file.open("wb") as stream:
+        soundfile.write(stream, 0.1 * np.sin(np.arange(8000) / 9), 16000, format=kind)
+    assert paths.scan(tmp_path).recordings == [str(file)]
+    assert abs(len(audio.load(file)) - 8000) < 2000
+
+
+def test_a_model_takes_them_too(clips: Path, tiny: CLSP) -> None:
+    errors: dict[int, Any] = {}
+    tiny.encode_audio([clips / name for name in ("00000.wav", *BAD_PATHS.values())], errors=errors)
+    assert [str(errors[i + 1].reason) for i in range(len(BAD_PATHS))] == ["open"] * len(BAD_PATHS)
