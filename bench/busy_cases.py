@@ -26,8 +26,8 @@ from clsp_fast import contention, features
 from clsp_fast.config import TRAIN_PRESETS
 from clsp_fast.data import Batch
 from clsp_fast.model import CLSP
+from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import optim
-from clsp_fast.training.checkpoint import Place
 from clsp_fast.training.step import absorb_statistics, clip_gradients, forward
 
 CPUS = 2
@@ -58,15 +58,15 @@ def training() -> Work:
     model = CLSP(config.model)
     optimizer = optim.build(model, config.optim)
     optim.set_learning_rate(optimizer, 1e-4)
-    batch, place = training_batch(config.model.text.vocab_size), Place(0, 1, torch.device("cpu"), None)
+    batch, ranks = training_batch(config.model.text.vocab_size), Ranks(0, 1, torch.device("cpu"), None)
 
     def call() -> list[float]:
         torch.manual_seed(1)
-        _, loss = forward(model, batch, place, config)
+        _, loss = forward(model, batch, ranks, config)
         torch.autograd.backward(loss)
-        clip_gradients(model, place, config.optim)
+        clip_gradients(model, ranks, config.optim)
         optimizer.step()
-        absorb_statistics(model, place)
+        absorb_statistics(model, ranks)
         optimizer.zero_grad()
         contention.look()
         return [loss.item()]

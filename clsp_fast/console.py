@@ -19,6 +19,8 @@ from typing import Any, TextIO, TypeVar, cast
 from clsp_fast.storage import files
 
 Result = TypeVar("Result")
+INCOMPLETE = 3
+"""Exit code of a command that did its work, but for recordings that could not be used."""
 _NEVER_FAIL = ("backslashreplace", "namereplace", "xmlcharrefreplace", "replace", "ignore")
 
 
@@ -104,7 +106,7 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class _Stream:
-    """A standard stream, but for a full disk: standard output raises `disk.DiskFull`, whatever it is that
+    """A standard stream, but for a full disk: standard output raises `files.DiskFull`, whatever it is that
     prints, and what standard error cannot take is lost, since no work should end for a line about it."""
 
     def __init__(self, stream: TextIO, *, optional: bool) -> None:

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clsp_fast import console
+from clsp_fast.checks import listed, listed_groups
 from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
-from clsp_fast.model_config import listed, listed_groups
 from clsp_fast.storage import files, textfile
 from clsp_fast.tokenizer import Tokenizer
 

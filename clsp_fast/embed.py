@@ -21,16 +21,16 @@ import torch
 
 from clsp_fast import console, features
 from clsp_fast.audio import AudioError
+from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
-from clsp_fast.console import Progress
+from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data import manifest, segment
 from clsp_fast.data.manifest import Clip
 from clsp_fast.model import CLSP, load
-from clsp_fast.model_config import require
-from clsp_fast.storage import embedding_folder, files, model_folder
+from clsp_fast.storage import embedding_folder, files
 from clsp_fast.storage.embedding_folder import EmbeddingHeader
-from clsp_fast.storage.log import INCOMPLETE
-from clsp_fast.training.checkpoint import FolderInUse, Place
+from clsp_fast.storage.files import FolderInUse
+from clsp_fast.storage.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +94,14 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
     # The shares of a list take unlike times, and processes meet only at its end: a limit that suits training,
     # whose processes meet in every step, would end the run when all but one have finished. Those that died
     # are not what it is for: torchrun then ends the others.
-    with files.room_for(config.out), Place.join(config.device, wait_hours=config.wait_hours) as place:
+    with files.room_for(config.out), Ranks.join(config.device, wait_hours=config.wait_hours) as ranks:
         require(
-            config.source != "-" or place.world == 1, "source", "a file or folder with several processes", "-"
+            config.source != "-" or ranks.world == 1, "source", "a file or folder with several processes", "-"
         )
         clips, problems = manifest.sources(config.source)
-        model = load(config, place.device) if model is None else model
+        model = load(config, ranks.device) if model is None else model
         header = EmbeddingHeader(
-            model=model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
+            model=model.fingerprint(),
             frontend=features.identity(),
             dim=model.config.joint_dim,
             dtype=config.dtype,
@@ -111,24 +111,24 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
             window_s=float(config.window_s),
             slack_seconds=float(config.slack_seconds),
         )
-        with place.exclusive(config.out):
+        with ranks.exclusive(config.out):
             job = _Job(config.out, header, clips, config.source)
             # One list for all: a process that looked for itself would miss what others have finished since.
-            todo = place.gather(job.begin() if place.first else [])[0]
-            own = todo[place.rank :: place.world]
+            todo = ranks.gather(job.begin() if ranks.first else [])[0]
+            own = todo[ranks.rank :: ranks.world]
             progress = Progress(
-                sum(len(job.clips_of(unit)) for unit in own), "recordings", active=place.first
+                sum(len(job.clips_of(unit)) for unit in own), "recordings", active=ranks.first
             )
             for unit in own:
                 job.run(unit, model, config, progress)
-            _await_others(place, config)
-            failures = job.finish() if place.first else Counter()
-            return EmbedResult(len(clips), place.gather(failures)[0], problems)
+            _await_others(ranks, config)
+            failures = job.finish() if ranks.first else Counter()
+            return EmbedResult(len(clips), ranks.gather(failures)[0], problems)
 
 
-def _await_others(place: Place, config: EmbedConfig) -> None:
+def _await_others(ranks: Ranks, config: EmbedConfig) -> None:
     try:
-        place.gather(None)
+        ranks.gather(None)
     except RuntimeError as error:
         raise ConnectionError(
             f"another process ended, or needed over {config.wait_hours:g} hours more than this one "

@@ -26,18 +26,18 @@ from torch import Tensor
 
 from clsp_fast import console, metrics
 from clsp_fast.audio import AudioError
+from clsp_fast.checks import listed, require
 from clsp_fast.config import EncodeConfig
+from clsp_fast.console import INCOMPLETE
 from clsp_fast.data import segment
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.manifest import Clip
 from clsp_fast.evaluation import tasks
 from clsp_fast.evaluation.figures import caption_of, hit_chance
 from clsp_fast.model import CLSP, load
-from clsp_fast.model_config import listed, require
 from clsp_fast.similarity import ranks as ranks_of
-from clsp_fast.storage import files, model_folder, paths, textfile
-from clsp_fast.storage.log import INCOMPLETE
-from clsp_fast.training.checkpoint import Place
+from clsp_fast.storage import files, paths, textfile
+from clsp_fast.storage.ranks import Ranks
 
 Results = dict[str, Any]
 
@@ -305,9 +305,9 @@ def _intervals(
 def _model(config: EncodeConfig, model: CLSP | None) -> CLSP:
     if model is not None:
         return model
-    with Place.join(config.device) as place:
-        require(place.world == 1, "processes", "1", place.world)
-        return load(config, place.device)
+    with Ranks.join(config.device) as ranks:
+        require(ranks.world == 1, "processes", "1", ranks.world)
+        return load(config, ranks.device)
 
 
 def _embed(
@@ -324,7 +324,7 @@ def _embed(
 
 
 def _results(kind: str, model: CLSP, count: int, bad: Mapping[str, str]) -> Results:
-    made_by = model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer)
+    made_by = model.fingerprint()
     return {"kind": kind, "model": made_by, "n": count, "bad": dict(bad), kind: {}}
 
 

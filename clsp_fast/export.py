@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from clsp_fast import console, features
 from clsp_fast.batches import MIN_FRAMES
 from clsp_fast.model import CLSP
-from clsp_fast.storage import files, model_folder
+from clsp_fast.storage import files
 from clsp_fast.towers.layers import frames_after_front, frames_in_graph, make_ragged
 
 TOLERANCE = 1e-4
@@ -92,7 +92,7 @@ def export(model: CLSP, out: Path) -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
     towers = {"audio.onnx": _AudioTower(model).eval(), "text.onnx": _TextTower(model).eval()}
     metadata = {
-        "model": model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer),
+        "model": model.fingerprint(),
         "frontend": features.identity(),
         "logit_scale": repr(float(model.logit_scale.detach())),
     }

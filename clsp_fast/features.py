@@ -7,9 +7,8 @@ with torchaudio.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
+import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clsp_fast import _C, audio, console
+from clsp_fast import _C, audio
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Source, Waveform
 
 SAMPLE_RATE_HZ = 16000
@@ -246,14 +245,6 @@ def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _main(arguments: Sequence[str] | None = None) -> int:
-    from clsp_fast import parity
-
-    parser = argparse.ArgumentParser(prog="python -m clsp_fast.features", description=parity.check.__doc__)
-    parser.add_argument("--check-parity", action="store_true", required=True)
-    parser.parse_args(arguments)
-    return parity.check()
-
-
 if __name__ == "__main__":
-    sys.exit(console.command(_main)())
+    # The parity module imports this one, so it is run, not imported.
+    runpy.run_module("clsp_fast.parity", run_name="__main__")

@@ -420,7 +420,8 @@ class CLSP(nn.Module):
             ValueError: a file that is damaged or does not fit the others.
         """
         path = model_folder.resolve(source)
-        config, tokenizer = model_folder.read_config(path), model_folder.read_tokenizer(path)
+        config, file = model_folder.read_config(path), path / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(file) if file.exists() else None
         with torch.device("meta"):
             model = cls(config, tokenizer)
         # Loading looks at the property of that name, and for an exponential on the meta device torch would
@@ -434,7 +435,18 @@ class CLSP(nn.Module):
 
         Each file is replaced whole or not at all; other files in the folder stay.
         """
-        model_folder.write(Path(path), self.config, self.state_dict(), self.tokenizer)
+        model_folder.write(Path(path), self.config, self.state_dict(), self._tokenizer_json)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of architecture, weights with their dtypes, and tokenizer.
+
+        Embeddings and results store it as the name of the model that made them.
+        """
+        return model_folder.fingerprint(self.config, self.state_dict(), self._tokenizer_json)
+
+    @property
+    def _tokenizer_json(self) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.to_json()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

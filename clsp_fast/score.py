@@ -25,15 +25,15 @@ import torch
 
 from clsp_fast import console
 from clsp_fast.audio import AudioError
+from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
-from clsp_fast.console import Progress
+from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.model import CLSP, load
-from clsp_fast.model_config import require
-from clsp_fast.storage import embedding_folder, files, model_folder, textfile
-from clsp_fast.storage.log import INCOMPLETE
+from clsp_fast.storage import embedding_folder, files, textfile
+from clsp_fast.storage.files import FolderInUse, hold
 from clsp_fast.storage.paths import from_text
+from clsp_fast.storage.ranks import Ranks
 from clsp_fast.storage.textfile import Text
-from clsp_fast.training.checkpoint import FolderInUse, Place, hold
 
 Row = dict[str, Any]
 
@@ -98,15 +98,15 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
             getattr(config, name) != "-" or stream is not None, name, "a file: that stream is closed", "-"
         )
     with files.room_for(None if config.scores == "-" else config.scores), contextlib.ExitStack() as stack:
-        place = stack.enter_context(Place.join(config.device))
-        require(place.world == 1, "processes", "1; under torchrun, give each its --shard", place.world)
+        ranks = stack.enter_context(Ranks.join(config.device))
+        require(ranks.world == 1, "processes", "1; under torchrun, give each its --shard", ranks.world)
         standard = config.pairs == "-"
         source = sys.stdin.buffer if standard else Path(config.pairs)
         pairs = stack.enter_context(textfile.open_text(source, _EXPECTED))
         _check_kind(pairs, config.pairs)
         base = Path() if standard else Path(config.pairs).parent
-        model = load(config, place.device) if model is None else model
-        made_by = model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer)[:16]
+        model = load(config, ranks.device) if model is None else model
+        made_by = model.fingerprint()[:16]
         todo, before, failed = _lines(pairs.file, config.shard), 0, 0
         if config.scores == "-":
             out: IO[bytes] = sys.stdout.buffer

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from clsp_fast import audio, console, features, similarity
 from clsp_fast.audio import AudioError
+from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.model import CLSP, load
-from clsp_fast.model_config import require
-from clsp_fast.storage import files, model_folder
+from clsp_fast.storage import files
 from clsp_fast.storage.embedding_folder import Embeddings, parse_object
+from clsp_fast.storage.ranks import Ranks
 from clsp_fast.storage.textfile import is_text
-from clsp_fast.training.checkpoint import Place
 
 _PLAYED_S = 30
 _TRAINED_ON = 2**18
@@ -109,24 +109,24 @@ def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
         FileNotFoundError: no such folder or model. ValueError: the folder is of another model, or damaged.
         AudioError: a clip that cannot be read. ImportError: faiss is asked for and not installed.
     """
-    with Place.join(config.device) as place:
+    with Ranks.join(config.device) as ranks:
         exact = config.index == "exact"
-        require(exact or place.world == 1, "index", '"exact" with several processes', config.index)
+        require(exact or ranks.world == 1, "index", '"exact" with several processes', config.index)
         found = Embeddings(config.folder)
         require(len(found) > 0, "folder", "a folder with embeddings", config.folder)
-        model = load(config, place.device) if model is None else model
+        model = load(config, ranks.device) if model is None else model
         _check_made_by(found, model, config.folder)
         queries_QD = _embed_queries(config, model)
         k = min(config.k, len(found))
         if exact:
             scores_QK, number_QK = _exact(
-                found, queries_QD, k, range(place.rank, len(found.shards), place.world)
+                found, queries_QD, k, range(ranks.rank, len(found.shards), ranks.world)
             )
-            parts = place.gather((scores_QK.cpu(), number_QK.cpu()))
+            parts = ranks.gather((scores_QK.cpu(), number_QK.cpu()))
             scores_QK, number_QK = _merge([scores for scores, _ in parts], [n for _, n in parts], k)
         else:
             scores_QK, number_QK = _faiss(found, queries_QD, k, config.index[6:], config.index_file)
-        if not place.first:
+        if not ranks.first:
             return []
     names = [("text", text) for text in config.text] + [("clip", clip) for clip in config.clip]
     answers = zip(names, scores_QK.tolist(), number_QK.tolist(), strict=True)
@@ -137,7 +137,7 @@ def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
 
 
 def _check_made_by(found: Embeddings, model: CLSP, path: Path) -> None:
-    own = model_folder.fingerprint(model.config, model.state_dict(), model.tokenizer)
+    own = model.fingerprint()
     if found.header.model != own:
         raise ValueError(
             f"{path} was made with the model {found.header.model[:16]}..., this one is {own[:16]}...: "

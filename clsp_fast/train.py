@@ -28,16 +28,16 @@ from typing import Annotated, Any
 import torch
 
 from clsp_fast import console, contention, similarity
+from clsp_fast.checks import differences, listed
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
 from clsp_fast.data.manifest import Clip
 from clsp_fast.evaluation import figures
 from clsp_fast.model import CLSP, ClspOutput
-from clsp_fast.model_config import differences, listed
 from clsp_fast.storage import files, model_folder, textfile
 from clsp_fast.storage.log import RunLog, save_report
+from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import checkpoint, optim
-from clsp_fast.training.checkpoint import Place
 from clsp_fast.training.corpus import Corpus
 from clsp_fast.training.step import absorb_statistics, clip_gradients, forward
 
@@ -89,25 +89,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         DataError: the data cannot be trained on. ValueError: the run folder holds another model, or a file is
         not what its flag says. FloatingPointError: too many steps in a row were not finite. Interrupted: a
-        signal came; the state was saved. checkpoint.FolderInUse: another process has the run folder.
+        signal came; the state was saved. files.FolderInUse: another process has the run folder.
     """
-    with files.room_for(config.run), Place.join(config.device) as place, place.exclusive(config.run):
-        corpus = place.first_then_all(lambda: Corpus.open(config))
-        if place.first:
+    with files.room_for(config.run), Ranks.join(config.device) as ranks, ranks.exclusive(config.run):
+        corpus = ranks.first_then_all(lambda: Corpus.open(config))
+        if ranks.first:
             claim(config)
-        model = build_model(config, corpus).to(place.device)
+        model = build_model(config, corpus).to(ranks.device)
         optimizer = optim.build(model, config.optim)
         first_step, state = resume(config, model, optimizer)
-        if len(set(place.gather(first_step))) > 1:
+        if len(set(ranks.gather(first_step))) > 1:
             raise ValueError(
                 f"the ranks see different checkpoints: --run-dir {config.run} must be a shared folder"
             )
-        log = RunLog(config.run, first_step=first_step, tensorboard=config.tensorboard, active=place.first)
+        log = RunLog(config.run, first_step=first_step, tensorboard=config.tensorboard, active=ranks.first)
         with log:
-            log.say(opening(config, corpus, model, place, first_step))
-            fit(config, corpus, model, optimizer, place, log, first_step, state)
+            log.say(opening(config, corpus, model, ranks, first_step))
+            fit(config, corpus, model, optimizer, ranks, log, first_step, state)
             with optim.averaged(optimizer):
-                return finish(config, corpus, model, log) if place.first else {}
+                return finish(config, corpus, model, log) if ranks.first else {}
 
 
 def fit(
@@ -115,7 +115,7 @@ def fit(
     corpus: Corpus,
     model: CLSP,
     optimizer: torch.optim.Optimizer,
-    place: Place,
+    ranks: Ranks,
     log: RunLog,
     first_step: int,
     state: dict[str, Any],
@@ -127,9 +127,9 @@ def fit(
         config.data,
         seed=config.seed,
         stage1_steps=config.stage1_steps,
-        rank=place.rank,
-        world=place.world,
-        device=place.device,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
     )
     known = {clip.id for clip in loader.clips}
     bad: dict[str, str] = {clip: why for clip, why in state.get("bad", {}).items() if clip in known}
@@ -138,7 +138,7 @@ def fit(
     if "loader" in state and loader.resume(first_step, state["loader"]):
         log.say(
             f"the batches are not those of the steps so far (ranks: {state['loader']['world']} then, "
-            f"{place.world} now): a new epoch begins after step {first_step}"
+            f"{ranks.world} now): a new epoch begins after step {first_step}"
         )
     log.record("start", first_step, left_out=dict(loader.left_out))
     log.say(f"{len(loader.clips)} clips; left out: {dict(loader.left_out) or 'none'}")
@@ -149,35 +149,35 @@ def fit(
         waiting = time.perf_counter()
         for batch in loader.batches(first_step, total):
             waited_s, step = time.perf_counter() - waiting, batch.step
-            note_bad(bad, batch, loader, place)
+            note_bad(bad, batch, loader, ranks)
             optim.set_learning_rate(optimizer, learning_rate(config, step, loader.plan.steps_per_epoch))
-            torch.manual_seed(config.seed * 1_000_003 + step * place.world + place.rank)
-            output, loss = forward(model, batch, place, config)
+            torch.manual_seed(config.seed * 1_000_003 + step * ranks.world + ranks.rank)
+            output, loss = forward(model, batch, ranks, config)
             torch.autograd.backward(loss)
-            norm = clip_gradients(model, place, config.optim)
+            norm = clip_gradients(model, ranks, config.optim)
             finite = math.isfinite(loss.item()) and math.isfinite(norm)
-            stopping, spoiled = place.any(bool(stop), not finite)
+            stopping, spoiled = ranks.any(bool(stop), not finite)
             if not spoiled:
                 optimizer.step()
                 with torch.no_grad():
                     model.log_logit_scale.clamp_(0.0, math.log(config.max_logit_scale))
-                absorb_statistics(model, place)
+                absorb_statistics(model, ranks)
                 if config.optim.average_steps:
                     optim.update_average(optimizer, step + 1, config.optim.average_steps)
                 meter.add(batch, loss.item(), norm, waited_s)
                 bad_steps = 0
             else:
-                bad_steps = count_bad_step(bad_steps, batch, loss.item(), norm, config, log, place)
+                bad_steps = count_bad_step(bad_steps, batch, loss.item(), norm, config, log, ranks)
             optimizer.zero_grad()
             contention.look()
             done, other_work = step + 1, time.perf_counter()
             if done % config.log_every == 0 or done == total:
-                progress(log, meter, output, step, total, bad, optimizer, place)
+                progress(log, meter, output, step, total, bad, optimizer, ranks)
                 meter = Meter(started=other_work)
-            if done % config.validate_every == 0 and done < total and place.first:
+            if done % config.validate_every == 0 and done < total and ranks.first:
                 with optim.averaged(optimizer):
                     validate(log, model, corpus.validation, validation, corpus.tasks, step)
-            if place.first and (done % config.save_every == 0 or done == total or stopping):
+            if ranks.first and (done % config.save_every == 0 or done == total or stopping):
                 save(config, model, optimizer, done, {"bad": bad, "loader": loader.state()})
             if stopping:
                 raise Interrupted(stop[0] if stop else signal.SIGTERM)
@@ -185,27 +185,27 @@ def fit(
             meter.started += waiting - other_work
 
 
-def note_bad(bad: dict[str, str], batch: Batch, loader: Loader, place: Place) -> None:
+def note_bad(bad: dict[str, str], batch: Batch, loader: Loader, ranks: Ranks) -> None:
     """Adds what any rank could not read for this step to `bad`; DataError, on all ranks, if that is too much
     to go on."""
     found = {clip: reason for clip, reason in batch.bad.items() if clip not in bad}
-    if not place.any(bool(found) or not batch.ids)[0]:
+    if not ranks.any(bool(found) or not batch.ids)[0]:
         return
-    ranks = place.gather((found, len(batch.ids)))
-    for found, _ in ranks:
+    by_rank = ranks.gather((found, len(batch.ids)))
+    for found, _ in by_rank:
         bad.update(found)
     loader.check_bad(bad)
-    if not all(clips for _, clips in ranks):
+    if not all(clips for _, clips in by_rank):
         raise DataError(f"step {batch.step}: not one readable clip was found; {bad_list(bad)}")
 
 
 def count_bad_step(
-    so_far: int, batch: Batch, loss: float, norm: float, config: TrainConfig, log: RunLog, place: Place
+    so_far: int, batch: Batch, loss: float, norm: float, config: TrainConfig, log: RunLog, ranks: Ranks
 ) -> int:
     """Records a step that was not applied; FloatingPointError when there were too many in a row."""
-    ranks = place.gather((batch.ids, loss))
-    clips = [clip for ids, _ in ranks for clip in ids]
-    loss = sum(other for _, other in ranks) / place.world
+    by_rank = ranks.gather((batch.ids, loss))
+    clips = [clip for ids, _ in by_rank for clip in ids]
+    loss = sum(other for _, other in by_rank) / ranks.world
     log.record("bad_step", batch.step, loss=str(loss), norm=str(norm), clips=clips)
     log.say(f"step {batch.step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl")
     if so_far + 1 >= config.max_bad_steps:
@@ -253,7 +253,7 @@ def claim(config: TrainConfig) -> None:
             warnings.warn(
                 f"the configuration of {config.run} has changed since it was started: {text}", stacklevel=2
             )
-    checkpoint.write_json(path, config.to_dict())
+    files.write_json(path, config.to_dict())
 
 
 def resume(config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
@@ -286,17 +286,17 @@ def progress(
     total: int,
     bad: dict[str, str],
     optimizer: torch.optim.Optimizer,
-    place: Place,
+    ranks: Ranks,
 ) -> None:
     """One log record and one line, unless no step was applied since the last."""
     if not meter.losses:
         return
-    figures = meter.figures(place.world)
+    figures = meter.figures(ranks.world)
     figures |= {
         "batch_R@1": batch_recall(output),
         "logit_scale": float(output.logit_scale.detach()),
         "lr": optimizer.param_groups[0]["lr"],
-        "peak_memory_mib": place.peak_memory_mib(),
+        "peak_memory_mib": ranks.peak_memory_mib(),
         "eta_s": (total - step - 1) * figures["step_s"],
     }
     skipped = Counter(bad.values())
@@ -348,7 +348,7 @@ def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dic
     for name, clips in corpus.final_sets.items():
         results[name] = figures.evaluate_clips(model, clips, features, corpus.tasks)
         log.say("\n" + figures.table(results[name], name) + "\n")
-    checkpoint.write_json(config.run / "results.json", results)
+    files.write_json(config.run / "results.json", results)
     log.say(save_report(config.run))
     log.say(f"model: {config.run / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")
     if corpus.is_demo:
@@ -359,7 +359,7 @@ def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dic
     return results
 
 
-def opening(config: TrainConfig, corpus: Corpus, model: CLSP, place: Place, first_step: int) -> str:
+def opening(config: TrainConfig, corpus: Corpus, model: CLSP, ranks: Ranks, first_step: int) -> str:
     """What is about to be trained, where."""
     parts = Counter[str]()
     for name, parameter in model.named_parameters():
@@ -370,7 +370,7 @@ def opening(config: TrainConfig, corpus: Corpus, model: CLSP, place: Place, firs
         f"{corpus.describe()}\n"
         f"model: {sum(parts.values()):,} parameters ({sizes})\n"
         f"run: {config.run}, {config.stage1_steps} + {config.stage2_steps} steps on "
-        f"{place.describe()}{resumed}"
+        f"{ranks.describe()}{resumed}"
     )
 
 
@@ -474,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted as stop:
         print(f"clsp_fast.train: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (DataError, ValueError, OSError, FloatingPointError, ImportError, checkpoint.FolderInUse) as error:
+    except (DataError, ValueError, OSError, FloatingPointError, ImportError, files.FolderInUse) as error:
         sys.exit(f"clsp_fast.train: {error}")
 
 

@@ -29,8 +29,9 @@ from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
 from clsp_fast.storage import embedding_folder
 from clsp_fast.storage.embedding_folder import Embeddings
+from clsp_fast.storage.files import FolderInUse, exclusive
+from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import checkpoint
-from clsp_fast.training.checkpoint import FolderInUse, Place, exclusive
 
 MakeClips = Callable[[Path, int], list[Path]]
 
@@ -276,14 +277,14 @@ def test_the_command_tells_of_failures(
 def test_the_first_process_alone_says_what_is_left(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Second(Place):
+    class Second(Ranks):
         def gather(self, value: Any) -> list[Any]:
             return [[0, 3] if isinstance(value, list) else Counter(), value]
 
     make_clips(tmp_path / "clips", 4)
     (tmp_path / "out/.parts").mkdir(parents=True)
-    place = Second(1, 2, torch.device("cpu"), None)
-    monkeypatch.setattr(command, "Place", SimpleNamespace(join=lambda device, wait_hours: nullcontext(place)))
+    ranks = Second(1, 2, torch.device("cpu"), None)
+    monkeypatch.setattr(command, "Ranks", SimpleNamespace(join=lambda device, wait_hours: nullcontext(ranks)))
     run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=1)
     assert [part.name for part in (tmp_path / "out/.parts").iterdir()] == ["000003.jsonl"]
 
@@ -329,12 +330,12 @@ def test_processes_wait_for_days_and_say_why_they_stop(
         assert limits.pop() == expected
     monkeypatch.undo()
 
-    def late(place: Place, value: object) -> list[object]:
+    def late(ranks: Ranks, value: object) -> list[object]:
         if value is None:
             raise RuntimeError("Timed out waiting 1000ms for recv operation to complete")
         return [value]
 
-    monkeypatch.setattr(Place, "gather", late)
+    monkeypatch.setattr(Ranks, "gather", late)
     with pytest.raises(ConnectionError, match=r"over 0\.5 hours .*--wait-hours.*same command .*Timed out"):
         run(tmp_path / "clips", tmp_path / "out", model_folder, wait_hours=0.5)
     with pytest.raises(ValueError, match="wait_hours must be in"):

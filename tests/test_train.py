@@ -175,10 +175,10 @@ def test_resumes_bit_exactly_from_any_step(
 ) -> None:
     real = train.forward
 
-    def crash(model, batch, place, made):
+    def crash(model, batch, ranks, made):
         if batch.step == stop_at:
             raise RuntimeError("power cut")
-        return real(model, batch, place, made)
+        return real(model, batch, ranks, made)
 
     monkeypatch.setattr(train, "forward", crash)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -231,10 +231,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 ) -> None:
     real, number = train.forward, signal.Signals[name]
 
-    def interrupt(model, batch, place, made):
+    def interrupt(model, batch, ranks, made):
         if batch.step == 4:
             os.kill(os.getpid(), number)
-        return real(model, batch, place, made)
+        return real(model, batch, ranks, made)
 
     monkeypatch.setattr(train, "forward", interrupt)
     with pytest.raises(train.Interrupted, match=name) as stop:
@@ -249,8 +249,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def poison(real: Callable, steps: set[int], where: str) -> Callable:
-    def forward(model, batch, place, made):
-        output, loss = real(model, batch, place, made)
+    def forward(model, batch, ranks, made):
+        output, loss = real(model, batch, ranks, made)
         if batch.step in steps and where == "loss":
             loss = loss * float("nan")
         if batch.step in steps and where == "gradient":

@@ -73,14 +73,14 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(rank)}
-    join, ports_left = train.Place.join, iter(ports)
+    join, ports_left = train.Ranks.join, iter(ports)
 
     def join_elsewhere(device: str) -> Any:
         # The store of the run before may still hold its port.
         os.environ["MASTER_PORT"] = str(next(ports_left))
         return join(device)
 
-    train.Place.join = join_elsewhere  # type: ignore[method-assign]
+    train.Ranks.join = join_elsewhere  # type: ignore[method-assign]
     train.save_report = lambda _: "no curves: they take longer than a run"
     torch.save(scenario(rank, clips, folder), folder / f"rank{rank}.pt")
 
@@ -89,11 +89,11 @@ def _meets_bad_clips(_rank: int, clips: Path, folder: Path) -> dict[str, Any]:
     """Two epochs at the limit, the same with a crash in the second, and a run over the limit."""
     real, steps, crash_at = train.forward, [], -1
 
-    def forward(model, batch, place, made_):
+    def forward(model, batch, ranks, made_):
         if batch.step == crash_at:
             raise RuntimeError("power cut")
         steps.append(batch.step)
-        return real(model, batch, place, made_)
+        return real(model, batch, ranks, made_)
 
     train.forward = forward
     told: dict[str, Any] = {}
@@ -155,9 +155,9 @@ def test_other_batches_begin_a_new_epoch(
     train.train(made(clips, tmp_path / "run", steps=3, data=data))
     real, seen = train.forward, []
 
-    def note(model, batch, place, made_):
+    def note(model, batch, ranks, made_):
         seen.extend(batch.ids)
-        return real(model, batch, place, made_)
+        return real(model, batch, ranks, made_)
 
     monkeypatch.setattr(train, "forward", note)
     changed = "has changed since it was started: data.batch_clips is 10, not 8; stage1_steps is 7, not 3"
@@ -178,10 +178,10 @@ def _poisons_one_rank(rank: int, clips: Path, folder: Path) -> dict[str, Any]:
     """Parameters before and after a step that is not finite on one rank, and that step's clips."""
     real, seen = train.forward, {}
 
-    def forward(model, batch, place, made_):
+    def forward(model, batch, ranks, made_):
         seen[f"before {batch.step}"] = {name: x.clone() for name, x in model.state_dict().items()}
         seen[f"clips {batch.step}"] = batch.ids
-        output, loss = real(model, batch, place, made_)
+        output, loss = real(model, batch, ranks, made_)
         if batch.step == 1 and rank == guilty:
             # A loss that is NaN with finite gradients, and a finite one whose gradient is not.
             loss = loss + (float("nan") if where == "loss" else (model.log_logit_scale * 0).abs().sqrt())

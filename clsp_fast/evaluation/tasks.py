@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clsp_fast.checks import listed
 from clsp_fast.data import manifest
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.manifest import Clip
-from clsp_fast.model_config import listed
 from clsp_fast.storage import files, paths, textfile
 
 _LARGEST_FILE = 2**20

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from clsp_fast.model_config import reject_unknown_keys
+from clsp_fast.checks import reject_unknown_keys
 from clsp_fast.storage import textfile
 from clsp_fast.storage.files import replace_file
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, on disks that are full and on file systems that lack a feature.
+"""Files written whole or not at all, and locks: on full disks, and on file systems that lack a feature.
 
 Other modules write through this one, or within its `room_for`, so that a full disk has the same name
 everywhere.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -32,6 +36,10 @@ class DiskFull(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class FolderInUse(RuntimeError):
+    """Another process holds the folder or file."""
 
 
 @contextlib.contextmanager
@@ -148,6 +156,11 @@ def write_text(file: Path, text: str) -> None:
     replace_file(file, write_to, size=len(content))
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
 def flush(path: Path) -> None:
     """Makes a file, or a folder's list of names, durable, as far as its file system can."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -164,6 +177,38 @@ def sync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the folder for one process.
+
+    Raises:
+        FolderInUse: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        hold(file, folder)
+        yield
+
+
+def hold(file: IO[Any], name: Path) -> None:
+    """Locks an open file until it is closed; FolderInUse, with `name`, if another process has it.
+
+    Where the file system has no locks, a warning says so: nothing then stops a second process.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FolderInUse(f"{name} is in use by another process; wait for it, or choose another") from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
+            raise
+        warnings.warn(
+            f"{name} cannot be locked, its file system has no locks ({error.strerror}): "
+            "make sure that no other process writes it",
+            stacklevel=2,
+        )
 
 
 def refuse_pointer(path: Path) -> None:

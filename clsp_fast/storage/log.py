@@ -10,8 +10,6 @@ from typing import Any
 
 from clsp_fast.storage import files
 
-INCOMPLETE = 3
-"""Exit code of a command that did its work, but for recordings that could not be used."""
 _COLOURS = {"global": "tab:orange", "fine": "tab:blue"}
 
 

@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clsp_fast.checks import listed_groups
 from clsp_fast.config import ModelConfig
-from clsp_fast.model_config import listed_groups
 from clsp_fast.storage import files, textfile
-from clsp_fast.tokenizer import Tokenizer
 
 FORMAT = "clsp_fast"
 FORMAT_VERSION = 1
@@ -93,12 +92,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """Tokenizer of a folder, None if it has none."""
-    file = folder / "tokenizer.json"
-    return Tokenizer.from_file(file) if file.exists() else None
-
-
 def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a folder, on the CPU, with exactly the names and shapes of `expected`."""
     file = _existing(folder / "model.safetensors")
@@ -127,10 +120,12 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         raise ValueError(f"{what}: {listed_groups(problems)}")
 
 
-def write(
-    folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None
-) -> None:
-    """Write the folder; each file replaces its predecessor in one step, the weights last."""
+def write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None) -> None:
+    """Write the folder; each file replaces its predecessor in one step, the weights last.
+
+    Args:
+        tokenizer: content of tokenizer.json; None: the model has no tokenizer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": config.to_dict()}
     parameters = sum(tensor.numel() for tensor in state.values())
@@ -141,7 +136,7 @@ def write(
     }
     texts = {"config.json": json.dumps(content, indent=2) + "\n", "README.md": card}
     if tokenizer is not None:
-        texts["tokenizer.json"] = tokenizer.to_json()
+        texts["tokenizer.json"] = tokenizer
     for name, text in texts.items():
         files.write_text(folder / name, text)
     files.replace_file(
@@ -151,14 +146,14 @@ def write(
     )
 
 
-def fingerprint(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> str:
-    """SHA-256 of a model: architecture, every tensor with its dtype, vocabulary."""
+def fingerprint(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None) -> str:
+    """SHA-256 of architecture, every tensor with its dtype, and the content of tokenizer.json, if any."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    digest.update(b"" if tokenizer is None else tokenizer.to_json().encode())
+    digest.update((tokenizer or "").encode())
     return digest.hexdigest()
 
 

@@ -19,20 +19,20 @@ from clsp_fast.config import OptimConfig, TrainConfig
 from clsp_fast.data import Batch
 from clsp_fast.loss import contrastive_loss
 from clsp_fast.model import CLSP, ClspOutput
+from clsp_fast.storage.ranks import Ranks
 from clsp_fast.towers.layers import RunningNorm
-from clsp_fast.training.checkpoint import Place
 
 _FRAMES_PER_S = 100
 
 
-def forward(model: CLSP, batch: Batch, place: Place, config: TrainConfig) -> tuple[ClspOutput, Tensor]:
+def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tuple[ClspOutput, Tensor]:
     """Embeddings and loss of a batch; the loss is that of the batches of all ranks together."""
     model.train()
     model.recompute_layers(config.recompute_layers)
     for norm in model.running_norms:
         norm.seen = None
     bf16 = config.precision == "bf16"
-    with torch.autocast(place.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
         output = embed(model, batch, config.micro_seconds)
     loss = contrastive_loss(
         output.audio.float(),
@@ -41,8 +41,8 @@ def forward(model: CLSP, batch: Batch, place: Place, config: TrainConfig) -> tup
         # With one caption a clip, captions are in the order of their clips.
         text_owner=None
         if len(batch.text_owner) == len(batch.ids)
-        else batch.text_owner.to(place.device, non_blocking=True),
-        group=place.group,
+        else batch.text_owner.to(ranks.device, non_blocking=True),
+        group=ranks.group,
         compute_dtype=torch.bfloat16 if bf16 else None,
     )
     return output, loss
@@ -110,21 +110,21 @@ def _unnoticed(norms: list[RunningNorm]) -> Iterator[None]:
             norm.notes = True
 
 
-def clip_gradients(model: CLSP, place: Place, config: OptimConfig) -> float:
+def clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
     """Averages the gradients over the ranks, scales them down to the largest norm, unless the optimiser does
     that, and returns the norm they had."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    place.average(gradients)
+    ranks.average(gradients)
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if config.algorithm == "adamw":
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm, foreach=True)
     return float(norm)
 
 
-def absorb_statistics(model: CLSP, place: Place) -> None:
+def absorb_statistics(model: CLSP, ranks: Ranks) -> None:
     """Takes up the batch's moments, averaged over the ranks, so that all ranks keep the same ones."""
     norms = model.running_norms
-    place.average([norm.seen for norm in norms if norm.seen is not None])
+    ranks.average([norm.seen for norm in norms if norm.seen is not None])
     for norm in norms:
         norm.absorb()

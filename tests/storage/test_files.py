@@ -152,11 +152,11 @@ def test_a_file_system_without_locks_costs_a_warning(
     monkeypatch.setattr("fcntl.flock", flock)
     entered = False
     if name == "EIO":
-        with pytest.raises(OSError, match="Input/output error"), checkpoint.exclusive(tmp_path):
+        with pytest.raises(OSError, match="Input/output error"), files.exclusive(tmp_path):
             entered = True
         assert not entered
     else:
-        with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked"), checkpoint.exclusive(tmp_path):
+        with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked"), files.exclusive(tmp_path):
             entered = True
         assert entered
 
@@ -408,3 +408,20 @@ def test_a_shard_written_without_numpy_is_numpys(tmp_path: Path) -> None:
         found = np.load(tmp_path / "a.npy")
         assert found.dtype == rows.dtype
         assert np.array_equal(found, rows)
+
+
+def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
+    with (
+        files.exclusive(tmp_path),
+        pytest.raises(RuntimeError, match="in use by another"),
+        files.exclusive(tmp_path),
+    ):
+        pass
+    with files.exclusive(tmp_path):
+        pass
+
+
+def test_json_is_written_whole(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"x": [1, 2]})
+    assert (tmp_path / "a.json").read_text() == '{\n "x": [\n  1,\n  2\n ]\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

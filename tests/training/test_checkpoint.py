@@ -6,12 +6,10 @@ import multiprocessing
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from clsp_fast.training import checkpoint
 from clsp_fast.training.checkpoint import Checkpoint
@@ -146,33 +144,3 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_verifies(tmp_path: Path) ->
         found = checkpoint.newest(folder)
         assert found is not None
         assert_is(found, found.step)
-
-
-def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
-    with (
-        checkpoint.exclusive(tmp_path),
-        pytest.raises(RuntimeError, match="in use by another"),
-        checkpoint.exclusive(tmp_path),
-    ):
-        pass
-    with checkpoint.exclusive(tmp_path):
-        pass
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    checkpoint.write_json(tmp_path / "a.json", {"x": [1, 2]})
-    assert (tmp_path / "a.json").read_text() == '{\n "x": [\n  1,\n  2\n ]\n}\n'
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_processes_that_are_started_again_meet_in_a_store_of_their_own() -> None:
-    shared, met = dist.HashStore(), []
-    shared.set("clsp_fast/1", "a name that a killed process left")
-    for _ in range(3):
-        with ThreadPoolExecutor(3) as pool:
-            joined = [pool.submit(checkpoint._own_store, shared, rank, 3) for rank in (1, 0, 2)]
-            stores = [future.result(timeout=60) for future in joined]
-        assert not stores[0].check(["address"])
-        stores[0].set("address", str(len(met)))
-        assert {store.get("address") for store in stores} == {str(len(met)).encode()}
-        met.append(stores)

@@ -16,12 +16,12 @@ from peak_memory import peak_memory
 from clsp_fast.config import MODEL_PRESETS, ModelConfig, TrainConfig
 from clsp_fast.data import Batch
 from clsp_fast.model import CLSP
+from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import step
-from clsp_fast.training.checkpoint import Place
 
 # In float64: some 20 layers, forward and backward, of some 10 operations each.
 CHAIN = 1e3
-HERE = Place(0, 1, torch.device("cpu"), None)
+HERE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def without_dropout(**changes: object) -> ModelConfig:
@@ -48,12 +48,12 @@ def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
     )
 
 
-def taken(model: CLSP, batch: Batch, place: Place = HERE, **settings: object) -> dict[str, torch.Tensor]:
+def taken(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object) -> dict[str, torch.Tensor]:
     """Loss, embeddings, gradients and moments of a step."""
     config = TrainConfig(model=model.config, **settings)
     model.zero_grad()
     torch.manual_seed(1)
-    output, loss = step.forward(model, batch, place, config)
+    output, loss = step.forward(model, batch, ranks, config)
     loss.backward()
     found = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
     found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -88,14 +88,14 @@ def _rank_main(rank: int, folder: str) -> None:
     have unlike numbers of clips and so of parts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    place = Place(rank, 2, torch.device("cpu"), dist.group.WORLD)
+    ranks = Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD)
     torch.manual_seed(0)
     model = CLSP(without_dropout()).double()
     torch.manual_seed(rank)
     batch, found = made_batch((7, 3)[rank], 60), []
     for micro_seconds in (0.0, 1.3):
-        gradients = taken(model, batch, place, micro_seconds=micro_seconds)
-        place.average([x for name, x in gradients.items() if name not in ("audio", "text")])
+        gradients = taken(model, batch, ranks, micro_seconds=micro_seconds)
+        ranks.average([x for name, x in gradients.items() if name not in ("audio", "text")])
         found.append(gradients)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,0 +1,76 @@
+"""Checks of arguments, and lists and differences as one line of an error message."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LONGEST_ITEM = 160
+
+
+def is_rate(value: float) -> bool:
+    """Whether it is a number in [0, 1)."""
+    return isinstance(value, (int, float)) and 0.0 <= value < 1.0
+
+
+def is_positive(value: object) -> bool:
+    """Whether it is an integer > 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def require(ok: bool, field: str, expected: str, got: object) -> None:
+    """Raises ValueError, naming the field, what was expected and what came, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{field} must be {expected}, got {_shortened(repr(got))}")
+
+
+def _shortened(text: str, longest: int = _LONGEST_ITEM) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> str:
+    """The items as one screen line: all of them, or as many as fit, "2 of 1,431: a, b, ...". At least one
+    item is shown; one of over `width` characters is cut."""
+    shown = 1
+    while shown < len(items) and len(separator.join(items[: shown + 1])) <= width:
+        shown += 1
+    text = separator.join(_shortened(item, width) for item in items[:shown])
+    return text if shown >= len(items) else f"{shown} of {len(items):,}: {text}{separator}..."
+
+
+def listed_groups(groups: Mapping[str, Sequence[str]]) -> str:
+    """Several lists behind their names as one screen line; empty ones are left out, and so is a name ""."""
+    some = {name: items for name, items in groups.items() if items}
+    width = 120 // max(1, len(some))
+    parts = [(f"{name}: " if name else "") + listed(items, width=width) for name, items in some.items()]
+    return "; ".join(parts)
+
+
+def differences(config: Any, other: Any) -> list[str]:
+    """What differs between two configurations of one class, field by field: "text.dim is 256, not 512", where
+    512 is the other's."""
+    values, others = _by_path(dataclasses.asdict(config)), _by_path(dataclasses.asdict(other))
+    return [
+        f"{path} is {value}, not {others[path]}" for path, value in values.items() if value != others[path]
+    ]
+
+
+def _by_path(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _by_path(value, f"{lead}{key}.") if isinstance(value, dict) else {lead + key: value}
+    return flat
+
+
+def reject_unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the first key that `cls` does not have, and one that is spelt like it, or
+    those that it has."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key)[:_LONGEST_ITEM], known, n=1)
+            hint = f"the nearest is {near[0]!r}" if near else f"it has {listed(known)}"
+            raise ValueError(f"{cls.__name__} has no key {_shortened(repr(key))}; {hint}")

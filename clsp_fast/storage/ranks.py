@@ -1,0 +1,179 @@
+"""The processes of a run, and what they do together; for a single process each method does it alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from clsp_fast.storage import files
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of `world` processes.
+
+    Attributes:
+        rank: 0 .. world-1.
+        world: number of processes.
+        device: where the model of this process lives.
+        group: the process group; None for a single process.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    @contextlib.contextmanager
+    def join(cls, device: str = "auto", *, wait_hours: float = 2.0) -> Iterator[Ranks]:
+        """The place of this process: torchrun's environment if there is one, otherwise a world of one.
+
+        Args:
+            device: as in the configurations.
+            wait_hours: what a process waits for the others at most, wherever they meet.
+
+        Raises:
+            ValueError: the device does not exist.
+        """
+        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        where = _device(device, world)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        if world == 1:
+            yield cls(0, 1, where, None)
+            return
+        # Others wait while the first rank makes a corpus or validates: torch's ten minutes are too short.
+        patience = timedelta(hours=wait_hours)
+        store, rank, world = next(rendezvous("env://", timeout=patience))
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo",
+            store=_fresh_store(store, rank, world),
+            rank=rank,
+            world_size=world,
+            timeout=patience,
+        )
+        try:
+            yield cls(rank, world, where, dist.group.WORLD)
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def exclusive(self, folder: Path) -> Iterator[None]:
+        """The first rank holds the folder for this run; RuntimeError if another run has it."""
+        with files.exclusive(folder) if self.first else contextlib.nullcontext():
+            yield
+
+    def first_then_all(self, make: Callable[[], T]) -> T:
+        """Runs `make` on the first rank, then on all others, which find what the first one wrote."""
+        made = make() if self.first else None
+        if self.group is not None:
+            dist.barrier(self.group)
+        return make() if made is None else made
+
+    def any(self, *here: bool) -> list[bool]:
+        """Of each flag, whether it holds on any rank."""
+        if self.group is None:
+            return list(here)
+        flags = torch.tensor(here, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in rank order; anything that can be pickled."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces each tensor by its mean over the ranks: one collective for all of one dtype."""
+        if self.group is None:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            own = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            dist.all_reduce(flat, group=self.group)
+            flat /= self.world
+            for tensor, mean in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def peak_memory_mib(self) -> float:
+        """Peak of the CUDA allocator, or of the process on a CPU, in MiB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+    def describe(self) -> str:
+        """For people."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"CPU, {torch.get_num_threads()} threads"
+        return name if self.world == 1 else f"{self.world} processes, {name}"
+
+
+def _fresh_store(store: Store, rank: int, world: int) -> Store:
+    """The part of a store that only the processes started together write to.
+
+    torchrun restarts processes with the store of those before, where the dead ones' addresses still are: who
+    reads these instead of the new ones waits for a dead peer (pytorch/pytorch#135712). So every process gives
+    itself a name, and the first one tells each of the names that it finds where to meet; it goes on when all
+    have come, which only living ones do.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"clsp_fast/{rank}", own)
+        session = store.get(f"clsp_fast/{own}").decode()
+        store.add(f"{session}/come", 1)
+    else:
+        session, told = f"clsp_fast/{own}", set[bytes]()
+        while store.add(f"{session}/come", 0) < world - 1:
+            keys = [f"clsp_fast/{other}" for other in range(1, world)]
+            names = {store.get(key) for key in keys if store.check([key])}
+            for name in names - told:
+                store.set(f"clsp_fast/{name.decode()}", session)
+            told |= names
+            time.sleep(0.01)
+    return PrefixStore(session, store)
+
+
+def _device(name: str, world: int) -> torch.device:
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "auto", "cpu" or "cuda[:N]", got {name!r}') from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f'device is {name!r}, but no CUDA device was found; use --device cpu or "auto"')
+    if device.index is not None and world > 1:
+        raise ValueError(f'device must be "auto", "cpu" or "cuda" with several processes, got {name!r}')
+    return torch.device("cuda", local) if device.index is None else device

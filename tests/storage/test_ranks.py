@@ -1,0 +1,22 @@
+"""The processes of a run: how they meet."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch.distributed as dist
+
+from clsp_fast.storage import ranks
+
+
+def test_processes_that_are_started_again_meet_in_a_store_of_their_own() -> None:
+    shared, met = dist.HashStore(), []
+    shared.set("clsp_fast/1", "a name that a killed process left")
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            joined = [pool.submit(ranks._fresh_store, shared, rank, 3) for rank in (1, 0, 2)]
+            stores = [future.result(timeout=60) for future in joined]
+        assert not stores[0].check(["address"])
+        stores[0].set("address", str(len(met)))
+        assert {store.get("address") for store in stores} == {str(len(met)).encode()}
+        met.append(stores)
