@@ -24,8 +24,8 @@ from clsp_fast.audio import AudioError
 from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import INCOMPLETE, Progress
-from clsp_fast.data import manifest, segment
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data import segment
+from clsp_fast.data.manifest import Clip, Problem, read_source
 from clsp_fast.model import CLSP, load
 from clsp_fast.storage import embedding_folder, files
 from clsp_fast.storage.embedding_folder import EmbeddingHeader
@@ -69,7 +69,7 @@ class EmbedResult(NamedTuple):
 
     clips: int
     failed: Counter[str]
-    problems: list[manifest.Problem]
+    problems: list[Problem]
 
     @property
     def complete(self) -> bool:
@@ -98,7 +98,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
         require(
             config.source != "-" or ranks.world == 1, "source", "a file or folder with several processes", "-"
         )
-        clips, problems = manifest.sources(config.source)
+        clips, problems = read_source(config.source)
         model = load(config, ranks.device) if model is None else model
         header = EmbeddingHeader(
             model=model.fingerprint(),

@@ -169,7 +169,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     Raises:
         FileNotFoundError, ValueError: no such source, task or model, or no clip that takes part.
     """
-    known = tasks.read() | ({} if config.task_file is None else tasks.read(config.task_file))
+    known = tasks.read_tasks() | ({} if config.task_file is None else tasks.read_tasks(config.task_file))
     for name in config.task:
         require(name in known, "task", f"one of {listed(list(known), width=200)}", name)
     chosen = [known[name] for name in config.task]

@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Trains a model as `config` says, or resumes or reports the run that is in its folder.
 
     Returns:
-        The results of the finished run, as in results.json: figures of `evaluation.evaluate` by set of clips.
+        The results of the finished run, as in results.json: figures of `evaluate_clips` by set of clips.
 
     Raises:
         DataError: the data cannot be trained on. ValueError: the run folder holds another model, or a file is

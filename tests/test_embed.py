@@ -24,7 +24,7 @@ import torch
 from numerics import assert_as_exact, in_float64
 
 from clsp_fast import embed as command
-from clsp_fast.data import manifest
+from clsp_fast.data.manifest import read_source
 from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
 from clsp_fast.storage import embedding_folder
@@ -156,20 +156,20 @@ def test_manifests_lists_and_streams_name_recordings(tmp_path: Path, make_clips:
     rows = [{"id": "a", "audio": "clips/00000.wav", "start_s": 0.1, "duration_s": 0.05}, {"audio": 3}]
     with gzip.open(tmp_path / "m.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-    clips, problems = manifest.sources(str(tmp_path / "m.jsonl.gz"))
+    clips, problems = read_source(str(tmp_path / "m.jsonl.gz"))
     assert [(c.id, c.start_s, c.duration_s) for c in clips] == [("a", 0.1, 0.05)]
     assert [p.line for p in problems] == [2]
-    clips, _ = manifest.sources("-", io.StringIO("x y.wav\n\nb.flac\n"))
+    clips, _ = read_source("-", io.StringIO("x y.wav\n\nb.flac\n"))
     assert [(c.id, c.audio) for c in clips] == [("x y.wav", "x y.wav"), ("b.flac", "b.flac")]
     (tmp_path / "list").write_bytes(b"\xe9t\xe9.wav\r\n")
-    clips, _ = manifest.sources(str(tmp_path / "list"))
+    clips, _ = read_source(str(tmp_path / "list"))
     assert os.fsencode(clips[0].audio) == b"\xe9t\xe9.wav"
-    assert len(manifest.sources(str(tmp_path / "clips/00000.wav"))[0]) == 1
+    assert len(read_source(str(tmp_path / "clips/00000.wav"))[0]) == 1
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="names no recording"):
-        manifest.sources(str(tmp_path / "empty"))
+        read_source(str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        manifest.sources(str(tmp_path / "nothing"))
+        read_source(str(tmp_path / "nothing"))
 
 
 def test_names_that_are_not_utf8_survive(tmp_path: Path, model_folder: Path, make_clips: MakeClips) -> None:

@@ -118,8 +118,31 @@ class Manifest:
         for line in self.warnings():
             print(f"{self.path}: {line}", file=sys.stderr)
 
+    def describe(self) -> str:
+        """A few lines: clips, hours, captions by kind, their lengths, keys that are not read."""
+        clips = self.clips
+        known = [clip.duration_s for clip in clips if clip.duration_s is not None]
+        kinds = Counter(
+            kind for clip in clips for kind, own in zip(("global", "fine"), clip.captions, strict=True) if own
+        )
+        words = sorted(len(text.split()) for clip in clips for own in clip.captions for text in own)
+        lines = [f"{len(clips)} clips, {len(self.problems)} bad lines"]
+        if known:
+            lines.append(f"{sum(known) / 3600:.2f} h in the {len(known)} clips that state a duration")
+        lines.append(f"{kinds['global']} clips with global captions, {kinds['fine']} with fine-grained ones")
+        lines.append(
+            f"{len(words)} captions of {words[0]} to {words[-1]} words, median {words[len(words) // 2]}"
+        )
+        lines += self.warnings()
+        others = [_counted(key, count) for key, count in self.unknown.items() if not _meant(key)]
+        if others:
+            lines.append(
+                f"not read: {', '.join(others[:_MOST_SHOWN])}{', ...' if others[_MOST_SHOWN:] else ''}"
+            )
+        return "\n".join(lines)
 
-def read(path: Path | str, *, need_captions: bool = True) -> Manifest:
+
+def read_manifest(path: Path | str, *, need_captions: bool = True) -> Manifest:
     """Reads a manifest: JSON lines of clips, or of lhotse MonoCuts, plain or gzipped.
 
     A bad line becomes a `Problem` and costs nothing but itself. Relative audio paths are relative to the
@@ -183,7 +206,7 @@ def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
     return Manifest(path, clips, problems, dict(unknown.most_common()))
 
 
-def sources(source: str, stream: TextIO | None = None) -> tuple[list[Clip], list[Problem]]:
+def read_source(source: str, stream: TextIO | None = None) -> tuple[list[Clip], list[Problem]]:
     """Clips of whatever names recordings; captions are not needed.
 
     Args:
@@ -484,23 +507,3 @@ def _meant(key: str) -> str:
 def _counted(key: str, count: int) -> str:
     shown = f'"{key[:40]}"' if key.isprintable() else ascii(key[:40])
     return f"{shown} in {count} line{'s' if count > 1 else ''}"
-
-
-def describe(manifest: Manifest) -> str:
-    """A few lines: clips, hours, captions by kind, their lengths, keys that are not read."""
-    clips = manifest.clips
-    known = [clip.duration_s for clip in clips if clip.duration_s is not None]
-    kinds = Counter(
-        kind for clip in clips for kind, own in zip(("global", "fine"), clip.captions, strict=True) if own
-    )
-    words = sorted(len(text.split()) for clip in clips for own in clip.captions for text in own)
-    lines = [f"{len(clips)} clips, {len(manifest.problems)} bad lines"]
-    if known:
-        lines.append(f"{sum(known) / 3600:.2f} h in the {len(known)} clips that state a duration")
-    lines.append(f"{kinds['global']} clips with global captions, {kinds['fine']} with fine-grained ones")
-    lines.append(f"{len(words)} captions of {words[0]} to {words[-1]} words, median {words[len(words) // 2]}")
-    lines += manifest.warnings()
-    others = [_counted(key, count) for key, count in manifest.unknown.items() if not _meant(key)]
-    if others:
-        lines.append(f"not read: {', '.join(others[:_MOST_SHOWN])}{', ...' if others[_MOST_SHOWN:] else ''}")
-    return "\n".join(lines)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from clsp_fast.config import DataConfig
-from clsp_fast.data import manifest as manifests
 from clsp_fast.data.loader import ClipFeatures
+from clsp_fast.data.manifest import read_manifest
 from clsp_fast.storage import paths
 
 
@@ -20,7 +20,7 @@ def validate(manifest: Path, *, decode: bool = False) -> int:
     Returns:
         The number of findings; the command's exit code is 1 if there is one.
     """
-    found = manifests.read(manifest)
+    found = read_manifest(manifest)
     findings = [f"line {problem.line}: {problem.message}" for problem in found.problems]
     if decode:
         features = ClipFeatures(DataConfig(cache_mb=0))
@@ -30,7 +30,7 @@ def validate(manifest: Path, *, decode: bool = False) -> int:
     else:
         problems = ((clip, paths.problem(clip.audio)) for clip in found.clips)
         findings += [f"clip {clip.id}: {clip.audio} {problem}" for clip, problem in problems if problem]
-    print(manifests.describe(found))
+    print(found.describe())
     for finding in findings:
         print(finding)
     print(f"{len(findings)} findings")

@@ -44,7 +44,7 @@ def caption_of(clip: Clip, kind: str) -> int | None:
     return 0 if kind == "global" else max(range(len(own)), key=lambda i: (len(own[i]), i))
 
 
-def evaluate(
+def evaluate_embeddings(
     audio_MD: Tensor, clips: Sequence[Clip], encode_text: EncodeText, tasks: Tasks
 ) -> dict[str, Any]:
     """All figures of a set of clips.
@@ -97,7 +97,9 @@ def evaluate_clips(
                 contention.look()
     if not parts:
         raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
-    return evaluate(torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks)
+    return evaluate_embeddings(
+        torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks
+    )
 
 
 def _batches(read: Sequence[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, Tensor]]]:

@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clsp_fast.checks import listed
-from clsp_fast.data import manifest
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.manifest import Clip, read_manifest
 from clsp_fast.storage import files, paths, textfile
 
 _LARGEST_FILE = 2**20
@@ -113,7 +112,7 @@ class Task:
         return next((name for name, bound in self.below.items() if bound is None or number < bound), None)
 
 
-def read(path: Path | None = None) -> dict[str, Task]:
+def read_tasks(path: Path | None = None) -> dict[str, Task]:
     """The tasks of a JSON file, by name; None: those of the package.
 
     Raises:
@@ -233,7 +232,7 @@ def _recordings(corpus: _Corpus) -> Iterator[Path | LeftOut]:
 
 
 def _manifest(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
-    found = manifest.read(source, need_captions=False)
+    found = read_manifest(source, need_captions=False)
     found.warn()
     yield from (LeftOut(f"line {problem.line}", "bad lines") for problem in found.problems)
     yield from found.clips

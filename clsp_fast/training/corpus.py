@@ -15,8 +15,8 @@ from torch import Tensor
 from clsp_fast import demo
 from clsp_fast.config import TrainConfig
 from clsp_fast.console import Progress
-from clsp_fast.data import DataError, manifest, usable
-from clsp_fast.data.manifest import Clip, Manifest
+from clsp_fast.data import DataError, usable
+from clsp_fast.data.manifest import Clip, Manifest, read_manifest
 from clsp_fast.evaluation import figures
 from clsp_fast.storage import files
 from clsp_fast.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class Corpus:
             tokenizer=_tokenizer(train.clips, config),
             max_tokens=config.model.text.max_tokens,
             is_demo=False,
-            note=f"{config.data.manifest}: {manifest.describe(train)}",
+            note=f"{config.data.manifest}: {train.describe()}",
         )
 
     @classmethod
@@ -89,11 +89,11 @@ class Corpus:
             config.run / "corpus", demo.DemoConfig(clips=config.data.demo_clips), progress=_show_progress()
         )
         sets = {"test": made.test} | ({"transfer": made.transfer} if made.transfer else {})
-        train = manifest.read(made.train)
+        train = read_manifest(made.train)
         return cls(
             train=train.clips,
-            validation=manifest.read(made.validation).clips,
-            final_sets={name: manifest.read(path).clips for name, path in sets.items()},
+            validation=read_manifest(made.validation).clips,
+            final_sets={name: read_manifest(path).clips for name, path in sets.items()},
             tasks=demo.prompts(),
             tokenizer=_tokenizer(train.clips, config),
             max_tokens=config.model.text.max_tokens,
@@ -112,7 +112,7 @@ class Corpus:
 
 def _read(path: Path, config: TrainConfig) -> Manifest:
     """A manifest whose bad lines stay within data.max_bad_share; they are named on standard error."""
-    found = manifest.read(path)
+    found = read_manifest(path)
     for problem in found.problems[:20]:
         print(f"{path}, line {problem.line}: {problem.message}; skipped", file=sys.stderr)
     count, lines = len(found.problems), len(found.problems) + len(found.clips)

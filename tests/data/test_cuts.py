@@ -14,7 +14,7 @@ import soundfile
 from clsp_fast import audio, data, embed, train
 from clsp_fast.audio import AudioError, Segment
 from clsp_fast.config import DataConfig, EncodeConfig
-from clsp_fast.data import manifest
+from clsp_fast.data.manifest import read_manifest, read_source
 from clsp_fast.model import CLSP
 from clsp_fast.storage.embedding_folder import Embeddings
 
@@ -44,7 +44,7 @@ def resample(low: object, source: int = 44100) -> dict[str, Any]:
 
 def test_a_resampled_recording_is_read(tmp_path: Path, recording: Any) -> None:
     for changed in (recording.resample(16000), recording.resample(22050).resample(16000)):
-        (clip,) = manifest.read(saved(tmp_path, changed)).clips
+        (clip,) = read_manifest(saved(tmp_path, changed)).clips
         assert len(audio.load(data.segment(clip))) == 24000
 
 
@@ -55,13 +55,13 @@ def test_the_file_decides_how_long_a_resampled_recording_is(
     row = json.loads(saved(tmp_path, recording.resample(16000), start=start, duration=duration).read_text())
     row["recording"] |= {"duration": 3.0, "num_samples": 48000}
     (tmp_path / "cuts.jsonl").write_text(json.dumps(row) + "\n")
-    (clip,) = manifest.read(tmp_path / "cuts.jsonl").clips
+    (clip,) = read_manifest(tmp_path / "cuts.jsonl").clips
     assert (clip.start_s, clip.duration_s) == (start, kept)
     if kept is None:
         assert len(audio.load(data.segment(clip))) == 24000
         del row["recording"]["transforms"]
         (tmp_path / "cuts.jsonl").write_text(json.dumps(row) + "\n")
-        assert manifest.read(tmp_path / "cuts.jsonl").clips[0].duration_s == 3.0
+        assert read_manifest(tmp_path / "cuts.jsonl").clips[0].duration_s == 3.0
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_other_transforms_are_refused_by_name(
     row["recording"]["transforms"] = transforms
     good = {"audio": "r.wav", "captions": ["a"]}
     (tmp_path / "cuts.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
-    found = manifest.read(tmp_path / "cuts.jsonl")
+    found = read_manifest(tmp_path / "cuts.jsonl")
     assert len(found.problems) == bool(message)
     assert all(message in problem.message and len(problem.message) < 250 for problem in found.problems)
     assert len(found.clips) == 2 - bool(message)
@@ -101,7 +101,7 @@ def test_what_is_forgiven_behind_the_end_is_an_option(
 ) -> None:
     path = saved(tmp_path, recording, duration=1.5 + over_s)
     changes = {} if slack is None else {"slack_seconds": slack}
-    clips = manifest.read(path).clips
+    clips = read_manifest(path).clips
     features = data.ClipFeatures(DataConfig(**changes))
     (values,) = features.read(clips)
     assert list(features.bad.values()) == ([reason] if reason else [])
@@ -139,7 +139,7 @@ def test_a_git_lfs_pointer_is_no_recording(tmp_path: Path, suffix: str) -> None:
 def test_a_git_lfs_pointer_is_no_list(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(ValueError, match=rf'{name} .*a Git LFS pointer.*"git lfs pull"'):
-        manifest.sources(str(tmp_path / name))
+        read_source(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -15,8 +15,9 @@ import torch
 
 from clsp_fast import data
 from clsp_fast.config import DataConfig
-from clsp_fast.data import DataError, Loader, manifest
+from clsp_fast.data import DataError, Loader
 from clsp_fast.data import __main__ as data_command
+from clsp_fast.data.manifest import read_manifest
 from clsp_fast.features import PADDING_VALUE
 from clsp_fast.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ def loader(
     device: torch.device | None = None,
     **changes,
 ) -> Loader:
-    found = manifest.read(path).clips
+    found = read_manifest(path).clips
     tokenizer = Tokenizer.train([t for c in found for own in c.captions for t in own], 300)
     settings = {"batch_clips": 6, "buckets": 2, "threads": 1, "augment": 1.0} | changes
     return Loader(
@@ -94,7 +95,7 @@ def test_what_a_batch_holds(clips: Path) -> None:
 
 
 def test_captions_stay_with_their_clips(clips: Path) -> None:
-    found = manifest.read(clips).clips
+    found = read_manifest(clips).clips
     seen: list[list[str]] = []
 
     def encode(texts):
@@ -275,7 +276,7 @@ def test_batches_for_a_card_are_page_locked(clips: Path, cuda: torch.device) -> 
 
 def test_reads_lhotse_cuts_like_a_manifest(clips: Path, tmp_path: Path) -> None:
     cuts = []
-    for clip in manifest.read(clips).clips:
+    for clip in read_manifest(clips).clips:
         recording = lhotse.Recording.from_file(clip.audio)
         captions = {"short_captions": list(clip.captions[0]), "long_captions": list(clip.captions[1])}
         supervision = lhotse.SupervisionSegment("s", recording.id, 0, recording.duration, custom=captions)

@@ -12,8 +12,8 @@ import pytest
 import soundfile
 
 from clsp_fast import audio
-from clsp_fast.data import manifest
 from clsp_fast.data.captions import Captions
+from clsp_fast.data.manifest import read_manifest, read_source
 
 
 def write(folder: Path, *rows: object, name: str = "m.jsonl") -> Path:
@@ -40,7 +40,7 @@ GOOD = {
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
 def test_reads_every_field(tmp_path: Path, name: str) -> None:
-    found = manifest.read(write(tmp_path, GOOD, "", name=name))
+    found = read_manifest(write(tmp_path, GOOD, "", name=name))
     (clip,) = found.clips
     assert not found.problems
     assert (clip.id, clip.audio) == ("a", str(tmp_path / "clips/a.wav"))
@@ -53,7 +53,7 @@ def test_reads_every_field(tmp_path: Path, name: str) -> None:
 
 
 def test_a_bare_line_is_enough(tmp_path: Path) -> None:
-    (clip,) = manifest.read(write(tmp_path, {"audio": "/x/b.flac", "captions": "One caption"})).clips
+    (clip,) = read_manifest(write(tmp_path, {"audio": "/x/b.flac", "captions": "One caption"})).clips
     assert clip.audio == "/x/b.flac"
     assert (clip.start_s, clip.duration_s, clip.channel) == (0.0, None, None)
     assert clip.captions == Captions((), ("One caption",))
@@ -151,7 +151,7 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_a_bad_line_costs_only_itself_and_says_why(tmp_path: Path, row: object, message: str) -> None:
-    found = manifest.read(write(tmp_path, GOOD, row, GOOD | {"id": "c"}))
+    found = read_manifest(write(tmp_path, GOOD, row, GOOD | {"id": "c"}))
     assert [clip.id for clip in found.clips] == ["a", "c"]
     (problem,) = found.problems
     assert problem.line == 2
@@ -166,20 +166,20 @@ def test_a_byte_order_mark_and_null_ids_are_fine(tmp_path: Path) -> None:
     ]
     path = write(tmp_path, *rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    found = manifest.read(path)
+    found = read_manifest(path)
     assert [clip.id for clip in found.clips] == ["m-1", "m-2"]
 
 
 def test_a_file_without_clips_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        manifest.read(tmp_path / "nowhere.jsonl")
+        read_manifest(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="holds no usable clip: the file is empty"):
-        manifest.read(write(tmp_path))
+        read_manifest(write(tmp_path))
     with pytest.raises(ValueError, match="line 1: not JSON"):
-        manifest.read(write(tmp_path, "oops"))
+        read_manifest(write(tmp_path, "oops"))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"audio"' * 100)[:-9])
     with pytest.raises(ValueError, match="cannot be read"):
-        manifest.read(tmp_path / "b.jsonl.gz")
+        read_manifest(tmp_path / "b.jsonl.gz")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_reads_what_lhotse_writes(tmp_path: Path, keys: tuple[str, str]) -> None
     )
     cut = lhotse.MonoCut("cut-1", 0.25, 1.5, channel=1, recording=recording, supervisions=[supervision])
     lhotse.CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl.gz")
-    (clip,) = manifest.read(tmp_path / "cuts.jsonl.gz").clips
+    (clip,) = read_manifest(tmp_path / "cuts.jsonl.gz").clips
     assert (clip.id, clip.start_s, clip.duration_s, clip.channel) == ("cut-1", 0.25, 1.5, 1)
     assert Path(clip.audio) == tmp_path / "r.wav"
     assert clip.captions == Captions(("A woman.",), ("A woman, quick.", "Quick."))
@@ -227,7 +227,7 @@ def cut(*sources: tuple[list[int], str], channel: object = 0, **supervision: obj
 def test_the_text_of_a_cut_is_its_caption_only_where_it_has_no_other(
     tmp_path: Path, custom: dict[str, object], expected: Captions
 ) -> None:
-    (clip,) = manifest.read(write(tmp_path, cut(([0], "r.wav"), custom=custom))).clips
+    (clip,) = read_manifest(write(tmp_path, cut(([0], "r.wav"), custom=custom))).clips
     assert clip.captions == expected
     assert clip.channel is None
 
@@ -249,7 +249,7 @@ APART = (([0], "ch0.wav"), ([1], "ch1.wav"))
 def test_a_cut_is_read_from_the_file_of_its_channel(
     tmp_path: Path, sources: tuple[tuple[list[int], str]], channel: object, expected: tuple[str, int | None]
 ) -> None:
-    (clip,) = manifest.read(write(tmp_path, cut(*sources, channel=channel))).clips
+    (clip,) = read_manifest(write(tmp_path, cut(*sources, channel=channel))).clips
     assert (clip.audio, clip.channel) == expected
 
 
@@ -268,7 +268,7 @@ def test_the_channel_of_a_cut_is_the_one_that_lhotse_reads(tmp_path: Path) -> No
         for i in range(4)
     ]
     lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
-    for theirs, clip in zip(cuts, manifest.read(tmp_path / "cuts.jsonl.gz").clips, strict=True):
+    for theirs, clip in zip(cuts, read_manifest(tmp_path / "cuts.jsonl.gz").clips, strict=True):
         np.testing.assert_array_equal(audio.load(clip.audio, channel=clip.channel), theirs.load_audio()[0])
 
 
@@ -278,22 +278,22 @@ def test_a_key_that_looks_like_another_is_named(
 ) -> None:
     meant = {"duration": "duration_s", "offset": "start_s", "audio_filepath": "audio", "speeker": "speaker"}
     path = write(tmp_path, GOOD | {key: 3}, GOOD | {"id": "b", key: 1}, GOOD | {"id": "d"})
-    found = manifest.read(path)
+    found = read_manifest(path)
     assert (len(found.clips), found.problems) == (3, [])
     warning = f'warning: "{key}" in 2 lines is ignored; is it meant to be "{meant.get(key, "captions")}"?'
     assert found.warnings() == [warning]
-    assert warning in manifest.describe(found).splitlines()
-    manifest.sources(str(path))
+    assert warning in found.describe().splitlines()
+    read_source(str(path))
     assert capsys.readouterr().err == f"{path}: {warning}\n"
 
 
 def test_keys_of_the_users_own_are_counted_and_no_more(tmp_path: Path) -> None:
     own = {"emotion": "calm", "\x1b[2J": 1, "\ud83d": 2}
-    found = manifest.read(
+    found = read_manifest(
         write(tmp_path, GOOD | own, {"id": "b", "emotion": 2, "audio": "a", "captions": "x"})
     )
     assert (len(found.clips), found.problems, found.warnings()) == (2, [], [])
-    last = manifest.describe(found).splitlines()[-1]
+    last = found.describe().splitlines()[-1]
     assert last.startswith('not read: "emotion" in 2 lines, ')
     assert "'\\x1b[2J' in 1 line" in last
     last.encode()
@@ -301,20 +301,20 @@ def test_keys_of_the_users_own_are_counted_and_no_more(tmp_path: Path) -> None:
 
 def test_every_key_that_is_read_is_known(tmp_path: Path) -> None:
     row = {"audio": "a.wav", "short_captions": ["A man."], "long_captions": ["A man, hoarse."]}
-    found = manifest.read(write(tmp_path, GOOD, row))
+    found = read_manifest(write(tmp_path, GOOD, row))
     assert found.clips[1].captions == Captions(("A man.",), ("A man, hoarse.",))
     assert found.unknown == {}
 
 
 def test_describe_counts(tmp_path: Path) -> None:
-    text = manifest.describe(manifest.read(write(tmp_path, GOOD, "oops")))
+    text = read_manifest(write(tmp_path, GOOD, "oops")).describe()
     assert "1 clips, 1 bad lines" in text
     assert "3 captions of 3 to 6 words" in text
 
 
 def test_an_id_that_is_long_and_used_twice_is_shortened(tmp_path: Path) -> None:
     row = GOOD | {"id": "i" * 100_000}
-    (problem,) = manifest.read(write(tmp_path, row, row)).problems
+    (problem,) = read_manifest(write(tmp_path, row, row)).problems
     assert problem.message.endswith("... was used in line 1 already")
     assert len(problem.message) < 200
 
@@ -326,4 +326,4 @@ def test_a_list_of_paths_is_no_manifest_and_the_fix_is_told(tmp_path: Path) -> N
         with pytest.raises(
             ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths: embed"
         ):
-            manifest.read(tmp_path / "list.txt")
+            read_manifest(tmp_path / "list.txt")

@@ -44,7 +44,7 @@ def embeddings() -> Tensor:
 
 
 def test_figures_of_a_perfect_model() -> None:
-    results = figures.evaluate(embeddings(), CLIPS, encode, TASKS)
+    results = figures.evaluate_embeddings(embeddings(), CLIPS, encode, TASKS)
     assert results["n"] == 4
     fine = results["retrieval"]["fine"]  # clips a and d cannot be told apart
     for direction in ("audio_to_text", "text_to_audio"):
@@ -76,7 +76,7 @@ def test_hits_count_any_clip_that_a_caption_is_true_of() -> None:
 
 def test_clips_without_claims_or_captions_of_a_kind() -> None:
     bare = [Clip(str(i), "x.wav", 0.0, None, None, Captions((), (w,))) for i, w in enumerate(WORDS)]
-    results = figures.evaluate(encode(WORDS), bare, encode, {})
+    results = figures.evaluate_embeddings(encode(WORDS), bare, encode, {})
     assert list(results["retrieval"]) == ["fine"]
     assert "hit@5" not in results["retrieval"]["fine"]["audio_to_text"]
     assert results["retrieval"]["fine"]["audio_to_text"]["R@1"] == 1.0
@@ -112,7 +112,7 @@ def test_a_bad_file_of_tasks_is_named_once(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     for content in (b"RIFF\x10\0\0\0WAVEfmt " + bytes(99), b"{", b" " * (2**24 + 1)):
         path.write_bytes(content)
-        for read in (figures.read_tasks, tasks.read):
+        for read in (figures.read_tasks, tasks.read_tasks):
             with pytest.raises(ValueError, match=r"t\.json") as refusal:
                 read(path)
             assert str(refusal.value).count("t.json") == 1

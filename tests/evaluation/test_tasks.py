@@ -23,7 +23,7 @@ def touch(path: Path) -> None:
 
 
 def test_the_tasks_of_the_package_are_those_of_the_literature() -> None:
-    known = tasks.read()
+    known = tasks.read_tasks()
     corpora = ("iemocap-emotion", "ravdess-emotion", "ravdess-gender")
     assert list(known) == [*corpora, "crema-d-emotion", "crema-d-gender", "crema-d-age"]
     iemocap = known["iemocap-emotion"]
@@ -49,7 +49,7 @@ def test_a_users_tasks(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"mood": mood | {"merge": {"relaxed": "calm"}}, "sex": {"m": ["a"], "f": ["b"]}})
     )
-    found = tasks.read(path)
+    found = tasks.read_tasks(path)
     assert found["mood"].names == ["calm", "tense"]
     assert found["mood"].prompts["tense"] == ("x", "y")
     assert found["mood"].label_of(clip(mood="relaxed")) == "calm"
@@ -97,7 +97,7 @@ def test_what_is_no_task_is_named(tmp_path: Path, content: object, message: str)
     path = tmp_path / "tasks.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        tasks.read(path)
+        tasks.read_tasks(path)
 
 
 def test_ravdess(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_ravdess(tmp_path: Path) -> None:
         "05": "angry", "06": "fear", "07": "disgust", "08": "surprised",
     }  # fmt: skip
     assert {(c.tags["speaker"], c.tags["gender"]) for c in clips} == {("01", "male"), ("02", "female")}
-    known = tasks.read()
+    known = tasks.read_tasks()
     assert all(known[name].label_of(c) for c in clips for name in ("ravdess-emotion", "ravdess-gender"))
 
 
@@ -175,7 +175,7 @@ def test_iemocap(tmp_path: Path) -> None:
         ("Ses01F_impro01_M002", "no agreement", "male", "Ses01M"),
     ]
     assert Path(clips[0].audio) == folder / "sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav"
-    counts = Counter(tasks.read()["iemocap-emotion"].label_of(c) for c in clips)
+    counts = Counter(tasks.read_tasks()["iemocap-emotion"].label_of(c) for c in clips)
     assert counts == {"neutral": 1, "happy": 1, None: 1}
 
 

@@ -17,7 +17,7 @@ import soundfile
 from clsp_fast import audio, data, embed, evaluate, score
 from clsp_fast.config import DataConfig
 from clsp_fast.data import __main__ as data_command
-from clsp_fast.data import manifest
+from clsp_fast.data.manifest import read_manifest
 from clsp_fast.model import CLSP
 from clsp_fast.storage import paths
 from clsp_fast.storage.embedding_folder import Embeddings
@@ -164,7 +164,7 @@ def test_validate(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_train(clips: Path, tmp_path: Path) -> None:
     rows = lines(clips, captions=["A calm voice."])
     rows += [row | {"id": f"again {i}"} for i in range(20) for row in (rows[0], rows[-1])]
-    read = manifest.read(write(tmp_path / "m.jsonl", rows))
+    read = read_manifest(write(tmp_path / "m.jsonl", rows))
     config = DataConfig(batch_seconds=1e4, buckets=1, min_seconds=0.05)
     encode = Tokenizer.train(["A calm voice."] * 9, 300).encode_batch
     loader = data.Loader(read.clips, lambda texts: encode(texts, 20), config, seed=0, stage1_steps=10)
@@ -177,7 +177,7 @@ def test_train(clips: Path, tmp_path: Path) -> None:
 def test_an_id_that_is_not_utf8_is_trained_on(clips: Path, tmp_path: Path) -> None:
     rows = [{"audio": str(clips / "00000.wav"), "captions": ["A calm voice."]}] * 3
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
-    read = manifest.read(write(Path(name), rows))
+    read = read_manifest(write(Path(name), rows))
     encode = Tokenizer.train(["A calm voice."] * 9, 300).encode_batch
     config = DataConfig(min_seconds=0.05)
     loader = data.Loader(read.clips, lambda texts: encode(texts, 20), config, seed=0, stage1_steps=10)

@@ -56,16 +56,16 @@ JSON_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
 def read_manifest(file: Path) -> list[str]:
-    return [clip.audio for clip in manifest.read(file, need_captions=False).clips]
+    return [clip.audio for clip in manifest.read_manifest(file, need_captions=False).clips]
 
 
 def read_sources(file: Path) -> list[str]:
-    return [clip.audio for clip in manifest.sources(str(file))[0]]
+    return [clip.audio for clip in manifest.read_source(str(file))[0]]
 
 
 def read_stream(file: Path) -> list[str]:
     with io.TextIOWrapper(file.open("rb")) as stream:
-        return [clip.audio for clip in manifest.sources("-", stream)[0]]
+        return [clip.audio for clip in manifest.read_source("-", stream)[0]]
 
 
 def read_pairs(file: Path) -> list[str]:
@@ -94,7 +94,7 @@ READERS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "ratings": (RATINGS, lambda file: [row[0] for row in evaluate._ratings(file)]),
     "corpus rows": (PARASPEECHCAPS, read_captions),
     "tasks": (json.dumps({"t": {n: ["x"] for n in NAMES}}, ensure_ascii=False) + "\n",
-              lambda file: tasks.read(file)["t"].names),
+              lambda file: tasks.read_tasks(file)["t"].names),
     "tasks of training": (json.dumps({"t": {n: ["x"] for n in NAMES}}, ensure_ascii=False) + "\n",
                           lambda file: list(figures.read_tasks(file)["t"])),
 }  # fmt: skip
@@ -276,7 +276,7 @@ def test_what_is_no_list_is_refused_by_name_by_every_command(
     commands: dict[str, Callable[[], object]] = {
         "embed": lambda: embed.embed(EmbedConfig(source=str(file), out=out)),
         "validate": lambda: data.validate(file),
-        "train": lambda: manifest.read(file),
+        "train": lambda: manifest.read_manifest(file),
         "score": lambda: score.score(ScoreConfig(pairs=str(file), scores=str(out))),
         "retrieval": lambda: evaluate.retrieval(evaluate.RetrievalConfig(source=file)),
         "zeroshot": lambda: evaluate.zeroshot(zeroshot),
@@ -291,20 +291,21 @@ def test_what_is_no_list_is_refused_by_name_by_every_command(
         io.TextIOWrapper(file.open("rb")) as stream,
         pytest.raises(ValueError, match=r"^(standard input|stdin) "),
     ):
-        manifest.sources("-", stream)
+        manifest.read_source("-", stream)
 
 
 @pytest.mark.parametrize("kind", ["wav", "tar", "zip", "csv of other columns", "json array", "zeros", "html"])
 def test_what_is_no_table_or_task_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "given"
     file.write_bytes(NO_LISTS[kind][0]())
-    for read in (tasks.read, figures.read_tasks, lambda path: list(evaluate._ratings(path))):
+    for read in (tasks.read_tasks, figures.read_tasks, lambda path: list(evaluate._ratings(path))):
         with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}"):
             read(file)
 
 
 def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
-    readers = (manifest.read, tasks.read, figures.read_tasks, lambda path: list(evaluate._ratings(path)),
+    readers = (manifest.read_manifest, tasks.read_tasks, figures.read_tasks,
+               lambda path: list(evaluate._ratings(path)),
                lambda path: score.score(ScoreConfig(pairs=str(path), scores="-")))  # fmt: skip
     for read in readers:
         with pytest.raises(FileNotFoundError, match=f"^{tmp_path} is a folder, not "):
@@ -396,7 +397,7 @@ def test_keys_that_nobody_reads_do_no_harm(tmp_path: Path) -> None:
     row = '{"audio": "a.wav", "captions": ["x"], "mos": %s}'
     for value in ("NaN", "-Infinity", "1e999", "9" * 5000, '{"deep": [NaN]}', '"\\ud800"'):
         (tmp_path / "m.jsonl").write_text(row % value)
-        found = manifest.read(tmp_path / "m.jsonl")
+        found = manifest.read_manifest(tmp_path / "m.jsonl")
         assert (len(found.clips), found.problems) == (1, []), value
         pair = textfile.json_object(row % value)
         assert pair["audio"] == "a.wav"
@@ -404,7 +405,7 @@ def test_keys_that_nobody_reads_do_no_harm(tmp_path: Path) -> None:
     for value in ("NaN", "-Infinity", "1e999", "9" * 5000, "-1", '"1"'):
         for key in ("start_s", "duration_s", "channel"):
             (tmp_path / "m.jsonl").write_text((row % value).replace("mos", key) + "\n" + row % 3)
-            (problem,) = manifest.read(tmp_path / "m.jsonl").problems
+            (problem,) = manifest.read_manifest(tmp_path / "m.jsonl").problems
             assert key in problem.message or len(value) > 1000, (key, value)
 
 
@@ -453,7 +454,7 @@ def test_what_is_no_text_is_known_in_a_slow_pipe(kind: str) -> None:
 def test_files_that_cat_joined_hold_several_byte_order_marks(tmp_path: Path) -> None:
     for content in (JSON_LINES, "a.wav\nb.wav\n"):
         (tmp_path / "given").write_bytes(2 * content.encode("utf-8-sig"))
-        found = manifest.sources(str(tmp_path / "given"))
+        found = manifest.read_source(str(tmp_path / "given"))
         assert not any("\ufeff" in clip.audio for clip in found[0])
         assert not any("not JSON" in problem.message for problem in found[1])
     with io.StringIO("\ufeff12345\n\ufeff1234\n\ufeff") as file:
