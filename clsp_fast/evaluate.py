@@ -32,7 +32,7 @@ from clsp_fast.console import INCOMPLETE
 from clsp_fast.data import segment
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.manifest import Clip
-from clsp_fast.evaluation import tasks
+from clsp_fast.evaluation import corpora, tasks
 from clsp_fast.evaluation.figures import caption_of, hit_chance
 from clsp_fast.model import CLSP, load
 from clsp_fast.similarity import ranks as ranks_of
@@ -78,7 +78,7 @@ class RetrievalConfig(_Config):
         require(
             self.captions in ("global", "fine", "both"), "captions", "global, fine or both", self.captions
         )
-        require(self.layout in tasks.LAYOUTS, "layout", "one of " + ", ".join(tasks.LAYOUTS), self.layout)
+        require(self.layout in corpora.LAYOUTS, "layout", "one of " + ", ".join(corpora.LAYOUTS), self.layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ class ZeroshotConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.task), "task", "one task or more", "none")
-        known = self.layout is None or self.layout in tasks.LAYOUTS
-        require(known, "layout", "one of " + ", ".join(tasks.LAYOUTS), self.layout)
+        known = self.layout is None or self.layout in corpora.LAYOUTS
+        require(known, "layout", "one of " + ", ".join(corpora.LAYOUTS), self.layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def retrieval(config: RetrievalConfig, *, model: CLSP | None = None) -> Results:
     Raises:
         FileNotFoundError, ValueError: no such source or model, or nothing in it to evaluate.
     """
-    clips = tasks.clips_of(config.source, config.layout)
+    clips = corpora.read_corpus(config.source, config.layout)
     model = _model(config, model)
     kinds = ("global", "fine") if config.captions == "both" else (config.captions,)
     texts = {kind: {clip.id: _captions(clip, kind, config.all_captions) for clip in clips} for kind in kinds}
@@ -180,7 +180,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
         for task in chosen
     }
     require(len(layouts) == 1, "task", "tasks of one layout, or --layout", sorted(layouts))
-    clips = tasks.clips_of(config.source, layouts.pop(), {task.field for task in chosen})
+    clips = corpora.read_corpus(config.source, layouts.pop(), {task.field for task in chosen})
     labelled = [clip for clip in clips if any(task.label_of(clip) for task in chosen)]
     fields = ", ".join(sorted({task.field for task in chosen}))
     require(bool(labelled), "source", f"clips with a label of the tasks under {fields}", config.source)

@@ -31,7 +31,6 @@ from clsp_fast.storage import embedding_folder
 from clsp_fast.storage.embedding_folder import Embeddings
 from clsp_fast.storage.files import FolderInUse, exclusive
 from clsp_fast.storage.ranks import Ranks
-from clsp_fast.training import checkpoint
 
 MakeClips = Callable[[Path, int], list[Path]]
 
@@ -321,7 +320,7 @@ def test_processes_wait_for_days_and_say_why_they_stop(
         assert timeout / timedelta(hours=1) == limits[-1]
         raise ConnectionError("no further")
 
-    monkeypatch.setattr(checkpoint, "rendezvous", meet)
+    monkeypatch.setattr("clsp_fast.storage.ranks.rendezvous", meet)
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for options, expected in (({}, 168), ({"wait_hours": 500.5}, 500.5)):

@@ -26,7 +26,7 @@ import soundfile
 from clsp_fast import data, embed, evaluate, score, train
 from clsp_fast.data import manifest
 from clsp_fast.embed import EmbedConfig
-from clsp_fast.evaluation import figures, tasks
+from clsp_fast.evaluation import corpora, figures, tasks
 from clsp_fast.score import ScoreConfig
 from clsp_fast.storage import textfile
 from clsp_fast.storage.embedding_folder import EmbeddingHeader
@@ -74,7 +74,7 @@ def read_pairs(file: Path) -> list[str]:
 
 
 def read_captions(file: Path) -> list[str]:
-    rows = tasks.clips_of(file, "paraspeechcaps")
+    rows = corpora.read_corpus(file, "paraspeechcaps")
     assert {clip.captions.global_captions for clip in rows} == {(CAPTION,)}
     return [clip.audio for clip in rows]
 
@@ -125,8 +125,10 @@ def test_actors_and_turns_are_read_alike(tmp_path: Path) -> None:
             continue  # the first line of a table has its columns
         (tmp_path / "crema/VideoDemographics.csv").write_bytes(way("ActorID,Age,Sex\n1001,51,Male\n"))
         (session / "Ses01F_impro01.txt").write_bytes(way(turn))
-        assert [clip.tags["age"] for clip in tasks.clips_of(tmp_path / "crema", "crema-d", ["age"])] == ["51"]
-        assert [clip.tags["emotion"] for clip in tasks.clips_of(tmp_path / "iemocap", "iemocap")] == [
+        assert [clip.tags["age"] for clip in corpora.read_corpus(tmp_path / "crema", "crema-d", ["age"])] == [
+            "51"
+        ]
+        assert [clip.tags["emotion"] for clip in corpora.read_corpus(tmp_path / "iemocap", "iemocap")] == [
             "neutral"
         ]
 
@@ -150,7 +152,7 @@ def test_names_that_are_not_utf8_survive_in_every_reader(
         text = texts.get(reader.split(" on ")[0], '{"audio": "clips/caf\udce9.wav"}\n')
         (tmp_path / "given").write_bytes(os.fsencode(text))
         if reader == "corpus rows":
-            found = [clip.audio for clip in tasks.clips_of(tmp_path / "given", "paraspeechcaps")]
+            found = [clip.audio for clip in corpora.read_corpus(tmp_path / "given", "paraspeechcaps")]
         else:
             found = read(tmp_path / "given")
         assert [os.fsencode(name).endswith(b"clips/caf\xe9.wav") for name in found] == [True], reader
