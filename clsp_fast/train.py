@@ -32,7 +32,8 @@ from clsp_fast.checks import differences, listed
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
 from clsp_fast.data.manifest import Clip
-from clsp_fast.evaluation import figures
+from clsp_fast.evaluation import figures, report
+from clsp_fast.evaluation.tasks import Tasks
 from clsp_fast.model import CLSP, ClspOutput
 from clsp_fast.storage import files, model_folder, textfile
 from clsp_fast.storage.log import RunLog, save_report
@@ -325,7 +326,7 @@ def validate(
     model: CLSP,
     clips: Sequence[Clip],
     features: ClipFeatures,
-    tasks: figures.Tasks,
+    tasks: Tasks,
     step: int,
 ) -> None:
     """Logs and prints the figures of the validation clips."""
@@ -337,7 +338,7 @@ def validate(
         log.say(f"validation after step {step + 1} failed: {error}")
         return
     log.record("validation", step, results=results)
-    log.say(f"validation after step {step + 1}: {figures.summary(results)}")
+    log.say(f"validation after step {step + 1}: {report.summary(results)}")
 
 
 def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dict[str, Any]:
@@ -347,7 +348,7 @@ def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dic
     features = figures.features_for(config.data)
     for name, clips in corpus.final_sets.items():
         results[name] = figures.evaluate_clips(model, clips, features, corpus.tasks)
-        log.say("\n" + figures.table(results[name], name) + "\n")
+        log.say("\n" + report.table_with_bounds(results[name], name) + "\n")
     files.write_json(config.run / "results.json", results)
     log.say(save_report(config.run))
     log.say(f"model: {config.run / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")

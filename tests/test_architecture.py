@@ -42,7 +42,8 @@ ALLOWED = {
     "towers": {"config", "kernels"},
     "model": {"audio", "batches", "config", "contention", "storage", "tokenizer", "towers"},
     "data": {"audio", "config", "console", "features", "storage"},
-    "evaluation": {"checks", "config", "contention", "data", "metrics", "model", "similarity", "storage"},
+    "evaluation": {"audio", "checks", "config", "contention", "data", "metrics", "model", "similarity"}
+    | {"storage"},
     "demo": {"storage"},
     "training": {"config", "console", "data", "demo", "evaluation", "loss", "model", "storage", "tokenizer"}
     | {"towers"},

@@ -25,6 +25,7 @@ from clsp_fast.evaluate import (
     similarity,
     zeroshot,
 )
+from clsp_fast.evaluation.report import save_picture
 from clsp_fast.model import CLSP
 
 MakeClips = Callable[[Path, int], list[Path]]
@@ -299,7 +300,7 @@ def test_without_matplotlib_a_line_says_so(
 ) -> None:
     results = retrieval(config(RetrievalConfig, manifest, model_folder))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "not drawn, matplotlib is missing" in command.save_picture(results, tmp_path / "x.png")
+    assert "not drawn, matplotlib is missing" in save_picture(results, tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from peak_memory import peak_memory
 
 from clsp_fast import convert
 from clsp_fast.data.manifest import read_source
-from clsp_fast.evaluation import tasks
-from clsp_fast.evaluation.figures import read_tasks
+from clsp_fast.evaluation.tasks import read_tasks
 from clsp_fast.model import CLSP
 from clsp_fast.storage import embedding_folder
 from clsp_fast.storage.model_folder import FORMAT, read_config
@@ -103,8 +102,8 @@ def test_json(name: str, model_folder: Path, tmp_path: Path) -> None:
     refused(lambda: read_config(tmp_path), r"config\.json")
     refused(lambda: Tokenizer.from_file(tmp_path), "no tokenizer|cannot be read|config")
     refused(lambda: convert.read_checkpoint(tmp_path), r"index\.json")
-    refused(lambda: read_tasks(tmp_path / "tasks.json"), r"tasks\.json")
-    refused(lambda: tasks.read_tasks(tmp_path / "tasks.json"), r"tasks\.json")
+    for short in (True, False):
+        refused(lambda short=short: read_tasks(tmp_path / "tasks.json", short=short), r"tasks\.json")
     refused(lambda: embedding_folder.parse_object(JSON[name]))
 
 

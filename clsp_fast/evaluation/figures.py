@@ -1,86 +1,84 @@
-"""How good a model is on a set of clips: retrieval both ways, captions that are true of a clip, zero-shot
-labels.
+"""How good a model is on a set of clips: retrieval, zero-shot labels, agreement with people.
 
-A file of its own because training and the evaluate command share it, and a command may not be imported.
-Shape suffixes: M clips, N captions, D joint dimension.
+Training and the evaluate command both take their figures from here. They embed the clips in two ways:
+`embed_features` reads them like the training loader, `embed_audio` like `CLSP.encode_audio`.
+Shape suffixes: M clips, N captions or items, L labels, D joint dimension.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clsp_fast import contention, metrics, similarity
-from clsp_fast.config import DataConfig
-from clsp_fast.data import ClipFeatures, DataError, collate
+from clsp_fast.audio import AudioError
+from clsp_fast.config import DataConfig, EncodeConfig
+from clsp_fast.data import ClipFeatures, DataError, collate, segment
 from clsp_fast.data.manifest import Clip
+from clsp_fast.evaluation.tasks import Task, Tasks
 from clsp_fast.model import CLSP
-from clsp_fast.storage import textfile
 
-Tasks = Mapping[str, Mapping[str, Sequence[str]]]
-"""Zero-shot tasks: tag -> label -> prompts."""
+Figures = dict[str, Any]
 EncodeText = Callable[[Sequence[str]], Tensor]
+"""Captions -> unit-norm embeddings, float32 (N, D), on any device."""
 
-_KS = (1, 5, 10)
+DIRECTIONS = ("audio_to_text", "text_to_audio")
+KINDS = ("global", "fine")
+KS = (1, 5, 10)
+_CURVE = 100
 _CLIPS_READ = 256
 _FRAMES_AT_ONCE = 12_000
 
 
-def caption_of(clip: Clip, kind: str) -> int | None:
-    """Index of the caption that stands for a clip: the first global, the longest fine-grained (the later of
-    two as long, as in the recipe); None: it has none."""
-    own = clip.captions.global_captions if kind == "global" else clip.captions.fine_captions
-    if not own:
-        return None
-    return 0 if kind == "global" else max(range(len(own)), key=lambda i: (len(own[i]), i))
+@dataclass(frozen=True)
+class Bootstrap:
+    """How 95 % intervals are drawn."""
+
+    resamples: int
+    seed: int
+
+    def intervals(
+        self,
+        figures: Callable[[metrics.Array], dict[str, metrics.Array]],
+        groups: NDArray[np.int64],
+    ) -> dict[str, metrics.Interval]:
+        """Intervals of figures; arguments as in `metrics.bootstrap`."""
+        return metrics.bootstrap(figures, groups, resamples=self.resamples, seed=self.seed)
 
 
-def evaluate_embeddings(
-    audio_MD: Tensor, clips: Sequence[Clip], encode_text: EncodeText, tasks: Tasks
-) -> dict[str, Any]:
-    """All figures of a set of clips.
+def captions_of_kind(clip: Clip, kind: str) -> tuple[str, ...]:
+    """A clip's "global" or "fine" captions."""
+    return clip.captions.global_captions if kind == "global" else clip.captions.fine_captions
 
-    Args:
-        audio_MD: unit-norm embeddings of the clips, float (M, D).
-        clips: the M clips.
-        encode_text: captions -> unit-norm embeddings (N, D).
-        tasks: zero-shot tasks; a clip takes part in those whose tag it carries with one of the labels.
+
+def main_caption(clip: Clip, kind: str) -> int:
+    """Index of the caption that stands for a clip, which must have one of this kind: the first global one, or
+    the longest fine-grained one (as in the recipe, the later of two that are equally long)."""
+    captions = captions_of_kind(clip, kind)
+    return 0 if kind == "global" else max(range(len(captions)), key=lambda i: (len(captions[i]), i))
+
+
+def embed_features(model: CLSP, clips: Sequence[Clip], features: ClipFeatures) -> tuple[Tensor, list[Clip]]:
+    """Embeds clips from features that are read like those of training.
 
     Returns:
-        {"n": M, "retrieval": {"global" | "fine": `retrieval_figures`}, "zeroshot": {tag:
-        `zeroshot_figures`}}.
+        Unit-norm embeddings, float32 (M, D) on the CPU, and the M clips, in another order than before.
+        Unreadable clips are left out and counted in `features.bad`.
+
+    Raises:
+        DataError: no clip is readable.
     """
-    results: dict[str, Any] = {"n": len(clips), "retrieval": {}, "zeroshot": {}}
-    for kind in ("global", "fine"):
-        chosen = [caption_of(clip, kind) for clip in clips]
-        own = [i for i, caption in enumerate(chosen) if caption is not None]
-        if not own:
-            continue
-        text_ND = encode_text([_captions(clips[i], kind)[chosen[i] or 0] for i in own])
-        results["retrieval"][kind] = retrieval_figures(
-            audio_MD[own], text_ND, _truth([clips[i] for i in own], [chosen[i] or 0 for i in own], kind)
-        )
-    for tag, prompts in tasks.items():
-        labelled = [i for i, clip in enumerate(clips) if clip.tags.get(tag) in prompts]
-        if labelled:
-            labels = [clips[i].tags[tag] for i in labelled]
-            results["zeroshot"][tag] = zeroshot_figures(audio_MD[labelled], labels, prompts, encode_text)
-    return results
-
-
-def evaluate_clips(
-    model: CLSP, clips: Sequence[Clip], features: ClipFeatures, tasks: Tasks
-) -> dict[str, Any]:
-    """Figures of a set of clips; those that cannot be read are left out, and counted in `features.bad`."""
     model.eval()
     kept: list[Clip] = []
     parts: list[Tensor] = []
@@ -97,13 +95,11 @@ def evaluate_clips(
                 contention.look()
     if not parts:
         raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
-    return evaluate_embeddings(
-        torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks
-    )
+    return torch.cat(parts), kept
 
 
 def _batches(read: Sequence[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, Tensor]]]:
-    """Clips in order of length, so many at a time that their padded frames stay within bounds."""
+    """Clips in order of length, grouped so that the padded frames of a batch stay within bounds."""
     batch: list[tuple[Clip, Tensor]] = []
     for pair in read:
         if batch and (len(batch) + 1) * len(pair[1]) > _FRAMES_AT_ONCE:
@@ -115,158 +111,213 @@ def _batches(read: Sequence[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, T
 
 
 def features_for(config: DataConfig) -> ClipFeatures:
-    """Features as at inference, whatever tail training uses."""
+    """The reader for `embed_features`. Its features are those of inference, whatever tail training uses."""
     return ClipFeatures(dataclasses.replace(config, tail="reflect"))
 
 
-def retrieval_figures(audio_MD: Tensor, text_MD: Tensor, true_MM: Tensor | None) -> dict[str, Any]:
-    """Retrieval with one caption a clip, both directions.
+def embed_audio(
+    model: CLSP, clips: Sequence[Clip], config: EncodeConfig
+) -> tuple[Tensor, list[Clip], dict[str, str]]:
+    """Embeds clips by `CLSP.encode_audio`, which also takes long recordings.
+
+    Returns:
+        Unit-norm embeddings, float32 (M, D) on the CPU; the M clips; and why each of the other clips could
+        not be used: id -> reason.
+
+    Raises:
+        ValueError: no clip is readable.
+    """
+    errors: dict[int, AudioError] = {}
+    audio_MD = model.encode_audio([segment(clip) for clip in clips], errors=errors, **config.batching)
+    good = [i for i in range(len(clips)) if i not in errors]
+    bad = {clips[i].id: str(errors[i]) for i in sorted(errors)}
+    if not good:
+        raise ValueError(f"not one recording is readable: {next(iter(bad.values()))}")
+    return audio_MD[good].float().cpu(), [clips[i] for i in good], bad
+
+
+def evaluate_clips(model: CLSP, clips: Sequence[Clip], features: ClipFeatures, tasks: Tasks) -> Figures:
+    """`evaluate_embeddings` of the clips' embeddings. Unreadable clips are left out and counted in
+    `features.bad`."""
+    audio_MD, kept = embed_features(model, clips, features)
+    return evaluate_embeddings(audio_MD, kept, lambda texts: model.encode_text(texts).float().cpu(), tasks)
+
+
+def evaluate_embeddings(
+    audio_MD: Tensor, clips: Sequence[Clip], encode_text: EncodeText, tasks: Tasks
+) -> Figures:
+    """What training reports of a set of clips.
+
+    Args:
+        audio_MD: unit-norm embeddings of the clips, float (M, D).
+        clips: the M clips.
+        encode_text: captions -> unit-norm embeddings (N, D).
+        tasks: zero-shot tasks. A clip takes part in those that have a label for it.
+
+    Returns:
+        {"n": M, "retrieval": {"global" | "fine": {"n": clips with such a caption} | `retrieval_figures`},
+        "zeroshot": {task: `zeroshot_figures`}}.
+    """
+    results: Figures = {"n": len(clips), "retrieval": {}, "zeroshot": {}}
+    for kind in KINDS:
+        rows = [i for i, clip in enumerate(clips) if captions_of_kind(clip, kind)]
+        if rows:
+            described = [clips[i] for i in rows]
+            chosen = [main_caption(clip, kind) for clip in described]
+            texts = [captions_of_kind(clip, kind)[i] for clip, i in zip(described, chosen, strict=True)]
+            figures = retrieval_figures(
+                audio_MD[rows], encode_text(texts).cpu(), true_MM=_true_captions(described, chosen, kind)
+            )
+            results["retrieval"][kind] = {"n": len(rows)} | figures
+    for name, task in tasks.items():
+        labels = {i: label for i, clip in enumerate(clips) if (label := task.label_of(clip)) is not None}
+        if labels:
+            results["zeroshot"][name] = zeroshot_figures(
+                audio_MD[list(labels)], list(labels.values()), task, encode_text
+            )
+    return results
+
+
+def _true_captions(clips: Sequence[Clip], chosen: Sequence[int], kind: str) -> Tensor | None:
+    """bool (M, M): entry (i, j) says whether all that caption j claims holds for clip i. None: some claims
+    are unknown."""
+    claims_of_clips = [clip.claims.get(kind, ()) for clip in clips]
+    if not all(claims_of_clips):
+        return None
+    claims = [frozenset(rows[i].items()) for rows, i in zip(claims_of_clips, chosen, strict=True)]
+    # Many captions claim the same, so each distinct set of claims is compared with the clips once.
+    columns = {
+        claim: torch.tensor([claim <= clip.tags.items() for clip in clips]) for claim in dict.fromkeys(claims)
+    }
+    true_MM = torch.stack([columns[claim] for claim in claims], dim=1)
+    return true_MM | torch.eye(len(clips), dtype=torch.bool)
+
+
+def retrieval_figures(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    *,
+    owner_N: Tensor | None = None,
+    true_MM: Tensor | None = None,
+    bootstrap: Bootstrap | None = None,
+) -> Figures:
+    """Retrieval in both directions.
 
     Args:
         audio_MD: unit-norm embeddings of M clips.
-        text_MD: unit-norm embeddings of their captions.
-        true_MM: bool, entry (i, j): caption j is true of clip i. None: unknown.
+        text_ND: unit-norm embeddings of their captions.
+        owner_N: int64, the clip that each caption describes. None: caption i describes clip i.
+        true_MM: with one caption a clip, bool: caption j is true of clip i. None: unknown.
+        bootstrap: None: no intervals.
 
     Returns:
-        "n" and, for "audio_to_text" and "text_to_audio", the figures of `metrics.retrieval`, "chance" (R@k
-        of a random order) and, with `true_MM`, "ceiling" (expected R@k of a model that knows what is true of
-        what and guesses among several true answers), "hit@5" (share of queries with a true answer among the
-        first five) and its "hit@5_chance".
+        For "audio_to_text" and "text_to_audio": the figures of `metrics.retrieval` and "chance" (R@k of a
+        random order).
+        With `bootstrap` also "interval", "n" (queries) and "curve" (R@k for k = 1, 2, ...).
+        With `true_MM` also "ceiling" (expected R@k of a model that knows which captions are true of which
+        clips, and guesses among them), "hit@5" (share of queries with a true answer among the first five)
+        and "hit@5_chance".
     """
-    count = len(audio_MD)
-    found = similarity.ranks(audio_MD, text_MD)
-    figures: dict[str, Any] = {"n": count}
-    for direction, own in (("audio_to_text", found.audio_to_text), ("text_to_audio", found.text_to_audio)):
-        way: dict[str, Any] = metrics.retrieval(own)
-        way["chance"] = {f"R@{k}": min(1.0, k / count) for k in _KS}
+    ranks = similarity.ranks(audio_MD, text_ND, text_owner=owner_N)
+    captions_M = None if owner_N is None else torch.bincount(owner_N, minlength=len(audio_MD)).tolist()
+    # Captions of one clip are not independent queries: a resample draws them together.
+    groups_N = torch.arange(len(text_ND)) if owner_N is None else owner_N
+    figures: Figures = {}
+    for direction, rank in zip(DIRECTIONS, ranks, strict=True):
+        if direction == "audio_to_text":
+            items, answers, groups = len(text_ND), captions_M, torch.arange(len(audio_MD))
+        else:
+            items, answers, groups = len(audio_MD), None if owner_N is None else [1], groups_N
+        result: Figures = dict(metrics.retrieval(rank))
+        if bootstrap is not None:
+            resampled = functools.partial(metrics.resampled_retrieval, rank)
+            result["interval"] = bootstrap.intervals(resampled, groups.numpy())
+        result["chance"] = _recall_chance(items, answers)
+        if bootstrap is not None:
+            result["n"] = len(rank)
+            result["curve"] = [float((rank < k).double().mean()) for k in range(1, min(items, _CURVE) + 1)]
         if true_MM is not None:
-            queries, items, true = audio_MD, text_MD, true_MM
-            if direction == "text_to_audio":
-                queries, items, true = items, queries, true.T
-            answers = true.sum(1)
-            way["ceiling"] = {f"R@{k}": float((k / answers).clamp(max=1).mean()) for k in _KS}
-            _, best = similarity.topk(queries, items, min(5, count))
-            way["hit@5"] = float(true.gather(1, best).any(1).double().mean())
-            way["hit@5_chance"] = sum(hit_chance(count, int(n), 5) for n in answers) / count
-        figures[direction] = way
+            sides = (audio_MD, text_ND, true_MM)
+            result |= _true_answers(
+                *(sides if direction == "audio_to_text" else (text_ND, audio_MD, true_MM.T))
+            )
+        figures[direction] = result
     return figures
 
 
-def zeroshot_figures(
-    audio_MD: Tensor, labels: Sequence[str], prompts: Mapping[str, Sequence[str]], encode_text: EncodeText
-) -> dict[str, Any]:
-    """Zero-shot classification: the label whose prompts' mean embedding is nearest.
+def _recall_chance(items: int, answers: Sequence[int] | None) -> dict[str, float]:
+    """R@k of a random order of `items`, given the number of right answers of each query (None: one)."""
+    if answers is None:
+        return {f"R@{k}": min(1.0, k / items) for k in KS}
+    return {f"R@{k}": float(np.mean([hit_chance(items, n, k) for n in answers])) for k in KS}
 
-    Returns:
-        "n", "accuracy" (WA), "uar", "chance" (one over the number of labels) and "majority" (the share of
-        the most frequent label).
-    """
-    names = list(prompts)
-    means_LD = torch.stack([F.normalize(encode_text(list(prompts[name])).mean(0), dim=0) for name in names])
-    predicted = [names[i] for i in (audio_MD @ means_LD.T).argmax(1).tolist()]
+
+def _true_answers(queries_MD: Tensor, items_MD: Tensor, true_MM: Tensor) -> Figures:
+    """Figures that count every true item as an answer, not only the query's partner."""
+    count, answers_M = len(queries_MD), true_MM.sum(1)
+    _, best = similarity.topk(queries_MD, items_MD, min(5, count))
     return {
-        "n": len(labels),
-        "accuracy": metrics.accuracy(predicted, labels),
-        "uar": metrics.unweighted_average_recall(predicted, labels),
-        "chance": 1 / len(names),
-        "majority": max(Counter(labels).values()) / len(labels),
+        "ceiling": {f"R@{k}": float((k / answers_M).clamp(max=1).mean()) for k in KS},
+        "hit@5": float(true_MM.gather(1, best).any(1).double().mean()),
+        "hit@5_chance": sum(hit_chance(count, int(n), 5) for n in answers_M) / count,
     }
 
 
-def read_tasks(path: Path) -> dict[str, dict[str, list[str]]]:
-    """Zero-shot tasks of a JSON file, {tag: {label: [prompts]}}.
-
-    Raises:
-        ValueError: the file holds something else; FileNotFoundError: there is none.
-    """
-    text = textfile.read_text(path, "a JSON file of tasks")
-    try:
-        tasks = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    form = '{tag: {label: ["prompt", ...], ...}, ...}, two labels or more a tag'
-    if not isinstance(tasks, dict):
-        raise ValueError(f"{path} must hold {form}")
-    for tag, labels in tasks.items():
-        good = isinstance(labels, dict) and len(labels) >= 2
-        if not good or not all(
-            isinstance(p, list) and p and all(isinstance(s, str) for s in p) for p in labels.values()
-        ):
-            raise ValueError(f"{path} must hold {form}; {tag!r} does not")
-        for name in (tag, *labels, *(prompt for prompts in labels.values() for prompt in prompts)):
-            if not textfile.is_text(name):
-                got = f"half a surrogate pair, or bytes that are not UTF-8: {name!r}"
-                raise ValueError(f"{path} must hold text, got {got}")
-    return tasks
-
-
-def table(results: Mapping[str, Any], title: str) -> str:
-    """The results as text, with the number of items, chance and ceiling beside each figure."""
-    lines = [f"{title}: {results['n']} clips", ""]
-    lines.append(f"{'retrieval':<24}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MRR@10':>8}{'hit@5':>7}{'n':>6}")
-    for kind, figures in results["retrieval"].items():
-        for direction in ("audio_to_text", "text_to_audio"):
-            way = figures[direction]
-            name = f"{kind} {direction.replace('audio', 'speech').replace('_to_', '->')}"
-            lines.append(
-                _row(name, [way[f"R@{k}"] for k in _KS], way["MRR@10"], way.get("hit@5"), figures["n"])
-            )
-            for bound in ("ceiling", "chance"):
-                if bound in way:
-                    hit = 1.0 if bound == "ceiling" else way.get("hit@5_chance")
-                    hit = hit if "hit@5" in way else None
-                    lines.append(_row(f"  {bound}", [way[bound][f"R@{k}"] for k in _KS], None, hit, None))
-    if results["zeroshot"]:
-        lines += ["", f"{'zero-shot':<24}{'WA':>7}{'UAR':>7}{'chance':>8}{'majority':>10}{'n':>6}"]
-    for tag, figures in results["zeroshot"].items():
-        lines.append(
-            f"{tag:<24}{figures['accuracy']:>7.3f}{figures['uar']:>7.3f}{figures['chance']:>8.3f}"
-            f"{figures['majority']:>10.3f}{figures['n']:>6}"
-        )
-    return "\n".join(lines)
-
-
-def summary(results: Mapping[str, Any]) -> str:
-    """One line: mean of both directions by kind of caption, and the zero-shot accuracies."""
-    parts = []
-    for kind, figures in results["retrieval"].items():
-        ways = [figures[direction] for direction in ("audio_to_text", "text_to_audio")]
-        means = {key: sum(way[key] for way in ways) / 2 for key in ("R@1", "R@10", "hit@5") if key in ways[0]}
-        parts.append(f"{kind} " + " ".join(f"{key} {value:.3f}" for key, value in means.items()))
-    parts += [f"{tag} {figures['accuracy']:.2f}" for tag, figures in results["zeroshot"].items()]
-    return " | ".join(parts)
-
-
-def _row(name: str, recalls: Sequence[float], mrr: float | None, hit: float | None, count: int | None) -> str:
-    cells = "".join(f"{value:>7.3f}" for value in recalls)
-    return (
-        f"{name:<24}{cells}"
-        f"{'' if mrr is None else format(mrr, '.3f'):>8}"
-        f"{'' if hit is None else format(hit, '.3f'):>7}{'' if count is None else count:>6}"
-    )
-
-
-def _captions(clip: Clip, kind: str) -> tuple[str, ...]:
-    return clip.captions.global_captions if kind == "global" else clip.captions.fine_captions
-
-
-def _truth(clips: Sequence[Clip], chosen: Sequence[int], kind: str) -> Tensor | None:
-    """bool (M, M): caption j's claims hold for clip i; None where a caption's claims are unknown."""
-    claims = [clip.claims.get(kind, ()) for clip in clips]
-    if not all(claims):
-        return None
-    own = [rows[i] for rows, i in zip(claims, chosen, strict=True)]
-    # Many captions claim the same, so each distinct claim is compared with the clips once.
-    columns: dict[frozenset[tuple[str, str]], Tensor] = {}
-    for row in own:
-        key = frozenset(row.items())
-        if key not in columns:
-            columns[key] = torch.tensor([key <= clip.tags.items() for clip in clips])
-    holds_MM = torch.stack([columns[frozenset(row.items())] for row in own], dim=1)
-    return holds_MM | torch.eye(len(clips), dtype=torch.bool)
-
-
 def hit_chance(total: int, good: int, draws: int) -> float:
-    """Probability that `draws` items out of `total`, drawn without replacement, hold one of the `good`
-    ones."""
+    """Probability that at least one of `good` items is among `draws` items that are drawn from `total` ones
+    without replacement."""
     return 1 - math.comb(total - good, min(draws, total)) / math.comb(total, min(draws, total))
+
+
+def zeroshot_figures(
+    audio_MD: Tensor,
+    labels: Sequence[str],
+    task: Task,
+    encode_text: EncodeText,
+    *,
+    bootstrap: Bootstrap | None = None,
+) -> Figures:
+    """Zero-shot classification: the label whose prompts' mean embedding is nearest.
+
+    Args:
+        audio_MD: unit-norm embeddings of M clips.
+        labels: the M clips' labels, after merging.
+        task: its prompts, and the labels that count as others.
+        encode_text: captions -> unit-norm embeddings (N, D).
+        bootstrap: None: no intervals.
+
+    Returns:
+        "n", "accuracy" (WA), "uar", "chance" (of guessing evenly) and "majority" (share of the most frequent
+        label). With `bootstrap` also "interval", "labels" and "confusion" (rows: labels, columns:
+        predictions).
+    """
+    means_LD = torch.stack(
+        [F.normalize(encode_text(list(prompts)).mean(0), dim=0) for prompts in task.prompts.values()]
+    )
+    prompted = list(task.prompts)
+    nearest = [prompted[i] for i in (audio_MD @ means_LD.cpu().T).argmax(1).tolist()]
+    predicted = [task.merge.get(label, label) for label in nearest]
+    figures: Figures = {
+        "n": len(labels),
+        "accuracy": metrics.accuracy(predicted, labels),
+        "uar": metrics.unweighted_average_recall(predicted, labels),
+    }
+    if bootstrap is not None:
+        resampled = functools.partial(metrics.resampled_classification, predicted, labels)
+        figures["interval"] = bootstrap.intervals(resampled, np.arange(len(labels)))
+    figures["chance"] = 1 / len(task.names)
+    figures["majority"] = max(Counter(labels).values()) / len(labels)
+    if bootstrap is not None:
+        figures["labels"] = task.names
+        figures["confusion"] = metrics.confusion(predicted, labels, task.names).tolist()
+    return figures
+
+
+def correlation_figures(x_N: metrics.Array, y_N: metrics.Array, bootstrap: Bootstrap) -> Figures:
+    """ "n", "pearson", "spearman" and "kendall" of N pairs of numbers, and their "interval"."""
+
+    def resampled(counts_RN: metrics.Array) -> dict[str, metrics.Array]:
+        return {name: figure(x_N, y_N, counts_RN) for name, figure in metrics.CORRELATIONS.items()}
+
+    figures = {name: float(figure(x_N, y_N)[0]) for name, figure in metrics.CORRELATIONS.items()}
+    return {"n": len(x_N)} | figures | {"interval": bootstrap.intervals(resampled, np.arange(len(x_N)))}

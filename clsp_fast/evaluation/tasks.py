@@ -1,7 +1,6 @@
-"""Zero-shot tasks as data, and readers of the folders that the corpora behind them come in.
+"""Zero-shot tasks as data. Those of the literature are in tasks.json; to add one, add an entry there.
 
-A file of its own because a task is a table's line and a layout is a corpus' habit: neither knows of models.
-The tasks of the literature are in tasks.json; a user's file has the same form:
+A user's file has the same form:
 
     {"my-task": {"field": "mood",                          # the clips' tag that holds the truth
                  "prompts": {"calm": ["A calm voice."], "tense": ["A tense voice.", "Someone tense."]},
@@ -10,7 +9,7 @@ The tasks of the literature are in tasks.json; a user's file has the same form:
                  "layout": "manifest"}}                    # how --source is read, unless --layout says so
 
 "labels" with a "template" that has {} in it may stand for "prompts". {"tag": {"label": ["prompt"]}} is a
-short form of a task whose field has its name.
+short form: a task whose field has its name. Training (--data.zeroshot) takes only this form.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from clsp_fast.evaluation.corpora import LAYOUTS
 from clsp_fast.storage import textfile
 
 _LARGEST_FILE = 2**20
+_LARGEST_SHORT_FILE = 2**24
 _KEYS = {"field", "labels", "template", "prompts", "merge", "below", "layout"}
+_SHORT_FORM = '{tag: {label: ["prompt", ...], ...}, ...}, two labels or more a tag'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class Task:
         field: the tag that holds the truth.
         prompts: label -> descriptions; their mean embedding stands for the label.
         merge: label -> the label that it counts as.
-        below: label -> upper bound of its range, in rising order, None for the last; empty: no number.
+        below: label -> upper bound of its range, in rising order, None for the last; empty: the tag is no
+            number.
         layout: key of `LAYOUTS`.
     """
 
@@ -58,18 +60,14 @@ class Task:
             raise ValueError(f"task {self.name!r}: {problem}")
 
     def _problem(self) -> str:
-        if not isinstance(self.field, str) or not self.field:
-            return f'"field" must be the name of a tag, got {self.field!r}'
+        texts = [text for descriptions in self.prompts.values() for text in descriptions]
+        if not all(self.prompts.values()) or not all(isinstance(text, str) for text in texts):
+            return '"prompts" must have a description or more for each label'
         names = [self.name, self.field, *self.prompts, *self.merge, *self.below]
-        unwritable = [name for name in names if not textfile.is_text(name)]
+        unwritable = [text for text in names + texts if not textfile.is_text(text)]
         if unwritable:
             got = f"half a surrogate pair, or bytes that are not UTF-8: {unwritable[0]!r}"
-            return f"its names must be text, got {got}"
-        texts = [text for own in self.prompts.values() for text in own]
-        if not all(self.prompts.values()) or not all(
-            isinstance(t, str) and t.strip() and textfile.is_text(t) for t in texts
-        ):
-            return '"prompts" must have a description or more for each label'
+            return f"its names and descriptions must hold text, got {got}"
         for label, target in self.merge.items():
             if not isinstance(target, str) or target not in self.prompts or target in self.merge:
                 return f'"merge" must lead to a label that has prompts and stays, got {label!r}: {target!r}'
@@ -79,7 +77,7 @@ class Task:
         numbers = [b for b in bounds if isinstance(b, (int, float)) and not isinstance(b, bool)]
         rising = numbers == sorted(set(numbers)) and bounds[:-1] == numbers[: len(bounds) - 1]
         if bounds and (not rising or len(bounds) - len(numbers) > 1 or set(self.below) - set(self.prompts)):
-            return '"below" must give labels with prompts rising bounds, null for the last at most'
+            return '"below" must give labels with prompts rising bounds, and null at most to the last'
         if self.layout not in LAYOUTS:
             return f'"layout" must be one of {", ".join(LAYOUTS)}, got {self.layout!r}'
         return ""
@@ -107,23 +105,62 @@ class Task:
         return next((name for name, bound in self.below.items() if bound is None or number < bound), None)
 
 
-def read_tasks(path: Path | None = None) -> dict[str, Task]:
-    """The tasks of a JSON file, by name; None: those of the package.
+Tasks = Mapping[str, Task]
+"""Tasks by name."""
+
+
+def tasks_from_prompts(prompts: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, Task]:
+    """Tasks of the short form, tag -> label -> descriptions."""
+    return {
+        tag: Task(name=tag, field=tag, prompts={label: tuple(texts) for label, texts in labels.items()})
+        for tag, labels in prompts.items()
+    }
+
+
+def read_tasks(path: Path | None = None, *, short: bool = False) -> dict[str, Task]:
+    """The tasks of a JSON file, by name.
+
+    Args:
+        path: the file; None: the tasks of the package.
+        short: take only the short form; the file may then have no task.
 
     Raises:
         ValueError: the file is not of the form; the message says where. FileNotFoundError: there is none.
     """
     path = Path(__file__).with_name("tasks.json") if path is None else path
-    text = textfile.read_text(path, "a JSON file of tasks", most_bytes=_LARGEST_FILE)
+    most_bytes = _LARGEST_SHORT_FILE if short else _LARGEST_FILE
+    text = textfile.read_text(path, "a JSON file of tasks", most_bytes=most_bytes)
     try:
         content = json.loads(text)
-        if not isinstance(content, dict) or not content:
-            raise ValueError("expected an object with a task or more")
-        return {name: _task(name, value) for name, value in content.items()}
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if short:
+        wrong = _not_of_the_short_form(content)
+        if wrong is not None:
+            raise ValueError(f"{path} must hold {_SHORT_FORM}{wrong}")
+    try:
+        if short:
+            return tasks_from_prompts(content)
+        if not isinstance(content, dict) or not content:
+            raise ValueError("expected an object with a task or more")
+        return {name: _task(name, value) for name, value in content.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _not_of_the_short_form(content: Any) -> str | None:
+    """None if it is of the short form, otherwise where it is not."""
+    if not isinstance(content, dict):
+        return ""
+    for tag, labels in content.items():
+        if not isinstance(labels, dict) or len(labels) < 2:
+            return f"; {tag!r} does not"
+        for prompts in labels.values():
+            if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+                return f"; {tag!r} does not"
+    return None
 
 
 def _task(name: str, value: Any) -> Task:
@@ -135,6 +172,8 @@ def _task(name: str, value: Any) -> Task:
     if unknown or "field" not in value or ("prompts" in value) == ("labels" in value):
         known, got = ", ".join(sorted(_KEYS)), listed(sorted(value))
         raise ValueError(f'task {name!r} must have "field" and "prompts" or "labels", of {known}; got {got}')
+    if not isinstance(value["field"], str) or not value["field"]:
+        raise ValueError(f'task {name!r}: "field" must be the name of a tag, got {value["field"]!r}')
     prompts = value.get("prompts")
     if prompts is None:
         template, labels = value.get("template"), value["labels"]
@@ -145,7 +184,12 @@ def _task(name: str, value: Any) -> Task:
     for key, part in parts.items():
         if not isinstance(part, dict):
             raise ValueError(f'task {name!r}: "{key}" must be an object')
-    if not all(isinstance(own, (str, list)) for own in prompts.values()):
+    if not all(isinstance(texts, (str, list)) for texts in prompts.values()):
         raise ValueError(f'task {name!r}: "prompts" must have lists of descriptions')
-    parts["prompts"] = {k: (own,) if isinstance(own, str) else tuple(own) for k, own in prompts.items()}
-    return Task(name=name, field=value["field"], layout=value.get("layout", "manifest"), **parts)
+    prompts = {
+        label: (texts,) if isinstance(texts, str) else tuple(texts) for label, texts in prompts.items()
+    }
+    if any(isinstance(text, str) and not text.strip() for texts in prompts.values() for text in texts):
+        raise ValueError(f'task {name!r}: "prompts" must have a description or more for each label')
+    layout = value.get("layout", "manifest")
+    return Task(name=name, field=value["field"], layout=layout, **parts | {"prompts": prompts})

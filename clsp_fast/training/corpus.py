@@ -17,7 +17,7 @@ from clsp_fast.config import TrainConfig
 from clsp_fast.console import Progress
 from clsp_fast.data import DataError, usable
 from clsp_fast.data.manifest import Clip, Manifest, read_manifest
-from clsp_fast.evaluation import figures
+from clsp_fast.evaluation.tasks import Tasks, read_tasks, tasks_from_prompts
 from clsp_fast.storage import files
 from clsp_fast.tokenizer import Tokenizer
 from clsp_fast.training import checkpoint
@@ -43,7 +43,7 @@ class Corpus:
     train: list[Clip]
     validation: list[Clip]
     final_sets: Mapping[str, list[Clip]]
-    tasks: figures.Tasks
+    tasks: Tasks
     tokenizer: Tokenizer
     max_tokens: int
     is_demo: bool
@@ -70,7 +70,7 @@ class Corpus:
                     raise DataError(f"--data.{name} {path}: all clips are left out: {dict(left_out)}")
                 if left_out:
                     print(f"{path}: clips left out: {dict(left_out)}", file=sys.stderr)
-        tasks = figures.read_tasks(config.data.zeroshot) if config.data.zeroshot else {}
+        tasks = read_tasks(config.data.zeroshot, short=True) if config.data.zeroshot else {}
         final = {name: clips for name, clips in sets.items() if name == "test" or "test" not in sets}
         return cls(
             train=train.clips,
@@ -94,7 +94,7 @@ class Corpus:
             train=train.clips,
             validation=read_manifest(made.validation).clips,
             final_sets={name: read_manifest(path).clips for name, path in sets.items()},
-            tasks=demo.prompts(),
+            tasks=tasks_from_prompts(demo.prompts()),
             tokenizer=_tokenizer(train.clips, config),
             max_tokens=config.model.text.max_tokens,
             is_demo=True,

@@ -80,10 +80,13 @@ GOOD = {"field": "a", "prompts": {"x": ["p"], "y": ["q"]}}
         ({"t": GOOD | {"below": {"z": 20, "y": None}}}, '"below" must give'),
         ({"t": GOOD | {"layout": "tar"}}, '"layout" must be one of manifest, ravdess'),
         ({"t": {"field": "a", "labels": ["x", "y"]}}, '"template" that has'),
-        ({"t": {"caf\udce9": ["x"], "b": ["y"]}}, r"names must be text.*'caf\\udce9'"),
-        ({"t\ud83d": {"a": ["x"], "b": ["y"]}}, r"task 't\\ud83d': its names must be text"),
-        ({"t": GOOD | {"field": "\ud83d"}}, "names must be text"),
-        ({"t": GOOD | {"merge": {"\ud83d": "x"}}}, "names must be text"),
+        ({"t": {"caf\udce9": ["x"], "b": ["y"]}}, r"names and descriptions must hold text.*'caf\\udce9'"),
+        (
+            {"t\ud83d": {"a": ["x"], "b": ["y"]}},
+            r"task 't\\ud83d': its names and descriptions must hold text",
+        ),
+        ({"t": GOOD | {"field": "\ud83d"}}, "names and descriptions must hold text"),
+        ({"t": GOOD | {"merge": {"\ud83d": "x"}}}, "names and descriptions must hold text"),
         ({"t": {"field": "a", "labels": ["x", "y"], "template": "A."}}, '"template" that has'),
     ],
 )

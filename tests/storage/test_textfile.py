@@ -26,7 +26,9 @@ import soundfile
 from clsp_fast import data, embed, evaluate, score, train
 from clsp_fast.data import manifest
 from clsp_fast.embed import EmbedConfig
-from clsp_fast.evaluation import corpora, figures, tasks
+from clsp_fast.evaluation import corpora
+from clsp_fast.evaluation.ratings import read_ratings
+from clsp_fast.evaluation.tasks import Task, read_tasks
 from clsp_fast.score import ScoreConfig
 from clsp_fast.storage import textfile
 from clsp_fast.storage.embedding_folder import EmbeddingHeader
@@ -68,6 +70,10 @@ def read_stream(file: Path) -> list[str]:
         return [clip.audio for clip in manifest.read_source("-", stream)[0]]
 
 
+def read_short_tasks(file: Path) -> dict[str, Task]:
+    return read_tasks(file, short=True)
+
+
 def read_pairs(file: Path) -> list[str]:
     with textfile.open_text(file, "pairs") as pairs:
         return [line.row["audio"] for line in score._lines(pairs.file, "1/1") if not line.problem]
@@ -91,12 +97,12 @@ READERS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "list": ("".join(f"{name}\n" for name in NAMES), read_sources),
     "list on standard input": ("".join(f"{name}\n" for name in NAMES), read_stream),
     "pairs": (JSON_LINES, read_pairs),
-    "ratings": (RATINGS, lambda file: [row[0] for row in evaluate._ratings(file)]),
+    "ratings": (RATINGS, lambda file: [rating.clip for rating in read_ratings(file)]),
     "corpus rows": (PARASPEECHCAPS, read_captions),
     "tasks": (json.dumps({"t": {n: ["x"] for n in NAMES}}, ensure_ascii=False) + "\n",
-              lambda file: tasks.read_tasks(file)["t"].names),
+              lambda file: read_tasks(file)["t"].names),
     "tasks of training": (json.dumps({"t": {n: ["x"] for n in NAMES}}, ensure_ascii=False) + "\n",
-                          lambda file: list(figures.read_tasks(file)["t"])),
+                          lambda file: read_short_tasks(file)["t"].names),
 }  # fmt: skip
 
 
@@ -300,14 +306,14 @@ def test_what_is_no_list_is_refused_by_name_by_every_command(
 def test_what_is_no_table_or_task_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "given"
     file.write_bytes(NO_LISTS[kind][0]())
-    for read in (tasks.read_tasks, figures.read_tasks, lambda path: list(evaluate._ratings(path))):
+    for read in (read_tasks, read_short_tasks, lambda path: list(read_ratings(path))):
         with pytest.raises(ValueError, match=rf"^{re.escape(str(file))}"):
             read(file)
 
 
 def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
-    readers = (manifest.read_manifest, tasks.read_tasks, figures.read_tasks,
-               lambda path: list(evaluate._ratings(path)),
+    readers = (manifest.read_manifest, read_tasks, read_short_tasks,
+               lambda path: list(read_ratings(path)),
                lambda path: score.score(ScoreConfig(pairs=str(path), scores="-")))  # fmt: skip
     for read in readers:
         with pytest.raises(FileNotFoundError, match=f"^{tmp_path} is a folder, not "):
