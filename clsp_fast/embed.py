@@ -25,7 +25,8 @@ from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data import segment
-from clsp_fast.data.manifest import Clip, Problem, read_source
+from clsp_fast.data.clips import Clip
+from clsp_fast.data.manifest import Problem, read_source
 from clsp_fast.model import CLSP, load
 from clsp_fast.storage import embedding_folder, files
 from clsp_fast.storage.embedding_folder import EmbeddingHeader

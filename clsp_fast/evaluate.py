@@ -23,7 +23,7 @@ from clsp_fast.checks import listed, require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 from clsp_fast.evaluation import corpora, figures, report
 from clsp_fast.evaluation.figures import Bootstrap, Figures, captions_of_kind, main_caption
 from clsp_fast.evaluation.ratings import read_ratings

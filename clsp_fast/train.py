@@ -31,7 +31,7 @@ from clsp_fast import console, contention, similarity
 from clsp_fast.checks import differences, listed
 from clsp_fast.config import TRAIN_PRESETS, TrainConfig
 from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 from clsp_fast.evaluation import figures, report
 from clsp_fast.evaluation.tasks import Tasks
 from clsp_fast.model import CLSP, ClspOutput

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from clsp_fast import audio, data, sndfile
 from clsp_fast.audio import AudioError, load, load_batch
 from clsp_fast.config import DataConfig
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 
 RATE = 16000
 SAMPLES = 8000

@@ -1,4 +1,4 @@
-"""`python -m clsp_fast.data validate MANIFEST`: everything in a manifest that training would trip over."""
+"""`python -m clsp_fast.data validate MANIFEST`: finds what training could not read."""
 
 from __future__ import annotations
 

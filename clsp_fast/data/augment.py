@@ -1,11 +1,10 @@
 """Log-mel augmentation: what microphones, rooms and codecs do to speech, applied to features.
 
-A file of its own because it is neither reading (data.py) nor the frontend's definition (features.py). It
-lets a small synthetic corpus transfer to recordings: equaliser, noise floor and band limit are what its
-engines lack.
+Speech engines have no equaliser, noise floor or band limit. With them, a model that is trained on a small
+synthetic corpus works on recordings too.
 
-In numpy: it runs in the loader's thread, where torch would start a second team of threads that spins on the
-cores of the first, and nearly doubles the time of a step.
+In numpy, because it runs in the loader's thread: there torch would start a second team of threads, which
+would spin on the cores that training uses and nearly double the time of a step.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _SILENCE = math.log(torch.finfo(torch.float32).eps)
 
 
 def augment(features_BTF: Tensor, lengths_B: Tensor, *, strength: float, seed: tuple[int, ...]) -> Tensor:
-    """Random equaliser, level, noise floor and band limit, each clip its own.
+    """Random equaliser, level, noise floor and band limit, drawn for each clip.
 
     Args:
         features_BTF: float32 (B, T, F), natural-log mel energies.
@@ -38,7 +37,7 @@ def augment(features_BTF: Tensor, lengths_B: Tensor, *, strength: float, seed: t
         seed: non-negative integers that determine every draw.
 
     Returns:
-        A new tensor of the same shape; padding frames are as they were.
+        A new tensor of the same shape; padding frames are unchanged.
     """
     if strength == 0 or features_BTF.numel() == 0:
         return features_BTF
@@ -48,7 +47,7 @@ def augment(features_BTF: Tensor, lengths_B: Tensor, *, strength: float, seed: t
     shaped_BTF = x_BTF + gain_BF[:, None, :]
     pad_BT = np.arange(frames) >= lengths_B.numpy()[:, None]
     peak_B = np.where(pad_BT, -np.inf, shaped_BTF.max(2)).max(1)
-    # The larger of speech and noise stands for their sum: within 0.7 nats, at a tenth of the cost.
+    # The maximum of speech and noise approximates their sum within 0.7 nats, at a tenth of the cost.
     floor_BF = np.maximum(peak_B[:, None] + floor_BF, _SILENCE, dtype=np.float32)
     np.maximum(shaped_BTF, floor_BF[:, None, :], out=shaped_BTF)
     shaped_BTF[pad_BT] = x_BTF[pad_BT]
@@ -56,10 +55,10 @@ def augment(features_BTF: Tensor, lengths_B: Tensor, *, strength: float, seed: t
 
 
 def _draw(random: np.random.Generator, batch: int, bins: int, strength: float) -> tuple[Array, Array]:
-    """Gain in nats (B, F), and noise floor in nats relative to the clip's peak (B, F), -inf without noise."""
+    """Gain in nats (B, F), and noise floor in nats relative to the clip's peak (B, F); -inf: no noise."""
     knots = random.normal(0, strength, (batch, _KNOTS))
     level = random.normal(0, strength / 2, (batch, 1))
-    # Rows of hat functions: the matrix that interpolates linearly between the knots.
+    # Each row is a hat function, so that knots @ hats interpolates linearly between the knots.
     hats = np.array(
         [np.interp(np.linspace(0, _KNOTS - 1, bins), np.arange(_KNOTS), row) for row in np.eye(_KNOTS)]
     )

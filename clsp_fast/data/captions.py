@@ -1,5 +1,4 @@
-"""Which captions a clip is trained with: the sampling of the two stages, as pure functions of (seed, step,
-clip)."""
+"""Which captions a clip is trained with in each of the two stages: pure functions of (seed, step, clip)."""
 
 from __future__ import annotations
 
@@ -38,12 +37,12 @@ def stage1(clips: Sequence[Captions], ids: Sequence[int], *, seed: int, step: in
 
 
 def stage2(clips: Sequence[Captions], ids: Sequence[int], *, seed: int, step: int) -> list[list[str]]:
-    """Two captions a clip, drawn alike for the whole batch: two fine-grained ones, or one global and one
-    fine-grained.
+    """Two captions a clip: two fine-grained ones, or one global and one fine-grained, as one draw decides for
+    the whole batch.
 
-    The first kind has the probability min(0.05 + 0.45 step / 10,000, 0.5), `step` counted from the stage's
-    start (arXiv 2601.03065). A clip that lacks what was drawn takes what it has: fine and global in either
-    task, and its only caption twice in the end.
+    Two fine-grained ones have the probability min(0.05 + 0.45 step / 10,000, 0.5), where `step` counts from
+    the start of the stage (arXiv 2601.03065). A clip without two fine-grained captions gives one of each kind
+    instead; a clip with captions of one kind gives two of them; a clip with one caption gives it twice.
 
     Args, Returns: as `stage1`, with two lists of B texts.
     """

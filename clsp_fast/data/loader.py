@@ -1,4 +1,4 @@
-"""From a manifest to batches: what a step sees is a pure function of (seed, step, rank, world)."""
+"""From clips to batches. The batch of a step is a pure function of (seed, step, rank, world)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from clsp_fast.audio import AudioError, AudioLimits, Segment, default_num_thread
 from clsp_fast.config import DataConfig
 from clsp_fast.data import captions as caption_sampling
 from clsp_fast.data.augment import augment
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 from clsp_fast.data.sampler import BatchPlan
 from clsp_fast.features import NUM_MEL_BINS, PADDING_VALUE, FbankConfig, extract_files
 
 _STREAM_AUGMENT = 21
 _SPARE_ATTEMPTS = 20
 _FORGIVEN_CLIPS = 10
-_MIN_CLIP_S = 0.1  # nine frames, the least that the model takes
+_MIN_CLIP_S = 0.1  # nine frames: the model takes no fewer
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """Captions -> token_ids and attention_mask, both int64 (N, L)."""
 
 
 class DataError(RuntimeError):
-    """The data cannot be trained on; the message lists what is wrong."""
+    """The data cannot be used for training; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Batch:
 
     Attributes:
         step: step of the run.
-        ids: the B clips; none where not one readable clip was found.
+        ids: the B clips; empty if no clip was readable.
         features: float32 (B, T, 128), padded with log(1e-10).
         lengths: int64 (B,), frames.
         token_ids: int64 (N, L), N = B in stage 1 and 2 B in stage 2 (first captions, then second captions).
         attention_mask: int64 (N, L), 1 for tokens.
         text_owner: int64 (N,), the clip that each caption describes.
         seconds: audio in the batch, without padding.
-        bad: the clips that were to be in the batch and could not be read: id -> reason.
+        bad: the clips that were planned for the batch but cannot be read: id -> reason.
     """
 
     step: int
@@ -64,14 +64,14 @@ class Batch:
 
 
 class ClipFeatures:
-    """Log-mel features of clips, kept in memory while they fit; unreadable clips are counted by reason.
+    """Log-mel features of clips. A cache in memory keeps as many as fit.
 
     Args:
-        config: threads, limits and memory.
+        config: threads, limits and size of the cache.
 
     Attributes:
-        bad: why each unreadable clip met so far could not be read: id -> reason.
-        details: the same in words, with the path: id -> sentence.
+        bad: the unreadable clips so far: id -> reason.
+        details: the same: id -> sentence with the path.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -82,16 +82,16 @@ class ClipFeatures:
             min_s=_MIN_CLIP_S, max_s=config.max_seconds + 1, slack_s=config.slack_seconds
         )
         self._threads = config.threads or default_num_threads()
-        # With tail="zero" a clip's last frame depends on its batch, so it cannot be kept.
+        # With tail="zero" a clip's last frame depends on its batch, so the cache stays empty.
         self._room = config.cache_mb << 20 if config.tail == "reflect" else 0
-        self._kept: dict[str, Tensor] = {}
+        self._cache: dict[str, Tensor] = {}
 
     def read(self, clips: Sequence[Clip]) -> list[Tensor | None]:
         """Features float32 (T, 128) of each clip; None, and an entry in `bad`, where it cannot be read."""
-        found = [self._kept.get(clip.id) for clip in clips]
-        missing = [i for i, value in enumerate(found) if value is None and clips[i].id not in self.bad]
+        features = [self._cache.get(clip.id) for clip in clips]
+        missing = [i for i, values in enumerate(features) if values is None and clips[i].id not in self.bad]
         if not missing:
-            return found
+            return features
         result = extract_files(
             [segment(clips[i]) for i in missing],
             config=self._fbank,
@@ -104,14 +104,15 @@ class ClipFeatures:
             self.bad[clip_id], self.details[clip_id] = error.reason.value, str(error)
         for row, kept in enumerate(result.kept.tolist()):
             values = result.values[row, : int(result.lengths[row])]
-            found[missing[kept]] = self._keep(clips[missing[kept]].id, values)
-        return found
+            features[missing[kept]] = self._cached(clips[missing[kept]].id, values)
+        return features
 
-    def _keep(self, clip_id: str, values: Tensor) -> Tensor:
+    def _cached(self, clip_id: str, values: Tensor) -> Tensor:
+        """The values, which are copied into the cache if they fit."""
         size = values.numel() * values.element_size()
         if size <= self._room:
             self._room -= size
-            self._kept[clip_id] = values = torch.from_numpy(values.numpy().copy())
+            self._cache[clip_id] = values = torch.from_numpy(values.numpy().copy())
         return values
 
 
@@ -119,18 +120,18 @@ class Loader:
     """The batches of a training run.
 
     Args:
-        clips: training clips; those outside the duration limits are left out and counted.
-        encode: captions to tokens.
+        clips: training clips; those outside the duration limits are left out.
+        encode: captions -> tokens.
         config: batches, buckets, augmentation, limits.
         seed: seed of the run.
         stage1_steps: steps before stage 2 begins.
-        rank: this process.
+        rank: number of this process.
         world: number of processes.
-        device: where the batches will go; for a CUDA device they are made in page-locked memory.
+        device: where the batches are used; for a CUDA device they are in page-locked memory.
 
     Attributes:
         plan: clips of each step, a pure function.
-        left_out: number of clips left out, by reason.
+        left_out: reason -> number of clips that are left out.
 
     Raises:
         DataError: fewer clips than ranks are left.
@@ -168,35 +169,35 @@ class Loader:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Clips that this rank could not read so far, prepared batches included: id -> reason."""
+        """Clips that this rank could not read so far, also those of batches prepared ahead: id -> reason."""
         return self._features.bad
 
     @cached_property
     def _digest(self) -> str:
-        """Equal for the same clips in the same batches."""
-        known = hashlib.blake2b(self.plan.digest.encode(), digest_size=16)
+        """A hash of the clips and of how they are put into batches."""
+        digest = hashlib.blake2b(self.plan.digest.encode(), digest_size=16)
         for clip in self.clips:
-            known.update(clip.id.encode("utf-8", "surrogateescape") + b"\0")
-        return known.hexdigest()
+            digest.update(clip.id.encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
 
     def state(self) -> dict[str, Any]:
-        """What `resume` needs of the run so far; plain JSON values."""
+        """What `resume` needs, as plain JSON values."""
         return {"start": self.plan.start, "digest": self._digest, "world": self.plan.world}
 
     def resume(self, step: int, state: Mapping[str, Any]) -> bool:
-        """Goes on with step `step` of a run of which `state` was kept.
+        """Continues a run with step `step`, given the `state` that was saved.
 
-        With another number of ranks, or after a change to clips or batches, the steps so far do not tell
-        which clips of the epoch are left: a new epoch begins.
+        If the number of ranks, the clips or the batches have changed, it is unknown which clips of the epoch
+        have not been used, so a new epoch begins.
 
         Returns:
             Whether a new epoch begins with this step.
         """
-        anew = bool(state["digest"] != self._digest)
-        start = step if anew else int(state["start"])
+        changed = bool(state["digest"] != self._digest)
+        start = step if changed else int(state["start"])
         if start != self.plan.start:
             self.plan = replace(self.plan, start=start)
-        return anew
+        return changed
 
     def batches(self, first_step: int, stop: int) -> Iterator[Batch]:
         """Batches of steps first_step .. stop-1, prepared ahead in a background thread."""
@@ -236,7 +237,7 @@ class Loader:
         return _page_locked(batch) if self._pin else batch
 
     def check_bad(self, bad: Mapping[str, str]) -> None:
-        """DataError, with the list, if `bad`, the clips that no rank can read, are too many."""
+        """DataError with the list if `bad`, the unreadable clips of all ranks, are too many."""
         if self._too_many(bad):
             raise DataError(
                 f"{len(bad)} of {len(self.clips)} clips cannot be read, over data.max_bad_share "
@@ -247,14 +248,14 @@ class Loader:
         return len(bad) > max(_FORGIVEN_CLIPS, self._config.max_bad_share * len(self.clips))
 
     def _captions(self, clips: Sequence[Clip], step: int) -> list[list[str]]:
-        own, ids = [clip.captions for clip in clips], [_number(clip.id) for clip in clips]
+        captions, ids = [clip.captions for clip in clips], [_number(clip.id) for clip in clips]
         if step < self._stage1_steps:
-            return caption_sampling.stage1(own, ids, seed=self._seed, step=step)
-        return caption_sampling.stage2(own, ids, seed=self._seed, step=step - self._stage1_steps)
+            return caption_sampling.stage1(captions, ids, seed=self._seed, step=step)
+        return caption_sampling.stage2(captions, ids, seed=self._seed, step=step - self._stage1_steps)
 
     def _read(self, step: int) -> tuple[list[Clip], list[Tensor], dict[str, str]]:
-        """Clips, features and unreadable clips of a step; an unreadable one gives its place to another, or
-        leaves it empty."""
+        """Clips, features and unreadable clips of a step. Other clips replace the unreadable ones; if none of
+        those is readable either, the batch is smaller."""
         ids = self.plan.batch(step, self._rank).tolist()
         taken = {int(i) for rank in range(self.plan.world) for i in self.plan.batch(step, rank)}
         good: list[tuple[Clip, Tensor]] = []
@@ -263,7 +264,7 @@ class Loader:
             clip, attempt = self.clips[planned], 0
             while values is None:
                 bad[clip.id] = self.bad[clip.id]
-                # Where one rank alone found too many, the run ends before this step is taken.
+                # If this rank alone has too many, the run ends before this step, so no replacement is needed.
                 if attempt == _SPARE_ATTEMPTS or self._too_many(self.bad):
                     break
                 spare = self.plan.spare(step, self._rank, planned, attempt)
@@ -278,15 +279,15 @@ class Loader:
 
 
 def bad_list(bad: Mapping[str, str]) -> str:
-    """Unreadable clips by reason, and the first of them by name."""
+    """The number of unreadable clips by reason, and the names of the first ones."""
     shown = [f"{clip_id} ({reason})" for clip_id, reason in sorted(bad.items())[:20]]
     return f"{dict(Counter(bad.values()))}: {', '.join(shown)}{', ...' if len(bad) > 20 else ''}"
 
 
 def _page_locked(batch: Batch) -> Batch:
-    """The batch where a card can fetch it while this process goes on.
+    """The batch in page-locked memory, from which a card copies while this process goes on.
 
-    Copied in numpy, for the reason that augment.py gives.
+    It is filled in numpy, for the reason that augment.py gives.
     """
     copies: dict[str, Any] = {}
     for name, value in vars(batch).items():
@@ -314,10 +315,11 @@ def segment(clip: Clip) -> Segment:
 
 
 def usable(clips: Sequence[Clip], config: DataConfig) -> tuple[list[Clip], list[float], Counter[str]]:
-    """The clips within the duration limits, their seconds for planning, and how many were left out by reason.
+    """The clips within the duration limits, their seconds, and the number of the others by reason.
 
-    Durations that the manifest does not state are taken from the files' headers, for planning alone: a header
-    may be wrong, and what is read is the whole file. A header that does not tell counts as data.max_seconds.
+    If the manifest states no duration, the file's header is asked; if that has none either, data.max_seconds
+    is assumed. Such seconds only help to plan batches, since a header may be wrong: reading takes the whole
+    file.
     """
     with ThreadPoolExecutor(config.threads or default_num_threads()) as pool:
         probed = list(pool.map(lambda clip: _seconds(clip, config), clips))
@@ -340,7 +342,7 @@ def _seconds(clip: Clip, config: DataConfig) -> float:
         return clip.duration_s
     try:
         stated = audio.info(clip.audio)
-    except AudioError:  # reading it names the reason
+    except AudioError:  # the error is reported when the clip is read
         return config.max_seconds
     if stated.frames is None or stated.sample_rate_hz < 1:
         return config.max_seconds
@@ -349,6 +351,6 @@ def _seconds(clip: Clip, config: DataConfig) -> float:
 
 
 def _number(text: str) -> int:
-    """A stable non-negative integer for a clip's id: Python's own hash differs from run to run."""
+    """A stable non-negative integer for a clip's id; Python's `hash` differs from run to run."""
     data = text.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

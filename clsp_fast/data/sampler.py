@@ -1,6 +1,6 @@
-"""Which clips make up step s of epoch e on rank r: a pure function, so resuming needs no state.
+"""Which clips are in each step's batch on each rank: a pure function of the durations and the step.
 
-A file of its own because it is pure arithmetic on durations; everything that touches files is in data.py.
+A run that resumes therefore needs no state of the sampler.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ _STREAM_ORDER, _STREAM_SPARE = 11, 12
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Duration-bucketed batches; every clip exactly once an epoch over all ranks.
+    """Batches of clips of similar durations. In each epoch every clip is in exactly one batch of one rank.
 
-    All ranks draw from the same bucket in the same step and take equally many clips; only the remainder
-    batch of an epoch may differ by one clip between ranks, so that no clip is dropped or repeated.
+    In a step all ranks take the same number of clips from the same bucket. Only the batches that hold an
+    epoch's remainder may mix buckets and differ by one clip between ranks: no clip is dropped or repeated.
 
     Attributes:
         durations_s: float (N,), seconds of each clip.
-        batch_seconds: audio per rank and step with padding, counted with each bucket's longest clip.
+        batch_seconds: audio per rank and step. Each clip counts as long as the longest of its bucket,
+            because it is padded.
         batch_clips: at most this many clips per rank and step.
-        buckets: quantiles of the durations.
+        buckets: number of buckets; the quantiles of the durations divide them.
         seed: seed of the run.
         world: number of ranks.
-        start: step with which the first epoch begins.
+        start: first step of the first epoch.
 
     Raises:
         ValueError: fewer clips than ranks.
@@ -66,52 +67,54 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every clip is seen once; the same for all epochs."""
+        """Steps of an epoch; all epochs have the same number."""
         return len(self._cuts)
 
     @cached_property
     def digest(self) -> str:
-        """Equal for plans that differ in `start` at most."""
-        known = hashlib.blake2b(self.bucket.data, digest_size=16)
-        known.update(repr((self.sizes, self.world, self.seed)).encode())
-        return known.hexdigest()
+        """A hash of the plan without `start`."""
+        digest = hashlib.blake2b(self.bucket.data, digest_size=16)
+        digest.update(repr((self.sizes, self.world, self.seed)).encode())
+        return digest.hexdigest()
 
     def batch(self, step: int, rank: int = 0) -> Ids:
-        """Clip indices, int64, of this rank in step `step` >= `start`, counted from the start of the run."""
+        """Indices of the clips of a rank in a step, int64; `step` counts from the start of the run."""
         epoch, within = divmod(step - self.start, self.steps_per_epoch)
-        # A plan that takes over has gone through fewer epochs than steps: this order is none of theirs.
+        # A plan that continues a run after a change must not use an order that the plan before it has used.
+        # That plan had at most `start` epochs, so adding `start` gives other ones.
         order, sequence = self._epoch(self.start + epoch)
         start, stop = self._cuts[sequence[within]]
         return order[start:stop][rank :: self.world]
 
     def spare(self, step: int, rank: int, clip: int, attempt: int) -> int:
-        """A clip that may stand in for the unreadable `clip`: of its bucket or a shorter one, repeatable."""
+        """A clip of the same bucket or a shorter one, which may replace the unreadable `clip`. The same
+        arguments give the same clip."""
         pool = np.flatnonzero(self.bucket <= self.bucket[clip])
         draw = np.random.default_rng((self.seed, _STREAM_SPARE, step, rank, clip, attempt))
         return int(pool[draw.integers(len(pool))])
 
     def _cut(self, counts: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """(start, stop) of each batch in an epoch's order: full batches bucket by bucket, then what they
-        left."""
-        cuts, start, left = [], 0, []
+        """(start, stop) of each batch in an epoch's order: full batches bucket by bucket, then the
+        remainders."""
+        cuts, start, remainder = [], 0, []
         for bucket, count in enumerate(counts):
             size = self.sizes[bucket]
             full = int(count) // size
             cuts += [(start + i * size, start + (i + 1) * size) for i in range(full)]
             start += full * size
-            left += [bucket] * (int(count) - full * size)
+            remainder += [bucket] * (int(count) - full * size)
         position = 0
-        while position < len(left):
-            # The longest clip of a mixed batch decides its size: the sizes fall as the buckets rise.
+        while position < len(remainder):
+            # The longest clip of a mixed batch decides its size, because longer buckets have smaller batches.
             stop = position + 1
-            while stop < len(left) and stop + 1 - position <= self.sizes[left[stop]]:
+            while stop < len(remainder) and stop + 1 - position <= self.sizes[remainder[stop]]:
                 stop += 1
             cuts.append((start + position, start + stop))
             position = stop
         return self._without_starved_ranks(cuts)
 
     def _without_starved_ranks(self, cuts: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Joins a batch that has fewer clips than ranks with the one before it."""
+        """Joins a batch that has fewer clips than there are ranks to the batch before it."""
         joined: list[tuple[int, int]] = []
         for start, stop in cuts:
             if joined and stop - start < self.world:
@@ -121,8 +124,7 @@ class BatchPlan:
         return joined
 
     def _epoch(self, epoch: int) -> tuple[Ids, Ids]:
-        """Clip order of an epoch (full batches' clips by bucket, then the remainders) and the batches'
-        sequence."""
+        """An epoch's order of clips (full batches by bucket, then the remainders) and order of batches."""
         if epoch not in self._cache:
             random = np.random.default_rng((self.seed, _STREAM_ORDER, epoch))
             order = random.permutation(len(self.durations_s))

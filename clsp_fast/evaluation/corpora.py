@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from clsp_fast.checks import listed
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.manifest import Clip, read_manifest
+from clsp_fast.data.clips import Clip
+from clsp_fast.data.manifest import read_manifest
 from clsp_fast.storage import files, paths, textfile
 
 _LONGEST_LINE = 2**20

@@ -25,7 +25,7 @@ from clsp_fast import contention, metrics, similarity
 from clsp_fast.audio import AudioError
 from clsp_fast.config import DataConfig, EncodeConfig
 from clsp_fast.data import ClipFeatures, DataError, collate, segment
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 from clsp_fast.evaluation.tasks import Task, Tasks
 from clsp_fast.model import CLSP
 

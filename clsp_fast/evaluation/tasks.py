@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clsp_fast.checks import listed
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 from clsp_fast.evaluation.corpora import LAYOUTS
 from clsp_fast.storage import textfile
 

@@ -16,7 +16,8 @@ from clsp_fast import demo
 from clsp_fast.config import TrainConfig
 from clsp_fast.console import Progress
 from clsp_fast.data import DataError, usable
-from clsp_fast.data.manifest import Clip, Manifest, read_manifest
+from clsp_fast.data.clips import Clip
+from clsp_fast.data.manifest import Manifest, read_manifest
 from clsp_fast.evaluation.tasks import Tasks, read_tasks, tasks_from_prompts
 from clsp_fast.storage import files
 from clsp_fast.tokenizer import Tokenizer

@@ -1,4 +1,5 @@
-"""Cuts as lhotse's users have them: resampled recordings, ends behind the recording, Git LFS pointers."""
+"""Cuts as users of lhotse have them: captions, channels, resampled recordings, cuts that reach beyond the
+recording's end, Git LFS pointers."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import soundfile
 from clsp_fast import audio, data, embed, train
 from clsp_fast.audio import AudioError, Segment
 from clsp_fast.config import DataConfig, EncodeConfig
+from clsp_fast.data.captions import Captions
 from clsp_fast.data.manifest import read_manifest, read_source
 from clsp_fast.model import CLSP
 from clsp_fast.storage.embedding_folder import Embeddings
@@ -34,12 +36,108 @@ def saved(folder: Path, recording: Any, **changes: Any) -> Path:
     supervision = lhotse.SupervisionSegment("s", "r", 0, 1, text="He whispers.")
     cut = lhotse.MonoCut("c", 0, 1.5, 0, recording=recording, supervisions=[supervision])
     row = cut.to_dict() | changes
+    return written(folder, row)
+
+
+def written(folder: Path, row: object) -> Path:
     (folder / "cuts.jsonl").write_text(json.dumps(row) + "\n")
     return folder / "cuts.jsonl"
 
 
-def resample(low: object, source: int = 44100) -> dict[str, Any]:
-    return {"name": "Resample", "kwargs": {"source_sampling_rate": source, "target_sampling_rate": low}}
+@pytest.mark.parametrize(
+    "keys", [("short_captions", "long_captions"), ("global_captions", "finegrained_captions")]
+)
+def test_reads_what_lhotse_writes(tmp_path: Path, keys: tuple[str, str]) -> None:
+    soundfile.write(tmp_path / "r.wav", np.zeros((32000, 2), np.float32), 16000)
+    recording = lhotse.Recording.from_file(tmp_path / "r.wav")
+    custom = {keys[0]: ["A woman."], keys[1]: ["A woman, quick.", "Quick."], "emotion": "calm"}
+    supervision = lhotse.SupervisionSegment(
+        "s", recording.id, 0, 1.5, speaker="p9", gender="F", custom=custom
+    )
+    cut = lhotse.MonoCut("cut-1", 0.25, 1.5, channel=1, recording=recording, supervisions=[supervision])
+    lhotse.CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl.gz")
+    (clip,) = read_manifest(tmp_path / "cuts.jsonl.gz").clips
+    assert (clip.id, clip.start_s, clip.duration_s, clip.channel) == ("cut-1", 0.25, 1.5, 1)
+    assert Path(clip.audio) == tmp_path / "r.wav"
+    assert clip.captions == Captions(("A woman.",), ("A woman, quick.", "Quick."))
+    assert clip.tags == {"speaker": "p9", "gender": "F", "emotion": "calm"}
+
+
+def cut(*sources: tuple[list[int], str], channel: object = 0, **supervision: object) -> dict[str, object]:
+    """A cut of a recording whose channels lie in these files."""
+    files = [{"type": "file", "channels": channels, "source": name} for channels, name in sources]
+    return {
+        "type": "MonoCut",
+        "id": "c",
+        "start": 0,
+        "duration": 1,
+        "channel": channel,
+        "recording": {"id": "r", "sources": files},
+        "supervisions": [{"id": "s", "text": "He whispers."} | supervision],
+    }
+
+
+@pytest.mark.parametrize(
+    ("custom", "expected"),
+    [
+        ({}, Captions((), ("He whispers.",))),
+        ({"short_captions": ["A man."]}, Captions(("A man.",), ())),
+        ({"global_captions": ["A man."]}, Captions(("A man.",), ())),
+        ({"long_captions": ["A man, hoarse."]}, Captions((), ("A man, hoarse.",))),
+    ],
+)
+def test_the_text_of_a_cut_is_its_caption_only_where_it_has_no_other(
+    tmp_path: Path, custom: dict[str, object], expected: Captions
+) -> None:
+    (clip,) = read_manifest(written(tmp_path, cut(([0], "r.wav"), custom=custom))).clips
+    assert clip.captions == expected
+    assert clip.channel is None
+
+
+APART = (([0], "ch0.wav"), ([1], "ch1.wav"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "channel", "expected"),
+    [
+        (APART, 0, ("ch0.wav", None)),
+        (APART, 1, ("ch1.wav", None)),
+        ((([0], "a.wav"), ([3, 1], "b.wav")), 1, ("b.wav", 1)),
+        ((([0, 1], "a.wav"),), 1, ("a.wav", 1)),
+        ((([0, 1], "a.wav"),), [0, 1], ("a.wav", None)),
+        ((([0, 1], "a.wav"),), [1], ("a.wav", 1)),
+    ],
+)
+def test_a_cut_is_read_from_the_file_of_its_channel(
+    tmp_path: Path, sources: tuple[tuple[list[int], str]], channel: object, expected: tuple[str, int | None]
+) -> None:
+    (clip,) = read_manifest(written(tmp_path, cut(*sources, channel=channel))).clips
+    assert (clip.audio, clip.channel) == expected
+
+
+def test_the_channel_of_a_cut_is_the_one_that_lhotse_reads(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (4, 16000)).astype(np.float32)
+    for name, channels in (("a.wav", samples[:1]), ("b.wav", samples[1:3]), ("c.wav", samples[3:])):
+        soundfile.write(tmp_path / name, channels.T, 16000, subtype="FLOAT")
+    sources = [
+        lhotse.audio.AudioSource("file", channels, str(tmp_path / name))
+        for channels, name in (([0], "a.wav"), ([1, 2], "b.wav"), ([3], "c.wav"))
+    ]
+    recording = lhotse.Recording("r", sources, 16000, 16000, 1.0, channel_ids=[0, 1, 2, 3])
+    supervision = lhotse.SupervisionSegment("s", "r", 0, 1, text="He whispers.")
+    cuts = [
+        lhotse.MonoCut(f"c{i}", 0, 1, channel=i, recording=recording, supervisions=[supervision])
+        for i in range(4)
+    ]
+    lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    for lhotse_cut, clip in zip(cuts, read_manifest(tmp_path / "cuts.jsonl.gz").clips, strict=True):
+        np.testing.assert_array_equal(
+            audio.load(clip.audio, channel=clip.channel), lhotse_cut.load_audio()[0]
+        )
+
+
+def resample(target_hz: object, source: int = 44100) -> dict[str, Any]:
+    return {"name": "Resample", "kwargs": {"source_sampling_rate": source, "target_sampling_rate": target_hz}}
 
 
 def test_a_resampled_recording_is_read(tmp_path: Path, recording: Any) -> None:
@@ -71,7 +169,7 @@ def test_the_file_decides_how_long_a_resampled_recording_is(
         (resample(48000), ""),
         ([resample(16000, 8000), {"name": "Resample"}], ""),
         ([resample(8000)], "Resample to 8000 Hz"),
-        ([resample(16000), {"name": "Speed", "kwargs": {"factor": 1.1}}], "for Resample, got 'Speed'"),
+        ([resample(16000), {"name": "Speed", "kwargs": {"factor": 1.1}}], "only for Resample, got 'Speed'"),
         ([{"name": "Volume"}], "got 'Volume'"),
         ([{}], "got None"),
         (["Resample"], "got None"),
@@ -86,17 +184,17 @@ def test_other_transforms_are_refused_by_name(
     row["recording"]["transforms"] = transforms
     good = {"audio": "r.wav", "captions": ["a"]}
     (tmp_path / "cuts.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
-    found = read_manifest(tmp_path / "cuts.jsonl")
-    assert len(found.problems) == bool(message)
-    assert all(message in problem.message and len(problem.message) < 250 for problem in found.problems)
-    assert len(found.clips) == 2 - bool(message)
+    manifest = read_manifest(tmp_path / "cuts.jsonl")
+    assert len(manifest.problems) == bool(message)
+    assert all(message in problem.message and len(problem.message) < 250 for problem in manifest.problems)
+    assert len(manifest.clips) == 2 - bool(message)
 
 
 @pytest.mark.parametrize(
     ("over_s", "slack", "reason"),
     [(0.05, None, ""), (0.33, None, "truncated"), (0.33, 0.4, ""), (0.05, 0, "truncated")],
 )
-def test_what_is_forgiven_behind_the_end_is_an_option(
+def test_how_far_a_clip_may_reach_beyond_the_end_is_an_option(
     tmp_path: Path, recording: Any, model_folder: Path, over_s: float, slack: float | None, reason: str
 ) -> None:
     path = saved(tmp_path, recording, duration=1.5 + over_s)

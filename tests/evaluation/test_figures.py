@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 from clsp_fast.evaluation import figures, report
 from clsp_fast.evaluation.tasks import read_tasks, tasks_from_prompts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.manifest import Clip
+from clsp_fast.data.clips import Clip
 from clsp_fast.evaluation import tasks
 
 

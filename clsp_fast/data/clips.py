@@ -1,0 +1,131 @@
+"""A clip, and the checks of what a line of a manifest says about it.
+
+Each check raises ValueError that names the key, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from clsp_fast.data.captions import Captions
+from clsp_fast.storage.textfile import is_text, shown
+
+LONGEST_NAME = 2**15
+"""Characters of the longest path. A line of an index must have room for it twice, as JSON escapes."""
+_GLOBAL_KEYS = ("global_captions", "short_captions")
+_FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One stretch of speech and what is known about it.
+
+    Attributes:
+        id: unique within a manifest.
+        audio: path of the file.
+        start_s: offset in the file, seconds.
+        duration_s: length in seconds; None: to the end of the file.
+        channel: channel to take; None: the mean of all.
+        captions: global and fine-grained captions.
+        tags: labels such as speaker and gender; what zero-shot tasks compare with.
+        claims: for each kind of caption ("global", "fine"), what each caption asserts (tag -> value), in the
+            order of `captions`; empty where unknown. With it, evaluation knows every clip that a caption is
+            true of.
+    """
+
+    id: str
+    audio: str
+    start_s: float
+    duration_s: float | None
+    channel: int | None
+    captions: Captions
+    tags: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, tuple[Mapping[str, str], ...]] = field(default_factory=dict)
+
+
+def is_path(value: object) -> TypeGuard[str]:
+    """Whether a file could have this name. Names need not be UTF-8."""
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
+        return False
+    if value.isascii():
+        return True
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def captions_of(row: Mapping[str, Any]) -> Captions:
+    """The global and fine-grained captions under any of their keys."""
+    return Captions(*(_strings(row, keys) for keys in (_GLOBAL_KEYS, _FINE_KEYS)))
+
+
+def _strings(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The value of the first key that the row has, as non-empty strings. A string counts as a list of one."""
+    for key in keys:
+        value = row.get(key)
+        if value is None:
+            continue
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise ValueError(f'"{key}" must be a list of strings')
+        if any(not v.strip() for v in values):
+            raise ValueError(f'"{key}" holds an empty caption')
+        if not all(is_text(v) for v in values):
+            what = "half a surrogate pair, or bytes that are not UTF-8"
+            raise ValueError(f'"{key}" holds {what}, which is no text')
+        if values:
+            return tuple(v.strip() for v in values)
+    return ()
+
+
+def seconds_of(row: Mapping[str, Any], key: str, default: float | None) -> Any:
+    """A time in seconds, or `default`. A duration must be positive, a start may be 0."""
+    value = row.get(key)
+    if value is None:
+        return default
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and "duration" in key):
+        raise ValueError(
+            f'"{key}" must be seconds{" > 0" if "duration" in key else " >= 0"}, got {shown(value)}'
+        )
+    return float(value)
+
+
+def channel_of(value: object) -> int | None:
+    """The number of a channel; None: the mean of all."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31):
+        return value
+    raise ValueError(f'"channel" must be an integer in [0, 2147483648), got {shown(value)}')
+
+
+def id_of(value: object, default: str) -> str:
+    """An id as text, or `default`."""
+    if value is not None and not is_text(str(value)):
+        raise ValueError(f'"id" must be text, got {shown(value)}')
+    return default if value is None else str(value)
+
+
+def tags_of(value: object) -> dict[str, str]:
+    """Tags with their values as text, without those that are null."""
+    if not isinstance(value, Mapping):
+        raise ValueError('"tags" must be an object')
+    return {str(key): str(item) for key, item in value.items() if item is not None}
+
+
+def claims_of(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, str], ...]]:
+    """The claims of each kind of caption, one object a caption."""
+    if not isinstance(value, Mapping):
+        raise ValueError('"claims" must be an object')
+    claims: dict[str, tuple[Mapping[str, str], ...]] = {}
+    for kind, texts in (("global", captions.global_captions), ("fine", captions.fine_captions)):
+        rows = value.get(kind, [])
+        if not isinstance(rows, list) or len(rows) not in (0, len(texts)):
+            raise ValueError(f'"claims"."{kind}" must have one object for each of the {len(texts)} captions')
+        claims[kind] = tuple(tags_of(row) for row in rows)
+    return claims
