@@ -1,9 +1,9 @@
 """Embeddings of many recordings: `python -m clsp_fast.embed SOURCE FOLDER --model MODEL`.
 
 SOURCE is a manifest (.jsonl), a folder, a list with one path a line, or - for a list or manifest on standard
-input. What is not taken from a folder is counted by its suffix; a list takes files of any name.
-Killed at any moment, the same command goes on; under torchrun, the processes share the work. The exit code
-is 0 if every recording was embedded, 3 if some could not be: index.jsonl says which and why.
+input. Files of a folder that are no recordings by their suffix are left out and counted; a list may name any
+file. After a run was killed, the same command continues it; under torchrun, the processes share the work. The
+exit code is 0 if every recording was embedded, 3 if some could not be: index.jsonl says which and why.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from clsp_fast.storage.ranks import Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(EncodeConfig):
-    """What is embedded, and where to."""
+    """What is embedded, and where it is written."""
 
     source: str
     """Manifest (.jsonl, .jsonl.gz), folder, list with one path a line, or - for standard input."""
     out: Path
-    """Folder to write; one that an earlier run of the same command left unfinished is completed."""
+    """Folder to write. If an earlier run of the same command did not finish it, this run does."""
     shard_format: Literal["npy", "safetensors"] = "npy"
     """Format of the shards."""
     dtype: Literal["float32", "float16"] = "float32"
-    """What the embeddings are stored as."""
+    """Type of the stored embeddings."""
     shard_rows: int = 1024
-    """Recordings a shard; what a crash costs at most."""
+    """Recordings in a shard. A crash loses the work on one shard."""
     wait_hours: float = 168.0
-    """With several processes: hours that one which is done waits for the others at most."""
+    """With several processes: how many hours a process that has finished waits for the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class EmbedConfig(EncodeConfig):
 
 
 class EmbedResult(NamedTuple):
-    """Recordings, how many of them failed by reason, and bad lines of the manifest."""
+    """Number of recordings, failures by reason, and bad lines of the manifest."""
 
     clips: int
     failed: Counter[str]
@@ -74,27 +74,27 @@ class EmbedResult(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was named has an embedding."""
+        """Whether every recording of the source has an embedding."""
         return not self.failed and not self.problems
 
 
 def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
-    """Embeds recordings into a folder; goes on where an earlier call stopped.
+    """Embeds recordings into a folder. Continues where an earlier call stopped.
 
-    The folder is the same, bit for bit, however often the work was interrupted on a machine.
+    On one machine the folder is the same, bit for bit, however often the work was interrupted.
 
     Args:
-        config: what, and where to.
-        model: the model, if it is loaded already; `config.model` is not read then.
+        config: what is embedded, and where it is written.
+        model: a loaded model to use instead of `config.model`.
 
     Raises:
         FileNotFoundError: no such model or source. ValueError: no recording, or the folder was begun with
-        another model, other settings or another list. FolderInUse: another process writes the folder.
+        another model, other settings or another list. FolderInUse: another process writes to the folder.
         ConnectionError: another process of this run ended, or took too long.
     """
-    # The shares of a list take unlike times, and processes meet only at its end: a limit that suits training,
-    # whose processes meet in every step, would end the run when all but one have finished. Those that died
-    # are not what it is for: torchrun then ends the others.
+    # Processes wait for each other only at the end, and some take much longer than others. With the limit of
+    # training, whose processes meet in every step, those that finish first would give up. The limit is not
+    # there for processes that died: then torchrun ends the others.
     with files.room_for(config.out), Ranks.join(config.device, wait_hours=config.wait_hours) as ranks:
         require(
             config.source != "-" or ranks.world == 1, "source", "a file or folder with several processes", "-"
@@ -114,13 +114,14 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
         )
         with ranks.exclusive(config.out):
             job = _Job(config.out, header, clips, config.source)
-            # One list for all: a process that looked for itself would miss what others have finished since.
+            # The first process makes the list for all. If each made its list, a process that starts later
+            # would miss the units that others have finished by then, and the shares would not fit together.
             todo = ranks.gather(job.begin() if ranks.first else [])[0]
-            own = todo[ranks.rank :: ranks.world]
+            units = todo[ranks.rank :: ranks.world]
             progress = Progress(
-                sum(len(job.clips_of(unit)) for unit in own), "recordings", active=ranks.first
+                sum(len(job.clips_of(unit)) for unit in units), "recordings", active=ranks.first
             )
-            for unit in own:
+            for unit in units:
                 job.run(unit, model, config, progress)
             _await_others(ranks, config)
             failures = job.finish() if ranks.first else Counter()
@@ -138,7 +139,7 @@ def _await_others(ranks: Ranks, config: EmbedConfig) -> None:
 
 
 def _record(clip: Clip) -> dict[str, Any]:
-    """A clip's line of the index, as far as it is known beforehand."""
+    """What a clip's line of the index says before the clip is embedded."""
     record: dict[str, Any] = {"id": clip.id, "audio": clip.audio}
     if clip.start_s:
         record["start_s"] = clip.start_s
@@ -149,13 +150,14 @@ def _record(clip: Clip) -> dict[str, Any]:
 
 
 class _Job:
-    """The units of work: each gives one shard, and then its part of the index, which says that it is done."""
+    """The work, in units. Each writes a shard, then its part of the index, which marks the unit as done."""
 
     def __init__(self, out: Path, header: EmbeddingHeader, clips: list[Clip], source: str) -> None:
         self._out, self._header, self._clips, self._source = out, header, clips, source
         self._parts, self._index = out / ".parts", out / "index.jsonl"
 
     def clips_of(self, unit: int) -> list[Clip]:
+        """The clips of a unit."""
         rows = self._header.shard_rows
         return self._clips[unit * rows : (unit + 1) * rows]
 
@@ -163,19 +165,19 @@ class _Job:
         return self._parts / f"{unit:06d}.jsonl"
 
     def begin(self) -> list[int]:
-        """Units that are left to do; ValueError if the folder was begun with anything else."""
+        """The units that are not done; ValueError if the folder was begun with other settings or clips."""
         units = range(-(-len(self._clips) // self._header.shard_rows))
-        before = self._index if self._index.exists() else self._parts / "header.jsonl"
-        if before.exists():
-            with before.open("rb") as file:
-                self._compare(before, file.readline(embedding_folder.LONGEST_LINE))
+        earlier = self._index if self._index.exists() else self._parts / "header.jsonl"
+        if earlier.exists():
+            with earlier.open("rb") as file:
+                self._compare_header(earlier, file.readline(embedding_folder.LONGEST_LINE))
         self._parts.mkdir(parents=True, exist_ok=True)
         files.write_text(self._parts / "header.jsonl", self._header.to_line() + "\n")
         if self._index.exists():
             self._split_index()
         return [unit for unit in units if not self._is_done(unit)]
 
-    def _compare(self, file: Path, line: bytes) -> None:
+    def _compare_header(self, file: Path, line: bytes) -> None:
         try:
             old = EmbeddingHeader.from_line(line)
         except ValueError as error:
@@ -186,7 +188,7 @@ class _Job:
                 raise ValueError(f"{self._out} was begun with {name} {was}, not {now}; choose another folder")
 
     def _split_index(self) -> None:
-        """Parts again from the index of a finished folder, whose list may have grown since."""
+        """Splits the index of a finished folder into parts, because its list may have grown."""
         rows = self._header.shard_rows
         with self._index.open("rb") as file:
             file.readline()
@@ -208,14 +210,14 @@ class _Job:
                 for line in lines
             ]
         except (FileNotFoundError, ValueError):
-            return False  # made again
-        extra = {"shard", "row", "error", "detail"}
-        known = [{key: value for key, value in record.items() if key not in extra} for record in records]
+            return False  # damaged or missing: it is written again
+        outcome = {"shard", "row", "error", "detail"}
+        known = [{key: value for key, value in record.items() if key not in outcome} for record in records]
         for number, (was, now) in enumerate(zip(known, wanted, strict=False)):
             if was != now:
-                at = unit * self._header.shard_rows + number + 1
+                position = unit * self._header.shard_rows + number + 1
                 raise ValueError(
-                    f"{self._out} was begun with another list: recording {at} was {was['audio']!r}, "
+                    f"{self._out} was begun with another list: recording {position} was {was['audio']!r}, "
                     f"is {now['audio']!r} in {self._source}; choose another folder"
                 )
         if len(known) > len(wanted):
@@ -247,7 +249,7 @@ class _Job:
         files.write_text(self._part(unit), "".join(lines))
 
     def finish(self) -> Counter[str]:
-        """Joins the parts of the index and removes what killed runs left; returns the failures by reason."""
+        """Joins the parts of the index, removes leftovers of killed runs; returns the failures by reason."""
         units = range(-(-len(self._clips) // self._header.shard_rows))
         failures: Counter[str] = Counter()
 
@@ -263,8 +265,8 @@ class _Job:
 
         files.replace_file(self._index, join)
         shutil.rmtree(self._parts)
-        for left in self._out.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        for leftover in self._out.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         return failures
 
 

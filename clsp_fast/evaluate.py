@@ -44,7 +44,7 @@ class _Config(EncodeConfig):
     resamples: int = 1000
     """Bootstrap resamples."""
     seed: int = 0
-    """Of the resamples."""
+    """Seed of the resamples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,9 +61,9 @@ class RetrievalConfig(_Config):
     """Retrieval in both directions."""
 
     captions: Literal["global", "fine", "both"] = "both"
-    """Captions that are searched for, and with: a clip's first global one, its longest fine-grained one."""
+    """Kinds of captions: a clip's first global one, its longest fine-grained one."""
     all_captions: bool = False
-    """Take every caption of a clip, each a right answer, instead of one."""
+    """Use every caption of a clip instead of one; each is a right answer."""
     layout: str = "manifest"
     """How the source is laid out: manifest or paraspeechcaps."""
 
@@ -86,7 +86,7 @@ class ZeroshotConfig(_Config):
     """JSON file of tasks; see clsp_fast/evaluation/tasks.py for its form."""
     layout: str | None = None
     """How the source is laid out: manifest, ravdess, crema-d, iemocap, paraspeechcaps. None: a file is a
-    manifest, a folder what the task says."""
+    manifest, and the task says what a folder is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """Figures of retrieval, classification and agreement with people, and their intervals, as pure functions.
 
-Intervals are percentiles of bootstrap resamples (Efron, 1979). A resample is how often each item was drawn,
-so that every figure is a function of such counts and many resamples are computed together.
+Intervals are percentiles of bootstrap resamples (Efron, 1979). A resample says how often each item was drawn.
+Each figure is computed from such counts, for many resamples at once.
 Shape suffixes: N items, R resamples, G groups of equal values, B rows of a block.
 """
 
@@ -24,12 +24,12 @@ _COUNTS_AT_ONCE = 2**22
 def retrieval(ranks: Tensor) -> dict[str, float]:
     """Recall and mean reciprocal rank of one retrieval direction.
 
-    MRR@10 is the mean of 1 / (rank + 1) over all queries, 0 beyond rank 9; with one relevant item it is what
-    the literature on this task prints as "mAP@10".
+    MRR@10 is the mean of 1 / (rank + 1) over all queries; ranks above 9 count as 0. With one relevant item it
+    is the "mAP@10" of the literature on this task.
 
     Args:
-        ranks: integer (Q,), 0-based rank of each query's best positive; queries with a negative rank, which
-            have none, are left out.
+        ranks: integer (Q,), 0-based rank of each query's best positive. A negative rank means that the query
+            has none; it is left out.
 
     Returns:
         "R@1", "R@5", "R@10", "MRR@10" in [0, 1] and "median_rank" (1-based).
@@ -53,7 +53,7 @@ def accuracy(predicted: Sequence[str], labels: Sequence[str]) -> float:
     """
     if len(predicted) != len(labels) or not labels:
         raise ValueError(
-            f"predicted and labels must be as long and not empty, got {len(predicted)}, {len(labels)}"
+            f"predicted and labels must have the same length > 0, got {len(predicted)}, {len(labels)}"
         )
     return sum(p == t for p, t in zip(predicted, labels, strict=True)) / len(labels)
 
@@ -67,8 +67,8 @@ def unweighted_average_recall(predicted: Sequence[str], labels: Sequence[str]) -
     accuracy(predicted, labels)
     recalls = []
     for label in sorted(set(labels)):
-        own = [p == t for p, t in zip(predicted, labels, strict=True) if t == label]
-        recalls.append(sum(own) / len(own))
+        right = [p == t for p, t in zip(predicted, labels, strict=True) if t == label]
+        recalls.append(sum(right) / len(right))
     return sum(recalls) / len(recalls)
 
 
@@ -90,22 +90,23 @@ def bootstrap(
     """95 % intervals of figures.
 
     Args:
-        figures: how often each item was drawn (R, N) -> name -> figure of each resample (R,), NaN where it is
-            not defined. It is called with a few resamples at a time: memory does not grow with their number.
-        groups: int64 (N,); items of one group are drawn together, as several captions of a clip must be. With
-            `arange(N)` each item is drawn for itself.
-        resamples: how many.
-        seed: of the draws.
+        figures: a function of how often each item was drawn (R, N), which returns name -> figure of each
+            resample (R,), NaN where the figure is not defined. It gets a few resamples at a time, so that
+            memory does not grow with their number.
+        groups: int64 (N,); items of one group are drawn together, as several captions of a clip must be.
+            `arange(N)` draws each item independently.
+        resamples: number of resamples.
+        seed: seed of the draws.
     """
-    found: dict[str, list[Array]] = {}
+    values: dict[str, list[Array]] = {}
     for counts_RN in draws(groups, resamples=resamples, seed=seed):
         for name, values_R in figures(counts_RN).items():
-            found.setdefault(name, []).append(values_R)
-    return {name: interval(np.concatenate(parts)) for name, parts in found.items()}
+            values.setdefault(name, []).append(values_R)
+    return {name: interval(np.concatenate(parts)) for name, parts in values.items()}
 
 
 def draws(groups: NDArray[np.int64], *, resamples: int, seed: int) -> Iterator[Array]:
-    """Resamples, some at a time: how often each item was drawn, float64 (R, N)."""
+    """Yields some resamples at a time: how often each item was drawn, float64 (R, N)."""
     names, group_N = np.unique(groups, return_inverse=True)
     share, random = np.full(len(names), 1 / len(names)), np.random.default_rng(seed)
     at_once = max(1, _COUNTS_AT_ONCE // len(groups))
@@ -115,7 +116,7 @@ def draws(groups: NDArray[np.int64], *, resamples: int, seed: int) -> Iterator[A
 
 
 def interval(figures_R: Array) -> Interval:
-    """The middle 95 % of the resamples for which the figure is defined; NaN if it never is."""
+    """The middle 95 % of the resamples in which the figure is defined; NaN if there is none."""
     defined = figures_R[~np.isnan(figures_R)]
     if not len(defined):
         return float("nan"), float("nan")
@@ -124,30 +125,30 @@ def interval(figures_R: Array) -> Interval:
 
 
 def resampled_retrieval(ranks: Tensor, counts_RN: Array) -> dict[str, Array]:
-    """The figures of `retrieval` for each resample; one column a query."""
+    """The figures of `retrieval` for each resample; column i of the counts is query i."""
     known = (ranks >= 0).numpy()
     rank_N, counts_RN = ranks.numpy()[known].astype(np.float64), counts_RN[:, known]
-    # A resample of groups may have drawn no query that has a positive.
+    # A resample may have drawn no query that has a positive.
     total_R = np.where(counts_RN.any(1), counts_RN.sum(1), np.nan)
-    found = {f"R@{k}": counts_RN @ (rank_N < k) / total_R for k in (1, 5, 10)}
-    found["MRR@10"] = counts_RN @ np.where(rank_N < 10, 1 / (rank_N + 1), 0.0) / total_R
+    figures = {f"R@{k}": counts_RN @ (rank_N < k) / total_R for k in (1, 5, 10)}
+    figures["MRR@10"] = counts_RN @ np.where(rank_N < 10, 1 / (rank_N + 1), 0.0) / total_R
     order_N = rank_N.argsort(kind="stable")
     middle_R = (counts_RN[:, order_N].cumsum(1) > ((total_R - 1) // 2)[:, None]).argmax(1)
-    return found | {"median_rank": np.where(np.isnan(total_R), np.nan, rank_N[order_N][middle_R] + 1)}
+    return figures | {"median_rank": np.where(np.isnan(total_R), np.nan, rank_N[order_N][middle_R] + 1)}
 
 
 def resampled_classification(
     predicted: Sequence[str], labels: Sequence[str], counts_RN: Array
 ) -> dict[str, Array]:
-    """`accuracy` and `unweighted_average_recall` ("uar") for each resample; one column an item."""
+    """`accuracy` and `unweighted_average_recall` ("uar") for each resample; column i is item i."""
     accuracy(predicted, labels)
     label_N = np.array(labels)
     right_N = label_N == np.array(predicted)
     recalls = []
     for label in np.unique(label_N):
-        own_RN = counts_RN[:, label_N == label]
+        class_RN = counts_RN[:, label_N == label]
         with np.errstate(invalid="ignore"):  # a class that was not drawn has no recall
-            recalls.append(own_RN @ right_N[label_N == label] / own_RN.sum(1))
+            recalls.append(class_RN @ right_N[label_N == label] / class_RN.sum(1))
     return {
         "accuracy": counts_RN @ right_N / counts_RN.sum(1),
         "uar": np.nanmean(np.stack(recalls), axis=0),
@@ -155,7 +156,7 @@ def resampled_classification(
 
 
 def pearson(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
-    """Pearson's correlation of each resample (R,), or of the data themselves (1,); NaN if a side is constant.
+    """Pearson's correlation of each resample (R,); without counts, of the data (1,). NaN: a side is constant.
 
     Raises:
         ValueError: lengths differ, are below 2, or a value is not finite.
@@ -165,21 +166,21 @@ def pearson(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
 
 
 def spearman(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing their mean rank. As `pearson`."""
+    """Spearman's correlation, which is Pearson's of the ranks; equal values have their mean rank."""
     x_N, y_N, counts_RN = _checked(x_N, y_N, counts_RN)
     return _pearson(_ranks(x_N, counts_RN), _ranks(y_N, counts_RN), counts_RN)
 
 
 def kendall(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
-    """Kendall's tau-b: (concordant - discordant pairs) / sqrt(pairs untied in x * pairs untied in y). As
-    `pearson`; time grows with N^2."""
+    """Kendall's tau-b: (concordant - discordant pairs) / sqrt(pairs untied in x * pairs untied in y).
+    Otherwise as `pearson`. Time grows with N^2."""
     x_N, y_N, counts_RN = _checked(x_N, y_N, counts_RN)
     sums = np.zeros((3, len(counts_RN)))
     for start in range(0, len(x_N), _BLOCK):
-        own = slice(start, start + _BLOCK)
-        x_BN, y_BN = np.sign(x_N[own, None] - x_N), np.sign(y_N[own, None] - y_N)
-        for row, pairs_BN in enumerate((x_BN * y_BN, np.abs(x_BN), np.abs(y_BN))):
-            sums[row] += ((counts_RN @ pairs_BN.T) * counts_RN[:, own]).sum(1)
+        rows = slice(start, start + _BLOCK)
+        x_BN, y_BN = np.sign(x_N[rows, None] - x_N), np.sign(y_N[rows, None] - y_N)
+        for i, pairs_BN in enumerate((x_BN * y_BN, np.abs(x_BN), np.abs(y_BN))):
+            sums[i] += ((counts_RN @ pairs_BN.T) * counts_RN[:, rows]).sum(1)
     with np.errstate(invalid="ignore"):
         tau_R: Array = np.clip(sums[0] / np.sqrt(sums[1] * sums[2]), -1.0, 1.0)
     return tau_R
@@ -191,18 +192,18 @@ CORRELATIONS: dict[str, Callable[..., Array]] = {"pearson": pearson, "spearman":
 def _checked(x_N: Array, y_N: Array, counts_RN: Array | None) -> tuple[Array, Array, Array]:
     x_N, y_N = np.asarray(x_N, np.float64), np.asarray(y_N, np.float64)
     if x_N.shape != y_N.shape or x_N.ndim != 1 or len(x_N) < 2:
-        raise ValueError(f"x_N and y_N must be as long, 2 at least, got {x_N.shape} and {y_N.shape}")
+        raise ValueError(f"x_N and y_N must have the same length >= 2, got {x_N.shape} and {y_N.shape}")
     if not (np.isfinite(x_N).all() and np.isfinite(y_N).all()):
         raise ValueError("x_N and y_N must be finite")
     return x_N, y_N, np.ones((1, len(x_N))) if counts_RN is None else counts_RN
 
 
 def _pearson(x_RN: Array, y_RN: Array, counts_RN: Array) -> Array:
-    """Correlation of each resample; `x_RN` and `y_RN` may have one row for all."""
+    """Correlation of each resample; `x_RN` and `y_RN` may have one row for all resamples."""
     total_R = counts_RN.sum(1, keepdims=True)
     x_RN, y_RN = (v - (counts_RN * v).sum(1, keepdims=True) / total_R for v in (x_RN, y_RN))
     xy_R, xx_R, yy_R = ((counts_RN * v).sum(1) for v in (x_RN * y_RN, x_RN * x_RN, y_RN * y_RN))
-    # What rounding leaves of a constant side is no variance.
+    # Rounding leaves a tiny variance of a constant side; it counts as 0.
     tiny = 1e-24 * total_R[:, 0] * np.maximum(1.0, max(np.square(x_RN).max(), np.square(y_RN).max()))
     scale_R = np.sqrt(xx_R * yy_R)
     with np.errstate(invalid="ignore", divide="ignore"):

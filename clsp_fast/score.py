@@ -1,12 +1,12 @@
 """How well clips fit descriptions, or each other: `python -m clsp_fast.score PAIRS.jsonl SCORES.jsonl`.
 
-A line of PAIRS has "audio" and either "caption" or "other", a second recording; further keys are kept. The
-same lines come out with "line" (its number), "model" (whose hash begins so), and "score", the cosine of the
-two embeddings, or "error" where there is none; a line that has one of these four keys already is an error.
-NaN and Infinity, which are not JSON, come out as null.
-Both files may be -, for standard input and output; relative paths are relative to PAIRS, or to the working
-directory if that is standard input. Killed at any moment, the same command goes on. The exit code is 0 if
-every line has a score, 3 if not.
+A line of PAIRS has "audio" and either "caption" or "other", a second recording; further keys are kept. SCORES
+has the same lines with "line" (its number), "model" (how its hash begins), and "score" (the cosine of the two
+embeddings) or "error". A line of PAIRS must not have one of these four keys. NaN and Infinity, which are not
+JSON, become null.
+Both files may be -, for standard input and output. Relative paths are relative to PAIRS, or to the working
+directory if PAIRS is -. After a run was killed, the same command continues it. The exit code is 0 if every
+line has a score, 3 if not.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from clsp_fast.storage.textfile import Text
 
 Row = dict[str, Any]
 
-_OWN_KEYS = ("line", "model", "score", "error")
+_WRITTEN_KEYS = ("line", "model", "score", "error")
 _EXPECTED = 'pairs, one a line: {"audio": "a.wav", "caption": "A man speaks."}, or "other" for "caption"'
 
 
 class _Line(NamedTuple):
-    """1-based number and content of a line of pairs, or what is wrong with it."""
+    """A line of pairs: its 1-based number, its content, and what is wrong with it ("": nothing)."""
 
     number: int
     row: Row
@@ -51,16 +51,17 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(EncodeConfig):
-    """What is scored, and where to."""
+    """What is scored, and where the scores are written."""
 
     pairs: str
     """JSONL file, or - for standard input."""
     scores: str
-    """JSONL file to write, or - for standard output; one that an earlier run left unfinished is continued."""
+    """JSONL file to write, or - for standard output. If an earlier run did not finish it, this run continues
+    it."""
     shard: str = "1/1"
-    """"i/n": only every n-th line, from the i-th on; n processes with i = 1 .. n score everything."""
+    """"i/n": only every n-th line, starting with the i-th. n processes with i = 1 .. n score all lines."""
     rows_at_once: int = 1024
-    """Lines that are embedded together, each recording and caption among them once."""
+    """Lines that are embedded together. Each recording and caption among them is embedded once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +76,7 @@ class ScoreConfig(EncodeConfig):
 
 
 class ScoreResult(NamedTuple):
-    """Lines that this call scored, lines without a score, and lines that an earlier call had done."""
+    """Number of lines that this call wrote, of lines without a score, and of lines from earlier calls."""
 
     rows: int
     failed: int
@@ -83,15 +84,15 @@ class ScoreResult(NamedTuple):
 
 
 def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
-    """Scores the lines of a file; goes on where an earlier call stopped.
+    """Scores the lines of a file. Continues where an earlier call stopped.
 
     Args:
-        config: what, and where to.
-        model: the model, if it is loaded already; `config.model` is not read then.
+        config: what is scored, and where the scores are written.
+        model: a loaded model to use instead of `config.model`.
 
     Raises:
-        FileNotFoundError: no such file or model. ValueError: the scores that are there are of other pairs or
-        another model. FolderInUse: another process writes the file.
+        FileNotFoundError: no such file or model. ValueError: the file of scores has those of other pairs or
+        another model. FolderInUse: another process writes to the file.
     """
     for name, stream in (("pairs", sys.stdin), ("scores", sys.stdout)):
         require(
@@ -119,7 +120,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         progress, rows = Progress(None, "lines"), 0
         while lines := list(itertools.islice(todo, config.rows_at_once)):
             results = _score_lines(lines, model, config, base)
-            records = [_record(line, made_by, found) for line, found in zip(lines, results, strict=True)]
+            records = [_record(line, made_by, result) for line, result in zip(lines, results, strict=True)]
             out.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
             out.flush()
             if config.scores != "-":
@@ -133,16 +134,16 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
 def score_rows(
     rows: Sequence[Row], model: CLSP, config: EncodeConfig, *, base: Path = Path()
 ) -> list[float | str]:
-    """The cosine of each row's two sides, or what is wrong with it; each recording is embedded once.
+    """The cosine of each row's two sides, or what is wrong with the row. Each recording is embedded once.
 
     Args:
         rows: {"audio": path, "caption": text} or {"audio": path, "other": path}.
         model: the model.
-        config: how it embeds; `model`, `device` and `precision` of it are not used.
-        base: what relative paths are relative to.
+        config: how the model embeds; its `model`, `device` and `precision` are not used.
+        base: the folder of relative paths.
     """
-    found: list[float | str] = [_what_is_wrong(row) for row in rows]
-    good = [row for row, wrong in zip(rows, found, strict=True) if not wrong]
+    results: list[float | str] = [_what_is_wrong(row) for row in rows]
+    good = [row for row, wrong in zip(rows, results, strict=True) if not wrong]
     paths = list(dict.fromkeys(row[key] for row in good for key in ("audio", "other") if key in row))
     captions = list(dict.fromkeys(row["caption"] for row in good if "caption" in row))
     errors: dict[int, AudioError] = {}
@@ -152,16 +153,16 @@ def score_rows(
     audio_ND, text_MD = audio_ND.float().cpu(), model.encode_text(captions).float().cpu()
     clip, text = ({name: i for i, name in enumerate(names)} for names in (paths, captions))
     for number, row in enumerate(rows):
-        if found[number]:
+        if results[number]:
             continue
         sides = [clip[row[key]] for key in ("audio", "other") if key in row]
         bad = [errors[side] for side in sides if side in errors]
         if bad:
-            found[number] = str(bad[0])
+            results[number] = str(bad[0])
         else:
             other_D = text_MD[text[row["caption"]]] if "caption" in row else audio_ND[sides[1]]
-            found[number] = float(torch.dot(audio_ND[sides[0]], other_D))
-    return found
+            results[number] = float(torch.dot(audio_ND[sides[0]], other_D))
+    return results
 
 
 def _what_is_wrong(row: Row) -> str:
@@ -184,7 +185,7 @@ def _encodable(value: str, *, path: bool) -> bool:
 
 
 def _check_kind(pairs: Text, name: str) -> None:
-    """ValueError if the first lines are of a table, a list, or another kind of manifest."""
+    """ValueError if the file begins like a table, a list, or another kind of manifest."""
     kind = textfile.kind_of(pairs.head)
     begun = [line for line in pairs.head.splitlines() if line.strip()]
     if not kind and begun and not any(line.lstrip().startswith("{") for line in begun):
@@ -194,7 +195,7 @@ def _check_kind(pairs: Text, name: str) -> None:
 
 
 def _lines(file: TextIO, shard: str) -> Iterator[_Line]:
-    """The lines of a shard, without empty ones."""
+    """The lines of a shard that are not blank."""
     first, step = (int(part) for part in shard.split("/"))
     for number, text in textfile.lines(file, embedding_folder.LONGEST_LINE):
         if (number - first) % step:
@@ -203,31 +204,32 @@ def _lines(file: TextIO, shard: str) -> Iterator[_Line]:
             whole = textfile.is_whole(text, embedding_folder.LONGEST_LINE)
             require(whole, "a line", f"shorter than {embedding_folder.LONGEST_LINE} bytes", "a longer one")
             row = textfile.json_object(text)
-            own = [key for key in _OWN_KEYS if key in row]
-            require(not own, "keys", f"others than {', '.join(_OWN_KEYS)}, which are written here", own)
+            reserved = [key for key in _WRITTEN_KEYS if key in row]
+            others = f"others than {', '.join(_WRITTEN_KEYS)}, which are written here"
+            require(not reserved, "keys", others, reserved)
             yield _Line(number, row, "")
         except ValueError as error:
             yield _Line(number, {}, str(error))
 
 
 def _resume(file: IO[bytes], todo: Iterator[_Line], made_by: str, path: Path) -> tuple[int, int]:
-    """Passes over what is scored already and cuts off half a line; returns how many there are and how many of
-    them failed."""
+    """Skips the lines that are scored already, and cuts off an unfinished one. Returns how many are scored,
+    and how many of them failed."""
     file.seek(0)
-    done, failed, at = 0, 0, 0
+    done, failed, size = 0, 0, 0
     while (text := file.readline()).endswith(b"\n"):
         try:
             record = embedding_folder.parse_object(text)
         except ValueError as error:
             raise ValueError(f"{path}, line {done + 1}: {error}; choose another file") from error
         line = next(todo, None)
-        own = {key: value for key, value in record.items() if key not in _OWN_KEYS}
-        if line is None or (record.get("line"), own) != (line.number, line.row):
+        pair = {key: value for key, value in record.items() if key not in _WRITTEN_KEYS}
+        if line is None or (record.get("line"), pair) != (line.number, line.row):
             raise ValueError(f"{path}, line {done + 1}, is not of these pairs; choose another file")
         if record.get("model") != made_by:
             raise ValueError(f"{path} was begun with the model {record.get('model')}, not {made_by}")
-        done, failed, at = done + 1, failed + ("error" in record), at + len(text)
-    file.truncate(at)
+        done, failed, size = done + 1, failed + ("error" in record), size + len(text)
+    file.truncate(size)
     return done, failed
 
 
@@ -238,9 +240,9 @@ def _score_lines(
     return (line.problem or next(scores) for line in lines)
 
 
-def _record(line: _Line, made_by: str, found: float | str) -> Row:
-    result: Row = {"error": found} if isinstance(found, str) else {"score": found}
-    return line.row | {"line": line.number, "model": made_by} | result
+def _record(line: _Line, made_by: str, result: float | str) -> Row:
+    outcome: Row = {"error": result} if isinstance(result, str) else {"score": result}
+    return line.row | {"line": line.number, "model": made_by} | outcome
 
 
 @console.command

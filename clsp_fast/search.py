@@ -1,8 +1,8 @@
 """Search by description or by example: `python -m clsp_fast.search FOLDER --text "A woman whispers."`.
 
-FOLDER is what `clsp_fast.embed` wrote, by the same model. The search is exact unless --index asks for one of
-faiss; under torchrun each process searches a part of the shards. --html writes a page with players: the
-recordings are in the page itself (16 kHz, at most 30 s each), so that it can be sent to others.
+FOLDER is what `clsp_fast.embed` wrote with the same model. The search is exact unless --index names an index
+of faiss; under torchrun each process searches a part of the shards. --html writes a page with players. The
+page contains the recordings (16 kHz, at most 30 s each), so that it can be sent to others.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ h2{border-top:1px solid #ccc;padding-top:1em}li{margin:.7em 0}audio{display:bloc
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(EncodeConfig):
-    """What is searched, and for what."""
+    """Where to search, and for what."""
 
     folder: Path
     """Folder of embeddings."""
     text: tuple[str, ...] = ()
     """Descriptions to search for."""
     clip: tuple[str, ...] = ()
-    """Recordings to search for what sounds like them."""
+    """Recordings; what sounds like them is searched for."""
     k: int = 10
     """Answers a query, at most 1,024."""
     index: str = "exact"
     """"exact", or "faiss:" and a factory string, such as faiss:HNSW32 (needs the extra [faiss])."""
     index_file: Path | None = None
-    """Where the index of faiss is kept: read if it exists, otherwise built and written, with a file .json
-    beside it that says what it was built of. None: built anew. It must be a file that you trust: faiss does
-    not check what it reads."""
+    """File of the faiss index. It is read if it exists, otherwise it is built and written, with a .json file
+    beside it that says what it was built from. None: the index is built and not kept. Use only files that you
+    trust: faiss does not check what it reads."""
     html: Path | None = None
     """Also write a page with players."""
     json: bool = False
@@ -99,57 +99,57 @@ def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
     """Answers queries from a folder of embeddings, texts first.
 
     Args:
-        config: what is searched, and for what.
-        model: the model, if it is loaded already; `config.model` is not read then.
+        config: where to search, and for what.
+        model: a loaded model to use instead of `config.model`.
 
     Returns:
-        A result for each query; nothing on other ranks than the first.
+        A result for each query; an empty list on all ranks except the first.
 
     Raises:
-        FileNotFoundError: no such folder or model. ValueError: the folder is of another model, or damaged.
-        AudioError: a clip that cannot be read. ImportError: faiss is asked for and not installed.
+        FileNotFoundError: no such folder or model. ValueError: the folder is damaged or of another model.
+        AudioError: a clip cannot be read. ImportError: faiss is needed and not installed.
     """
     with Ranks.join(config.device) as ranks:
         exact = config.index == "exact"
         require(exact or ranks.world == 1, "index", '"exact" with several processes', config.index)
-        found = Embeddings(config.folder)
-        require(len(found) > 0, "folder", "a folder with embeddings", config.folder)
+        embeddings = Embeddings(config.folder)
+        require(len(embeddings) > 0, "folder", "a folder with embeddings", config.folder)
         model = load(config, ranks.device) if model is None else model
-        _check_made_by(found, model, config.folder)
+        _check_made_by(embeddings, model, config.folder)
         queries_QD = _embed_queries(config, model)
-        k = min(config.k, len(found))
+        k = min(config.k, len(embeddings))
         if exact:
             scores_QK, number_QK = _exact(
-                found, queries_QD, k, range(ranks.rank, len(found.shards), ranks.world)
+                embeddings, queries_QD, k, range(ranks.rank, len(embeddings.shards), ranks.world)
             )
             parts = ranks.gather((scores_QK.cpu(), number_QK.cpu()))
             scores_QK, number_QK = _merge([scores for scores, _ in parts], [n for _, n in parts], k)
         else:
-            scores_QK, number_QK = _faiss(found, queries_QD, k, config.index[6:], config.index_file)
+            scores_QK, number_QK = _faiss(embeddings, queries_QD, k, config.index[6:], config.index_file)
         if not ranks.first:
             return []
     names = [("text", text) for text in config.text] + [("clip", clip) for clip in config.clip]
     answers = zip(names, scores_QK.tolist(), number_QK.tolist(), strict=True)
     return [
-        Result(kind, query, _hits(found, scores, numbers))  # type: ignore[arg-type]
+        Result(kind, query, _hits(embeddings, scores, numbers))  # type: ignore[arg-type]
         for (kind, query), scores, numbers in answers
     ]
 
 
-def _check_made_by(found: Embeddings, model: CLSP, path: Path) -> None:
-    own = model.fingerprint()
-    if found.header.model != own:
+def _check_made_by(embeddings: Embeddings, model: CLSP, path: Path) -> None:
+    fingerprint = model.fingerprint()
+    if embeddings.header.model != fingerprint:
         raise ValueError(
-            f"{path} was made with the model {found.header.model[:16]}..., this one is {own[:16]}...: "
-            "give the same --model and --precision, or embed again"
+            f"{path} was made with the model {embeddings.header.model[:16]}..., "
+            f"this one is {fingerprint[:16]}...: give the same --model and --precision, or embed again"
         )
-    if found.header.frontend != features.identity():
+    if embeddings.header.frontend != features.identity():
         raise ValueError(f"{path} was made with other features than this version's; embed again")
 
 
 def _as_text(query: str) -> str:
-    """Reads a description of the command line as UTF-8, whatever the locale is: there, bytes that are not of
-    its encoding are surrogates."""
+    """A description from the command line, read as UTF-8. Python reads it in the encoding of the locale, and
+    turns bytes that do not fit into surrogates."""
     if is_text(query):
         return query
     try:
@@ -164,24 +164,24 @@ def _embed_queries(config: SearchConfig, model: CLSP) -> Tensor:
     return torch.cat([texts_QD, clips_QD]).float()
 
 
-def _exact(found: Embeddings, queries_QD: Tensor, k: int, shards: range) -> tuple[Tensor, Tensor]:
-    """Best k of some shards; an embedding's number is shard * shard_rows + row."""
+def _exact(embeddings: Embeddings, queries_QD: Tensor, k: int, shards: range) -> tuple[Tensor, Tensor]:
+    """The best k of some shards. The number of an embedding is shard * shard_rows + row."""
     scores = [queries_QD.new_empty(len(queries_QD), 0)]
     numbers = [torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)]
     for shard in shards:
-        rows = found.shards[shard]
+        rows = embeddings.shards[shard]
         if len(rows):
             try:
                 best, index = similarity.topk(queries_QD, rows, min(k, len(rows)))
             except ValueError as error:
-                raise ValueError(f"{found.header.shard(Path(), shard)}: {error}") from error
-            both = _merge([scores[0], best], [numbers[0], index + shard * found.header.shard_rows], k)
+                raise ValueError(f"{embeddings.header.shard(Path(), shard)}: {error}") from error
+            both = _merge([scores[0], best], [numbers[0], index + shard * embeddings.header.shard_rows], k)
             scores, numbers = [both[0]], [both[1]]
     return scores[0], numbers[0]
 
 
 def _merge(scores: list[Tensor], numbers: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The best k of all; equal scores in the order of their numbers."""
+    """The best k of all parts; equal scores are in the order of their numbers."""
     scores_QN, number_QN = torch.cat(scores, dim=1), torch.cat(numbers, dim=1)
     number_QN, order_QN = number_QN.sort(dim=1)
     scores_QN, order_QN = scores_QN.gather(1, order_QN).sort(dim=1, descending=True, stable=True)
@@ -189,73 +189,73 @@ def _merge(scores: list[Tensor], numbers: list[Tensor], k: int) -> tuple[Tensor,
 
 
 def _faiss(
-    found: Embeddings, queries_QD: Tensor, k: int, factory: str, file: Path | None
+    embeddings: Embeddings, queries_QD: Tensor, k: int, factory: str, file: Path | None
 ) -> tuple[Tensor, Tensor]:
     try:
         import faiss
     except ImportError as error:
         raise ImportError("--index faiss:... needs the extra: pip install 'clsp_fast[faiss]'") from error
-    kept = None if file is None else _KeptIndex(file, factory, found)
+    kept_index = None if file is None else _KeptIndex(file, factory, embeddings)
     try:
-        if kept is not None and kept.exists():
+        if kept_index is not None and kept_index.exists():
             index = faiss.read_index(str(file))
         else:
-            index = faiss.index_factory(found.header.dim, factory, faiss.METRIC_INNER_PRODUCT)
-            rows = (np.ascontiguousarray(shard, np.float32) for shard in found.shards if len(shard))
+            index = faiss.index_factory(embeddings.header.dim, factory, faiss.METRIC_INNER_PRODUCT)
+            rows = (np.ascontiguousarray(shard, np.float32) for shard in embeddings.shards if len(shard))
             if not index.is_trained:
-                index.train(_first_rows(found.shards, _TRAINED_ON))
+                index.train(_first_rows(embeddings.shards, _TRAINED_ON))
             for shard in rows:
                 index.add(shard)
-            if kept is not None:
-                kept.write(lambda path: faiss.write_index(index, str(path)))
+            if kept_index is not None:
+                kept_index.write(lambda path: faiss.write_index(index, str(path)))
     except RuntimeError as error:
         where = factory if file is None else f"{factory}, {file}"
         raise ValueError(f"index: faiss refuses {where}: {str(error).splitlines()[-1]}") from error
-    if (index.ntotal, index.d) != (len(found), found.header.dim):
-        expected = f"{len(found)} embeddings of {found.header.dim} dimensions"
+    if (index.ntotal, index.d) != (len(embeddings), embeddings.header.dim):
+        expected = f"{len(embeddings)} embeddings of {embeddings.header.dim} dimensions"
         raise ValueError(
             f"{file} is not the index of this folder: expected {expected}, got {index.ntotal}, {index.d}"
         )
     scores_QK, position_QK = index.search(queries_QD.cpu().numpy(), k)
-    counts = np.cumsum([0, *map(len, found.shards)])
+    counts = np.cumsum([0, *map(len, embeddings.shards)])
     shard_QK = np.searchsorted(counts, np.maximum(position_QK, 0), side="right") - 1
-    number_QK = shard_QK * found.header.shard_rows + position_QK - counts[shard_QK]
+    number_QK = shard_QK * embeddings.header.shard_rows + position_QK - counts[shard_QK]
     return torch.from_numpy(scores_QK), torch.from_numpy(np.where(position_QK < 0, -1, number_QK))
 
 
 class _KeptIndex:
-    """The file of an index, and the one beside it, `<file>.json`, that says what it was built of: an index
-    of other embeddings would give answers like any other."""
+    """The file of an index, and `<file>.json`, its label, which says what the index was built from. Without
+    the label, an index of other embeddings would give wrong answers unnoticed."""
 
-    def __init__(self, file: Path, factory: str, found: Embeddings) -> None:
+    def __init__(self, file: Path, factory: str, embeddings: Embeddings) -> None:
         self._file, self._label = file, file.with_name(file.name + ".json")
-        self._own = {"factory": factory, "embeddings": found.digest()}
+        self._expected = {"factory": factory, "embeddings": embeddings.digest()}
 
     def exists(self) -> bool:
-        """Whether there is one; ValueError if it is not this folder's, or of another factory string."""
+        """Whether there is one; ValueError if it is of another folder or another factory string."""
         if not self._file.exists():
             return False
         try:
-            kept = parse_object(self._label.read_bytes())
+            label = parse_object(self._label.read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self._label} does not say what {self._file.name} is of: {error}{_FIX}"
             ) from error
-        if kept.get("embeddings") != self._own["embeddings"]:
+        if label.get("embeddings") != self._expected["embeddings"]:
             raise ValueError(f"{self._file} was built of other embeddings than the folder has now{_FIX}")
-        if kept.get("factory") != self._own["factory"]:
-            was, now = kept.get("factory"), self._own["factory"]
+        if label.get("factory") != self._expected["factory"]:
+            was, now = label.get("factory"), self._expected["factory"]
             raise ValueError(f"{self._file} was built as {was!a}, not {now!a}{_FIX}")
         return True
 
     def write(self, write_to: Callable[[Path], None]) -> None:
-        # In this order, since without the index a label claims nothing.
-        files.write_text(self._label, json.dumps(self._own) + "\n")
+        # The label comes first: a label without an index does no harm, an index without a label would.
+        files.write_text(self._label, json.dumps(self._expected) + "\n")
         files.replace_file(self._file, write_to)
 
 
 def _first_rows(shards: Sequence[NDArray[Any]], count: int) -> NDArray[np.float32]:
-    """The first `count` rows of all shards, without reading more of them."""
+    """The first `count` rows of all shards; the other rows are not read."""
     parts: list[NDArray[np.float32]] = []
     for shard in shards:
         if count <= 0:
@@ -265,20 +265,20 @@ def _first_rows(shards: Sequence[NDArray[Any]], count: int) -> NDArray[np.float3
     return np.concatenate(parts)
 
 
-def _hits(found: Embeddings, scores: list[float], numbers: list[int]) -> list[Hit]:
+def _hits(embeddings: Embeddings, scores: list[float], numbers: list[int]) -> list[Hit]:
     hits = []
     for score, number in zip(scores, numbers, strict=True):
-        if number < 0:  # faiss found fewer
+        if number < 0:  # faiss returned fewer than k
             continue
-        shard, row = divmod(number, found.header.shard_rows)
-        line = found.line(shard, row)
+        shard, row = divmod(number, embeddings.header.shard_rows)
+        line = embeddings.line(shard, row)
         where = (line.get("start_s", 0.0), line.get("duration_s"), line.get("channel"))
         hits.append(Hit(score, line["id"], line["audio"], *where))
     return hits
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results as text, one answer a line."""
+    """The results as text with one answer a line."""
     lines = []
     for result in results:
         lines.append(f"{result.kind}: {_printable(result.query)}")
@@ -292,12 +292,12 @@ def _title(hit: Hit) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which a file's name may smuggle into a terminal, and what is no text."""
+    """Replaces control characters, which would act on the terminal, and what is not text by escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def page(results: Sequence[Result]) -> str:
-    """The results as one HTML page that needs nothing else: recordings are in it, scripts are forbidden."""
+    """The results as one HTML page, which contains the recordings. It forbids scripts and loads nothing."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Search results</title>',
         '<meta http-equiv="Content-Security-Policy" '

@@ -42,7 +42,7 @@ def test_accuracies_by_hand() -> None:
     assert metrics.accuracy(predicted, labels) == 0.5
     assert metrics.unweighted_average_recall(predicted, labels) == pytest.approx((2 / 3 + 0) / 2)
     for wrong in (([], []), (["a"], ["a", "b"])):
-        with pytest.raises(ValueError, match="as long and not empty"):
+        with pytest.raises(ValueError, match="must have the same length > 0"):
             metrics.unweighted_average_recall(*wrong)
 
 

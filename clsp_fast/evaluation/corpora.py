@@ -1,4 +1,4 @@
-"""How the corpora of the literature lie on a disk: readers from a folder or file to clips."""
+"""Readers of the corpora of the literature: from the folder or file that users have, to clips."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _LONGEST_LINE = 2**20
 
 
 class LeftOut(NamedTuple):
-    """A file or line of a corpus that gives no clip, and why."""
+    """A file or line of a corpus without a clip, and why."""
 
     name: str
     reason: str
 
 
 def read_corpus(source: Path, layout: str, fields: Iterable[str] = ()) -> list[Clip]:
-    """The clips of a corpus; what is left out is counted by reason on standard error.
+    """The clips of a corpus. What is left out is counted by reason on standard error.
 
-    Links to files and folders are followed, and each folder is searched once.
+    Links to files and folders are followed; each folder is searched once.
 
     Args:
         source: its folder, or the file of a manifest or of ParaSpeechCaps rows.
         layout: key of `LAYOUTS`.
-        fields: tags that are needed; some are in a table of the corpus that not every copy has.
+        fields: tags that are needed. Some are in a table that not every copy of the corpus has.
 
     Raises:
-        FileNotFoundError: there is no such thing, or no table with the fields. ValueError: it holds nothing
-        of that layout, or its table cannot be read.
+        FileNotFoundError: there is no such source, or no table with the fields. ValueError: the source holds
+        nothing of that layout, or its table cannot be read.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -52,7 +52,7 @@ def read_corpus(source: Path, layout: str, fields: Iterable[str] = ()) -> list[C
         if isinstance(item, LeftOut):
             left_out[item.reason].append(item.name)
         elif clips.setdefault(item.id, item) is not item:
-            # Copies of RAVDESS hold each recording twice, in folders of two names.
+            # Some copies of RAVDESS have each recording twice, in two folders.
             left_out["in a second copy"].append(Path(item.audio).name)
     if left_out:
         counts = [
@@ -65,7 +65,7 @@ def read_corpus(source: Path, layout: str, fields: Iterable[str] = ()) -> list[C
 
 
 class _Corpus(NamedTuple):
-    """The files of a corpus in the order of their paths, and what of it cannot be read."""
+    """The files of a corpus in the order of their paths, and what cannot be read."""
 
     files: list[Path]
     left_out: list[LeftOut]
@@ -86,7 +86,7 @@ def _corpus(source: Path) -> _Corpus:
 
 
 def _recordings(corpus: _Corpus) -> Iterator[Path | LeftOut]:
-    """The WAV files of a corpus, and what of it is left out."""
+    """The WAV files of a corpus, and what is left out."""
     yield from corpus.left_out
     for path in corpus.files:
         suffix = path.suffix.lower()
@@ -97,10 +97,10 @@ def _recordings(corpus: _Corpus) -> Iterator[Path | LeftOut]:
 
 
 def _manifest(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
-    found = read_manifest(source, need_captions=False)
-    found.warn()
-    yield from (LeftOut(f"line {problem.line}", "bad lines") for problem in found.problems)
-    yield from found.clips
+    manifest = read_manifest(source, need_captions=False)
+    manifest.warn()
+    yield from (LeftOut(f"line {problem.line}", "bad lines") for problem in manifest.problems)
+    yield from manifest.clips
 
 
 _DEAD_LINKS = "links that lead nowhere"
@@ -109,8 +109,8 @@ _RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surp
 
 
 def _ravdess(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
-    """Actor_NN/MM-VV-EE-II-SS-RR-AA.wav: modality 03 is sound alone, vocal channel 01 is speech; odd actors
-    are men (Livingstone & Russo, 2018)."""
+    """Actor_NN/MM-VV-EE-II-SS-RR-AA.wav: modality 03 is audio only, vocal channel 01 is speech; actors with
+    odd numbers are men (Livingstone & Russo, 2018)."""
     for path in _recordings(_corpus(source)):
         if isinstance(path, LeftOut):
             yield path
@@ -131,16 +131,16 @@ _CREMA_D = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NE
 def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """AudioWAV/NNNN_SSS_EEE_LL.wav and VideoDemographics.csv (Cao et al., 2014).
 
-    One recording has a single letter for its intensity. Only age and gender are in the table, which many
-    copies lack: without it clips have neither, and it is an error only if they are needed. Clips of actors
-    whom it lacks have neither.
+    One recording has a single letter for its intensity. Age and gender are in the table, which many copies
+    lack. A missing table is an error only if age or gender is needed; otherwise the clips have neither, like
+    those of actors that are not in the table.
     """
     corpus = _corpus(source)
-    in_table = bool(fields & {"age", "gender"})
+    need_table = bool(fields & {"age", "gender"})
     try:
         actors = _actors(source, corpus)
     except (OSError, ValueError):
-        if in_table:
+        if need_table:
             raise
         actors = {}
     for path in _recordings(corpus):
@@ -153,7 +153,7 @@ def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
         elif codes[2] not in _CREMA_D:
             yield LeftOut(path.name, "of an unknown emotion")
         else:
-            if in_table and codes[1] not in actors:
+            if need_table and codes[1] not in actors:
                 yield LeftOut(
                     path.name, "of tasks of age and gender, by an actor whom VideoDemographics.csv lacks"
                 )
@@ -161,16 +161,16 @@ def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
 
 
 def _actors(source: Path, corpus: _Corpus) -> dict[str, dict[str, str]]:
-    """Gender and age of each actor by number, from a table that is in the corpus or one folder up."""
+    """Number of an actor -> gender and age, from a table in the corpus or in the folder above it."""
     name = "VideoDemographics.csv"
     tables = [path for path in corpus.files if path.name.lower() == name.lower()]
-    beside = source.absolute().parent / name
-    if not tables and not paths.is_file(beside):
+    above = source.absolute().parent / name
+    if not tables and not paths.is_file(above):
         raise FileNotFoundError(
             f"{source} holds no {name}, which has the actors' age and sex: take it from "
             "https://github.com/CheyneyComputerScience/CREMA-D and put it into this folder"
         )
-    table = tables[0] if tables else beside
+    table = tables[0] if tables else above
     files.refuse_pointer(table)
     actors = {}
     with textfile.open_text(table, "a table of actors", newline="") as text:
@@ -198,7 +198,7 @@ def _iemocap(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     al., 2008)."""
     corpus = _corpus(source)
     yield from corpus.left_out
-    sentences = {p.stem: p for p in corpus.files if p.suffix.lower() == ".wav" and "sentences" in p.parts}
+    wav_of_turn = {p.stem: p for p in corpus.files if p.suffix.lower() == ".wav" and "sentences" in p.parts}
     for table in corpus.files:
         place = (table.parent.parent.name, table.parent.name, table.name[:3], table.suffix.lower())
         if place != ("dialog", "EmoEvaluation", "Ses", ".txt"):
@@ -215,19 +215,19 @@ def _iemocap(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
         for line in lines:
             turn = _TURN.fullmatch(line)
             if turn:
-                named = session / "sentences" / "wav" / table.stem / f"{turn[1]}.wav"
-                path = sentences.pop(turn[1], named)
+                expected = session / "sentences" / "wav" / table.stem / f"{turn[1]}.wav"
+                path = wav_of_turn.pop(turn[1], expected)
                 gender = "female" if turn[2] == "F" else "male"
                 speaker = f"{table.stem[:5]}{turn[2]}"
                 yield _clip(path, emotion=_IEMOCAP.get(turn[3], turn[3]), gender=gender, speaker=speaker)
             elif line.startswith("["):
                 yield LeftOut(table.name, "lines of another form")
-    yield from (LeftOut(path.name, "in no table of emotions") for path in sentences.values())
+    yield from (LeftOut(path.name, "in no table of emotions") for path in wav_of_turn.values())
 
 
 def _paraspeechcaps(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
-    """The rows of the dataset as JSON lines; recordings under the folder of the file, or under its subfolder
-    that is named like the row's "source" (Diwan et al., 2025). Descriptions become global captions."""
+    """The dataset's rows as JSON lines (Diwan et al., 2025). Recordings are in the folder of the file, or in
+    the subfolder that the row's "source" names. Descriptions become global captions."""
     files.refuse_pointer(source)
     good, first_problem = 0, ""
     with textfile.open_text(source, "a file with one row of ParaSpeechCaps a line") as text:
@@ -272,4 +272,4 @@ LAYOUTS: dict[str, Callable[[Path, frozenset[str]], Iterator[Clip | LeftOut]]] =
     "iemocap": _iemocap,
     "paraspeechcaps": _paraspeechcaps,
 }
-"""How a corpus lies on the disk: name -> reader of a source, which is told the tags that are needed."""
+"""Name of a layout -> reader, which gets the source and the tags that are needed."""

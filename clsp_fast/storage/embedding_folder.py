@@ -1,8 +1,9 @@
 """A folder of embeddings of recordings: what `embed` writes and `search` reads.
 
-It has shard-<s>.npy or .safetensors, each a matrix with one row a recording, and index.jsonl: first a line
-that says what made them, then one line a recording in the order of the input, with "shard" and "row" where
-its embedding is, or "error" and "detail" where there is none. Line i belongs to shard i // shard_rows.
+Each shard, shard-<s>.npy or .safetensors, is a matrix with a row for each recording that could be embedded.
+The first line of index.jsonl says how the embeddings were made. Then comes a line for each recording, in the
+order of the input: with "shard" and "row" of its embedding, or with "error" and "detail". Line i belongs to
+shard i // shard_rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from clsp_fast.storage.files import replace_file
 
 FORMAT = textfile.INDEX_FORMAT
 LONGEST_LINE = 2**20
-"""Most bytes of a line of the index."""
+"""Most bytes that a line of the index may have."""
 _LONGEST_HEADER = 2**16
 _BLOCK = 2**24
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
@@ -33,7 +34,7 @@ _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (i
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingHeader:
-    """What made a folder of embeddings: its index's first line."""
+    """How the embeddings of a folder were made: the first line of its index."""
 
     model: str
     """`fingerprint` of the model."""
@@ -44,7 +45,7 @@ class EmbeddingHeader:
     dtype: str = "float32"
     """"float32" or "float16"."""
     shard_rows: int = 1024
-    """Lines of the index that share a shard."""
+    """Lines of the index that belong to one shard."""
     shard_format: str = "npy"
     """"npy" or "safetensors"."""
     long_audio: str = "window"
@@ -52,7 +53,7 @@ class EmbeddingHeader:
     window_s: float = 30.0
     """Seconds."""
     slack_seconds: float = 0.1
-    """How far clips were allowed to reach behind the end of their recordings."""
+    """How far clips were allowed to reach beyond the end of their recordings."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -66,7 +67,7 @@ class EmbeddingHeader:
             raise ValueError(f"unknown dtype {self.dtype!r} or shard_format {self.shard_format!r}")
 
     def shard(self, folder: Path, number: int) -> Path:
-        """File of a shard."""
+        """The file of a shard."""
         return folder / f"shard-{number:06d}.{self.shard_format}"
 
     def to_line(self) -> str:
@@ -75,7 +76,7 @@ class EmbeddingHeader:
 
     @classmethod
     def from_line(cls, line: str | bytes) -> EmbeddingHeader:
-        """The inverse of `to_line`; ValueError says what is wrong."""
+        """The inverse of `to_line`. ValueError says what is wrong with the line."""
         values = parse_object(line)
         if values.pop("format", None) != FORMAT or values.pop("version", None) != 1:
             raise ValueError(f'expected "format": "{FORMAT}", "version": 1')
@@ -87,14 +88,14 @@ class EmbeddingHeader:
 
 
 class Embeddings:
-    """A finished folder of embeddings; shards are mapped and lines are read when they are asked for.
+    """A finished folder of embeddings. Shards are mapped into memory; lines are read when they are needed.
 
     Args:
         folder: what `python -m clsp_fast.embed` wrote.
 
     Raises:
         FileNotFoundError: it has no index.jsonl, or a shard is missing.
-        ValueError: a file of it is damaged; the message names the file.
+        ValueError: a file is damaged; the message names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,7 +119,7 @@ class Embeddings:
         ]
 
     def _find_lines(self, file: BinaryIO, at: int) -> tuple[int, list[int]]:
-        """How many lines follow, and where those of each shard begin; `at` is where the first does."""
+        """The number of lines from position `at` on, and where the first line of each shard begins."""
         count, offsets = 0, list[int]()
         start = position = at
         while block := file.read(_BLOCK):
@@ -127,7 +128,7 @@ class Embeddings:
             long = np.flatnonzero(np.diff(starts) > LONGEST_LINE)
             if len(long):
                 self._refuse_line(count + int(long[0]))
-            # A shard begins with every shard_rows-th line; the last start is the next block's first.
+            # Every shard_rows-th line begins a shard. The last start belongs to the next block.
             offsets += starts[:-1][-count % self.header.shard_rows :: self.header.shard_rows].tolist()
             count, start, position = count + len(ends), int(starts[-1]), position + len(block)
             if position - start > LONGEST_LINE:
@@ -140,17 +141,17 @@ class Embeddings:
         raise ValueError(f"{self._index}, line {clip + 2}: cut short or over {LONGEST_LINE} bytes")
 
     def __len__(self) -> int:
-        """Embeddings, without the recordings that failed."""
+        """The number of embeddings, without the recordings that failed."""
         return sum(map(len, self.shards))
 
     def lines(self, shard: int) -> list[dict[str, Any]]:
-        """The index's lines of a shard; ValueError names a damaged one."""
+        """The lines of the index that belong to a shard; ValueError names a damaged one."""
         return [self._record(shard, number, text) for number, text in enumerate(self._texts(shard))]
 
     def line(self, shard: int, row: int) -> dict[str, Any]:
-        """The index's line of an embedding; ValueError if there is none, or one met on the way is damaged."""
+        """The line of an embedding; ValueError if there is none, or if a line read before it is damaged."""
         texts = self._texts(shard)
-        # Only lines without an embedding put a row's line behind the place of its number.
+        # Recordings that failed have a line but no row, so row r has line r of the shard or a later one.
         for number in (*range(row, len(texts)), *range(min(row, len(texts)))):
             record = self._record(shard, number, texts[number])
             if record.get("row") == row:
@@ -158,8 +159,8 @@ class Embeddings:
         raise ValueError(f"{self._index} has no line for row {row} of shard {shard}")
 
     def digest(self) -> str:
-        """SHA-256 of the index and of the first row of each shard: it changes with the model, the list, the
-        settings, and recordings that were replaced by others under the same names."""
+        """SHA-256 of the index and of the first row of each shard. It changes with the model, the list, the
+        settings, and when other recordings take the names of the old ones."""
         digest = hashlib.sha256()
         with self._index.open("rb") as file:
             while block := file.read(_BLOCK):
@@ -183,7 +184,7 @@ class Embeddings:
 
 
 def check_record(record: dict[str, Any], shard: int, rows: int) -> dict[str, Any]:
-    """A line of an index as it is; ValueError if it is not of the form."""
+    """Returns a line of an index unchanged; ValueError if it does not have the form."""
     for key in ("id", "audio"):
         if not isinstance(record.get(key), str):
             raise ValueError(f'"{key}" must be a string, got {record.get(key)!r}')
@@ -201,7 +202,7 @@ def check_record(record: dict[str, Any], shard: int, rows: int) -> dict[str, Any
 
 
 def write_shard(file: Path, rows_ND: NDArray[Any]) -> None:
-    """Write a shard whole or not at all."""
+    """Writes a shard whole or not at all."""
     if file.suffix == ".npy":
         replace_file(file, lambda path: _save_npy(path, rows_ND), size=rows_ND.nbytes)
     else:
@@ -212,14 +213,14 @@ def write_shard(file: Path, rows_ND: NDArray[Any]) -> None:
 def _save_npy(file: Path, rows_ND: NDArray[Any]) -> None:
     with file.open("wb") as handle:
         np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(rows_ND))
-        handle.write(rows_ND.tobytes())  # numpy's writer loses errno, so a full disk could not be named.
+        handle.write(rows_ND.tobytes())  # numpy's writer loses errno, which tells a full disk.
 
 
 def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:
-    """A shard, mapped for reading (N, dim); nothing in it can make this allocate.
+    """A shard (N, dim), mapped for reading. Whatever the file holds, no memory is allocated for it.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is not a shard of such a folder.
+        FileNotFoundError: there is no such file. ValueError: it is not a shard that fits the header.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
@@ -239,9 +240,9 @@ def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:
 
 
 def _npy_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
-    """(rows, where they begin)."""
+    """(number of rows, byte at which they begin)."""
     with file.open("rb") as handle:
-        if np.lib.format.read_magic(handle) != (1, 0):  # whose header has at most 64 KiB
+        if np.lib.format.read_magic(handle) != (1, 0):  # version 1.0 has at most 64 KiB of header
             raise ValueError("expected version 1.0 of the format")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(handle)
         if fortran or dtype != np.dtype(header.dtype) or len(shape) != 2 or shape[1] != header.dim:
@@ -250,7 +251,7 @@ def _npy_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
 
 
 def _safetensors_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
-    """(rows, where they begin)."""
+    """(number of rows, byte at which they begin)."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if length > _LONGEST_HEADER:
@@ -267,7 +268,7 @@ def _safetensors_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; ValueError for anything else, nesting beyond any parser, NaN and infinity included."""
+    """A JSON object. ValueError for anything else, also for NaN, infinity and nesting that is too deep."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
@@ -283,6 +284,6 @@ def _refuse(constant: str) -> None:
 
 def _finite(digits: str) -> float:
     value = float(digits)
-    if not math.isfinite(value):  # it would be written as Infinity, which is not JSON
+    if not math.isfinite(value):  # JSON could not hold it: Python would write Infinity
         raise ValueError(f"{digits:.20} is too large for a number")
     return value
