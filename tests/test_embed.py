@@ -1,4 +1,4 @@
-"""Bulk embedding: complete and identical whatever stops it, errors by recording, folders that do not fit."""
+"""Bulk embedding: identical after any interruption; errors by recording; folders that do not fit."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def test_a_folder_holds_what_encode_audio_gives(
     (tmp_path / "clips/notes.txt").write_text("not a recording")
     result = run(tmp_path / "clips", tmp_path / "out", model_folder, shard_rows=3, **options)
     assert (result.clips, dict(result.failed), result.complete) == (5, {"format": 1}, False)
-    found = Embeddings(tmp_path / "out")
-    assert (found.clips, len(found), len(found.shards)) == (5, 4, 2)
-    lines = found.lines(0) + found.lines(1)
+    embeddings = Embeddings(tmp_path / "out")
+    assert (embeddings.clips, len(embeddings), len(embeddings.shards)) == (5, 4, 2)
+    lines = embeddings.lines(0) + embeddings.lines(1)
     assert [line["audio"] for line in lines] == [str(path) for path in paths]
     assert lines[2]["error"] == "format"
     model = CLSP.from_pretrained(model_folder)
     exact = in_float64(model)
     for line, path in zip(lines, paths, strict=True):
         if "row" in line:
-            row = np.array(found.shards[line["shard"]][line["row"]], np.float32)
+            row = np.array(embeddings.shards[line["shard"]][line["row"]], np.float32)
             expected, truth = (m.encode_audio([path])[0] for m in (model, exact))
             assert_as_exact(row, expected, truth, dtype=np.dtype(options.get("dtype", "float32")))
 

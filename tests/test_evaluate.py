@@ -1,4 +1,4 @@
-"""The evaluation commands: figures against their definitions, and what cannot be evaluated."""
+"""The evaluation commands: figures equal their definitions; what cannot be evaluated is named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOODS = ("calm", "tense", "tired")
 
 @pytest.fixture
 def manifest(tmp_path: Path, make_clips: MakeClips) -> Path:
-    """Thirty clips with captions and a mood; one cannot be read, one has no mood that counts."""
+    """Thirty clips with captions and a mood; one cannot be read, one has a mood that is no label."""
     make_clips(tmp_path / "clips", 30)
     (tmp_path / "clips/00004.wav").write_text("no audio")
     lines = []
@@ -55,19 +55,19 @@ def config(kind: type[Any], source: Path, model: Path, **options: Any) -> Any:
 
 
 def test_retrieval_takes_one_caption_a_clip(manifest: Path, model_folder: Path) -> None:
-    found = retrieval(config(RetrievalConfig, manifest, model_folder))
-    assert list(found["bad"]) == ["c4"]
-    assert found["n"] == 29
+    results = retrieval(config(RetrievalConfig, manifest, model_folder))
+    assert list(results["bad"]) == ["c4"]
+    assert results["n"] == 29
     model = CLSP.from_pretrained(model_folder)
-    own = [i for i in range(30) if i != 4]
+    readable = [i for i in range(30) if i != 4]
     for kind, texts in (
-        ("global", {i: f"Voice {i}." for i in own}),
-        ("fine", {i: f"Voice {i} {'rises ' * (1, 3, 3)[i % 4 - 1]}".strip() for i in own if i % 4}),
+        ("global", {i: f"Voice {i}." for i in readable}),
+        ("fine", {i: f"Voice {i} {'rises ' * (1, 3, 3)[i % 4 - 1]}".strip() for i in readable if i % 4}),
     ):
         audio = model.encode_audio([manifest.parent / f"clips/{i:05d}.wav" for i in texts])
         ranks = ranking.ranks(audio, model.encode_text(list(texts.values())))
         for direction in ("audio_to_text", "text_to_audio"):
-            figures = found["retrieval"][kind][direction]
+            figures = results["retrieval"][kind][direction]
             expected = metrics.retrieval(getattr(ranks, direction))
             assert {name: figures[name] for name in expected} == pytest.approx(expected)
             assert figures["n"] == len(texts)
@@ -77,24 +77,24 @@ def test_retrieval_takes_one_caption_a_clip(manifest: Path, model_folder: Path) 
             low, high = figures["interval"]["R@10"]
             assert low <= figures["R@10"] <= high
     only = retrieval(config(RetrievalConfig, manifest, model_folder, captions="fine"))
-    assert only["retrieval"] == {"fine": found["retrieval"]["fine"]}
+    assert only["retrieval"] == {"fine": results["retrieval"]["fine"]}
 
 
 def test_retrieval_takes_every_caption_as_an_answer(manifest: Path, model_folder: Path) -> None:
-    found = retrieval(config(RetrievalConfig, manifest, model_folder, captions="global", all_captions=True))
+    results = retrieval(config(RetrievalConfig, manifest, model_folder, captions="global", all_captions=True))
     model = CLSP.from_pretrained(model_folder)
-    own = [i for i in range(30) if i != 4]
-    texts = [(i, f"{word} {i}.") for i in own for word in ("Voice", "Speaker")[: 1 + i % 2]]
-    audio = model.encode_audio([manifest.parent / f"clips/{i:05d}.wav" for i in own])
-    owner = torch.tensor([own.index(i) for i, _ in texts])
+    readable = [i for i in range(30) if i != 4]
+    texts = [(i, f"{word} {i}.") for i in readable for word in ("Voice", "Speaker")[: 1 + i % 2]]
+    audio = model.encode_audio([manifest.parent / f"clips/{i:05d}.wav" for i in readable])
+    owner = torch.tensor([readable.index(i) for i, _ in texts])
     ranks = ranking.ranks(audio, model.encode_text([t for _, t in texts]), text_owner=owner)
-    both = found["retrieval"]["global"]
+    both = results["retrieval"]["global"]
     assert both["audio_to_text"]["n"] == 29
     assert both["text_to_audio"]["n"] == len(texts) == 44
     for direction in ("audio_to_text", "text_to_audio"):
         expected = metrics.retrieval(getattr(ranks, direction))
         assert {name: both[direction][name] for name in expected} == pytest.approx(expected)
-    chance = np.mean([1 - math.comb(44 - n, 5) / math.comb(44, 5) for n in [1 + i % 2 for i in own]])
+    chance = np.mean([1 - math.comb(44 - n, 5) / math.comb(44, 5) for n in [1 + i % 2 for i in readable]])
     assert both["audio_to_text"]["chance"]["R@5"] == pytest.approx(chance)
     assert both["text_to_audio"]["chance"]["R@5"] == pytest.approx(5 / 29)
 
@@ -114,13 +114,13 @@ TASKS = {
 def test_zeroshot_merges_labels_and_predictions(manifest: Path, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps(TASKS))
     options = {"task": ("mood", "awake"), "task_file": tmp_path / "tasks.json"}
-    found = zeroshot(config(ZeroshotConfig, manifest, model_folder, **options))
+    results = zeroshot(config(ZeroshotConfig, manifest, model_folder, **options))
     model = CLSP.from_pretrained(model_folder)
-    own = [i for i in range(30) if i not in (4, 7)]
-    audio = model.encode_audio([manifest.parent / f"clips/{i:05d}.wav" for i in own])
-    assert list(found["bad"]) == ["c4"]
+    readable = [i for i in range(30) if i not in (4, 7)]
+    audio = model.encode_audio([manifest.parent / f"clips/{i:05d}.wav" for i in readable])
+    assert list(results["bad"]) == ["c4"]
     for name, merge in (("mood", {}), ("awake", {"tense": "calm"})):
-        figures = found["zeroshot"][name]
+        figures = results["zeroshot"][name]
         prompts = list(MOOD_PROMPTS.values())
         if merge:
             prompts = [[f"A {mood} speaker."] for mood in MOODS]
@@ -128,7 +128,7 @@ def test_zeroshot_merges_labels_and_predictions(manifest: Path, model_folder: Pa
             torch.stack([model.encode_text(p).mean(0) for p in prompts]), dim=1
         )
         predicted = [MOODS[i] for i in (audio @ means.T).argmax(1).tolist()]
-        labels = [MOODS[i % 3] for i in own]
+        labels = [MOODS[i % 3] for i in readable]
         predicted, labels = ([merge.get(x, x) for x in names] for names in (predicted, labels))
         assert figures["accuracy"] == metrics.accuracy(predicted, labels)
         assert figures["uar"] == metrics.unweighted_average_recall(predicted, labels)
@@ -149,12 +149,12 @@ def test_a_corpus_in_its_own_folder(tmp_path: Path, make_clips: MakeClips, model
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
     tasks = ("ravdess-emotion", "ravdess-gender")
-    found = zeroshot(config(ZeroshotConfig, tmp_path / "RAVDESS", model_folder, task=tasks))
-    assert [found["zeroshot"][name]["n"] for name in tasks] == [16, 16]
+    results = zeroshot(config(ZeroshotConfig, tmp_path / "RAVDESS", model_folder, task=tasks))
+    assert [results["zeroshot"][name]["n"] for name in tasks] == [16, 16]
     rows = [{"audio": str(p), "tags": {"gender": "male"}} for p in (tmp_path / "RAVDESS").rglob("*.wav")]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = zeroshot(config(ZeroshotConfig, tmp_path / "m.jsonl", model_folder, task=("ravdess-gender",)))
-    assert found["zeroshot"]["ravdess-gender"]["majority"] == 1.0
+    results = zeroshot(config(ZeroshotConfig, tmp_path / "m.jsonl", model_folder, task=("ravdess-gender",)))
+    assert results["zeroshot"]["ravdess-gender"]["majority"] == 1.0
     with pytest.raises(ValueError, match="task must be tasks of one layout"):
         zeroshot(config(ZeroshotConfig, tmp_path, model_folder, task=("ravdess-emotion", "crema-d-age")))
     with pytest.raises(ValueError, match="task must be one of iemocap-emotion"):
@@ -163,7 +163,7 @@ def test_a_corpus_in_its_own_folder(tmp_path: Path, make_clips: MakeClips, model
 
 @pytest.fixture
 def ratings(tmp_path: Path, make_clips: MakeClips, model_folder: Path) -> Path:
-    """Two raters whose mean is a rising function of the cosine, but for the category "situational"."""
+    """Two raters. Their mean rises with the cosine, and falls in the category "situational"."""
     names = [path.name for path in make_clips(tmp_path / "rated", 6)]
     model = CLSP.from_pretrained(model_folder)
     captions = ["A calm voice.", "She whispers."]
@@ -186,18 +186,18 @@ def ratings(tmp_path: Path, make_clips: MakeClips, model_folder: Path) -> Path:
 
 
 def test_similarity_correlates_with_mean_ratings(ratings: Path, model_folder: Path) -> None:
-    found = similarity(config(SimilarityConfig, ratings, model_folder))
-    assert set(found["similarity"]) == {"all", "intrinsic", "situational"}
-    assert [found["similarity"][name]["n"] for name in ("all", "intrinsic", "situational")] == [12, 6, 6]
+    results = similarity(config(SimilarityConfig, ratings, model_folder))
+    assert set(results["similarity"]) == {"all", "intrinsic", "situational"}
+    assert [results["similarity"][name]["n"] for name in ("all", "intrinsic", "situational")] == [12, 6, 6]
     for name, sign in (("intrinsic", 1.0), ("situational", -1.0)):
-        figures = found["similarity"][name]
+        figures = results["similarity"][name]
         assert figures["spearman"] == pytest.approx(sign)
         assert figures["kendall"] == pytest.approx(sign)
         assert 0.8 < sign * figures["pearson"] <= 1.0
         assert figures["interval"]["kendall"] == (pytest.approx(sign), pytest.approx(sign))
         assert (figures["ratings"], figures["raters"]) == (12, 2)
-    assert abs(found["similarity"]["all"]["spearman"]) < 0.9
-    assert len(found["pairs"]) == 12
+    assert abs(results["similarity"]["all"]["spearman"]) < 0.9
+    assert len(results["pairs"]) == 12
 
 
 @pytest.mark.parametrize(

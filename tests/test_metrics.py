@@ -30,9 +30,9 @@ def test_retrieval_needs_a_query_with_a_positive() -> None:
 @pytest.mark.parametrize("count", [1, 37, 200])
 def test_retrieval_equals_the_recipe(golden, count: int) -> None:
     case = {k.split(".", 1)[1]: v for k, v in golden("retrieval").items() if k.startswith(f"N{count}.")}
-    found = similarity.ranks(case["audio"], case["text"])
+    ranks = similarity.ranks(case["audio"], case["text"])
     for direction in ("audio_to_text", "text_to_audio"):
-        figures = metrics.retrieval(getattr(found, direction))
+        figures = metrics.retrieval(getattr(ranks, direction))
         for ours, theirs in (("R@1", "R@1"), ("R@5", "R@5"), ("R@10", "R@10"), ("MRR@10", "mAP@10")):
             assert figures[ours] == pytest.approx(float(case[f"{direction}_{theirs}"]), abs=1e-7)
 
@@ -85,13 +85,13 @@ def test_resampled_correlations_are_those_of_the_repeated_items() -> None:
     y += 0.2 * x
     (drawn,) = metrics.draws(np.arange(300), resamples=4, seed=0)
     counts = np.concatenate([everyone(300), drawn])
-    found = {name: figure(x, y, counts) for name, figure in metrics.CORRELATIONS.items()}
+    figures = {name: figure(x, y, counts) for name, figure in metrics.CORRELATIONS.items()}
     rounding = 10 * 300 * np.finfo(np.float64).eps  # of sums of 300 terms, in either way
     for row, count in enumerate(counts.astype(int)):
-        own = np.repeat(x, count), np.repeat(y, count)
-        assert found["pearson"][row] == pytest.approx(np.corrcoef(*own)[0, 1], abs=rounding)
-        assert found["spearman"][row] == pytest.approx(spearman_by_sorting(*own), abs=rounding)
-        assert found["kendall"][row] == pytest.approx(kendall_by_pairs(*own), abs=rounding)
+        sample = np.repeat(x, count), np.repeat(y, count)
+        assert figures["pearson"][row] == pytest.approx(np.corrcoef(*sample)[0, 1], abs=rounding)
+        assert figures["spearman"][row] == pytest.approx(spearman_by_sorting(*sample), abs=rounding)
+        assert figures["kendall"][row] == pytest.approx(kendall_by_pairs(*sample), abs=rounding)
 
 
 def draw(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -126,10 +126,10 @@ def test_intervals_cover_as_often_as_they_say() -> None:
             classified = metrics.resampled_classification(names, ["a"] * 150, counts)
             return retrieval | classified | {"pearson": metrics.pearson(x, y, counts)}
 
-        found = metrics.bootstrap(figures, np.arange(150), resamples=300, seed=seed)
-        assert found["accuracy"] == found["uar"]
+        intervals = metrics.bootstrap(figures, np.arange(150), resamples=300, seed=seed)
+        assert intervals["accuracy"] == intervals["uar"]
         for name, truth in (("R@1", 0.3), ("accuracy", 0.3), ("pearson", 0.5**0.5)):
-            covered[name] += found[name][0] <= truth <= found[name][1]
+            covered[name] += intervals[name][0] <= truth <= intervals[name][1]
     assert all(0.89 <= count / 200 <= 0.99 for count in covered.values()), covered
 
 
@@ -140,21 +140,21 @@ def test_resampled_figures_are_those_of_the_repeated_items() -> None:
     counts = draw(np.arange(60), 5, 3)
     retrieval = metrics.resampled_retrieval(ranks, counts)
     classified = metrics.resampled_classification(predicted, labels, counts)
-    for row, own in enumerate(counts.astype(int)):
-        figures = metrics.retrieval(torch.repeat_interleave(ranks, torch.from_numpy(own)))
+    for row, count in enumerate(counts.astype(int)):
+        figures = metrics.retrieval(torch.repeat_interleave(ranks, torch.from_numpy(count)))
         assert {name: values[row] for name, values in retrieval.items()} == pytest.approx(figures)
-        again = [np.repeat(np.array(names), own).tolist() for names in (predicted, labels)]
-        assert classified["accuracy"][row] == pytest.approx(metrics.accuracy(*again))
-        assert classified["uar"][row] == pytest.approx(metrics.unweighted_average_recall(*again))
+        repeated = [np.repeat(np.array(names), count).tolist() for names in (predicted, labels)]
+        assert classified["accuracy"][row] == pytest.approx(metrics.accuracy(*repeated))
+        assert classified["uar"][row] == pytest.approx(metrics.unweighted_average_recall(*repeated))
 
 
 def test_what_no_resample_defines_has_no_interval() -> None:
     ranks = torch.tensor([-1, 3])
     counts = np.array([[1.0, 0.0], [0.0, 1.0]])
-    found = metrics.resampled_retrieval(ranks, counts)
-    assert np.isnan([values[0] for values in found.values()]).all()
-    assert found["median_rank"][1] == 4
-    assert metrics.interval(found["R@5"]) == (1.0, 1.0)
+    figures = metrics.resampled_retrieval(ranks, counts)
+    assert np.isnan([values[0] for values in figures.values()]).all()
+    assert figures["median_rank"][1] == 4
+    assert metrics.interval(figures["R@5"]) == (1.0, 1.0)
     assert np.isnan(metrics.interval(np.array([np.nan]))).all()
 
 

@@ -34,7 +34,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def pairs(tmp_path: Path, make_clips: MakeClips) -> Path:
-    """Twelve lines: descriptions, other recordings, and everything that can be wrong with one."""
+    """Lines with descriptions, with other recordings, and with everything that can be wrong."""
     make_clips(tmp_path / "clips", 3)
     (tmp_path / "clips/text.wav").write_text("no audio")
     lines = [
@@ -74,16 +74,16 @@ ERRORS = {
 
 
 def cosines(model: CLSP, pairs: Path) -> dict[int, torch.Tensor]:
-    """What the lines of the list without an error are."""
+    """The cosine of each line that has no error."""
     audio = model.encode_audio([pairs.parent / f"clips/0000{i}.wav" for i in range(3)])
     text = model.encode_text(CAPTIONS)
     return {1: audio[0] @ text[0], 2: audio[0] @ text[1], 3: audio[1] @ audio[0], 15: audio[0] @ audio[0]}
 
 
-def assert_scores(found: dict[int, float], plain: dict[int, Any], truth: dict[int, Any]) -> None:
-    """Scores by line, whose terms are two unit embeddings each."""
-    assert found.keys() == plain.keys() == truth.keys()
-    vectors = [[float(scores[line]) for line in truth] for scores in (found, plain, truth)]
+def assert_scores(scored: dict[int, float], plain: dict[int, Any], truth: dict[int, Any]) -> None:
+    """Asserts that scores are as exact as plain ones; each is the dot product of two unit embeddings."""
+    assert scored.keys() == plain.keys() == truth.keys()
+    vectors = [[float(scores[line]) for line in truth] for scores in (scored, plain, truth)]
     assert_as_exact(*vectors, size=2 * np.ones(len(truth)))
 
 
@@ -92,17 +92,17 @@ def test_scores_are_the_cosines_and_errors_stay_in_their_lines(
 ) -> None:
     result = run(pairs, tmp_path / "out/scores.jsonl", model_folder, rows_at_once=4)
     assert result == (14, len(ERRORS), 0)
-    found = read(tmp_path / "out/scores.jsonl")
-    assert [row["line"] for row in found] == [*range(1, 14), 15]
-    for row in found:
+    rows = read(tmp_path / "out/scores.jsonl")
+    assert [row["line"] for row in rows] == [*range(1, 14), 15]
+    for row in rows:
         if row["line"] in ERRORS:
             assert ERRORS[row["line"]] in row["error"]
             assert "score" not in row
-    assert found[0]["id"] == "a"
-    assert found[1]["mine"] == [1]
+    assert rows[0]["id"] == "a"
+    assert rows[1]["mine"] == [1]
     model = CLSP.from_pretrained(model_folder)
     expected, truth = (cosines(m, pairs) for m in (model, in_float64(model)))
-    cosine = {row["line"]: row["score"] for row in found if "score" in row}
+    cosine = {row["line"]: row["score"] for row in rows if "score" in row}
     assert_scores(cosine, expected, truth)
 
 
@@ -159,20 +159,20 @@ def test_scores_of_other_pairs_or_models_are_not_continued(
 
 def test_shards_have_every_line_once(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
     run(pairs, tmp_path / "whole.jsonl", model_folder)
-    found = []
+    parts = []
     for i in (1, 2, 3):
         run(pairs, tmp_path / f"{i}.jsonl", model_folder, shard=f"{i}/3")
-        found += read(tmp_path / f"{i}.jsonl")
-    found.sort(key=lambda row: row["line"])
+        parts += read(tmp_path / f"{i}.jsonl")
+    parts.sort(key=lambda row: row["line"])
     truth = cosines(in_float64(CLSP.from_pretrained(model_folder)), pairs)
     whole = read(tmp_path / "whole.jsonl")
     assert_scores(
-        *({row["line"]: row["score"] for row in rows if "score" in row} for rows in (found, whole)), truth
+        *({row["line"]: row["score"] for row in rows if "score" in row} for rows in (parts, whole)), truth
     )
-    for rows in (found, whole):
+    for rows in (parts, whole):
         for row in rows:
             row.pop("score", None)
-    assert found == whole
+    assert parts == whole
 
 
 def test_standard_streams(
@@ -190,8 +190,8 @@ def test_standard_streams(
         command.main(["-", "-", "--model", str(model_folder), "--device", "cpu"])
     assert stop.value.code == 0
     told = capfdbinary.readouterr()
-    (found,) = [json.loads(line) for line in told.out.splitlines()]
-    assert -1 <= found["score"] <= 1
+    (row,) = [json.loads(line) for line in told.out.splitlines()]
+    assert -1 <= row["score"] <= 1
     assert b"1 lines, 0 failed" in told.err
 
 

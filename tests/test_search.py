@@ -85,10 +85,10 @@ def test_two_processes_search_their_shards(folder: Path, model_folder: Path) -> 
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    shared = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     alone = run(folder, model_folder, text=TEXTS, k=12)
-    assert len(found) == len(alone)
-    for result, other in zip(alone, found, strict=True):
+    assert len(shared) == len(alone)
+    for result, other in zip(alone, shared, strict=True):
         assert [hit.audio for hit in result.hits] == [hit["audio"] for hit in other["hits"]]
 
 
@@ -98,8 +98,8 @@ def test_faiss_finds_the_same_when_it_is_exact(folder: Path, model_folder: Path,
     file = tmp_path / "flat.index"
     for index in ("faiss:Flat", "faiss:IVF1,Flat"):
         for _ in range(2):
-            found = run(folder, model_folder, text=TEXTS, k=6, index=index, index_file=file)
-            assert [[h.audio for h in r.hits] for r in found] == [[h.audio for h in r.hits] for r in exact]
+            results = run(folder, model_folder, text=TEXTS, k=6, index=index, index_file=file)
+            assert [[h.audio for h in r.hits] for r in results] == [[h.audio for h in r.hits] for r in exact]
         file.unlink()
     assert run(folder, model_folder, text=TEXTS, k=6, index="faiss:HNSW32")[0].hits
     with pytest.raises(ValueError, match="faiss refuses Nonsense99"):
@@ -124,7 +124,7 @@ def test_an_index_of_other_embeddings_is_refused(folder: Path, model_folder: Pat
     with pytest.raises(ValueError, match=rf"flat\.index was built as 'Flat', not 'HNSW32'; {again}"):
         run(folder, model_folder, **flat | {"index": "faiss:HNSW32"})
 
-    # The same list by a model of the same size: as many embeddings of as many dimensions.
+    # The same list, embedded by another model of the same size, so that only the values differ.
     torch.manual_seed(7)
     model = CLSP(MODEL_PRESETS["tiny"], CLSP.from_pretrained(model_folder).tokenizer)
     model.save_pretrained(tmp_path / "model")
@@ -132,7 +132,7 @@ def test_an_index_of_other_embeddings_is_refused(folder: Path, model_folder: Pat
     with pytest.raises(ValueError, match=rf"flat\.index was built of other embeddings .* now; {again}"):
         run(tmp_path / "out", tmp_path / "model", **flat)
 
-    # The same model and list, but other recordings under these names.
+    # The same model and list, but the recordings have changed.
     replaced = tmp_path / "replaced"
     shutil.copytree(folder, replaced)
     run(replaced, model_folder, **flat)
@@ -157,9 +157,9 @@ def test_an_index_is_trained_on_no_more_shards_than_it_needs() -> None:
 
     shards = [np.full((3, 2), i, np.float16) for i in range(3)]
     for count, expected in ((5, [0, 0, 0, 1, 1]), (6, [0, 0, 0, 1, 1, 1])):
-        found = command._first_rows([*shards[:2], Unread()], count)  # type: ignore[list-item]
-        assert found.dtype == np.float32
-        assert found[:, 0].tolist() == expected
+        rows = command._first_rows([*shards[:2], Unread()], count)  # type: ignore[list-item]
+        assert rows.dtype == np.float32
+        assert rows[:, 0].tolist() == expected
     assert len(command._first_rows(shards, 100)) == 9
 
 
@@ -251,8 +251,8 @@ def test_the_page_plays_every_answer_and_runs_no_script(tmp_path: Path, make_cli
     ]
     text = page([Result("text", EVIL, hits), Result("clip", str(good), [])])
     text.encode("utf-8")
-    found = Page(text)
-    assert {tag for tag, _ in found.tags} <= {
+    parsed = Page(text)
+    assert {tag for tag, _ in parsed.tags} <= {
         "html",
         "head",
         "meta",
@@ -267,11 +267,11 @@ def test_the_page_plays_every_answer_and_runs_no_script(tmp_path: Path, make_cli
         "p",
         "audio",
     }
-    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
-    assert "<script>alert(1)</script>" in found.text
+    assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert "<script>alert(1)</script>" in parsed.text
     assert "\x1b" not in text
-    assert "no player: " in found.text
-    players = [attributes["src"] or "" for tag, attributes in found.tags if tag == "audio"]
+    assert "no player: " in parsed.text
+    players = [attributes["src"] or "" for tag, attributes in parsed.tags if tag == "audio"]
     assert len(players) == 2
     for player, samples in zip(players, (1600, soundfile.info(good).frames), strict=True):
         kind, content = player.split(",")
@@ -280,7 +280,7 @@ def test_the_page_plays_every_answer_and_runs_no_script(tmp_path: Path, make_cli
         assert (len(wave), rate) == (samples, 16000)
     whole, _ = soundfile.read(good)
     np.testing.assert_allclose(wave, whole, rtol=0, atol=2 * 2.0**-15)  # two steps of 16 bits
-    (policy,) = [a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in (policy or "")
     assert "script" not in (policy or "")
 

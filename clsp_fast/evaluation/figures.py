@@ -36,7 +36,7 @@ EncodeText = Callable[[Sequence[str]], Tensor]
 DIRECTIONS = ("audio_to_text", "text_to_audio")
 KINDS = ("global", "fine")
 KS = (1, 5, 10)
-_CURVE = 100
+_LONGEST_CURVE = 100
 _CLIPS_READ = 256
 _FRAMES_AT_ONCE = 12_000
 
@@ -219,28 +219,29 @@ def retrieval_figures(
         and "hit@5_chance".
     """
     ranks = similarity.ranks(audio_MD, text_ND, text_owner=owner_N)
-    captions_M = None if owner_N is None else torch.bincount(owner_N, minlength=len(audio_MD)).tolist()
-    # Captions of one clip are not independent queries: a resample draws them together.
-    groups_N = torch.arange(len(text_ND)) if owner_N is None else owner_N
+    one_each = owner_N is None
+    owner_N = torch.arange(len(text_ND)) if owner_N is None else owner_N
+    captions_M = torch.bincount(owner_N, minlength=len(audio_MD)).tolist()
     figures: Figures = {}
     for direction, rank in zip(DIRECTIONS, ranks, strict=True):
         if direction == "audio_to_text":
-            items, answers, groups = len(text_ND), captions_M, torch.arange(len(audio_MD))
+            queries, items, true, answers = audio_MD, text_ND, true_MM, captions_M
+            groups = torch.arange(len(audio_MD))
         else:
-            items, answers, groups = len(audio_MD), None if owner_N is None else [1], groups_N
+            queries, items, true, answers = text_ND, audio_MD, None if true_MM is None else true_MM.T, [1]
+            # Captions of one clip are not independent queries: a resample draws them together.
+            groups = owner_N
         result: Figures = dict(metrics.retrieval(rank))
         if bootstrap is not None:
             resampled = functools.partial(metrics.resampled_retrieval, rank)
             result["interval"] = bootstrap.intervals(resampled, groups.numpy())
-        result["chance"] = _recall_chance(items, answers)
+        result["chance"] = _recall_chance(len(items), None if one_each else answers)
         if bootstrap is not None:
+            last = min(len(items), _LONGEST_CURVE)
             result["n"] = len(rank)
-            result["curve"] = [float((rank < k).double().mean()) for k in range(1, min(items, _CURVE) + 1)]
-        if true_MM is not None:
-            sides = (audio_MD, text_ND, true_MM)
-            result |= _true_answers(
-                *(sides if direction == "audio_to_text" else (text_ND, audio_MD, true_MM.T))
-            )
+            result["curve"] = [float((rank < k).double().mean()) for k in range(1, last + 1)]
+        if true is not None:
+            result |= _true_answers(queries, items, true)
         figures[direction] = result
     return figures
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,12 @@ def table_with_bounds(results: Figures, title: str) -> str:
     for kind, by_direction in results["retrieval"].items():
         for direction in DIRECTIONS:
             figures = by_direction[direction]
-            recalls = [figures[f"R@{k}"] for k in KS]
             hit = figures.get("hit@5")
-            lines.append(
-                _row(_name(kind, direction), recalls, figures["MRR@10"], hit, count=by_direction["n"])
-            )
+            lines.append(_row(_name(kind, direction), figures, figures["MRR@10"], hit, by_direction["n"]))
+            hit_bounds = {"ceiling": None if hit is None else 1.0, "chance": figures.get("hit@5_chance")}
             for bound in ("ceiling", "chance"):
                 if bound in figures:
-                    bound_of_hit = 1.0 if bound == "ceiling" else figures.get("hit@5_chance")
-                    lines.append(
-                        _row(
-                            f"  {bound}",
-                            [figures[bound][f"R@{k}"] for k in KS],
-                            None,
-                            None if hit is None else bound_of_hit,
-                            count=None,
-                        )
-                    )
+                    lines.append(_row(f"  {bound}", figures[bound], None, hit_bounds[bound], None))
     if results["zeroshot"]:
         lines += ["", f"{'zero-shot':<24}{'WA':>7}{'UAR':>7}{'chance':>8}{'majority':>10}{'n':>6}"]
     for task, figures in results["zeroshot"].items():
@@ -50,9 +39,9 @@ def table_with_bounds(results: Figures, title: str) -> str:
 
 
 def _row(
-    name: str, recalls: Sequence[float], mrr: float | None, hit: float | None, *, count: int | None
+    name: str, recalls: Mapping[str, Any], mrr: float | None, hit: float | None, count: int | None
 ) -> str:
-    cells = "".join(f"{value:>7.3f}" for value in recalls)
+    cells = "".join(f"{recalls[f'R@{k}']:>7.3f}" for k in KS)
     return (
         f"{name:<24}{cells}"
         f"{'' if mrr is None else format(mrr, '.3f'):>8}"

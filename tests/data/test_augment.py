@@ -1,4 +1,4 @@
-"""Log-mel augmentation: repeatable, each clip its own, bounded, and blind to padding."""
+"""Log-mel augmentation: repeatable, different for each clip, bounded, without effect on padding."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Caption sampling of the two stages: what is drawn, how often, and what happens when captions are
-missing."""
+"""Caption sampling in the two stages: what is drawn, how often, and what if captions are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loader and `data validate`: batches are functions of the step, faults are named and counted."""
+"""Loader and `data validate`: a batch is a function of the step, faults are named and counted."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def loader(
     device: torch.device | None = None,
     **changes,
 ) -> Loader:
-    found = read_manifest(path).clips
-    tokenizer = Tokenizer.train([t for c in found for own in c.captions for t in own], 300)
+    all_clips = read_manifest(path).clips
+    tokenizer = Tokenizer.train([t for c in all_clips for texts in c.captions for t in texts], 300)
     settings = {"batch_clips": 6, "buckets": 2, "threads": 1, "augment": 1.0} | changes
     return Loader(
-        found,
+        all_clips,
         lambda texts: tokenizer.encode_batch(texts, 32),
         DataConfig(**settings),
         seed=3,
@@ -95,14 +95,14 @@ def test_what_a_batch_holds(clips: Path) -> None:
 
 
 def test_captions_stay_with_their_clips(clips: Path) -> None:
-    found = read_manifest(clips).clips
+    all_clips = read_manifest(clips).clips
     seen: list[list[str]] = []
 
     def encode(texts):
         seen.append(list(texts))
         return torch.zeros(len(texts), 2, dtype=torch.int64), torch.ones(len(texts), 2, dtype=torch.int64)
 
-    made = Loader(found, encode, DataConfig(batch_clips=6, threads=1), seed=0, stage1_steps=2)
+    made = Loader(all_clips, encode, DataConfig(batch_clips=6, threads=1), seed=0, stage1_steps=2)
     for step in range(5):
         batch = made.batch(step)
         for text, owner in zip(seen[-1], batch.text_owner.tolist(), strict=True):
@@ -151,7 +151,7 @@ def test_the_zero_tail_is_that_of_the_batch(clips: Path) -> None:
 
 
 def damaged(clips: Path, folder: Path, count: int) -> Path:
-    """The manifest with `count` further clips whose files are no audio."""
+    """The manifest with `count` further clips whose files are not audio."""
     rows = [json.loads(line) for line in clips.read_text().splitlines()]
     for row in rows:
         row["audio"] = str(clips.parent / row["audio"])
@@ -212,7 +212,7 @@ def test_clips_whose_ids_end_alike_draw_captions_of_their_own(clips: Path, tmp_p
 
 
 def kept(made: Loader) -> dict:
-    """The loader's state, as a checkpoint keeps it."""
+    """The loader's state after a checkpoint has stored it."""
     return json.loads(json.dumps(made.state()))
 
 

@@ -36,9 +36,9 @@ GOOD = {
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
 def test_reads_every_field(tmp_path: Path, name: str) -> None:
-    found = read_manifest(write(tmp_path, GOOD, "", name=name))
-    (clip,) = found.clips
-    assert not found.problems
+    manifest = read_manifest(write(tmp_path, GOOD, "", name=name))
+    (clip,) = manifest.clips
+    assert not manifest.problems
     assert (clip.id, clip.audio) == ("a", str(tmp_path / "clips/a.wav"))
     assert (clip.start_s, clip.duration_s, clip.channel) == (1.5, 2.0, 1)
     assert clip.captions == Captions(
@@ -147,9 +147,9 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_a_bad_line_costs_only_itself_and_says_why(tmp_path: Path, row: object, message: str) -> None:
-    found = read_manifest(write(tmp_path, GOOD, row, GOOD | {"id": "c"}))
-    assert [clip.id for clip in found.clips] == ["a", "c"]
-    (problem,) = found.problems
+    manifest = read_manifest(write(tmp_path, GOOD, row, GOOD | {"id": "c"}))
+    assert [clip.id for clip in manifest.clips] == ["a", "c"]
+    (problem,) = manifest.problems
     assert problem.line == 2
     assert message in problem.message
     assert len(problem.message) < 300
@@ -162,8 +162,8 @@ def test_a_byte_order_mark_and_null_ids_are_fine(tmp_path: Path) -> None:
     ]
     path = write(tmp_path, *rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    found = read_manifest(path)
-    assert [clip.id for clip in found.clips] == ["m-1", "m-2"]
+    manifest = read_manifest(path)
+    assert [clip.id for clip in manifest.clips] == ["m-1", "m-2"]
 
 
 def test_a_file_without_clips_is_refused_by_name(tmp_path: Path) -> None:
@@ -184,22 +184,22 @@ def test_a_key_that_looks_like_another_is_named(
 ) -> None:
     meant = {"duration": "duration_s", "offset": "start_s", "audio_filepath": "audio", "speeker": "speaker"}
     path = write(tmp_path, GOOD | {key: 3}, GOOD | {"id": "b", key: 1}, GOOD | {"id": "d"})
-    found = read_manifest(path)
-    assert (len(found.clips), found.problems) == (3, [])
+    manifest = read_manifest(path)
+    assert (len(manifest.clips), manifest.problems) == (3, [])
     warning = f'warning: "{key}" in 2 lines is ignored; is it meant to be "{meant.get(key, "captions")}"?'
-    assert found.warnings() == [warning]
-    assert warning in found.describe().splitlines()
+    assert manifest.warnings() == [warning]
+    assert warning in manifest.describe().splitlines()
     read_source(str(path))
     assert capsys.readouterr().err == f"{path}: {warning}\n"
 
 
 def test_keys_of_the_users_own_are_counted_and_no_more(tmp_path: Path) -> None:
-    own = {"emotion": "calm", "\x1b[2J": 1, "\ud83d": 2}
-    found = read_manifest(
-        write(tmp_path, GOOD | own, {"id": "b", "emotion": 2, "audio": "a", "captions": "x"})
+    user_keys = {"emotion": "calm", "\x1b[2J": 1, "\ud83d": 2}
+    manifest = read_manifest(
+        write(tmp_path, GOOD | user_keys, {"id": "b", "emotion": 2, "audio": "a", "captions": "x"})
     )
-    assert (len(found.clips), found.problems, found.warnings()) == (2, [], [])
-    last = found.describe().splitlines()[-1]
+    assert (len(manifest.clips), manifest.problems, manifest.warnings()) == (2, [], [])
+    last = manifest.describe().splitlines()[-1]
     assert last.startswith('not read: "emotion" in 2 lines, ')
     assert "'\\x1b[2J' in 1 line" in last
     last.encode()
@@ -207,9 +207,9 @@ def test_keys_of_the_users_own_are_counted_and_no_more(tmp_path: Path) -> None:
 
 def test_every_key_that_is_read_is_known(tmp_path: Path) -> None:
     row = {"audio": "a.wav", "short_captions": ["A man."], "long_captions": ["A man, hoarse."]}
-    found = read_manifest(write(tmp_path, GOOD, row))
-    assert found.clips[1].captions == Captions(("A man.",), ("A man, hoarse.",))
-    assert found.unknown == {}
+    manifest = read_manifest(write(tmp_path, GOOD, row))
+    assert manifest.clips[1].captions == Captions(("A man.",), ("A man, hoarse.",))
+    assert manifest.unknown == {}
 
 
 def test_describe_counts(tmp_path: Path) -> None:

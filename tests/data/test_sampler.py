@@ -1,4 +1,4 @@
-"""The batch plan: a pure function that shows every clip once an epoch, whatever the world size."""
+"""The batch plan: a pure function that uses every clip once an epoch, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_batch_holds_the_seconds_and_clips_asked_for() -> None:
         batch = made.batch(step)
         longest = made.durations_s[batch].max()
         assert len(batch) <= 16
-        # A bucket's size is set by its longest clip, so the padded batch fits unless it is a single clip.
+        # The longest clip of a bucket decides its batch size, so a padded batch fits unless it is one clip.
         assert len(batch) * longest <= 60.0 or len(batch) == 1
 
 

@@ -1,4 +1,4 @@
-"""Folders of the corpora, with the names and the oddities that they have on disks."""
+"""Readers of the corpora, with the names and oddities that real copies have."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_crema_d_without_its_table_knows_emotions_alone(tmp_path: Path) -> None:
 
 
 def linked_corpus(tmp_path: Path, layout: str) -> Path:
-    """A corpus whose speaker or session folder is a link, and with links that lead around."""
+    """A corpus whose speaker or session folder is a link, and which has loops of links."""
     corpus, away = tmp_path / "corpus", tmp_path / "away"
     if layout == "ravdess":
         touch(away / "03-01-05-01-02-01-07.WAV")

@@ -1,4 +1,4 @@
-"""Evaluation of a set of clips, with embeddings whose right answers are known."""
+"""Figures of sets of clips whose right answers are known, and their tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = ["slow", "fast", "male", "female"]
 
 
 def encode(texts: Sequence[str]) -> Tensor:
-    """A perfect text tower: one axis a word."""
+    """A perfect text tower, with an axis for each word."""
     rows = torch.tensor([[float(word in text.split()) for word in WORDS] for text in texts])
     return torch.nn.functional.normalize(rows, dim=1)
 
@@ -63,7 +63,7 @@ def test_figures_of_a_perfect_model() -> None:
 
 def test_hits_count_any_clip_that_a_caption_is_true_of() -> None:
     count = 40
-    # Caption j likes clips j+1, j+2, ... (cyclically) best, and its own clip least.
+    # Caption j likes clips j+1, j+2, ... (cyclically) best, and the clip that it describes least.
     text = torch.stack([torch.arange(count, 0, -1.0).roll(j + 1) for j in range(count)])
     true = torch.eye(count, dtype=torch.bool)
     true[4, 1] = True  # caption 1 is also true of clip 4, its third choice

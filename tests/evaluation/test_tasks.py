@@ -29,9 +29,9 @@ def test_the_tasks_of_the_package_are_those_of_the_literature() -> None:
     assert len(known["ravdess-emotion"].names) == 8
     assert len(known["crema-d-emotion"].names) == 6
     age = known["crema-d-age"]
-    found = [age.label_of(clip(age=str(years))) for years in (7, 19.9, 20, 39, 40, 59, 60, 90)]
+    labels = [age.label_of(clip(age=str(years))) for years in (7, 19.9, 20, 39, 40, 59, 60, 90)]
     names = ["child or young teenager", "adult", "middle-aged", "older or elder"]
-    assert found == [name for name in names for _ in range(2)]
+    assert labels == [name for name in names for _ in range(2)]
     assert age.label_of(clip(age="unknown")) is None
     assert age.label_of(clip(age="nan")) is None
     assert known["ravdess-gender"].prompts == {"male": ("A male speaker.",), "female": ("A female speaker.",)}
@@ -43,11 +43,11 @@ def test_a_users_tasks(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"mood": mood | {"merge": {"relaxed": "calm"}}, "sex": {"m": ["a"], "f": ["b"]}})
     )
-    found = tasks.read_tasks(path)
-    assert found["mood"].names == ["calm", "tense"]
-    assert found["mood"].prompts["tense"] == ("x", "y")
-    assert found["mood"].label_of(clip(mood="relaxed")) == "calm"
-    assert (found["sex"].field, found["sex"].layout) == ("sex", "manifest")
+    users_tasks = tasks.read_tasks(path)
+    assert users_tasks["mood"].names == ["calm", "tense"]
+    assert users_tasks["mood"].prompts["tense"] == ("x", "y")
+    assert users_tasks["mood"].label_of(clip(mood="relaxed")) == "calm"
+    assert (users_tasks["sex"].field, users_tasks["sex"].layout) == ("sex", "manifest")
 
 
 GOOD = {"field": "a", "prompts": {"x": ["p"], "y": ["q"]}}

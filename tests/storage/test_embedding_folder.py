@@ -36,14 +36,14 @@ def write(folder: Path, **change: Any) -> EmbeddingHeader:
 @pytest.mark.parametrize("shard_format", ["npy", "safetensors"])
 def test_a_folder_round_trips(tmp_path: Path, dtype: str, shard_format: str) -> None:
     write(tmp_path, dtype=dtype, shard_format=shard_format)
-    found = Embeddings(tmp_path)
-    assert (found.clips, len(found), len(found.shards)) == (7, 6, 2)
-    for shard, rows in zip(found.shards, (ROWS[:3], ROWS[3:6]), strict=True):
+    embeddings = Embeddings(tmp_path)
+    assert (embeddings.clips, len(embeddings), len(embeddings.shards)) == (7, 6, 2)
+    for shard, rows in zip(embeddings.shards, (ROWS[:3], ROWS[3:6]), strict=True):
         assert isinstance(shard, np.memmap)
         np.testing.assert_array_equal(shard, rows.astype(dtype))
-    assert [line["id"] for line in found.lines(0)] == ["c0", "c1", "c2", "c3"]
-    assert [line.get("row") for line in found.lines(0)] == [0, None, 1, 2]
-    assert [line["id"] for line in found.lines(1)] == ["c4", "c5", "c6"]
+    assert [line["id"] for line in embeddings.lines(0)] == ["c0", "c1", "c2", "c3"]
+    assert [line.get("row") for line in embeddings.lines(0)] == [0, None, 1, 2]
+    assert [line["id"] for line in embeddings.lines(1)] == ["c4", "c5", "c6"]
 
 
 def test_shards_are_what_other_tools_read(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_lines_are_found_whatever_the_blocks_they_are_read_in(
 ) -> None:
     write(tmp_path)
     monkeypatch.setattr(embedding_folder, "_BLOCK", block)
-    found = Embeddings(tmp_path)
-    assert found.clips == 7
-    assert [[line["id"] for line in found.lines(shard)] for shard in (0, 1)] == [
+    embeddings = Embeddings(tmp_path)
+    assert embeddings.clips == 7
+    assert [[line["id"] for line in embeddings.lines(shard)] for shard in (0, 1)] == [
         ["c0", "c1", "c2", "c3"],
         ["c4", "c5", "c6"],
     ]
@@ -79,7 +79,7 @@ def test_lines_are_found_whatever_the_blocks_they_are_read_in(
         (tmp_path / "index.jsonl").open("rb") as file,
         pytest.raises(ValueError, match="line 2: cut short or over 40 bytes"),
     ):
-        found._find_lines(file, 0)
+        embeddings._find_lines(file, 0)
     monkeypatch.undo()
     monkeypatch.setattr(embedding_folder, "_BLOCK", block)
     with (tmp_path / "index.jsonl").open("a") as file:
@@ -92,11 +92,11 @@ def test_an_embeddings_line_is_found_without_reading_those_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
-    found, read = Embeddings(tmp_path), []
+    embeddings, read = Embeddings(tmp_path), []
     whole = embedding_folder.parse_object
     monkeypatch.setattr(embedding_folder, "parse_object", lambda text: read.append(text) or whole(text))
-    assert [found.line(0, row)["id"] for row in range(3)] == ["c0", "c2", "c3"]
-    assert [found.line(1, row)["id"] for row in range(3)] == ["c4", "c5", "c6"]
+    assert [embeddings.line(0, row)["id"] for row in range(3)] == ["c0", "c2", "c3"]
+    assert [embeddings.line(1, row)["id"] for row in range(3)] == ["c4", "c5", "c6"]
     assert len(read) == 8
     record(shard=0, row=2)(tmp_path)
     assert Embeddings(tmp_path).line(0, 2)["id"] == "c3"
