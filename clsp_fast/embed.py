@@ -134,7 +134,7 @@ def _await_others(ranks: Ranks, config: EmbedConfig) -> None:
     except RuntimeError as error:
         raise ConnectionError(
             f"another process ended, or needed over {config.wait_hours:g} hours more than this one "
-            f"(--wait-hours); the same command goes on with what is left: {error}"
+            f"(--wait-hours); the same command continues with what is left: {error}"
         ) from error
 
 
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError, FolderInUse) as error:
         sys.exit(f"clsp_fast.embed: {error}")
     except KeyboardInterrupt:
-        print("clsp_fast.embed: stopped by SIGINT; the same command goes on", file=sys.stderr)
+        print("clsp_fast.embed: stopped by SIGINT; the same command continues", file=sys.stderr)
         sys.exit(130)
     for problem in result.problems[:10]:
         print(f"{config.source}, line {problem.line}: {problem.message}", file=sys.stderr)

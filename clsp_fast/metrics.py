@@ -192,7 +192,9 @@ CORRELATIONS: dict[str, Callable[..., Array]] = {"pearson": pearson, "spearman":
 def _checked(x_N: Array, y_N: Array, counts_RN: Array | None) -> tuple[Array, Array, Array]:
     x_N, y_N = np.asarray(x_N, np.float64), np.asarray(y_N, np.float64)
     if x_N.shape != y_N.shape or x_N.ndim != 1 or len(x_N) < 2:
-        raise ValueError(f"x_N and y_N must have the same length >= 2, got {x_N.shape} and {y_N.shape}")
+        raise ValueError(
+            f"x_N and y_N must be vectors of the same length >= 2, got {x_N.shape} and {y_N.shape}"
+        )
     if not (np.isfinite(x_N).all() and np.isfinite(y_N).all()):
         raise ValueError("x_N and y_N must be finite")
     return x_N, y_N, np.ones((1, len(x_N))) if counts_RN is None else counts_RN

@@ -254,7 +254,7 @@ def test_an_interrupt_says_how_to_go_on(
     with pytest.raises(SystemExit) as stop:
         command.main(["clips", str(tmp_path / "out")])
     assert stop.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_the_command_tells_of_failures(

@@ -285,7 +285,7 @@ def bad_list(bad: Mapping[str, str]) -> str:
 
 
 def _page_locked(batch: Batch) -> Batch:
-    """The batch in page-locked memory, from which a card copies while this process goes on.
+    """The batch in page-locked memory, from which a card copies while this process works on.
 
     It is filled in numpy, for the reason that augment.py gives.
     """

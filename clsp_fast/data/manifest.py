@@ -138,12 +138,12 @@ def read_manifest(path: Path | str, *, need_captions: bool = True) -> Manifest:
         ValueError: the file is not text, cannot be decompressed, or has no usable clip.
     """
     path = Path(path)
-    with _open(path, _EXPECTED) as text:
-        return _read(text, path, need_captions)
+    with _open_text(path, _EXPECTED) as text:
+        return _read_lines(text, path, need_captions)
 
 
 @contextlib.contextmanager
-def _open(source: Path | IO[bytes], expected: str) -> Iterator[Text]:
+def _open_text(source: Path | IO[bytes], expected: str) -> Iterator[Text]:
     try:
         with textfile.open_text(source, expected) as text:
             yield text
@@ -153,7 +153,7 @@ def _open(source: Path | IO[bytes], expected: str) -> Iterator[Text]:
         raise ValueError(f"{source} cannot be read: {error}") from error
 
 
-def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
+def _read_lines(text: Text, path: Path, need_captions: bool) -> Manifest:
     clips: list[Clip] = []
     problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
@@ -208,7 +208,7 @@ def read_source(source: str, stream: TextIO | None = None) -> tuple[list[Clip], 
     path = Path(source)
     if source == "-":
         stream = sys.stdin if stream is None else stream
-        return _from_text(getattr(stream, "buffer", None) or _encoded(stream), "stdin")
+        return _clips_from_text(getattr(stream, "buffer", None) or _as_bytes(stream), "stdin")
     if paths.is_dir(path):
         scan = paths.scan(path)
         for line in scan.warnings():
@@ -217,7 +217,7 @@ def read_source(source: str, stream: TextIO | None = None) -> tuple[list[Clip], 
     elif path.suffix.lower() in paths.AUDIO_SUFFIXES:
         names = [source]
     elif paths.exists(path):
-        return _from_text(path, source)
+        return _clips_from_text(path, source)
     else:
         why = paths.problem(path)
         raise FileNotFoundError(
@@ -225,18 +225,18 @@ def read_source(source: str, stream: TextIO | None = None) -> tuple[list[Clip], 
         )
     if not names:
         raise ValueError(f"{source} names no recording")
-    return _named(names), []
+    return _clips_of_paths(names), []
 
 
-def _encoded(stream: TextIO) -> IO[bytes]:
+def _as_bytes(stream: TextIO) -> IO[bytes]:
     return io.BytesIO(stream.read().encode("utf-8", "surrogateescape"))
 
 
-def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Problem]]:
-    """Clips of a manifest or a list; how the text begins tells which it is."""
-    with _open(source, _EXPECTED_SOURCE) as text:
+def _clips_from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Problem]]:
+    """Clips of a manifest or a list; the name or the beginning of the text tells which it is."""
+    with _open_text(source, _EXPECTED_SOURCE) as text:
         if name.endswith((".jsonl", ".jsonl.gz")) or text.head.lstrip().startswith("{"):
-            manifest = _read(text, Path(name), need_captions=False)
+            manifest = _read_lines(text, Path(name), need_captions=False)
             manifest.warn()
             return manifest.clips, manifest.problems
         kind = textfile.kind_of(text.head)
@@ -252,7 +252,7 @@ def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Pr
         raise ValueError(
             f"{name} is no list of recordings: {shown(names[0])} is no file, nor does it end like a recording"
         )
-    return _named(names), []
+    return _clips_of_paths(names), []
 
 
 def _may_be_a_recording(name: str) -> bool:
@@ -260,7 +260,7 @@ def _may_be_a_recording(name: str) -> bool:
     return suffix in paths.AUDIO_SUFFIXES or suffix in paths.CONVERT_SUFFIXES or paths.exists(name)
 
 
-def _named(names: list[str]) -> list[Clip]:
+def _clips_of_paths(names: list[str]) -> list[Clip]:
     return [Clip(name, name, 0.0, None, None, Captions((), ())) for name in names]
 
 
