@@ -165,7 +165,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
 
 def _layout(config: ZeroshotConfig, tasks: Sequence[Task]) -> str:
     """The layout that all tasks share: --layout, or what the source and the tasks say."""
-    # Only ParaSpeechCaps is a single file by its layout. Any other file is a manifest.
+    # A file is a manifest, except for ParaSpeechCaps, which is a file too: there a manifest is named .jsonl.
     is_file, is_jsonl = paths.is_file(config.source), ".jsonl" in config.source.suffixes
     layouts = {
         config.layout

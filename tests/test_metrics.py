@@ -33,8 +33,8 @@ def test_retrieval_equals_the_recipe(golden, count: int) -> None:
     ranks = similarity.ranks(case["audio"], case["text"])
     for direction in ("audio_to_text", "text_to_audio"):
         figures = metrics.retrieval(getattr(ranks, direction))
-        for ours, theirs in (("R@1", "R@1"), ("R@5", "R@5"), ("R@10", "R@10"), ("MRR@10", "mAP@10")):
-            assert figures[ours] == pytest.approx(float(case[f"{direction}_{theirs}"]), abs=1e-7)
+        for name, golden_name in (("R@1", "R@1"), ("R@5", "R@5"), ("R@10", "R@10"), ("MRR@10", "mAP@10")):
+            assert figures[name] == pytest.approx(float(case[f"{direction}_{golden_name}"]), abs=1e-7)
 
 
 def test_accuracies_by_hand() -> None:

@@ -120,8 +120,8 @@ def test_an_index_of_other_embeddings_is_refused(folder: Path, model_folder: Pat
     file, source = tmp_path / "flat.index", str(folder.parent / "clips")
     flat: dict[str, Any] = {"text": TEXTS, "index": "faiss:Flat", "index_file": file}
     run(folder, model_folder, **flat)
-    again = r"remove it, and the same command builds it again, or give another --index-file"
-    with pytest.raises(ValueError, match=rf"flat\.index was built as 'Flat', not 'HNSW32'; {again}"):
+    fix = r"remove it, and the same command builds it again, or give another --index-file"
+    with pytest.raises(ValueError, match=rf"flat\.index was built as 'Flat', not 'HNSW32'; {fix}"):
         run(folder, model_folder, **flat | {"index": "faiss:HNSW32"})
 
     # The same list, embedded by another model of the same size, so that only the values differ.
@@ -129,7 +129,7 @@ def test_an_index_of_other_embeddings_is_refused(folder: Path, model_folder: Pat
     model = CLSP(MODEL_PRESETS["tiny"], CLSP.from_pretrained(model_folder).tokenizer)
     model.save_pretrained(tmp_path / "model")
     embed(EmbedConfig(source=source, out=tmp_path / "out", model=str(tmp_path / "model"), device="cpu"))
-    with pytest.raises(ValueError, match=rf"flat\.index was built of other embeddings .* now; {again}"):
+    with pytest.raises(ValueError, match=rf"flat\.index was built of other embeddings .* now; {fix}"):
         run(tmp_path / "out", tmp_path / "model", **flat)
 
     # The same model and list, but the recordings have changed.
@@ -144,7 +144,7 @@ def test_an_index_of_other_embeddings_is_refused(folder: Path, model_folder: Pat
     label = tmp_path / "flat.index.json"
     for damage in (label.unlink, lambda: label.write_text("[]")):
         damage()
-        with pytest.raises(ValueError, match=rf"flat\.index\.json does not say what .*{again}"):
+        with pytest.raises(ValueError, match=rf"flat\.index\.json does not say what .*{fix}"):
             run(folder, model_folder, **flat)
     file.unlink()
     assert run(folder, model_folder, **flat)[0].hits == run(folder, model_folder, **flat)[0].hits

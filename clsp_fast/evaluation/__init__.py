@@ -1,1 +1,1 @@
-"""Figures of a model on a set of clips, and the tasks that are evaluated."""
+"""How good a model is: figures, zero-shot tasks, readers of corpora and ratings, reports."""

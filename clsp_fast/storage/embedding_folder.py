@@ -60,9 +60,9 @@ class EmbeddingHeader:
             value = getattr(self, field.name)
             if type(value) not in _TYPES[str(field.type)]:
                 raise ValueError(f"{field.name} must be of type {field.type}, got {value!r}")
-        for name, least, most in (("dim", 1, 2**16), ("shard_rows", 1, 2**20)):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be in [{least}, {most}], got {getattr(self, name)}")
+        for name, smallest, largest in (("dim", 1, 2**16), ("shard_rows", 1, 2**20)):
+            if not smallest <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} must be in [{smallest}, {largest}], got {getattr(self, name)}")
         if self.dtype not in ("float32", "float16") or self.shard_format not in ("npy", "safetensors"):
             raise ValueError(f"unknown dtype {self.dtype!r} or shard_format {self.shard_format!r}")
 

@@ -18,9 +18,9 @@ def features() -> torch.Tensor:
 
 def test_repeatable_and_seeded() -> None:
     x = features()
-    first, again, other = (augment(x, LENGTHS, strength=1.0, seed=(1, s)) for s in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    first, same_seed, other_seed = (augment(x, LENGTHS, strength=1.0, seed=(1, s)) for s in (3, 3, 4))
+    assert torch.equal(first, same_seed)
+    assert not torch.equal(first, other_seed)
     assert augment(x, LENGTHS, strength=0.0, seed=(1, 3)) is x
 
 

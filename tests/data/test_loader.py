@@ -171,9 +171,9 @@ def test_unreadable_clips_are_replaced_alike_every_time(clips: Path, tmp_path: P
     for batch in straight.values():
         assert len(batch.ids) == len(set(batch.ids)) == len(first.plan.batch(batch.step))
         assert not [clip_id for clip_id in batch.ids if clip_id.startswith("bad")]
-    again = loader(path)
+    second = loader(path)
     for step in reversed(range(steps)):
-        assert_equal(again.batch(step), straight[step])
+        assert_equal(second.batch(step), straight[step])
 
 
 def test_too_many_unreadable_clips_end_it_with_the_list(clips: Path, tmp_path: Path) -> None:
@@ -225,10 +225,10 @@ def test_another_number_of_ranks_begins_a_new_epoch(clips: Path) -> None:
     end = done + alone.plan.steps_per_epoch
     ids = [clip_id for batch in alone.batches(done, end) for clip_id in batch.ids]
     assert sorted(ids, key=int) == [str(i) for i in range(40)]
-    again = loader(clips)
-    assert not again.resume(done + 2, kept(alone))
+    resumed = loader(clips)
+    assert not resumed.resume(done + 2, kept(alone))
     for step in range(done + 2, end + 2):
-        assert_equal(again.batch(step), alone.batch(step))
+        assert_equal(resumed.batch(step), alone.batch(step))
 
 
 def test_other_batches_begin_a_new_epoch_and_the_same_ones_go_on(clips: Path) -> None:
@@ -284,9 +284,9 @@ def test_reads_lhotse_cuts_like_a_manifest(clips: Path, tmp_path: Path) -> None:
         cuts[-1].id = clip.id
         cuts[-1].supervisions = [supervision]
     lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
-    ours, theirs = loader(clips), loader(tmp_path / "cuts.jsonl.gz")
+    from_manifest, from_cuts = loader(clips), loader(tmp_path / "cuts.jsonl.gz")
     for step in range(4):
-        assert_equal(ours.batch(step), theirs.batch(step))
+        assert_equal(from_manifest.batch(step), from_cuts.batch(step))
 
 
 def test_validate_names_every_finding(

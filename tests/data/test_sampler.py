@@ -44,10 +44,10 @@ def test_the_ranks_together_see_every_clip_once(
 
 
 def test_two_plans_agree_and_epochs_and_seeds_differ() -> None:
-    first, again, other = plan(200), plan(200), plan(200, seed=2)
+    first, same_seed, other = plan(200), plan(200), plan(200, seed=2)
     steps = range(2 * first.steps_per_epoch)
     batches = [first.batch(step).tolist() for step in steps]
-    assert batches == [again.batch(step).tolist() for step in steps]
+    assert batches == [same_seed.batch(step).tolist() for step in steps]
     assert batches != [other.batch(step).tolist() for step in steps]
     assert sorted(map(tuple, batches[: len(batches) // 2])) != sorted(
         map(tuple, batches[len(batches) // 2 :])
