@@ -1,7 +1,7 @@
 """How good a model is on a set of clips: retrieval, zero-shot labels, agreement with people.
 
 Training and the evaluate command both take their figures from here. They embed the clips in two ways:
-`embed_features` reads them like the training loader, `embed_audio` like `CLSP.encode_audio`.
+`embed_features` reads features like the training loader, `embed_audio` calls `CLSP.encode_audio`.
 Shape suffixes: M clips, N captions or items, L labels, D joint dimension.
 """
 

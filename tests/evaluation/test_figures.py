@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import Clip
 from clsp_fast.evaluation import figures, report
-from clsp_fast.evaluation.tasks import read_tasks, tasks_from_prompts
+from clsp_fast.evaluation.tasks import tasks_from_prompts
 
 WORDS = ["slow", "fast", "male", "female"]
 
@@ -91,43 +89,3 @@ def test_a_random_model_is_at_chance() -> None:
     for direction in ("audio_to_text", "text_to_audio"):
         way = results[direction]
         assert abs(way["R@10"] - way["chance"]["R@10"]) < 4 * (0.005 / count) ** 0.5
-
-
-@pytest.mark.parametrize(
-    "content", [[1], {"a": {"x": ["p"]}}, {"a": {"x": ["p"], "y": []}}, {"a": {"x": "p", "y": ["q"]}}]
-)
-def test_a_wrong_task_file_is_refused(tmp_path: Path, content: object) -> None:
-    path = tmp_path / "tasks.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"tasks\.json must hold"):
-        read_tasks(path, short=True)
-
-
-def test_a_right_task_file_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "tasks.json"
-    path.write_text(json.dumps(TASKS))
-    assert read_tasks(path, short=True) == tasks_from_prompts(TASKS)
-
-
-def test_a_bad_file_of_tasks_is_named_once(tmp_path: Path) -> None:
-    path = tmp_path / "t.json"
-    for content in (b"RIFF\x10\0\0\0WAVEfmt " + bytes(99), b"{", b" " * (2**24 + 1)):
-        path.write_bytes(content)
-        for short in (True, False):
-            with pytest.raises(ValueError, match=r"t\.json") as refusal:
-                read_tasks(path, short=short)
-            assert str(refusal.value).count("t.json") == 1
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"t\ud83d": {"a": ["x"], "b": ["y"]}},
-        {"t": {"a\udce9": ["x"], "b": ["y"]}},
-        {"t": {"a": ["\ud83d"], "b": ["y"]}},
-    ],
-)
-def test_tasks_of_training_must_be_text(tmp_path: Path, content: object) -> None:
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="must hold text"):
-        read_tasks(tmp_path / "t.json", short=True)

@@ -9,7 +9,7 @@ import pytest
 
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import Clip
-from clsp_fast.evaluation import tasks
+from clsp_fast.evaluation.tasks import read_tasks, tasks_from_prompts
 
 
 def clip(**tags: str) -> Clip:
@@ -17,7 +17,7 @@ def clip(**tags: str) -> Clip:
 
 
 def test_the_tasks_of_the_package_are_those_of_the_literature() -> None:
-    known = tasks.read_tasks()
+    known = read_tasks()
     corpora = ("iemocap-emotion", "ravdess-emotion", "ravdess-gender")
     assert list(known) == [*corpora, "crema-d-emotion", "crema-d-gender", "crema-d-age"]
     iemocap = known["iemocap-emotion"]
@@ -43,7 +43,7 @@ def test_a_users_tasks(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"mood": mood | {"merge": {"relaxed": "calm"}}, "sex": {"m": ["a"], "f": ["b"]}})
     )
-    users_tasks = tasks.read_tasks(path)
+    users_tasks = read_tasks(path)
     assert users_tasks["mood"].names == ["calm", "tense"]
     assert users_tasks["mood"].prompts["tense"] == ("x", "y")
     assert users_tasks["mood"].label_of(clip(mood="relaxed")) == "calm"
@@ -94,4 +94,47 @@ def test_what_is_no_task_is_named(tmp_path: Path, content: object, message: str)
     path = tmp_path / "tasks.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        tasks.read_tasks(path)
+        read_tasks(path)
+
+
+SHORT = {"speed": {"slow": ["slow"], "fast": ["fast"]}, "age": {"old": ["slow"], "young": ["fast"]}}
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {"a": {"x": ["p"]}}, {"a": {"x": ["p"], "y": []}}, {"a": {"x": "p", "y": ["q"]}}]
+)
+def test_a_file_that_is_not_of_the_short_form_is_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tasks\.json must hold"):
+        read_tasks(path, short=True)
+
+
+def test_a_file_of_the_short_form_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps(SHORT))
+    assert read_tasks(path, short=True) == tasks_from_prompts(SHORT)
+
+
+def test_a_bad_file_of_tasks_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    for content in (b"RIFF\x10\0\0\0WAVEfmt " + bytes(99), b"{", b" " * (2**24 + 1)):
+        path.write_bytes(content)
+        for short in (True, False):
+            with pytest.raises(ValueError, match=r"t\.json") as refusal:
+                read_tasks(path, short=short)
+            assert str(refusal.value).count("t.json") == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"t\ud83d": {"a": ["x"], "b": ["y"]}},
+        {"t": {"a\udce9": ["x"], "b": ["y"]}},
+        {"t": {"a": ["\ud83d"], "b": ["y"]}},
+    ],
+)
+def test_tasks_of_training_must_be_text(tmp_path: Path, content: object) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must hold text"):
+        read_tasks(tmp_path / "t.json", short=True)
