@@ -35,10 +35,11 @@ from clsp_fast.data.manifest import Clip
 from clsp_fast.evaluation import figures
 from clsp_fast.model import CLSP, ClspOutput
 from clsp_fast.storage import files, model_folder, textfile
-from clsp_fast.storage.log import RunLog, save_report
+from clsp_fast.storage.log import RunLog
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import checkpoint, optim
 from clsp_fast.training.corpus import Corpus
+from clsp_fast.training.curves import draw_curves
 from clsp_fast.training.step import absorb_statistics, clip_gradients, forward
 
 
@@ -349,7 +350,7 @@ def finish(config: TrainConfig, corpus: Corpus, model: CLSP, log: RunLog) -> dic
         results[name] = figures.evaluate_clips(model, clips, features, corpus.tasks)
         log.say("\n" + figures.table(results[name], name) + "\n")
     files.write_json(config.run / "results.json", results)
-    log.say(save_report(config.run))
+    log.say(draw_curves(config.run))
     log.say(f"model: {config.run / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")
     if corpus.is_demo:
         log.say(

@@ -125,7 +125,7 @@ def config(folder: Path, run: Path, data: dict | None = None, **changes) -> Trai
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in log.read(run / "log.jsonl") if r["kind"] == "train"]
+    return [(r["step"], r["loss"]) for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -273,7 +273,7 @@ def test_a_non_finite_step_changes_nothing(
     found = weights(tmp_path / "run")
     for name, value in fresh.state_dict().items():
         assert torch.equal(value, found[name]), name
-    (record,) = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "bad_step"]
+    (record,) = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "bad_step"]
     assert len(record["clips"]) == 8
 
 
@@ -309,9 +309,9 @@ def test_bad_clips_are_counted_and_cost_nothing_else(
 ) -> None:
     manifest = spoil(folder, tmp_path / "bad", faults=6)
     train.train(config(folder, tmp_path / "run", data={"manifest": manifest}))
-    records = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "train"]
+    records = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "train"]
     assert len(records) == 10
-    (start,) = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "start"]
+    (start,) = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "start"]
     skipped = records[-1]["skipped"] | start["left_out"]
     # The short clip is left out by its header; every other fault is met by the decoder and named.
     assert sum(skipped.values()) == 6
@@ -436,7 +436,7 @@ def test_two_ranks_train_like_one(folder: Path, tmp_path: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
-    records = [[r for r in log.read(runs[w] / "log.jsonl") if r["kind"] == "train"] for w in (1, 2)]
+    records = [[r for r in log.read_log(runs[w] / "log.jsonl") if r["kind"] == "train"] for w in (1, 2)]
     for alone, together in zip(*records, strict=True):
         # Adam turns rounding into steps, so only the first step is the same to rounding: that of some hundred
         # operations in float32, and of exponents that are logits of up to 14.

@@ -81,7 +81,7 @@ def _rank(
         return join(device)
 
     train.Ranks.join = join_elsewhere  # type: ignore[method-assign]
-    train.save_report = lambda _: "no curves: they take longer than a run"
+    train.draw_curves = lambda _: "no curves: they take longer than a run"
     torch.save(scenario(rank, clips, folder), folder / f"rank{rank}.pt")
 
 
@@ -117,7 +117,7 @@ def test_bad_clips_are_counted_over_ranks_and_stop_all_of_them(clips: Path, tmp_
     assert first["crashed"] == [*range(4, 11), ""]
     skipped = {}
     for name in ("whole", "crashed"):
-        records = [r for r in log.read(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
+        records = [r for r in log.read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
         skipped[name] = [r["skipped"] for r in records]
     assert skipped["whole"][-1] == {"open": 46, "empty": 45, "format": 46}
     assert skipped["whole"] == skipped["crashed"]
@@ -207,7 +207,7 @@ def test_a_step_that_one_rank_spoils_changes_nothing_on_any(clips: Path, tmp_pat
                 assert torch.equal(value, other[key]), (name, key)
             assert torch.equal(first["before 3"][key], second["before 3"][key]), (name, key)
         assert not torch.equal(first["before 3"]["logit_scale"], first["before 2"]["logit_scale"])
-        (record,) = [r for r in log.read(tmp_path / name / "log.jsonl") if r["kind"] == "bad_step"]
+        (record,) = [r for r in log.read_log(tmp_path / name / "log.jsonl") if r["kind"] == "bad_step"]
         assert record["step"] == 1
         assert record["clips"] == first["clips 1"] + second["clips 1"]
         assert "nan" in (record["loss"], record["norm"])

@@ -1,4 +1,4 @@
-"""What a run writes: log.jsonl always, TensorBoard if asked, one line to read, and curves.png at the end."""
+"""What a run records: log.jsonl always, TensorBoard events if asked, and the lines that it prints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from types import TracebackType
 from typing import Any
 
 from clsp_fast.storage import files
-
-_COLOURS = {"global": "tab:orange", "fine": "tab:blue"}
 
 
 class RunLog:
@@ -73,7 +71,7 @@ class RunLog:
             print(text, flush=True)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, oldest first; a last line that a crash cut short is left out."""
     records = []
     if path.exists():
@@ -86,7 +84,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_before(path: Path, step: int) -> None:
-    kept = [record for record in read(path) if record["step"] < step]
+    kept = [record for record in read_log(path) if record["step"] < step]
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -96,62 +94,3 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError as error:
         raise ImportError("--tensorboard needs the extra: pip install 'clsp_fast[tensorboard]'") from error
     return SummaryWriter(str(folder))
-
-
-def save_report(run: Path) -> str:
-    """Draws `run`/curves.png from its log: loss, retrieval, zero-shot accuracy and speed over steps.
-
-    Returns:
-        A line that says where it is, or why there is none.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return "curves.png: not drawn, matplotlib is missing (pip install 'clsp_fast[demo]')"
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    records = read(run / "log.jsonl")
-    train = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, constrained_layout=True)
-    _line(axes[0, 0], train, "loss", "training loss")
-    _line(axes[1, 1], train, "audio_s_per_s", "audio seconds a second")
-    for kind, colour in _COLOURS.items():
-        _validation_line(axes[0, 1], validation, kind, "R@10", colour, "-")
-        _validation_line(axes[0, 1], validation, kind, "hit@5", colour, "--")
-    for tag in sorted({tag for record in validation for tag in record["results"]["zeroshot"]}):
-        having = [r for r in validation if tag in r["results"]["zeroshot"]]
-        points = [(r["step"], r["results"]["zeroshot"][tag]["accuracy"]) for r in having]
-        axes[1, 0].plot(*zip(*points, strict=True), marker=".", label=tag)
-    for axis, title in (
-        (axes[0, 1], "validation retrieval, mean of both ways"),
-        (axes[1, 0], "zero-shot accuracy"),
-    ):
-        axis.set(title=title, ylim=(0, 1))
-        if axis.lines:
-            axis.legend(fontsize="small")
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    files.replace_file(run / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
-    plt.close(figure)
-    return f"curves: {run / 'curves.png'}"
-
-
-def _line(axis: Any, records: list[dict[str, Any]], key: str, title: str) -> None:
-    axis.plot([record["step"] for record in records], [record[key] for record in records])
-    axis.set(title=title)
-
-
-def _validation_line(
-    axis: Any, records: list[dict[str, Any]], kind: str, key: str, colour: str, style: str
-) -> None:
-    points = []
-    for record in records:
-        figures = record["results"]["retrieval"].get(kind)
-        if figures and key in figures["audio_to_text"]:
-            points.append(
-                (record["step"], (figures["audio_to_text"][key] + figures["text_to_audio"][key]) / 2)
-            )
-    if points:
-        axis.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=f"{kind} {key}")

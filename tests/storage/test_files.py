@@ -239,7 +239,7 @@ def test_train_names_a_full_disk_and_resumes_when_there_is_room(
     assert leftovers(small_disk) == []
     filler.unlink()
     train.main([*trained, str(run)])
-    assert [r["step"] for r in log.read(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
+    assert [r["step"] for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
     assert (run / "model/model.safetensors").exists()
 
 
@@ -294,7 +294,7 @@ def test_train_resumes_after_any_file_found_no_room(
     assert re.fullmatch(rf"clsp_fast.train: disk full: {run}.*MB are free: No space.*", str(stop.value.code))
     assert leftovers(run) == []
     train.main([*trained, str(run)])
-    assert [r["step"] for r in log.read(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
+    assert [r["step"] for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
     assert (run / "model/model.safetensors").exists()
 
 
@@ -316,7 +316,7 @@ def test_the_log_names_a_full_disk_and_is_read_again(small_disk: Path) -> None:
         log.RunLog(small_disk, first_step=1) as written,
     ):
         written.record("train", 1, loss="x" * 40_000_000)
-    assert [record["step"] for record in log.read(small_disk / "log.jsonl")] == [0]
+    assert [record["step"] for record in log.read_log(small_disk / "log.jsonl")] == [0]
 
 
 def test_the_demo_corpus_names_a_full_disk_and_leaves_nothing(small_disk: Path) -> None:
