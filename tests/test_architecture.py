@@ -44,8 +44,8 @@ ALLOWED = {
     "data": {"audio", "config", "console", "features", "storage"},
     "evaluation": {"checks", "config", "contention", "data", "metrics", "model", "similarity", "storage"},
     "demo": {"storage"},
-    "training": {"config", "console", "data", "demo", "evaluation", "loss", "model", "storage", "tokenizer"}
-    | {"towers"},
+    "training": {"config", "console", "contention", "data", "demo", "evaluation", "loss", "model"}
+    | {"similarity", "storage", "tokenizer", "towers"},
 }
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

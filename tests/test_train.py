@@ -24,6 +24,7 @@ from clsp_fast.config import DataConfig, ModelConfig, OptimConfig, TextConfig, T
 from clsp_fast.data import DataError
 from clsp_fast.storage import log
 from clsp_fast.training import checkpoint
+from clsp_fast.training import run as run_module
 
 FORMATS = [
     ("wav", "PCM_16", 16000),
@@ -173,17 +174,17 @@ def test_the_same_seed_gives_the_same_run(folder: Path, tmp_path: Path, uninterr
 def test_resumes_bit_exactly_from_any_step(
     folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    real = train.forward
+    real = run_module.forward
 
     def crash(model, batch, ranks, made):
         if batch.step == stop_at:
             raise RuntimeError("power cut")
         return real(model, batch, ranks, made)
 
-    monkeypatch.setattr(train, "forward", crash)
+    monkeypatch.setattr(run_module, "forward", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train.train(config(folder, tmp_path / "run"))
-    monkeypatch.setattr(train, "forward", real)
+    monkeypatch.setattr(run_module, "forward", real)
     train.train(config(folder, tmp_path / "run"))
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -229,21 +230,21 @@ def test_a_finished_run_is_reported_not_repeated(folder: Path, uninterrupted: Pa
 def test_a_signal_saves_and_the_same_command_goes_on(
     folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real, number = train.forward, signal.Signals[name]
+    real, number = run_module.forward, signal.Signals[name]
 
     def interrupt(model, batch, ranks, made):
         if batch.step == 4:
             os.kill(os.getpid(), number)
         return real(model, batch, ranks, made)
 
-    monkeypatch.setattr(train, "forward", interrupt)
+    monkeypatch.setattr(run_module, "forward", interrupt)
     with pytest.raises(train.Interrupted, match=name) as stop:
         train.train(config(folder, tmp_path / "run"))
     assert stop.value.exit_code == 128 + number
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.endswith("5")] == [
         "step-00000005"
     ]
-    monkeypatch.setattr(train, "forward", real)
+    monkeypatch.setattr(run_module, "forward", real)
     train.train(config(folder, tmp_path / "run"))
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -265,7 +266,7 @@ def poison(real: Callable, steps: set[int], where: str) -> Callable:
 def test_a_non_finite_step_changes_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr(train, "forward", poison(train.forward, {0}, where))
+    monkeypatch.setattr(run_module, "forward", poison(run_module.forward, {0}, where))
     made = config(folder, tmp_path / "run", stage1_steps=1, stage2_steps=0)
     train.train(made)
     torch.manual_seed(made.seed)
@@ -280,7 +281,7 @@ def test_a_non_finite_step_changes_nothing(
 def test_stops_after_bad_steps_in_a_row(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "forward", poison(train.forward, {0, 2, 3, 4}, "loss"))
+    monkeypatch.setattr(run_module, "forward", poison(run_module.forward, {0, 2, 3, 4}, "loss"))
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         train.train(config(folder, tmp_path / "run"))
     assert [step for step, _ in losses(tmp_path / "run")] == [1]

@@ -27,6 +27,7 @@ from clsp_fast import train
 from clsp_fast.config import TrainConfig
 from clsp_fast.data import DataError
 from clsp_fast.storage import log
+from clsp_fast.training import run as run_module
 
 BAD_FILES = {"open": "missing.wav", "empty": "empty.wav", "format": "text.wav"}
 pytestmark = pytest.mark.multiproc
@@ -87,7 +88,7 @@ def _rank(
 
 def _meets_bad_clips(_rank: int, clips: Path, folder: Path) -> dict[str, Any]:
     """Two epochs at the limit, the same with a crash in the second, and a run over the limit."""
-    real, steps, crash_at = train.forward, [], -1
+    real, steps, crash_at = run_module.forward, [], -1
 
     def forward(model, batch, ranks, made_):
         if batch.step == crash_at:
@@ -95,7 +96,7 @@ def _meets_bad_clips(_rank: int, clips: Path, folder: Path) -> dict[str, Any]:
         steps.append(batch.step)
         return real(model, batch, ranks, made_)
 
-    train.forward = forward
+    run_module.forward = forward
     told: dict[str, Any] = {}
     for name, share in (("whole", 0.137), ("crashed", 0.137), ("crashed", 0.137), ("over", 0.136)):
         steps.clear()
@@ -153,13 +154,13 @@ def test_other_batches_begin_a_new_epoch(
 ) -> None:
     data = {"manifest": clips / "few.jsonl", "batch_clips": 8}
     train.train(made(clips, tmp_path / "run", steps=3, data=data))
-    real, seen = train.forward, []
+    real, seen = run_module.forward, []
 
     def note(model, batch, ranks, made_):
         seen.extend(batch.ids)
         return real(model, batch, ranks, made_)
 
-    monkeypatch.setattr(train, "forward", note)
+    monkeypatch.setattr(run_module, "forward", note)
     changed = "has changed since it was started: data.batch_clips is 10, not 8; stage1_steps is 7, not 3"
     with pytest.warns(UserWarning, match=changed):
         train.train(made(clips, tmp_path / "run", steps=7, data=data | {"batch_clips": 10}))
@@ -176,7 +177,7 @@ def test_without_a_readable_clip_the_run_ends_with_the_list(clips: Path, tmp_pat
 
 def _poisons_one_rank(rank: int, clips: Path, folder: Path) -> dict[str, Any]:
     """Parameters before and after a step that is not finite on one rank, and that step's clips."""
-    real, seen = train.forward, {}
+    real, seen = run_module.forward, {}
 
     def forward(model, batch, ranks, made_):
         seen[f"before {batch.step}"] = {name: x.clone() for name, x in model.state_dict().items()}
@@ -187,7 +188,7 @@ def _poisons_one_rank(rank: int, clips: Path, folder: Path) -> dict[str, Any]:
             loss = loss + (float("nan") if where == "loss" else (model.log_logit_scale * 0).abs().sqrt())
         return output, loss
 
-    train.forward = forward
+    run_module.forward = forward
     told = {}
     for where in ("loss", "gradient"):
         for guilty in range(2):
