@@ -190,15 +190,15 @@ def test_resumes_bit_exactly_from_any_step(
 
 
 def test_the_recipes_optimiser_learns_and_resumes_bit_exactly(folder: Path, tmp_path: Path) -> None:
-    own = OptimConfig(algorithm="scaled_adam", schedule="eden", lr=0.03, stage2_lr=0.01, warmup_steps=2)
+    recipe = OptimConfig(algorithm="scaled_adam", schedule="eden", lr=0.03, stage2_lr=0.01, warmup_steps=2)
     for name, stage1_steps in (("whole", 60), ("parts", 25), ("parts", 60)):
-        made = config(folder, tmp_path / name, stage1_steps=stage1_steps, stage2_steps=0, optim=own)
+        made = config(folder, tmp_path / name, stage1_steps=stage1_steps, stage2_steps=0, optim=recipe)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the configuration of")
             train.train(made)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    found = [loss for _, loss in losses(tmp_path / "whole")]
-    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+    values = [loss for _, loss in losses(tmp_path / "whole")]
+    assert sum(values[-10:]) < 0.8 * sum(values[:10])
 
 
 def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:
@@ -211,9 +211,9 @@ def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:
 
 def test_an_average_that_is_turned_off_is_forgotten(folder: Path, tmp_path: Path) -> None:
     train.train(config(folder, tmp_path / "run", stage1_steps=3, stage2_steps=0))
-    own = OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2)
+    no_average = OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2)
     with pytest.warns(UserWarning, match="has changed"):
-        train.train(config(folder, tmp_path / "run", stage1_steps=5, stage2_steps=0, optim=own))
+        train.train(config(folder, tmp_path / "run", stage1_steps=5, stage2_steps=0, optim=no_average))
     newest = checkpoint.newest(tmp_path / "run/checkpoints")
     assert not [key for key in newest.optim if key.endswith("/average")]
     assert torch.equal(weights(tmp_path / "run")["logit_scale"], newest.model["logit_scale"])
@@ -271,9 +271,9 @@ def test_a_non_finite_step_changes_nothing(
     train.train(made)
     torch.manual_seed(made.seed)
     fresh = clsp_fast.CLSP(MODEL)
-    found = weights(tmp_path / "run")
+    trained = weights(tmp_path / "run")
     for name, value in fresh.state_dict().items():
-        assert torch.equal(value, found[name]), name
+        assert torch.equal(value, trained[name]), name
     (record,) = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "bad_step"]
     assert len(record["clips"]) == 8
 
@@ -348,12 +348,12 @@ def test_starts_from_a_saved_model(folder: Path, tmp_path: Path, uninterrupted: 
         folder, tmp_path / "run", init=uninterrupted / "model", stage1_steps=1, stage2_steps=0, optim=slow
     )
     train.train(made)
-    found, start = weights(tmp_path / "run"), weights(uninterrupted)
+    trained, start = weights(tmp_path / "run"), weights(uninterrupted)
     for name, parameter in clsp_fast.CLSP(MODEL).named_parameters():
         # A step of AdamW moves a weight by about lr, beside its decay and roundings: ten times that is far.
-        torch.testing.assert_close(found[name], start[name], rtol=1e-6, atol=10 * lr, msg=name)
-        assert parameter.shape == found[name].shape
-    assert not torch.equal(found["encoder_embed.out.weight"], start["encoder_embed.out.weight"])
+        torch.testing.assert_close(trained[name], start[name], rtol=1e-6, atol=10 * lr, msg=name)
+        assert parameter.shape == trained[name].shape
+    assert not torch.equal(trained["encoder_embed.out.weight"], start["encoder_embed.out.weight"])
 
 
 @pytest.mark.parametrize(
@@ -382,8 +382,8 @@ def test_wrong_flags_are_named_with_the_fix(
 
 def test_a_config_file_repeats_a_run(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
     path = uninterrupted / "config.json"
-    again = train.parse([str(path), "--run-dir", str(tmp_path / "run")])
-    assert again == dataclasses.replace(config(folder, uninterrupted), run=tmp_path / "run")
+    parsed = train.parse([str(path), "--run-dir", str(tmp_path / "run")])
+    assert parsed == dataclasses.replace(config(folder, uninterrupted), run=tmp_path / "run")
     wrong = json.loads(path.read_text())
     wrong["data"]["batch_clip"] = 3
     (tmp_path / "wrong.json").write_text(json.dumps(wrong))

@@ -224,15 +224,15 @@ def long_run(clips: Path, run: Path) -> TrainConfig:
 
 def processes(word: str) -> dict[int, dict[str, str]]:
     """Environments of the processes with a word in their command line."""
-    found = {}
+    environments = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if word in (folder / "cmdline").read_text().split("\0"):
                 pairs = [pair.partition("=") for pair in (folder / "environ").read_text().split("\0")]
-                found[int(folder.name)] = {name: value for name, _, value in pairs}
+                environments[int(folder.name)] = {name: value for name, _, value in pairs}
         except OSError:  # it has ended
             continue
-    return found
+    return environments
 
 
 @pytest.fixture
@@ -278,7 +278,9 @@ def test_torchrun_takes_a_run_up_again_after_killed_workers(clips: Path, tmp_pat
     for rank, step in (("1", 10), ("0", 40)):
         wait_until(lambda step=step: has_step(step), launcher, 120)
         (victim,) = [
-            pid for pid, own in processes(str(tmp_path / "config.json")).items() if own.get("RANK") == rank
+            pid
+            for pid, environment in processes(str(tmp_path / "config.json")).items()
+            if environment.get("RANK") == rank
         ]
         os.kill(victim, signal.SIGKILL)
         last = max(done for done, _ in losses(run))

@@ -93,13 +93,13 @@ class Ranks:
             dist.barrier(self.group)
         return make() if made is None else made
 
-    def any(self, *here: bool) -> list[bool]:
+    def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it holds on any rank."""
         if self.group is None:
-            return list(here)
-        flags = torch.tensor(here, dtype=torch.int32, device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
-        return [bool(flag) for flag in flags.tolist()]
+            return list(flags)
+        largest = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in largest.tolist()]
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order; anything that can be pickled."""
@@ -114,11 +114,12 @@ class Ranks:
         if self.group is None:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            own = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in same_dtype])
             dist.all_reduce(flat, group=self.group)
             flat /= self.world
-            for tensor, mean in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
+            means = torch.split(flat, [tensor.numel() for tensor in same_dtype])
+            for tensor, mean in zip(same_dtype, means, strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
     def peak_memory_mib(self) -> float:
@@ -145,18 +146,18 @@ def _fresh_store(store: Store, rank: int, world: int) -> Store:
     itself a name, and the first one tells each of the names that it finds where to meet; it goes on when all
     have come, which only living ones do.
     """
-    own = uuid.uuid4().hex
+    name = uuid.uuid4().hex
     if rank:
-        store.set(f"clsp_fast/{rank}", own)
-        session = store.get(f"clsp_fast/{own}").decode()
+        store.set(f"clsp_fast/{rank}", name)
+        session = store.get(f"clsp_fast/{name}").decode()
         store.add(f"{session}/come", 1)
     else:
-        session, told = f"clsp_fast/{own}", set[bytes]()
+        session, told = f"clsp_fast/{name}", set[bytes]()
         while store.add(f"{session}/come", 0) < world - 1:
-            keys = [f"clsp_fast/{other}" for other in range(1, world)]
+            keys = [f"clsp_fast/{other_rank}" for other_rank in range(1, world)]
             names = {store.get(key) for key in keys if store.check([key])}
-            for name in names - told:
-                store.set(f"clsp_fast/{name.decode()}", session)
+            for other_name in names - told:
+                store.set(f"clsp_fast/{other_name.decode()}", session)
             told |= names
             time.sleep(0.01)
     return PrefixStore(session, store)

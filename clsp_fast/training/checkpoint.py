@@ -98,8 +98,8 @@ def exists(folder: Path) -> bool:
 
 def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=_step, reverse=True)
+    folders = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(folders, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:

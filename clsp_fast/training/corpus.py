@@ -58,14 +58,14 @@ class Corpus:
         """
         if config.data.manifest is None:
             return cls._demo(config)
-        train = _read(config.data.manifest, config)
+        train = _read_manifest(config.data.manifest, config)
         sets = {}
         for name in ("validation", "test"):
             path: Path | None = getattr(config.data, name)
             if path is not None:
-                read = _read(path, config)
-                read.warn()  # the note below has what there is to say of the training clips
-                sets[name], _, left_out = usable(read.clips, config.data)
+                listed = _read_manifest(path, config)
+                listed.warn()  # the note below has what there is to say of the training clips
+                sets[name], _, left_out = usable(listed.clips, config.data)
                 if not sets[name]:
                     raise DataError(f"--data.{name} {path}: all clips are left out: {dict(left_out)}")
                 if left_out:
@@ -110,18 +110,18 @@ class Corpus:
         return self.note
 
 
-def _read(path: Path, config: TrainConfig) -> Manifest:
+def _read_manifest(path: Path, config: TrainConfig) -> Manifest:
     """A manifest whose bad lines stay within data.max_bad_share; they are named on standard error."""
-    found = manifest.read(path)
-    for problem in found.problems[:20]:
+    listed = manifest.read(path)
+    for problem in listed.problems[:20]:
         print(f"{path}, line {problem.line}: {problem.message}; skipped", file=sys.stderr)
-    count, lines = len(found.problems), len(found.problems) + len(found.clips)
+    count, lines = len(listed.problems), len(listed.problems) + len(listed.clips)
     if count > max(10, config.data.max_bad_share * lines):
         raise DataError(
             f"{count} of {lines} lines of {path} are bad, over data.max_bad_share "
             f"{config.data.max_bad_share}; `python -m clsp_fast.data validate {path}` lists them"
         )
-    return found
+    return listed
 
 
 def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
@@ -148,7 +148,7 @@ def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
 
 
 def _all_captions(clips: Sequence[Clip]) -> list[str]:
-    return [text for clip in clips for own in clip.captions for text in own]
+    return [text for clip in clips for captions in clip.captions for text in captions]
 
 
 def _show_progress() -> Callable[[int, int], None]:

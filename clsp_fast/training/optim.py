@@ -39,13 +39,16 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         part = part_of(name)
         decays = config.algorithm == "adamw" and part != "text" and parameter.ndim >= 2
-        own = groups.setdefault((scales[part], config.weight_decay if decays else 0.0), [])
-        own.append(parameter)
+        key = (scales[part], config.weight_decay if decays else 0.0)
+        groups.setdefault(key, []).append(parameter)
     if config.algorithm == "scaled_adam":
-        scaled = [{"params": own, "scale": scale} for (scale, _), own in groups.items()]
+        scaled = [{"params": group, "scale": scale} for (scale, _), group in groups.items()]
         return ScaledAdam(scaled, lr=config.lr, betas=config.betas)
     return torch.optim.AdamW(
-        [{"params": own, "scale": scale, "weight_decay": decay} for (scale, decay), own in groups.items()],
+        [
+            {"params": group, "scale": scale, "weight_decay": decay}
+            for (scale, decay), group in groups.items()
+        ],
         lr=config.lr,
         betas=config.betas,
         eps=1e-8,
@@ -85,43 +88,43 @@ def update_average(optimizer: torch.optim.Optimizer, step: int, steps: int) -> N
     That is the mean of all at first, and forgets with a time constant of `steps` later. It is a part of the
     optimiser's state, "average", and so of every checkpoint.
     """
-    own = [(p, state) for p, state in optimizer.state.items() if state]
-    fresh = [(p, state) for p, state in own if "average" not in state]
+    updated = [(p, state) for p, state in optimizer.state.items() if state]
+    fresh = [(p, state) for p, state in updated if "average" not in state]
     for parameter, state in fresh:
         state["average"] = parameter.detach().clone()
-    if len(fresh) < len(own):
-        averages, weights = zip(*((state["average"], p.detach()) for p, state in own), strict=True)
+    if len(fresh) < len(updated):
+        averages, weights = zip(*((state["average"], p.detach()) for p, state in updated), strict=True)
         torch._foreach_lerp_(averages, weights, 1 / min(step, steps))
 
 
 @contextlib.contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The model has its averaged weights inside, where there are any; nothing is copied."""
-    own = [(p, state) for p, state in optimizer.state.items() if "average" in state]
-    _swap(own)
+    pairs = [(p, state) for p, state in optimizer.state.items() if "average" in state]
+    _swap(pairs)
     try:
         yield
     finally:
-        _swap(own)
+        _swap(pairs)
 
 
-def _swap(own: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
-    for parameter, state in own:
+def _swap(pairs: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
+    for parameter, state in pairs:
         parameter.data, state["average"] = state["average"], parameter.data
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimiser's state by parameter name: "<name>/<key>" -> tensor, and "@<number>/history" of groups.
     Names survive a change of the parameters' order."""
-    found = {
+    tensors = {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     for number, group in enumerate(optimizer.param_groups):
         if "history" in group:
-            found[f"@{number}/history"] = group["history"]
-    return found
+            tensors[f"@{number}/history"] = group["history"]
+    return tensors
 
 
 def load_state_tensors(

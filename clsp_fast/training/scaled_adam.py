@@ -122,7 +122,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     def _learn_sizes(self, lr: float, step: int, tensors: list[Tensor], sizes_P6: Tensor) -> None:
         """Adds to the momentum what makes tensors larger or smaller as the last gradients by size ask."""
-        least, most = self.rms_range
+        smallest, largest = self.rms_range
         counts_P = torch.tensor([float(p.numel()) for p in tensors]).sqrt()
         rms_P = torch.stack(torch._foreach_norm(tensors)).cpu() / counts_P
         sizes_P6[:, _RMS] = rms_P
@@ -131,7 +131,7 @@ class ScaledAdam(torch.optim.Optimizer):
         square_P = sizes_P6[:, _SQUARE].mul_(beta).add_(slopes_P4.square().mean(1), alpha=1 - beta)
         correction = (1 - beta ** ((step + 1) // _PERIOD)) ** 0.5
         change_P = -lr * self.scalar_lr_scale * correction * slopes_P4.sum(1) / (square_P.sqrt() + self.eps)
-        change_P = change_P.masked_fill(rms_P < least, 0.0).minimum((most - rms_P) / rms_P)
+        change_P = change_P.masked_fill(rms_P < smallest, 0.0).minimum((largest - rms_P) / rms_P)
         shares = (change_P * (1 - self.betas[0])).tolist()
         for parameter, share in zip(tensors, shares, strict=True):
             self.state[parameter]["delta"].add_(parameter, alpha=share)
@@ -140,17 +140,17 @@ class ScaledAdam(torch.optim.Optimizer):
         """Takes gradients up into the second moments, and their quotients times the rates into momentum and
         parameters."""
         beta2 = self.betas[1]
-        for part in _parts(parameters):
-            own, gradients = parameters[part], _gradients(parameters[part])
-            squares, deltas = ([self.state[p][key] for p in own] for key in ("exp_avg_sq", "delta"))
+        for span in _chunks(parameters):
+            chunk, gradients = parameters[span], _gradients(parameters[span])
+            squares, deltas = ([self.state[p][key] for p in chunk] for key in ("exp_avg_sq", "delta"))
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
             roots = torch._foreach_sqrt(squares)
             if correction != 1:
                 torch._foreach_div_(roots, correction**0.5)
             torch._foreach_add_(roots, self.eps)
-            torch._foreach_addcdiv_(deltas, gradients, roots, rates[part])
-            torch._foreach_add_(own, deltas)
+            torch._foreach_addcdiv_(deltas, gradients, roots, rates[span])
+            torch._foreach_add_(chunk, deltas)
 
 
 def eden(step: int, epoch: float, *, batches: float, epochs: float, warmup: int, start: float = 0.5) -> float:
@@ -168,9 +168,9 @@ def _norms_and_slopes(tensors: list[Tensor], scalars: list[Tensor]) -> tuple[Ten
     norms = torch._foreach_norm(_gradients([*tensors, *scalars]))
     pairs = zip(_gradients(tensors), tensors, strict=True)
     slopes = [torch.dot(g.flatten(), p.flatten()) for g, p in pairs]
-    found = torch.stack([*norms, *slopes]).float().cpu()
+    values = torch.stack([*norms, *slopes]).float().cpu()
     count = len(tensors)
-    return found[:count], found[len(norms) :], found[count : len(norms)]
+    return values[:count], values[len(norms) :], values[count : len(norms)]
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
@@ -188,7 +188,7 @@ def _clip(history: Tensor, step: int, norm: float, clipping_scale: float) -> flo
     return 1.0 if step < _NORMS else min(1.0, float(history[1]) / (norm + 1e-20))
 
 
-def _parts(tensors: list[Tensor]) -> Iterator[slice]:
+def _chunks(tensors: list[Tensor]) -> Iterator[slice]:
     """Runs of tensors of _ELEMENTS_AT_ONCE elements or little more."""
     start = elements = 0
     for i, tensor in enumerate(tensors):

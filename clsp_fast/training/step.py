@@ -33,7 +33,7 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
         norm.seen = None
     bf16 = config.precision == "bf16"
     with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
-        output = embed(model, batch, config.micro_seconds)
+        output = embed_batch(model, batch, config.micro_seconds)
     loss = contrastive_loss(
         output.audio.float(),
         output.text.float(),
@@ -48,42 +48,46 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
     return output, loss
 
 
-def embed(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
+def embed_batch(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
     """Both embeddings of a batch, at most `micro_seconds` of audio with padding at a time; 0: all at once."""
     clips, frames = len(batch.lengths), int(batch.lengths.max())
-    most = max(1, int(_FRAMES_PER_S * micro_seconds / frames)) if micro_seconds else clips
-    if most >= clips:
+    part_clips = max(1, int(_FRAMES_PER_S * micro_seconds / frames)) if micro_seconds else clips
+    if part_clips >= clips:
         return _embed(model, batch.features, batch.lengths, batch.token_ids, batch.attention_mask)
-    texts, parts = [], []
-    for first in range(0, clips, most):
-        part = slice(first, first + most)
-        (own,) = ((batch.text_owner >= first) & (batch.text_owner < part.stop)).nonzero(as_tuple=True)
-        rows = batch.features[part], batch.lengths[part], batch.token_ids[own], batch.attention_mask[own]
+    caption_rows, outputs = [], []
+    for first in range(0, clips, part_clips):
+        part = slice(first, first + part_clips)
+        (captions,) = ((batch.text_owner >= first) & (batch.text_owner < part.stop)).nonzero(as_tuple=True)
+        inputs = (
+            batch.features[part],
+            batch.lengths[part],
+            batch.token_ids[captions],
+            batch.attention_mask[captions],
+        )
         seed = int(torch.randint(2**62, ()))
-        texts.append(own)
+        caption_rows.append(captions)
         if part.stop < clips:
-            contexts = partial(_contexts, model)
-            again = checkpoint(
+            output = checkpoint(
                 _embed_seeded,
                 seed,
                 model,
-                *rows,
+                *inputs,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=contexts,
+                context_fn=partial(_contexts, model),
             )
-            parts.append(again)
-        else:  # backward comes to the last part first, while its activations are still there
-            parts.append(_embed_seeded(seed, model, *rows))
-    audio, text = (torch.cat(x) for x in list(zip(*parts, strict=True))[:2])
-    return ClspOutput(audio, text[torch.cat(texts).argsort().to(text.device)], model.logit_scale)
+        else:  # backward begins with the last part: its activations are kept instead of recomputed
+            output = _embed_seeded(seed, model, *inputs)
+        outputs.append(output)
+    audio, text = (torch.cat(embeddings) for embeddings in list(zip(*outputs, strict=True))[:2])
+    return ClspOutput(audio, text[torch.cat(caption_rows).argsort().to(text.device)], model.logit_scale)
 
 
-def _embed_seeded(seed: int, model: CLSP, *rows: Tensor) -> ClspOutput:
+def _embed_seeded(seed: int, model: CLSP, *inputs: Tensor) -> ClspOutput:
     """A part, with the same dropout whenever it is computed: its tensors, and so the generators that
     `checkpoint` would restore, are not yet where the model is."""
     torch.manual_seed(seed)
-    return _embed(model, *rows)
+    return _embed(model, *inputs)
 
 
 def _embed(

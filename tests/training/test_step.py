@@ -48,22 +48,22 @@ def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
     )
 
 
-def taken(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object) -> dict[str, torch.Tensor]:
+def take_step(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object) -> dict[str, torch.Tensor]:
     """Loss, embeddings, gradients and moments of a step."""
     config = TrainConfig(model=model.config, **settings)
     model.zero_grad()
     torch.manual_seed(1)
     output, loss = step.forward(model, batch, ranks, config)
     loss.backward()
-    found = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
-    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {f"moments{i}": norm.seen for i, norm in enumerate(model.running_norms)}
+    tensors = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
+    tensors |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return tensors | {f"moments{i}": norm.seen for i, norm in enumerate(model.running_norms)}
 
 
-def gradient_norm(found: dict[str, torch.Tensor], model: CLSP) -> float:
+def gradient_norm(tensors: dict[str, torch.Tensor], model: CLSP) -> float:
     """Of the gradient by all parameters. One tensor's gradient is no measure of its rounding: that of a bias
     before a softmax is 0 but for rounding, and others are small sums of large terms."""
-    return norm([norm(found[name]) for name, _ in model.named_parameters()])
+    return norm([norm(tensors[name]) for name, _ in model.named_parameters()])
 
 
 @pytest.mark.parametrize("captions", [1, 2])
@@ -71,8 +71,8 @@ def gradient_norm(found: dict[str, torch.Tensor], model: CLSP) -> float:
 def test_parts_give_the_step_of_the_whole_batch(captions: int, micro_seconds: float) -> None:
     model, batch = CLSP(without_dropout()), made_batch(7, 60, captions)
     exact = in_float64(model)
-    truth, exact_parts = (taken(exact, batch, micro_seconds=s) for s in (0.0, micro_seconds))
-    whole, parts = (taken(model, batch, micro_seconds=s) for s in (0.0, micro_seconds))
+    truth, exact_parts = (take_step(exact, batch, micro_seconds=s) for s in (0.0, micro_seconds))
+    whole, parts = (take_step(model, batch, micro_seconds=s) for s in (0.0, micro_seconds))
     assert truth.keys() == exact_parts.keys() == whole.keys() == parts.keys()
     assert "logit_scale" in whole
     gradient = gradient_norm(truth, model)
@@ -92,12 +92,12 @@ def _rank_main(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     model = CLSP(without_dropout()).double()
     torch.manual_seed(rank)
-    batch, found = made_batch((7, 3)[rank], 60), []
+    batch, steps = made_batch((7, 3)[rank], 60), []
     for micro_seconds in (0.0, 1.3):
-        gradients = taken(model, batch, ranks, micro_seconds=micro_seconds)
+        gradients = take_step(model, batch, ranks, micro_seconds=micro_seconds)
         ranks.average([x for name, x in gradients.items() if name not in ("audio", "text")])
-        found.append(gradients)
-    torch.save(found, f"{folder}/{rank}.pt")
+        steps.append(gradients)
+    torch.save(steps, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -117,24 +117,20 @@ def test_parts_give_the_step_of_the_whole_batch_on_two_ranks(tmp_path: Path) -> 
 def test_what_is_computed_again_drops_out_the_same(settings: dict[str, object]) -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
-    stored: list[dict[str, torch.Tensor]] = []
-    for again in (False, True):
-        if again:
-            stored.append(taken(model, batch, **settings))
-            continue
-        with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are kept
-            patch.setattr(step, "checkpoint", lambda f, *x, **_: f(*x))
-            patch.setattr("clsp_fast.towers.layers.checkpoint", lambda f, *x, **_: f(*x))
-            stored.append(taken(model, batch, **settings))
-    for name, value in stored[0].items():
-        assert torch.equal(stored[1][name], value), name
+    with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are kept
+        patch.setattr(step, "checkpoint", lambda f, *x, **_: f(*x))
+        patch.setattr("clsp_fast.towers.layers.checkpoint", lambda f, *x, **_: f(*x))
+        kept = take_step(model, batch, **settings)
+    recomputed = take_step(model, batch, **settings)
+    for name, value in kept.items():
+        assert torch.equal(recomputed[name], value), name
 
 
 def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
-    one = taken(model, batch, micro_seconds=1.3)
-    both = taken(model, batch, micro_seconds=1.3, recompute_layers=True)
+    one = take_step(model, batch, micro_seconds=1.3)
+    both = take_step(model, batch, micro_seconds=1.3, recompute_layers=True)
     for name, value in one.items():
         assert torch.equal(both[name], value), name
 
@@ -144,11 +140,11 @@ def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
 def test_memory_is_that_of_a_part() -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(without_dropout()), made_batch(256, 200)
-    taken(model, made_batch(4, 200))
+    take_step(model, made_batch(4, 200))
     peaks = []
     for settings in ({}, {"micro_seconds": 16.0}, {"recompute_layers": True}):
         with peak_memory() as peak:
-            taken(model, batch, **settings)
+            take_step(model, batch, **settings)
         peaks.append(peak.bytes)
     assert peaks[1] < peaks[0] / 4
     assert peaks[2] < 0.9 * peaks[0]
