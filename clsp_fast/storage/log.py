@@ -12,14 +12,14 @@ from clsp_fast.storage import files
 
 
 class RunLog:
-    """Appends records to `<folder>/log.jsonl`; records of steps that a resumed run does again are dropped
-    first.
+    """Appends records to `<folder>/log.jsonl`. Before that it drops the records of steps that a resumed run
+    will repeat.
 
     Args:
         folder: run folder.
         first_step: step that this process starts with.
         tensorboard: also write TensorBoard events.
-        active: False on all ranks but the first: nothing is written or printed.
+        active: False on all ranks except the first: they write and print nothing.
 
     Raises:
         ImportError: `tensorboard` is asked for and not installed.
@@ -47,7 +47,7 @@ class RunLog:
                 with files.room_for(self._path):
                     self._file.close()
             except files.DiskFull:
-                if kind is None:  # else it is told already
+                if kind is None:  # otherwise the first error is the one to report
                     raise
             if self._board is not None:
                 self._board.close()
@@ -72,7 +72,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, oldest first; a last line that a crash cut short is left out."""
+    """The records of a log.jsonl, oldest first. A line that a crash cut short is skipped."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -15,7 +15,7 @@ def draw_curves(run: Path) -> str:
     """Draws `run`/curves.png from its log: loss, retrieval, zero-shot accuracy and speed over steps.
 
     Returns:
-        A line that says where it is, or why there is none.
+        A line that says where the picture is, or why there is none.
     """
     try:
         import matplotlib as mpl
@@ -28,14 +28,17 @@ def draw_curves(run: Path) -> str:
     train = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, constrained_layout=True)
-    _line(axes[0, 0], train, "loss", "training loss")
-    _line(axes[1, 1], train, "audio_s_per_s", "audio seconds a second")
+    _draw_line(axes[0, 0], train, "loss", "training loss")
+    _draw_line(axes[1, 1], train, "audio_s_per_s", "audio seconds a second")
     for kind, colour in _COLOURS.items():
-        _validation_line(axes[0, 1], validation, kind, "R@10", colour, "-")
-        _validation_line(axes[0, 1], validation, kind, "hit@5", colour, "--")
+        _draw_retrieval(axes[0, 1], validation, kind, "R@10", colour, "-")
+        _draw_retrieval(axes[0, 1], validation, kind, "hit@5", colour, "--")
     for tag in sorted({tag for record in validation for tag in record["results"]["zeroshot"]}):
-        having = [r for r in validation if tag in r["results"]["zeroshot"]]
-        points = [(r["step"], r["results"]["zeroshot"][tag]["accuracy"]) for r in having]
+        points = [
+            (record["step"], record["results"]["zeroshot"][tag]["accuracy"])
+            for record in validation
+            if tag in record["results"]["zeroshot"]
+        ]
         axes[1, 0].plot(*zip(*points, strict=True), marker=".", label=tag)
     for axis, title in (
         (axes[0, 1], "validation retrieval, mean of both ways"),
@@ -51,12 +54,12 @@ def draw_curves(run: Path) -> str:
     return f"curves: {run / 'curves.png'}"
 
 
-def _line(axis: Any, records: list[dict[str, Any]], key: str, title: str) -> None:
+def _draw_line(axis: Any, records: list[dict[str, Any]], key: str, title: str) -> None:
     axis.plot([record["step"] for record in records], [record[key] for record in records])
     axis.set(title=title)
 
 
-def _validation_line(
+def _draw_retrieval(
     axis: Any, records: list[dict[str, Any]], kind: str, key: str, colour: str, style: str
 ) -> None:
     points = []

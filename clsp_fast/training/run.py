@@ -25,7 +25,7 @@ from clsp_fast.storage.log import RunLog
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import checkpoint, optim
 from clsp_fast.training.corpus import Corpus
-from clsp_fast.training.step import absorb_statistics, clip_gradients, forward
+from clsp_fast.training.step import average_and_clip_gradients, forward, update_running_statistics
 
 
 class Interrupted(Exception):
@@ -135,7 +135,7 @@ def fit(run: Run) -> None:
 
             output, loss = forward(model, batch, ranks, config)
             torch.autograd.backward(loss)
-            norm = clip_gradients(model, ranks, config.optim)
+            norm = average_and_clip_gradients(model, ranks, config.optim)
 
             finite = math.isfinite(loss.item()) and math.isfinite(norm)
             stopping, spoiled = ranks.any(bool(run.signals), not finite)
@@ -204,7 +204,7 @@ def update(run: Run, step: int) -> None:
     run.optimizer.step()
     with torch.no_grad():
         run.model.log_logit_scale.clamp_(0.0, math.log(run.config.max_logit_scale))
-    absorb_statistics(run.model, run.ranks)
+    update_running_statistics(run.model, run.ranks)
     if run.config.optim.average_steps:
         optim.update_average(run.optimizer, step + 1, run.config.optim.average_steps)
     run.bad_steps = 0

@@ -21,7 +21,7 @@ def rates(step: int) -> list[float]:
 
 
 def trajectory(golden: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Parameters after the steps that are recorded, as "after<steps>.<name>"."""
+    """Parameters after the recorded steps: "after<steps>.<name>" -> value."""
     parameters = {
         name: torch.nn.Parameter(golden[f"init.{name}"].to(dtype, copy=True))
         for group in GROUPS
@@ -45,13 +45,13 @@ def test_follows_the_recorded_steps(golden) -> None:
     computed, truth = trajectory(recorded), trajectory(recorded, torch.float64)
     assert len(computed) == 120
     for name, value in computed.items():
-        # A step adds once to a parameter, and once more where it changes its scale.
+        # A step adds to a parameter once, or twice if it also changes the parameter's size.
         steps = int(name.split(".")[0].removeprefix("after"))
         assert_agrees(truth[name], recorded[name], count=2 * steps, dtype=torch.float32, name=name)
         assert_as_exact(value, recorded[name], truth[name], name=name)
 
 
-def test_follows_them_in_small_parts(golden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follows_them_in_small_chunks(golden, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = golden("scaled_adam")
     whole = trajectory(recorded)
     monkeypatch.setattr(scaled_adam, "_ELEMENTS_AT_ONCE", 31)

@@ -1,4 +1,4 @@
-"""A training step in parts and with recomputed layers: the gradients of the whole, in less memory."""
+"""A training step in parts or with recomputed layers: the gradients of the whole batch, in less memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clsp_fast.model import CLSP
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import step
 
-# In float64: some 20 layers, forward and backward, of some 10 operations each.
+# Operations whose rounding errors add up: some 20 layers, forward and backward, of some 10 operations each.
 CHAIN = 1e3
 HERE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -32,7 +32,7 @@ def without_dropout(**changes: object) -> ModelConfig:
 
 
 def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
-    """Clips of unlike lengths, their first captions, then their second ones."""
+    """Clips of different lengths, all their first captions, then all their second ones."""
     lengths = torch.linspace(frames // 2, frames, clips).long().flip(0)
     sizes = torch.linspace(3, 9, clips * captions).long()
     mask = (torch.arange(9) < sizes[:, None]).long()
@@ -61,8 +61,11 @@ def take_step(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object
 
 
 def gradient_norm(tensors: dict[str, torch.Tensor], model: CLSP) -> float:
-    """Of the gradient by all parameters. One tensor's gradient is no measure of its rounding: that of a bias
-    before a softmax is 0 but for rounding, and others are small sums of large terms."""
+    """Norm of the gradient of all parameters together.
+
+    The gradient of one tensor gives no scale for its rounding errors: for a bias before a softmax it is 0
+    except for rounding, and for other tensors it is a small sum of large terms.
+    """
     return norm([norm(tensors[name]) for name, _ in model.named_parameters()])
 
 
@@ -79,13 +82,13 @@ def test_parts_give_the_step_of_the_whole_batch(captions: int, micro_seconds: fl
     for name, value in truth.items():
         size = gradient if name in dict(model.named_parameters()) else value
         assert_agrees(exact_parts[name], value, count=CHAIN, size=size, name=name)
-        # Batches of one clip take another path, whose sums are rounded in another order.
+        # A batch of one clip takes another path, where sums are rounded in another order.
         assert_as_exact(parts[name], whole[name], value, size=size, name=name)
 
 
 def _rank_main(rank: int, folder: str) -> None:
-    """Gradients in float64, averaged over two ranks, of a step in one part and of one in several; the ranks
-    have unlike numbers of clips and so of parts."""
+    """Saves float64 gradients, averaged over two ranks, of a step in one part and of a step in several. The
+    ranks have different numbers of clips, and so of parts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     ranks = Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD)
@@ -114,7 +117,7 @@ def test_parts_give_the_step_of_the_whole_batch_on_two_ranks(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("settings", [{"recompute_layers": True}, {"micro_seconds": 2.0}])
-def test_what_is_computed_again_drops_out_the_same(settings: dict[str, object]) -> None:
+def test_the_recomputation_draws_the_same_dropout(settings: dict[str, object]) -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
     with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are kept
@@ -126,7 +129,7 @@ def test_what_is_computed_again_drops_out_the_same(settings: dict[str, object]) 
         assert torch.equal(recomputed[name], value), name
 
 
-def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
+def test_recomputing_layers_of_parts_changes_only_the_memory() -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
     one = take_step(model, batch, micro_seconds=1.3)
@@ -136,7 +139,7 @@ def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak memory of a process")
 def test_memory_is_that_of_a_part() -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(without_dropout()), made_batch(256, 200)
@@ -151,6 +154,6 @@ def test_memory_is_that_of_a_part() -> None:
 
 
 @pytest.mark.parametrize("size", [-1.0, float("inf"), float("nan")])
-def test_a_size_of_parts_that_is_none_is_refused(size: float) -> None:
+def test_an_invalid_size_of_parts_is_refused(size: float) -> None:
     with pytest.raises(ValueError, match="micro_seconds must be finite and at least 0"):
         TrainConfig(micro_seconds=size)
