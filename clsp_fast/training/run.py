@@ -93,6 +93,7 @@ class Run:
         bad_steps: steps in a row, up to now, that were not applied.
         meter: sums for the next log line.
         signals: numbers of the stop signals that this process has received.
+        validation_features: features of the validation clips, read once and kept.
     """
 
     config: TrainConfig
@@ -131,18 +132,20 @@ def fit(run: Run) -> None:
             waited_s = time.perf_counter() - started
             share_bad_clips(run, batch)
             optim.set_learning_rate(optimizer, learning_rate(run, batch.step))
+            # A resumed run repeats this: the random numbers of a step depend on seed, step and rank alone.
             torch.manual_seed(config.seed * 1_000_003 + batch.step * ranks.world + ranks.rank)
 
             output, loss = forward(model, batch, ranks, config)
             torch.autograd.backward(loss)
             norm = average_and_clip_gradients(model, ranks, config.optim)
 
+            # A step that is not finite on one rank is applied on none.
             finite = math.isfinite(loss.item()) and math.isfinite(norm)
             stopping, spoiled = ranks.any(bool(run.signals), not finite)
             if spoiled:
                 record_bad_step(run, batch, loss.item(), norm)
             else:
-                update(run, batch.step)
+                apply_gradients(run, batch.step)
                 run.meter.add(batch, loss.item(), norm, waited_s)
             optimizer.zero_grad()
             contention.look()
@@ -191,7 +194,7 @@ def share_bad_clips(run: Run, batch: Batch) -> None:
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """The speech tower's rate: each stage has a peak, a warm-up and a decay."""
+    """The speech tower's learning rate; each stage has its peak, warm-up and decay."""
     config, steps_per_epoch = run.config, run.loader.plan.steps_per_epoch
     steps, peak = config.stage1_steps, config.optim.lr
     if step >= steps:
@@ -199,8 +202,8 @@ def learning_rate(run: Run, step: int) -> float:
     return optim.learning_rate(step, steps, steps_per_epoch, peak, config.optim)
 
 
-def update(run: Run, step: int) -> None:
-    """Applies the gradients, and adds the batch's moments and the new weights to their running averages."""
+def apply_gradients(run: Run, step: int) -> None:
+    """Updates the weights, the running statistics of the model and the running average of the weights."""
     run.optimizer.step()
     with torch.no_grad():
         run.model.log_logit_scale.clamp_(0.0, math.log(run.config.max_logit_scale))
