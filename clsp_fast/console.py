@@ -81,7 +81,7 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
     def run(arguments: Sequence[str] | None = None, **options: Any) -> Result:
         _reserve_descriptors()
         robust_streams()
-        with _full_disks_named():
+        with _naming_full_disks():
             try:
                 try:
                     return main(arguments, **options)
@@ -127,7 +127,7 @@ class _Stream:
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         try:
-            with files.room_for(None):
+            with files.naming_full_disk(None):
                 yield
         except files.DiskFull:
             if not self._optional:
@@ -135,7 +135,7 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _full_disks_named() -> Iterator[None]:
+def _naming_full_disks() -> Iterator[None]:
     """Puts a `_Stream` in place of each standard stream. What cannot be written at the end is given up, so
     that Python does not try it again at exit."""
     out, err = sys.stdout, sys.stderr
@@ -153,7 +153,7 @@ def _full_disks_named() -> Iterator[None]:
                 try:
                     stream.flush()
                 except OSError as error:
-                    if error.errno in files.NO_ROOM:
+                    if error.errno in files.DISK_FULL_CODES:
                         _discard(stream)
 
 

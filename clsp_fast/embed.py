@@ -94,7 +94,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
     # The shares of a list take unlike times, and processes meet only at its end: a limit that suits training,
     # whose processes meet in every step, would end the run when all but one have finished. Those that died
     # are not what it is for: torchrun then ends the others.
-    with files.room_for(config.out), Ranks.join(config.device, wait_hours=config.wait_hours) as ranks:
+    with files.naming_full_disk(config.out), Ranks.join(config.device, wait_hours=config.wait_hours) as ranks:
         require(
             config.source != "-" or ranks.world == 1, "source", "a file or folder with several processes", "-"
         )

@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         signal came; the state was saved. files.FolderInUse: another process has the run folder.
     """
     with (
-        files.room_for(config.run),
+        files.naming_full_disk(config.run),
         Ranks.join(config.device) as ranks,
         ranks.exclusive(config.run),
         open_run(config, ranks) as run,

@@ -129,7 +129,7 @@ def prepare(
     if folder.exists() and not _is_ours(folder):
         raise ValueError(f"{folder} holds files that are no demo corpus; name another folder or empty it")
     clips = config.clips + config.validation_clips + config.test_clips + config.transfer_clips
-    with files.room_for(folder, clips * _wav_bytes(_TYPICAL_S)):
+    with files.naming_full_disk(folder, clips * _wav_bytes(_TYPICAL_S)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         making = folder.parent / f".{folder.name}.making-{os.getpid()}"
@@ -269,7 +269,7 @@ class _Child:
 
     def complaint(self) -> str:
         """How the process ended and the last thing it said; OSError if the disk was full."""
-        if self.process.returncode in files.NO_ROOM:
+        if self.process.returncode in files.DISK_FULL_CODES:
             raise OSError(self.process.returncode, os.strerror(self.process.returncode))
         said = self._log.read_text(errors="replace").strip().splitlines()
         return f"exit code {self.process.returncode}" + (f", {said[-1]}" if said else "")

@@ -74,12 +74,12 @@ def run_job(job_file: str) -> None:
 
     The job file is JSON: {"probe": engine} or {"engine", "split", "clips", "number", "attempt", "seed",
     "audio", "lines"}; waveforms go to audio/<split>/, and one manifest line per clip to the file `lines`.
-    A full disk is told by the exit code, one of `disk.NO_ROOM`: there may be no room for words.
+    A full disk is told by the exit code, one of `files.DISK_FULL_CODES`: there may be no room for words.
     """
     try:
         _run_job(json.loads(Path(job_file).read_text()))
     except OSError as error:
-        if error.errno not in files.NO_ROOM:
+        if error.errno not in files.DISK_FULL_CODES:
             raise
         sys.exit(error.errno)
 

@@ -1,6 +1,6 @@
 """Files written whole or not at all, and locks: on full disks, and on file systems that lack a feature.
 
-Other modules write through this one, or within its `room_for`, so that a full disk has the same name
+Other modules write through this one, or within its `naming_full_disk`, so that a full disk has the same name
 everywhere.
 """
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 """What a network file system answers to a request that it does not know."""
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+DISK_FULL_CODES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The disk is full, the user's quota is used up, or the file would be larger than is allowed."""
 LFS_POINTER = b"version https://git-lfs"
 """What Git puts in place of a large file until it is fetched begins like this."""
@@ -43,7 +43,7 @@ class FolderInUse(RuntimeError):
 
 
 @contextlib.contextmanager
-def room_for(path: Path | str | None, size: int | None = None) -> Iterator[None]:
+def naming_full_disk(path: Path | str | None, size: int | None = None) -> Iterator[None]:
     """Names a full disk, a used-up quota and a limit of file sizes, whichever library met it.
 
     Args:
@@ -59,7 +59,7 @@ def room_for(path: Path | str | None, size: int | None = None) -> Iterator[None]
     except DiskFull:
         raise  # the inner one knows better which file it was
     except Exception as error:
-        code = _no_room(error)
+        code = _disk_full_code(error)
         if code is None:
             raise
         where, elsewhere = None if path is None else Path(path), _elsewhere(error, path)
@@ -84,16 +84,16 @@ def _elsewhere(error: Exception, path: Path | str | None) -> Path | None:
     return file
 
 
-def _no_room(error: Exception) -> int | None:
-    """The code of `NO_ROOM` that is the error's cause; None: it has another."""
+def _disk_full_code(error: Exception) -> int | None:
+    """The code of `DISK_FULL_CODES` that is the error's cause; None: it has another."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in NO_ROOM else None
+        return error.errno if error.errno in DISK_FULL_CODES else None
     # numpy, safetensors, faiss, tokenizers and torch tell it in words only.
     if isinstance(error, (OSError, SafetensorError, RuntimeError)) or type(error) is Exception:
         text = str(error)
         if isinstance(error, OSError) and _NUMPY_SHORT_WRITE.search(text):
             return errno.ENOSPC
-        return next((code for code in sorted(NO_ROOM) if os.strerror(code) in text), None)
+        return next((code for code in sorted(DISK_FULL_CODES) if os.strerror(code) in text), None)
     return None
 
 
@@ -137,7 +137,7 @@ def replace_file(file: Path, write_to: Callable[[Path], None], *, size: int | No
     # Its length does not grow with the file's name, which may be as long as a name can be.
     digest = hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]
     neighbour = file.with_name(f".{digest}.{os.getpid()}.tmp")
-    with room_for(file, size):
+    with naming_full_disk(file, size):
         try:
             write_to(neighbour)
             flush(neighbour)
@@ -180,7 +180,7 @@ def sync(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Holds the folder for one process.
 
     Raises:
@@ -188,11 +188,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        hold(file, folder)
+        lock_file(file, folder)
         yield
 
 
-def hold(file: IO[Any], name: Path) -> None:
+def lock_file(file: IO[Any], name: Path) -> None:
     """Locks an open file until it is closed; FolderInUse, with `name`, if another process has it.
 
     Where the file system has no locks, a warning says so: nothing then stops a second process.

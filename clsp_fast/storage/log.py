@@ -44,7 +44,7 @@ class RunLog:
     ) -> None:
         if self._active:
             try:
-                with files.room_for(self._path):
+                with files.naming_full_disk(self._path):
                     self._file.close()
             except files.DiskFull:
                 if kind is None:  # otherwise the first error is the one to report
@@ -57,7 +57,7 @@ class RunLog:
         if not self._active:
             return
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | figures) + "\n"
-        with files.room_for(self._path, len(line)):
+        with files.naming_full_disk(self._path, len(line)):
             self._file.write(line)
             self._file.flush()
         if self._board is not None:

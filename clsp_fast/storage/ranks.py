@@ -84,7 +84,7 @@ class Ranks:
     @contextlib.contextmanager
     def exclusive(self, folder: Path) -> Iterator[None]:
         """Locks the folder for this run, on the first rank; files.FolderInUse if another process has it."""
-        with files.exclusive(folder) if self.first else contextlib.nullcontext():
+        with files.lock_folder(folder) if self.first else contextlib.nullcontext():
             yield
 
     def first_then_all(self, make: Callable[[], T]) -> T:

@@ -50,7 +50,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """
     final, temporary = folder / f"step-{checkpoint.step:08d}", folder / f".step-{checkpoint.step:08d}.tmp"
     size = sum(x.nbytes for tensors in (checkpoint.model, checkpoint.optim) for x in tensors.values())
-    with files.room_for(final, size):
+    with files.naming_full_disk(final, size):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         try:

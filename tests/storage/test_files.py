@@ -50,18 +50,18 @@ FAISS = "Error in void faiss::write_index(): 'ret == size' failed: write error i
     ],
 )
 def test_every_librarys_word_for_a_full_disk_is_one(error: Exception, words: str) -> None:
-    with pytest.raises(files.DiskFull, match=words) as told, files.room_for("/nowhere/x", 3_000_000):
+    with pytest.raises(files.DiskFull, match=words) as told, files.naming_full_disk("/nowhere/x", 3_000_000):
         raise error
     assert "\n" not in str(told.value)
-    assert told.value.errno in files.NO_ROOM
-    with pytest.raises(files.DiskFull) as outer, files.room_for("/nowhere"):
+    assert told.value.errno in files.DISK_FULL_CODES
+    with pytest.raises(files.DiskFull) as outer, files.naming_full_disk("/nowhere"):
         raise told.value
     assert outer.value is told.value  # the inner name stays
 
 
 def test_free_space_is_that_of_the_files_own_folder_alone(tmp_path: Path) -> None:
     for path, stated in ((tmp_path / "a", True), (tmp_path / "no/a", False), (None, False)):
-        with pytest.raises(files.DiskFull) as told, files.room_for(path):
+        with pytest.raises(files.DiskFull) as told, files.naming_full_disk(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         assert ("MB are free" in str(told.value)) == stated
         assert ("standard output" in str(told.value)) == (path is None)
@@ -78,7 +78,7 @@ def test_free_space_is_that_of_the_files_own_folder_alone(tmp_path: Path) -> Non
     ],
 )
 def test_other_errors_pass(error: Exception) -> None:
-    with pytest.raises(type(error)) as told, files.room_for("/nowhere/x"):
+    with pytest.raises(type(error)) as told, files.naming_full_disk("/nowhere/x"):
         raise error
     assert told.value is error
 
@@ -152,11 +152,11 @@ def test_a_file_system_without_locks_costs_a_warning(
     monkeypatch.setattr("fcntl.flock", flock)
     entered = False
     if name == "EIO":
-        with pytest.raises(OSError, match="Input/output error"), files.exclusive(tmp_path):
+        with pytest.raises(OSError, match="Input/output error"), files.lock_folder(tmp_path):
             entered = True
         assert not entered
     else:
-        with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked"), files.exclusive(tmp_path):
+        with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked"), files.lock_folder(tmp_path):
             entered = True
         assert entered
 
@@ -412,12 +412,12 @@ def test_a_shard_written_without_numpy_is_numpys(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
     with (
-        files.exclusive(tmp_path),
+        files.lock_folder(tmp_path),
         pytest.raises(RuntimeError, match="in use by another"),
-        files.exclusive(tmp_path),
+        files.lock_folder(tmp_path),
     ):
         pass
-    with files.exclusive(tmp_path):
+    with files.lock_folder(tmp_path):
         pass
 
 
