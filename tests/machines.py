@@ -27,7 +27,7 @@ FILES = [
     "data/test_augment.py",
     "test_batches.py",
     "training/test_checkpoint.py",
-    "test_containers.py",
+    "sndfile/test_containers.py",
     "test_convert.py",
     "test_embed.py",
     "test_engine_similarity.py",

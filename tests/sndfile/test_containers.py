@@ -17,6 +17,7 @@ from clsp_fast import audio, data, sndfile
 from clsp_fast.audio import AudioError, load, load_batch
 from clsp_fast.config import DataConfig
 from clsp_fast.data.manifest import Clip
+from clsp_fast.sndfile import stream
 
 RATE = 16000
 SAMPLES = 8000
@@ -244,8 +245,8 @@ def test_wav_in_other_encodings_goes_to_libsndfile() -> None:
     adpcm = encode("WAV", "IMA_ADPCM")
     at = adpcm.index(b"data") + 4
     for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
-        stream = adpcm[:at] + struct.pack("<I", size) + adpcm[at + 4 :]
-        assert np.array_equal(load(stream), theirs(adpcm))
+        content = adpcm[:at] + struct.pack("<I", size) + adpcm[at + 4 :]
+        assert np.array_equal(load(content), theirs(adpcm))
     big_endian = encode("WAV", "PCM_16", endian="BIG")
     assert big_endian.startswith(b"RIFX")
     assert np.array_equal(load(big_endian), theirs(big_endian))
@@ -266,29 +267,29 @@ def streams(kind: str, whole: bytes) -> Iterator[bytes]:
     tag = whole.index(b"SSND" if kind == "AIFF" else b"data") if where < 0 else 0
     at = {-1: tag + 4, -2: tag + 16}.get(where, where)
     for size in sizes:
-        stream = bytearray(whole)
-        struct.pack_into(layout, stream, at, size)
-        yield bytes(stream)
+        content = bytearray(whole)
+        struct.pack_into(layout, content, at, size)
+        yield bytes(content)
 
 
 @pytest.mark.parametrize("kind", STREAMS)
 def test_streams_are_read_to_their_end(kind: str) -> None:
     whole = encode(kind, "PCM_16")
-    for stream in streams(kind, whole):
-        assert np.array_equal(outcome(stream), theirs(whole))
-        assert audio.info(stream).frames == SAMPLES
+    for content in streams(kind, whole):
+        assert np.array_equal(outcome(content), theirs(whole))
+        assert audio.info(content).frames == SAMPLES
 
 
 def test_an_aiff_stream_that_states_its_frames_is_cut_where_they_are_missing() -> None:
     for subtype in ("PCM_16", "PCM_24", "FLOAT", "PCM_U8"):
         whole = encode("AIFF", subtype)
-        for stream in streams("AIFF", whole):
-            assert np.array_equal(outcome(stream), theirs(whole))
+        for content in streams("AIFF", whole):
+            assert np.array_equal(outcome(content), theirs(whole))
             for missing in (2, 100, 3001):
-                assert outcome(stream[:-missing]) == "truncated"
-            at = stream.index(b"COMM") + 10
+                assert outcome(content[:-missing]) == "truncated"
+            at = content.index(b"COMM") + 10
             for frames in (0, 0xFFFFFFFF):
-                unknown = stream[:at] + struct.pack(">I", frames) + stream[at + 4 :]
+                unknown = content[:at] + struct.pack(">I", frames) + content[at + 4 :]
                 assert len(load(unknown[:-100])) > SAMPLES // 2
 
 
@@ -412,7 +413,7 @@ def test_what_follows_a_long_gap_is_read_or_refused(gap: bytes) -> None:
 def test_a_large_file_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 GiB of zeros that take no room on the disk, behind 8000 samples of sound and before a chunk."""
     copied: list[int] = []
-    monkeypatch.setattr(sndfile, "_memory_file", lambda parts: copied.append(1))
+    monkeypatch.setattr(stream, "_memory_file", lambda parts: copied.append(1))
     for kind in ("AU", "W64", "AIFF"):
         whole = bytearray(encode(kind, "PCM_16"))
         sound = SAMPLES * 2
@@ -453,8 +454,8 @@ def test_letters_behind_the_sound_are_no_second_file() -> None:
 
 @pytest.mark.parametrize("kind", STREAMS)
 def test_joined_streams_are_refused(kind: str) -> None:
-    for stream in streams(kind, encode(kind, "PCM_16")):
-        assert outcome(stream + stream) == "format"
+    for content in streams(kind, encode(kind, "PCM_16")):
+        assert outcome(content + content) == "format"
 
 
 def test_two_chunks_of_sound_are_refused() -> None:
@@ -485,7 +486,7 @@ def test_files_cut_within_a_tag_or_the_first_frame_are_truncated() -> None:
 
 def test_tagged_mp3_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     copied: list[int] = []
-    real = sndfile._memory_file
+    real = stream._memory_file
 
     def counted(parts: Iterable[bytes]) -> IO[bytes]:
         parts = list(parts)
@@ -495,7 +496,7 @@ def test_tagged_mp3_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     path = tmp_path / "a.mp3"
     mp3 = encode("MP3")
     path.write_bytes(ID3 + mp3)
-    monkeypatch.setattr(sndfile, "_memory_file", counted)
+    monkeypatch.setattr(stream, "_memory_file", counted)
     assert audio.info(path) == audio.info(path)
     assert np.array_equal(load(path), load(path))
     assert not copied
@@ -508,7 +509,7 @@ def test_tags_with_a_footer_between_mp3_files() -> None:
     a, b = encode("MP3", x=noise(20000)), encode("MP3", x=noise(30000, seed=1))
     body = b"\xff\xfb\x90\x64" * 32
     tag = b"ID3\4\0\x10\0\0\1\0" + body + b"3DI\4\0\x10\0\0\1\0"
-    assert sndfile._id3_bytes(tag) == len(tag)
+    assert stream._id3_bytes(tag) == len(tag)
     assert np.array_equal(outcome(tag + a + tag + b), np.concatenate([load(a), load(b)]))
 
 

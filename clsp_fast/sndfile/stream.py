@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from clsp_fast import containers, ogg
+from clsp_fast.sndfile import containers, ogg
 from clsp_fast.storage.files import LFS_FIX, LFS_POINTER
 
 if TYPE_CHECKING:
