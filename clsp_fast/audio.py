@@ -387,16 +387,16 @@ def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tu
     """Decodes through libsndfile: (mono samples at the file's rate, rate)."""
     segment = request.segment
     with _named_failures(request), sndfile.open_stream(request.data, _probe(request)[0]) as stream:
-        rate_hz, cut = stream.samplerate, stream.cut
+        rate_hz, missing = stream.samplerate, stream.missing
         known = stream.frames < sndfile.UNKNOWN_LENGTH
-        if cut and stream.frames == 0:
-            raise request.fail(AudioErrorReason.TRUNCATED, cut)
+        if missing and stream.frames == 0:
+            raise request.fail(AudioErrorReason.TRUNCATED, missing)
         longest = sndfile.UNKNOWN_LENGTH
         start, most = (int(min(s * rate_hz, longest)) for s in (segment.start_s, limits.max_s))
         claimed = stream.frames if known else start + most
         first, count = _select(request, policy, stream.channels, rate_hz, claimed)
-        if cut and segment.duration_s is None:
-            raise request.fail(AudioErrorReason.TRUNCATED, cut)
+        if missing and segment.duration_s is None:
+            raise request.fail(AudioErrorReason.TRUNCATED, missing)
         # One more where the end is unknown tells a file of just the longest length from a longer one.
         mono, end, problem = sndfile.read_mono(stream, first, count + (not known), segment.channel)
     if problem or (known and len(mono) < count):
@@ -406,8 +406,8 @@ def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tu
     if not known:
         _, count = _select(request, policy, stream.channels, rate_hz, end)
     # A part may reach a little behind the end, but not behind the place where the rest is missing.
-    if cut and count < math.floor(cast(float, segment.duration_s) * rate_hz + 0.5):
-        raise request.fail(AudioErrorReason.TRUNCATED, cut)
+    if missing and count < math.floor(cast(float, segment.duration_s) * rate_hz + 0.5):
+        raise request.fail(AudioErrorReason.TRUNCATED, missing)
     return mono[:count], rate_hz
 
 
@@ -454,7 +454,7 @@ def info(source: Source) -> AudioInfo:
         _, channels, rate_hz, frames = probed
         return AudioInfo(rate_hz, channels, frames, True)
     with _named_failures(request), sndfile.open_stream(request.data, probed[0], guess=True) as stream:
-        known = not stream.cut and stream.frames < sndfile.UNKNOWN_LENGTH
+        known = not stream.missing and stream.frames < sndfile.UNKNOWN_LENGTH
         frames = stream.frames if known else None
         return AudioInfo(stream.samplerate, stream.channels, frames, stream.format != "MP3")
 

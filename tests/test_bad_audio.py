@@ -17,7 +17,7 @@ from peak_memory import peak_memory
 
 from clsp_fast.audio import AudioError, AudioLimits, Segment, load, load_batch
 from clsp_fast.features import extract_files
-from clsp_fast.sndfile import stream
+from clsp_fast.sndfile import mp3
 
 RATE = 16000
 
@@ -211,8 +211,8 @@ def bare_mp3() -> bytes:
 
 def test_what_follows_the_frames_of_an_mp3_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[int] = []
-    real = stream._mp3_frame_bytes
-    monkeypatch.setattr(stream, "_mp3_frame_bytes", lambda head: (looked_at.append(1), real(head))[1])
+    real = mp3.frame_bytes
+    monkeypatch.setattr(mp3, "frame_bytes", lambda head: (looked_at.append(1), real(head))[1])
     alone, frames = load(bare_mp3()), len(looked_at)
     for junk in (b"\xff" * 2_000_000, b"\xff\xfb\x1c\xc4" * 100_000):
         looked_at.clear()
@@ -224,10 +224,10 @@ def test_what_follows_the_frames_of_an_mp3_costs_next_to_nothing(monkeypatch: py
 
 def test_frames_are_found_again_behind_what_is_none() -> None:
     bare = bare_mp3()
-    size = stream._mp3_frame_bytes(bare[:4])
+    size = mp3.frame_bytes(bare[:4])
 
     def counted(audio: bytes) -> int:
-        frame = stream._mp3_length_frame(memoryview(audio))
+        frame = mp3.length_frame(memoryview(audio))
         return int.from_bytes(frame[frame.index(b"Xing") + 8 :][:4], "big")
 
     frame = bare[:size]
