@@ -16,6 +16,7 @@ import soundfile
 
 from clsp_fast import demo
 from clsp_fast.demo import DemoConfig, DemoCorpus, engines, signal, text
+from clsp_fast.demo import corpus as making
 
 SMALL = DemoConfig(clips=6, validation_clips=3, test_clips=3, transfer_clips=2, workers=2)
 SYNTH = DemoConfig(clips=8, validation_clips=2, test_clips=2, workers=2, engines=("synth",))
@@ -171,7 +172,7 @@ from clsp_fast.demo.engines import Pico
 pico = Pico()
 print(*{hashlib.sha256(pico._say("The same sentence.", "en-US", 1.0, 1.0)).hexdigest() for _ in range(6)})
 """
-    environment = demo._child_environment()
+    environment = making._child_environment()
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert len(done.stdout.split()) == 1
 
