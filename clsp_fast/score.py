@@ -29,7 +29,7 @@ from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.model import CLSP, load
-from clsp_fast.storage import embedding_folder, files, textfile
+from clsp_fast.storage import embedding_folder, files, text_kinds, textfile
 from clsp_fast.storage.files import FolderInUse, lock_file
 from clsp_fast.storage.paths import from_text
 from clsp_fast.storage.ranks import Ranks
@@ -188,7 +188,7 @@ def _encodable(value: str, *, path: bool) -> bool:
 
 def _check_kind(pairs: Text, name: str) -> None:
     """ValueError if the first lines are of a table, a list, or another kind of manifest."""
-    kind = textfile.kind_of(pairs.head)
+    kind = text_kinds.kind_of_text(pairs.head)
     begun = [line for line in pairs.head.splitlines() if line.strip()]
     if not kind and begun and not any(line.lstrip().startswith("{") for line in begun):
         kind = f"no file of JSON lines: it begins with {begun[0]!a:.60}"

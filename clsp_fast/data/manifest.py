@@ -19,8 +19,9 @@ from pathlib import Path, PurePath
 from typing import IO, Any, TextIO, TypeGuard
 
 from clsp_fast.data.captions import Captions
-from clsp_fast.storage import paths, textfile
-from clsp_fast.storage.textfile import RENAMED, Text, is_text, shown
+from clsp_fast.storage import folders, paths, text_kinds, textfile
+from clsp_fast.storage.text_kinds import RENAMED
+from clsp_fast.storage.textfile import Text, is_text, shown
 
 _KEYS = {
     "audio",
@@ -156,7 +157,7 @@ def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     unknown: Counter[str] = Counter()
-    kind = textfile.kind_of(text.head)
+    kind = text_kinds.kind_of_text(text.head)
     if kind.startswith("the index"):
         raise ValueError(f"{path} is {kind}; expected {_EXPECTED}")
     for number, line in textfile.lines(text.file, _LONGEST_LINE):
@@ -175,7 +176,7 @@ def _read(text: Text, path: Path, need_captions: bool) -> Manifest:
         seen[clip.id] = number
         clips.append(clip)
     if not clips:
-        if not kind and textfile.looks_like_paths(text.head):
+        if not kind and text_kinds.looks_like_paths(text.head):
             kind = _A_LIST
         why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"
         looks = f"; it looks like {kind}; expected {_EXPECTED}" if kind else ""
@@ -205,11 +206,11 @@ def sources(source: str, stream: TextIO | None = None) -> tuple[list[Clip], list
         stream = sys.stdin if stream is None else stream
         return _from_text(getattr(stream, "buffer", None) or _encoded(stream), "stdin")
     if paths.is_dir(path):
-        scan = paths.scan(path)
+        scan = folders.scan(path)
         for line in scan.warnings():
             print(f"{source}: {line}", file=sys.stderr)
         names = scan.recordings
-    elif path.suffix.lower() in paths.AUDIO_SUFFIXES:
+    elif path.suffix.lower() in folders.AUDIO_SUFFIXES:
         names = [source]
     elif paths.exists(path):
         return _from_text(path, source)
@@ -234,7 +235,7 @@ def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Pr
             found = _read(text, Path(name), need_captions=False)
             found.warn()
             return found.clips, found.problems
-        kind = textfile.kind_of(text.head)
+        kind = text_kinds.kind_of_text(text.head)
         first = paths.from_text(text.head.strip().splitlines()[0]) if kind else ""
         if kind and (paths.is_dir(first) or not paths.exists(first)):
             raise ValueError(f"{name} is {kind}; expected {_EXPECTED_SOURCE}")
@@ -252,7 +253,7 @@ def _from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], list[Pr
 
 def _may_be_a_recording(name: str) -> bool:
     suffix = PurePath(name).suffix.lower()
-    return suffix in paths.AUDIO_SUFFIXES or suffix in paths.CONVERT_SUFFIXES or paths.exists(name)
+    return suffix in folders.AUDIO_SUFFIXES or suffix in folders.CONVERT_SUFFIXES or paths.exists(name)
 
 
 def _named(names: list[str]) -> list[Clip]:

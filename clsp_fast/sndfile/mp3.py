@@ -13,7 +13,7 @@ import struct
 from typing import IO, NamedTuple
 
 from clsp_fast.sndfile.errors import DecodeError
-from clsp_fast.storage.paths import CONVERT
+from clsp_fast.storage.folders import CONVERT
 
 _RATES_HZ = (44100, 48000, 32000)
 _KBPS = (  # MPEG-2 and 2.5, MPEG-1

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from clsp_fast.sndfile import containers, mp3, ogg
 from clsp_fast.sndfile.errors import DecodeError
 from clsp_fast.storage.files import LFS_FIX, LFS_POINTER
-from clsp_fast.storage.paths import CONVERT
+from clsp_fast.storage.folders import CONVERT
 
 if TYPE_CHECKING:
     from soundfile import SoundFile

@@ -20,10 +20,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from clsp_fast.checks import reject_unknown_keys
-from clsp_fast.storage import textfile
+from clsp_fast.storage import text_kinds
 from clsp_fast.storage.files import replace_file
 
-FORMAT = textfile.INDEX_FORMAT
+FORMAT = text_kinds.INDEX_FORMAT
 LONGEST_LINE = 2**20
 """Most bytes of a line of the index."""
 _LONGEST_HEADER = 2**16
