@@ -20,7 +20,7 @@ from typing import IO, Any, TextIO, TypeGuard
 
 from clsp_fast.data.captions import Captions
 from clsp_fast.storage import folders, paths, text_kinds, textfile
-from clsp_fast.storage.text_kinds import RENAMED
+from clsp_fast.storage.text_kinds import KEY_SYNONYMS
 from clsp_fast.storage.textfile import Text, is_text, shown
 
 _KEYS = {
@@ -460,7 +460,7 @@ def _claims(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, s
 def _nearest(row: Mapping[str, Any], wanted: str) -> str:
     """A hint when an unknown key looks like the one that is missing."""
     unknown = [key for key in row if key not in _KEYS]
-    near = [key for key in unknown if RENAMED.get(key) == wanted]
+    near = [key for key in unknown if KEY_SYNONYMS.get(key) == wanted]
     near += difflib.get_close_matches(wanted, unknown, n=1)
     return f'; is "{near[0]}" meant to be "{wanted}"?' if near else ""
 
@@ -479,7 +479,7 @@ def _got_audio(row: Mapping[str, Any]) -> str:
 def _meant(key: str) -> str:
     """The key that an unknown one looks like; empty if it looks like none."""
     near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85)
-    return RENAMED.get(key.lower(), near[0] if near else "")
+    return KEY_SYNONYMS.get(key.lower(), near[0] if near else "")
 
 
 def _counted(key: str, count: int) -> str:

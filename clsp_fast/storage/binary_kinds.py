@@ -1,9 +1,10 @@
-"""What a binary file is, judged by its first bytes, so that an error can name it and say what to do."""
+"""Recognises binary files by their first bytes, so that an error can name the kind and say what to do."""
 
 from __future__ import annotations
 
 import codecs
 import re
+from typing import NamedTuple
 
 from clsp_fast.storage.folders import CONVERT
 
@@ -11,6 +12,14 @@ GZIP = b"\x1f\x8b"
 _HOLD_PATHS = "; a list or manifest holds the paths of recordings"
 _UNPACK = "; unpack it first"
 _DECOMPRESS = "; decompress it first: gzip alone is read as it is"
+
+
+class BinaryKind(NamedTuple):
+    """A kind of file, as parts of an error."""
+
+    name: str
+    fix: str
+
 
 _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"fLaC", "a recording (FLAC)", _HOLD_PATHS),
@@ -54,40 +63,47 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"GIF8", "a picture", ""),
     (0, b"\x7fELF", "a program", ""),
 )
-"""Where in a file which bytes stand, what it is then, and what to do about it."""
-# These kinds may have no control characters among their first bytes, and no path begins like them.
+"""(offset, bytes at this offset, name, fix) of each kind."""
+# Files of these kinds may have no control characters among their first bytes. No path begins like them.
 _BEGIN_AS_TEXT = (b"NIST_1A\n", b"#!AMR", b"%PDF-")
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 
 
-def kind_of_binary(head: bytes, *, is_utf8: bool) -> tuple[str, str] | None:
-    """What a file that begins like this is, if it is no text, and what to do about it."""
+def kind_of_binary(head: bytes, *, is_utf8: bool) -> BinaryKind | None:
+    """The kind of a binary file; None for text.
+
+    Args:
+        head: the file's first bytes.
+        is_utf8: whether it has no sign of UTF-16 or UTF-32, which contain zero bytes.
+    """
     controls = len(head) - len(head.translate(None, _CONTROLS))
     if not controls and not head.startswith(_BEGIN_AS_TEXT):
         return None  # a path may begin like "caffeine/" or "FORMS/"
-    for at, magic, what, fix in _KINDS:
+    for at, magic, name, fix in _KINDS:
         if head.startswith(magic, at):
-            return what, fix
+            return BinaryKind(name, fix)
     if head.startswith(b"RIFF"):
-        wav = head[8:12] == b"WAVE"
-        return ("a recording (WAV)", _HOLD_PATHS) if wav else ("a film or recording (RIFF)", f"; {CONVERT}")
+        if head[8:12] == b"WAVE":
+            return BinaryKind("a recording (WAV)", _HOLD_PATHS)
+        return BinaryKind("a film or recording (RIFF)", f"; {CONVERT}")
     if _is_mpeg(head):
-        layered = head[1] & 0x06
-        return ("a recording (MP3)", _HOLD_PATHS) if layered else ("a recording (AAC)", f"; {CONVERT}")
+        if head[1] & 0x06:  # AAC has layer 0
+            return BinaryKind("a recording (MP3)", _HOLD_PATHS)
+        return BinaryKind("a recording (AAC)", f"; {CONVERT}")
     if re.match(rb"\x80[\x02-\x05]", head):
-        return "a pickle", "; nothing is unpickled here"
+        return BinaryKind("a pickle", "; nothing is unpickled here")
     if head[8:9] == b"{" and head[5:8] == bytes(3):
-        return "a file of tensors (safetensors)", ""
-    # Lists from find -print0 hold single NUL bytes. About a tenth of random bytes are control characters, and
-    # text has none.
+        return BinaryKind("a file of tensors (safetensors)", "")
+    # Lists from find -print0 contain single NUL bytes. Apart from these, text has no control characters, but
+    # about a tenth of random bytes are such.
     noise = controls - head.count(0) + 2 * head.count(b"\0\0")
     if is_utf8 and noise > 3 and 20 * noise > len(head):
-        return "a binary file of an unknown kind", ""
+        return BinaryKind("a binary file of an unknown kind", "")
     return None
 
 
 def _is_mpeg(head: bytes) -> bool:
-    """Whether it begins with a frame of MP3 or AAC, and not with the byte order mark of UTF-16."""
+    """Whether `head` begins with a frame of MP3 or AAC, and not with UTF-16's byte order mark."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0 or head.startswith(codecs.BOM_UTF16_LE):
         return False
     known_version, known_rates = head[1] & 0x18 != 0x08, head[2] & 0xF0 != 0xF0 and head[2] & 0x0C != 0x0C

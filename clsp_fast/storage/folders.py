@@ -35,7 +35,7 @@ AUDIO_SUFFIXES = frozenset(
         ".wave",
     }
 )
-"""Files of a folder whose names end like this, in any case, are taken for recordings."""
+"""Files of a folder whose names end in one of these, in upper or lower case, are recordings."""
 CONVERT_SUFFIXES = frozenset(
     {
         ".3gp",
@@ -60,7 +60,7 @@ CONVERT_SUFFIXES = frozenset(
         ".wv",
     }
 )
-"""Recordings and films that must be converted before they can be read."""
+"""Names of recordings and films that must be converted before they can be read end in one of these."""
 CONVERT = "convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
 _MOST_SHOWN = 10
 _LONGEST_SUFFIX = 12
@@ -68,13 +68,13 @@ _LONGEST_SUFFIX = 12
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds.
+    """The result of searching a folder.
 
     Attributes:
-        recordings: paths of what is taken for a recording, sorted. Links that lead nowhere and folders that
-            cannot be read are among them, for the decoder to name.
-        left_out: how many files are not taken, by the lower-case end of their names.
-        unreadable: folders that cannot be read, and why.
+        recordings: sorted paths of recordings. Dead links and unreadable folders are among them, so that the
+            decoder reports them.
+        left_out: number of files that are no recordings, by the lower-case suffix of their names.
+        unreadable: folders that cannot be read, each with the reason.
     """
 
     recordings: list[str]
@@ -82,7 +82,7 @@ class Scan:
     unreadable: list[str]
 
     def warnings(self) -> list[str]:
-        """What there is to say of files that are not taken and folders that cannot be read."""
+        """Lines about files that were left out and folders that cannot be read."""
         lines = [f"cannot be read: {name}" for name in self.unreadable[:_MOST_SHOWN]]
         if len(self.unreadable) > _MOST_SHOWN:
             lines.append(f"cannot be read: {len(self.unreadable) - _MOST_SHOWN} folders more")
@@ -105,7 +105,7 @@ def _shown(suffix: str) -> str:
 
 
 class Entry(NamedTuple):
-    """What a folder holds, or why it cannot be told: `why` ends a sentence about an unreadable folder."""
+    """An entry of a folder, or a folder that cannot be read, with the reason in `why`."""
 
     path: Path
     kind: Literal["file", "dead link", "unreadable folder"]
@@ -113,46 +113,42 @@ class Entry(NamedTuple):
 
 
 def walk(folder: AnyPath, *, once: bool = False) -> Iterator[Entry]:
-    """What lies in a folder, at any depth, in no particular order.
+    """The files in a folder at any depth, in no particular order.
 
-    Links to files and folders are followed. A link to one of its own parent folders is skipped. Inside a
-    linked folder, a further link is skipped if its target was already searched, so that folders which link to
-    each other do not multiply.
+    Links to files and folders are followed. A link to a folder that contains it is skipped. Inside a linked
+    folder, a further link is skipped if its target was already searched, so that folders which link to each
+    other do not multiply.
 
     Args:
         folder: the folder.
-        once: whether every folder is searched once only, however many links lead to it.
+        once: True: search every folder only once, even if several links lead to it.
     """
     entered: set[tuple[int, int]] = set()
     waiting = [_Folder(Path(folder), frozenset(), linked=False, only_once=False)]
     while waiting:
-        this = waiting.pop()
+        current = waiting.pop()
         try:
-            status = this.path.stat()
-            here = (status.st_dev, status.st_ino)
-            if here in this.ancestors or (this.only_once and here in entered):
+            status = current.path.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in current.ancestors or (current.only_once and identity in entered):
                 continue
-            with os.scandir(this.path) as opened:
+            with os.scandir(current.path) as opened:
                 entries = sorted(opened, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            yield Entry(this.path, "unreadable folder", str(error.strerror))
+            yield Entry(current.path, "unreadable folder", str(error.strerror))
             continue
-        entered.add(here)
+        entered.add(identity)
         for entry in entries:
-            inner, link = this.path / entry.name, entry.is_symlink()
+            path, link = current.path / entry.name, entry.is_symlink()
             if _leads_to_a_folder(entry):
-                only_once = once or (link and this.linked)
-                waiting.append(_Folder(inner, this.ancestors | {here}, link or this.linked, only_once))
+                linked, only_once = link or current.linked, once or (link and current.linked)
+                waiting.append(_Folder(path, current.ancestors | {identity}, linked, only_once))
             else:
-                yield Entry(inner, "dead link" if link and not exists(inner) else "file")
+                yield Entry(path, "dead link" if link and not exists(path) else "file")
 
 
 def scan(folder: AnyPath) -> Scan:
-    """Searches a folder for recordings, at any depth.
-
-    Links to files and folders are followed. A link to one of its own parent folders is skipped. Inside a
-    linked folder, a further link is skipped if its target was already searched.
-    """
+    """Searches a folder for recordings at any depth; links are followed as in `walk`."""
     result = Scan([], Counter(), [])
     for entry in walk(folder):
         suffix = entry.path.suffix.lower()
@@ -160,7 +156,7 @@ def scan(folder: AnyPath) -> Scan:
             result.unreadable.append(f"{entry.path}: {entry.why}")
             result.recordings.append(str(entry.path))
         elif suffix in AUDIO_SUFFIXES or (entry.kind == "dead link" and not suffix):
-            # A dead link without a suffix may have led to a folder of recordings.
+            # A dead link without a suffix may have pointed to a folder of recordings.
             result.recordings.append(str(entry.path))
         else:
             shown = suffix if len(suffix) <= _LONGEST_SUFFIX else f"{suffix[:_LONGEST_SUFFIX]}..."
@@ -170,13 +166,15 @@ def scan(folder: AnyPath) -> Scan:
 
 
 class _Folder(NamedTuple):
-    """A folder that is to be searched: `ancestors` by device and inode, `linked` if a link led here,
-    `only_once` if it is skipped where it was searched already."""
+    """A folder to be searched."""
 
     path: Path
     ancestors: frozenset[tuple[int, int]]
+    """Device and inode of each folder that contains it."""
     linked: bool
+    """Whether a link led to it, or to a folder that contains it."""
     only_once: bool
+    """Whether to skip it if it was already searched."""
 
 
 def _leads_to_a_folder(entry: os.DirEntry[str]) -> bool:

@@ -1,7 +1,7 @@
-"""Questions about paths that never raise, and the recordings of a folder.
+"""Questions about paths that never raise.
 
-A file of its own because one path that is too long, forbidden or broken must cost only itself, and
-`Path.is_file` raises for some of these: which ones depends on the version of Python.
+One path that is too long, forbidden or broken must not end the work on all others. `Path.is_file` and others
+raise for some such paths; for which, depends on the version of Python.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ AnyPath: TypeAlias = "str | os.PathLike[str]"
 
 
 def is_file(path: AnyPath) -> bool:
-    """Whether it is a regular file, or a link to one; False where that cannot be found out."""
+    """Whether the path is a regular file, or a link to one; False if that cannot be known."""
     status = _status(path)
     return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def is_dir(path: AnyPath) -> bool:
-    """Whether it is a folder, or a link to one; False where that cannot be found out."""
+    """Whether the path is a folder, or a link to one; False if that cannot be known."""
     status = _status(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def exists(path: AnyPath) -> bool:
-    """Whether there is anything of that name; False where that cannot be found out."""
+    """Whether the path exists; False if that cannot be known."""
     return _status(path) is not None
 
 
 def from_text(text: str) -> str:
-    """The name of a file as text gives it. Text is UTF-8, and so are names on the disk; where the locale says
-    otherwise, Python would look for another name."""
+    """The path that a text names. The text and the names on the disk are UTF-8. If the locale has another
+    encoding, Python would look for another name without this."""
     if sys.getfilesystemencoding() == "utf-8":
         return text
     try:
         return os.fsdecode(text.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # half a surrogate pair, which no name holds
+    except UnicodeEncodeError:  # half a surrogate pair, which no name contains
         return text
 
 
 def _status(path: AnyPath) -> os.stat_result | None:
     try:
         return Path(path).stat()
-    except (OSError, ValueError):  # ValueError: the name holds NUL, or half a surrogate pair
+    except (OSError, ValueError):  # ValueError: the name contains NUL, or half a surrogate pair
         return None
 
 
 def problem(path: AnyPath) -> str:
-    """Why a file cannot be opened for reading, as the end of a sentence; empty if it can be."""
+    """Why a file cannot be opened for reading, as the end of a sentence; empty if it can be opened."""
     try:
         mode = Path(path).stat().st_mode
         if not stat.S_ISREG(mode):

@@ -1,8 +1,8 @@
-"""Text that users give: manifests, lists, pairs, tables, tasks, from files and from standard input.
+"""Reads text that users give: manifests, lists, pairs, tables and tasks, from files or standard input.
 
-One reader for all of them, so that each treats alike what editors and other programs do to text: UTF-8 with
-and without a byte order mark, UTF-16 and UTF-32, any end of line, gzip under any name, and names of files
-that are not UTF-8. What is no text is refused by what its first bytes say.
+Editors and other programs write text in many ways. This reader takes UTF-8 with and without a byte order
+mark, UTF-16, UTF-32, any end of line, gzip under any name, and names of files that are not UTF-8. Binary
+files are refused with their kind, judged by their first bytes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import IO, Any, NamedTuple, TextIO
 from clsp_fast.storage import binary_kinds, paths
 
 HEAD_BYTES = 4096
-"""By which a file is judged; those of most kinds are known by fewer."""
-_LONGEST_INTEGER = 1000  # Python refuses to read and write those of over 4300 digits
+"""The kind of a file is judged by so many bytes."""
+_LONGEST_INTEGER = 1000  # Python refuses to convert integers of over 4300 digits
 
-_BYTE_ORDER_MARKS = (  # the longer ones first: UTF-16's mark begins UTF-32's
+_BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -34,28 +34,29 @@ _BYTE_ORDER_MARKS = (  # the longer ones first: UTF-16's mark begins UTF-32's
 
 
 class Text(NamedTuple):
-    """Text that is open for reading, and how it begins: up to a few thousand characters."""
+    """Text that is open for reading."""
 
     file: TextIO
     head: str
+    """Up to a few thousand characters from its beginning."""
 
 
 @contextlib.contextmanager
 def open_text(source: Path | str | IO[bytes], expected: str, *, newline: str | None = None) -> Iterator[Text]:
     """Opens a text file, or a binary stream such as `sys.stdin.buffer`, which stays open.
 
-    Bytes that are not UTF-8 become lone surrogates, as `os.fsdecode` has it, so that the names of files
-    survive. UTF-16 and UTF-32 are known by their byte order mark, or by their zeros.
+    Bytes that are not UTF-8 become lone surrogates, as in `os.fsdecode`, so that the names of files survive.
+    UTF-16 and UTF-32 are recognised by their byte order mark, or by their zero bytes.
 
     Args:
         source: the file, or the stream.
-        expected: what it should be, for errors: "a manifest".
+        expected: what the text should be, for errors: "a manifest".
         newline: as for `open`; None: each of \\n, \\r\\n and \\r ends a line.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
-        ValueError: it is no text, it cannot be decompressed, or UTF-16 in it is damaged.
-        OSError: it cannot be opened.
+        ValueError: the file is binary, cannot be decompressed, or contains damaged UTF-16.
+        OSError: the file cannot be opened.
     """
     name = str(source) if isinstance(source, (str, Path)) else "standard input"
     with contextlib.ExitStack() as stack:
@@ -67,9 +68,9 @@ def open_text(source: Path | str | IO[bytes], expected: str, *, newline: str | N
             if head.startswith(binary_kinds.GZIP):
                 reader, head = _with_head(gzip.GzipFile(fileobj=reader))
             encoding = _encoding(head)
-            what = binary_kinds.kind_of_binary(head, is_utf8=encoding == "utf-8-sig")
-            if what:
-                raise ValueError(f"{name} is {what[0]}, not {expected}{what[1]}")
+            binary = binary_kinds.kind_of_binary(head, is_utf8=encoding == "utf-8-sig")
+            if binary:
+                raise ValueError(f"{name} is {binary.name}, not {expected}{binary.fix}")
             errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
             file = io.TextIOWrapper(reader, encoding, errors, newline)
             stack.callback(file.detach)  # closing it would close standard input
@@ -88,7 +89,7 @@ def _check_path(path: Path, expected: str) -> None:
 
 
 class _Prepended(io.RawIOBase):
-    """A stream whose first bytes were read already. Closing it leaves the stream open."""
+    """A stream whose first bytes were already read, from its beginning. Closing it leaves the stream open."""
 
     def __init__(self, head: bytes, source: Any) -> None:
         self._head = head
@@ -105,7 +106,7 @@ class _Prepended(io.RawIOBase):
 
 
 def _with_head(source: Any) -> tuple[io.BufferedReader, bytes]:
-    """The stream from its start, and its first bytes. A pipe may give them one by one."""
+    """The stream from its beginning, and its first bytes. A pipe may give them one by one."""
     head = b""
     while len(head) < HEAD_BYTES and (part := source.read(HEAD_BYTES - len(head))):
         head += part
@@ -130,23 +131,25 @@ def _encoding(head: bytes) -> str:
 
 
 def shown(value: object, longest: int = 60) -> str:
-    """A value that a user gave, as an error shows it: `repr`, cut to `longest` characters."""
+    """`repr` of a value, cut to `longest` characters, for an error."""
     text = repr(value)
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be encoded: no half of a surrogate pair, as JSON may hold, and no byte that was not
-    UTF-8."""
+    """Whether the string can be encoded. Half a surrogate pair cannot; JSON may contain one, and names of
+    files that are not UTF-8 become such halves."""
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The JSON object of a line. What Python writes as NaN or Infinity, and numbers that no float can hold,
-    become None: they are not JSON, and may stand in keys that nobody reads.
+    """Parses the JSON object of a line.
+
+    NaN, Infinity and numbers beyond a float's range become None. They are not JSON, but Python writes them,
+    and they may be the values of keys that nobody reads.
 
     Raises:
-        ValueError: it is anything else, or nested too deeply.
+        ValueError: the line is no JSON object, or nested too deeply.
     """
     try:
         value = json.loads(
@@ -160,7 +163,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def integer(digits: str) -> int | float:
-    """For `json.loads`: an integer of more digits than Python converts is infinite, out of any range."""
+    """Parses integers for `json.loads`. An integer with more digits than Python converts becomes infinite."""
     return int(digits) if len(digits) <= _LONGEST_INTEGER else math.inf
 
 
@@ -177,12 +180,12 @@ def _finite_integer(digits: str) -> int | float | None:
 def lines(file: TextIO, longest: int) -> Iterator[tuple[int, str]]:
     """(1-based number, text) of each line that is not blank.
 
-    Of a line of over `longest` characters only the first `longest` are given; it then ends without \\n, so
-    that `is_whole` is False. No line can fill the memory.
+    A line of over `longest` characters is cut to `longest`, so that no line can fill the memory. It then ends
+    without \\n, and `is_whole` is False.
     """
     for number in itertools.count(1):
         text = file.readline(longest)
-        if text.startswith("\ufeff"):  # of the second of two files that `cat` joined
+        if text.startswith("\ufeff"):  # `cat` joined two files with byte order marks
             text = text[1:] + ("" if text.endswith("\n") else file.readline(1))
         if not text:
             return
@@ -199,10 +202,10 @@ def is_whole(text: str, longest: int) -> bool:
 
 
 def read_text(path: Path, expected: str, *, most_bytes: int = 2**24) -> str:
-    """The whole of a small text file, as `open_text` reads it.
+    """Reads a small text file as a whole, as `open_text` does.
 
     Raises:
-        ValueError: it has more characters than `most_bytes`; and what `open_text` raises.
+        ValueError: it has more characters than `most_bytes`. Also what `open_text` raises.
     """
     with open_text(path, expected) as text:
         content = text.file.read(most_bytes + 1)
