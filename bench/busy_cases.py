@@ -68,7 +68,7 @@ def training() -> Work:
         optimizer.step()
         update_running_statistics(model, ranks)
         optimizer.zero_grad()
-        contention.look()
+        contention.adapt_waits()
         return [loss.item()]
 
     return call
@@ -103,7 +103,7 @@ def contrast() -> Work:
 
     def norms() -> list[float]:
         result = [float(x.norm()) for x in call()]
-        contention.look()
+        contention.adapt_waits()
         return result
 
     return norms

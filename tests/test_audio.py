@@ -270,7 +270,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 
 def test_segments_are_complete() -> None:
     segment = Segment(noise(16000), start_s=0.5)
-    with pytest.raises(ValueError, match="must be left out: the Segment has its own"):
+    with pytest.raises(ValueError, match="must be left out: the Segment has them"):
         load(segment, start_s=0.1)
     with pytest.raises(ValueError, match="must not be a Segment itself"):
         Segment(segment)

@@ -40,7 +40,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
     def look(others: float, waited: float) -> int:
         for i, rate in enumerate((1.0, others, waited)):
             now[i] += PERIOD_S * rate
-        watch.look()
+        watch.adapt_waits()
         return watch.spare
 
     look(BUSY, BUSY)  # the first look has nothing to compare with
@@ -87,8 +87,8 @@ def test_threads_that_come_and_go_are_not_counted() -> None:
     seconds = iter([0.0, 1.0, 2.0])
     usages = iter([Usage(0.0, {"1": 0.0, "2": 50.0}), Usage(9.0, {"1": 0.0, "3": 50.0})])
     watch = Watch(lambda: next(usages), lambda: next(seconds))
-    watch.look()
-    watch.look()
+    watch.adapt_waits()
+    watch.adapt_waits()
     assert watch.spare == 0
 
 
@@ -98,8 +98,8 @@ def test_a_system_that_does_not_tell_is_left_as_it_is() -> None:
 
     seconds = iter([0.0, 1.0, 2.0])
     watch = Watch(unknown, lambda: next(seconds))
-    watch.look()
-    watch.look()
+    watch.adapt_waits()
+    watch.adapt_waits()
     assert watch.spare == 0
 
 
@@ -141,8 +141,8 @@ def test_counts_that_are_missing_change_nothing(
         contention.usage(proc)
     seconds = iter([0.0, 1.0, 2.0])
     watch = Watch(lambda: contention.usage(proc), lambda: next(seconds))
-    watch.look()
-    watch.look()
+    watch.adapt_waits()
+    watch.adapt_waits()
     assert watch.spare == 0
 
 
@@ -189,7 +189,7 @@ def test_usage_counts_others_and_not_us() -> None:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each time that somebody looked."""
     found: list[str] = []
-    monkeypatch.setattr(contention, "look", lambda: found.append("look"))
+    monkeypatch.setattr(contention, "adapt_waits", lambda: found.append("look"))
     return found
 
 
@@ -231,12 +231,12 @@ share = 1.0
 spun_s()
 long = spun_s()
 for now[0] in (1.0, 2.0):
-    watch.look()
+    watch.adapt_waits()
 time.sleep(0.1)  # its threads have gone to sleep
 short = spun_s()
 share = 0.0
 now[0] = 9.0
-watch.look()
+watch.adapt_waits()
 print(long, short, spun_s(), watch.spare, len(open("/proc/self/maps").read().split("libgomp")) > 1)
 """
 
@@ -265,7 +265,7 @@ from clsp_fast.contention import Usage, Watch
 now = [0.0]
 watch = Watch(lambda: Usage(now[0], {"thread": now[0]}), lambda: now[0])
 for now[0] in (1.0, 2.0):
-    watch.look()
+    watch.adapt_waits()
 print(watch.spare)
 """
 
@@ -290,5 +290,5 @@ def test_a_process_may_end_while_spare_teams_start(code: str, status: int) -> No
 
 def test_a_closed_watch_starts_no_more() -> None:
     assert ended(
-        "watch.close(); print(watch.spare); now[0] = 3.0; watch.look(); print(watch.spare)"
+        "watch.close(); print(watch.spare); now[0] = 3.0; watch.adapt_waits(); print(watch.spare)"
     ).stdout == ("1\n0\n0\n")

@@ -94,7 +94,7 @@ def evaluate_clips(
                 lengths = torch.tensor([len(values) for _, values in batch])
                 values = collate([values for _, values in batch]).to(model.device)
                 parts.append(model.encode_features(values, lengths).float().cpu())
-                contention.look()
+                contention.adapt_waits()
     if not parts:
         raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
     return evaluate(torch.cat(parts), kept, lambda texts: model.encode_text(texts).float().cpu(), tasks)

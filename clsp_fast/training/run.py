@@ -148,7 +148,7 @@ def fit(run: Run) -> None:
                 apply_gradients(run, batch.step)
                 run.meter.add(batch, loss.item(), norm, waited_s)
             optimizer.zero_grad()
-            contention.look()
+            contention.adapt_waits()
 
             run.meter.elapsed_s += time.perf_counter() - started
             after_step(run, batch.step, output, stopping)
