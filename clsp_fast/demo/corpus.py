@@ -22,7 +22,7 @@ from clsp_fast.demo import engines
 from clsp_fast.demo.signal import SAMPLE_RATE_HZ
 from clsp_fast.storage import files
 
-_GENERATOR = 3  # raise it whenever the same configuration gives other clips
+_GENERATOR = 3  # increase it when a change gives other clips for the same configuration
 _SHARD_CLIPS = 250
 _STALE_S = 6 * 3600.0
 _SUMMARY = "corpus.json"
@@ -37,17 +37,17 @@ class DemoConfig:
     clips: int = 3000
     """Clips of the train split, about two seconds each."""
     validation_clips: int = 200
-    """Clips of the validation split: other voices and sentences than the train split's."""
+    """Clips of the validation split, whose voices and sentences do not occur in the train split."""
     test_clips: int = 200
-    """Clips of the test split: other voices and sentences than both."""
+    """Clips of the test split, whose voices and sentences do not occur in the other two."""
     transfer_clips: int = 100
     """Clips by an engine that speaks in no other split; 0 leaves the split out."""
     seed: int = 0
-    """Everything that is drawn follows from it."""
+    """Seed of all random numbers."""
     workers: int | None = None
-    """Processes at work at a time; None: as many as there are usable cores, 16 at most. Changes no clip."""
+    """Processes that run at the same time; None: one for each usable core, at most 16. Changes no clip."""
     engines: tuple[str, ...] | None = None
-    """Names from engines.ENGINES; None: all packages that are installed, or "synth" if none is."""
+    """Names from engines.ENGINES; None: all whose packages are installed, or "synth" if none is."""
 
     def __post_init__(self) -> None:
         for name in ("clips", "validation_clips", "test_clips"):
@@ -71,65 +71,66 @@ class DemoCorpus:
 
     folder: Path
     train: Path
-    """Manifests, one JSON object a line."""
+    """Manifest of the train split, one JSON object a line."""
     validation: Path
     test: Path
     transfer: Path | None
-    """None if every engine was trained on."""
+    """None if there is no transfer split: every engine speaks in the others, or no clips were requested."""
     engines: tuple[str, ...]
     """Engines that speak in train, validation and test."""
     fingerprint: str
-    """Of the configuration, the generator and the engines' versions."""
+    """Hash of the configuration, the generator's version and the engines' versions."""
 
 
 def prepare(
     folder: Path, config: DemoConfig = DemoConfig(), *, progress: Callable[[int, int], None] | None = None
 ) -> DemoCorpus:
-    """Make the corpus in `folder`, or find it there complete.
+    """Makes the corpus in `folder`, unless the folder holds it already.
 
-    It is made beside `folder` and moved there when it is whole. A folder that holds another or an incomplete
-    demo corpus is replaced.
+    The corpus is made beside `folder` and moved there when it is complete. Another demo corpus, or an
+    incomplete one, is replaced.
 
     Args:
         folder: where the corpus is kept; its parent is created.
         config: size, seed and engines.
-        progress: called with (clips made, clips in all) about five times a second.
+        progress: called with (clips made, all clips) about five times a second.
 
     Raises:
-        ValueError: an engine of `config.engines` is not installed, or `folder` holds something else.
-        RuntimeError: an engine failed twice on the same shard; the message ends with what it said.
-        files.DiskFull: there is no room for the corpus; nothing of it is left behind.
+        ValueError: an engine of `config.engines` is not installed, or `folder` holds other files.
+        RuntimeError: an engine failed twice on the same shard; the message ends with the engine's last
+        output. files.DiskFull: there is no room for the corpus; nothing of it is left behind.
     """
     folder = Path(folder).absolute()
     speakers, missing = _installed_engines(config)
     fingerprint = _fingerprint(config, speakers)
-    found = _find(folder, fingerprint)
-    if found is not None:
-        return found
-    if folder.exists() and not _is_ours(folder):
+    present = _complete_corpus(folder, fingerprint)
+    if present is not None:
+        return present
+    if folder.exists() and not _holds_only_a_demo_corpus(folder):
         raise ValueError(f"{folder} holds files that are no demo corpus; name another folder or empty it")
     clips = config.clips + config.validation_clips + config.test_clips + config.transfer_clips
     with files.naming_full_disk(folder, clips * _wav_bytes(_TYPICAL_S)):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        _remove_stale_folders(folder)
         making = folder.parent / f".{folder.name}.making-{os.getpid()}"
         making.mkdir()
         try:
-            _make(making, config, speakers, missing, fingerprint, progress)
-            if _find(folder, fingerprint) is None:  # else another process was quicker, with the same result
+            _make_corpus(making, config, speakers, missing, fingerprint, progress)
+            # Another process may have made the same corpus in the meantime.
+            if _complete_corpus(folder, fingerprint) is None:
                 if folder.exists():
                     shutil.rmtree(folder)
                 making.replace(folder)
         finally:
             shutil.rmtree(making, ignore_errors=True)
-    corpus = _find(folder, fingerprint)
+    corpus = _complete_corpus(folder, fingerprint)
     if corpus is None:
         raise RuntimeError(f"the corpus in {folder} was changed while it was made")
     return corpus
 
 
 def describe(corpus: DemoCorpus) -> str:
-    """A few lines for people: clips per split, engines that spoke, engines that are missing and why."""
+    """A few lines about a corpus: clips per split, engines that spoke, engines that are missing and why."""
     summary = json.loads((corpus.folder / _SUMMARY).read_text())
     counts = ", ".join(f"{count} {split}" for split, count in summary["clips"].items())
     lines = [f"demo corpus (synthetic speech): {counts}; voices by {', '.join(corpus.engines)}"]
@@ -138,7 +139,7 @@ def describe(corpus: DemoCorpus) -> str:
 
 
 def _installed_engines(config: DemoConfig) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Engines to try and the reasons against the others, judged by what is installed."""
+    """(engines whose packages are installed, reasons why the others are missing)."""
     reasons = {name: engines.unavailable(name) for name in engines.ENGINES}
     if config.engines is not None:
         for name in config.engines:
@@ -152,16 +153,16 @@ def _installed_engines(config: DemoConfig) -> tuple[tuple[str, ...], dict[str, s
 def _working_engines(
     speakers: Sequence[str], missing: dict[str, str], config: DemoConfig, folder: Path
 ) -> list[str]:
-    """Of the installed engines those that start; the reasons of the others are added to `missing`."""
+    """The installed engines that start. For the others, a reason is added to `missing`."""
     working = []
     probes = {name: _Child({"probe": name}, folder / f"probe-{name}") for name in speakers}
     for name, child in probes.items():
         if child.process.wait() == 0:
             working.append(name)
         elif config.engines is not None:
-            raise RuntimeError(f"engine {name} does not start: {child.complaint()}")
+            raise RuntimeError(f"engine {name} does not start: {child.failure()}")
         else:
-            missing[name] = f"does not start: {child.complaint()}"
+            missing[name] = f"does not start: {child.failure()}"
     return working or ["synth"]
 
 
@@ -173,8 +174,8 @@ def _fingerprint(config: DemoConfig, speakers: Iterable[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _find(folder: Path, fingerprint: str) -> DemoCorpus | None:
-    """The corpus in `folder` if it is the one that is wanted and whole."""
+def _complete_corpus(folder: Path, fingerprint: str) -> DemoCorpus | None:
+    """The corpus in `folder`; None if it is incomplete or has another fingerprint."""
     try:
         summary = json.loads((folder / _SUMMARY).read_text())
         if summary["fingerprint"] != fingerprint:
@@ -201,16 +202,16 @@ def _find(folder: Path, fingerprint: str) -> DemoCorpus | None:
     )
 
 
-def _is_ours(folder: Path) -> bool:
+def _holds_only_a_demo_corpus(folder: Path) -> bool:
     known = {_SUMMARY, "audio", *(f"{split}.jsonl" for split in _SPLITS)}
     return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= known
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed runs left behind, unless it is young enough to be at work still."""
-    for left in folder.parent.glob(f".{folder.name}.making-*"):
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+def _remove_stale_folders(folder: Path) -> None:
+    """Removes folders that killed runs left behind. Younger ones may belong to a run that still works."""
+    for making in folder.parent.glob(f".{folder.name}.making-*"):
+        if time.time() - making.stat().st_mtime > _STALE_S:
+            shutil.rmtree(making, ignore_errors=True)
 
 
 def _child_environment() -> dict[str, str]:
@@ -219,13 +220,14 @@ def _child_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(entry or os.curdir for entry in sys.path),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        # SVOX Pico reads memory that it has not set; with this, glibc has set all of it to 0.
+        # SVOX Pico reads memory before writing to it. With this setting, glibc fills new memory with 0.
         "MALLOC_PERTURB_": "255",
     }
 
 
 class _Child:
-    """A process that makes one shard: engines crash, and keep state from one sentence to the next."""
+    """A process that makes one shard. Engines can crash, and they keep state from one sentence to the
+    next."""
 
     def __init__(self, job: dict[str, Any], stem: Path) -> None:
         self.lines = stem.with_suffix(".jsonl")
@@ -244,23 +246,27 @@ class _Child:
             )
 
     def made(self) -> int:
-        """Clips finished so far."""
+        """Number of clips finished so far."""
         return self.lines.read_bytes().count(b"\n") if self.lines.exists() else 0
 
-    def complaint(self) -> str:
-        """How the process ended and the last thing it said; OSError if the disk was full."""
+    def failure(self) -> str:
+        """The exit code and the last line of output.
+
+        Raises:
+            OSError: the process ended because the disk is full.
+        """
         if self.process.returncode in files.DISK_FULL_CODES:
             raise OSError(self.process.returncode, os.strerror(self.process.returncode))
-        said = self._log.read_text(errors="replace").strip().splitlines()
-        return f"exit code {self.process.returncode}" + (f", {said[-1]}" if said else "")
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return f"exit code {self.process.returncode}" + (f", {lines[-1]}" if lines else "")
 
 
-def _plan(config: DemoConfig, speakers: Sequence[str]) -> list[dict[str, Any]]:
+def _plan_shards(config: DemoConfig, speakers: Sequence[str]) -> list[dict[str, Any]]:
     """Shards of all splits: every engine has an equal part of train, validation and test."""
-    wanted = {"train": config.clips, "validation": config.validation_clips, "test": config.test_clips}
+    sizes = {"train": config.clips, "validation": config.validation_clips, "test": config.test_clips}
     parts = [
         (split, name, clips // len(speakers) + (i < clips % len(speakers)))
-        for split, clips in wanted.items()
+        for split, clips in sizes.items()
         for i, name in enumerate(speakers)
     ]
     if "synth" not in speakers:
@@ -274,7 +280,7 @@ def _plan(config: DemoConfig, speakers: Sequence[str]) -> list[dict[str, Any]]:
     return shards
 
 
-def _make(
+def _make_corpus(
     folder: Path,
     config: DemoConfig,
     speakers: Sequence[str],
@@ -285,20 +291,20 @@ def _make(
     work = folder / "work"
     work.mkdir()
     speakers = _working_engines(speakers, missing, config, work)
-    shards = _plan(config, speakers)
+    shards = _plan_shards(config, speakers)
     for split in {shard["split"] for shard in shards}:
         (folder / "audio" / split).mkdir(parents=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     lines = _run_shards(shards, config.seed, config.workers or min(cores, 16), work, progress)
     manifests, clips = {}, {}
     for split in _SPLITS:
-        found = [line for shard in shards if shard["split"] == split for line in lines[shard["number"]]]
-        if not found:
+        split_lines = [line for shard in shards if shard["split"] == split for line in lines[shard["number"]]]
+        if not split_lines:
             continue
-        order = np.random.default_rng(config.seed).permutation(len(found))
-        raw = b"".join(found[i] for i in order)
+        order = np.random.default_rng(config.seed).permutation(len(split_lines))
+        raw = b"".join(split_lines[i] for i in order)
         (folder / f"{split}.jsonl").write_bytes(raw)
-        manifests[split], clips[split] = hashlib.sha256(raw).hexdigest(), len(found)
+        manifests[split], clips[split] = hashlib.sha256(raw).hexdigest(), len(split_lines)
     shutil.rmtree(work)
     summary = {
         "about": "synthetic speech made by clsp_fast.demo; style labels were measured",
@@ -319,10 +325,10 @@ def _run_shards(
     work: Path,
     progress: Callable[[int, int], None] | None,
 ) -> dict[int, list[bytes]]:
-    """Make all shards, `workers` at a time; returns the manifest lines of each."""
+    """Makes all shards, `workers` at a time; returns the manifest lines of each shard by its number."""
     audio = work.parent / "audio"
     total, done = sum(shard["clips"] for shard in shards), 0
-    # The largest shards go first, so that no process is left alone with one at the end.
+    # The largest shards come first, so that no large one runs alone at the end.
     waiting = sorted(
         ({**s, "attempt": 0} for s in shards), key=lambda s: (s["clips"], s["engine"] == "hibari")
     )
@@ -342,10 +348,10 @@ def _run_shards(
                     lines[job["number"]] = child.lines.read_bytes().splitlines(keepends=True)
                     done += job["clips"]
                     continue
-                complaint = child.complaint()
+                failure = child.failure()
                 if job["attempt"]:
-                    raise RuntimeError(f"engine {job['engine']} failed twice: {complaint}")
-                waiting.append({**job, "attempt": 1})  # other draws: the crash may not come again
+                    raise RuntimeError(f"engine {job['engine']} failed twice: {failure}")
+                waiting.append({**job, "attempt": 1})  # with other random numbers it may not crash
             if progress is not None:
                 progress(done + sum(child.made() for child in running), total)
     finally:
