@@ -28,6 +28,8 @@ FILES = [
     "test_batches.py",
     "training/test_checkpoint.py",
     "sndfile/test_containers.py",
+    "sndfile/test_mp3.py",
+    "sndfile/test_ogg.py",
     "test_convert.py",
     "test_embed.py",
     "test_engine_similarity.py",

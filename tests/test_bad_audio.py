@@ -17,7 +17,6 @@ from peak_memory import peak_memory
 
 from clsp_fast.audio import AudioError, AudioLimits, Segment, load, load_batch
 from clsp_fast.features import extract_files
-from clsp_fast.sndfile import mp3
 
 RATE = 16000
 
@@ -202,39 +201,6 @@ def test_mp3_that_does_not_state_its_length_is_decoded_to_its_end(
     (error,) = load_batch([bare], limits=AudioLimits(max_s=2.9))
     assert isinstance(error, AudioError)
     assert error.reason.value == "too_long"
-
-
-def bare_mp3() -> bytes:
-    """Without the frame that states the length."""
-    return MP3[MP3.index(MP3[:2], 40) :]
-
-
-def test_what_follows_the_frames_of_an_mp3_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[int] = []
-    real = mp3.frame_bytes
-    monkeypatch.setattr(mp3, "frame_bytes", lambda head: (looked_at.append(1), real(head))[1])
-    alone, frames = load(bare_mp3()), len(looked_at)
-    for junk in (b"\xff" * 2_000_000, b"\xff\xfb\x1c\xc4" * 100_000):
-        looked_at.clear()
-        started = time.process_time()
-        np.testing.assert_array_equal(load(bare_mp3() + junk)[: len(alone)], alone)
-        assert time.process_time() - started < 1
-        assert len(looked_at) == frames
-
-
-def test_frames_are_found_again_behind_what_is_none() -> None:
-    bare = bare_mp3()
-    size = mp3.frame_bytes(bare[:4])
-
-    def counted(audio: bytes) -> int:
-        frame = mp3.length_frame(memoryview(audio))
-        return int.from_bytes(frame[frame.index(b"Xing") + 8 :][:4], "big")
-
-    frame = bare[:size]
-    assert counted(frame * 3) == 3
-    assert counted(frame * 3 + frame[:-1]) == 3
-    assert counted(frame + b"\xff" * 1000 + frame) == 2
-    assert counted(frame + bytes(1 << 17) + frame) == 1
 
 
 def test_numbers_beyond_all_bounds_cost_only_their_own_recording() -> None:

@@ -122,7 +122,7 @@ def set_level(x: Signal, level_db: float) -> Signal:
 
 
 def tilt(x: Signal, db_per_octave: float) -> Signal:
-    """Tilts the spectrum around 500 Hz: a positive slope sounds like vocal effort, a negative one like soft
+    """Tilts the spectrum around 500 Hz. A positive slope sounds like vocal effort, a negative one like soft
     speech."""
     length = _fft_length(len(x) + 256)
     octaves = np.log2(np.clip(np.linspace(0, SAMPLE_RATE_HZ / 2, length // 2 + 1), 125, 4000) / 500)
