@@ -1,4 +1,4 @@
-"""Bad recordings: each has a named reason, and none crashes, hangs, allocates or comes through."""
+"""Bad recordings: each is refused with its reason, and none crashes, hangs or allocates much memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encode(samples: int = 8000, kind: str = "WAV", subtype: str | None = None, c
 
 
 def patch(data: bytes, offset: int, layout: str, *values: float) -> bytes:
-    """`data` with values written at an offset."""
+    """`data` with values written at `offset`."""
     out = bytearray(data)
     struct.pack_into(layout, out, offset, *values)
     return bytes(out)
@@ -136,7 +136,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_header_bombs_neither_allocate_nor_hang(name: str) -> None:
     data, reason = BOMBS[name]
-    load_batch([WAV], num_threads=1)  # what is loaded on first use is not what a bomb costs
+    load_batch([WAV], num_threads=1)  # loads what the first use loads
     tracemalloc.start()
     start = time.thread_time()
     try:
@@ -179,7 +179,7 @@ def test_flac_of_unknown_length_is_accepted(tmp_path: Path) -> None:
 def test_mp3_that_does_not_state_its_length_is_decoded_to_its_end(
     rate: int, channels: int, tagged: bool, tmp_path: Path
 ) -> None:
-    """Encoders put the length into a frame before the others; streams and cut files lack it."""
+    """Encoders state the length in the first frame; streams and cut files lack this frame."""
     file = io.BytesIO()
     loud = 0.2 * np.random.default_rng(0).standard_normal((rate * 3, channels)).clip(-4, 4)
     loud[rate:] *= 1e-3  # so that the bit rate varies
@@ -203,7 +203,7 @@ def test_mp3_that_does_not_state_its_length_is_decoded_to_its_end(
     assert error.reason.value == "too_long"
 
 
-def test_numbers_beyond_all_bounds_cost_only_their_own_recording() -> None:
+def test_huge_numbers_cost_only_their_recording() -> None:
     ogg = encode(64000, "OGG")
     endless = ogg[: ogg.rindex(b"OggS")]  # states no length
     cases = [
@@ -222,7 +222,7 @@ def test_numbers_beyond_all_bounds_cost_only_their_own_recording() -> None:
     assert len(good) == 8000
 
 
-def test_the_good_ones_of_a_bad_folder_are_not_lost(tmp_path: Path) -> None:
+def test_good_recordings_of_a_bad_folder_are_not_lost(tmp_path: Path) -> None:
     for i, (data, _) in enumerate(CASES.values()):
         (tmp_path / f"{i}.bad").write_bytes(data)
     bad = sorted(tmp_path.iterdir())
@@ -285,9 +285,9 @@ SEEDS = [
 
 
 def check_mutants(first: int, count: int) -> None:
-    """No crash, no hang, no foreign exception, and what comes out is finite, in range and not empty.
+    """No crash, no hang and no other exception. Loaded samples are finite, in range and not empty.
 
-    FLAC has checksums: of it, nothing comes out but what went in.
+    FLAC has checksums, so a damaged file is refused or gives exactly the original samples.
     """
     whole = [load(seed) for seed in SEEDS]
     for number in range(first, first + count):

@@ -28,8 +28,8 @@ QUIET, BUSY = 0.5 * CONTENDED, 2 * CONTENDED
 
 @pytest.fixture
 def observe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Observe]:
-    """Observe after a period in which others used so many CPUs and threads here waited for so many; returns
-    the number of spare teams then."""
+    """A function that adapts the waits after a period in which other processes used `others` CPUs and threads
+    of this process waited for `waited` CPUs. It returns the number of spare teams."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

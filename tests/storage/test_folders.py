@@ -23,7 +23,7 @@ def make(root: Path, *names: str) -> None:
         (root / name).touch()
 
 
-def found(folder: Path) -> list[str]:
+def scanned(folder: Path) -> list[str]:
     return [os.path.relpath(name, folder) for name in folders.scan(folder).recordings]
 
 
@@ -46,13 +46,13 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (folder / "real/up").symlink_to("..")
     (folder / "endless").symlink_to("endless")
     (tmp_path / "elsewhere/back").symlink_to("../folder")
-    assert found(folder) == [
+    assert scanned(folder) == [
         ".hidden/h.WAV", "dangling.wav", "endless", "link.wav", "linked/b.wav", "linked/deep/c.flac",
         "real/a.wav", "unmounted",
     ]  # fmt: skip
     assert folders.scan(folder).left_out == {".txt": 1}
     (folder / "twice").symlink_to("real")
-    assert {"real/a.wav", "twice/a.wav"} <= set(found(folder))
+    assert {"real/a.wav", "twice/a.wav"} <= set(scanned(folder))
 
 
 def test_folders_that_link_to_each_other_do_not_multiply(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_folders_that_link_to_each_other_do_not_multiply(tmp_path: Path) -> None
         make(tmp_path, f"{name}/a.wav")
         for other in names:
             (tmp_path / name / f"to-{other}").symlink_to(f"../{other}")
-    listed = found(tmp_path)
+    listed = scanned(tmp_path)
     assert {f"{name}/a.wav" for name in names} <= set(listed)
     assert len(listed) <= 2 * 12 * 12
 
@@ -90,7 +90,7 @@ def test_a_tree_that_is_deeper_than_any_path_ends(tmp_path: Path, monkeypatch: p
     assert "File name too long" in scan.warnings()[0]
 
 
-def test_what_is_left_out_is_counted_and_named(
+def test_files_that_are_left_out_are_counted_and_named(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_clips(tmp_path / "clips", 1)
@@ -106,9 +106,9 @@ def test_what_is_left_out_is_counted_and_named(
     )
     words = [str(tmp_path / "clips"), str(tmp_path / "out"), "--model", str(model_folder), "--device", "cpu"]
     embed.main(words)
-    told = capsys.readouterr()
-    assert "1 embeddings of 1 recordings" in told.out
-    assert "left out 7 files: 2 .webm, " in told.err
+    printed = capsys.readouterr()
+    assert "1 embeddings of 1 recordings" in printed.out
+    assert "left out 7 files: 2 .webm, " in printed.err
     for part in (
         "1 .m4a",
         "1 .json",
@@ -118,14 +118,14 @@ def test_what_is_left_out_is_counted_and_named(
         "ffmpeg",
         "a list of",
     ):
-        assert part in told.err
+        assert part in printed.err
     (tmp_path / "clips/00000.wav").unlink()
     with pytest.raises(SystemExit, match="names no recording"):
         embed.main(words)
     assert "left out 7 files" in capsys.readouterr().err
 
 
-def test_every_suffix_that_is_taken_can_hold_a_recording(tmp_path: Path, make_clips: MakeClips) -> None:
+def test_files_with_every_suffix_of_recordings_are_used(tmp_path: Path, make_clips: MakeClips) -> None:
     (clip,) = make_clips(tmp_path / "clips", 1)
     for suffix in folders.AUDIO_SUFFIXES:
         for spelt in (suffix, suffix.upper()):
@@ -143,7 +143,7 @@ def test_every_suffix_that_is_taken_can_hold_a_recording(tmp_path: Path, make_cl
         ("a.flac", "FLAC"),
     ],
 )  # fmt: skip
-def test_what_a_folder_gives_is_decoded(name: str, kind: str, tmp_path: Path) -> None:
+def test_recordings_of_a_folder_are_decoded(name: str, kind: str, tmp_path: Path) -> None:
     file = tmp_path / name
     with file.open("wb") as stream:
         soundfile.write(stream, 0.1 * np.sin(np.arange(8000) / 9), 16000, format=kind)

@@ -44,7 +44,7 @@ BAD_PATHS = {
 
 @pytest.fixture
 def clips(tmp_path: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two good recordings and all that can be wrong with a path."""
+    """A folder with two good recordings and everything that can be wrong with a path."""
     folder = tmp_path / "clips"
     make_clips(folder, 2)
     (folder / "broken.wav").symlink_to("nowhere.wav")
@@ -97,9 +97,9 @@ def test_embed(kind: str, clips: Path, tmp_path: Path, model_folder: Path) -> No
         with pytest.raises(SystemExit) as stop:
             embed.main(words)
         assert stop.value.code == 3
-    found = Embeddings(tmp_path / "out").lines(0)
-    assert [line["audio"] for line in found] == [row["audio"] for row in rows]
-    assert [line.get("error", "") for line in found] == ["", *["open"] * len(BAD_PATHS), ""]
+    lines_of_index = Embeddings(tmp_path / "out").lines(0)
+    assert [line["audio"] for line in lines_of_index] == [row["audio"] for row in rows]
+    assert [line.get("error", "") for line in lines_of_index] == ["", *["open"] * len(BAD_PATHS), ""]
 
 
 def test_score(clips: Path, tmp_path: Path, model_folder: Path) -> None:
@@ -110,10 +110,10 @@ def test_score(clips: Path, tmp_path: Path, model_folder: Path) -> None:
         with pytest.raises(SystemExit) as stop:
             score.main([str(source), str(out), "--model", str(model_folder), "--device", "cpu"])
         assert stop.value.code == 3
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert ["score" in row for row in found] == 2 * [True, *[False] * len(BAD_PATHS), True]
-    # One line refuses NUL before the recording is looked at.
-    assert sum("[open]" in row.get("error", "") for row in found) == 2 * (len(BAD_PATHS) - 1)
+    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["score" in row for row in scored] == 2 * [True, *[False] * len(BAD_PATHS), True]
+    # A line with NUL is refused before its recording is opened.
+    assert sum("[open]" in row.get("error", "") for row in scored) == 2 * (len(BAD_PATHS) - 1)
 
 
 def test_evaluate(clips: Path, tmp_path: Path, model_folder: Path) -> None:
@@ -135,10 +135,10 @@ def test_validate(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit) as stop:
             data_command.main(words)
         assert stop.value.code == 1
-        told = capsys.readouterr().out
-        assert f"{len(BAD_PATHS)} findings" in told
-        assert all(f"clip {i + 1}: " in told for i in range(len(BAD_PATHS)))
-    assert told.count("[open]\n") == len(BAD_PATHS)
+        output = capsys.readouterr().out
+        assert f"{len(BAD_PATHS)} findings" in output
+        assert all(f"clip {i + 1}: " in output for i in range(len(BAD_PATHS)))
+    assert output.count("[open]\n") == len(BAD_PATHS)
 
 
 def test_train(clips: Path, tmp_path: Path) -> None:
@@ -165,7 +165,8 @@ def test_an_id_that_is_not_utf8_is_trained_on(clips: Path, tmp_path: Path) -> No
     assert len(loader.batch(0).ids) == 3
 
 
-# Runs as a user who is not let in. The imports, and all that is loaded at the first use, come before.
+# Runs as a user who may not open the files. Imports, and what the first use loads, come before the change of
+# user.
 LOCKED = """
 import contextlib, json, os, sys
 from clsp_fast import CLSP
@@ -208,7 +209,7 @@ def test_files_that_the_system_itself_refuses(
     names = ["clips/00000.wav", *names, "clips/00001.wav"]
     write(tmp_path / "m.jsonl", [{"audio": name, "captions": ["A voice."]} for name in names])
     write(tmp_path / "good.jsonl", [{"audio": names[0], "captions": ["A voice."]}])
-    # Relative to the current folder: those above it may be closed to that user as well.
+    # The paths are relative, because folders above may be closed to that user, too.
     for path, mode in ((tmp_path, 0o755), (tmp_path / "clips", 0o755), (first, 0o644), (last, 0o644)):
         path.chmod(mode)
     (tmp_path / "clips/closed").chmod(0)

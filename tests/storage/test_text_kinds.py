@@ -22,13 +22,13 @@ def read_sources(file: Path) -> list[str]:
         "audio,path.wav", "version https.wav", "a.webm", "ÿû.wav", "\ufeffa.wav",
     ],
 )  # fmt: skip
-def test_odd_names_of_recordings_are_no_other_format(name: str, tmp_path: Path) -> None:
+def test_odd_names_of_recordings_are_not_taken_for_another_format(name: str, tmp_path: Path) -> None:
     file = tmp_path / "list"
     file.write_text(f"{name}\nb.wav\n")
     assert name.lstrip("\ufeff") in read_sources(file)
 
 
-def test_a_list_of_what_is_there_needs_no_suffix(tmp_path: Path) -> None:
+def test_a_list_of_existing_files_needs_no_suffixes(tmp_path: Path) -> None:
     (tmp_path / "utterance one").touch()
     (tmp_path / "list").write_text(f"{tmp_path}/utterance one\nmissing\n")
     assert read_sources(tmp_path / "list") == [f"{tmp_path}/utterance one", "missing"]
@@ -45,7 +45,7 @@ def test_a_list_of_what_is_there_needs_no_suffix(tmp_path: Path) -> None:
         ["a b/1, c.wav", "a c/1, d.wav"], ["x|a.wav", "b.wav"], ["filename"], ["utt1 a.wav", "b.wav"],
     ],
 )  # fmt: skip
-def test_odd_names_stay_lists_be_they_there_or_not(
+def test_odd_names_are_lists_whether_the_files_exist_or_not(
     names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -59,9 +59,7 @@ def test_odd_names_stay_lists_be_they_there_or_not(
 @pytest.mark.parametrize(
     "name", ["utt1 a.wav", "happy,a.wav", "a.wav\t24000", "- a.wav", "filename", "x.wav,y"]
 )
-def test_a_path_that_is_there_makes_a_list(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_existing_path_makes_a_list(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = [name, name.replace("a", "b")]
     (tmp_path / "list").write_text("".join(f"{name}\n" for name in names))
@@ -69,9 +67,7 @@ def test_a_path_that_is_there_makes_a_list(
     assert read_sources(tmp_path / "list") == names
 
 
-def test_the_path_of_a_column_that_is_there_makes_a_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_existing_path_in_a_column_makes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.wav").touch()
     for line, kind in (("happy, a.wav", "a CSV table"), ("happy a.wav", "a Kaldi wav.scp")):
