@@ -72,12 +72,12 @@ class Progress:
 def command(main: Callable[..., Result]) -> Callable[..., Result]:
     """Decorator of a command's `main`.
 
-    The command can print any name (`robust_streams`). If the reader of its output has gone away (`... |
-    head`), it ends quietly with exit code 1. If standard output is a file on a full disk, it ends with one
-    line and exit code 1; output that standard error cannot take is lost.
+    The command can print any name (`robust_streams`). If the reader of its output has gone away, as with
+    `... | head`, it ends quietly with exit code 1. If standard output is a file on a full disk, it ends with
+    one line and exit code 1; output that standard error cannot take is lost.
 
-    Any print can raise the error of such a write. So can the flush of Python's buffer at exit, where nothing
-    can catch it; therefore the buffer is flushed here.
+    Any print can fail in these ways. The flush of Python's buffer at exit can, too, and nothing can catch
+    that error; therefore the buffer is flushed here.
     """
     spec = main.__globals__.get("__spec__")
     prefix = "" if spec is None else f"{spec.name.removesuffix('.__main__')}: "

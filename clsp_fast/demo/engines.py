@@ -5,7 +5,7 @@
 | espeak | espeakng-loader ([demo-espeak]) | GPL-3+, never shipped | formant synthesis, many speakers    |
 | pico   | py-nanotts ([demo])             | Apache-2.0            | SVOX Pico, one woman per language   |
 | hibari | hibari-tts ([demo])             | Apache-2.0            | a neural US woman's voice           |
-| synth  | none                            | ours                  | source and filter, in numpy         |
+| synth  | none                            | as this package       | source and filter, in numpy         |
 
 A package is imported only when its engine is made. espeak-ng is under the GPL: it has a separate extra, is
 loaded from a separate wheel, and nothing of it is copied here. Voices that a package lacks, such as men's,

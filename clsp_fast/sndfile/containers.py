@@ -17,9 +17,9 @@ _LONGEST_SEARCH = 1 << 20
 _BLOCK_BYTES = 1 << 20
 _LONGEST_HEAD = 64
 _MOST_CHUNKS = 65536
-# A writer that cannot go back states a huge size, which means "up to the end of the file". These are the
-# smallest such sizes in fields of 64 and 32 bits: SoX rounds 0x7FFFF000, in AIFF 0x7F000000, down to whole
-# frames.
+# A writer that cannot go back to the header states a huge size, which means "up to the end of the file".
+# These are the smallest huge sizes in fields of 8 and 4 bytes. SoX rounds 0x7FFFF000, in AIFF 0x7F000000,
+# down to whole frames.
 _LEAST_STREAM_SIZE = {8: 0x7FFFFF00, 4: 0x7FFF0000}
 _LEAST_AIFF_STREAM_SIZE = 0x7EFF0000
 # In these containers libsndfile decodes all bytes behind the sound as sound, even a pad byte.

@@ -94,8 +94,8 @@ def kind_of_binary(head: bytes, *, is_utf8: bool) -> BinaryKind | None:
         return BinaryKind("a pickle", "; nothing is unpickled here")
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return BinaryKind("a file of tensors (safetensors)", "")
-    # Lists from find -print0 contain single NUL bytes. Apart from these, text has no control characters, but
-    # about a tenth of random bytes are such.
+    # Lists from find -print0 contain single NUL bytes. Other control characters do not occur in text, but are
+    # about a tenth of random bytes.
     noise = controls - head.count(0) + 2 * head.count(b"\0\0")
     if is_utf8 and noise > 3 and 20 * noise > len(head):
         return BinaryKind("a binary file of an unknown kind", "")

@@ -57,7 +57,7 @@ def naming_full_disk(path: Path | str | None, size: int | None = None) -> Iterat
     try:
         yield
     except DiskFull:
-        raise  # the inner one knows better which file it was
+        raise  # an inner block has named the file more precisely
     except Exception as error:
         code = _disk_full_code(error)
         if code is None:
@@ -124,8 +124,7 @@ def _free_bytes(file: Path) -> int | None:
 
 
 def replace_file(file: Path, write_to: Callable[[Path], None], *, size: int | None = None) -> None:
-    """Writes a temporary file beside `file` and renames it, so that a crash leaves the old content or the
-    new.
+    """Writes a temporary file and renames it to `file`, so that a crash leaves the old content or the new.
 
     Args:
         file: the file to write; several processes may write the same file.

@@ -1,7 +1,7 @@
 """Questions about paths that never raise.
 
-One path that is too long, forbidden or broken must not end the work on all others. `Path.is_file` and others
-raise for some such paths; for which, depends on the version of Python.
+One path that is too long, forbidden or broken must not end the work on all others. `Path.is_file` and similar
+methods raise for some of these paths, and each version of Python raises for others.
 """
 
 from __future__ import annotations
