@@ -28,7 +28,7 @@ from clsp_fast.data import Batch
 from clsp_fast.model import CLSP
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import optim
-from clsp_fast.training.step import absorb_statistics, clip_gradients, forward
+from clsp_fast.training.step import average_and_clip_gradients, forward, update_running_statistics
 
 CPUS = 2
 CLIPS = 128
@@ -64,11 +64,11 @@ def training() -> Work:
         torch.manual_seed(1)
         _, loss = forward(model, batch, ranks, config)
         torch.autograd.backward(loss)
-        clip_gradients(model, ranks, config.optim)
+        average_and_clip_gradients(model, ranks, config.optim)
         optimizer.step()
-        absorb_statistics(model, ranks)
+        update_running_statistics(model, ranks)
         optimizer.zero_grad()
-        contention.look()
+        contention.adapt_waits()
         return [loss.item()]
 
     return call
@@ -103,7 +103,7 @@ def contrast() -> Work:
 
     def norms() -> list[float]:
         result = [float(x.norm()) for x in call()]
-        contention.look()
+        contention.adapt_waits()
         return result
 
     return norms

@@ -1,9 +1,9 @@
-"""Any recording -> finite mono float32 at the model's rate, or an `AudioError` that says why not.
+"""Loads any recording as finite mono float32 at the model's rate, or says why not in an `AudioError`.
 
-WAV and FLAC files are decoded by the extension, in threads and without the GIL, touching only the bytes of
-the part that is asked for; every other format goes through libsndfile in blocks, so that no header can make
-it allocate. Resampling is the reference's filter (torchaudio's `sinc_interp_hann`: width 6, rolloff 0.99),
-because the model was trained through it.
+The extension decodes WAV and FLAC files in threads, without the GIL, and reads only the bytes of the
+requested part. libsndfile decodes every other format, in blocks, so that no header can make it allocate.
+Resampling uses the reference's filter (torchaudio's `sinc_interp_hann`: width 6, rolloff 0.99), because the
+model was trained with it.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from numpy.typing import NDArray
 
 from clsp_fast import _C, sndfile
 
-_NO_NAME = "cannot be the name of a file: it holds what is no character, such as half a pair"
+_NO_NAME = "cannot be the name of a file: it contains half a surrogate pair, which is no character"
 
 Waveform: TypeAlias = NDArray[np.float32]
-# A path, the bytes of a file, a binary file object, a waveform (samples,) as array or tensor, or a `Segment`.
 Source: TypeAlias = Any
+"""A path, the bytes of a file, a binary file object, a waveform (samples,) as array or tensor, or a
+`Segment`."""
 
 
 class AudioErrorReason(str, Enum):
-    """Why a recording cannot be used; fixed names, so that skips can be counted."""
+    """Why a recording cannot be used. The names are fixed, so that skipped recordings can be counted."""
 
     OPEN = "open"  # missing, not readable, not a regular file
     EMPTY = "empty"  # no bytes or no samples
     FORMAT = "format"  # not audio, an unsupported encoding, or a damaged header
-    CHANNELS = "channels"  # too many, or not the one asked for
+    CHANNELS = "channels"  # too many, or the requested one is missing
     RATE = "rate"  # sample rate outside the limits
-    SEGMENT = "segment"  # the part asked for starts behind the end
+    SEGMENT = "segment"  # the requested part starts behind the end
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
-    TRUNCATED = "truncated"  # holds less than its header, or the part asked for, promises
+    TRUNCATED = "truncated"  # shorter than its header states, or than the requested part needs
     NON_FINITE = "non_finite"  # NaN or infinity among the samples
     AMPLITUDE = "amplitude"  # samples far outside [-1, 1]
     MEMORY = "memory"
@@ -56,16 +57,16 @@ class AudioError(Exception):
     """A recording that cannot be used.
 
     Attributes:
-        path: the file, or a description of what was passed instead of one.
+        path: the file, or a description of the source if it is no file.
         reason: one of `AudioErrorReason`.
-        detail: one sentence part for a person, with the fix where there is one.
+        detail: the reason in words, with the fix if there is one.
     """
 
     def __init__(self, path: str, reason: AudioErrorReason | str, detail: str) -> None:
         self.path = path
         self.reason = AudioErrorReason(reason)
         self.detail = detail
-        super().__init__(path, self.reason, detail)  # the arguments that pickle calls it with
+        super().__init__(path, self.reason, detail)  # unpickling passes these arguments
 
     def __str__(self) -> str:
         return f"{self.path}: {self.detail} [{self.reason}]"
@@ -78,12 +79,12 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioLimits:
-    """What a recording may be before it is refused; the defaults are generous and bound memory and time."""
+    """Recordings outside these limits are refused. The defaults are generous, but bound memory and time."""
 
     min_s: float = 0.005
     """Shortest length in seconds; 5 ms is one frame of features."""
     max_s: float = 3600.0
-    """Longest length in seconds of what is loaded; a segment of a longer file is fine."""
+    """Longest length in seconds of the loaded part; the file may be longer."""
     min_rate_hz: int = 1000
     """Lowest sample rate in Hz."""
     max_rate_hz: int = 192_000
@@ -91,7 +92,7 @@ class AudioLimits:
     max_channels: int = 64
     """Largest number of channels."""
     max_amplitude: float = 16.0
-    """Largest absolute sample; full scale is 1, and a float recording in its right scale stays near it."""
+    """Largest absolute sample. Full scale is 1; far larger samples show that the scale is wrong."""
     slack_s: float = 0.1
     """How far a segment may reach behind the end, in seconds, before it counts as truncated."""
 
@@ -100,7 +101,7 @@ class AudioLimits:
         _require(0 <= self.min_s < self.max_s < math.inf, f"need 0 <= min_s < max_s, {got}")
         _require(1 <= self.min_rate_hz <= self.max_rate_hz <= 10**6, f"need 1 <= rates <= 10^6, {got}")
         _require(1 <= self.max_channels <= 1024, f"need 1 <= max_channels <= 1024, {got}")
-        # What is larger is infinite as a float32, and then nothing would be refused.
+        # A larger limit is infinite as a float32, and would refuse nothing.
         _require(0 < self.max_amplitude <= 3.4e38, f"need 0 < max_amplitude <= 3.4e38, {got}")
         _require(0 <= self.slack_s < math.inf, f"need slack_s >= 0, {got}")
 
@@ -133,12 +134,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class _Request:
-    """A source made uniform: `data` is a path (str), a buffer, or a waveform with its rate."""
+    """A checked source."""
 
     data: Any
+    """A path (str), a buffer, or a waveform."""
     segment: Segment
     label: str
     rate_hz: int | None = None
+    """Rate of a waveform; None: a file."""
 
     @property
     def part(self) -> tuple[float, float | None, int | None]:
@@ -163,14 +166,14 @@ def load(
     Integer encodings map to [-1, 1); float ones are kept as they are. Nothing is clipped or dithered.
 
     Args:
-        source: a path, the bytes of a file, a binary file object (read from where it stands), a waveform as
-            numpy array or torch tensor of shape (samples,) and a floating dtype, or a `Segment`.
+        source: a path, the bytes of a file, a binary file object (read from its current position), a waveform
+            as numpy array or torch tensor of shape (samples,) and a floating dtype, or a `Segment`.
         sample_rate: rate of the result in Hz.
         start_s: where to start, in seconds.
         duration_s: how much to load, in seconds; None: up to the end.
         channel: which channel, counted from 0; None: the mean over channels.
-        source_rate: rate of a waveform in Hz, `sample_rate` if None; files know theirs.
-        limits: what is refused.
+        source_rate: rate of a waveform in Hz; None: `sample_rate`. Files state their rate.
+        limits: recordings outside them are refused.
 
     Returns:
         float32 (samples,), finite, at `sample_rate`; never empty.
@@ -180,13 +183,13 @@ def load(
         ValueError, TypeError: an argument is wrong.
     """
     if isinstance(source, Segment):
-        given = (start_s, duration_s, channel) != (0.0, None, None)
-        _require(not given, "start_s, duration_s and channel must be left out: the Segment has its own")
+        left_out = (start_s, duration_s, channel) == (0.0, None, None)
+        _require(left_out, "start_s, duration_s and channel must be left out: the Segment has them")
     else:
         source = Segment(source, start_s, duration_s, channel)
     request = _parse(source, sample_rate if source_rate is None else source_rate)
     fits = source_rate is None or request.rate_hz is not None
-    _require(fits, "source_rate is for waveforms: a file has its own")
+    _require(fits, "source_rate is for waveforms: a file states its rate")
     (result,) = _load_requests([request], sample_rate, limits, 1)
     if isinstance(result, AudioError):
         raise result
@@ -200,12 +203,12 @@ def load_batch(
     limits: AudioLimits = DEFAULT_LIMITS,
     num_threads: int | None = None,
 ) -> list[Waveform | AudioError]:
-    """Loads many recordings in threads; what `load` would raise for an item is returned in its place.
+    """Loads many recordings in threads. For a recording that cannot be used, its error is returned.
 
     Args:
         sources: as for `load`; waveforms must already be at `sample_rate`.
         sample_rate: rate of the results in Hz.
-        limits: what is refused.
+        limits: recordings outside them are refused.
         num_threads: how many threads; None: `default_num_threads()`.
 
     Returns:
@@ -241,12 +244,12 @@ def resample(waveform: Source, *, from_hz: int, to_hz: int) -> Waveform:
 
 
 def as_waveform(value: Any, name: str) -> Waveform:
-    """A numpy array or torch tensor as aligned, C-contiguous float32 (samples,), copied where needed.
+    """A numpy array or torch tensor as aligned, C-contiguous float32 (samples,), copied if needed.
 
     Raises:
         ValueError, TypeError: it has another shape or no floating dtype; the message calls it `name`.
     """
-    if hasattr(value, "detach"):  # a tensor; this module does not import torch
+    if hasattr(value, "detach"):  # a tensor, recognised without importing torch
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() else value).numpy()
     if not isinstance(value, np.ndarray):
@@ -259,13 +262,15 @@ def as_waveform(value: Any, name: str) -> Waveform:
         raise ValueError(
             f"{name} must have shape (samples,), got {value.shape}; choose a channel or take their mean"
         )
-    # A view into the bytes of a file need not be aligned, and the extension counts on it.
+    # The extension needs aligned samples. A view into the bytes of a file may not be aligned.
     return np.require(value, np.float32, ["C", "A"])
 
 
 def default_num_threads() -> int:
-    """This process's share of the CPUs, at most 16: those it may use, divided among the processes that
-    torchrun started on this machine; 1 in a daemonic process such as a DataLoader worker."""
+    """This process's share of the CPUs, at most 16; 1 in a daemonic process such as a DataLoader worker.
+
+    The CPUs that the process may use are divided among the processes that torchrun started on this machine.
+    """
     if multiprocessing.current_process().daemon:
         return 1
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -300,7 +305,7 @@ def _parse(segment: Segment, waveform_rate_hz: int) -> _Request:
 
 
 def label(source: Source) -> str:
-    """What errors call a recording: its path, or what was given instead of one."""
+    """The name of a recording in errors: its path, or a description if it has none."""
     source = source.source if isinstance(source, Segment) else source
     if isinstance(source, str | os.PathLike):
         return os.fsdecode(source)
@@ -330,15 +335,16 @@ def _load_requests(
 ) -> list[Waveform | AudioError]:
     policy = _policy(limits, sample_rate)
     results: list[Waveform | AudioError | None] = [None] * len(requests)
-    encoded: list[int] = []
+    for_extension: list[int] = []
     others: list[int] = []
     for i, request in enumerate(requests):
         if isinstance(request.data, str) and not _can_be_a_name(request.data):
             results[i] = request.fail(AudioErrorReason.OPEN, _NO_NAME)
         else:
-            (encoded if request.rate_hz is None else others).append(i)
-    items = [(requests[i].data, *requests[i].part) for i in encoded]
-    for i, loaded in zip(encoded, _C.load_batch(items, policy=policy, num_threads=num_threads), strict=True):
+            (for_extension if request.rate_hz is None else others).append(i)
+    items = [(requests[i].data, *requests[i].part) for i in for_extension]
+    loaded_items = _C.load_batch(items, policy=policy, num_threads=num_threads)
+    for i, loaded in zip(for_extension, loaded_items, strict=True):
         if isinstance(loaded, tuple) and loaded[0] == "other_format":
             others.append(i)
         else:
@@ -357,7 +363,7 @@ def _load_requests(
 
 
 def _load_other(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> Waveform | AudioError:
-    """Everything that is neither WAV nor FLAC: waveforms, and formats that libsndfile decodes."""
+    """Loads waveforms, and files in formats that libsndfile decodes: all but WAV and FLAC."""
     try:
         if request.rate_hz is not None:
             rate_hz = request.rate_hz
@@ -376,7 +382,7 @@ def _load_other(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -
 def _select(
     request: _Request, policy: _C.LoadPolicy, channels: int, rate_hz: int, frames: int
 ) -> tuple[int, int]:
-    """First frame and number of frames of the part that is asked for, checked against the policy."""
+    """First frame and number of frames of the requested part, checked against the policy."""
     first, second = _C.select_section(channels, rate_hz, frames, *request.part, policy)
     if isinstance(first, str):
         raise request.fail(first, cast(str, second))
@@ -384,35 +390,35 @@ def _select(
 
 
 def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tuple[Waveform, int]:
-    """Decodes through libsndfile: (mono samples at the file's rate, rate)."""
+    """Decodes the requested part through libsndfile: (mono samples at the file's rate, rate in Hz)."""
     segment = request.segment
     with _named_failures(request), sndfile.open_stream(request.data, _probe(request)[0]) as stream:
-        rate_hz, cut = stream.samplerate, stream.cut
+        rate_hz, missing = stream.samplerate, stream.missing
         known = stream.frames < sndfile.UNKNOWN_LENGTH
-        if cut and stream.frames == 0:
-            raise request.fail(AudioErrorReason.TRUNCATED, cut)
+        if missing and stream.frames == 0:
+            raise request.fail(AudioErrorReason.TRUNCATED, missing)
         longest = sndfile.UNKNOWN_LENGTH
-        start, most = (int(min(s * rate_hz, longest)) for s in (segment.start_s, limits.max_s))
-        claimed = stream.frames if known else start + most
+        start, max_frames = (int(min(s * rate_hz, longest)) for s in (segment.start_s, limits.max_s))
+        claimed = stream.frames if known else start + max_frames
         first, count = _select(request, policy, stream.channels, rate_hz, claimed)
-        if cut and segment.duration_s is None:
-            raise request.fail(AudioErrorReason.TRUNCATED, cut)
-        # One more where the end is unknown tells a file of just the longest length from a longer one.
+        if missing and segment.duration_s is None:
+            raise request.fail(AudioErrorReason.TRUNCATED, missing)
+        # If the length is unknown, one frame more shows whether the file is longer than the limit.
         mono, end, problem = sndfile.read_mono(stream, first, count + (not known), segment.channel)
     if problem or (known and len(mono) < count):
         promised = f" of {count}" if known else ""
-        what = f"decoding stopped after {len(mono)}{promised} samples: {problem or 'the file ends'}"
-        raise request.fail(AudioErrorReason.TRUNCATED, what)
+        detail = f"decoding stopped after {len(mono)}{promised} samples: {problem or 'the file ends'}"
+        raise request.fail(AudioErrorReason.TRUNCATED, detail)
     if not known:
         _, count = _select(request, policy, stream.channels, rate_hz, end)
-    # A part may reach a little behind the end, but not behind the place where the rest is missing.
-    if cut and count < math.floor(cast(float, segment.duration_s) * rate_hz + 0.5):
-        raise request.fail(AudioErrorReason.TRUNCATED, cut)
+    # A part may reach a little behind the end of a file, but not if the file itself is cut.
+    if missing and count < math.floor(cast(float, segment.duration_s) * rate_hz + 0.5):
+        raise request.fail(AudioErrorReason.TRUNCATED, missing)
     return mono[:count], rate_hz
 
 
 def _probe(request: _Request) -> tuple[int, int, int, int | None] | tuple[int]:
-    """What the extension says of a file: see `_C.probe`."""
+    """The header of a file, as the extension reads it: see `_C.probe`."""
     probed = _C.probe(request.data)
     if isinstance(probed[0], str):
         raise request.fail(*probed)
@@ -421,17 +427,17 @@ def _probe(request: _Request) -> tuple[int, int, int, int | None] | tuple[int]:
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of a recording states."""
+    """The header of a recording."""
 
     sample_rate_hz: int
     """Sample rate in Hz."""
     channels: int
     """Number of channels."""
     frames: int | None
-    """Samples of each channel; None: the header does not state them."""
+    """Samples of each channel; None: the header does not state them. For joined FLAC files, which `load`
+    refuses, the samples of the first file."""
     exact: bool
-    """Whether the header states the frames, rather than an estimate from the bit rate. Of joined
-    FLAC files, which `load` refuses, they are those of the first."""
+    """True: the header states the frames; False: they are estimated from the bit rate."""
 
 
 def info(source: Source) -> AudioInfo:
@@ -454,14 +460,14 @@ def info(source: Source) -> AudioInfo:
         _, channels, rate_hz, frames = probed
         return AudioInfo(rate_hz, channels, frames, True)
     with _named_failures(request), sndfile.open_stream(request.data, probed[0], guess=True) as stream:
-        known = not stream.cut and stream.frames < sndfile.UNKNOWN_LENGTH
+        known = not stream.missing and stream.frames < sndfile.UNKNOWN_LENGTH
         frames = stream.frames if known else None
         return AudioInfo(stream.samplerate, stream.channels, frames, stream.format != "MP3")
 
 
 @contextlib.contextmanager
 def _named_failures(request: _Request) -> Iterator[None]:
-    """Turns what `sndfile` raises into an AudioError."""
+    """Turns errors of `sndfile` into an AudioError that names the recording."""
     try:
         yield
     except sndfile.DecodeError as error:

@@ -99,7 +99,7 @@ def embed(
         progress = Progress(len(items), "clips", lead="encoded ").add
     for item_B, start_B, features_BTF, lengths_B in batches(items, batching, errors):
         embedded_BD = encode(features_BTF, lengths_B)
-        contention.look()
+        contention.adapt_waits()
         bad = item_B[~embedded_BD.isfinite().all(1).cpu()].tolist()
         if bad and errors is None:
             raise ValueError(f"audio must be finite, got NaN or infinity from the clips {bad}")

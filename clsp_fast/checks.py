@@ -1,4 +1,4 @@
-"""Checks of arguments, and lists and differences as one line of an error message."""
+"""Checks of arguments, and lists and differences of values as one line of an error."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _LONGEST_ITEM = 160
 
 
 def is_rate(value: float) -> bool:
-    """Whether it is a number in [0, 1)."""
+    """Whether the value is a number in [0, 1)."""
     return isinstance(value, (int, float)) and 0.0 <= value < 1.0
 
 
 def is_positive(value: object) -> bool:
-    """Whether it is an integer > 0."""
+    """Whether the value is an integer > 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def require(ok: bool, field: str, expected: str, got: object) -> None:
-    """Raises ValueError, naming the field, what was expected and what came, unless `ok`."""
+    """Raises ValueError unless `ok`; the message names the field, what was expected and what was given."""
     if not ok:
         raise ValueError(f"{field} must be {expected}, got {_shortened(repr(got))}")
 
@@ -31,8 +31,10 @@ def _shortened(text: str, longest: int = _LONGEST_ITEM) -> str:
 
 
 def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> str:
-    """The items as one screen line: all of them, or as many as fit, "2 of 1,431: a, b, ...". At least one
-    item is shown; one of over `width` characters is cut."""
+    """The items as one line of a screen; if not all fit, as "2 of 1,431: a, b, ...".
+
+    At least one item is shown. An item of over `width` characters is cut.
+    """
     shown = 1
     while shown < len(items) and len(separator.join(items[: shown + 1])) <= width:
         shown += 1
@@ -41,16 +43,16 @@ def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> 
 
 
 def listed_groups(groups: Mapping[str, Sequence[str]]) -> str:
-    """Several lists behind their names as one screen line; empty ones are left out, and so is a name ""."""
-    some = {name: items for name, items in groups.items() if items}
-    width = 120 // max(1, len(some))
-    parts = [(f"{name}: " if name else "") + listed(items, width=width) for name, items in some.items()]
+    """Several named lists as one line of a screen. Empty lists are left out; a list named "" has no label."""
+    filled = {name: items for name, items in groups.items() if items}
+    width = 120 // max(1, len(filled))
+    parts = [(f"{name}: " if name else "") + listed(items, width=width) for name, items in filled.items()]
     return "; ".join(parts)
 
 
 def differences(config: Any, other: Any) -> list[str]:
-    """What differs between two configurations of one class, field by field: "text.dim is 256, not 512", where
-    512 is the other's."""
+    """The fields in which two configurations of one class differ, each as "text.dim is 256, not 512"; 512 is
+    the value in `other`."""
     values, others = _by_path(dataclasses.asdict(config)), _by_path(dataclasses.asdict(other))
     return [
         f"{path} is {value}, not {others[path]}" for path, value in values.items() if value != others[path]
@@ -66,8 +68,8 @@ def _by_path(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
 
 
 def reject_unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the first key that `cls` does not have, and one that is spelt like it, or
-    those that it has."""
+    """Raises ValueError if `cls` lacks a key. The message names the first such key, and the key with the
+    nearest spelling or all keys of `cls`."""
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:

@@ -1,6 +1,7 @@
-"""What every command does alike on a terminal, in a file and in a pipe: it says how far it is, prints any
-name, names a full disk behind its output, runs without standard streams, and ends quietly when its reader has
-gone away.
+"""What all commands share: a progress line, and robust standard streams.
+
+A command can print any name in any encoding, runs without standard streams, reports a full disk in one line,
+and ends quietly when the reader of its output has gone away.
 """
 
 from __future__ import annotations
@@ -20,28 +21,30 @@ from clsp_fast.storage import files
 
 Result = TypeVar("Result")
 INCOMPLETE = 3
-"""Exit code of a command that did its work, but for recordings that could not be used."""
+"""Exit code of a command that did its work, except for recordings that could not be used."""
 _NEVER_FAIL = ("backslashreplace", "namereplace", "xmlcharrefreplace", "replace", "ignore")
 
 
 class Progress:
     """A line on standard error that says how far a long job is.
 
-    On a terminal the line is rewritten in place. Anywhere else (a file, a pipe, a log) it is written as a new
-    line, at most once in ten seconds and at the end.
+    On a terminal the line is rewritten in place. Elsewhere (a file, a pipe, a log) a new line is written, at
+    most once in ten seconds and at the end.
 
     Args:
-        total: how many there are; None: not known. what: what they are. lead: what stands before the numbers.
+        total: number of items; None: not known.
+        noun: name of the items, in the plural.
+        lead: text in front of the numbers.
         active: False: nothing is written.
     """
 
-    def __init__(self, total: int | None, what: str, *, lead: str = "", active: bool = True) -> None:
-        self._total, self._what, self._lead, self._active = total, what, lead, active
+    def __init__(self, total: int | None, noun: str, *, lead: str = "", active: bool = True) -> None:
+        self._total, self._noun, self._lead, self._active = total, noun, lead, active
         self._started, self._written = time.perf_counter(), -math.inf
         self._done = self._bad = 0
 
     def add(self, count: int, bad: int = 0) -> None:
-        """`count` more are done, `bad` of them failed."""
+        """Counts `count` more items as done; `bad` of them failed."""
         self._done += count
         self._bad += bad
         now, last = time.perf_counter(), self._done == self._total
@@ -52,8 +55,8 @@ class Progress:
             return
         self._written = now
         rate = self._done / max(1e-9, now - self._started)
-        of = "" if self._total is None else f" of {self._total}"
-        text = f"{self._lead}{self._done}{of} {self._what}, {rate:.0f} a second"
+        of_total = "" if self._total is None else f" of {self._total}"
+        text = f"{self._lead}{self._done}{of_total} {self._noun}, {rate:.0f} a second"
         if self._bad:
             text += f", {self._bad} failed"
         if self._total is not None and not last:
@@ -62,17 +65,19 @@ class Progress:
         sys.stderr.flush()
 
     def update(self, done: int) -> None:
-        """`done` are done in all."""
+        """Sets the number of items that are done."""
         self.add(done - self._done)
 
 
 def command(main: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator of a command's `main`: it can print any name (`robust_streams`), and when the reader of its
-    output has gone away (`... | head`), it ends quietly with exit code 1. When standard output is a file on a
-    full disk, it ends with one line and exit code 1; what standard error cannot take is lost.
+    """Decorator of a command's `main`.
 
-    The error of such a write may come from any print, or only when Python writes out its buffer at exit,
-    where nothing can catch it any more: the buffer is written out here.
+    The command can print any name (`robust_streams`). If the reader of its output has gone away, as with
+    `... | head`, it ends quietly with exit code 1. If standard output is a file on a full disk, it ends with
+    one line and exit code 1; output that standard error cannot take is lost.
+
+    Any print can fail in these ways. The flush of Python's buffer at exit can, too, and nothing can catch
+    that error; therefore the buffer is flushed here.
     """
     spec = main.__globals__.get("__spec__")
     prefix = "" if spec is None else f"{spec.name.removesuffix('.__main__')}: "
@@ -81,7 +86,7 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
     def run(arguments: Sequence[str] | None = None, **options: Any) -> Result:
         _reserve_descriptors()
         robust_streams()
-        with _full_disks_named():
+        with _streams_that_name_full_disks():
             try:
                 try:
                     return main(arguments, **options)
@@ -91,12 +96,12 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
             except files.DiskFull as error:
                 sys.exit(f"{prefix}{error}")
             except (BrokenPipeError, SystemExit) as error:
-                # A command turns an OSError into a message and exits: it is then the context of the exit.
+                # If a command turned an OSError into a message and an exit, it is the context of the exit.
                 cause = error.__context__ if isinstance(error, SystemExit) else error
                 if not isinstance(cause, BrokenPipeError):
                     raise
                 broken = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
-                if not broken:  # a pipe of something else
+                if not broken:  # another pipe broke
                     raise
                 for stream in broken:
                     _discard(stream)
@@ -106,8 +111,11 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
 
 
 class _Stream:
-    """A standard stream, but for a full disk: standard output raises `files.DiskFull`, whatever it is that
-    prints, and what standard error cannot take is lost, since no work should end for a line about it."""
+    """A standard stream that handles a full disk.
+
+    Standard output raises `files.DiskFull` from any print. Output that standard error cannot take is lost,
+    since no work should end because of a line about it.
+    """
 
     def __init__(self, stream: TextIO, *, optional: bool) -> None:
         self._stream, self._optional = stream, optional
@@ -116,18 +124,18 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._named():
+        with self._naming_full_disk():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._named():
+        with self._naming_full_disk():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _naming_full_disk(self) -> Iterator[None]:
         try:
-            with files.room_for(None):
+            with files.naming_full_disk(None):
                 yield
         except files.DiskFull:
             if not self._optional:
@@ -135,9 +143,9 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def _full_disks_named() -> Iterator[None]:
-    """Puts a `_Stream` in place of each standard stream. What cannot be written at the end is given up, so
-    that Python does not try it again at exit."""
+def _streams_that_name_full_disks() -> Iterator[None]:
+    """Replaces each standard stream by a `_Stream`. Output that cannot be written at the end is discarded, so
+    that Python does not try to write it at exit."""
     out, err = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         if out is not None:
@@ -153,31 +161,35 @@ def _full_disks_named() -> Iterator[None]:
                 try:
                     stream.flush()
                 except OSError as error:
-                    if error.errno in files.NO_ROOM:
+                    if error.errno in files.DISK_FULL_CODES:
                         _discard(stream)
 
 
 def _reserve_descriptors() -> None:
-    """Opens the null device as each of the descriptors 0 to 2 that is closed: otherwise the next file that is
-    opened gets its number, and what a library writes to standard error goes into that file."""
+    """Opens the null device for each of the descriptors 0 to 2 that is closed.
+
+    Otherwise the next file that is opened gets the number of a standard stream, and messages of libraries go
+    into that file.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
 
 
 def _discard(stream: TextIO) -> None:
-    """What is left in the stream's buffer, and whatever is written later, goes nowhere."""
+    """Discards the stream's buffer and all later output."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 def robust_streams() -> None:
-    """Lets standard output and standard error write what their encoding lacks as an escape, such as \\xe9.
+    """Makes standard output and standard error write characters that their encoding lacks as escapes, as
+    \\xe9.
 
-    The names of recordings hold what they hold; a terminal or a pipe that takes only ASCII must not end the
-    command that prints them. In the C locale Python writes bytes of names as they are ("surrogateescape"),
-    which is kept for UTF-8; ASCII still lacks every other letter.
+    The names of recordings can contain any character, and a terminal or pipe that takes only ASCII must not
+    end the command that prints them. In the C locale Python writes the bytes of names unchanged
+    ("surrogateescape"). That is kept for UTF-8, but with ASCII every other letter would still fail.
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure, errors = getattr(stream, "reconfigure", None), getattr(stream, "errors", None)

@@ -1,18 +1,18 @@
 """Shorter waits between torch's threads while other processes want the same CPUs.
 
-torch runs an operator on a team of OpenMP threads, one for each CPU. The OpenMP of torch's wheels is GCC's,
-libgomp. There a thread that has done its part spins for 300,000 rounds, which takes some milliseconds, before
-it sleeps. On a quiet machine this is right: the next operator comes after a twentieth of a millisecond, and
-waking a sleeping thread takes longer. Beside a busy process one thread of the team has no CPU, and those that
-spin for it keep it from getting one: a training step then takes three to five times as long.
+torch runs an operator on a team of OpenMP threads, one for each CPU. The OpenMP of torch's wheels is GCC's
+libgomp. A thread that has finished its part spins for 300,000 rounds, some milliseconds, before it sleeps. On
+a quiet machine this is right: the next operator comes after 0.05 ms, and waking a sleeping thread takes
+longer. Beside a busy process, one thread of the team has no CPU, and the threads that spin while they wait
+for it keep it from getting one. A training step then takes three to five times as long.
 
-libgomp spins for 100 rounds only while there are more OpenMP threads than CPUs; its manual says so under
-GOMP_SPINCOUNT. So while other processes take CPUs from this one, spare teams of threads are kept. They sleep,
-and do nothing but be counted. The teams that work stay as large as they were, so no result changes a bit.
-GOMP_SPINCOUNT itself is read once, when torch is loaded, and no value of it suits both a quiet and a busy
+While there are more OpenMP threads than CPUs, libgomp spins for only 100 rounds (see GOMP_SPINCOUNT in its
+manual). So while other processes take CPUs from this one, this module keeps spare teams of threads. They
+sleep; they exist only to be counted. The teams that work keep their size, so that no result changes by a bit.
+GOMP_SPINCOUNT itself is read only once, when torch is loaded, and no value suits both a quiet and a busy
 machine; docs/log.md has the measurements.
 
-Another OpenMP than libgomp is left as it is, and so is a system without Linux's /proc.
+With another OpenMP than libgomp, or without Linux's /proc, nothing changes.
 """
 
 from __future__ import annotations
@@ -28,54 +28,57 @@ from pathlib import Path
 import torch
 
 PERIOD_S = 0.5
-"""How long the CPUs are observed before the waits are changed."""
+"""The CPUs are observed for so long before the waits are changed."""
 
 CONTENDED = 0.25
-"""Waits are short while other processes use so many CPUs, and threads of this process wait for so many.
+"""Waits are short while other processes use so many CPUs and threads of this process wait for so many CPUs.
 
-Beside one busy process both were at least 0.5. The trainer's own loader makes its threads wait as well, for
-up to 0.7 CPUs on a quiet machine, but long waits are right then: hence the first condition. The second one
-leaves out processes that only take what is idle."""
+Beside one busy process, both numbers were at least 0.5. On a quiet machine the trainer's loader makes threads
+wait for up to 0.7 CPUs, and long waits are right then: hence the first condition. The second condition leaves
+out processes that use only idle CPUs."""
 
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-_MOST_TEAMS = 64
+_MAX_TEAMS = 64
 _PARALLEL_ELEMENTS = 1 << 16
-"""So many elements torch gives to several threads."""
+"""torch divides an operator on so many elements among several threads."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the kernel has counted up to now."""
+    """CPU times that the kernel has counted up to now."""
 
     others_s: float
-    """CPU time that others took from the CPUs that this process may use, in seconds."""
+    """Seconds that other processes ran on the CPUs that this process may use."""
     waited_s: Mapping[str, float]
-    """Thread of this process, by its id -> how long it could have run but had no CPU, in seconds."""
+    """Id of a thread of this process -> seconds that it was ready to run but had no CPU."""
 
 
 def usage(proc: Path = Path("/proc")) -> Usage:
-    """What /proc says.
+    """Reads the CPU times from /proc.
 
     Args:
-        proc: folder in which the kernel tells its counts.
+        proc: the folder in which the kernel shows its counts.
 
     Raises:
-        OSError, ValueError: this system does not say it.
+        OSError, ValueError: this system does not show them.
     """
     others_s = _used_s((proc / "stat").read_text(), _cpus()) - time.process_time()
     waited_s = {}
     for thread in (proc / "self/task").iterdir():
         try:
             _, nanoseconds, _ = (thread / "schedstat").read_text().split()
-        except (FileNotFoundError, ProcessLookupError):  # the thread has ended, or the kernel does not count
+        except (
+            FileNotFoundError,
+            ProcessLookupError,
+        ):  # the thread has ended, or there is no schedstat
             continue
         waited_s[thread.name] = int(nanoseconds) * 1e-9
     return Usage(others_s, waited_s)
 
 
 def _used_s(stat: str, cpus: Set[int]) -> float:
-    """CPU time that everybody took from these CPUs, in seconds: processes here, and on a virtual machine its
-    neighbours, whose share the kernel calls steal."""
+    """Seconds that anything ran on these CPUs: processes here, and on a virtual machine also its neighbours,
+    whose share the kernel calls steal."""
     ticks, missing = 0, {f"cpu{number}" for number in cpus}
     for line in stat.splitlines():
         name, *counts = line.split()
@@ -92,8 +95,8 @@ class Watch:
     """Keeps spare teams of threads while other processes take CPUs from this one; see the module's docstring.
 
     Args:
-        usage: as the function of this name.
-        clock: seconds that only grow.
+        usage: reads the CPU times, as the function `usage` does.
+        clock: a clock in seconds that never goes back.
     """
 
     def __init__(
@@ -106,19 +109,19 @@ class Watch:
         self._release = threading.Event()
         self._spare: list[threading.Thread] = []
         self._no_more_threads = False
-        # A thread that comes back from torch after the interpreter has ended aborts the process.
+        # If a thread returns from torch after the interpreter has ended, it aborts the process.
         atexit.register(self.close)
 
     @property
     def spare(self) -> int:
-        """How many spare teams there are now."""
+        """Number of spare teams now."""
         return len(self._spare)
 
-    def look(self) -> None:
-        """Makes waits short or long, depending on how contended the CPUs were since the last look.
+    def adapt_waits(self) -> None:
+        """Makes waits short or long, depending on how contended the CPUs were since the last call.
 
-        Returns at once if that was less than `PERIOD_S` ago, and does nothing where the user has set how
-        threads wait. Where the system allows no more threads, waits stay long for good.
+        Returns at once if that was less than `PERIOD_S` ago. Does nothing if the user has set how threads
+        wait. If the system allows no more threads, waits stay long from then on.
         """
         if self._no_more_threads:
             return
@@ -130,17 +133,17 @@ class Watch:
             if any(name in os.environ for name in _SETTINGS):
                 return
             if self._contended(elapsed_s):
-                self._keep(_teams_needed(torch.get_num_threads(), len(_cpus())))
+                self._start_spare_teams(_teams_needed(torch.get_num_threads(), len(_cpus())))
             else:
-                self._let_go()
+                self._end_spare_teams()
         finally:
             self._lock.release()
 
     def close(self) -> None:
-        """Ends the spare teams, and starts no more of them."""
+        """Ends the spare teams; no more are started."""
         with self._lock:
             self._no_more_threads = True
-            self._let_go()
+            self._end_spare_teams()
 
     def _contended(self, elapsed_s: float) -> bool:
         before = self._before
@@ -155,7 +158,7 @@ class Watch:
         waited_s = sum(after.waited_s[thread] - before.waited_s[thread] for thread in known)
         return min(others_s, waited_s) >= CONTENDED * elapsed_s
 
-    def _keep(self, teams: int) -> None:
+    def _start_spare_teams(self, teams: int) -> None:
         if self._spare:
             return
         self._release = threading.Event()
@@ -163,13 +166,13 @@ class Watch:
             thread = threading.Thread(target=_start_spare_team, args=(self._release,), daemon=True)
             try:
                 thread.start()
-            except (RuntimeError, MemoryError):  # the work itself goes on, only slower
+            except (RuntimeError, MemoryError):  # the work goes on, only slower
                 self._no_more_threads = True
-                self._let_go()
+                self._end_spare_teams()
                 return
             self._spare.append(thread)
 
-    def _let_go(self) -> None:
+    def _end_spare_teams(self) -> None:
         self._release.set()
         for thread in self._spare:
             thread.join()
@@ -186,12 +189,15 @@ def _start_spare_team(release: threading.Event) -> None:
 
 
 def _teams_needed(threads: int, cpus: int) -> int:
-    """How many spare teams make more threads than CPUs, beside the team that works; 0 for lone threads, which
-    wait for nobody. libgomp does not count the thread that leads a spare team."""
+    """How many spare teams make more threads than CPUs, together with the working team.
+
+    0 if an operator runs on one thread, which waits for no other. libgomp does not count the thread that
+    leads a spare team.
+    """
     if threads < 2:
         return 0
     needed = max(1, (cpus - threads) // (threads - 1) + 1)
-    return needed if needed <= _MOST_TEAMS else 0
+    return needed if needed <= _MAX_TEAMS else 0
 
 
 def _cpus() -> Set[int]:
@@ -201,5 +207,5 @@ def _cpus() -> Set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-look = Watch().look
-"""To be called between pieces of work on the CPU, such as steps or batches. Most calls only read a clock."""
+adapt_waits = Watch().adapt_waits
+"""Call this between pieces of work on the CPU, such as steps or batches. Most calls only read a clock."""

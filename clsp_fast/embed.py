@@ -95,7 +95,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
     # Processes wait for each other only at the end, and some take much longer than others. With the limit of
     # training, whose processes meet in every step, those that finish first would give up. The limit is not
     # there for processes that died: then torchrun ends the others.
-    with files.room_for(config.out), Ranks.join(config.device, wait_hours=config.wait_hours) as ranks:
+    with files.naming_full_disk(config.out), Ranks.join(config.device, wait_hours=config.wait_hours) as ranks:
         require(
             config.source != "-" or ranks.world == 1, "source", "a file or folder with several processes", "-"
         )

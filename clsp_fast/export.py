@@ -216,7 +216,7 @@ def _command(model: str = "runs/demo/model", /, *, out: Path = Path("onnx")) -> 
         model: folder, or name of a repository on the Hugging Face hub.
         out: folder to write.
     """
-    with files.room_for(out):
+    with files.naming_full_disk(out):
         found = export(CLSP.from_pretrained(model, dtype=torch.float32), out)
     for name, difference in found.items():
         print(f"{out / name}: within {difference:.1e} of the model")

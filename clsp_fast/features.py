@@ -1,8 +1,8 @@
-"""The CLSP log-mel features: waveforms or files -> (B, T, 128) and lengths, exactly as the reference's.
+"""The CLSP log-mel features: waveforms or files -> (B, T, 128) and lengths, as the reference computes them.
 
-16 kHz, 25 ms Povey windows every 10 ms, 128 mel bins from 20 to 7600 Hz, natural log: lhotse's
-`Fbank(FbankConfig(num_mel_bins=128))`. `python -m clsp_fast.features --check-parity` compares with it and
-with torchaudio.
+16 kHz, 25 ms Povey windows every 10 ms, 128 mel bins from 20 to 7600 Hz, natural log: the features of
+lhotse's `Fbank(FbankConfig(num_mel_bins=128))`. `python -m clsp_fast.features --check-parity` compares them
+with lhotse's and torchaudio's.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ _ENERGY_FLOOR = 1.1920929e-07
 
 @dataclass(frozen=True, kw_only=True)
 class FbankConfig:
-    """How clips are framed. Everything else is fixed: it is what the published models were trained on."""
+    """How clips are framed. Everything else is fixed, because the published models were trained with it."""
 
     tail: Literal["reflect", "zero"] = "reflect"
-    """What lies behind a clip's last sample: its mirror image, as in the reference's inference, or zeros up
-    to the end of the batch's longest clip and the mirror image of all that, as in its training."""
+    """What the frames see behind a clip's last sample. "reflect": the clip's mirror image, as in the
+    reference's inference. "zero": zeros up to the length of the batch's longest clip, then the mirror image
+    of clip and zeros, as in its training."""
 
     def __post_init__(self) -> None:
         if self.tail not in ("reflect", "zero"):
@@ -51,7 +52,7 @@ def frame_count(samples: int) -> int:
 
 
 def identity(config: FbankConfig = CLSP_FBANK) -> str:
-    """SHA-256 of the settings that fix the values of the features."""
+    """SHA-256 of the settings that determine the values of the features."""
     window = (WINDOW_SAMPLES, HOP_SAMPLES, "povey", "preemphasis 0.97")
     mel = (NUM_MEL_BINS, "20 to 7600 Hz", "log power", _ENERGY_FLOOR)
     settings = (SAMPLE_RATE_HZ, "sinc_interp_hann", window, mel, config.tail)
@@ -67,9 +68,9 @@ class Features:
     lengths: torch.Tensor
     """(B,) int64, frames of each clip."""
     kept: torch.Tensor
-    """(B,) int64, position in the input of each clip of the batch."""
+    """(B,) int64, position in the input of each clip in the batch."""
     errors: tuple[tuple[int, AudioError], ...] = ()
-    """Position in the input and error of each clip that was left out."""
+    """(position in the input, error) of each clip that was left out."""
 
 
 def extract(
@@ -86,14 +87,15 @@ def extract(
         waveforms: one waveform (samples,), a batch (B, samples), or a sequence of waveforms of any lengths;
             numpy arrays or torch tensors of a floating dtype, mono, in [-1, 1].
         config: how clips are framed.
-        num_threads: how many threads; None: `audio.default_num_threads()`. It does not change any bit.
-        sample_rate: rate of the waveforms in Hz, resampled unless it is 16000; None: 16000.
-        out: (B, at least T, 128) float32, contiguous, on the CPU, to be written and returned as `values`.
-            Without it the batch is page-locked where CUDA is in use.
+        num_threads: how many threads; None: `audio.default_num_threads()`. The results do not depend on it.
+        sample_rate: rate of the waveforms in Hz; None: 16000. Other rates are resampled.
+        out: (B, at least T, 128) float32, contiguous, on the CPU. It is written and returned as `values`. If
+        it
+            is None and CUDA is in use, the new batch is page-locked.
 
     Returns:
-        `Features`; T = floor((samples + 80) / 160) of the longest clip. NaN samples poison exactly the frames
-        that cover them.
+        `Features`; T = floor((samples + 80) / 160) of the longest clip. Exactly the frames that cover a NaN
+        sample become NaN.
 
     Raises:
         AudioError: a clip has less than 80 samples at 16 kHz (reason too_short).
@@ -120,18 +122,18 @@ def extract_files(
     limits: AudioLimits = DEFAULT_LIMITS,
     out: torch.Tensor | None = None,
 ) -> Features:
-    """Decodes, resamples and computes the features of recordings, in threads and without the GIL.
+    """Decodes and resamples recordings and computes their features, in threads and without the GIL.
 
     Args:
         paths: paths, bytes of files, binary file objects, or `audio.Segment` of these.
         config: how clips are framed.
-        num_threads: how many threads; None: `audio.default_num_threads()`. It does not change any bit.
-        on_error: "raise" the first recording's error, or "skip" such recordings and list them in `errors`.
-        limits: what is refused.
+        num_threads: how many threads; None: `audio.default_num_threads()`. The results do not depend on it.
+        on_error: "raise" the first error, or "skip" recordings that cannot be used and list them in `errors`.
+        limits: recordings outside them are refused.
         out: as for `extract`.
 
     Returns:
-        `Features` of the good recordings in order; (0, 0, 128) if there are none.
+        `Features` of the usable recordings, in order; `values` is (0, 0, 128) if there are none.
 
     Raises:
         AudioError: a recording cannot be used, and `on_error` is "raise".
@@ -164,7 +166,7 @@ def extract_files(
 def reference(
     waveform: Waveform, config: FbankConfig = CLSP_FBANK, *, padded_samples: int | None = None
 ) -> NDArray[np.float64]:
-    """The features of one clip in plain float64 numpy: the oracle that `extract` is tested against.
+    """The features of one clip in float64 numpy; `extract` is tested against them.
 
     Args:
         waveform: (samples,) at 16 kHz.
@@ -188,8 +190,8 @@ def reference(
 
 
 def _too_short(label: str, samples: int) -> AudioError:
-    what = f"has {samples} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
-    return AudioError(label, AudioErrorReason.TOO_SHORT, what)
+    detail = f"has {samples} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
+    return AudioError(label, AudioErrorReason.TOO_SHORT, detail)
 
 
 def _as_waveforms(waveforms: Any) -> list[Waveform]:
@@ -226,10 +228,10 @@ def _fbank(
 
 
 def _new_batch(shape: tuple[int, int, int]) -> torch.Tensor:
-    """Memory to be written; page-locked where CUDA is in use, so that the copy to the GPU overlaps."""
+    """Uninitialised memory. It is page-locked if CUDA is in use, so that the copy to the GPU can overlap."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.empty(shape, dtype=torch.float32, pin_memory=True)
-    # numpy asks for huge pages, which torch does not: touching small ones costs as much as the features.
+    # numpy, unlike torch, asks for huge pages. First writing to small pages takes as long as the features.
     return torch.from_numpy(np.empty(shape, np.float32))
 
 
@@ -246,5 +248,5 @@ def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
 
 
 if __name__ == "__main__":
-    # The parity module imports this one, so it is run, not imported.
+    # The parity module imports this module; running it avoids an import cycle.
     runpy.run_module("clsp_fast.parity", run_name="__main__")

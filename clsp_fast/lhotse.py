@@ -1,7 +1,8 @@
-"""These features as a lhotse extractor: `OnTheFlyFeatures(ClspFbank())` in place of lhotse's `Fbank`.
+"""Our features as a lhotse extractor: `OnTheFlyFeatures(ClspFbank())` replaces lhotse's `Fbank`.
 
-The values are those of lhotse's `Fbank(FbankConfig(num_mel_bins=128))`, for single clips and for batches; the
-time is not. Import this module before reading manifests that name the extractor. Needs the extra `[lhotse]`.
+The values equal those of lhotse's `Fbank(FbankConfig(num_mel_bins=128))`, for single clips and for batches,
+and are computed faster. Import this module before reading manifests that name the extractor. Needs the extra
+`[lhotse]`.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ try:
 except ImportError as error:
     raise ImportError(f"clsp_fast.lhotse needs lhotse ({error}): pip install 'clsp_fast[lhotse]'") from error
 
-_LEAST_ENERGY = 1e-10  # lhotse's EPSILON, of which its padding value is the logarithm
+_LEAST_ENERGY = 1e-10  # lhotse's EPSILON; its padding value is the logarithm of this
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClspFbankConfig:
-    """What may be chosen, and what is fixed and stands here for manifests and those who look for it."""
+    """Settings. Only `tail` and `num_threads` can be chosen; manifests and lhotse read the fixed ones
+    here."""
 
     tail: Literal["zero", "reflect"] = "zero"
-    """What lies behind the clips of a batch: zeros up to its longest, as in lhotse's batches, or the mirror
-    image of each, so that features do not depend on the batch. A single clip is always reflected."""
+    """What the frames see behind a clip of a batch. "zero": zeros up to the longest clip, as in lhotse's
+    batches. "reflect": the clip's mirror image, so that features do not depend on the batch. A single clip is
+    always reflected."""
     num_threads: int | None = None
-    """Threads of a batch; None: `audio.default_num_threads()`, which is one in a DataLoader worker."""
+    """Threads for a batch; None: `audio.default_num_threads()`, which is 1 in a DataLoader worker."""
     sampling_rate: int = features.SAMPLE_RATE_HZ
     """In Hz; fixed."""
     num_filters: int = features.NUM_MEL_BINS
@@ -49,12 +52,12 @@ class ClspFbankConfig:
                 raise ValueError(f"{name} must be {fixed}: it is what CLSP was trained on, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; `from_dict` is the inverse."""
+        """The fields as a dictionary; `from_dict` is the inverse."""
         return asdict(self)
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ClspFbankConfig:
-        """The configuration of `to_dict`'s result."""
+        """The configuration from the result of `to_dict`."""
         return ClspFbankConfig(**data)
 
 
@@ -82,7 +85,7 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
             sampling_rate: 16000.
 
         Returns:
-            (frames, 128) float32, of the kind that was given.
+            (frames, 128) float32: a tensor for a tensor, an array for an array.
 
         Raises:
             AudioError: the clip has less than 80 samples.
@@ -93,22 +96,23 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
         return values.to(samples.device) if isinstance(samples, torch.Tensor) else values.numpy()
 
     def extract_batch(self, samples: Any, sampling_rate: int, lengths: Any = None) -> Any:
-        """Features of a batch, by one call of the engine.
+        """Features of a batch, in one call of the engine.
 
         Args:
             samples: a list of clips, each as for `extract`; or a batch (B, samples) or (B, 1, samples); or
                 one clip (samples,).
             sampling_rate: 16000.
-            lengths: (B,), samples of each row of a padded torch batch; None: all of them.
+            lengths: (B,), samples of each row of a padded torch batch; None: all rows are full.
 
         Returns:
-            As lhotse's `Fbank` does: (B, frames, 128) if all clips have the same number of frames, otherwise
-            a list of (frames, 128), which share one buffer, empty for an empty batch; (frames, 128) if one
-            clip was given and no list. Torch tensors if any clip is one and there are no lengths, else numpy
-            arrays.
+            The same as lhotse's `Fbank`: (B, frames, 128) if all clips have the same number of frames,
+            otherwise a list of (frames, 128) that share one buffer; an empty list for an empty batch;
+            (frames, 128) for a single clip that is not in a list. Torch tensors if any clip is a tensor and
+            `lengths` is None, else numpy arrays.
 
         Raises:
-            As `extract`; TypeError: lengths of what is no torch batch.
+            AudioError, ValueError, TypeError: as `extract`.
+            TypeError: `lengths` without a torch batch.
         """
         self._check_rate(sampling_rate)
         if lengths is not None and not isinstance(samples, torch.Tensor):
@@ -138,7 +142,8 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
     def mix(
         features_a: NDArray[np.float32], features_b: NDArray[np.float32], energy_scaling_factor_b: float
     ) -> NDArray[np.float32]:
-        """Features of the sum of two signals whose phases are unrelated: their energies add up."""
+        """Features of the sum of two signals. Their phases are assumed unrelated, so their energies add
+        up."""
         energy = np.exp(features_a) + energy_scaling_factor_b * np.exp(features_b)
         mixed: NDArray[np.float32] = np.log(np.maximum(energy, _LEAST_ENERGY))
         return mixed
@@ -150,7 +155,7 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
 
     @staticmethod
     def scale(features: NDArray[np.float32], energy_scaling_factor: float) -> NDArray[np.float32]:
-        """Features of the signal whose energy is scaled by a factor."""
+        """Features of a signal after its energy is scaled by a factor."""
         return features + np.float32(np.log(energy_scaling_factor))
 
     def _check_rate(self, sampling_rate: int) -> None:
@@ -162,7 +167,7 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
 
 
 def _mono(samples: Any) -> Any:
-    """(1, samples) as (samples,), without a copy; anything else as it is, for `features.extract` to check."""
+    """(1, samples) as (samples,), without a copy. `features.extract` checks everything else."""
     if getattr(samples, "ndim", 0) == 2 and not isinstance(samples, Sequence):
         if samples.shape[0] != 1:
             raise ValueError(f"samples must have one channel, got shape {tuple(samples.shape)}")

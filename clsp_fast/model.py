@@ -364,7 +364,7 @@ class CLSP(nn.Module):
                 batch = captions[start : start + batch_size]
                 tokens = self.tokenizer.encode_batch(batch, self.config.text.max_tokens)
                 parts.append(self.encode_tokens(*tokens))
-                contention.look()
+                contention.adapt_waits()
         return torch.cat(parts)
 
     def classify(

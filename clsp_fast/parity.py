@@ -1,4 +1,4 @@
-"""`python -m clsp_fast.features --check-parity`: these features beside lhotse's and torchaudio's."""
+"""`python -m clsp_fast.features --check-parity`: compares our features with lhotse's and torchaudio's."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ _DIFFERS = "DIFFERS"
 
 
 def check() -> int:
-    """Compares these features, lhotse's and torchaudio's with the float64 reference, on clips like speech.
+    """Compares our features, lhotse's and torchaudio's with the float64 reference, on clips like speech.
 
-    Prints a table and a verdict; what is not installed, or cannot be imported, is named and does not fail.
+    Prints a table and a verdict. A library that is not installed or cannot be imported is named, and does not
+    count as a difference.
 
     Returns:
-        The exit code: 1 if any of them differs by more than float32's rounding.
+        The exit code: 1 if any library differs by more than the rounding of float32.
     """
     clips = _voices()
     print(f"{'against float64':16s} {'tail':8s} {'max':>10s} {'rms':>10s} {'energy / peak':>14s}")
-    verdicts = {"clsp_fast": _verdict("clsp_fast", _ours, clips)}
+    verdicts = {"clsp_fast": _verdict("clsp_fast", _clsp_fast, clips)}
     for name, compute in (("lhotse", _lhotse), ("torchaudio", _torchaudio)):
         try:
             verdicts[name] = _verdict(name, compute, clips)
         except ImportError as error:
             verdicts[name] = f"is not installed ({error})"
-        except (OSError, RuntimeError, AttributeError) as error:  # of a build for another torch
+        except (OSError, RuntimeError, AttributeError) as error:  # it was built for another torch
             verdicts[name] = f"is broken here ({error!r})"
     print("; ".join(f"{name} {verdict}" for name, verdict in verdicts.items()))
     return int(_DIFFERS in verdicts.values())
@@ -46,12 +47,12 @@ def check() -> int:
 def _verdict(
     name: str, compute: Callable[[list[Waveform], Tail], list[_Frames]], clips: list[Waveform]
 ) -> str:
-    same = [_print_line(name, tail, clips, compute(clips, tail)) for tail in TAILS]
-    return "agrees" if all(same) else _DIFFERS
+    agree = [_print_line(name, tail, clips, compute(clips, tail)) for tail in TAILS]
+    return "agrees" if all(agree) else _DIFFERS
 
 
 def _voices() -> list[Waveform]:
-    """Clips like speech: a moving pitch with syllables and noise; hissing; voice and digital silence."""
+    """Clips like speech: a voice of moving pitch with noise; hissing; a voice with digital silence."""
     rng = np.random.default_rng(0)
     time_s = np.arange(5 * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
     phase = 2 * np.pi * np.cumsum(130 + 40 * np.sin(3 * time_s)) / SAMPLE_RATE_HZ
@@ -77,33 +78,35 @@ def _torchaudio(clips: list[Waveform], tail: Tail) -> list[_Frames]:
     from torchaudio.compliance import kaldi
 
     longest = max(map(len, clips)) if tail == "zero" else 0
-    found = []
+    features = []
     for clip in clips:
         padded = torch.from_numpy(np.pad(clip, (0, max(0, longest - len(clip)))))[None]
         settings = {"num_mel_bins": NUM_MEL_BINS, "high_freq": -400.0, "snip_edges": False, "dither": 0.0}
         values = kaldi.fbank(padded, sample_frequency=SAMPLE_RATE_HZ, **settings)
-        found.append(values[: frame_count(len(clip))].numpy())
-    return found
+        features.append(values[: frame_count(len(clip))].numpy())
+    return features
 
 
-def _ours(clips: list[Waveform], tail: Tail) -> list[_Frames]:
+def _clsp_fast(clips: list[Waveform], tail: Tail) -> list[_Frames]:
     batch = extract(clips, config=FbankConfig(tail=tail))
     return [row[:n].numpy() for row, n in zip(batch.values, batch.lengths.tolist(), strict=True)]
 
 
-def _print_line(name: str, tail: Tail, clips: list[Waveform], found: list[_Frames]) -> bool:
-    """A line of the table; whether the values are those of the definition, up to float32's rounding."""
+def _print_line(name: str, tail: Tail, clips: list[Waveform], features: list[_Frames]) -> bool:
+    """Prints a line of the table. Returns whether the features equal the reference up to float32's
+    rounding."""
     longest, config = max(map(len, clips)), FbankConfig(tail=tail)
     truths = [reference(clip, config, padded_samples=longest) for clip in clips]
-    if [x.shape for x in found] != [x.shape for x in truths]:
-        print(f"{name:16s} {tail:8s} shapes {[x.shape for x in found]}, expected {[x.shape for x in truths]}")
+    shapes, expected = [x.shape for x in features], [x.shape for x in truths]
+    if shapes != expected:
+        print(f"{name:16s} {tail:8s} shapes {shapes}, expected {expected}")
         return False
-    truth, values = np.concatenate(truths), np.concatenate(found).astype(np.float64)
+    truth, values = np.concatenate(truths), np.concatenate(features).astype(np.float64)
     worst, rms = float(np.abs(values - truth).max()), float(np.sqrt(((values - truth) ** 2).mean()))
     peak = np.exp(truth).max(axis=1, keepdims=True)
     energy = float((np.abs(np.exp(values) - np.exp(truth)) / peak).max())
     print(f"{name:16s} {tail:8s} {worst:10.2e} {rms:10.2e} {energy:14.2e}")
-    # Rounding is 1e-6 of a frame's peak; in quiet bins its logarithm is a few thousandths.
+    # Rounding is 1e-6 of a frame's peak. In quiet bins it changes the logarithm by a few thousandths.
     return worst <= 5e-3 and rms <= 1e-4 and energy <= 1e-5
 
 

@@ -29,8 +29,8 @@ from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.model import CLSP, load
-from clsp_fast.storage import embedding_folder, files, textfile
-from clsp_fast.storage.files import FolderInUse, hold
+from clsp_fast.storage import embedding_folder, files, text_kinds, textfile
+from clsp_fast.storage.files import FolderInUse, lock_file
 from clsp_fast.storage.paths import from_text
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.storage.textfile import Text
@@ -98,7 +98,10 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         require(
             getattr(config, name) != "-" or stream is not None, name, "a file: that stream is closed", "-"
         )
-    with files.room_for(None if config.scores == "-" else config.scores), contextlib.ExitStack() as stack:
+    with (
+        files.naming_full_disk(None if config.scores == "-" else config.scores),
+        contextlib.ExitStack() as stack,
+    ):
         ranks = stack.enter_context(Ranks.join(config.device))
         require(ranks.world == 1, "processes", "1; under torchrun, give each its --shard", ranks.world)
         standard = config.pairs == "-"
@@ -115,7 +118,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
             path = Path(config.scores)
             path.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(path.open("a+b"))
-            hold(out, path)
+            lock_file(out, path)
             before, failed = _resume(out, todo, made_by, path)
         progress, rows = Progress(None, "lines"), 0
         while lines := list(itertools.islice(todo, config.rows_at_once)):
@@ -186,7 +189,7 @@ def _encodable(value: str, *, path: bool) -> bool:
 
 def _check_kind(pairs: Text, name: str) -> None:
     """ValueError if the file begins like a table, a list, or another kind of manifest."""
-    kind = textfile.kind_of(pairs.head)
+    kind = text_kinds.kind_of_text(pairs.head)
     begun = [line for line in pairs.head.splitlines() if line.strip()]
     if not kind and begun and not any(line.lstrip().startswith("{") for line in begun):
         kind = f"no file of JSON lines: it begins with {begun[0]!a:.60}"

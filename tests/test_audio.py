@@ -37,7 +37,7 @@ def encode(x: Wave, kind: str = "WAV", subtype: str | None = None, rate: int = R
     return file.getvalue()
 
 
-def theirs(data: bytes) -> Wave:
+def by_soundfile(data: bytes) -> Wave:
     return np.asarray(soundfile.read(io.BytesIO(data), dtype="float32")[0])
 
 
@@ -66,9 +66,9 @@ SUBTYPES = ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAW", "
 @pytest.mark.parametrize("subtype", SUBTYPES)
 def test_wav_is_bit_equal_to_soundfile(subtype: str, kind: str) -> None:
     data = encode(noise(30011), kind, subtype)
-    assert np.array_equal(load(data), theirs(data))
+    assert np.array_equal(load(data), by_soundfile(data))
     stereo = encode(noise(7001, 2), kind, subtype)
-    both = theirs(stereo)
+    both = by_soundfile(stereo)
     assert np.array_equal(load(stereo, channel=0), both[:, 0])
     assert np.array_equal(load(stereo, channel=1), both[:, 1])
     assert np.array_equal(load(stereo), (both[:, 0] + both[:, 1]) / 2)
@@ -77,14 +77,14 @@ def test_wav_is_bit_equal_to_soundfile(subtype: str, kind: str) -> None:
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @pytest.mark.parametrize("subtype", SUBTYPES)
 def test_wav_of_every_short_length_is_bit_equal_to_soundfile(subtype: str, isa: str) -> None:
-    """Vectors of samples, what remains behind them, and no byte behind the last one."""
+    """Whole vectors of samples, the remaining samples, and no byte behind the last one."""
     policy = audio._policy(AudioLimits(min_s=0), RATE)
     for channels in (1, 2, 3):
         frames = noise(64 * channels, seed=channels).reshape(64, channels)
         files = [encode(frames[:n], subtype=subtype) for n in range(1, 65)]
         decoded = _C.load_batch([(f, 0.0, None, None) for f in files], policy=policy, num_threads=1, isa=isa)
         for file, got in zip(files, decoded, strict=True):
-            expected = theirs(file).reshape(-1, channels)
+            expected = by_soundfile(file).reshape(-1, channels)
             total = sum(expected[:, c] for c in range(channels))
             assert np.array_equal(got, total / np.float32(channels))
 
@@ -98,13 +98,13 @@ def test_every_code_of_integer_wav_is_bit_equal_to_soundfile(tag: int, bits: int
         values |= np.random.default_rng(0).integers(0, 1 << (bits - 16), len(codes), np.uint64)
     body = values.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].tobytes()
     data = wav(body, tag=tag, bits=bits)
-    assert np.array_equal(load(data), theirs(data))
+    assert np.array_equal(load(data), by_soundfile(data))
 
 
 def test_five_channels_are_averaged() -> None:
     data = encode(noise(4001, 5), subtype="FLOAT")
-    assert np.allclose(load(data), theirs(data).mean(axis=1), rtol=0, atol=np.finfo(np.float32).eps)
-    assert np.array_equal(load(data, channel=4), theirs(data)[:, 4])
+    assert np.allclose(load(data), by_soundfile(data).mean(axis=1), rtol=0, atol=np.finfo(np.float32).eps)
+    assert np.array_equal(load(data, channel=4), by_soundfile(data)[:, 4])
 
 
 @pytest.mark.parametrize(
@@ -123,16 +123,17 @@ def test_five_channels_are_averaged() -> None:
 )
 def test_other_formats_are_what_soundfile_decodes(kind: str, subtype: str | None, tmp_path: Path) -> None:
     data = encode(noise(20011), kind, subtype)
-    path = tmp_path / "recording with no telling name"
+    path = tmp_path / "recording without a suffix"
     path.write_bytes(data)
-    # soundfile seeks between its reads, after which the decoder's synthesis starts anew and rounds otherwise.
+    # soundfile seeks between its reads. After a seek the decoder starts its synthesis again, and rounds
+    # differently.
     tolerance = 8 * np.finfo(np.float32).eps if kind == "MP3" else 0.0
     stereo = encode(noise(20011, 2), kind, subtype)
     for got, expected in (
-        (load(data), theirs(data)),
-        (load(path), theirs(data)),
-        (load(stereo), theirs(stereo).mean(axis=1)),
-        (load(stereo, channel=1), theirs(stereo)[:, 1]),
+        (load(data), by_soundfile(data)),
+        (load(path), by_soundfile(data)),
+        (load(stereo), by_soundfile(stereo).mean(axis=1)),
+        (load(stereo, channel=1), by_soundfile(stereo)[:, 1]),
     ):
         assert got.shape == expected.shape
         assert np.abs(got - expected).max() <= tolerance
@@ -140,11 +141,11 @@ def test_other_formats_are_what_soundfile_decodes(kind: str, subtype: str | None
 
 def test_opus_and_rates_are_resampled() -> None:
     data = encode(noise(48000), "OGG", "OPUS", rate=48000)
-    expected = audio.resample(theirs(data), from_hz=48000, to_hz=16000)
+    expected = audio.resample(by_soundfile(data), from_hz=48000, to_hz=16000)
     assert np.array_equal(load(data), expected)
     data = encode(noise(44100), rate=44100)
-    assert np.array_equal(load(data), audio.resample(theirs(data), from_hz=44100, to_hz=16000))
-    assert np.array_equal(load(data, sample_rate=44100), theirs(data))
+    assert np.array_equal(load(data), audio.resample(by_soundfile(data), from_hz=44100, to_hz=16000))
+    assert np.array_equal(load(data, sample_rate=44100), by_soundfile(data))
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
@@ -270,7 +271,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 
 def test_segments_are_complete() -> None:
     segment = Segment(noise(16000), start_s=0.5)
-    with pytest.raises(ValueError, match="must be left out: the Segment has its own"):
+    with pytest.raises(ValueError, match="must be left out: the Segment has them"):
         load(segment, start_s=0.1)
     with pytest.raises(ValueError, match="must not be a Segment itself"):
         Segment(segment)

@@ -156,3 +156,20 @@ def test_blocks_of_recordings_come_in_order_of_size(
     assert_as_exact(tiny.encode_audio(clips), together, truth)
     assert len(sizes) > 3
     assert sum(sizes) == 9
+
+
+def test_waveforms_out_of_scale_are_refused_as_by_load(tiny: CLSP) -> None:
+    good = noise(0.5)
+    for loud in (good * 32768, (good * 32768).astype(np.float64), torch.from_numpy(good * 32768)):
+        with pytest.raises(AudioError, match="rescale it") as caught:
+            tiny.encode_audio([good, loud])
+        assert caught.value.reason.value == "amplitude"
+        errors: dict[int, AudioError] = {}
+        embeddings = tiny.encode_audio([loud, good], errors=errors)
+        assert list(errors) == [0]
+        assert errors[0].reason.value == "amplitude"
+        assert embeddings[0].isnan().all()
+        assert torch.allclose(embeddings[1], tiny.encode_audio([good])[0], atol=1e-5)
+        with pytest.raises(AudioError) as caught:
+            tiny.encode_audio([Segment(loud)])
+        assert caught.value.reason.value == "amplitude"

@@ -1,4 +1,4 @@
-"""What holds for every command: progress of long jobs, readers that go away, options beside torchrun's."""
+"""All commands: progress of long jobs, readers that go away, full disks, options under torchrun."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clsp_fast.console import Progress
 from clsp_fast.data import __main__ as data_command
 from clsp_fast.training import corpus
 
-# Every command, down to its subcommands, as words after `python -m`.
+# Every command with its subcommands, as words after `python -m`.
 COMMANDS = (
     "clsp_fast.convert reference",
     "clsp_fast.data validate",
@@ -36,7 +36,15 @@ COMMANDS = (
 )
 
 
-def test_in_a_file_it_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def main_of(module: str) -> Callable[..., object]:
+    """The function that `python -m` calls for a module or package."""
+    imported = importlib.import_module(module)
+    if hasattr(imported, "__path__"):
+        imported = importlib.import_module(f"{module}.__main__")
+    return imported.main  # type: ignore[no-any-return]
+
+
+def test_in_a_file_progress_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(5, "recordings")
     for _ in range(4):
         progress.add(1)
@@ -79,27 +87,27 @@ def test_encoding_shows_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> N
     assert text.splitlines()[-1].startswith("encoded 40 of 40 clips, ")
 
 
-def test_on_a_terminal_it_stays_one_line(
+def test_on_a_terminal_progress_stays_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     progress = Progress(2, "recordings")
     progress.add(1)
     progress.add(1)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert told.endswith("\n")
-    assert "\r2 of 2 recordings" in told
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert output.endswith("\n")
+    assert "\r2 of 2 recordings" in output
 
 
-def test_without_a_total_and_when_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_total_and_when_silent(capsys: pytest.CaptureFixture[str]) -> None:
     Progress(None, "lines").add(3)
     assert capsys.readouterr().err.startswith("3 lines, ")
     Progress(3, "lines", active=False).add(3)
     assert capsys.readouterr().err == ""
 
 
-# Runs each command in a process whose standard output nobody reads any more; the modules are imported once.
+# Runs each command in a process whose standard output nobody reads. The modules are imported only once.
 FORKS = """
 import importlib, os, sys
 for module, words in {commands}:
@@ -120,7 +128,8 @@ for module, words in {commands}:
 
 @pytest.mark.multiproc
 def test_a_reader_that_goes_away_ends_every_command_quietly() -> None:
-    commands = [(command.split()[0], ["--help"]) for command in COMMANDS]
+    modules = [command.split()[0] for command in COMMANDS]
+    commands = [(main_of(module).__module__, ["--help"]) for module in modules]
     commands += [("bench.plot", ["--help"]), ("bench.run", ["--list"])]
     code = FORKS.format(commands=commands)
     root = Path(__file__).parent.parent
@@ -138,7 +147,7 @@ def test_the_shell_sees_a_quiet_end() -> None:
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize("ends", ["print('x' * 2**20)", "print('x'); sys.exit(0)", "print('x'); caught()"])
-def test_whatever_write_fails_ends_quietly(ends: str) -> None:
+def test_any_write_that_fails_ends_quietly(ends: str) -> None:
     code = f"""
 import sys
 from clsp_fast import console
@@ -179,7 +188,7 @@ WARNING = "a library's warning, "
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize(
-    ("code", "streams", "returned", "told"),
+    ("code", "streams", "returned", "errors"),
     [
         ("print('x')", "> /dev/full", 1, f"{PROGRESS}{WARNING}{FULL}\n"),
         ("print('x' * 2**20)", "> /dev/full", 1, f"{PROGRESS}{FULL}\n"),
@@ -190,7 +199,7 @@ WARNING = "a library's warning, "
         ("print('x', file=sys.stderr)", "<&- >&- 2>&-", 0, ""),
     ],
 )
-def test_full_and_closed_streams(tmp_path: Path, code: str, streams: str, returned: int, told: str) -> None:
+def test_full_and_closed_streams(tmp_path: Path, code: str, streams: str, returned: int, errors: str) -> None:
     (tmp_path / "script.py").write_text(PRINTS.format(code=code))
     root = str(Path(__file__).parent.parent)
     done = subprocess.run(
@@ -201,9 +210,9 @@ def test_full_and_closed_streams(tmp_path: Path, code: str, streams: str, return
         text=True,
         check=False,
     )
-    assert re.fullmatch(told, done.stderr), done.stderr
+    assert re.fullmatch(errors, done.stderr), done.stderr
     assert done.returncode == returned
-    if WARNING in told or not told:  # the command went on to its end
+    if WARNING in errors or not errors:  # the command ran to its end
         assert (tmp_path / "done").read_text() == "done"
 
 
@@ -249,7 +258,7 @@ def test_score_refuses_a_stream_that_is_closed(monkeypatch: pytest.MonkeyPatch) 
                 score.main([*words, "--model", "none"])
 
 
-def test_a_broken_pipe_of_something_else_is_not_hidden() -> None:
+def test_another_broken_pipe_is_not_hidden() -> None:
     @console.command
     def main(arguments: object = None) -> None:
         raise BrokenPipeError("a worker")
@@ -275,10 +284,10 @@ def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     """Every option string of a command, in both spellings."""
     module, *words = command.split()
     with pytest.raises(SystemExit):
-        importlib.import_module(module).main([*words, "--help"])
+        main_of(module)([*words, "--help"])
     text = capsys.readouterr().out.replace("python -m", "python")
-    found = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w.-]*", text))
-    return found | {"--" + option[2:].replace("-", "_") for option in found if option.startswith("--")}
+    options = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w.-]*", text))
+    return options | {"--" + option[2:].replace("-", "_") for option in options if option.startswith("--")}
 
 
 def torchruns_options() -> set[str]:
@@ -289,17 +298,17 @@ def torchruns_options() -> set[str]:
 def test_no_option_is_an_abbreviation_of_torchruns(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """argparse looks at all words of the command line, the script's too, before it gives the script its
-    own; it refuses a word with which several of its options begin."""
+    """torchrun's argparse checks all words of the command line, also those for the script, and refuses a word
+    with which several of torchrun's options begin."""
     monkeypatch.setenv("COLUMNS", "200")
-    ours, theirs = options_of(command, capsys), torchruns_options()
-    assert len(ours) > 1
-    assert len(theirs) > 40
-    ours -= {"-h", "--help"}  # the same word in full, which is never ambiguous
-    assert not {(own, other) for own in ours for other in theirs if other.startswith(own)}
+    options, torchruns = options_of(command, capsys), torchruns_options()
+    assert len(options) > 1
+    assert len(torchruns) > 40
+    options -= {"-h", "--help"}  # torchrun has the same words, and a complete word is never ambiguous
+    assert not {(option, other) for option in options for other in torchruns if other.startswith(option)}
 
 
-def test_the_old_spelling_is_what_torchrun_takes_for_its_own() -> None:
+def test_torchrun_would_take_the_old_spelling_for_an_option_of_torchrun() -> None:
     assert {name for name in torchruns_options() if name.startswith("--run")} == {"--run-path", "--run_path"}
 
 
@@ -308,15 +317,16 @@ def test_torchrun_hands_on_every_option_in_any_order(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    ours = sorted(options_of(command, capsys))
+    all_options = sorted(options_of(command, capsys))
     module, *words = command.split()
     spellings: tuple[Callable[[str], list[str]], ...] = (lambda x: [x, "y"], lambda x: [f"{x}=y"])
-    for options, spell in itertools.product((ours, ours[::-1], ours[1::2] + ours[::2]), spellings):
+    orders = (all_options, all_options[::-1], all_options[1::2] + all_options[::2])
+    for options, spell in itertools.product(orders, spellings):
         script = [*words, *(word for option in options for word in spell(option))]
         for launch in (["--nproc-per-node", "2", "-m"], ["--standalone", "--nproc_per_node=2", "--module"]):
-            found: Any = get_args_parser().parse_args([*launch, module, *script])
-            assert (found.training_script, found.training_script_args) == (module, script)
-            assert found.run_path is False
+            parsed: Any = get_args_parser().parse_args([*launch, module, *script])
+            assert (parsed.training_script, parsed.training_script_args) == (module, script)
+            assert parsed.run_path is False
 
 
 def test_the_runs_folder_has_two_spellings(capsys: pytest.CaptureFixture[str]) -> None:

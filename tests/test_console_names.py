@@ -25,13 +25,13 @@ class Ascii(io.TextIOWrapper):
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), "ascii", "strict")
 
-    def told(self) -> str:
+    def text(self) -> str:
         self.flush()
         return self.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
 
 
 def ascii_streams(monkeypatch: pytest.MonkeyPatch) -> tuple[Ascii, Ascii]:
-    """Takes the place of standard output and standard error, where pytest has put its own."""
+    """Replaces standard output and standard error, which pytest has already replaced."""
     out, err = Ascii(), Ascii()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -42,7 +42,7 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     streams = ascii_streams(monkeypatch)
     console.robust_streams()
     print(NAME)
-    assert streams[0].told() == "caf\\udce9 d\\xe9j\\xe0 \\u58f0.wav\n"
+    assert streams[0].text() == "caf\\udce9 d\\xe9j\\xe0 \\u58f0.wav\n"
     lenient = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape")
     for stream in (lenient, io.StringIO(), None):
         monkeypatch.setattr(sys, "stdout", stream)
@@ -72,7 +72,7 @@ def test_only_what_would_fail_is_changed(
     print(NAME)
 
 
-def test_no_command_dies_of_a_name(
+def test_no_command_fails_because_of_a_name(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (clip,) = make_clips(tmp_path / "clips", 1)
@@ -105,10 +105,10 @@ def test_no_command_dies_of_a_name(
             assert isinstance(stop.code, str) if code is None else stop.code == code, (words, stop.code)  # noqa: PT017
         else:
             assert code == 0, words
-    told = "".join(stream.told() for stream in streams)
-    assert "caf\\udce9 d\\xe9j\\xe0 \\u58f0.wav" in told
-    assert "text: Une voix d\\xe9j\\xe0" in told
-    for line in streams[0].told().splitlines():
+    printed = "".join(stream.text() for stream in streams)
+    assert "caf\\udce9 d\\xe9j\\xe0 \\u58f0.wav" in printed
+    assert "text: Une voix d\\xe9j\\xe0" in printed
+    for line in streams[0].text().splitlines():
         if line.startswith("{"):
             json.loads(line)
 
@@ -127,7 +127,7 @@ def test_find_into_embed_under_an_ascii_locale(
     assert done.returncode == 0, done.stderr
     index = (tmp_path / "out/index.jsonl").read_text("ascii").splitlines()
     assert os.fsencode(json.loads(index[1])["audio"]) == os.fsencode(f"clips/{NAME}")
-    # An index that was made where names are UTF-8 has letters that ASCII lacks.
+    # An index made in a UTF-8 locale has letters that ASCII lacks.
     embed.main([str(tmp_path / "clips"), str(tmp_path / "other"), "--model", str(model_folder)])
     words = [sys.executable, "-m", "clsp_fast.search", "other", "--text", "x", "--model", str(model_folder)]
     environment = os.environ | ascii_alone | {"PYTHONIOENCODING": ""}

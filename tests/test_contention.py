@@ -1,4 +1,4 @@
-"""Shorter waits while other processes want the CPUs: when, for whom, and that they are shorter."""
+"""Shorter waits while other processes want the CPUs: when they are chosen, and that they are shorter."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from clsp_fast.config import TRAIN_PRESETS, DataConfig
 from clsp_fast.contention import CONTENDED, PERIOD_S, Usage, Watch
 from clsp_fast.model import CLSP
 
-Looks = Callable[[float, float], int]
+Observe = Callable[[float, float], int]
 QUIET, BUSY = 0.5 * CONTENDED, 2 * CONTENDED
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
-    """Looks after a period in which others used so many CPUs and threads here waited for so many; returns
-    the number of spare teams then."""
+def observe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Observe]:
+    """A function that adapts the waits after a period in which other processes used `others` CPUs and threads
+    of this process waited for `waited` CPUs. It returns the number of spare teams."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -37,42 +37,44 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
     now = [0.0, 0.0, 0.0]  # time, others' CPU time, waited
     watch = Watch(lambda: Usage(now[1], {"1": now[2]}), lambda: now[0])
 
-    def look(others: float, waited: float) -> int:
+    def observe(others: float, waited: float) -> int:
         for i, rate in enumerate((1.0, others, waited)):
             now[i] += PERIOD_S * rate
-        watch.look()
+        watch.adapt_waits()
         return watch.spare
 
-    look(BUSY, BUSY)  # the first look has nothing to compare with
-    yield look
-    look(0.0, 0.0)
+    observe(BUSY, BUSY)  # the first call has nothing to compare with
+    yield observe
+    observe(0.0, 0.0)
 
 
-def test_waits_are_short_while_others_take_cpus_from_us(looks: Looks) -> None:
+def test_waits_are_short_while_others_take_cpus_from_this_process(observe: Observe) -> None:
     before = threading.active_count()
-    assert [looks(BUSY, BUSY), looks(BUSY, BUSY)] == [1, 1]
+    assert [observe(BUSY, BUSY), observe(BUSY, BUSY)] == [1, 1]
     assert threading.active_count() == before + 1
-    assert looks(QUIET, QUIET) == 0
+    assert observe(QUIET, QUIET) == 0
     assert threading.active_count() == before
-    assert looks(BUSY, BUSY) == 1
+    assert observe(BUSY, BUSY) == 1
 
 
 @pytest.mark.parametrize(("others", "waited"), [(QUIET, BUSY), (BUSY, QUIET)])
-def test_own_threads_and_idle_cpus_are_no_contention(looks: Looks, others: float, waited: float) -> None:
-    assert looks(others, waited) == 0
-    looks(BUSY, BUSY)
-    assert looks(others, waited) == 0
+def test_threads_of_this_process_and_idle_cpus_are_no_contention(
+    observe: Observe, others: float, waited: float
+) -> None:
+    assert observe(others, waited) == 0
+    observe(BUSY, BUSY)
+    assert observe(others, waited) == 0
 
 
 @pytest.mark.parametrize("setting", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_what_the_user_set_stays(looks: Looks, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+def test_what_the_user_set_stays(observe: Observe, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     monkeypatch.setenv(setting, "active")
-    assert looks(BUSY, BUSY) == 0
+    assert observe(BUSY, BUSY) == 0
 
 
-def test_lone_threads_wait_for_nobody(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lone_threads_wait_for_nobody(observe: Observe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert looks(BUSY, BUSY) == 0
+    assert observe(BUSY, BUSY) == 0
 
 
 @pytest.mark.parametrize(("threads", "cpus"), [(2, 2), (3, 2), (2, 16), (8, 16), (16, 16), (16, 8)])
@@ -87,24 +89,24 @@ def test_threads_that_come_and_go_are_not_counted() -> None:
     seconds = iter([0.0, 1.0, 2.0])
     usages = iter([Usage(0.0, {"1": 0.0, "2": 50.0}), Usage(9.0, {"1": 0.0, "3": 50.0})])
     watch = Watch(lambda: next(usages), lambda: next(seconds))
-    watch.look()
-    watch.look()
+    watch.adapt_waits()
+    watch.adapt_waits()
     assert watch.spare == 0
 
 
-def test_a_system_that_does_not_tell_is_left_as_it_is() -> None:
+def test_without_counts_of_the_system_nothing_changes() -> None:
     def unknown() -> Usage:
         raise FileNotFoundError("/proc/stat")
 
     seconds = iter([0.0, 1.0, 2.0])
     watch = Watch(unknown, lambda: next(seconds))
-    watch.look()
-    watch.look()
+    watch.adapt_waits()
+    watch.adapt_waits()
     assert watch.spare == 0
 
 
 def stat(folder: Path, text: str) -> Path:
-    """A folder like /proc with that file, for a process without threads."""
+    """A folder like /proc with this content of `stat`, for a process without threads."""
     (folder / "self/task").mkdir(parents=True)
     (folder / "stat").write_text(text)
     return folder
@@ -141,16 +143,16 @@ def test_counts_that_are_missing_change_nothing(
         contention.usage(proc)
     seconds = iter([0.0, 1.0, 2.0])
     watch = Watch(lambda: contention.usage(proc), lambda: next(seconds))
-    watch.look()
-    watch.look()
+    watch.adapt_waits()
+    watch.adapt_waits()
     assert watch.spare == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
-def test_a_system_without_room_for_threads_is_asked_once(
-    looks: Looks, monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_a_system_that_allows_no_more_threads_is_asked_once(
+    observe: Observe, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """The run goes on, and teams that did start are let go."""
+    """The run goes on, and the teams that did start are ended."""
     monkeypatch.setattr(contention, "_cpus", lambda: set(range(8)))
     before, asked, start = threading.active_count(), [], threading.Thread.start
 
@@ -161,9 +163,9 @@ def test_a_system_without_room_for_threads_is_asked_once(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", second_fails)
-    assert looks(BUSY, BUSY) == 0
+    assert observe(BUSY, BUSY) == 0
     assert threading.active_count() == before
-    assert looks(BUSY, BUSY) == 0
+    assert observe(BUSY, BUSY) == 0
     assert len(asked) == 2
 
 
@@ -174,7 +176,7 @@ def test_usage_counts_others_and_not_us() -> None:
         pass
     after, elapsed_s = contention.usage(), time.perf_counter() - started
     assert str(threading.get_native_id()) in after.waited_s
-    # What the kernel sampled differs from what it counted by some ticks.
+    # The kernel samples one of these times and counts the other; they differ by some ticks.
     assert -0.1 < after.others_s - before.others_s < os.cpu_count() * elapsed_s  # type: ignore[operator]
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
@@ -186,21 +188,21 @@ def test_usage_counts_others_and_not_us() -> None:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry for each time that somebody looked."""
-    found: list[str] = []
-    monkeypatch.setattr(contention, "look", lambda: found.append("look"))
-    return found
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each call of `adapt_waits`."""
+    calls: list[str] = []
+    monkeypatch.setattr(contention, "adapt_waits", lambda: calls.append("adapt_waits"))
+    return calls
 
 
-def test_encoding_looks_after_every_batch(tiny: CLSP, seen: list[str]) -> None:
+def test_encoding_adapts_waits_after_every_batch(tiny: CLSP, calls: list[str]) -> None:
     tiny.encode_audio([np.ones(16000, np.float32)] * 5, batch_seconds=2.0)
-    assert len(seen) == 3
+    assert len(calls) == 3
     tiny.encode_text(["She whispers."] * 5, batch_size=2)
-    assert len(seen) == 6
+    assert len(calls) == 6
 
 
-def test_training_looks_at_every_step(seen: list[str], tmp_path: Path) -> None:
+def test_training_adapts_waits_at_every_step(calls: list[str], tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal(8000) * 0.1
     soundfile.write(tmp_path / "a.wav", noise, 16000)
     rows = [{"id": f"c{i}", "audio": "a.wav", "captions": ["She whispers."]} for i in range(4)]
@@ -209,7 +211,7 @@ def test_training_looks_at_every_step(seen: list[str], tmp_path: Path) -> None:
     data = DataConfig(manifest=manifest, batch_clips=2, buckets=1)
     config = replace(TRAIN_PRESETS["tiny"], run=tmp_path / "run", data=data, device="cpu")
     train.train(replace(config, stage1_steps=3, stage2_steps=0))
-    assert len(seen) == 3
+    assert len(calls) == 3
 
 
 SPINNING = """
@@ -231,12 +233,12 @@ share = 1.0
 spun_s()
 long = spun_s()
 for now[0] in (1.0, 2.0):
-    watch.look()
-time.sleep(0.1)  # its threads have gone to sleep
+    watch.adapt_waits()
+time.sleep(0.1)  # the threads of the working team go to sleep
 short = spun_s()
 share = 0.0
 now[0] = 9.0
-watch.look()
+watch.adapt_waits()
 print(long, short, spun_s(), watch.spare, len(open("/proc/self/maps").read().split("libgomp")) > 1)
 """
 
@@ -250,12 +252,12 @@ def test_threads_of_a_spare_team_end_the_spinning() -> None:
     code = f"import os; os.sched_setaffinity(0, {cpus})\n" + SPINNING
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
-    long, short, again, spare, is_libgomp = done.stdout.split()
+    long, short, long_again, spare, is_libgomp = done.stdout.split()
     assert spare == "0"
     if is_libgomp == "False":
         pytest.skip("torch has another OpenMP here")
     assert float(short) < 0.5 * float(long)
-    assert float(again) > 2 * float(short)
+    assert float(long_again) > 2 * float(short)
 
 
 ENDING = """
@@ -265,13 +267,13 @@ from clsp_fast.contention import Usage, Watch
 now = [0.0]
 watch = Watch(lambda: Usage(now[0], {"thread": now[0]}), lambda: now[0])
 for now[0] in (1.0, 2.0):
-    watch.look()
+    watch.adapt_waits()
 print(watch.spare)
 """
 
 
-def ended(code: str) -> subprocess.CompletedProcess[str]:
-    """A process in which spare teams have just been started."""
+def run_to_its_end(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process in which spare teams have just been started."""
     settings = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {name: value for name, value in os.environ.items() if name not in settings}
     environment["OMP_NUM_THREADS"] = "2"
@@ -282,13 +284,13 @@ def ended(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("code", "status"), [("", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
 def test_a_process_may_end_while_spare_teams_start(code: str, status: int) -> None:
     for _ in range(3):
-        done = ended(code)
+        done = run_to_its_end(code)
         assert done.stdout == "1\n"
         assert done.returncode == status, done.stderr
         assert "terminate" not in done.stderr
 
 
 def test_a_closed_watch_starts_no_more() -> None:
-    assert ended(
-        "watch.close(); print(watch.spare); now[0] = 3.0; watch.look(); print(watch.spare)"
+    assert run_to_its_end(
+        "watch.close(); print(watch.spare); now[0] = 3.0; watch.adapt_waits(); print(watch.spare)"
     ).stdout == ("1\n0\n0\n")

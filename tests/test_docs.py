@@ -273,7 +273,7 @@ def test_every_command_runs_as_it_stands(
     assert set(shell.ran) >= {*chain(*README.lists), *README.inline}
     assert len(shell.ran) > 18
 
-    steps = [record["step"] for record in log.read(Path("runs/b/log.jsonl")) if record["kind"] == "train"]
+    steps = [record["step"] for record in log.read_log(Path("runs/b/log.jsonl")) if record["kind"] == "train"]
     assert steps == [2]
     for model in ("runs/demo/model", "runs/b/model", "model", "start"):
         assert CLSP.from_pretrained(model).tokenizer is not None

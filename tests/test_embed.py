@@ -29,7 +29,7 @@ from clsp_fast.embed import EmbedConfig, embed
 from clsp_fast.model import CLSP
 from clsp_fast.storage import embedding_folder
 from clsp_fast.storage.embedding_folder import Embeddings
-from clsp_fast.storage.files import FolderInUse, exclusive
+from clsp_fast.storage.files import FolderInUse, lock_folder
 from clsp_fast.storage.ranks import Ranks
 
 MakeClips = Callable[[Path, int], list[Path]]
@@ -205,7 +205,7 @@ def test_one_process_at_a_time_has_a_folder(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips
 ) -> None:
     make_clips(tmp_path / "clips", 1)
-    with exclusive(tmp_path / "out"), pytest.raises(FolderInUse, match="in use by another process"):
+    with lock_folder(tmp_path / "out"), pytest.raises(FolderInUse, match="in use by another process"):
         run(tmp_path / "clips", tmp_path / "out", model_folder)
 
 

@@ -1,4 +1,4 @@
-"""The features against a float64 reference, lhotse and their own promises."""
+"""The features: compared with the float64 reference and lhotse, for all inputs, batches and threads."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def linear_error(values: Wave, truth: NDArray[np.float64]) -> float:
     return float(error.max(initial=0))
 
 
-# Of an energy, as a share of its frame's peak: a power is the square of a transform of log2(512) stages, of
-# samples from some 10 operations, and a logarithm of up to 16 is rounded once.
+# Bound for the error of an energy, relative to the peak of its frame. A power is the square of a transform
+# with log2(512) stages of samples that took some 10 operations; a logarithm of up to 16 is rounded once.
 ENERGY_ROUNDING = (2 * (9 + 10) + 16 / 2) * eps(np.float32)
 
 
@@ -111,10 +111,11 @@ def test_reference_is_the_plain_formula() -> None:
     angles = 2 * np.pi * np.outer(np.arange(257), np.arange(400)) / 512
     power = (np.cos(angles) @ z) ** 2 + (np.sin(angles) @ z) ** 2
     energy = power @ np.load(GOLDEN / "mel_matrix.npy").astype(np.float64)
-    found = reference(x.astype(np.float32))[7]
+    values = reference(x.astype(np.float32))[7]
     expected = np.log(np.maximum(energy, 2.0**-23))
-    # The tables of the reference are rounded to float32, and so are its samples: relative to the energy.
-    assert np.abs(np.exp(found) - np.exp(expected)).max() <= ENERGY_ROUNDING * energy.max()
+    # The tables and samples of the reference are rounded to float32, which bounds the error relative to the
+    # energy.
+    assert np.abs(np.exp(values) - np.exp(expected)).max() <= ENERGY_ROUNDING * energy.max()
 
 
 def rms(error: NDArray[np.float64]) -> float:
@@ -126,15 +127,15 @@ def rms(error: NDArray[np.float64]) -> float:
 def test_error_on_speech(name: str, isa: str, lhotse_fbank: Any) -> None:
     waves = [np.ascontiguousarray(change(speech(name)), np.float32) for change in VARIANTS.values()]
     truths = [reference(x) for x in waves]
-    theirs = [lhotse_fbank.extract(x, 16000) - truth for x, truth in zip(waves, truths, strict=True)]
-    # The largest error of one recording is a draw, so it is held against the largest over all variants.
-    largest = max(np.abs(error).max() for error in theirs)
+    lhotse_errors = [lhotse_fbank.extract(x, 16000) - truth for x, truth in zip(waves, truths, strict=True)]
+    # The largest error of one recording is random, so it is compared with the largest over all variants.
+    largest = max(np.abs(error).max() for error in lhotse_errors)
     rounding = FEW * 16 * eps(np.float32)  # of logarithms of up to 16
-    for variant, x, truth, their in zip(VARIANTS, waves, truths, theirs, strict=True):
+    for variant, x, truth, lhotse_error in zip(VARIANTS, waves, truths, lhotse_errors, strict=True):
         values = fbank([x], isa)[0]
         assert linear_error(values, truth) <= ENERGY_ROUNDING, variant
         assert np.abs(values - truth).max() <= 2 * largest + rounding, variant
-        assert rms(values - truth) <= 2 * rms(their) + rounding, variant
+        assert rms(values - truth) <= 2 * rms(lhotse_error) + rounding, variant
 
 
 @pytest.mark.parametrize("isa", _C.instruction_sets())
@@ -157,12 +158,12 @@ def test_every_length_and_both_tails(isa: str) -> None:
 
 
 def test_zero_tail_is_the_recipes_padded_batch(lhotse_fbank: Any) -> None:
-    """Clips that end within a window of the longest one see its mirrored end, like any padded batch."""
+    """As in any padded batch, frames at the end of a clip that is nearly the longest see the mirrored end."""
     lengths = [16000, 15999, 15950, 15901, 15880, 15800, 9000, 400]
     waves = [noise(n, n) for n in lengths]
-    theirs = lhotse_fbank.extract_batch([torch.from_numpy(w) for w in waves], 16000)
+    lhotse_values = lhotse_fbank.extract_batch([torch.from_numpy(w) for w in waves], 16000)
     got = extract(waves, config=ZERO_TAIL)
-    for values, length, expected in zip(got.values, got.lengths, theirs, strict=True):
+    for values, length, expected in zip(got.values, got.lengths, lhotse_values, strict=True):
         assert linear_error(values[:length].numpy(), expected.double().numpy()) <= ENERGY_ROUNDING
     assert not torch.allclose(got.values[2], extract(waves).values[2])
 
@@ -174,7 +175,7 @@ def test_one_clip_is_the_same_alone_and_in_any_batch(tail: Any) -> None:
     batch = extract(waves, config=config, num_threads=2)
     assert torch.equal(batch.values, extract(waves, config=config, num_threads=1).values)
     for wave, values, length in zip(waves, batch.values, batch.lengths, strict=True):
-        if tail == "zero":  # what is added to make the padded length the same changes no other bit
+        if tail == "zero":  # padded to the same length; this changes no other bit
             alone = torch.from_numpy(fbank([wave], padded=160000)[0])
         else:
             alone = extract(wave).values[0]
@@ -185,7 +186,7 @@ def test_one_clip_is_the_same_alone_and_in_any_batch(tail: Any) -> None:
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(80, 6000), min_size=1, max_size=9), threads=st.integers(2, 5))
 def test_threads_do_not_change_a_bit(lengths: list[int], threads: int) -> None:
-    # The long one makes the batch worth more than a thread.
+    # With a long clip, the batch is large enough for several threads.
     lengths = [*lengths, 320000]
     waves = [noise(n, n) for n in lengths]
     one, many = extract(waves, num_threads=1), extract(waves, num_threads=threads)
@@ -208,7 +209,7 @@ def test_silence_and_padding_stay_distinguishable() -> None:
 
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_sample_poisons_exactly_the_frames_that_cover_it(isa: str, bad: float) -> None:
+def test_exactly_the_frames_that_cover_a_bad_sample_are_nan(isa: str, bad: float) -> None:
     clean = noise(16000)
     for position in (0, 119, 120, 3319, 3320, 3399, 3400, 3479, 3480, 15999):
         x = clean.copy()
@@ -286,7 +287,7 @@ def test_too_short_is_named() -> None:
     assert caught.value.reason is AudioErrorReason.TOO_SHORT
 
 
-def test_what_is_too_short_is_named_by_its_label_not_its_content() -> None:
+def test_an_error_shows_the_label_and_not_the_bytes() -> None:
     file = io.BytesIO()
     soundfile.write(file, np.zeros(40), 16000, format="WAV")
     limits = AudioLimits(min_s=0)
@@ -352,7 +353,7 @@ def test_zero_tail_of_files_uses_the_longest_good_one(tmp_path: Path) -> None:
     assert torch.equal(got.values, extract(waves, config=ZERO_TAIL).values)
 
 
-# numpy throughout: the OpenMP team of torch itself does not survive a fork.
+# Only numpy, because the OpenMP team of torch does not survive a fork.
 FORKED = """
 import os, sys, numpy as np
 from clsp_fast import audio, features
@@ -375,7 +376,7 @@ def test_works_after_fork() -> None:
 
 
 def test_the_identity_changes_with_the_settings() -> None:
-    own = features.identity()
-    assert len(own) == 64
-    assert own == features.identity(features.FbankConfig())
-    assert own != features.identity(features.FbankConfig(tail="zero"))
+    default = features.identity()
+    assert len(default) == 64
+    assert default == features.identity(features.FbankConfig())
+    assert default != features.identity(features.FbankConfig(tail="zero"))

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 
     from clsp_fast.lhotse import ClspFbank, ClspFbankConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lhotse's own, of its imports and of torch
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of lhotse, its imports and torch
 SAMPLES = (24000, 16001, 24079, 5000)
 
 
@@ -38,31 +38,32 @@ def voice(samples: int, seed: int = 0) -> np.ndarray:
     return wave.astype(np.float32)
 
 
-def theirs() -> Any:
+def lhotse_fbank() -> Any:
     return Fbank(lhotse.FbankConfig(num_mel_bins=128))
 
 
 @pytest.fixture
 def cuts(tmp_path: Path) -> Any:
     """A CutSet of generated recordings of different lengths, each with its transcript."""
-    found = []
+    cuts_of_recordings = []
     for i, samples in enumerate(SAMPLES):
         path = tmp_path / f"{i}.wav"
         soundfile.write(path, voice(samples, i), 16000, subtype="FLOAT")
         recording = Recording.from_file(path)
         text = SupervisionSegment(f"s{i}", recording.id, 0.0, recording.duration, text=f"text {i}")
-        found.append(MonoCut(f"c{i}", 0.0, recording.duration, 0, recording=recording, supervisions=[text]))
-    return CutSet.from_cuts(found)
+        cut = MonoCut(f"c{i}", 0.0, recording.duration, 0, recording=recording, supervisions=[text])
+        cuts_of_recordings.append(cut)
+    return CutSet.from_cuts(cuts_of_recordings)
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Two float32 implementations of one definition; the float64 tests are those of `features`."""
-    assert type(ours) is type(theirs)
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype
-    energies = [np.exp(np.asarray(x, np.float64)) for x in (ours, theirs)]
+def assert_same(got: Any, expected: Any) -> None:
+    """Compares two float32 implementations. test_features.py compares got with float64."""
+    assert type(got) is type(expected)
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    energies = [np.exp(np.asarray(x, np.float64)) for x in (got, expected)]
     difference = np.abs(energies[0] - energies[1]) / energies[1].max(axis=-1, keepdims=True)
-    # Of an energy, as a share of its frame's peak; see test_features.py. Twice, because both sides round.
+    # Twice the bound of ENERGY_ROUNDING in test_features.py, because both sides round.
     assert difference.max() < 2 * (2 * (9 + 10) + 16 / 2) * np.finfo(np.float32).eps
 
 
@@ -70,7 +71,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
 def test_a_clip_has_the_values_and_the_type_of_lhotses_fbank(shape: tuple[int, ...], kind: Any) -> None:
     wave = kind(voice(12345).reshape(shape))
-    assert_same(ClspFbank().extract(wave, 16000), theirs().extract(wave, 16000))
+    assert_same(ClspFbank().extract(wave, 16000), lhotse_fbank().extract(wave, 16000))
 
 
 def as_list(kind: Any) -> list[Any]:
@@ -93,13 +94,13 @@ BATCHES = {
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_batch_has_the_values_and_the_form_of_lhotses_fbank(name: str) -> None:
-    ours, expected = (x.extract_batch(BATCHES[name], 16000) for x in (ClspFbank(), theirs()))
+    got, expected = (x.extract_batch(BATCHES[name], 16000) for x in (ClspFbank(), lhotse_fbank()))
     if isinstance(expected, list):
-        assert isinstance(ours, list)
-        for a, b in zip(ours, expected, strict=True):
+        assert isinstance(got, list)
+        for a, b in zip(got, expected, strict=True):
             assert_same(a, b)
     else:
-        assert_same(ours, expected)
+        assert_same(got, expected)
 
 
 @pytest.mark.parametrize("padded", [24079, 30000])
@@ -108,8 +109,8 @@ def test_a_padded_batch_with_lengths_has_the_values_of_lhotses_fbank(padded: int
     for row, clip in zip(batch, as_list(torch.from_numpy), strict=True):
         row[: len(clip)] = clip
     lengths = torch.tensor(SAMPLES)
-    ours, expected = (x.extract_batch(batch, 16000, lengths=lengths) for x in (ClspFbank(), theirs()))
-    for a, b in zip(ours, expected, strict=True):
+    got, expected = (x.extract_batch(batch, 16000, lengths=lengths) for x in (ClspFbank(), lhotse_fbank()))
+    for a, b in zip(got, expected, strict=True):
         assert_same(a, b)
 
 
@@ -128,22 +129,22 @@ def test_reflection_makes_clips_independent_of_their_batch() -> None:
 
 def test_a_batch_is_one_call_of_the_engine_and_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(features, "_C", Counted(calls))
-    found = ClspFbank().extract_batch([clip[None] for clip in as_list(torch.from_numpy)], 16000)
+    monkeypatch.setattr(features, "_C", Recorded(calls))
+    rows = ClspFbank().extract_batch([clip[None] for clip in as_list(torch.from_numpy)], 16000)
     assert len(calls) == 1
-    assert {row.untyped_storage().data_ptr() for row in found} == {found[0].untyped_storage().data_ptr()}
+    assert {row.untyped_storage().data_ptr() for row in rows} == {rows[0].untyped_storage().data_ptr()}
 
 
 def test_a_batch_copies_no_waveform(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(features, "_C", Counted(calls))
+    monkeypatch.setattr(features, "_C", Recorded(calls))
     clips = [torch.from_numpy(voice(4000, i))[None] for i in range(3)]
     ClspFbank().extract_batch(clips, 16000)
     assert [wave.ctypes.data for wave in calls[0]] == [clip.data_ptr() for clip in clips]
 
 
-class Counted:
-    """The extension, noting what its `fbank_batch` is given."""
+class Recorded:
+    """The extension; it records the arguments of `fbank_batch`."""
 
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
@@ -158,12 +159,13 @@ class Counted:
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_on_the_fly_features_are_those_of_the_recipe(cuts: Any, batched: bool) -> None:
-    ours, expected = (
-        OnTheFlyFeatures(extractor, use_batch_extract=batched)(cuts) for extractor in (ClspFbank(), theirs())
+    got, expected = (
+        OnTheFlyFeatures(extractor, use_batch_extract=batched)(cuts)
+        for extractor in (ClspFbank(), lhotse_fbank())
     )
-    assert_same(ours[0], expected[0])
-    assert torch.equal(ours[1], expected[1])
-    assert ours[0][3, -1, 0].item() == pytest.approx(features.PADDING_VALUE)
+    assert_same(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    assert got[0][3, -1, 0].item() == pytest.approx(features.PADDING_VALUE)
 
 
 def test_a_training_dataset_works_with_cut_mix_and_workers(cuts: Any) -> None:
@@ -175,9 +177,9 @@ def test_a_training_dataset_works_with_cut_mix_and_workers(cuts: Any) -> None:
         sampler = SimpleCutSampler(cuts, max_cuts=2, shuffle=False)
         return list(DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=2))
 
-    ours, expected = batches(ClspFbank()), batches(theirs())
-    assert len(ours) == 2
-    for a, b in zip(ours, expected, strict=True):
+    got, expected = batches(ClspFbank()), batches(lhotse_fbank())
+    assert len(got) == 2
+    for a, b in zip(got, expected, strict=True):
         assert a["supervisions"]["text"] == b["supervisions"]["text"]
         assert_same(a["inputs"], b["inputs"])
 
@@ -187,16 +189,16 @@ def stored(cuts: Any, extractor: Any, folder: Path) -> Any:
 
 
 def test_stored_features_are_read_and_mixed_like_lhotses(cuts: Any, tmp_path: Path) -> None:
-    ours, expected = (
+    got, expected = (
         stored(cuts, extractor, tmp_path / name)
-        for name, extractor in (("ours", ClspFbank()), ("theirs", theirs()))
+        for name, extractor in (("got", ClspFbank()), ("expected", lhotse_fbank()))
     )
-    ours.to_file(tmp_path / "cuts.jsonl.gz")
-    ours = CutSet.from_file(tmp_path / "cuts.jsonl.gz").to_eager()
-    assert {cut.features.type for cut in ours} == {"clsp-fbank"}
-    for a, b in zip(ours, expected, strict=True):
+    got.to_file(tmp_path / "cuts.jsonl.gz")
+    got = CutSet.from_file(tmp_path / "cuts.jsonl.gz").to_eager()
+    assert {cut.features.type for cut in got} == {"clsp-fbank"}
+    for a, b in zip(got, expected, strict=True):
         assert_same(a.load_features(), b.load_features())
-    mixed, expected_mixed = (x[0].mix(x[1], offset_other_by=0.25, snr=5) for x in (ours, expected))
+    mixed, expected_mixed = (x[0].mix(x[1], offset_other_by=0.25, snr=5) for x in (got, expected))
     assert_same(mixed.load_features(), expected_mixed.load_features())
 
 
@@ -208,26 +210,26 @@ def test_features_are_stored_in_batches_like_lhotses(cuts: Any, tmp_path: Path, 
             extractor, tmp_path / name, storage_type=lhotse.NumpyFilesWriter, **settings
         )
 
-    for a, b in zip(store(ClspFbank(), "ours"), store(theirs(), "theirs"), strict=True):
+    for a, b in zip(store(ClspFbank(), "got"), store(lhotse_fbank(), "expected"), strict=True):
         assert_same(a.load_features(), b.load_features())
 
 
 def test_a_feature_set_survives_its_file(cuts: Any, tmp_path: Path) -> None:
     manifest = FeatureSet.from_features(cut.features for cut in stored(cuts, ClspFbank(), tmp_path / "f"))
     manifest.to_file(tmp_path / "features.jsonl.gz")
-    again = FeatureSet.from_file(tmp_path / "features.jsonl.gz").to_eager()
-    assert list(again) == list(manifest)
-    for cut, row in zip(cuts, again, strict=True):
+    loaded = FeatureSet.from_file(tmp_path / "features.jsonl.gz").to_eager()
+    assert list(loaded) == list(manifest)
+    for cut, row in zip(cuts, loaded, strict=True):
         assert np.array_equal(row.load(), ClspFbank().extract(cut.load_audio(), 16000))
 
 
 def test_the_configuration_survives_yaml(tmp_path: Path) -> None:
     extractor = ClspFbank(ClspFbankConfig(tail="reflect", num_threads=2))
     extractor.to_yaml(tmp_path / "extractor.yaml")
-    again = FeatureExtractor.from_yaml(tmp_path / "extractor.yaml")
-    assert type(again) is ClspFbank
-    assert again.config == extractor.config
-    assert (again.frame_shift, again.feature_dim(16000)) == (0.01, 128)
+    loaded = FeatureExtractor.from_yaml(tmp_path / "extractor.yaml")
+    assert type(loaded) is ClspFbank
+    assert loaded.config == extractor.config
+    assert (loaded.frame_shift, loaded.feature_dim(16000)) == (0.01, 128)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_mixing_scaling_and_energy_follow_lhotses() -> None:
     assert ClspFbank.mix(a, b, 0.1).dtype == np.float32
     assert_agrees(ClspFbank.mix(a, b, 0.1), Fbank.mix(a, b, 0.1), count=8, dtype=np.float32)
     assert_agrees(ClspFbank.scale(a, 0.1), Fbank.scale(a, 0.1), count=8, dtype=np.float32)
-    # Exponentials of up to 16, and a sum over 6,400 of them.
+    # A sum of 6,400 exponentials of up to 16.
     count = 16 + 6400**0.5
     assert_agrees(ClspFbank.compute_energy(a), Fbank.compute_energy(a), count=count, dtype=np.float32)
     silence = np.full_like(a, -1000)

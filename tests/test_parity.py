@@ -1,4 +1,4 @@
-"""The parity command: a verdict on every library, and an exit code that can be relied on."""
+"""The parity command: a verdict on every library, and a reliable exit code."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import torch
 
 from clsp_fast import features, parity
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lhotse's own, of its imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of lhotse and its imports
 
 
 @pytest.fixture
 def torchaudio(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A package of that name whose filterbank is our float64 reference."""
+    """A package called torchaudio whose filterbank is our float64 reference."""
 
     def fbank(waveform: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.from_numpy(features.reference(waveform[0].numpy())).float()
 
-    importlib.import_module("lhotse")  # which looks for the real one when it is imported
+    importlib.import_module("lhotse")  # it looks for the real torchaudio when it is imported
     compliance = types.ModuleType("torchaudio.compliance")
     compliance.kaldi = types.SimpleNamespace(fbank=fbank)  # type: ignore[attr-defined]
     package = types.ModuleType("torchaudio")
@@ -45,7 +45,7 @@ def test_all_agree_for_both_tails(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("torchaudio")
-@pytest.mark.parametrize("name", ["_ours", "_lhotse"])
+@pytest.mark.parametrize("name", ["_clsp_fast", "_lhotse"])
 @pytest.mark.parametrize("tail", ["reflect", "zero"])
 def test_a_library_that_differs_fails(
     name: str, tail: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -53,14 +53,14 @@ def test_a_library_that_differs_fails(
     compute = getattr(parity, name)
 
     def differing(clips: Any, which: Any) -> Any:
-        found = [np.array(values) for values in compute(clips, which)]
+        features_of_clips = [np.array(values) for values in compute(clips, which)]
         if which == tail:
-            found[1][-1] += 0.1  # the last frame of one clip, as the wrong tail would have it
-        return found
+            features_of_clips[1][-1] += 0.1  # the last frame of a clip, as with a wrong tail
+        return features_of_clips
 
     monkeypatch.setattr(parity, name, differing)
     assert parity.check() == 1
-    label = {"_ours": "clsp_fast", "_lhotse": "lhotse"}[name]
+    label = {"_clsp_fast": "clsp_fast", "_lhotse": "lhotse"}[name]
     assert f"{label} DIFFERS" in capsys.readouterr().out
 
 
@@ -83,11 +83,11 @@ def test_a_broken_library_is_reported(
     assert "torchaudio is broken here (OSError('libtorch.so" in capsys.readouterr().out
 
 
-def test_our_own_failure_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_clsp_fast_is_not_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(parity, "_ours", broken)
+    monkeypatch.setattr(parity, "_clsp_fast", broken)
     with pytest.raises(RuntimeError):
         parity.check()
 

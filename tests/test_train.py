@@ -24,6 +24,7 @@ from clsp_fast.config import DataConfig, ModelConfig, OptimConfig, TextConfig, T
 from clsp_fast.data import DataError
 from clsp_fast.storage import log
 from clsp_fast.training import checkpoint
+from clsp_fast.training import run as run_module
 
 FORMATS = [
     ("wav", "PCM_16", 16000),
@@ -125,7 +126,7 @@ def config(folder: Path, run: Path, data: dict | None = None, **changes) -> Trai
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in log.read(run / "log.jsonl") if r["kind"] == "train"]
+    return [(r["step"], r["loss"]) for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -138,17 +139,17 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert torch.equal(value, weights(second)[name]), name
 
 
-def test_learns_and_leaves_everything_behind(folder: Path, tmp_path: Path) -> None:
-    made = config(
+def test_learns_and_writes_every_result(folder: Path, tmp_path: Path) -> None:
+    settings = config(
         folder, tmp_path / "run", stage1_steps=90, stage2_steps=30, save_every=60, validate_every=60
     )
-    results = train.train(made)
+    results = train.train(settings)
     figures = results["validation"]
     assert figures["n"] == 12
     assert figures["zeroshot"]["pitch"]["accuracy"] >= 0.9
     assert figures["retrieval"]["fine"]["text_to_audio"]["hit@5"] >= 0.9
     assert json.loads((tmp_path / "run/results.json").read_text()) == results
-    assert TrainConfig.from_dict(json.loads((tmp_path / "run/config.json").read_text())) == made
+    assert TrainConfig.from_dict(json.loads((tmp_path / "run/config.json").read_text())) == settings
     assert (tmp_path / "run/curves.png").stat().st_size > 5000
     model = clsp_fast.CLSP.from_pretrained(tmp_path / "run/model")
     clips = [folder / "clip0.wav", folder / "clip16.mp3"]
@@ -173,31 +174,31 @@ def test_the_same_seed_gives_the_same_run(folder: Path, tmp_path: Path, uninterr
 def test_resumes_bit_exactly_from_any_step(
     folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    real = train.forward
+    real = run_module.forward
 
-    def crash(model, batch, ranks, made):
+    def crash(model, batch, ranks, settings):
         if batch.step == stop_at:
             raise RuntimeError("power cut")
-        return real(model, batch, ranks, made)
+        return real(model, batch, ranks, settings)
 
-    monkeypatch.setattr(train, "forward", crash)
+    monkeypatch.setattr(run_module, "forward", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train.train(config(folder, tmp_path / "run"))
-    monkeypatch.setattr(train, "forward", real)
+    monkeypatch.setattr(run_module, "forward", real)
     train.train(config(folder, tmp_path / "run"))
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
 def test_the_recipes_optimiser_learns_and_resumes_bit_exactly(folder: Path, tmp_path: Path) -> None:
-    own = OptimConfig(algorithm="scaled_adam", schedule="eden", lr=0.03, stage2_lr=0.01, warmup_steps=2)
+    recipe = OptimConfig(algorithm="scaled_adam", schedule="eden", lr=0.03, stage2_lr=0.01, warmup_steps=2)
     for name, stage1_steps in (("whole", 60), ("parts", 25), ("parts", 60)):
-        made = config(folder, tmp_path / name, stage1_steps=stage1_steps, stage2_steps=0, optim=own)
+        settings = config(folder, tmp_path / name, stage1_steps=stage1_steps, stage2_steps=0, optim=recipe)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the configuration of")
-            train.train(made)
+            train.train(settings)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    found = [loss for _, loss in losses(tmp_path / "whole")]
-    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+    values = [loss for _, loss in losses(tmp_path / "whole")]
+    assert sum(values[-10:]) < 0.8 * sum(values[:10])
 
 
 def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:
@@ -208,11 +209,11 @@ def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:
         assert not torch.equal(saved[name], newest.model[name])
 
 
-def test_an_average_that_is_turned_off_is_forgotten(folder: Path, tmp_path: Path) -> None:
+def test_an_average_that_is_turned_off_is_dropped(folder: Path, tmp_path: Path) -> None:
     train.train(config(folder, tmp_path / "run", stage1_steps=3, stage2_steps=0))
-    own = OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2)
+    no_average = OptimConfig(lr=5e-3, stage2_lr=2e-3, warmup_steps=2)
     with pytest.warns(UserWarning, match="has changed"):
-        train.train(config(folder, tmp_path / "run", stage1_steps=5, stage2_steps=0, optim=own))
+        train.train(config(folder, tmp_path / "run", stage1_steps=5, stage2_steps=0, optim=no_average))
     newest = checkpoint.newest(tmp_path / "run/checkpoints")
     assert not [key for key in newest.optim if key.endswith("/average")]
     assert torch.equal(weights(tmp_path / "run")["logit_scale"], newest.model["logit_scale"])
@@ -229,32 +230,32 @@ def test_a_finished_run_is_reported_not_repeated(folder: Path, uninterrupted: Pa
 def test_a_signal_saves_and_the_same_command_goes_on(
     folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real, number = train.forward, signal.Signals[name]
+    real, number = run_module.forward, signal.Signals[name]
 
-    def interrupt(model, batch, ranks, made):
+    def interrupt(model, batch, ranks, settings):
         if batch.step == 4:
             os.kill(os.getpid(), number)
-        return real(model, batch, ranks, made)
+        return real(model, batch, ranks, settings)
 
-    monkeypatch.setattr(train, "forward", interrupt)
+    monkeypatch.setattr(run_module, "forward", interrupt)
     with pytest.raises(train.Interrupted, match=name) as stop:
         train.train(config(folder, tmp_path / "run"))
     assert stop.value.exit_code == 128 + number
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.endswith("5")] == [
         "step-00000005"
     ]
-    monkeypatch.setattr(train, "forward", real)
+    monkeypatch.setattr(run_module, "forward", real)
     train.train(config(folder, tmp_path / "run"))
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
 def poison(real: Callable, steps: set[int], where: str) -> Callable:
-    def forward(model, batch, ranks, made):
-        output, loss = real(model, batch, ranks, made)
+    def forward(model, batch, ranks, settings):
+        output, loss = real(model, batch, ranks, settings)
         if batch.step in steps and where == "loss":
             loss = loss * float("nan")
         if batch.step in steps and where == "gradient":
-            # A finite loss whose gradient is not: the square root's slope at zero.
+            # The loss stays finite, its gradient does not: the square root has an infinite slope at zero.
             loss = loss + (model.log_logit_scale * 0).abs().sqrt()
         return output, loss
 
@@ -265,29 +266,29 @@ def poison(real: Callable, steps: set[int], where: str) -> Callable:
 def test_a_non_finite_step_changes_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr(train, "forward", poison(train.forward, {0}, where))
-    made = config(folder, tmp_path / "run", stage1_steps=1, stage2_steps=0)
-    train.train(made)
-    torch.manual_seed(made.seed)
+    monkeypatch.setattr(run_module, "forward", poison(run_module.forward, {0}, where))
+    settings = config(folder, tmp_path / "run", stage1_steps=1, stage2_steps=0)
+    train.train(settings)
+    torch.manual_seed(settings.seed)
     fresh = clsp_fast.CLSP(MODEL)
-    found = weights(tmp_path / "run")
+    trained = weights(tmp_path / "run")
     for name, value in fresh.state_dict().items():
-        assert torch.equal(value, found[name]), name
-    (record,) = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "bad_step"]
+        assert torch.equal(value, trained[name]), name
+    (record,) = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "bad_step"]
     assert len(record["clips"]) == 8
 
 
 def test_stops_after_bad_steps_in_a_row(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "forward", poison(train.forward, {0, 2, 3, 4}, "loss"))
+    monkeypatch.setattr(run_module, "forward", poison(run_module.forward, {0, 2, 3, 4}, "loss"))
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         train.train(config(folder, tmp_path / "run"))
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
 
 
 def spoil(folder: Path, target: Path, faults: int) -> Path:
-    """A manifest whose first clips are missing, empty, text, short, NaN, and one line that is no JSON."""
+    """A manifest with a line that is not JSON, and clips that are missing, empty, text, cut, short or NaN."""
     target.mkdir()
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for row in rows:
@@ -309,11 +310,11 @@ def test_bad_clips_are_counted_and_cost_nothing_else(
 ) -> None:
     manifest = spoil(folder, tmp_path / "bad", faults=6)
     train.train(config(folder, tmp_path / "run", data={"manifest": manifest}))
-    records = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "train"]
+    records = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "train"]
     assert len(records) == 10
-    (start,) = [r for r in log.read(tmp_path / "run/log.jsonl") if r["kind"] == "start"]
+    (start,) = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "start"]
     skipped = records[-1]["skipped"] | start["left_out"]
-    # The short clip is left out by its header; every other fault is met by the decoder and named.
+    # The short clip is left out because of its header; the decoder names every other fault.
     assert sum(skipped.values()) == 6
     assert skipped["too_short"] == 1
     assert skipped["open"] == skipped["empty"] == skipped["non_finite"] == 1
@@ -343,16 +344,16 @@ def test_another_model_in_the_run_folder_is_refused(folder: Path, uninterrupted:
 def test_starts_from_a_saved_model(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
     lr = 1e-6
     slow = OptimConfig(lr=lr)
-    made = config(
+    settings = config(
         folder, tmp_path / "run", init=uninterrupted / "model", stage1_steps=1, stage2_steps=0, optim=slow
     )
-    train.train(made)
-    found, start = weights(tmp_path / "run"), weights(uninterrupted)
+    train.train(settings)
+    trained, start = weights(tmp_path / "run"), weights(uninterrupted)
     for name, parameter in clsp_fast.CLSP(MODEL).named_parameters():
-        # A step of AdamW moves a weight by about lr, beside its decay and roundings: ten times that is far.
-        torch.testing.assert_close(found[name], start[name], rtol=1e-6, atol=10 * lr, msg=name)
-        assert parameter.shape == found[name].shape
-    assert not torch.equal(found["encoder_embed.out.weight"], start["encoder_embed.out.weight"])
+        # A step of AdamW moves a weight by about lr, plus weight decay and rounding; 10 lr is a wide bound.
+        torch.testing.assert_close(trained[name], start[name], rtol=1e-6, atol=10 * lr, msg=name)
+        assert parameter.shape == trained[name].shape
+    assert not torch.equal(trained["encoder_embed.out.weight"], start["encoder_embed.out.weight"])
 
 
 @pytest.mark.parametrize(
@@ -381,8 +382,8 @@ def test_wrong_flags_are_named_with_the_fix(
 
 def test_a_config_file_repeats_a_run(folder: Path, tmp_path: Path, uninterrupted: Path) -> None:
     path = uninterrupted / "config.json"
-    again = train.parse([str(path), "--run-dir", str(tmp_path / "run")])
-    assert again == dataclasses.replace(config(folder, uninterrupted), run=tmp_path / "run")
+    parsed = train.parse([str(path), "--run-dir", str(tmp_path / "run")])
+    assert parsed == dataclasses.replace(config(folder, uninterrupted), run=tmp_path / "run")
     wrong = json.loads(path.read_text())
     wrong["data"]["batch_clip"] = 3
     (tmp_path / "wrong.json").write_text(json.dumps(wrong))
@@ -399,8 +400,8 @@ def test_killed_anywhere_the_same_command_ends_the_same(
     folder: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     path = tmp_path / "config.json"
-    made = config(folder, tmp_path / "run")
-    path.write_text(json.dumps(made.to_dict()))
+    settings = config(folder, tmp_path / "run")
+    path.write_text(json.dumps(settings.to_dict()))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*COMMAND, str(path)], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -428,23 +429,23 @@ def test_two_ranks_train_like_one(folder: Path, tmp_path: Path) -> None:
     for world in (1, 2):
         runs[world] = tmp_path / f"run{world}"
         data = {"batch_clips": 8 // world, "buckets": 1, "augment": 0.0}
-        made = config(folder, runs[world], data=data, model=plain, optim=slow)
+        settings = config(folder, runs[world], data=data, model=plain, optim=slow)
         path = tmp_path / f"{world}.json"
-        path.write_text(json.dumps(made.to_dict()))
+        path.write_text(json.dumps(settings.to_dict()))
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
         command = [*launch, "-m", "clsp_fast.train", str(path)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
-    records = [[r for r in log.read(runs[w] / "log.jsonl") if r["kind"] == "train"] for w in (1, 2)]
+    records = [[r for r in log.read_log(runs[w] / "log.jsonl") if r["kind"] == "train"] for w in (1, 2)]
     for alone, together in zip(*records, strict=True):
-        # Adam turns rounding into steps, so only the first step is the same to rounding: that of some hundred
-        # operations in float32, and of exponents that are logits of up to 14.
+        # Adam amplifies rounding errors, so only the first step agrees up to rounding: the rounding of some
+        # hundred operations in float32, among them exponentials of logits of up to 14.
         tolerance = 1000 * torch.finfo(torch.float32).eps if alone["step"] == 0 else 2e-2
         for figure in ("loss", "gradient_norm"):
             assert together[figure] == pytest.approx(alone[figure], rel=tolerance), (alone["step"], figure)
     one, two = weights(runs[1]), weights(runs[2])
-    torch.manual_seed(made.seed)
+    torch.manual_seed(settings.seed)
     start = clsp_fast.CLSP(plain).state_dict()
     apart = sum(float((one[name] - two[name]).square().sum()) for name in one)
     moved = sum(float((one[name] - start[name]).square().sum()) for name in one)

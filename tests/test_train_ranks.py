@@ -1,5 +1,5 @@
-"""The trainer as processes: what two ranks make of unreadable clips, of a step that one of them spoils and of
-killed workers, with which codes the command ends; and runs that are taken up with other batches."""
+"""The trainer in several processes: unreadable clips, a bad step on one rank, killed workers, exit codes; and
+runs that resume with other batches."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from clsp_fast import train
 from clsp_fast.config import TrainConfig
 from clsp_fast.data import DataError
 from clsp_fast.storage import log
+from clsp_fast.training import run as run_module
 
 BAD_FILES = {"open": "missing.wav", "empty": "empty.wav", "format": "text.wav"}
 pytestmark = pytest.mark.multiproc
@@ -51,7 +52,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def made(clips: Path, run: Path, *, steps: int, data: dict[str, Any], save_every: int = 100) -> TrainConfig:
+def run_config(
+    clips: Path, run: Path, *, steps: int, data: dict[str, Any], save_every: int = 100
+) -> TrainConfig:
     files = {"validation": None, "zeroshot": None, "buckets": 1}
     return config(
         clips, run, data=files | data, stage1_steps=steps, stage2_steps=0, save_every=save_every, log_every=1
@@ -59,7 +62,7 @@ def made(clips: Path, run: Path, *, steps: int, data: dict[str, Any], save_every
 
 
 def on_two_ranks(scenario: Callable[[int, Path, Path], Any], clips: Path, folder: Path) -> list[Any]:
-    """What a function returns on each of two ranks."""
+    """Runs a function on two ranks and returns both results."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(8)]
     ports = [server.getsockname()[1] for server in sockets]
     for server in sockets:
@@ -76,38 +79,38 @@ def _rank(
     join, ports_left = train.Ranks.join, iter(ports)
 
     def join_elsewhere(device: str) -> Any:
-        # The store of the run before may still hold its port.
+        # The store of the previous run may still hold its port.
         os.environ["MASTER_PORT"] = str(next(ports_left))
         return join(device)
 
     train.Ranks.join = join_elsewhere  # type: ignore[method-assign]
-    train.save_report = lambda _: "no curves: they take longer than a run"
+    train.draw_curves = lambda _: "no curves: they take longer than a run"
     torch.save(scenario(rank, clips, folder), folder / f"rank{rank}.pt")
 
 
 def _meets_bad_clips(_rank: int, clips: Path, folder: Path) -> dict[str, Any]:
     """Two epochs at the limit, the same with a crash in the second, and a run over the limit."""
-    real, steps, crash_at = train.forward, [], -1
+    real, steps, crash_at = run_module.forward, [], -1
 
-    def forward(model, batch, ranks, made_):
+    def forward(model, batch, ranks, settings):
         if batch.step == crash_at:
             raise RuntimeError("power cut")
         steps.append(batch.step)
-        return real(model, batch, ranks, made_)
+        return real(model, batch, ranks, settings)
 
-    train.forward = forward
-    told: dict[str, Any] = {}
+    run_module.forward = forward
+    results: dict[str, Any] = {}
     for name, share in (("whole", 0.137), ("crashed", 0.137), ("crashed", 0.137), ("over", 0.136)):
         steps.clear()
-        crash_at = 7 if name == "crashed" and name not in told else -1
+        crash_at = 7 if name == "crashed" and name not in results else -1
         data = {"manifest": clips / "many.jsonl", "batch_clips": 100, "max_bad_share": share}
         error = ""
         try:
-            train.train(made(clips, folder / name, steps=11, data=data, save_every=4))
+            train.train(run_config(clips, folder / name, steps=11, data=data, save_every=4))
         except (DataError, RuntimeError) as caught:
             error = str(caught)
-        told[name] = [*steps, error]
-    return told
+        results[name] = [*steps, error]
+    return results
 
 
 def test_bad_clips_are_counted_over_ranks_and_stop_all_of_them(clips: Path, tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_bad_clips_are_counted_over_ranks_and_stop_all_of_them(clips: Path, tmp_
     assert first["crashed"] == [*range(4, 11), ""]
     skipped = {}
     for name in ("whole", "crashed"):
-        records = [r for r in log.read(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
+        records = [r for r in log.read_log(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
         skipped[name] = [r["skipped"] for r in records]
     assert skipped["whole"][-1] == {"open": 46, "empty": 45, "format": 46}
     assert skipped["whole"] == skipped["crashed"]
@@ -132,10 +135,12 @@ def test_bad_clips_are_counted_over_ranks_and_stop_all_of_them(clips: Path, tmp_
     assert "c863 (" in message
 
 
-def test_a_checkpoint_that_says_nothing_of_the_batches_is_taken_up(clips: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_state_of_the_loader_is_resumed(clips: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     data = {"manifest": clips / "few.jsonl", "batch_clips": 8}
-    whole, run = (made(clips, tmp_path / name, steps=7, data=data, save_every=4) for name in ("whole", "run"))
+    whole, run = (
+        run_config(clips, tmp_path / name, steps=7, data=data, save_every=4) for name in ("whole", "run")
+    )
     train.train(whole)
     shutil.copytree(whole.run, run.run)
     shutil.rmtree(run.run / "checkpoints/step-00000007")
@@ -143,7 +148,7 @@ def test_a_checkpoint_that_says_nothing_of_the_batches_is_taken_up(clips: Path, 
     record = json.loads(path.read_text())
     assert record["state"].pop("loader")["world"] == 1
     path.write_text(json.dumps(record))
-    with pytest.warns(UserWarning, match="has changed since it was started"):  # its folder has
+    with pytest.warns(UserWarning, match="has changed since it was started"):  # config.run differs
         train.train(run)
     assert_same_run(run.run, whole.run)
 
@@ -152,17 +157,17 @@ def test_other_batches_begin_a_new_epoch(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = {"manifest": clips / "few.jsonl", "batch_clips": 8}
-    train.train(made(clips, tmp_path / "run", steps=3, data=data))
-    real, seen = train.forward, []
+    train.train(run_config(clips, tmp_path / "run", steps=3, data=data))
+    real, seen = run_module.forward, []
 
-    def note(model, batch, ranks, made_):
+    def note(model, batch, ranks, settings):
         seen.extend(batch.ids)
-        return real(model, batch, ranks, made_)
+        return real(model, batch, ranks, settings)
 
-    monkeypatch.setattr(train, "forward", note)
+    monkeypatch.setattr(run_module, "forward", note)
     changed = "has changed since it was started: data.batch_clips is 10, not 8; stage1_steps is 7, not 3"
     with pytest.warns(UserWarning, match=changed):
-        train.train(made(clips, tmp_path / "run", steps=7, data=data | {"batch_clips": 10}))
+        train.train(run_config(clips, tmp_path / "run", steps=7, data=data | {"batch_clips": 10}))
     assert "(ranks: 1 then, 1 now): a new epoch begins after step 3" in capsys.readouterr().out
     assert sorted(seen) == sorted(f"c{i}" for i in range(40))
 
@@ -171,43 +176,43 @@ def test_without_a_readable_clip_the_run_ends_with_the_list(clips: Path, tmp_pat
     rows = (clips / "many.jsonl").read_text().splitlines(keepends=True)[-3:]
     (clips / "none.jsonl").write_text("".join(rows))
     with pytest.raises(DataError, match=r"step 0: not one readable clip was found; .*c999 \(open\)"):
-        train.train(made(clips, tmp_path / "run", steps=3, data={"manifest": clips / "none.jsonl"}))
+        train.train(run_config(clips, tmp_path / "run", steps=3, data={"manifest": clips / "none.jsonl"}))
 
 
 def _poisons_one_rank(rank: int, clips: Path, folder: Path) -> dict[str, Any]:
-    """Parameters before and after a step that is not finite on one rank, and that step's clips."""
-    real, seen = train.forward, {}
+    """Parameters before and after a step that is not finite on one rank, and the clips of that step."""
+    real, seen = run_module.forward, {}
 
-    def forward(model, batch, ranks, made_):
+    def forward(model, batch, ranks, settings):
         seen[f"before {batch.step}"] = {name: x.clone() for name, x in model.state_dict().items()}
         seen[f"clips {batch.step}"] = batch.ids
-        output, loss = real(model, batch, ranks, made_)
+        output, loss = real(model, batch, ranks, settings)
         if batch.step == 1 and rank == guilty:
-            # A loss that is NaN with finite gradients, and a finite one whose gradient is not.
+            # Either the loss is NaN and its gradients are finite, or the other way round.
             loss = loss + (float("nan") if where == "loss" else (model.log_logit_scale * 0).abs().sqrt())
         return output, loss
 
-    train.forward = forward
-    told = {}
+    run_module.forward = forward
+    results = {}
     for where in ("loss", "gradient"):
         for guilty in range(2):
             seen.clear()
             data = {"manifest": clips / "few.jsonl", "batch_clips": 4}
-            train.train(made(clips, folder / f"{where}{guilty}", steps=4, data=data))
-            told[f"{where}{guilty}"] = dict(seen)
-    return told
+            train.train(run_config(clips, folder / f"{where}{guilty}", steps=4, data=data))
+            results[f"{where}{guilty}"] = dict(seen)
+    return results
 
 
 def test_a_step_that_one_rank_spoils_changes_nothing_on_any(clips: Path, tmp_path: Path) -> None:
     ranks = on_two_ranks(_poisons_one_rank, clips, tmp_path)
     for name in ("loss0", "loss1", "gradient0", "gradient1"):
-        first, second = (told[name] for told in ranks)
+        first, second = (results[name] for results in ranks)
         for key, value in first["before 1"].items():
             for other in (second["before 1"], first["before 2"], second["before 2"]):
                 assert torch.equal(value, other[key]), (name, key)
             assert torch.equal(first["before 3"][key], second["before 3"][key]), (name, key)
         assert not torch.equal(first["before 3"]["logit_scale"], first["before 2"]["logit_scale"])
-        (record,) = [r for r in log.read(tmp_path / name / "log.jsonl") if r["kind"] == "bad_step"]
+        (record,) = [r for r in log.read_log(tmp_path / name / "log.jsonl") if r["kind"] == "bad_step"]
         assert record["step"] == 1
         assert record["clips"] == first["clips 1"] + second["clips 1"]
         assert "nan" in (record["loss"], record["norm"])
@@ -218,29 +223,31 @@ def _trains(_rank: int, clips: Path, folder: Path) -> None:
 
 
 def long_run(clips: Path, run: Path) -> TrainConfig:
-    return made(clips, run, steps=80, data={"manifest": clips / "few.jsonl", "batch_clips": 4}, save_every=5)
+    return run_config(
+        clips, run, steps=80, data={"manifest": clips / "few.jsonl", "batch_clips": 4}, save_every=5
+    )
 
 
 def processes(word: str) -> dict[int, dict[str, str]]:
     """Environments of the processes with a word in their command line."""
-    found = {}
+    environments = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if word in (folder / "cmdline").read_text().split("\0"):
                 pairs = [pair.partition("=") for pair in (folder / "environ").read_text().split("\0")]
-                found[int(folder.name)] = {name: value for name, _, value in pairs}
+                environments[int(folder.name)] = {name: value for name, _, value in pairs}
         except OSError:  # it has ended
             continue
-    return found
+    return environments
 
 
 @pytest.fixture
 def launched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a command on a run's config.json; nothing of it survives the test."""
+    """Starts a command on a run's config.json; after the test its processes are killed."""
     path, started = tmp_path / "config.json", []
 
-    def start(command: list[str], made_: TrainConfig) -> subprocess.Popen[bytes]:
-        path.write_text(json.dumps(made_.to_dict()))
+    def start(command: list[str], settings: TrainConfig) -> subprocess.Popen[bytes]:
+        path.write_text(json.dumps(settings.to_dict()))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen([*command, str(path)], env=environment, stdout=subprocess.DEVNULL))
         return started[-1]
@@ -265,7 +272,7 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes], limi
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
-def test_torchrun_takes_a_run_up_again_after_killed_workers(clips: Path, tmp_path: Path, launched) -> None:
+def test_torchrun_resumes_a_run_after_killed_workers(clips: Path, tmp_path: Path, launched) -> None:
     on_two_ranks(_trains, clips, tmp_path)
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -277,7 +284,9 @@ def test_torchrun_takes_a_run_up_again_after_killed_workers(clips: Path, tmp_pat
     for rank, step in (("1", 10), ("0", 40)):
         wait_until(lambda step=step: has_step(step), launcher, 120)
         (victim,) = [
-            pid for pid, own in processes(str(tmp_path / "config.json")).items() if own.get("RANK") == rank
+            pid
+            for pid, environment in processes(str(tmp_path / "config.json")).items()
+            if environment.get("RANK") == rank
         ]
         os.kill(victim, signal.SIGKILL)
         last = max(done for done, _ in losses(run))

@@ -1,5 +1,8 @@
 """From a manifest to the batches of a training run."""
 
+import importlib
+from typing import Any
+
 from clsp_fast.data.loader import (
     Batch,
     ClipFeatures,
@@ -25,3 +28,10 @@ __all__ = [
     "usable",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # `python -m clsp_fast.data` must be the first to import __main__, or Python warns.
+    if name == "main":
+        return importlib.import_module("clsp_fast.data.__main__").main
+    raise AttributeError(f"module 'clsp_fast.data' has no attribute {name!r}")

@@ -26,8 +26,9 @@ from clsp_fast.data.clips import (
     tags_of,
 )
 from clsp_fast.data.cuts import clip_of_cut
-from clsp_fast.storage import paths, textfile
-from clsp_fast.storage.textfile import RENAMED, Text, shown
+from clsp_fast.storage import folders, paths, text_kinds, textfile
+from clsp_fast.storage.text_kinds import KEY_SYNONYMS
+from clsp_fast.storage.textfile import Text, shown
 
 _KEYS = {
     "audio",
@@ -158,7 +159,7 @@ def _read_lines(text: Text, path: Path, need_captions: bool) -> Manifest:
     problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
     unknown: Counter[str] = Counter()
-    kind = textfile.kind_of(text.head)
+    kind = text_kinds.kind_of_text(text.head)
     if kind.startswith("the index"):
         raise ValueError(f"{path} is {kind}; expected {_EXPECTED}")
     for number, line in textfile.lines(text.file, _LONGEST_LINE):
@@ -177,7 +178,7 @@ def _read_lines(text: Text, path: Path, need_captions: bool) -> Manifest:
         line_of_id[clip.id] = number
         clips.append(clip)
     if not clips:
-        if not kind and textfile.looks_like_paths(text.head):
+        if not kind and text_kinds.looks_like_paths(text.head):
             kind = _LIST_OF_PATHS
         why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"
         looks = f"; it looks like {kind}; expected {_EXPECTED}" if kind else ""
@@ -210,11 +211,11 @@ def read_source(source: str, stream: TextIO | None = None) -> tuple[list[Clip], 
         stream = sys.stdin if stream is None else stream
         return _clips_from_text(getattr(stream, "buffer", None) or _as_bytes(stream), "stdin")
     if paths.is_dir(path):
-        scan = paths.scan(path)
+        scan = folders.scan(path)
         for line in scan.warnings():
             print(f"{source}: {line}", file=sys.stderr)
         names = scan.recordings
-    elif path.suffix.lower() in paths.AUDIO_SUFFIXES:
+    elif path.suffix.lower() in folders.AUDIO_SUFFIXES:
         names = [source]
     elif paths.exists(path):
         return _clips_from_text(path, source)
@@ -239,7 +240,7 @@ def _clips_from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], l
             manifest = _read_lines(text, Path(name), need_captions=False)
             manifest.warn()
             return manifest.clips, manifest.problems
-        kind = textfile.kind_of(text.head)
+        kind = text_kinds.kind_of_text(text.head)
         first = paths.from_text(text.head.strip().splitlines()[0]) if kind else ""
         if kind and (paths.is_dir(first) or not paths.exists(first)):
             raise ValueError(f"{name} is {kind}; expected {_EXPECTED_SOURCE}")
@@ -257,7 +258,7 @@ def _clips_from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], l
 
 def _may_be_a_recording(name: str) -> bool:
     suffix = PurePath(name).suffix.lower()
-    return suffix in paths.AUDIO_SUFFIXES or suffix in paths.CONVERT_SUFFIXES or paths.exists(name)
+    return suffix in folders.AUDIO_SUFFIXES or suffix in folders.CONVERT_SUFFIXES or paths.exists(name)
 
 
 def _clips_of_paths(names: list[str]) -> list[Clip]:
@@ -299,7 +300,7 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown
 def _key_hint(row: Mapping[str, Any], wanted: str) -> str:
     """A hint if an unknown key looks like the missing key; otherwise empty."""
     unknown = [key for key in row if key not in _KEYS]
-    near = [key for key in unknown if RENAMED.get(key) == wanted]
+    near = [key for key in unknown if KEY_SYNONYMS.get(key) == wanted]
     near += difflib.get_close_matches(wanted, unknown, n=1)
     return f'; is "{near[0]}" meant to be "{wanted}"?' if near else ""
 
@@ -318,7 +319,7 @@ def _audio_hint(row: Mapping[str, Any]) -> str:
 def _similar_key(key: str) -> str:
     """The known key that an unknown one looks like; empty if there is none."""
     near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85)
-    return RENAMED.get(key.lower(), near[0] if near else "")
+    return KEY_SYNONYMS.get(key.lower(), near[0] if near else "")
 
 
 def _counted(key: str, count: int) -> str:

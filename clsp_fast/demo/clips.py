@@ -1,6 +1,6 @@
-"""Clips of the demo corpus: from a style that is wanted to a waveform, its measured labels and its captions.
+"""Clips of the demo corpus: a requested style becomes a waveform, its measured labels and its captions.
 
-One process makes the clips of one shard (`run_job`): the engines may crash, and some keep state from one
+One process makes the clips of one shard (`run_job`), since engines can crash, and some keep state from one
 sentence to the next.
 """
 
@@ -38,7 +38,7 @@ from clsp_fast.demo.text import ATTRIBUTES, Split
 from clsp_fast.storage import files
 
 Bands = dict[str, tuple[float, float]]
-# label -> (lowest, highest) measured value; the gaps between labels belong to none of them.
+# label -> (lowest, highest) measured value; values between the bands have no label.
 _SPEED: Bands = {"slow": (1.5, 3.4), "medium": (3.8, 4.8), "fast": (5.35, 10.0)}  # syllables per second
 _PITCH: dict[str, Bands] = {  # median F0 in Hz, relative to sex
     "male": {"low": (60, 102), "medium": (108, 129), "high": (137, 164)},
@@ -46,7 +46,7 @@ _PITCH: dict[str, Bands] = {  # median F0 in Hz, relative to sex
 }
 _LIVELINESS: Bands = {"monotone": (0.0, 0.95), "normal": (1.1, 2.25), "lively": (2.6, 9.0)}  # semitones
 _LOUDNESS: Bands = {"quiet": (-60, -35), "normal": (-31, -24), "loud": (-21, 0)}  # dB re full scale
-# label -> range from which the wanted value is drawn, well inside the band
+# label -> range from which the requested value is drawn, well inside the band
 _WANTED_SPEED: Bands = {"slow": (2.3, 3.2), "medium": (3.95, 4.65), "fast": (5.7, 7.4)}
 _WANTED_PITCH: dict[str, Bands] = {
     "male": {"low": (80, 98), "medium": (111, 126), "high": (140, 159)},
@@ -59,7 +59,7 @@ _CREAK_HZ = {"male": (42.0, 60.0), "female": (48.0, 75.0)}
 
 @dataclass(frozen=True)
 class _Style:
-    """What is asked for."""
+    """The labels that a clip should get."""
 
     sex: str
     pitch: str
@@ -70,16 +70,17 @@ class _Style:
 
 
 def run_job(job_file: str) -> None:
-    """Make the clips of one shard, or only start its engine: the entry point of a child process.
+    """Makes the clips of one shard, or only starts an engine: the entry point of a child process.
 
     The job file is JSON: {"probe": engine} or {"engine", "split", "clips", "number", "attempt", "seed",
-    "audio", "lines"}; waveforms go to audio/<split>/, and one manifest line per clip to the file `lines`.
-    A full disk is told by the exit code, one of `disk.NO_ROOM`: there may be no room for words.
+    "audio", "lines"}. Waveforms go to audio/<split>/, and a manifest line for each clip to the file `lines`.
+    If the disk is full, the exit code says so (one of `files.DISK_FULL_CODES`), since there may be no room
+    for a message.
     """
     try:
         _run_job(json.loads(Path(job_file).read_text()))
     except OSError as error:
-        if error.errno not in files.NO_ROOM:
+        if error.errno not in files.DISK_FULL_CODES:
             raise
         sys.exit(error.errno)
 
@@ -106,15 +107,20 @@ def _run_job(job: Mapping[str, Any]) -> None:
 
 
 class _Gain:
-    """What to ask for, relative to what is wanted: an average over clips, by voice and manner."""
+    """Factor from the wanted value to the value to request of an engine, for each voice and manner.
+
+    It is a running average over clips. A new voice begins with the average of all voices.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], float] = {}
 
     def get(self, voice: str, manner: str) -> float:
+        """The factor for a voice in a manner."""
         return self._known.get((voice, manner), self._known.get(("", manner), 1.0))
 
     def learn(self, voice: str, manner: str, gain: float) -> None:
+        """Averages in the factor that was right for a clip."""
         for key in ((voice, manner), ("", manner)):
             self._known[key] = gain if key not in self._known else 0.6 * self._known[key] + 0.4 * gain
 
@@ -133,7 +139,8 @@ class _Speaker:
         self._rate_gain, self._f0_gain = _Gain(), _Gain()
 
     def styles(self, count: int) -> Iterator[tuple[_Style, _Style | None]]:
-        """`count` styles with even shares of each label, every fifth with a second style to change to."""
+        """`count` styles with equal shares of each label. Every fifth has a second style, for a clip that
+        changes from one to the other."""
 
         def deck(labels: Sequence[str]) -> list[str]:
             cards = np.resize(self._rng.permutation(np.asarray(labels)), count)
@@ -172,7 +179,7 @@ class _Speaker:
         return _Style(**first), _Style(**second)
 
     def clip(self, style: _Style, change: _Style | None) -> tuple[Signal, dict[str, Any]]:
-        """One clip and the part of its manifest line that describes it."""
+        """A waveform, and the fields of its manifest line that describe it."""
         rng = self._rng
         voices = self._voices[style.sex]
         voice = voices[int(rng.integers(len(voices)))]
@@ -183,7 +190,7 @@ class _Speaker:
             second, tags_after = self._piece(change, voice, rng.uniform(0.8, 1.3), exact=True)
             x = np.concatenate([first, np.zeros(int(rng.uniform(0.02, 0.1) * SAMPLE_RATE_HZ)), second])
             tags = _joined_tags(tags, tags_after)
-        x = x + _room(x, rng)
+        x = x + _room_noise(x, rng)
         captions = wording.captions(tags, rng)
         return x, {
             "speaker": f"{self._name}-{voice}",
@@ -205,12 +212,13 @@ class _Speaker:
     ) -> tuple[Signal, dict[str, str]]:
         """One sentence at its level, and the labels that were measured on it.
 
-        They are those of `style` if `exact` (and the engine obeys); else it is enough that there are labels.
+        Up to three attempts are made. With `exact` they end when the labels are those of `style`, else when
+        the clip has labels at all.
         """
         rng = self._rng
         f0_hz = float(rng.uniform(*_WANTED_PITCH[style.sex][style.pitch]))
         rate = float(rng.uniform(*_WANTED_SPEED[style.speed]))
-        text, count = self._sentence(rate * duration_s)  # so that slow clips are no longer than fast ones
+        text, count = self._sentence(rate * duration_s)  # slow clips get fewer words, not more seconds
         whispers = style.quality == "whisper" and self._engine.can_whisper and rng.random() < 0.5
         rate_gain = self._rate_gain.get(voice.name, style.speed)
         f0_gain = self._f0_gain.get(voice.name, style.liveliness)
@@ -231,8 +239,8 @@ class _Speaker:
                 self._f0_gain.learn(voice.name, style.liveliness, f0_gain)
             speed, pitch = _label(measured_rate, _SPEED), _label(measured_f0, _PITCH[style.sex])
             pitch_matters = style.quality == "normal" and measured_f0 > 0
-            as_asked = speed == style.speed and (not pitch_matters or pitch == style.pitch)
-            if as_asked or (not exact and speed and (pitch or not pitch_matters)):
+            as_requested = speed == style.speed and (not pitch_matters or pitch == style.pitch)
+            if as_requested or (not exact and speed and (pitch or not pitch_matters)):
                 break
         if style.quality == "creaky":
             x = creak(x, float(rng.uniform(*_CREAK_HZ[style.sex])), rng)
@@ -252,21 +260,22 @@ class _Speaker:
 
 
 def _syllables_per_s(x: Signal, count: int) -> float:
-    """Speaking rate, from the geometric mean of the text's syllables and of those that are heard.
+    """Speaking rate, from the geometric mean of the syllables in the text and the syllables in the sound.
 
-    Foreign voices add syllables, fast ones swallow some: neither count alone is what a listener would say.
+    Foreign voices add syllables and fast ones swallow some, so neither count alone is what a listener hears.
     """
     heard = max(1, syllable_nuclei(x))
-    return math.sqrt(count * heard) / max(0.2, len(x) / SAMPLE_RATE_HZ - 0.08)  # less the margins of trim
+    return math.sqrt(count * heard) / max(0.2, len(x) / SAMPLE_RATE_HZ - 0.08)  # without trim's margins
 
 
 def _label(value: float, bands: Bands) -> str:
-    """The class of a measured value; empty between two classes."""
+    """The label of a measured value; empty between two bands."""
     return next((label for label, (low, high) in bands.items() if low <= value <= high), "")
 
 
 def _joined_tags(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
-    """Labels of a clip made of two: what stays, and the changes that there are words for."""
+    """Labels of a clip made of two pieces: labels that both have, and changes that captions have words
+    for."""
     tags = {}
     for attribute in ATTRIBUTES:
         a, b = before.get(attribute, ""), after.get(attribute, "")
@@ -279,15 +288,15 @@ def _joined_tags(before: dict[str, str], after: dict[str, str]) -> dict[str, str
     return tags
 
 
-def _room(x: Signal, rng: np.random.Generator) -> Signal:
-    """Background noise 25-55 dB below the speech: silence that is digital would tell the engines apart."""
+def _room_noise(x: Signal, rng: np.random.Generator) -> Signal:
+    """Background noise 25-55 dB below the speech. Without it, digital silence would reveal the engine."""
     noise = tilt(rng.standard_normal(len(x)), float(rng.uniform(-4.0, 1.0)))
     level_db = active_level_db(x) - float(rng.uniform(25, 55))
     return noise * 10 ** (level_db / 20) / float(np.sqrt(np.mean(noise**2)))
 
 
 def _write_wav(path: Path, x: Signal) -> int:
-    """Write 16-bit PCM; returns the number of samples."""
+    """Writes 16-bit PCM; returns the number of samples."""
     samples = np.round(np.clip(x, -1.0, 1.0) * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)

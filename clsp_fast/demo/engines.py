@@ -1,16 +1,16 @@
-"""Voices of the demo corpus: three text-to-speech packages and a synthesiser, behind one interface.
+"""Voices of the demo corpus: three text-to-speech packages and a synthesiser, with one interface.
 
 | name   | package (extra)                 | licence               | voices                              |
 |--------|---------------------------------|-----------------------|-------------------------------------|
 | espeak | espeakng-loader ([demo-espeak]) | GPL-3+, never shipped | formant synthesis, many speakers    |
 | pico   | py-nanotts ([demo])             | Apache-2.0            | SVOX Pico, one woman per language   |
 | hibari | hibari-tts ([demo])             | Apache-2.0            | a neural US woman's voice           |
-| synth  | none                            | ours                  | source and filter, in numpy         |
+| synth  | none                            | as this package       | source and filter, in numpy         |
 
-A package is imported only when its engine is made. The espeak-ng engine is under the GPL: it is an extra
-of its own, loaded from its own wheel, and nothing of it is copied here. Voices that a package lacks,
-men's among them, come from a change of the vocal tract's length. A process may hold one engine and uses
-one thread: espeak-ng and Pico are not thread-safe.
+A package is imported only when its engine is made. espeak-ng is under the GPL: it has a separate extra, is
+loaded from a separate wheel, and nothing of it is copied here. Voices that a package lacks, such as men's,
+are made by changing the length of the vocal tract. A process may have only one engine and one thread, since
+espeak-ng and Pico are not thread-safe.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from clsp_fast.demo.signal import (
 from clsp_fast.demo.text import Split, syllables
 
 _CALIBRATION_TEXT = "we should go home now and wait for them."
-_HIBARI_VERSION = "0.2.1"  # its network's outputs are used directly: other versions may name them otherwise
+_HIBARI_VERSION = "0.2.1"  # other versions may change the network's outputs, which are used directly
 _PACKAGES = {"espeak": "espeakng-loader", "pico": "py-nanotts", "hibari": "hibari-tts"}
 _MODULES = {"espeak": "espeakng_loader", "pico": "py_nanotts", "hibari": "hibari"}
 ENGINES = (*_PACKAGES, "synth")
@@ -49,7 +49,7 @@ ENGINES = (*_PACKAGES, "synth")
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker: an engine's own voice and the factor that moves its formants (below 1: a longer tract)."""
+    """A speaker: a voice of the engine, and a factor for its formants (below 1: a longer vocal tract)."""
 
     name: str
     formants: float
@@ -60,7 +60,7 @@ class Voice:
 
 @dataclass(frozen=True, kw_only=True)
 class Manner:
-    """What an engine is asked for; what comes out is measured afterwards."""
+    """What is requested of an engine. The result is measured afterwards."""
 
     f0_hz: float
     syllables_per_s: float
@@ -69,19 +69,19 @@ class Manner:
 
 
 class Engine(Protocol):
-    """One source of speech."""
+    """A source of speech."""
 
     can_whisper: bool
 
     def voices(self, sex: str, split: Split) -> list[Voice]:
-        """The speakers of a split; those of two splits differ."""
+        """The speakers of a split. No two splits share a speaker."""
 
     def speak(self, text: str, voice: Voice, manner: Manner, rng: np.random.Generator) -> Signal:
-        """Say `text`: (samples,) at SAMPLE_RATE_HZ."""
+        """Speaks `text`; returns (samples,) at SAMPLE_RATE_HZ."""
 
 
 def unavailable(name: str) -> str:
-    """Why an engine cannot be used here, judged without importing it; empty if nothing speaks against it."""
+    """Why an engine cannot be used here, judged without importing it; empty if no reason is known."""
     if name not in ENGINES:
         return f"unknown; the engines are {', '.join(ENGINES)}"
     if name == "synth":
@@ -96,12 +96,12 @@ def unavailable(name: str) -> str:
 
 
 def package_version(name: str) -> str:
-    """Version of the package behind an engine; empty for our own."""
+    """Version of an engine's package; empty for "synth", which has none."""
     return importlib.metadata.version(_PACKAGES[name]) if name in _PACKAGES else ""
 
 
 def make(name: str, seed: int) -> Engine:
-    """Load an engine. Raises whatever its package raises when it cannot run on this machine."""
+    """Loads an engine. Raises the package's error if it cannot run on this machine."""
     if name == "synth":
         return Synth()
     makers: dict[str, Callable[[], Engine]] = {"espeak": lambda: Espeak(seed), "pico": Pico, "hibari": Hibari}
@@ -109,7 +109,7 @@ def make(name: str, seed: int) -> Engine:
 
 
 class _Calibration:
-    """Fundamental frequency and speaking rate of a voice at its neutral settings, measured once."""
+    """Measures fundamental frequency and speaking rate of each voice at neutral settings, once."""
 
     def __init__(self, say: Callable[[str], Signal]) -> None:
         self._say = say
@@ -129,7 +129,7 @@ class Espeak:
 
     can_whisper = True
     _ACCENTS = ("en-us", "en", "en-gb-scotland", "en-029")
-    # Variants that differ little are in one split; robots, and those with broken formants, are left out.
+    # Similar variants are in the same split. Robots and variants with broken formants are left out.
     _SPEAKERS: ClassVar[dict[tuple[str, Split], str]] = {
         ("female", "train"): "f1 f2 f3 f5 linda belinda aunty Annie Alicia",
         ("female", "validation"): "steph steph2",
@@ -149,7 +149,7 @@ class Espeak:
         data = Path(espeakng_loader.get_data_path())
         self._variants = data / "voices" / "!v"
         self._library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-        # The data folder of the wheel must be given: the built-in path is the build machine's.
+        # The built-in path is one of the machine that built the wheel.
         self._rate_hz = self._library.espeak_Initialize(self._SYNCHRONOUS, 500, str(data).encode(), 0)
         if self._rate_hz <= 0:
             raise RuntimeError(f"espeak-ng could not be initialised with the data in {data}")
@@ -158,7 +158,7 @@ class Espeak:
         receiver = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
         )
-        self._callback = receiver(self._receive)  # kept: the library holds only its address
+        self._callback = receiver(self._receive)  # the library keeps only an address, so we keep the object
         self._library.espeak_SetSynthCallback(self._callback)
         pointer, size, unsigned = ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint
         self._library.espeak_Synth.argtypes = [
@@ -174,7 +174,7 @@ class Espeak:
 
     def voices(self, sex: str, split: Split) -> list[Voice]:
         speakers = self._SPEAKERS[sex, split].split()
-        # An unknown variant would be ignored in silence, and another voice would speak.
+        # espeak-ng silently ignores an unknown variant, and another voice would speak.
         present = [s for s in speakers if (self._variants / s).is_file()]
         return [
             Voice(f"{accent}+{speaker}", factor)
@@ -215,7 +215,7 @@ class Espeak:
             text,
             name,
             rate=int(np.clip(175 * manner.syllables_per_s / rate / stretch, 80, 420)),
-            pitch=int(np.clip(pitch, 8, 95)),  # pitch 0 with a wide range crashes the library
+            pitch=int(np.clip(pitch, 8, 95)),  # the library crashes at pitch 0 with a wide range
             spread=int(rng.integers(*spread)),
             stretch=stretch,
         )
@@ -223,7 +223,7 @@ class Espeak:
 
 
 class Pico:
-    """SVOX Pico through py-nanotts: six languages read the English text, each with its own accent."""
+    """SVOX Pico through py-nanotts: voices of six languages read the English text, each with an accent."""
 
     can_whisper = False
     _LANGUAGES: ClassVar[dict[Split, tuple[str, ...]]] = {
@@ -267,7 +267,7 @@ class Pico:
 
 
 class Hibari:
-    """The network of hibari-tts gives spectral envelopes and F0; both are changed before they sound."""
+    """The network of hibari-tts gives spectral envelopes and F0. Both are changed before synthesis."""
 
     can_whisper = True
     _FORMANTS: ClassVar[dict[tuple[str, Split], tuple[float, ...]]] = {
@@ -305,7 +305,7 @@ class Hibari:
         return [np.asarray(output[0], np.float32) for output in self._network.sess.run(None, inputs)]
 
     def _warp(self, envelope: Any, factor: float) -> Any:
-        """Move the formants of a log envelope (bins, frames) up by `factor`."""
+        """Multiplies the formants of a log envelope (bins, frames) by `factor`."""
         source = np.clip(np.arange(self._BINS) / factor, 0, self._BINS - 1)
         low = source.astype(np.int64)
         weight = (source - low)[:, None].astype(np.float32)
@@ -325,7 +325,7 @@ class Hibari:
                 melody = target * (np.maximum(f0, 1) / median) ** spread[manner.liveliness]
                 f0 = np.where(voiced, np.maximum(45, melody), f0).astype(np.float32)
             harmonic, noise, free = (self._warp(e, voice.formants) for e in (harmonic, noise, free))
-            if manner.whisper:  # the harmonic part moves into the noise, less its low frequencies
+            if manner.whisper:  # the noise takes over the harmonic part, except low frequencies
                 hertz = np.linspace(0, self._RATE_HZ / 2, self._BINS)
                 slope = np.interp(hertz, [0, 300, 700, 1500, 12000], [-7, -3.5, -1.0, 0.3, 0.8])
                 noise = np.logaddexp(noise, harmonic - 0.8) + slope[:, None].astype(np.float32)
@@ -361,10 +361,11 @@ _STOPS = frozenset("ptkbdgcq") | {"ck", "ch"}
 
 
 class Synth:
-    """Pulses and noise through four formants, frame by frame: rough speech, but free, with pitch, speed,
-    melody and length of the tract exactly under control.
+    """Filters pulses and noise with four formants, frame by frame.
 
-    Letters become phones by a few rules, phones become tracks of formants and amplitudes.
+    The speech is rough, but needs no package, and pitch, speed, melody and length of the vocal tract are
+    exactly as requested. A few rules turn letters into phones, and phones into tracks of formants and
+    amplitudes.
     """
 
     can_whisper = True
@@ -381,15 +382,15 @@ class Synth:
     @staticmethod
     def _phones(text: str) -> list[str]:
         units = sorted({*_VOWELS, *_CONSONANTS}, key=len, reverse=True)
-        found: list[str] = []
+        phones: list[str] = []
         for word in text.lower().replace(".", "").split():
             rest = word[:-1] if word.endswith("e") and syllables(word) < syllables(word[:-1] + "a") else word
             while rest:
                 unit = next((u for u in units if rest.startswith(u)), "")
-                if unit and unit not in found[-1:]:
-                    found.append(unit)
+                if unit and unit not in phones[-1:]:
+                    phones.append(unit)
                 rest = rest[max(1, len(unit)) :]
-        return found
+        return phones
 
     def _score(self, text: str, rate: float, voice: Voice) -> tuple[Signal, Signal, Signal, Signal]:
         """Per frame: formants (T, 4) in Hz; amplitudes of voice and noise, centre of the noise (T,)."""
@@ -399,7 +400,7 @@ class Synth:
         rows = np.zeros((max(1, int(edges[-1])), 6))
         for phone, start, stop in zip(phones, edges[:-1].astype(int), edges[1:].astype(int), strict=True):
             rows[start:stop] = (*_VOWELS[phone], 1.0, 0.0, 0) if phone in _VOWELS else _CONSONANTS[phone]
-            if phone in _STOPS:  # closure, then burst
+            if phone in _STOPS:  # a closure, then a burst
                 rows[start : stop - max(1, (stop - start) // 2), 3:5] *= 0.05
         kernel = np.hanning(7)[1:-1] / np.hanning(7)[1:-1].sum()
         padded = np.pad(rows, ((2, 2), (0, 0)), mode="edge")

@@ -1,7 +1,7 @@
-"""Signal tools of the demo corpus, in numpy: what is measured on a clip and what is changed in it.
+"""Signal tools of the demo corpus, in numpy: they measure clips and change them.
 
 Every waveform is a float64 array of shape (samples,) at SAMPLE_RATE_HZ; frames advance by HOP samples.
-Whisper and creak are made here, from any engine's voice, so that no engine owns a voice quality.
+Whisper and creak are made here from any engine's voice, so that a voice quality does not reveal the engine.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _ACTIVE_POWER = 1e-3  # frames within 30 dB of the loudest one count as speech
 
 
 def _fft_length(samples: int) -> int:
-    """A length of at least `samples` that an FFT is quick at."""
+    """A length of at least `samples` for which an FFT is fast."""
     unit = 1 << max(0, (samples - 1).bit_length() - 4)
     return next(m * unit for m in (8, 9, 10, 12, 15, 16) if m * unit >= samples)
 
 
 def resample(x: Signal, ratio: float) -> Signal:
-    """Change the number of samples by `ratio` through one FFT (band-limited, no delay)."""
-    padded = _fft_length(len(x) + 256)  # silence, into which the periodic interpolation may ring
+    """Changes the number of samples by `ratio` with one FFT (band-limited, no delay)."""
+    padded = _fft_length(len(x) + 256)  # the periodic interpolation rings into the added silence
     total = round(padded * ratio)
     spectrum = np.fft.rfft(x, padded)
     kept = np.zeros(total // 2 + 1, np.complex128)
@@ -38,7 +38,7 @@ def resample(x: Signal, ratio: float) -> Signal:
 
 
 def trim(x: Signal, *, threshold_db: float = -40.0, margin_s: float = 0.04) -> Signal:
-    """Cut silence off both ends, leaving `margin_s` of it; a signal without speech comes back as it is."""
+    """Cuts silence off both ends, except for `margin_s`. A signal without speech is returned unchanged."""
     block = 2 * HOP
     count = len(x) // block
     if count < 3:
@@ -54,19 +54,19 @@ def _frames(x: Signal, size: int) -> Signal:
 
 
 def f0_track(x: Signal) -> Signal:
-    """Fundamental frequency in Hz, one value every 10 ms, 0 where the frame has no voice.
+    """Fundamental frequency in Hz, one value every 10 ms; 0 if the frame has no voice.
 
-    Autocorrelation over its window's own (Boersma 1993, eq. 9), with a small cost per lag against octave
-    errors.
+    The autocorrelation of the frame is divided by the autocorrelation of the window (Boersma 1993, eq. 9). A
+    small cost for each lag prevents octave errors.
     """
     if len(x) < 2 * _PITCH_WINDOW:
         return np.zeros(1)
     window = np.hanning(_PITCH_WINDOW)
     power = np.abs(np.fft.rfft(_frames(x, _PITCH_WINDOW) * window, _FFT)) ** 2
     correlation = np.fft.irfft(power)[:, : _LONGEST_LAG + 1]
-    own = np.fft.irfft(np.abs(np.fft.rfft(window, _FFT)) ** 2)[: _LONGEST_LAG + 1]
+    window_correlation = np.fft.irfft(np.abs(np.fft.rfft(window, _FFT)) ** 2)[: _LONGEST_LAG + 1]
     energy = correlation[:, 0]
-    ratio = correlation / (energy[:, None] + 1e-9) / (own / own[0])
+    ratio = correlation / (energy[:, None] + 1e-9) / (window_correlation / window_correlation[0])
     lags = np.arange(_SHORTEST_LAG, _LONGEST_LAG + 1)
     best = np.argmax(ratio[:, lags] - 6e-4 * (lags - _SHORTEST_LAG), axis=1)
     strength = ratio[np.arange(len(ratio)), lags[best]]
@@ -75,19 +75,20 @@ def f0_track(x: Signal) -> Signal:
 
 
 def f0_statistics(track: Signal) -> tuple[float, float]:
-    """Median in Hz and spread (standard deviation in semitones) of a track; zeros with too little voice."""
+    """Median in Hz and spread (standard deviation in semitones) of a track; zeros if there is too little
+    voice."""
     voiced = track[track > 0]
     if len(voiced) < 8:
         return 0.0, 0.0
     median = float(np.median(voiced))
     semitones = 12 * np.log2(voiced / median)
-    return median, float(np.std(semitones[np.abs(semitones) < 9]))  # beyond: an octave error
+    return median, float(np.std(semitones[np.abs(semitones) < 9]))  # larger distances are octave errors
 
 
 def syllable_nuclei(x: Signal) -> int:
-    """Number of syllables that are heard: peaks of the smoothed 300-2500 Hz level, 2 dB dips apart.
+    """Number of syllables in the sound: peaks of the smoothed level at 300-2500 Hz, separated by 2 dB dips.
 
-    After de Jong & Wempe 2009, without its test for voice, so that whispers can be counted.
+    After de Jong & Wempe 2009, without their test for voice, so that whispered syllables count.
     """
     size = 5 * HOP // 2
     spectra = np.fft.rfft(_frames(np.pad(x, size), size) * np.hanning(size), 512)
@@ -113,7 +114,7 @@ def active_level_db(x: Signal) -> float:
 
 
 def set_level(x: Signal, level_db: float) -> Signal:
-    """Scale to an active level; peaks above full scale are rounded off, never wrapped."""
+    """Scales to an active level. Peaks above full scale are compressed; they never wrap."""
     y = x * 10 ** ((level_db - active_level_db(x)) / 20)
     knee = 0.8
     over = np.maximum(np.abs(y) - knee, 0.0)
@@ -121,7 +122,8 @@ def set_level(x: Signal, level_db: float) -> Signal:
 
 
 def tilt(x: Signal, db_per_octave: float) -> Signal:
-    """Turn the spectrum around 500 Hz: vocal effort raises it, soft speech lowers it."""
+    """Tilts the spectrum around 500 Hz. A positive slope sounds like vocal effort, a negative one like soft
+    speech."""
     length = _fft_length(len(x) + 256)
     octaves = np.log2(np.clip(np.linspace(0, SAMPLE_RATE_HZ / 2, length // 2 + 1), 125, 4000) / 500)
     spectrum = np.fft.rfft(x, length) * 10 ** (db_per_octave * octaves / 20)
@@ -129,10 +131,10 @@ def tilt(x: Signal, db_per_octave: float) -> Signal:
 
 
 def shape(excitation: Signal, envelopes: npt.NDArray[np.complex128]) -> Signal:
-    """Filter frame by frame: row m of `envelopes` (frames, 513) acts on the frame that starts at m * HOP.
+    """Filters frame by frame: row m of `envelopes` (frames, 513) filters the frame that starts at m * HOP.
 
     Overlap-add in the frequency domain; the filters' tails are kept up to _FFT samples. Returns as many
-    samples as came.
+    samples as `excitation` has.
     """
     count = len(envelopes)
     padded = np.pad(excitation, (0, max(0, (count - 1) * HOP + _WINDOW - len(excitation))))
@@ -153,7 +155,7 @@ def _linear_prediction(x: Signal) -> tuple[Signal, Signal]:
     window = np.hanning(_WINDOW)
     frames = _frames(np.pad(x, (0, _WINDOW)), _WINDOW) * window
     correlation = np.fft.irfft(np.abs(np.fft.rfft(frames, _FFT)) ** 2)[:, : _LPC_ORDER + 1]
-    correlation[:, 0] = correlation[:, 0] * 1.002 + 1e-8  # white noise correction: keeps silent frames stable
+    correlation[:, 0] = correlation[:, 0] * 1.002 + 1e-8  # adds white noise, so that silent frames are stable
     coefficients = np.zeros_like(correlation)
     coefficients[:, 0] = 1.0
     error = correlation[:, 0].copy()
@@ -166,7 +168,7 @@ def _linear_prediction(x: Signal) -> tuple[Signal, Signal]:
 
 
 def _resynthesize(x: Signal, excitation: Signal, *, tilt_pole: float) -> Signal:
-    """Speak `excitation` (unit power) through the vocal tract of `x`."""
+    """Filters `excitation` (unit power) with the vocal tract of `x`."""
     emphasised = np.append(x[:1], x[1:] - 0.95 * x[:-1])
     coefficients, gain = _linear_prediction(emphasised)
     delay = np.exp(-1j * np.linspace(0, np.pi, _FFT // 2 + 1))
@@ -175,18 +177,18 @@ def _resynthesize(x: Signal, excitation: Signal, *, tilt_pole: float) -> Signal:
 
 
 def whisper(x: Signal, rng: np.random.Generator) -> Signal:
-    """The same words without voice: noise through the vocal tract, weaker at low frequencies."""
+    """The same words without voice: noise filtered by the vocal tract, weaker at low frequencies."""
     return _resynthesize(x, rng.standard_normal(len(x)), tilt_pole=float(rng.uniform(0.3, 0.6)))
 
 
 def creak(x: Signal, pulse_hz: float, rng: np.random.Generator) -> Signal:
-    """The same words in vocal fry: slow, irregular, unequal pulses wherever `x` has voice."""
+    """The same words in vocal fry: slow, irregular, unequal pulses where `x` has voice."""
     steps = 1 + 0.28 * rng.standard_normal(int(2 * len(x) * pulse_hz / SAMPLE_RATE_HZ) + 8)
     onsets = np.cumsum(np.clip(steps, 0.35, 1.8)) * SAMPLE_RATE_HZ / pulse_hz
     times = onsets[onsets < len(x)].astype(np.int64)
     noise = rng.standard_normal(len(x))
     voiced = np.repeat(f0_track(x) > 0, HOP)
-    voiced = np.pad(voiced, (HOP, len(x)))[: len(x)]  # a pitch frame speaks for its middle
+    voiced = np.pad(voiced, (HOP, len(x)))[: len(x)]  # the value of a pitch frame holds for its middle
     excitation = np.where(voiced, 0.05, 0.7) * noise
     pulses = rng.uniform(0.5, 1.3, len(times)) * np.sqrt(SAMPLE_RATE_HZ / pulse_hz)
     np.add.at(excitation, times, pulses * voiced[times])
@@ -194,7 +196,7 @@ def creak(x: Signal, pulse_hz: float, rng: np.random.Generator) -> Signal:
 
 
 def scale_intonation(x: Signal, factor: float) -> Signal:
-    """Widen (factor > 1) or flatten (< 1) the melody by changes of playing speed, smoothed over 70 ms."""
+    """Widens (factor > 1) or flattens (< 1) the melody by changes of playing speed, smoothed over 70 ms."""
     track = f0_track(x)
     (voiced,) = np.nonzero(track)
     if len(voiced) < 8:
@@ -210,7 +212,7 @@ def scale_intonation(x: Signal, factor: float) -> Signal:
 
 
 def resonances(formants: Signal, bandwidths: Signal) -> npt.NDArray[np.complex128]:
-    """Response (T, bins) of the product of two-pole resonators that are 1 at 0 Hz."""
+    """Response (T, bins) of a product of two-pole resonators. Each is 1 at 0 Hz."""
     z = np.exp(-1j * np.linspace(0, np.pi, 513))
     radius = np.exp(-np.pi * bandwidths / SAMPLE_RATE_HZ)
     a1 = -2 * radius * np.cos(2 * np.pi * formants / SAMPLE_RATE_HZ)
@@ -222,7 +224,7 @@ def resonances(formants: Signal, bandwidths: Signal) -> npt.NDArray[np.complex12
 
 
 def pulses(f0_T: Signal, rng: np.random.Generator) -> Signal:
-    """Unit-power pulse train that follows F0, with the small irregularity of a human voice."""
+    """Unit-power pulse train that follows F0, with the small irregularities of a human voice."""
     jitter = 1 + 0.01 * rng.standard_normal(len(f0_T))
     f0 = np.interp(np.arange(len(f0_T) * HOP), np.arange(len(f0_T)) * HOP + HOP / 2, f0_T * jitter)
     cycles = np.cumsum(f0 / SAMPLE_RATE_HZ)

@@ -1,8 +1,8 @@
 """Words of the demo corpus: what its voices say, and the captions and prompts that describe how they say it.
 
-A clip carries `tags` (attribute -> label, all that is known), a caption carries `claims` (attribute ->
-label, all that it says); `satisfies` compares the two. A label "a>b" means that the attribute changes
-from a to b inside the clip; a claim of "a" alone is then wrong, and so is a claim of the opposite change.
+A clip has `tags`: attribute -> label, for all that is known. A caption has `claims`: attribute -> label, for
+all that it says. `satisfies` compares the two. A label "a>b" means that the attribute changes from a to b in
+the clip. A claim of "a" alone is then wrong, and so is a claim of the opposite change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEUTRAL = {
     "quality": "normal",
 }
 
-# Every sixth phrase belongs to the test split, the one after it to validation, the rest to training.
+# Of every six phrases, the first belongs to the test split, the second to validation, the rest to training.
 _PHRASES = {
     "subject": "the teacher|my younger brother|a tall stranger|the captain|our new neighbour"
     "|the girl next door|my cousin|the doctor|two small children|a famous painter|the gardener"
@@ -68,7 +68,7 @@ _PATTERNS = (
 
 
 def syllables(text: str) -> int:
-    """Number of syllables of an English text by its groups of vowel letters; silent endings do not count."""
+    """Number of syllables of an English text: groups of vowel letters, without silent endings."""
     count = 0
     for word in re.findall(r"[a-z]+", text.lower()):
         groups = len(re.findall(r"[aeiouy]+", word))
@@ -79,18 +79,18 @@ def syllables(text: str) -> int:
 
 
 def sentences(split: Split) -> list[str]:
-    """The sentences of a split, in a fixed order; no phrase of one split occurs in another's."""
+    """The sentences of a split, in a fixed order. No phrase occurs in two splits."""
     share = {"test": (0,), "validation": (1,), "train": (2, 3, 4, 5)}[split]
     phrases = {
         role: [phrase for i, phrase in enumerate(text.split("|")) if i % 6 in share]
         for role, text in _PHRASES.items()
     }
     rng = np.random.default_rng(len(split))
-    found: dict[str, None] = {}
+    distinct: dict[str, None] = {}
     for pattern in _PATTERNS:
         for _ in range(120):
-            found[" ".join(str(rng.choice(phrases[role])) for role in pattern.split())] = None
-    return list(found)
+            distinct[" ".join(str(rng.choice(phrases[role])) for role in pattern.split())] = None
+    return list(distinct)
 
 
 def satisfies(tags: Mapping[str, str], claims: Mapping[str, str]) -> bool:
@@ -204,7 +204,7 @@ _VERBS = ("speaks", "talks", "is speaking", "is talking", "says this")
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions of one clip; the claims stand in the order of the captions."""
+    """Captions of one clip. The claims are in the order of the captions."""
 
     global_captions: list[str]
     fine_captions: list[str]
@@ -222,7 +222,7 @@ def _listing(items: Sequence[str]) -> str:
 
 
 def _compose(claims: Mapping[str, str], rng: np.random.Generator) -> str:
-    """One sentence or two that make exactly these claims."""
+    """One or two sentences that make exactly these claims."""
     sex = claims.get("sex", "")
     subject, (pronoun, possessive) = _pick(rng, _SUBJECTS[sex]), _PRONOUNS[sex]
     order = [str(a) for a in rng.permutation([a for a in claims if a != "sex"])]
@@ -254,10 +254,9 @@ def _compose(claims: Mapping[str, str], rng: np.random.Generator) -> str:
 
 
 def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
-    """Two to four attributes that hold for the whole clip.
+    """Up to four attributes that hold for the whole clip, with remarkable or plain labels.
 
-    Remarkable and plain labels alike: beside three others, "a clear voice" tells a model next to nothing, and
-    it would never learn what the words mean.
+    A model learns the words of a plain label, as "a clear voice", only from captions with few other claims.
     """
     constant = [a for a in ATTRIBUTES if ">" not in tags.get(a, ">") and a != "sex"]
     chosen = [str(a) for a in rng.permutation(constant)[: int(rng.integers(1, 4))]]
@@ -267,17 +266,17 @@ def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[st
 
 
 def _fine_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
-    """All that is known, less some of what is unremarkable."""
+    """All known labels, without some of the plain ones."""
     known = [a for a in ATTRIBUTES if a in tags]
     return {a: tags[a] for a in known if tags[a] != NEUTRAL.get(a) or rng.random() < 0.85}
 
 
 def captions(tags: Mapping[str, str], rng: np.random.Generator) -> Captions:
-    """Write one or two global and five or six fine-grained captions for a clip.
+    """Writes one or two global and five or six fine-grained captions for a clip.
 
     Args:
-        tags: attribute -> label; only the attributes of ATTRIBUTES are described, "sex" must be among them.
-        rng: decides on attributes, order and wording.
+        tags: attribute -> label; only the attributes of ATTRIBUTES are described, and "sex" must be present.
+        rng: chooses attributes, order and words.
     """
     global_claims = [_global_claims(tags, rng) for _ in range(int(rng.integers(1, 3)))]
     fine_claims = [_fine_claims(tags, rng) for _ in range(int(rng.integers(5, 7)))]
@@ -290,15 +289,15 @@ def captions(tags: Mapping[str, str], rng: np.random.Generator) -> Captions:
 
 
 def has_change(attribute: str, label: str) -> bool:
-    """Whether there are words for a change such as "slow>fast"."""
+    """Whether captions have words for a change such as "slow>fast"."""
     return label in _CHANGES.get(attribute, {})
 
 
 def prompts() -> dict[str, dict[str, list[str]]]:
     """Zero-shot tasks: attribute -> label -> prompt sentences, whose embeddings are averaged.
 
-    The prompts use words of the captions, each naming a single attribute, as no caption does. Clips whose
-    attribute changes or was not measured have no label in `ATTRIBUTES[attribute]`: they are no items of
+    The prompts use the words of the captions, but each names a single attribute, as no caption does. A clip
+    whose attribute changes or was not measured has no label in `ATTRIBUTES[attribute]`, and is not part of
     that task.
     """
     tasks: dict[str, dict[str, list[str]]] = {"sex": {}}

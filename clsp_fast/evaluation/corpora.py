@@ -16,7 +16,7 @@ from clsp_fast.checks import listed
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import read_manifest
-from clsp_fast.storage import files, paths, textfile
+from clsp_fast.storage import files, folders, paths, textfile
 
 _LONGEST_LINE = 2**20
 
@@ -73,7 +73,7 @@ class _Corpus(NamedTuple):
 
 def _corpus(source: Path) -> _Corpus:
     corpus = _Corpus([], [])
-    for entry in paths.walk(source, once=True):
+    for entry in folders.walk(source, once=True):
         if entry.kind == "file":
             corpus.files.append(entry.path)
         else:
@@ -92,7 +92,7 @@ def _recordings(corpus: _Corpus) -> Iterator[Path | LeftOut]:
         suffix = path.suffix.lower()
         if suffix == ".wav":
             yield path
-        elif suffix in paths.AUDIO_SUFFIXES | paths.CONVERT_SUFFIXES:
+        elif suffix in folders.AUDIO_SUFFIXES | folders.CONVERT_SUFFIXES:
             yield LeftOut(path.name, "not WAV")
 
 

@@ -92,7 +92,7 @@ def embed_features(model: CLSP, clips: Sequence[Clip], features: ClipFeatures) -
                 lengths = torch.tensor([len(values) for _, values in batch])
                 values = collate([values for _, values in batch]).to(model.device)
                 parts.append(model.encode_features(values, lengths).float().cpu())
-                contention.look()
+                contention.adapt_waits()
     if not parts:
         raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
     return torch.cat(parts), kept

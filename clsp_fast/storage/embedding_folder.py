@@ -21,10 +21,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from clsp_fast.checks import reject_unknown_keys
-from clsp_fast.storage import textfile
+from clsp_fast.storage import text_kinds
 from clsp_fast.storage.files import replace_file
 
-FORMAT = textfile.INDEX_FORMAT
+FORMAT = text_kinds.INDEX_FORMAT
 LONGEST_LINE = 2**20
 """Most bytes that a line of the index may have."""
 _LONGEST_HEADER = 2**16

@@ -1,7 +1,7 @@
-"""Files written whole or not at all, and locks: on full disks, and on file systems that lack a feature.
+"""Writes files whole or not at all, locks files and folders, and explains full disks.
 
-Other modules write through this one, or within its `room_for`, so that a full disk has the same name
-everywhere.
+Other modules write through this one, or within `naming_full_disk`, so that every command reports a full disk
+in the same words.
 """
 
 from __future__ import annotations
@@ -22,55 +22,55 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""What a network file system answers to a request that it does not know."""
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""The disk is full, the user's quota is used up, or the file would be larger than is allowed."""
+"""Error codes of a file system that does not support a request, as many network file systems."""
+DISK_FULL_CODES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The disk is full, the user's quota is used up, or the file would be larger than the limit."""
 LFS_POINTER = b"version https://git-lfs"
-"""What Git puts in place of a large file until it is fetched begins like this."""
+"""First bytes of the small file that Git LFS puts in place of a large one until that is fetched."""
 LFS_FIX = 'is a Git LFS pointer, not the file itself; fetch it with "git lfs pull"'
 _NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 class DiskFull(OSError):
-    """There is no room for a file; the message says for which, and what to do."""
+    """A file does not fit on the disk. The message names the file and says what to do."""
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
 class FolderInUse(RuntimeError):
-    """Another process holds the folder or file."""
+    """Another process has locked the folder or file."""
 
 
 @contextlib.contextmanager
-def room_for(path: Path | str | None, size: int | None = None) -> Iterator[None]:
-    """Names a full disk, a used-up quota and a limit of file sizes, whichever library met it.
+def naming_full_disk(path: Path | str | None, size: int | None = None) -> Iterator[None]:
+    """Turns errors about a full disk, quota or file-size limit into `DiskFull`, from whichever library.
 
     Args:
-        path: what is written inside; None: standard output. An error that names a file elsewhere keeps that
-            file's name.
-        size: bytes that it needs; None: not known.
+        path: the file or folder that the block writes; None: standard output. If the error names a file
+            elsewhere, the message names that file instead.
+        size: bytes that the block writes; None: not known.
 
     Raises:
-        DiskFull: the block failed for want of room. Its other errors pass.
+        DiskFull: the block failed because there was no room. Other errors pass unchanged.
     """
     try:
         yield
     except DiskFull:
-        raise  # the inner one knows better which file it was
+        raise  # an inner block has named the file more precisely
     except Exception as error:
-        code = _no_room(error)
+        code = _disk_full_code(error)
         if code is None:
             raise
-        where, elsewhere = None if path is None else Path(path), _elsewhere(error, path)
-        if elsewhere is not None:
-            where, size = elsewhere, None
-        raise DiskFull(code, _describe(code, where, size), None if where is None else str(where)) from error
+        file, file_elsewhere = None if path is None else Path(path), _file_elsewhere(error, path)
+        if file_elsewhere is not None:
+            file, size = file_elsewhere, None
+        raise DiskFull(code, _describe(code, file, size), None if file is None else str(file)) from error
 
 
-def _elsewhere(error: Exception, path: Path | str | None) -> Path | None:
-    """The file that the error names, if it is neither `path`, nor in it, nor what will become it: a hidden
-    neighbour, as `replace_file` and others write."""
+def _file_elsewhere(error: Exception, path: Path | str | None) -> Path | None:
+    """The file that the error names; None if it is `path`, lies in it, or is a hidden neighbour, which
+    `replace_file` and others write first and then rename to `path`."""
     name = error.filename if isinstance(error, OSError) else None
     if not isinstance(name, (str, bytes)) or not name:
         return None
@@ -78,32 +78,32 @@ def _elsewhere(error: Exception, path: Path | str | None) -> Path | None:
     if path is None:
         return file
     target = Path(path).absolute()
-    for place in (file.absolute(), *file.absolute().parents):
-        if place == target or (place.parent == target.parent and place.name.startswith(".")):
+    for folder in (file.absolute(), *file.absolute().parents):
+        if folder == target or (folder.parent == target.parent and folder.name.startswith(".")):
             return None
     return file
 
 
-def _no_room(error: Exception) -> int | None:
-    """The code of `NO_ROOM` that is the error's cause; None: it has another."""
+def _disk_full_code(error: Exception) -> int | None:
+    """Which of `DISK_FULL_CODES` caused the error; None if none did."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in NO_ROOM else None
-    # numpy, safetensors, faiss, tokenizers and torch tell it in words only.
+        return error.errno if error.errno in DISK_FULL_CODES else None
+    # Errors of numpy, safetensors, faiss, tokenizers and torch have no code, only a message.
     if isinstance(error, (OSError, SafetensorError, RuntimeError)) or type(error) is Exception:
         text = str(error)
         if isinstance(error, OSError) and _NUMPY_SHORT_WRITE.search(text):
             return errno.ENOSPC
-        return next((code for code in sorted(NO_ROOM) if os.strerror(code) in text), None)
+        return next((code for code in sorted(DISK_FULL_CODES) if os.strerror(code) in text), None)
     return None
 
 
-def _describe(code: int, where: Path | None, size: int | None) -> str:
-    name = "standard output" if where is None else where
+def _describe(code: int, file: Path | None, size: int | None) -> str:
+    name = "standard output" if file is None else file
     needed = "" if size is None else f", needed about {_megabytes(size)} MB"
     if code == errno.EFBIG:
         fix = "raise the limit (ulimit -f), or choose a file system for larger files"
         return f"file size limit: {name}{needed}: {os.strerror(code)}; {fix}"
-    free = None if where is None or code == errno.EDQUOT else _free_bytes(where)
+    free = None if file is None or code == errno.EDQUOT else _free_bytes(file)
     left = "" if free is None else f", {_megabytes(free)} MB are free"
     quota = " (quota)" if code == errno.EDQUOT else ""
     fix = "make room and run the same command again"
@@ -114,36 +114,36 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f}" if count < 10e6 else f"{count / 1e6:,.0f}"
 
 
-def _free_bytes(where: Path) -> int | None:
-    """Of the file system that `where` is on; None if neither it nor the folder that it is in exists, as a
-    folder further up may be on another one."""
-    for place in (where, where.absolute().parent):
+def _free_bytes(file: Path) -> int | None:
+    """Free space of the file's file system; None if neither the file nor its folder exists, since a folder
+    further up may be on another file system."""
+    for path in (file, file.absolute().parent):
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(place).free
+            return shutil.disk_usage(path).free
     return None
 
 
 def replace_file(file: Path, write_to: Callable[[Path], None], *, size: int | None = None) -> None:
-    """Writes a neighbour and renames it over `file`, so that a crash leaves the old content or the new.
+    """Writes a temporary file and renames it to `file`, so that a crash leaves the old content or the new.
 
     Args:
-        file: what to write; several processes may write the same.
-        write_to: writes to the path that it is given.
+        file: the file to write; several processes may write the same file.
+        write_to: writes the content to the path that it is given.
         size: bytes that will be written, for the message about a full disk; None: not known.
 
     Raises:
         DiskFull: there is no room; nothing is left behind.
     """
-    # Its length does not grow with the file's name, which may be as long as a name can be.
+    # A digest, because a name made from the file's name could be longer than a name may be.
     digest = hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]
-    neighbour = file.with_name(f".{digest}.{os.getpid()}.tmp")
-    with room_for(file, size):
+    temporary = file.with_name(f".{digest}.{os.getpid()}.tmp")
+    with naming_full_disk(file, size):
         try:
-            write_to(neighbour)
-            flush(neighbour)
-            neighbour.replace(file)
+            write_to(temporary)
+            flush(temporary)
+            temporary.replace(file)
         finally:
-            neighbour.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -162,7 +162,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Makes a file, or a folder's list of names, durable, as far as its file system can."""
+    """Writes a file's content, or a folder's list of names, to the disk, if its file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
@@ -171,7 +171,8 @@ def flush(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Calls fsync; ignores file systems that do not support it, as many network file systems for folders."""
+    """Calls fsync. File systems that do not support it, as many network file systems for folders, are
+    ignored."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -180,22 +181,23 @@ def sync(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder for one process.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Locks the folder for this process; it is created if needed.
 
     Raises:
-        FolderInUse: another process holds it.
+        FolderInUse: another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        hold(file, folder)
+        lock_file(file, folder)
         yield
 
 
-def hold(file: IO[Any], name: Path) -> None:
-    """Locks an open file until it is closed; FolderInUse, with `name`, if another process has it.
+def lock_file(file: IO[Any], name: Path) -> None:
+    """Locks an open file until it is closed. If the file system has no locks, a warning says so.
 
-    Where the file system has no locks, a warning says so: nothing then stops a second process.
+    Raises:
+        FolderInUse: another process has locked it; the message calls it `name`.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,7 +214,8 @@ def hold(file: IO[Any], name: Path) -> None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ValueError if the file is a Git LFS pointer; what cannot be read is left to the caller."""
+    """Raises ValueError if the file is a Git LFS pointer. If it cannot be read, the caller will report
+    that."""
     try:
         if not path.is_file():  # a pipe would block
             return

@@ -1,4 +1,4 @@
-"""What a run writes: log.jsonl always, TensorBoard if asked, one line to read, and curves.png at the end."""
+"""What a run records: log.jsonl always, TensorBoard events if asked, and the lines that it prints."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from typing import Any
 
 from clsp_fast.storage import files
 
-_COLOURS = {"global": "tab:orange", "fine": "tab:blue"}
-
 
 class RunLog:
-    """Appends records to `<folder>/log.jsonl`; records of steps that a resumed run does again are dropped
-    first.
+    """Appends records to `<folder>/log.jsonl`. Before that it drops the records of steps that a resumed run
+    will repeat.
 
     Args:
         folder: run folder.
         first_step: step that this process starts with.
         tensorboard: also write TensorBoard events.
-        active: False on all ranks but the first: nothing is written or printed.
+        active: False on all ranks except the first: they write and print nothing.
 
     Raises:
         ImportError: `tensorboard` is asked for and not installed.
@@ -46,10 +44,10 @@ class RunLog:
     ) -> None:
         if self._active:
             try:
-                with files.room_for(self._path):
+                with files.naming_full_disk(self._path):
                     self._file.close()
             except files.DiskFull:
-                if kind is None:  # else it is told already
+                if kind is None:  # otherwise the first error is the one to report
                     raise
             if self._board is not None:
                 self._board.close()
@@ -59,7 +57,7 @@ class RunLog:
         if not self._active:
             return
         line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | figures) + "\n"
-        with files.room_for(self._path, len(line)):
+        with files.naming_full_disk(self._path, len(line)):
             self._file.write(line)
             self._file.flush()
         if self._board is not None:
@@ -73,8 +71,8 @@ class RunLog:
             print(text, flush=True)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, oldest first; a last line that a crash cut short is left out."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, oldest first. A line that a crash cut short is skipped."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -86,7 +84,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_before(path: Path, step: int) -> None:
-    kept = [record for record in read(path) if record["step"] < step]
+    kept = [record for record in read_log(path) if record["step"] < step]
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -96,62 +94,3 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError as error:
         raise ImportError("--tensorboard needs the extra: pip install 'clsp_fast[tensorboard]'") from error
     return SummaryWriter(str(folder))
-
-
-def save_report(run: Path) -> str:
-    """Draws `run`/curves.png from its log: loss, retrieval, zero-shot accuracy and speed over steps.
-
-    Returns:
-        A line that says where it is, or why there is none.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return "curves.png: not drawn, matplotlib is missing (pip install 'clsp_fast[demo]')"
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    records = read(run / "log.jsonl")
-    train = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, constrained_layout=True)
-    _line(axes[0, 0], train, "loss", "training loss")
-    _line(axes[1, 1], train, "audio_s_per_s", "audio seconds a second")
-    for kind, colour in _COLOURS.items():
-        _validation_line(axes[0, 1], validation, kind, "R@10", colour, "-")
-        _validation_line(axes[0, 1], validation, kind, "hit@5", colour, "--")
-    for tag in sorted({tag for record in validation for tag in record["results"]["zeroshot"]}):
-        having = [r for r in validation if tag in r["results"]["zeroshot"]]
-        points = [(r["step"], r["results"]["zeroshot"][tag]["accuracy"]) for r in having]
-        axes[1, 0].plot(*zip(*points, strict=True), marker=".", label=tag)
-    for axis, title in (
-        (axes[0, 1], "validation retrieval, mean of both ways"),
-        (axes[1, 0], "zero-shot accuracy"),
-    ):
-        axis.set(title=title, ylim=(0, 1))
-        if axis.lines:
-            axis.legend(fontsize="small")
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    files.replace_file(run / "curves.png", lambda file: figure.savefig(file, dpi=110, format="png"))
-    plt.close(figure)
-    return f"curves: {run / 'curves.png'}"
-
-
-def _line(axis: Any, records: list[dict[str, Any]], key: str, title: str) -> None:
-    axis.plot([record["step"] for record in records], [record[key] for record in records])
-    axis.set(title=title)
-
-
-def _validation_line(
-    axis: Any, records: list[dict[str, Any]], kind: str, key: str, colour: str, style: str
-) -> None:
-    points = []
-    for record in records:
-        figures = record["results"]["retrieval"].get(kind)
-        if figures and key in figures["audio_to_text"]:
-            points.append(
-                (record["step"], (figures["audio_to_text"][key] + figures["text_to_audio"][key]) / 2)
-            )
-    if points:
-        axis.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=f"{kind} {key}")

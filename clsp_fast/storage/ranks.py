@@ -1,4 +1,4 @@
-"""The processes of a run, and what they do together; for a single process each method does it alone."""
+"""The processes (ranks) of a run and their collective operations; all of them work for one process, too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `world` processes.
+    """This process among the `world` processes of a run.
 
     Attributes:
         rank: 0 .. world-1.
@@ -44,11 +44,11 @@ class Ranks:
     @classmethod
     @contextlib.contextmanager
     def join(cls, device: str = "auto", *, wait_hours: float = 2.0) -> Iterator[Ranks]:
-        """The place of this process: torchrun's environment if there is one, otherwise a world of one.
+        """Joins the processes that torchrun started; without torchrun, the process is alone.
 
         Args:
             device: as in the configurations.
-            wait_hours: what a process waits for the others at most, wherever they meet.
+            wait_hours: how long a process waits for the others, at the start and in collective operations.
 
         Raises:
             ValueError: the device does not exist.
@@ -60,15 +60,16 @@ class Ranks:
         if world == 1:
             yield cls(0, 1, where, None)
             return
-        # Others wait while the first rank makes a corpus or validates: torch's ten minutes are too short.
-        patience = timedelta(hours=wait_hours)
-        store, rank, world = next(rendezvous("env://", timeout=patience))
+        # The other ranks wait while the first one makes a corpus or validates, which can take longer than
+        # torch's ten minutes.
+        timeout = timedelta(hours=wait_hours)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
             store=_fresh_store(store, rank, world),
             rank=rank,
             world_size=world,
-            timeout=patience,
+            timeout=timeout,
         )
         try:
             yield cls(rank, world, where, dist.group.WORLD)
@@ -77,32 +78,32 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     @contextlib.contextmanager
     def exclusive(self, folder: Path) -> Iterator[None]:
-        """The first rank holds the folder for this run; RuntimeError if another run has it."""
-        with files.exclusive(folder) if self.first else contextlib.nullcontext():
+        """Locks the folder for this run, on the first rank; files.FolderInUse if another process has it."""
+        with files.lock_folder(folder) if self.first else contextlib.nullcontext():
             yield
 
     def first_then_all(self, make: Callable[[], T]) -> T:
-        """Runs `make` on the first rank, then on all others, which find what the first one wrote."""
+        """Runs `make` on the first rank, and then on the others, which can read what the first one wrote."""
         made = make() if self.first else None
         if self.group is not None:
             dist.barrier(self.group)
         return make() if made is None else made
 
-    def any(self, *here: bool) -> list[bool]:
-        """Of each flag, whether it holds on any rank."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is True on any rank."""
         if self.group is None:
-            return list(here)
-        flags = torch.tensor(here, dtype=torch.int32, device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
-        return [bool(flag) for flag in flags.tolist()]
+            return list(flags)
+        largest = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in largest.tolist()]
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in rank order; anything that can be pickled."""
+        """The values of all ranks, in rank order. A value is anything that can be pickled."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world
@@ -110,15 +111,16 @@ class Ranks:
         return values
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Replaces each tensor by its mean over the ranks: one collective for all of one dtype."""
+        """Replaces each tensor by its mean over the ranks, with one collective operation for each dtype."""
         if self.group is None:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            own = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            same_dtype = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in same_dtype])
             dist.all_reduce(flat, group=self.group)
             flat /= self.world
-            for tensor, mean in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
+            means = torch.split(flat, [tensor.numel() for tensor in same_dtype])
+            for tensor, mean in zip(same_dtype, means, strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
     def peak_memory_mib(self) -> float:
@@ -129,7 +131,7 @@ class Ranks:
         return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
     def describe(self) -> str:
-        """For people."""
+        """The device and the number of processes, as text."""
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         else:
@@ -138,26 +140,26 @@ class Ranks:
 
 
 def _fresh_store(store: Store, rank: int, world: int) -> Store:
-    """The part of a store that only the processes started together write to.
+    """A part of the store that only processes of the same start use.
 
-    torchrun restarts processes with the store of those before, where the dead ones' addresses still are: who
-    reads these instead of the new ones waits for a dead peer (pytorch/pytorch#135712). So every process gives
-    itself a name, and the first one tells each of the names that it finds where to meet; it goes on when all
-    have come, which only living ones do.
+    torchrun keeps the store when it restarts processes, so the addresses of dead processes are still in it. A
+    process that reads such an address waits for a dead peer (pytorch/pytorch#135712). Therefore each process
+    writes a new random name into the store. The first rank answers every name it reads with the session, a
+    prefix for new keys, until all other ranks have come to the session. Dead processes cannot come.
     """
-    own = uuid.uuid4().hex
+    name = uuid.uuid4().hex
     if rank:
-        store.set(f"clsp_fast/{rank}", own)
-        session = store.get(f"clsp_fast/{own}").decode()
+        store.set(f"clsp_fast/{rank}", name)
+        session = store.get(f"clsp_fast/{name}").decode()
         store.add(f"{session}/come", 1)
     else:
-        session, told = f"clsp_fast/{own}", set[bytes]()
+        session, answered = f"clsp_fast/{name}", set[bytes]()
         while store.add(f"{session}/come", 0) < world - 1:
-            keys = [f"clsp_fast/{other}" for other in range(1, world)]
+            keys = [f"clsp_fast/{other_rank}" for other_rank in range(1, world)]
             names = {store.get(key) for key in keys if store.check([key])}
-            for name in names - told:
-                store.set(f"clsp_fast/{name.decode()}", session)
-            told |= names
+            for other_name in names - answered:
+                store.set(f"clsp_fast/{other_name.decode()}", session)
+            answered |= names
             time.sleep(0.01)
     return PrefixStore(session, store)
 

@@ -1,8 +1,8 @@
 """Checkpoints that survive a crash at any instant.
 
-A checkpoint is a folder `step-<N>` with model.safetensors, optim.safetensors and state.json, which holds the
-SHA-256 of the other two. It is written as `.step-<N>.tmp`, flushed to the disk and renamed, so a folder of
-that name is either complete or recognisably damaged.
+A checkpoint is a folder `step-<N>` with model.safetensors, optim.safetensors and state.json; state.json holds
+the SHA-256 of the other two. The folder is written as `.step-<N>.tmp`, flushed to the disk and renamed, so a
+folder `step-<N>` is either complete or recognisably damaged.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """
     final, temporary = folder / f"step-{checkpoint.step:08d}", folder / f".step-{checkpoint.step:08d}.tmp"
     size = sum(x.nbytes for tensors in (checkpoint.model, checkpoint.optim) for x in tensors.values())
-    with files.room_for(final, size):
+    with files.naming_full_disk(final, size):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -61,7 +61,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         files.flush(folder)
-    # Later steps than this one are damaged, or of a run that was taken up again before them.
+    # Checkpoints of later steps are damaged, or outdated because the run was resumed from an earlier one.
     for old in [path for path in _folders(folder) if _step(path) > checkpoint.step]:
         shutil.rmtree(old)
     for old in _folders(folder)[keep:]:
@@ -70,7 +70,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    """The three files, on the disk when this returns."""
+    """Writes the three files and flushes them to the disk."""
     for name, tensors in zip(_TENSOR_FILES, (checkpoint.model, checkpoint.optim), strict=True):
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / name)
     hashes = {name: _sha256(folder / name) for name in _TENSOR_FILES}
@@ -81,8 +81,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are passed over with a warning. None: there is
-    none."""
+    """Loads the newest checkpoint that is undamaged, and warns of damaged ones; None if there is none."""
     for candidate in _folders(folder):
         try:
             return _load(candidate)
@@ -98,8 +97,8 @@ def exists(folder: Path) -> bool:
 
 def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=_step, reverse=True)
+    folders = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(folders, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:

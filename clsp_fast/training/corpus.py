@@ -1,7 +1,4 @@
-"""What a run reads: the user's manifests or the demo corpus, the tokenizer, the zero-shot tasks.
-
-A file of its own because it decides where data comes from; how it becomes batches is in data.py.
-"""
+"""What a run reads: the user's manifests or the demo corpus, the tokenizer, the zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -33,12 +30,12 @@ class Corpus:
     Attributes:
         train: training clips.
         validation: clips for the figures during training; may be empty.
-        final_sets: named clips for the final tables.
+        final_sets: clips that the finished model is evaluated on, by the name of their set.
         tasks: zero-shot tasks; may be empty.
         tokenizer: captions to tokens.
-        max_tokens: longer captions are cut.
+        max_tokens: longer captions are truncated.
         is_demo: whether this is the demo corpus.
-        note: description for people.
+        note: text on the training clips, printed before training.
     """
 
     train: list[Clip]
@@ -59,14 +56,14 @@ class Corpus:
         """
         if config.data.manifest is None:
             return cls._demo(config)
-        train = _read(config.data.manifest, config)
+        train = _read_manifest(config.data.manifest, config)
         sets = {}
         for name in ("validation", "test"):
             path: Path | None = getattr(config.data, name)
             if path is not None:
-                read = _read(path, config)
-                read.warn()  # the note below has what there is to say of the training clips
-                sets[name], _, left_out = usable(read.clips, config.data)
+                listed = _read_manifest(path, config)
+                listed.warn()  # `note` has the warnings about the training clips
+                sets[name], _, left_out = usable(listed.clips, config.data)
                 if not sets[name]:
                     raise DataError(f"--data.{name} {path}: all clips are left out: {dict(left_out)}")
                 if left_out:
@@ -107,29 +104,31 @@ class Corpus:
         return self.tokenizer.encode_batch(captions, self.max_tokens)
 
     def describe(self) -> str:
-        """For people."""
+        """Text on the training clips, printed before training."""
         return self.note
 
 
-def _read(path: Path, config: TrainConfig) -> Manifest:
-    """A manifest whose bad lines stay within data.max_bad_share; they are named on standard error."""
-    found = read_manifest(path)
-    for problem in found.problems[:20]:
+def _read_manifest(path: Path, config: TrainConfig) -> Manifest:
+    """Reads a manifest and prints its first bad lines on standard error; DataError if there are more than
+    data.max_bad_share allows."""
+    listed = read_manifest(path)
+    for problem in listed.problems[:20]:
         print(f"{path}, line {problem.line}: {problem.message}; skipped", file=sys.stderr)
-    count, lines = len(found.problems), len(found.problems) + len(found.clips)
+    count, lines = len(listed.problems), len(listed.problems) + len(listed.clips)
     if count > max(10, config.data.max_bad_share * lines):
         raise DataError(
             f"{count} of {lines} lines of {path} are bad, over data.max_bad_share "
             f"{config.data.max_bad_share}; `python -m clsp_fast.data validate {path}` lists them"
         )
-    return found
+    return listed
 
 
 def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
-    """That of a run that has begun, of `data.tokenizer` or `init`, or a new one trained on the captions."""
-    kept = config.run / "tokenizer.json"
-    if kept.exists() and checkpoint.exists(config.run / "checkpoints"):
-        return Tokenizer.from_file(kept)
+    """The tokenizer that the run began with; for a new run that of `data.tokenizer` or `init`, or else one
+    that is trained on the captions."""
+    path = config.run / "tokenizer.json"
+    if path.exists() and checkpoint.exists(config.run / "checkpoints"):
+        return Tokenizer.from_file(path)
     size = config.model.text.vocab_size
     if config.data.tokenizer is not None:
         tokenizer = Tokenizer.from_file(config.data.tokenizer)
@@ -144,16 +143,16 @@ def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
         tokenizer = Tokenizer.train(_all_captions(clips), size, lowercase=True)
     tokenizer.check_fits(config.model.text)
     config.run.mkdir(parents=True, exist_ok=True)
-    files.write_text(kept, tokenizer.to_json())
+    files.write_text(path, tokenizer.to_json())
     return tokenizer
 
 
 def _all_captions(clips: Sequence[Clip]) -> list[str]:
-    return [text for clip in clips for own in clip.captions for text in own]
+    return [text for clip in clips for captions in clip.captions for text in captions]
 
 
 def _show_progress() -> Callable[[int, int], None]:
-    """What `demo.prepare` calls with the clips made and the clips in all."""
+    """Returns the function that `demo.prepare` calls with the number of clips made so far, and of all."""
     progress = None
 
     def show(made: int, total: int) -> None:

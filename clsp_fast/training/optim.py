@@ -1,4 +1,5 @@
-"""The optimiser with a learning rate per part of the model, the schedule of a stage, the weights' average."""
+"""The optimiser with a learning rate for each part of the model, the schedule of the learning rate, and the
+running average of the weights."""
 
 from __future__ import annotations
 
@@ -29,23 +30,28 @@ def part_of(name: str) -> str:
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser of `config.algorithm` over the trainable parameters of a CLSP.
 
-    Each group carries `scale`, its learning rate relative to the speech tower's. With AdamW, matrices and
-    filters of the speech tower and the heads decay; vectors, scalars and the text tower do not: decay of a
-    small bag of token embeddings forgets rare words faster than they are seen. With ScaledAdam nothing
-    decays, and the parts of one rate are one group, whose gradients are clipped together.
+    Each group has a `scale`: its learning rate relative to the speech tower's.
+
+    With AdamW, weight decay applies to the matrices and filters of the speech tower and the heads, but not to
+    vectors, scalars and the text tower: it would shrink the embeddings of rare words faster than training
+    restores them. ScaledAdam has no weight decay. There, parts with the same rate form one group, and the
+    gradients of a group are clipped together.
     """
     scales = {"speech": 1.0, "text": config.text_lr_scale, "head": config.head_lr_scale}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
         decays = config.algorithm == "adamw" and part != "text" and parameter.ndim >= 2
-        own = groups.setdefault((scales[part], config.weight_decay if decays else 0.0), [])
-        own.append(parameter)
+        key = (scales[part], config.weight_decay if decays else 0.0)
+        groups.setdefault(key, []).append(parameter)
     if config.algorithm == "scaled_adam":
-        scaled = [{"params": own, "scale": scale} for (scale, _), own in groups.items()]
+        scaled = [{"params": group, "scale": scale} for (scale, _), group in groups.items()]
         return ScaledAdam(scaled, lr=config.lr, betas=config.betas)
     return torch.optim.AdamW(
-        [{"params": own, "scale": scale, "weight_decay": decay} for (scale, decay), own in groups.items()],
+        [
+            {"params": group, "scale": scale, "weight_decay": decay}
+            for (scale, decay), group in groups.items()
+        ],
         lr=config.lr,
         betas=config.betas,
         eps=1e-8,
@@ -54,7 +60,7 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, steps: int, steps_per_epoch: int, peak: float, config: OptimConfig) -> float:
-    """Rate of step `step` of a stage of `steps` steps: warm-up, then `config.schedule`."""
+    """Learning rate of step `step` (from 0) in a stage of `steps` steps: warm-up, then `config.schedule`."""
     if config.schedule == "eden":
         share = eden(
             step + 1,
@@ -73,55 +79,57 @@ def learning_rate(step: int, steps: int, steps_per_epoch: int, peak: float, conf
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Gives every group its share of `rate`."""
+    """Sets the learning rate of each group to `rate` times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
 
 
 @torch.no_grad()
 def update_average(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """Takes the weights after `step` steps (counted from 1) up into their average.
+    """Adds the weights after `step` steps (from 1) to their running average.
 
-    That is the mean of all at first, and forgets with a time constant of `steps` later. It is a part of the
-    optimiser's state, "average", and so of every checkpoint.
+    During the first `steps` steps it is the mean of all weights so far, later an exponential average with a
+    time constant of `steps`. It is kept in the optimiser's state as "average", and so saved in checkpoints.
     """
-    own = [(p, state) for p, state in optimizer.state.items() if state]
-    fresh = [(p, state) for p, state in own if "average" not in state]
+    updated = [(p, state) for p, state in optimizer.state.items() if state]
+    fresh = [(p, state) for p, state in updated if "average" not in state]
     for parameter, state in fresh:
         state["average"] = parameter.detach().clone()
-    if len(fresh) < len(own):
-        averages, weights = zip(*((state["average"], p.detach()) for p, state in own), strict=True)
+    if len(fresh) < len(updated):
+        averages, weights = zip(*((state["average"], p.detach()) for p, state in updated), strict=True)
         torch._foreach_lerp_(averages, weights, 1 / min(step, steps))
 
 
 @contextlib.contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The model has its averaged weights inside, where there are any; nothing is copied."""
-    own = [(p, state) for p, state in optimizer.state.items() if "average" in state]
-    _swap(own)
+    """In this context the model has its averaged weights, if there are any. They are swapped, not copied."""
+    pairs = [(p, state) for p, state in optimizer.state.items() if "average" in state]
+    _swap(pairs)
     try:
         yield
     finally:
-        _swap(own)
+        _swap(pairs)
 
 
-def _swap(own: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
-    for parameter, state in own:
+def _swap(pairs: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
+    for parameter, state in pairs:
         parameter.data, state["average"] = state["average"], parameter.data
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter name: "<name>/<key>" -> tensor, and "@<number>/history" of groups.
-    Names survive a change of the parameters' order."""
-    found = {
+    """The optimiser's state by name: "<parameter>/<key>", and "@<number of the group>/history".
+
+    torch numbers the parameters; with names, the state stays valid when their order changes.
+    """
+    tensors = {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     for number, group in enumerate(optimizer.param_groups):
         if "history" in group:
-            found[f"@{number}/history"] = group["history"]
-    return found
+            tensors[f"@{number}/history"] = group["history"]
+    return tensors
 
 
 def load_state_tensors(
@@ -130,26 +138,26 @@ def load_state_tensors(
     """The inverse of `state_tensors`.
 
     Raises:
-        ValueError: the tensors are not those of this model's parameters, or of another optimiser.
+        ValueError: the tensors do not fit this model's parameters, or belong to another optimiser.
     """
     parameters = dict(model.named_parameters())
     groups = {f"@{number}": group for number, group in enumerate(optimizer.param_groups)}
     fields = {key.rpartition("/")[2] for key in tensors}
     if fields and ("delta" in fields) != isinstance(optimizer, ScaledAdam):
-        raise ValueError("the checkpoint is of another optim.algorithm; give the one that it was made with")
+        raise ValueError("the checkpoint was made with another optim.algorithm; give the same one")
     histories = {key.rpartition("/")[0] for key in tensors if key.startswith("@")}
     if histories and histories != groups.keys():
         raise ValueError(
             f"the checkpoint has {len(histories)} groups of parameters and this run {len(groups)}: "
-            "optim.text_lr_scale and optim.head_lr_scale must be equal, or not, as they were"
+            "give optim.text_lr_scale and optim.head_lr_scale as they were when it was made"
         )
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         if name in groups:
             groups[name][field] = value
             continue
-        of_size = value.ndim == 0 or field == "sizes"
-        if name not in parameters or not (of_size or value.shape == parameters[name].shape):
+        any_shape = value.ndim == 0 or field == "sizes"
+        if name not in parameters or not (any_shape or value.shape == parameters[name].shape):
             raise ValueError(f"optimiser state {key!r} of shape {tuple(value.shape)} fits no parameter")
         parameter = parameters[name]
         optimizer.state[parameter][field] = value if field == "sizes" else value.to(parameter.device)

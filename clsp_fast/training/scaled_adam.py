@@ -1,9 +1,10 @@
-"""ScaledAdam, the optimiser of the Zipformer recipes, and Eden, its schedule.
+"""ScaledAdam, the optimiser of the Zipformer recipes, and Eden, its learning rate schedule.
 
-A tensor moves in proportion to its own root mean square, and its size is learned apart from its direction.
-Updates run over lists of tensors in place; what decides about a whole tensor (its norm, its size) is computed
-on the host from one transfer a step and group, two in every fourth. Nothing of the model's size is made but
-square roots, _ELEMENTS_AT_ONCE at a time.
+The size of a tensor is its root mean square. A step moves a tensor in proportion to its size, and the size
+itself is learned separately. Updates run in place over lists of tensors. The numbers that concern a whole
+tensor (norm, size) are computed on the host: this takes one transfer from the device for each step and group,
+and in every fourth step two. The only temporary tensors are square roots of the second moments, of about
+_ELEMENTS_AT_ONCE elements at a time.
 
 Source: Yao et al., arXiv 2310.11230, section 3.5 and appendix; icefall's recipe for its constants.
 """
@@ -17,34 +18,36 @@ import torch
 from torch import Tensor
 
 _ELEMENTS_AT_ONCE = 1 << 24
-# Columns of what is known of a tensor's size: its root mean square, the second moment of the gradient by its
-# size, and that gradient in the last _PERIOD steps.
+# Columns of "sizes": the tensor's size, the second moment of the gradient with respect to the size, and this
+# gradient in the last _PERIOD steps.
 _RMS, _SQUARE, _FIRST = 0, 1, 2
 _PERIOD = 4
 _NORMS = 100
-"""Steps whose norms decide how gradients are clipped in as many following ones."""
+"""The clipping threshold follows from the norms of this many steps and holds for as many steps."""
 
 
 class ScaledAdam(torch.optim.Optimizer):
-    """Adam whose steps are relative to a tensor's size, with a rate of its own for the size.
+    """Adam with steps relative to a tensor's size, and with a separate learning rate for the size.
 
-    Gradients of a group are scaled down to `clipping_scale` times the median of its norms of 100 steps; norms
-    count each gradient times its tensor's root mean square, so that large tensors do not rule. Single numbers
-    are updated by Adam at `scalar_lr_scale` of the rate. Gradients are changed in place. A parameter that has
-    a gradient in some steps only is corrected for the steps of its group.
+    The gradients of a group are clipped to `clipping_scale` times the median of the group's norms in 100
+    steps. In this norm each gradient is multiplied by its tensor's size, so the scale of a tensor has no
+    effect on it. Parameters of one element take Adam's steps at `scalar_lr_scale` times the learning rate.
+    Clipping changes the gradients in place. The bias correction counts the steps of the group, also for a
+    parameter that has no gradient in some of them.
 
     Args:
         params: parameters or groups; "lr" of a group is set before each step.
         lr: learning rate; a tensor changes by about lr of its size a step.
         betas: decay of the momentum and of the second moment.
         clipping_scale: see above.
-        scalar_lr_scale: rate of sizes and single numbers, relative to lr.
+        scalar_lr_scale: learning rate of sizes and of parameters of one element, relative to lr.
         eps: added to denominators.
-        rms_range: sizes below the first are not shrunk and count as it; none grows over the second.
-        scalar_max: single numbers stay within -scalar_max .. scalar_max, before momentum.
+        rms_range: smallest and largest size. A smaller tensor takes steps as if it had the smallest size, and
+            its size is not learned; no tensor grows beyond the largest size.
+        scalar_max: before each update, parameters of one element are clamped to -scalar_max .. scalar_max.
 
-    The state of a parameter is "delta", "exp_avg_sq" and, for tensors, "sizes" (6 numbers on the host); that
-    of a group is "history" (steps, threshold, 100 norms).
+    The state of a parameter is "delta" (momentum), "exp_avg_sq" (second moment) and, unless it has one
+    element, "sizes" (6 numbers on the host). A group has "history": steps, clipping threshold, 100 norms.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class ScaledAdam(torch.optim.Optimizer):
             self._learn_sizes(group["lr"], step, tensors, sizes_P6)
         correction = 1 - beta2 ** (step + 1)
         rates_P = -group["lr"] * (1 - beta1) * sizes_P6[:, _RMS].clamp(min=self.rms_range[0])
-        # Where the correction hardly matters the recipe leaves it out.
+        # The recipe leaves the correction out once it is within 1 % of 1.
         self._adam(tensors, rates_P.tolist(), correction if correction < 0.99 else 1.0)
         rate = -group["lr"] * self.scalar_lr_scale * (1 - beta1)
         if scalars:
@@ -121,8 +124,8 @@ class ScaledAdam(torch.optim.Optimizer):
             state["sizes"][_RMS] = parameter.square().mean().sqrt()
 
     def _learn_sizes(self, lr: float, step: int, tensors: list[Tensor], sizes_P6: Tensor) -> None:
-        """Adds to the momentum what makes tensors larger or smaller as the last gradients by size ask."""
-        least, most = self.rms_range
+        """Adds to the momentum a change of each tensor's size, from the size's last _PERIOD gradients."""
+        smallest, largest = self.rms_range
         counts_P = torch.tensor([float(p.numel()) for p in tensors]).sqrt()
         rms_P = torch.stack(torch._foreach_norm(tensors)).cpu() / counts_P
         sizes_P6[:, _RMS] = rms_P
@@ -131,46 +134,45 @@ class ScaledAdam(torch.optim.Optimizer):
         square_P = sizes_P6[:, _SQUARE].mul_(beta).add_(slopes_P4.square().mean(1), alpha=1 - beta)
         correction = (1 - beta ** ((step + 1) // _PERIOD)) ** 0.5
         change_P = -lr * self.scalar_lr_scale * correction * slopes_P4.sum(1) / (square_P.sqrt() + self.eps)
-        change_P = change_P.masked_fill(rms_P < least, 0.0).minimum((most - rms_P) / rms_P)
+        change_P = change_P.masked_fill(rms_P < smallest, 0.0).minimum((largest - rms_P) / rms_P)
         shares = (change_P * (1 - self.betas[0])).tolist()
         for parameter, share in zip(tensors, shares, strict=True):
             self.state[parameter]["delta"].add_(parameter, alpha=share)
 
     def _adam(self, parameters: list[Tensor], rates: list[float], correction: float) -> None:
-        """Takes gradients up into the second moments, and their quotients times the rates into momentum and
-        parameters."""
+        """Updates second moments, momentum and parameters, in this order; `rates` are negative."""
         beta2 = self.betas[1]
-        for part in _parts(parameters):
-            own, gradients = parameters[part], _gradients(parameters[part])
-            squares, deltas = ([self.state[p][key] for p in own] for key in ("exp_avg_sq", "delta"))
+        for span in _chunks(parameters):
+            chunk, gradients = parameters[span], _gradients(parameters[span])
+            squares, deltas = ([self.state[p][key] for p in chunk] for key in ("exp_avg_sq", "delta"))
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
             roots = torch._foreach_sqrt(squares)
             if correction != 1:
                 torch._foreach_div_(roots, correction**0.5)
             torch._foreach_add_(roots, self.eps)
-            torch._foreach_addcdiv_(deltas, gradients, roots, rates[part])
-            torch._foreach_add_(own, deltas)
+            torch._foreach_addcdiv_(deltas, gradients, roots, rates[span])
+            torch._foreach_add_(chunk, deltas)
 
 
 def eden(step: int, epoch: float, *, batches: float, epochs: float, warmup: int, start: float = 0.5) -> float:
-    """Eden's share of the base learning rate at a step (from 0): falls with the square root of steps and of
-    epochs, with a linear warm-up from `start`."""
-    rise = start + (1 - start) * step / warmup if step < warmup else 1.0
+    """Eden's factor of the base learning rate at a step (from 0): after a linear warm-up from `start`, it
+    falls as 1 / sqrt(steps) and as 1 / sqrt(epochs)."""
+    warm_up = start + (1 - start) * step / warmup if step < warmup else 1.0
     by_batches = ((step**2 + batches**2) / batches**2) ** -0.25
     by_epochs = ((epoch**2 + epochs**2) / epochs**2) ** -0.25
-    return float(by_batches * by_epochs * rise)
+    return float(by_batches * by_epochs * warm_up)
 
 
 def _norms_and_slopes(tensors: list[Tensor], scalars: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms of the tensors' gradients, products <gradient, tensor>, and norms of the scalars' gradients, on
-    the host."""
+    """Norms of the tensors' gradients, dot products of gradient and tensor, and norms of the scalars'
+    gradients, on the host."""
     norms = torch._foreach_norm(_gradients([*tensors, *scalars]))
     pairs = zip(_gradients(tensors), tensors, strict=True)
     slopes = [torch.dot(g.flatten(), p.flatten()) for g, p in pairs]
-    found = torch.stack([*norms, *slopes]).float().cpu()
+    values = torch.stack([*norms, *slopes]).float().cpu()
     count = len(tensors)
-    return found[:count], found[len(norms) :], found[count : len(norms)]
+    return values[:count], values[len(norms) :], values[count : len(norms)]
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
@@ -178,7 +180,7 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _clip(history: Tensor, step: int, norm: float, clipping_scale: float) -> float:
-    """What gradients are multiplied by; notes the norm, and every 100 steps the threshold."""
+    """The factor for the gradients. Records the norm in `history`, and every 100 steps the threshold."""
     if step == 0:
         return 1.0
     norms = history[2:]
@@ -188,8 +190,8 @@ def _clip(history: Tensor, step: int, norm: float, clipping_scale: float) -> flo
     return 1.0 if step < _NORMS else min(1.0, float(history[1]) / (norm + 1e-20))
 
 
-def _parts(tensors: list[Tensor]) -> Iterator[slice]:
-    """Runs of tensors of _ELEMENTS_AT_ONCE elements or little more."""
+def _chunks(tensors: list[Tensor]) -> Iterator[slice]:
+    """Slices of the list; each ends with the tensor that brings it to _ELEMENTS_AT_ONCE elements."""
     start = elements = 0
     for i, tensor in enumerate(tensors):
         elements += tensor.numel()

@@ -1,8 +1,8 @@
-"""What a training step does with a batch: embeddings, loss and gradients, over the ranks, in little memory.
+"""The parts of a training step: embeddings, loss, and gradients averaged over the ranks.
 
-`micro_seconds` is the gradient cache (arXiv 2101.06983): a batch goes through the towers in parts, whose
-activations are dropped and made again when their gradients are due. The loss sees the embeddings of all of
-them, so that its contrast is that of the whole batch, in the memory of a part.
+With `micro_seconds`, a batch passes the towers in parts, as in gradient caching (arXiv 2101.06983). The
+activations of a part are dropped, and recomputed in the backward pass, so they need the memory of one part.
+The loss still sees the embeddings of all parts: each clip is contrasted with the whole batch.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _FRAMES_PER_S = 100
 
 
 def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tuple[ClspOutput, Tensor]:
-    """Embeddings and loss of a batch; the loss is that of the batches of all ranks together."""
+    """Embeddings of a batch, and the contrastive loss over the batches of all ranks together."""
     model.train()
     model.recompute_layers(config.recompute_layers)
     for norm in model.running_norms:
         norm.seen = None
     bf16 = config.precision == "bf16"
     with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
-        output = embed(model, batch, config.micro_seconds)
+        output = embed_batch(model, batch, config.micro_seconds)
     loss = contrastive_loss(
         output.audio.float(),
         output.text.float(),
         output.logit_scale,
-        # With one caption a clip, captions are in the order of their clips.
+        # With one caption a clip, caption i describes clip i: the loss's default.
         text_owner=None
         if len(batch.text_owner) == len(batch.ids)
         else batch.text_owner.to(ranks.device, non_blocking=True),
@@ -48,48 +48,56 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
     return output, loss
 
 
-def embed(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
-    """Both embeddings of a batch, at most `micro_seconds` of audio with padding at a time; 0: all at once."""
+def embed_batch(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
+    """Embeds clips and captions. At most `micro_seconds` of padded audio pass the towers at once; 0: all."""
     clips, frames = len(batch.lengths), int(batch.lengths.max())
-    most = max(1, int(_FRAMES_PER_S * micro_seconds / frames)) if micro_seconds else clips
-    if most >= clips:
+    part_clips = max(1, int(_FRAMES_PER_S * micro_seconds / frames)) if micro_seconds else clips
+    if part_clips >= clips:
         return _embed(model, batch.features, batch.lengths, batch.token_ids, batch.attention_mask)
-    texts, parts = [], []
-    for first in range(0, clips, most):
-        part = slice(first, first + most)
-        (own,) = ((batch.text_owner >= first) & (batch.text_owner < part.stop)).nonzero(as_tuple=True)
-        rows = batch.features[part], batch.lengths[part], batch.token_ids[own], batch.attention_mask[own]
+    caption_rows, outputs = [], []
+    for first in range(0, clips, part_clips):
+        part = slice(first, first + part_clips)
+        (captions,) = ((batch.text_owner >= first) & (batch.text_owner < part.stop)).nonzero(as_tuple=True)
+        inputs = (
+            batch.features[part],
+            batch.lengths[part],
+            batch.token_ids[captions],
+            batch.attention_mask[captions],
+        )
         seed = int(torch.randint(2**62, ()))
-        texts.append(own)
+        caption_rows.append(captions)
         if part.stop < clips:
-            contexts = partial(_contexts, model)
-            again = checkpoint(
+            output = checkpoint(
                 _embed_seeded,
                 seed,
                 model,
-                *rows,
+                *inputs,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=contexts,
+                context_fn=partial(_contexts, model),
             )
-            parts.append(again)
-        else:  # backward comes to the last part first, while its activations are still there
-            parts.append(_embed_seeded(seed, model, *rows))
-    audio, text = (torch.cat(x) for x in list(zip(*parts, strict=True))[:2])
-    return ClspOutput(audio, text[torch.cat(texts).argsort().to(text.device)], model.logit_scale)
+        else:  # backward begins with the last part: its activations are kept instead of recomputed
+            output = _embed_seeded(seed, model, *inputs)
+        outputs.append(output)
+    audio, text = (torch.cat(embeddings) for embeddings in list(zip(*outputs, strict=True))[:2])
+    return ClspOutput(audio, text[torch.cat(caption_rows).argsort().to(text.device)], model.logit_scale)
 
 
-def _embed_seeded(seed: int, model: CLSP, *rows: Tensor) -> ClspOutput:
-    """A part, with the same dropout whenever it is computed: its tensors, and so the generators that
-    `checkpoint` would restore, are not yet where the model is."""
+def _embed_seeded(seed: int, model: CLSP, *inputs: Tensor) -> ClspOutput:
+    """Embeds a part after setting the seed, so that the recomputation draws the same dropout.
+
+    `checkpoint` cannot ensure that here: it restores the random state of the devices that the inputs are on,
+    and they are still on the host.
+    """
     torch.manual_seed(seed)
-    return _embed(model, *rows)
+    return _embed(model, *inputs)
 
 
 def _embed(
     model: CLSP, features: Tensor, lengths: Tensor, token_ids: Tensor, attention_mask: Tensor
 ) -> ClspOutput:
-    # From page-locked memory they arrive while the host goes on; tokens stay, because it looks at them.
+    # The copy from page-locked memory does not block the host. The model takes tokens to the device itself,
+    # after sorting them by length on the host.
     features = features.to(model.device, non_blocking=True)
     return model(features, lengths, token_ids, attention_mask)  # type: ignore[no-any-return]
 
@@ -110,9 +118,12 @@ def _unnoticed(norms: list[RunningNorm]) -> Iterator[None]:
             norm.notes = True
 
 
-def clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
-    """Averages the gradients over the ranks, scales them down to the largest norm, unless the optimiser does
-    that, and returns the norm they had."""
+def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
+    """Averages the gradients over the ranks and clips them to `config.clip_norm`; ScaledAdam clips by itself.
+
+    Returns:
+        The norm of the averaged gradients before clipping.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     ranks.average(gradients)
@@ -122,8 +133,9 @@ def clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
     return float(norm)
 
 
-def absorb_statistics(model: CLSP, ranks: Ranks) -> None:
-    """Takes up the batch's moments, averaged over the ranks, so that all ranks keep the same ones."""
+def update_running_statistics(model: CLSP, ranks: Ranks) -> None:
+    """Averages the batch's moments over the ranks and takes them into the running moments, so that these stay
+    the same on all ranks."""
     norms = model.running_norms
     ranks.average([norm.seen for norm in norms if norm.seen is not None])
     for norm in norms:

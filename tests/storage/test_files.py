@@ -1,4 +1,4 @@
-"""Full disks, quotas, limits of file sizes, and file systems without fsync of folders or without locks."""
+"""Full disks, quotas, limits of file sizes, and file systems that lack locks or fsync of folders."""
 
 from __future__ import annotations
 
@@ -49,22 +49,25 @@ FAISS = "Error in void faiss::write_index(): 'ret == size' failed: write error i
         (Exception("No space left on device (os error 28)"), "disk full: /nowhere/x"),
     ],
 )
-def test_every_librarys_word_for_a_full_disk_is_one(error: Exception, words: str) -> None:
-    with pytest.raises(files.DiskFull, match=words) as told, files.room_for("/nowhere/x", 3_000_000):
+def test_the_full_disk_errors_of_all_libraries_become_one(error: Exception, words: str) -> None:
+    with (
+        pytest.raises(files.DiskFull, match=words) as caught,
+        files.naming_full_disk("/nowhere/x", 3_000_000),
+    ):
         raise error
-    assert "\n" not in str(told.value)
-    assert told.value.errno in files.NO_ROOM
-    with pytest.raises(files.DiskFull) as outer, files.room_for("/nowhere"):
-        raise told.value
-    assert outer.value is told.value  # the inner name stays
+    assert "\n" not in str(caught.value)
+    assert caught.value.errno in files.DISK_FULL_CODES
+    with pytest.raises(files.DiskFull) as outer, files.naming_full_disk("/nowhere"):
+        raise caught.value
+    assert outer.value is caught.value  # the inner block's name stays
 
 
-def test_free_space_is_that_of_the_files_own_folder_alone(tmp_path: Path) -> None:
+def test_free_space_is_that_of_the_files_folder_only(tmp_path: Path) -> None:
     for path, stated in ((tmp_path / "a", True), (tmp_path / "no/a", False), (None, False)):
-        with pytest.raises(files.DiskFull) as told, files.room_for(path):
+        with pytest.raises(files.DiskFull) as caught, files.naming_full_disk(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        assert ("MB are free" in str(told.value)) == stated
-        assert ("standard output" in str(told.value)) == (path is None)
+        assert ("MB are free" in str(caught.value)) == stated
+        assert ("standard output" in str(caught.value)) == (path is None)
 
 
 @pytest.mark.parametrize(
@@ -78,12 +81,12 @@ def test_free_space_is_that_of_the_files_own_folder_alone(tmp_path: Path) -> Non
     ],
 )
 def test_other_errors_pass(error: Exception) -> None:
-    with pytest.raises(type(error)) as told, files.room_for("/nowhere/x"):
+    with pytest.raises(type(error)) as caught, files.naming_full_disk("/nowhere/x"):
         raise error
-    assert told.value is error
+    assert caught.value is error
 
 
-def test_a_file_that_finds_no_room_keeps_its_old_content(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_keeps_its_old_content(tmp_path: Path) -> None:
     files.write_text(tmp_path / "a", "old")
 
     def fail(path: Path) -> None:
@@ -132,9 +135,9 @@ def test_a_file_system_that_cannot_flush_folders_ends_no_run(
     made = Checkpoint(7, {"a": torch.ones(3)}, {}, {})
     if name in NO_FSYNC:
         checkpoint.save(tmp_path, made, keep=1)
-        found = checkpoint.newest(tmp_path)
-        assert found is not None
-        assert found.step == 7
+        newest = checkpoint.newest(tmp_path)
+        assert newest is not None
+        assert newest.step == 7
     else:
         with pytest.raises(OSError, match="disk full" if name == "ENOSPC" else "Input/output error"):
             checkpoint.save(tmp_path, made, keep=1)
@@ -152,11 +155,11 @@ def test_a_file_system_without_locks_costs_a_warning(
     monkeypatch.setattr("fcntl.flock", flock)
     entered = False
     if name == "EIO":
-        with pytest.raises(OSError, match="Input/output error"), files.exclusive(tmp_path):
+        with pytest.raises(OSError, match="Input/output error"), files.lock_folder(tmp_path):
             entered = True
         assert not entered
     else:
-        with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked"), files.exclusive(tmp_path):
+        with pytest.warns(UserWarning, match=f"{tmp_path} cannot be locked"), files.lock_folder(tmp_path):
             entered = True
         assert entered
 
@@ -178,7 +181,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def leave(folder: Path, free: int) -> Path:
-    """Fills a small file system but for `free` bytes, or but for less where its blocks are larger."""
+    """Fills a small file system until `free` bytes are left, or fewer if its blocks are larger."""
     at = os.statvfs(folder)
     filler = folder / "filler"
     with filler.open("wb") as file:
@@ -203,9 +206,9 @@ def test_embed_names_a_full_disk_and_goes_on_when_there_is_room(
     filler, out = leave(small_disk, free), small_disk / "out"
     with pytest.raises(SystemExit) as stop:
         embed_command(tmp_path / "clips", out, model_folder)
-    told = str(stop.value.code)
-    assert told.startswith(f"clsp_fast.embed: disk full: {out}"), told
-    assert "\n" not in told
+    message = str(stop.value.code)
+    assert message.startswith(f"clsp_fast.embed: disk full: {out}"), message
+    assert "\n" not in message
     assert leftovers(small_disk) == []
     filler.unlink()
     embed_command(tmp_path / "clips", out, model_folder)
@@ -216,7 +219,7 @@ def test_embed_names_a_full_disk_and_goes_on_when_there_is_room(
 
 @pytest.fixture
 def trained(tmp_path: Path, make_clips: MakeClips) -> list[str]:
-    """The words of a short training run, but for its folder."""
+    """The arguments of a short training run, without its folder."""
     rows = [
         {"audio": str(path), "captions": [f"voice {path.stem}"]} for path in make_clips(tmp_path / "c", 8)
     ]
@@ -233,18 +236,19 @@ def test_train_names_a_full_disk_and_resumes_when_there_is_room(
     filler, run = leave(small_disk, free), small_disk / "run"
     with pytest.raises(SystemExit) as stop:
         train.main([*trained, str(run)])
-    told = str(stop.value.code)
-    assert told.startswith(f"clsp_fast.train: disk full: {run}"), told
-    assert "\n" not in told
+    message = str(stop.value.code)
+    assert message.startswith(f"clsp_fast.train: disk full: {run}"), message
+    assert "\n" not in message
     assert leftovers(small_disk) == []
     filler.unlink()
     train.main([*trained, str(run)])
-    assert [r["step"] for r in log.read(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
+    assert [r["step"] for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
     assert (run / "model/model.safetensors").exists()
 
 
 def full_from(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """The disk is full from the `count`-th file on that is flushed: many file systems say so only then."""
+    """Makes the flush of the `count`-th file and all later ones fail: many file systems report a full disk
+    only then."""
     flush, asked = files.flush, itertools.count(1)
 
     def fail(path: Path) -> None:
@@ -256,14 +260,14 @@ def full_from(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 8])
-def test_embed_goes_on_after_any_file_found_no_room(
+def test_embed_goes_on_after_any_file_did_not_fit(
     tmp_path: Path,
     model_folder: Path,
     make_clips: MakeClips,
     monkeypatch: pytest.MonkeyPatch,
     count: int,
 ) -> None:
-    """As with `small_disk`, on machines where none can be mounted."""
+    """As with `small_disk`, for machines on which it cannot be mounted."""
     make_clips(tmp_path / "clips", 12)  # a header, three shards and their parts, and the index
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -282,10 +286,10 @@ def test_embed_goes_on_after_any_file_found_no_room(
 
 
 @pytest.mark.parametrize("count", [1, 5, 10])
-def test_train_resumes_after_any_file_found_no_room(
+def test_train_resumes_after_any_file_did_not_fit(
     tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """As with `small_disk`, on machines where none can be mounted."""
+    """As with `small_disk`, for machines on which it cannot be mounted."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         full_from(patch, count)
@@ -294,15 +298,15 @@ def test_train_resumes_after_any_file_found_no_room(
     assert re.fullmatch(rf"clsp_fast.train: disk full: {run}.*MB are free: No space.*", str(stop.value.code))
     assert leftovers(run) == []
     train.main([*trained, str(run)])
-    assert [r["step"] for r in log.read(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
+    assert [r["step"] for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
     assert (run / "model/model.safetensors").exists()
 
 
-def test_the_log_names_a_full_disk_and_is_read_again(small_disk: Path) -> None:
+def test_the_log_names_a_full_disk_and_can_still_be_read(small_disk: Path) -> None:
     with log.RunLog(small_disk, first_step=0) as written:
         written.record("train", 0, loss=1.0)
     filler = leave(small_disk, 0)
-    text = "x" * (10_000 + 2 * os.statvfs(small_disk).f_frsize)  # more than is left of the log's last block
+    text = "x" * (10_000 + 2 * os.statvfs(small_disk).f_frsize)  # more than fits in the log's last block
     with (
         pytest.raises(files.DiskFull, match=r"log\.jsonl"),
         log.RunLog(small_disk, first_step=0) as written,
@@ -316,7 +320,7 @@ def test_the_log_names_a_full_disk_and_is_read_again(small_disk: Path) -> None:
         log.RunLog(small_disk, first_step=1) as written,
     ):
         written.record("train", 1, loss="x" * 40_000_000)
-    assert [record["step"] for record in log.read(small_disk / "log.jsonl")] == [0]
+    assert [record["step"] for record in log.read_log(small_disk / "log.jsonl")] == [0]
 
 
 def test_the_demo_corpus_names_a_full_disk_and_leaves_nothing(small_disk: Path) -> None:
@@ -371,7 +375,7 @@ def test_score_and_evaluate_name_a_full_disk(
     assert leftovers(small_disk) == []
 
 
-def test_a_model_that_finds_no_room_is_named(small_disk: Path) -> None:
+def test_a_model_that_does_not_fit_is_named(small_disk: Path) -> None:
     model = CLSP(MODEL_PRESETS["tiny"])
     leave(small_disk, 400_000)
     with pytest.raises(
@@ -400,24 +404,24 @@ def test_a_limit_of_file_sizes_is_named(
     assert leftovers(tmp_path / "run") == leftovers(tmp_path / "out") == []
 
 
-def test_a_shard_written_without_numpy_is_numpys(tmp_path: Path) -> None:
+def test_a_shard_written_without_numpy_is_read_by_numpy(tmp_path: Path) -> None:
     from clsp_fast.storage import embedding_folder
 
     for rows in (np.arange(12, dtype=np.float32).reshape(3, 4), np.zeros((0, 4), np.float16)):
         embedding_folder.write_shard(tmp_path / "a.npy", rows)
-        found = np.load(tmp_path / "a.npy")
-        assert found.dtype == rows.dtype
-        assert np.array_equal(found, rows)
+        loaded = np.load(tmp_path / "a.npy")
+        assert loaded.dtype == rows.dtype
+        assert np.array_equal(loaded, rows)
 
 
-def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
+def test_a_folder_cannot_be_locked_twice(tmp_path: Path) -> None:
     with (
-        files.exclusive(tmp_path),
+        files.lock_folder(tmp_path),
         pytest.raises(RuntimeError, match="in use by another"),
-        files.exclusive(tmp_path),
+        files.lock_folder(tmp_path),
     ):
         pass
-    with files.exclusive(tmp_path):
+    with files.lock_folder(tmp_path):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Paths that cannot be read cost only themselves, in every command; what is in a folder."""
+"""Paths that cannot be read cost only themselves, in every command."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import soundfile
+from forbidden_paths import refuse_forbidden_paths
 
-from clsp_fast import audio, data, embed, evaluate, score
+from clsp_fast import data, embed, evaluate, score
 from clsp_fast.config import DataConfig
 from clsp_fast.data import __main__ as data_command
 from clsp_fast.data.manifest import read_manifest
@@ -44,7 +44,7 @@ BAD_PATHS = {
 
 @pytest.fixture
 def clips(tmp_path: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two good recordings and all that can be wrong with a path."""
+    """A folder with two good recordings and everything that can be wrong with a path."""
     folder = tmp_path / "clips"
     make_clips(folder, 2)
     (folder / "broken.wav").symlink_to("nowhere.wav")
@@ -53,28 +53,8 @@ def clips(tmp_path: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
     (folder / "two.wav").symlink_to("one.wav")
     (folder / "folder.wav").mkdir()
     os.mkfifo(folder / "pipe.wav")
-    forbid(monkeypatch)
+    refuse_forbidden_paths(monkeypatch)
     return folder
-
-
-def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever has "forbidden" in its path may not be looked at; root would be let in otherwise."""
-    stat, scandir = Path.stat, os.scandir
-
-    def refuse(path: object) -> None:
-        if "/forbidden" in str(path):
-            raise PermissionError(13, "Permission denied", str(path))
-
-    def checked_stat(path: Path, **options: bool) -> os.stat_result:
-        refuse(path)
-        return stat(path, **options)
-
-    def checked_scandir(path: Any) -> Any:
-        refuse(path)
-        return scandir(path)
-
-    monkeypatch.setattr(Path, "stat", checked_stat)
-    monkeypatch.setattr(os, "scandir", checked_scandir)
 
 
 def test_questions_are_answered(clips: Path) -> None:
@@ -117,9 +97,9 @@ def test_embed(kind: str, clips: Path, tmp_path: Path, model_folder: Path) -> No
         with pytest.raises(SystemExit) as stop:
             embed.main(words)
         assert stop.value.code == 3
-    found = Embeddings(tmp_path / "out").lines(0)
-    assert [line["audio"] for line in found] == [row["audio"] for row in rows]
-    assert [line.get("error", "") for line in found] == ["", *["open"] * len(BAD_PATHS), ""]
+    lines_of_index = Embeddings(tmp_path / "out").lines(0)
+    assert [line["audio"] for line in lines_of_index] == [row["audio"] for row in rows]
+    assert [line.get("error", "") for line in lines_of_index] == ["", *["open"] * len(BAD_PATHS), ""]
 
 
 def test_score(clips: Path, tmp_path: Path, model_folder: Path) -> None:
@@ -130,10 +110,10 @@ def test_score(clips: Path, tmp_path: Path, model_folder: Path) -> None:
         with pytest.raises(SystemExit) as stop:
             score.main([str(source), str(out), "--model", str(model_folder), "--device", "cpu"])
         assert stop.value.code == 3
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert ["score" in row for row in found] == 2 * [True, *[False] * len(BAD_PATHS), True]
-    # One line refuses NUL before the recording is looked at.
-    assert sum("[open]" in row.get("error", "") for row in found) == 2 * (len(BAD_PATHS) - 1)
+    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["score" in row for row in scored] == 2 * [True, *[False] * len(BAD_PATHS), True]
+    # A line with NUL is refused before its recording is opened.
+    assert sum("[open]" in row.get("error", "") for row in scored) == 2 * (len(BAD_PATHS) - 1)
 
 
 def test_evaluate(clips: Path, tmp_path: Path, model_folder: Path) -> None:
@@ -155,10 +135,10 @@ def test_validate(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit) as stop:
             data_command.main(words)
         assert stop.value.code == 1
-        told = capsys.readouterr().out
-        assert f"{len(BAD_PATHS)} findings" in told
-        assert all(f"clip {i + 1}: " in told for i in range(len(BAD_PATHS)))
-    assert told.count("[open]\n") == len(BAD_PATHS)
+        output = capsys.readouterr().out
+        assert f"{len(BAD_PATHS)} findings" in output
+        assert all(f"clip {i + 1}: " in output for i in range(len(BAD_PATHS)))
+    assert output.count("[open]\n") == len(BAD_PATHS)
 
 
 def test_train(clips: Path, tmp_path: Path) -> None:
@@ -185,73 +165,13 @@ def test_an_id_that_is_not_utf8_is_trained_on(clips: Path, tmp_path: Path) -> No
     assert len(loader.batch(0).ids) == 3
 
 
-def make(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-
-
-def found(folder: Path) -> list[str]:
-    return [os.path.relpath(name, folder) for name in paths.scan(folder).recordings]
-
-
-def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    make(
-        tmp_path,
-        "elsewhere/b.wav",
-        "elsewhere/deep/c.flac",
-        "v.wav",
-        "folder/real/a.wav",
-        "folder/.hidden/h.WAV",
-    )
-    (folder / "linked").symlink_to("../elsewhere")
-    (folder / "link.wav").symlink_to("../v.wav")
-    (folder / "dangling.wav").symlink_to("no-such.wav")
-    (folder / "unmounted").symlink_to("/no/such/disk")
-    (folder / "notes.txt").symlink_to("no-such.txt")
-    (folder / "self").symlink_to(".")
-    (folder / "real/up").symlink_to("..")
-    (folder / "endless").symlink_to("endless")
-    (tmp_path / "elsewhere/back").symlink_to("../folder")
-    assert found(folder) == [
-        ".hidden/h.WAV", "dangling.wav", "endless", "link.wav", "linked/b.wav", "linked/deep/c.flac",
-        "real/a.wav", "unmounted",
-    ]  # fmt: skip
-    assert paths.scan(folder).left_out == {".txt": 1}
-    (folder / "twice").symlink_to("real")
-    assert {"real/a.wav", "twice/a.wav"} <= set(found(folder))
-
-
-def test_folders_that_link_to_each_other_do_not_multiply(tmp_path: Path) -> None:
-    names = [f"{i:02d}" for i in range(12)]
-    for name in names:
-        make(tmp_path, f"{name}/a.wav")
-        for other in names:
-            (tmp_path / name / f"to-{other}").symlink_to(f"../{other}")
-    listed = found(tmp_path)
-    assert {f"{name}/a.wav" for name in names} <= set(listed)
-    assert len(listed) <= 2 * 12 * 12
-
-
-def test_a_forbidden_folder_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, "a.wav", "forbidden/b.wav", "last/c.wav")
-    forbid(monkeypatch)
-    scan = paths.scan(tmp_path)
-    assert [os.path.relpath(name, tmp_path) for name in scan.recordings] == [
-        "a.wav",
-        "forbidden",
-        "last/c.wav",
-    ]
-    assert scan.warnings() == [f"cannot be read: {tmp_path / 'forbidden'}: Permission denied"]
-
-
-# Runs as a user who is not let in. The imports, and all that is loaded at the first use, come before.
+# Runs as a user who may not open the files. Imports, and what the first use loads, come before the change of
+# user.
 LOCKED = """
 import contextlib, json, os, sys
 from clsp_fast import CLSP
 from clsp_fast.data import __main__ as data_command
-from clsp_fast.storage import paths
+from clsp_fast.storage import folders
 model = CLSP.from_pretrained(sys.argv[1])
 names = json.loads(sys.argv[2])
 model.encode_audio(names[:1])
@@ -269,7 +189,7 @@ for name in names[1:-1]:
     sys.exit(f"{name} can be opened")
 errors = {}
 model.encode_audio(names, errors=errors)
-scan = paths.scan("clips")
+scan = folders.scan("clips")
 print(json.dumps([{i: str(error.reason) for i, error in errors.items()}, scan.recordings, scan.warnings()]))
 data_command.main(["validate", "m.jsonl", "--decode"])
 """
@@ -289,7 +209,7 @@ def test_files_that_the_system_itself_refuses(
     names = ["clips/00000.wav", *names, "clips/00001.wav"]
     write(tmp_path / "m.jsonl", [{"audio": name, "captions": ["A voice."]} for name in names])
     write(tmp_path / "good.jsonl", [{"audio": names[0], "captions": ["A voice."]}])
-    # Relative to the current folder: those above it may be closed to that user as well.
+    # The paths are relative, because folders above may be closed to that user, too.
     for path, mode in ((tmp_path, 0o755), (tmp_path / "clips", 0o755), (first, 0o644), (last, 0o644)):
         path.chmod(mode)
     (tmp_path / "clips/closed").chmod(0)
@@ -311,79 +231,6 @@ def test_files_that_the_system_itself_refuses(
     assert warnings == ["cannot be read: clips/closed: Permission denied"]
     assert "5 findings" in done.stdout
     assert done.stdout.count("[open]\n") == 5
-
-
-def test_a_tree_that_is_deeper_than_any_path_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    make(tmp_path, "a.wav")
-    for _ in range(25):
-        Path("x" * 200).mkdir()
-        os.chdir("x" * 200)
-    scan = paths.scan(tmp_path)
-    assert scan.recordings[0] == str(tmp_path / "a.wav")
-    assert len(scan.recordings) == 2
-    assert "File name too long" in scan.warnings()[0]
-
-
-def test_what_is_left_out_is_counted_and_named(
-    tmp_path: Path, model_folder: Path, make_clips: MakeClips, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_clips(tmp_path / "clips", 1)
-    make(
-        tmp_path / "clips",
-        "b.webm",
-        "deep/c.WEBM",
-        "d.m4a",
-        "e.json",
-        "README",
-        "f.\x1b[2J",
-        "g." + "y" * 200,
-    )
-    words = [str(tmp_path / "clips"), str(tmp_path / "out"), "--model", str(model_folder), "--device", "cpu"]
-    embed.main(words)
-    told = capsys.readouterr()
-    assert "1 embeddings of 1 recordings" in told.out
-    assert "left out 7 files: 2 .webm, " in told.err
-    for part in (
-        "1 .m4a",
-        "1 .json",
-        "1 without a suffix",
-        "1 .\\x1b[2j",
-        "1 .yyyyyyyyyyy...",
-        "ffmpeg",
-        "a list of",
-    ):
-        assert part in told.err
-    (tmp_path / "clips/00000.wav").unlink()
-    with pytest.raises(SystemExit, match="names no recording"):
-        embed.main(words)
-    assert "left out 7 files" in capsys.readouterr().err
-
-
-def test_every_suffix_that_is_taken_can_hold_a_recording(tmp_path: Path, make_clips: MakeClips) -> None:
-    (clip,) = make_clips(tmp_path / "clips", 1)
-    for suffix in paths.AUDIO_SUFFIXES:
-        for spelt in (suffix, suffix.upper()):
-            (tmp_path / f"clips/a{spelt}").write_bytes(clip.read_bytes())
-    clip.unlink()
-    assert len(paths.scan(tmp_path / "clips").recordings) == 2 * len(paths.AUDIO_SUFFIXES)
-    assert not paths.AUDIO_SUFFIXES & paths.CONVERT_SUFFIXES
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("a.sph", "NIST"), ("a.au", "AU"), ("a.aifc", "AIFF"), ("a.caf", "CAF"),
-        ("a.w64", "W64"), ("a.RF64", "RF64"), ("a.Wave", "WAV"), ("a.oga", "OGG"), ("a.MPGA", "MP3"),
-        ("a.flac", "FLAC"),
-    ],
-)  # fmt: skip
-def test_what_a_folder_gives_is_decoded(name: str, kind: str, tmp_path: Path) -> None:
-    file = tmp_path / name
-    with file.open("wb") as stream:
-        soundfile.write(stream, 0.1 * np.sin(np.arange(8000) / 9), 16000, format=kind)
-    assert paths.scan(tmp_path).recordings == [str(file)]
-    assert abs(len(audio.load(file)) - 8000) < 2000
 
 
 def test_a_model_takes_them_too(clips: Path, tiny: CLSP) -> None:

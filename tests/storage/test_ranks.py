@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet."""
+"""How the processes of a run meet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from clsp_fast.storage import ranks
 
 
-def test_processes_that_are_started_again_meet_in_a_store_of_their_own() -> None:
+def test_restarted_processes_meet_in_a_fresh_part_of_the_store() -> None:
     shared, met = dist.HashStore(), []
     shared.set("clsp_fast/1", "a name that a killed process left")
     for _ in range(3):

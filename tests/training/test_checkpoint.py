@@ -20,12 +20,12 @@ def make(step: int, size: int = 100) -> Checkpoint:
     return Checkpoint(step, tensors, {"a/exp_avg": tensors["a"] * 2}, {"bad": {"x": "open"}})
 
 
-def assert_is(found: Checkpoint | None, step: int) -> None:
-    assert found is not None
-    assert found.step == step
-    assert found.state == {"bad": {"x": "open"}}
-    torch.testing.assert_close(found.model, make(step, len(found.model["a"])).model, rtol=0, atol=0)
-    torch.testing.assert_close(found.optim["a/exp_avg"], found.model["a"] * 2, rtol=0, atol=0)
+def assert_is(loaded: Checkpoint | None, step: int) -> None:
+    assert loaded is not None
+    assert loaded.step == step
+    assert loaded.state == {"bad": {"x": "open"}}
+    torch.testing.assert_close(loaded.model, make(step, len(loaded.model["a"])).model, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.optim["a/exp_avg"], loaded.model["a"] * 2, rtol=0, atol=0)
 
 
 def test_round_trip_keeps_the_newest(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_a_full_disk_costs_no_older_checkpoint(tmp_path: Path, monkeypatch: pyte
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, make(4), keep=1)
     checkpoint.save(tmp_path, make(4, size=7), keep=1)
-    found = checkpoint.newest(tmp_path)
-    assert_is(found, 4)
-    assert found is not None
-    assert len(found.model["a"]) == 7
+    loaded = checkpoint.newest(tmp_path)
+    assert_is(loaded, 4)
+    assert loaded is not None
+    assert len(loaded.model["a"]) == 7
 
 
 def _save_forever(folder: str) -> None:
@@ -141,6 +141,6 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_verifies(tmp_path: Path) ->
         finally:
             process.kill()
             process.join()
-        found = checkpoint.newest(folder)
-        assert found is not None
-        assert_is(found, found.step)
+        loaded = checkpoint.newest(folder)
+        assert loaded is not None
+        assert_is(loaded, loaded.step)

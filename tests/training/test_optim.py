@@ -27,11 +27,11 @@ def test_groups_have_their_rates_and_decays() -> None:
     model = Towers()
     optimizer = optim.build(model, OptimConfig(lr=0.1, text_lr_scale=4, head_lr_scale=2, weight_decay=0.3))
     optim.set_learning_rate(optimizer, 0.1)
-    found = {}
+    rate_and_decay = {}
     for name, parameter in model.named_parameters():
         (group,) = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
-        found[name] = (pytest.approx(group["lr"]), group["weight_decay"])
-    assert found == {
+        rate_and_decay[name] = (pytest.approx(group["lr"]), group["weight_decay"])
+    assert rate_and_decay == {
         "logit_scale": (0.2, 0.0),
         "encoder.weight": (0.1, 0.3),
         "encoder.bias": (0.1, 0.0),
@@ -70,13 +70,13 @@ def test_state_travels_by_name_and_goes_on_bit_exactly(algorithm: str) -> None:
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     state = {k: v.clone() for k, v in optim.state_tensors(model, optimizer).items()}
     run(model, optimizer, 3)
-    again = Towers()
-    again.load_state_dict(weights)
-    resumed = optim.build(again, config)
-    optim.load_state_tensors(again, resumed, state)
-    run(again, resumed, 3)
+    restored = Towers()
+    restored.load_state_dict(weights)
+    restored_optimizer = optim.build(restored, config)
+    optim.load_state_tensors(restored, restored_optimizer, state)
+    run(restored, restored_optimizer, 3)
     for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
+        assert torch.equal(value, restored.state_dict()[name])
 
 
 def test_one_rate_is_one_group_of_scaled_adam() -> None:
@@ -130,10 +130,10 @@ def test_the_average_is_a_mean_at_first_and_forgets_later() -> None:
         expected = expected + (seen[-1] - expected) / min(step, 4)
         if step == 4:
             assert_agrees(expected, torch.stack(seen).mean(0), count=FEW, dtype=torch.float32)
-    found = optim.state_tensors(model, optimizer)["encoder.weight/average"]
-    assert_agrees(found, expected, count=FEW, dtype=torch.float32)
+    average = optim.state_tensors(model, optimizer)["encoder.weight/average"]
+    assert_agrees(average, expected, count=FEW, dtype=torch.float32)
     with optim.averaged(optimizer):
-        assert torch.equal(model.encoder.weight, found)
+        assert torch.equal(model.encoder.weight, average)
     assert torch.equal(model.encoder.weight, seen[-1])
 
 

@@ -21,14 +21,14 @@ def rates(step: int) -> list[float]:
 
 
 def trajectory(golden: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Parameters after the steps that are recorded, as "after<steps>.<name>"."""
+    """Parameters after the recorded steps: "after<steps>.<name>" -> value."""
     parameters = {
         name: torch.nn.Parameter(golden[f"init.{name}"].to(dtype, copy=True))
         for group in GROUPS
         for name in group
     }
     optimizer = ScaledAdam([{"params": [parameters[name] for name in group]} for group in GROUPS], lr=1.0)
-    found = {}
+    snapshots = {}
     for step in range(STEPS):
         for group, rate in zip(optimizer.param_groups, rates(step), strict=True):
             group["lr"] = rate
@@ -36,22 +36,22 @@ def trajectory(golden: dict[str, Tensor], dtype: torch.dtype = torch.float32) ->
             parameter.grad = golden[f"grads.{name}"][step].to(dtype, copy=True)
         optimizer.step()
         for name, parameter in parameters.items():
-            found[f"after{step + 1}.{name}"] = parameter.detach().clone()
-    return {name: value for name, value in found.items() if name in golden}
+            snapshots[f"after{step + 1}.{name}"] = parameter.detach().clone()
+    return {name: value for name, value in snapshots.items() if name in golden}
 
 
 def test_follows_the_recorded_steps(golden) -> None:
     recorded = golden("scaled_adam")
-    found, truth = trajectory(recorded), trajectory(recorded, torch.float64)
-    assert len(found) == 120
-    for name, value in found.items():
-        # A step adds once to a parameter, and once more where it changes its scale.
+    computed, truth = trajectory(recorded), trajectory(recorded, torch.float64)
+    assert len(computed) == 120
+    for name, value in computed.items():
+        # A step adds to a parameter once, or twice if it also changes the parameter's size.
         steps = int(name.split(".")[0].removeprefix("after"))
         assert_agrees(truth[name], recorded[name], count=2 * steps, dtype=torch.float32, name=name)
         assert_as_exact(value, recorded[name], truth[name], name=name)
 
 
-def test_follows_them_in_small_parts(golden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_follows_them_in_small_chunks(golden, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = golden("scaled_adam")
     whole = trajectory(recorded)
     monkeypatch.setattr(scaled_adam, "_ELEMENTS_AT_ONCE", 31)
@@ -61,8 +61,8 @@ def test_follows_them_in_small_parts(golden, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_eden_has_the_recorded_rates(golden) -> None:
     expected = golden("scaled_adam")["eden_rates"]
-    found = torch.tensor([rates(step) for step in range(STEPS)], dtype=torch.float64)
-    assert_agrees(found, expected, count=100)  # two powers of ratios
+    shares = torch.tensor([rates(step) for step in range(STEPS)], dtype=torch.float64)
+    assert_agrees(shares, expected, count=100)  # two powers of ratios
 
 
 def test_tensors_move_by_a_share_of_their_size() -> None:

@@ -1,4 +1,4 @@
-"""A training step in parts and with recomputed layers: the gradients of the whole, in less memory."""
+"""A training step in parts or with recomputed layers: the gradients of the whole batch, in less memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clsp_fast.model import CLSP
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import step
 
-# In float64: some 20 layers, forward and backward, of some 10 operations each.
+# Operations whose rounding errors add up: some 20 layers, forward and backward, of some 10 operations each.
 CHAIN = 1e3
 HERE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -32,7 +32,7 @@ def without_dropout(**changes: object) -> ModelConfig:
 
 
 def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
-    """Clips of unlike lengths, their first captions, then their second ones."""
+    """Clips of different lengths, all their first captions, then all their second ones."""
     lengths = torch.linspace(frames // 2, frames, clips).long().flip(0)
     sizes = torch.linspace(3, 9, clips * captions).long()
     mask = (torch.arange(9) < sizes[:, None]).long()
@@ -48,22 +48,25 @@ def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
     )
 
 
-def taken(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object) -> dict[str, torch.Tensor]:
+def take_step(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object) -> dict[str, torch.Tensor]:
     """Loss, embeddings, gradients and moments of a step."""
     config = TrainConfig(model=model.config, **settings)
     model.zero_grad()
     torch.manual_seed(1)
     output, loss = step.forward(model, batch, ranks, config)
     loss.backward()
-    found = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
-    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {f"moments{i}": norm.seen for i, norm in enumerate(model.running_norms)}
+    tensors = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
+    tensors |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return tensors | {f"moments{i}": norm.seen for i, norm in enumerate(model.running_norms)}
 
 
-def gradient_norm(found: dict[str, torch.Tensor], model: CLSP) -> float:
-    """Of the gradient by all parameters. One tensor's gradient is no measure of its rounding: that of a bias
-    before a softmax is 0 but for rounding, and others are small sums of large terms."""
-    return norm([norm(found[name]) for name, _ in model.named_parameters()])
+def gradient_norm(tensors: dict[str, torch.Tensor], model: CLSP) -> float:
+    """Norm of the gradient of all parameters together.
+
+    The gradient of one tensor gives no scale for its rounding errors: for a bias before a softmax it is 0
+    except for rounding, and for other tensors it is a small sum of large terms.
+    """
+    return norm([norm(tensors[name]) for name, _ in model.named_parameters()])
 
 
 @pytest.mark.parametrize("captions", [1, 2])
@@ -71,33 +74,33 @@ def gradient_norm(found: dict[str, torch.Tensor], model: CLSP) -> float:
 def test_parts_give_the_step_of_the_whole_batch(captions: int, micro_seconds: float) -> None:
     model, batch = CLSP(without_dropout()), made_batch(7, 60, captions)
     exact = in_float64(model)
-    truth, exact_parts = (taken(exact, batch, micro_seconds=s) for s in (0.0, micro_seconds))
-    whole, parts = (taken(model, batch, micro_seconds=s) for s in (0.0, micro_seconds))
+    truth, exact_parts = (take_step(exact, batch, micro_seconds=s) for s in (0.0, micro_seconds))
+    whole, parts = (take_step(model, batch, micro_seconds=s) for s in (0.0, micro_seconds))
     assert truth.keys() == exact_parts.keys() == whole.keys() == parts.keys()
     assert "logit_scale" in whole
     gradient = gradient_norm(truth, model)
     for name, value in truth.items():
         size = gradient if name in dict(model.named_parameters()) else value
         assert_agrees(exact_parts[name], value, count=CHAIN, size=size, name=name)
-        # Batches of one clip take another path, whose sums are rounded in another order.
+        # A batch of one clip takes another path, where sums are rounded in another order.
         assert_as_exact(parts[name], whole[name], value, size=size, name=name)
 
 
 def _rank_main(rank: int, folder: str) -> None:
-    """Gradients in float64, averaged over two ranks, of a step in one part and of one in several; the ranks
-    have unlike numbers of clips and so of parts."""
+    """Saves float64 gradients, averaged over two ranks, of a step in one part and of a step in several. The
+    ranks have different numbers of clips, and so of parts."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     ranks = Ranks(rank, 2, torch.device("cpu"), dist.group.WORLD)
     torch.manual_seed(0)
     model = CLSP(without_dropout()).double()
     torch.manual_seed(rank)
-    batch, found = made_batch((7, 3)[rank], 60), []
+    batch, steps = made_batch((7, 3)[rank], 60), []
     for micro_seconds in (0.0, 1.3):
-        gradients = taken(model, batch, ranks, micro_seconds=micro_seconds)
+        gradients = take_step(model, batch, ranks, micro_seconds=micro_seconds)
         ranks.average([x for name, x in gradients.items() if name not in ("audio", "text")])
-        found.append(gradients)
-    torch.save(found, f"{folder}/{rank}.pt")
+        steps.append(gradients)
+    torch.save(steps, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -114,47 +117,43 @@ def test_parts_give_the_step_of_the_whole_batch_on_two_ranks(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("settings", [{"recompute_layers": True}, {"micro_seconds": 2.0}])
-def test_what_is_computed_again_drops_out_the_same(settings: dict[str, object]) -> None:
+def test_the_recomputation_draws_the_same_dropout(settings: dict[str, object]) -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
-    stored: list[dict[str, torch.Tensor]] = []
-    for again in (False, True):
-        if again:
-            stored.append(taken(model, batch, **settings))
-            continue
-        with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are kept
-            patch.setattr(step, "checkpoint", lambda f, *x, **_: f(*x))
-            patch.setattr("clsp_fast.towers.layers.checkpoint", lambda f, *x, **_: f(*x))
-            stored.append(taken(model, batch, **settings))
-    for name, value in stored[0].items():
-        assert torch.equal(stored[1][name], value), name
+    with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are kept
+        patch.setattr(step, "checkpoint", lambda f, *x, **_: f(*x))
+        patch.setattr("clsp_fast.towers.layers.checkpoint", lambda f, *x, **_: f(*x))
+        kept = take_step(model, batch, **settings)
+    recomputed = take_step(model, batch, **settings)
+    for name, value in kept.items():
+        assert torch.equal(recomputed[name], value), name
 
 
-def test_recomputing_both_ways_changes_nothing_but_memory() -> None:
+def test_recomputing_layers_of_parts_changes_only_the_memory() -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
-    one = taken(model, batch, micro_seconds=1.3)
-    both = taken(model, batch, micro_seconds=1.3, recompute_layers=True)
+    one = take_step(model, batch, micro_seconds=1.3)
+    both = take_step(model, batch, micro_seconds=1.3, recompute_layers=True)
     for name, value in one.items():
         assert torch.equal(both[name], value), name
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak memory of a process")
 def test_memory_is_that_of_a_part() -> None:
     torch.set_num_threads(1)
     model, batch = CLSP(without_dropout()), made_batch(256, 200)
-    taken(model, made_batch(4, 200))
+    take_step(model, made_batch(4, 200))
     peaks = []
     for settings in ({}, {"micro_seconds": 16.0}, {"recompute_layers": True}):
         with peak_memory() as peak:
-            taken(model, batch, **settings)
+            take_step(model, batch, **settings)
         peaks.append(peak.bytes)
     assert peaks[1] < peaks[0] / 4
     assert peaks[2] < 0.9 * peaks[0]
 
 
 @pytest.mark.parametrize("size", [-1.0, float("inf"), float("nan")])
-def test_a_size_of_parts_that_is_none_is_refused(size: float) -> None:
+def test_an_invalid_size_of_parts_is_refused(size: float) -> None:
     with pytest.raises(ValueError, match="micro_seconds must be finite and at least 0"):
         TrainConfig(micro_seconds=size)

@@ -1,8 +1,8 @@
-"""Where the sound of a file begins and ends, as its container states it, for what libsndfile decodes.
+"""Where the sound of a file begins and ends, as its header states it, and what the file holds of it.
 
-libsndfile takes a file that is cut for a shorter one, and in some containers what follows the sound for more
-of it. Here the header is compared with the file first. The extension reads WAV and FLAC itself; only WAV
-encodings that it does not know are handled here.
+libsndfile reads a file that is cut as if it were a shorter one, and in some containers it decodes the bytes
+behind the sound, too. To prevent both, the header is compared with the file first. The extension reads FLAC
+and most WAV files itself; only WAV files in other encodings get here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ _LONGEST_SEARCH = 1 << 20
 _BLOCK_BYTES = 1 << 20
 _LONGEST_HEAD = 64
 _MOST_CHUNKS = 65536
-# Sizes that stand for "up to the end" where the file holds less, of 64 and of 32 bits. SoX rounds
-# 0x7FFFF000 down to whole frames, and in AIFF 0x7F000000.
+# A writer that cannot go back to the header states a huge size, which means "up to the end of the file".
+# These are the smallest huge sizes in fields of 8 and 4 bytes. SoX rounds 0x7FFFF000, in AIFF 0x7F000000,
+# down to whole frames.
 _LEAST_STREAM_SIZE = {8: 0x7FFFFF00, 4: 0x7FFF0000}
 _LEAST_AIFF_STREAM_SIZE = 0x7EFF0000
-# Of these, libsndfile reads what follows the sound as sound, were it but a pad byte.
+# In these containers libsndfile decodes all bytes behind the sound as sound, even a pad byte.
 _READ_TOO_FAR = (b"RIFF", b"riff", b"NIST", b".snd", b"FORM")
 _AIFF_PCM = (b"NONE", b"twos", b"sowt", b"raw ", b"in24", b"in32", b"fl32", b"FL32", b"fl64", b"FL64")
 _NIST_FIELD = re.compile(rb"^(\w+) -[a-z0-9]+ (\S+)", re.MULTILINE)
@@ -34,12 +35,12 @@ class Extent:
     Attributes:
         begin: offset of its first byte.
         end: offset behind its last byte, as the header states it; None: up to the end of the file.
-        present_end: the same, as the file holds it.
+        present_end: offset behind the last byte that the file holds.
         size_at: offset of the field that states the size.
         size_layout: how that field is written, for `struct`.
-        size_bias: what the field counts besides the sound.
-        several: whether a second chunk of sound follows.
+        size_bias: bytes that the field counts besides the sound.
         extra_end: the end of chunks behind the sound that are needed to decode it.
+        several: whether a second chunk of sound follows.
     """
 
     begin: int
@@ -59,18 +60,24 @@ class Extent:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a container of chunks is written: header bytes, tag and size of a chunk, and its alignment."""
+    """How a container of chunks is written."""
 
     first: int
+    """Offset of the first chunk."""
     size_at: int
+    """Offset of the size in a chunk's head."""
     size_layout: str
+    """How the size is written, for `struct`."""
     head_bytes: int
-    own_bytes: int
-    """What a chunk's size counts of its head."""
+    """Length of a chunk's head."""
+    counted_head_bytes: int
+    """Bytes of the head that the size counts."""
     align: int
+    """Chunks begin at multiples of this."""
     data_tags: tuple[bytes, ...]
+    """Tags of chunks that hold sound."""
     data_head_bytes: int = 0
-    """What precedes the sound within its chunk."""
+    """Bytes that precede the sound in its chunk."""
 
 
 _LAYOUTS = {
@@ -84,7 +91,7 @@ _LAYOUTS = {
 
 
 def find_extent(file: IO[bytes], size: int) -> Extent | None:
-    """Where the sound of a file of `size` bytes is; None where its container does not state it."""
+    """Where the sound of a file of `size` bytes is; None if the header does not state it."""
     head = _read(file, 0, 64)
     if head.startswith(b".snd"):
         return _au_extent(head, size)
@@ -95,11 +102,11 @@ def find_extent(file: IO[bytes], size: int) -> Extent | None:
     return _chunk_extent(file, size, layout) if layout else None
 
 
-def find_second(file: IO[bytes], size: int, extent: Extent) -> bool:
+def has_second_file(file: IO[bytes], size: int, extent: Extent) -> bool:
     """Whether a second file of the same container follows the first, as after `cat a.au b.au`.
 
-    It does if a whole header is there, as no text and no samples hold it. Where the end of the sound is not
-    stated, the header may be anywhere.
+    This searches for a whole header, since text or samples do not look like one by chance. It begins where
+    the sound ends; if the header does not state the end, where the sound begins.
     """
     begin = extent.begin if extent.end is None else extent.end
     end = size if extent.end is None else min(size, begin + _LONGEST_SEARCH)
@@ -114,7 +121,7 @@ def find_second(file: IO[bytes], size: int, extent: Extent) -> bool:
 
 
 def _second_header(head: bytes) -> re.Pattern[bytes]:
-    """What another file of the same container begins with."""
+    """Matches the header of another file of the same container as the one that begins with `head`."""
     magic = head[:4]
     if magic == b".snd":  # sound from byte 24 .. 65535 on, size, encoding 1 .. 27
         return re.compile(rb"\.snd\0\0(?:\0[\x18-\xff]|[^\0].).{4}\0\0\0[\x01-\x1b]", re.DOTALL)
@@ -128,7 +135,7 @@ def _second_header(head: bytes) -> re.Pattern[bytes]:
 
 
 def with_size(file: IO[bytes], extent: Extent) -> Iterator[bytes]:
-    """The parts of the file as it would be if its header stated what it holds."""
+    """The parts of the file, with a header that states the size that the file holds."""
     stated = struct.pack(extent.size_layout, extent.present_end - extent.begin + extent.size_bias)
     yield _read(file, 0, extent.size_at)
     yield stated
@@ -136,10 +143,10 @@ def with_size(file: IO[bytes], extent: Extent) -> Iterator[bytes]:
 
 
 def blocks(file: IO[bytes], begin: int, end: int | None = None) -> Iterator[bytes]:
-    """The bytes [begin, end) of a file, however many, in blocks; up to the end of the file for None.
+    """The bytes [begin, end) of a file in blocks of bounded size; up to the end of the file for None.
 
     Raises:
-        EOFError: the file ends before.
+        EOFError: the file ends before `end`.
     """
     file.seek(begin)
     while end is None or begin < end:
@@ -153,7 +160,7 @@ def blocks(file: IO[bytes], begin: int, end: int | None = None) -> Iterator[byte
 
 
 def reads_too_far(head: bytes) -> bool:
-    """Whether libsndfile reads what follows the sound of such a file as sound."""
+    """Whether libsndfile decodes the bytes behind the sound of a file that begins with `head`."""
     return head.startswith(_READ_TOO_FAR)
 
 
@@ -163,7 +170,7 @@ def _read(file: IO[bytes], offset: int, count: int) -> bytes:
 
 
 def _extent(begin: int, stated: int, size: int, at: int = 0, layout: str = "<q", bias: int = 0) -> Extent:
-    """Of sound that is stated to take `stated` bytes in a file of `size` bytes."""
+    """Sound from `begin` on that takes `stated` bytes according to the header, in a file of `size` bytes."""
     least = _LEAST_STREAM_SIZE[struct.calcsize(layout)] if layout != ">I" else _LEAST_AIFF_STREAM_SIZE
     end = None if stated <= 0 or stated >= max(least - bias, size - begin + 1) else begin + stated
     present = size if end is None else min(end, size)
@@ -186,39 +193,39 @@ def _nist_extent(head: bytes, size: int) -> Extent | None:
     except (KeyError, ValueError):
         return None
     coding = fields.get(b"sample_coding", b"pcm")
-    if b"," in coding or stated <= 0:  # packed, or not stated
+    if b"," in coding or stated <= 0:  # compressed, or not stated
         return None
     return _extent(begin, stated, size)
 
 
 def _chunk_extent(file: IO[bytes], size: int, layout: _Layout) -> Extent | None:
-    found: Extent | None = None
-    counted = 0
+    extent: Extent | None = None
+    aiff_bytes = 0
     for tag, at, content, stated in _chunks(file, size, layout):
         if tag == b"COMM" and layout.data_tags == (b"SSND",):
-            counted = _aiff_sound_bytes(_read(file, content, min(stated, 22)))
-        if found is not None and (found.end is None or found.end > found.begin):
+            aiff_bytes = _aiff_sound_bytes(_read(file, content, min(stated, 22)))
+        if extent is not None and (extent.end is None or extent.end > extent.begin):
             if tag in layout.data_tags and stated > layout.data_head_bytes:
-                return replace(found, several=True)
-            # Compressed sound in CAF has the sizes of its packets behind it.
+                return replace(extent, several=True)
+            # In CAF, the sizes of the packets follow compressed sound.
             if layout.size_layout == ">q" and tag == b"pakt":
-                return _extent_with_extra(found, content + stated, size)
+                return _extent_with_extra(extent, content + stated, size)
         elif tag in layout.data_tags:
             head_bytes = layout.data_head_bytes
             begin, sound = content + head_bytes, stated - head_bytes
             empty = (sound == 0 and head_bytes > 0) or stated == 0
             if empty and _only_chunks_follow(file, size, content + stated, layout):
-                found = Extent(content, content, content)
+                extent = Extent(content, content, content)
             else:
-                bias = head_bytes + layout.own_bytes
-                found = _extent(begin, sound, size, at + layout.size_at, layout.size_layout, bias)
-                if found.end is None and begin + counted > size:
-                    found = replace(found, extra_end=begin + counted)
-    return found
+                bias = head_bytes + layout.counted_head_bytes
+                extent = _extent(begin, sound, size, at + layout.size_at, layout.size_layout, bias)
+                if extent.end is None and begin + aiff_bytes > size:
+                    extent = replace(extent, extra_end=begin + aiff_bytes)
+    return extent
 
 
 def _aiff_sound_bytes(comm: bytes) -> int:
-    """What AIFF's COMM chunk says of the size of the sound; 0 where it says nothing, as in a stream."""
+    """Size of the sound according to AIFF's COMM chunk; 0 if that does not state it, as in a stream."""
     if len(comm) < 18:
         return 0
     channels, frames, bits = struct.unpack_from(">hIh", comm)
@@ -227,9 +234,9 @@ def _aiff_sound_bytes(comm: bytes) -> int:
     return stated if is_pcm and 0 < stated < _LEAST_AIFF_STREAM_SIZE else 0
 
 
-def _extent_with_extra(found: Extent, extra_end: int, size: int) -> Extent:
-    present = size if extra_end > size else found.present_end
-    return Extent(found.begin, found.end, present, extra_end=extra_end if extra_end > size else 0)
+def _extent_with_extra(extent: Extent, extra_end: int, size: int) -> Extent:
+    present = size if extra_end > size else extent.present_end
+    return Extent(extent.begin, extent.end, present, extra_end=extra_end if extra_end > size else 0)
 
 
 def _chunks(file: IO[bytes], size: int, layout: _Layout) -> Iterator[tuple[bytes, int, int, int]]:
@@ -242,13 +249,13 @@ def _chunks(file: IO[bytes], size: int, layout: _Layout) -> Iterator[tuple[bytes
         if len(head) < layout.head_bytes:
             return
         (stated,) = struct.unpack_from(layout.size_layout, head, layout.size_at)
-        content, stated = at + layout.head_bytes, stated - layout.own_bytes
+        content, stated = at + layout.head_bytes, stated - layout.counted_head_bytes
         yield head[:4], at, content, stated
         if stated < 0:
             return
         at = content + stated
         odd = -at % layout.align if layout.align > 2 else stated % layout.align
-        # Writers leave the pad byte out now and then.
+        # Some writers leave the pad byte out.
         if (
             odd == 1
             and layout.align == 2
@@ -264,14 +271,14 @@ def _is_tag(tag: bytes) -> bool:
 
 
 def _only_chunks_follow(file: IO[bytes], size: int, offset: int, layout: _Layout) -> bool:
-    """Whether the file ends here, or goes on with whole chunks up to its end."""
+    """Whether there is nothing behind `offset`, or only whole chunks up to the end of the file."""
     if offset >= size:
         return True
     at = offset
     while at + layout.head_bytes <= size:
         head = _read(file, at, layout.head_bytes)
         (stated,) = struct.unpack_from(layout.size_layout, head, layout.size_at)
-        stated -= layout.own_bytes
+        stated -= layout.counted_head_bytes
         if not _is_tag(head[:4]) or stated < 0:
             return False
         at += layout.head_bytes + stated

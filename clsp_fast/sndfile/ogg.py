@@ -1,7 +1,7 @@
-"""The recordings in an Ogg file (RFC 3533), one after the other, and whether each is whole.
+"""The recordings that follow one another in an Ogg file (RFC 3533), and whether each is complete.
 
-libsndfile reads the first of several, takes a stream that lacks its end for a shorter one, and cannot read
-FLAC in Ogg as it is.
+libsndfile reads only the first recording, reads one without its end as if it were shorter, and cannot read
+FLAC in Ogg.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import IO
 _HEAD = struct.Struct("<4sBBqIIIB")
 _FIRST, _LAST = 2, 4
 LONGEST_HEAD = _HEAD.size + 255
-"""Bytes of a page before its content, at most."""
+"""The longest that the head of a page can be, in bytes."""
 _BLOCK_BYTES = 1 << 20
 _FLAC_HEAD = b"\x7fFLAC"
 _AUDIO = (b"\x01vorbis", b"OpusHead", b"Speex   ", _FLAC_HEAD)
@@ -24,10 +24,10 @@ class Recording:
     """A logical stream.
 
     Attributes:
-        head: how its first packet begins.
+        head: the first 8 bytes of its first packet.
         pages: (offset, bytes) of each page.
         ended: whether its last page is there.
-        samples: number of samples at the end of the last page.
+        samples: number of samples up to the end of the last page.
     """
 
     head: bytes
@@ -37,15 +37,16 @@ class Recording:
 
     @property
     def is_flac(self) -> bool:
+        """Whether the stream is FLAC."""
         return self.head.startswith(_FLAC_HEAD)
 
 
 class MultiplexedError(Exception):
-    """Several recordings at the same time."""
+    """Two recordings run at the same time."""
 
 
 def recordings(file: IO[bytes], size: int) -> list[Recording]:
-    """The audio streams of a file of `size` bytes in their order; what is not audio is left out.
+    """The audio streams of a file of `size` bytes, in their order.
 
     Raises:
         MultiplexedError: two of them run at the same time.
@@ -61,14 +62,13 @@ def recordings(file: IO[bytes], size: int) -> list[Recording]:
             break
         if flags & _FIRST:
             file.seek(body_at)
-            found = Recording(file.read(min(8, end - body_at)))
-            by_serial[serial] = found
-            if found.head.startswith(_AUDIO):
+            recording = Recording(file.read(min(8, end - body_at)))
+            by_serial[serial] = recording
+            if recording.head.startswith(_AUDIO):
                 if audio and headers_only:
                     raise MultiplexedError
-                audio.append(found)
-            if not headers_only:
-                headers_only = True
+                audio.append(recording)
+            headers_only = True
         else:
             headers_only = False
         if stream := by_serial.get(serial):
@@ -80,14 +80,17 @@ def recordings(file: IO[bytes], size: int) -> list[Recording]:
 
 
 def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int, int, int] | None:
-    """(offset, flags, granule position, serial number, offset of the content, end) of a page."""
+    """(offset, flags, granule position, serial number, offset of the content, end) of the next page.
+
+    Of a page whose head is cut, the end lies behind the end of the file.
+    """
     file.seek(at)
     head = file.read(LONGEST_HEAD)
     if not head.startswith(b"OggS"):
-        found = _find_page(file, at)
-        if found is None:
+        page_at = _find_page(file, at)
+        if page_at is None:
             return None
-        at = found
+        at = page_at
         file.seek(at)
         head = file.read(LONGEST_HEAD)
     if len(head) < _HEAD.size:
@@ -100,19 +103,19 @@ def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int,
 
 
 def _find_page(file: IO[bytes], at: int) -> int | None:
-    """Where the next page begins, however far behind `at`; its version is 0."""
+    """Where the next page begins, at any distance behind `at`; None if there is none."""
     while True:
         file.seek(at)
         block = file.read(_BLOCK_BYTES)
-        if (found := block.find(b"OggS\0")) >= 0:
-            return at + found
+        if (index := block.find(b"OggS\0")) >= 0:  # 0 is the version
+            return at + index
         if len(block) < 5:
             return None
         at += len(block) - 4
 
 
 def copy(file: IO[bytes], recording: Recording) -> bytes:
-    """The pages of one stream as a file of its own; FLAC as a native FLAC file."""
+    """One stream as a file: its pages, or a native FLAC file if it is FLAC."""
     pages = []
     for offset, count in recording.pages:
         file.seek(offset)
@@ -121,12 +124,10 @@ def copy(file: IO[bytes], recording: Recording) -> bytes:
 
 
 def _native_flac(pages: list[bytes], recording: Recording) -> bytes:
-    """The packets are the blocks and frames of the native format, behind 9 bytes of the first one."""
-    content = []
-    for page in pages:
-        content.append(page[_HEAD.size + page[26] :])
+    """The native FLAC file: the packets are its blocks and frames. The first 9 bytes belong to Ogg."""
+    content = [page[_HEAD.size + page[26] :] for page in pages]
     native = bytearray(b"".join(content)[9:])
-    # A writer that cannot go back leaves the length out, 36 bits of these 8 bytes; the pages tell it.
+    # A writer that cannot go back leaves out the length, 36 bits of these 8 bytes. The pages state it.
     if len(native) >= 26 and recording.ended:
         (fields,) = struct.unpack_from(">Q", native, 18)
         if fields & ((1 << 36) - 1) == 0 and 0 < recording.samples < 1 << 36:

@@ -1,0 +1,342 @@
+"""A training run and its loop. Read `fit` first: it names the parts of a step in the order in which they
+happen, and the functions below it are those parts."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+
+from clsp_fast import contention, similarity
+from clsp_fast.config import TrainConfig
+from clsp_fast.data import Batch, ClipFeatures, DataError, Loader, bad_list
+from clsp_fast.evaluation import figures, report
+from clsp_fast.model import CLSP, ClspOutput
+from clsp_fast.storage import model_folder
+from clsp_fast.storage.log import RunLog
+from clsp_fast.storage.ranks import Ranks
+from clsp_fast.training import checkpoint, optim
+from clsp_fast.training.corpus import Corpus
+from clsp_fast.training.step import average_and_clip_gradients, forward, update_running_statistics
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; the checkpoint has been written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command resumes")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Meter:
+    """Sums over the steps since the last log line.
+
+    Attributes:
+        elapsed_s: time of all steps; logging, validation and checkpoints are not counted.
+        waited_s: part of it in which the loop waited for a batch.
+        audio_s: seconds of audio trained on.
+        clips: clips trained on.
+        losses: loss of each applied step.
+        norms: gradient norm of each applied step.
+    """
+
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+    audio_s: float = 0.0
+    clips: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def add(self, batch: Batch, loss: float, norm: float, waited_s: float) -> None:
+        """Adds an applied step."""
+        self.audio_s += batch.seconds
+        self.clips += len(batch.ids)
+        self.waited_s += waited_s
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def means(self, world: int) -> dict[str, float]:
+        """The figures of a log line; rates are those of all `world` ranks together."""
+        return {
+            "loss": sum(self.losses) / max(1, len(self.losses)),
+            "gradient_norm": sum(self.norms) / max(1, len(self.norms)),
+            "step_s": self.elapsed_s / max(1, len(self.losses)),
+            "audio_s_per_s": world * self.audio_s / self.elapsed_s,
+            "clips_per_s": world * self.clips / self.elapsed_s,
+            "data_wait": self.waited_s / self.elapsed_s,
+        }
+
+
+@dataclass
+class Run:
+    """What a training run is made of, and how far it is.
+
+    Attributes:
+        config: its settings.
+        corpus: clips, tokenizer and zero-shot tasks.
+        model: the model, on this rank's device.
+        optimizer: its optimiser.
+        ranks: this process among the processes of the run.
+        log: the run's records and printed lines.
+        loader: the batches of this rank.
+        first_step: step that this process starts with.
+        bad_clips: clips that a rank could not read, on all ranks the same: id -> reason.
+        bad_steps: steps in a row, up to now, that were not applied.
+        meter: sums for the next log line.
+        signals: numbers of the stop signals that this process has received.
+        validation_features: features of the validation clips, read once and kept.
+    """
+
+    config: TrainConfig
+    corpus: Corpus
+    model: CLSP
+    optimizer: torch.optim.Optimizer
+    ranks: Ranks
+    log: RunLog
+    loader: Loader
+    first_step: int
+    bad_clips: dict[str, str] = field(default_factory=dict)
+    bad_steps: int = 0
+    meter: Meter = field(default_factory=Meter)
+    signals: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.validation_features: ClipFeatures = figures.features_for(self.config.data)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both stages."""
+        return self.config.stage1_steps + self.config.stage2_steps
+
+
+def fit(run: Run) -> None:
+    """Takes the steps of both stages, from `run.first_step` on.
+
+    Raises:
+        DataError: too many clips are unreadable. FloatingPointError: too many steps in a row were not finite.
+        Interrupted: a signal came; the state was saved.
+    """
+    config, model, optimizer, ranks = run.config, run.model, run.optimizer, run.ranks
+    with stop_signals(run.signals):
+        started = time.perf_counter()
+        for batch in run.loader.batches(run.first_step, run.total_steps):
+            waited_s = time.perf_counter() - started
+            share_bad_clips(run, batch)
+            optim.set_learning_rate(optimizer, learning_rate(run, batch.step))
+            # A resumed run repeats this: the random numbers of a step depend on seed, step and rank alone.
+            torch.manual_seed(config.seed * 1_000_003 + batch.step * ranks.world + ranks.rank)
+
+            output, loss = forward(model, batch, ranks, config)
+            torch.autograd.backward(loss)
+            norm = average_and_clip_gradients(model, ranks, config.optim)
+
+            # A step that is not finite on one rank is applied on none.
+            finite = math.isfinite(loss.item()) and math.isfinite(norm)
+            stopping, spoiled = ranks.any(bool(run.signals), not finite)
+            if spoiled:
+                record_bad_step(run, batch, loss.item(), norm)
+            else:
+                apply_gradients(run, batch.step)
+                run.meter.add(batch, loss.item(), norm, waited_s)
+            optimizer.zero_grad()
+            contention.adapt_waits()
+
+            run.meter.elapsed_s += time.perf_counter() - started
+            after_step(run, batch.step, output, stopping)
+            started = time.perf_counter()
+
+
+@contextlib.contextmanager
+def stop_signals(received: list[int]) -> Iterator[None]:
+    """SIGINT and SIGTERM append their number to `received`, which the loop looks at once a step. A second
+    SIGINT interrupts at once."""
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may set handlers; in another one the caller handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def share_bad_clips(run: Run, batch: Batch) -> None:
+    """Adds the clips that any rank could not read for this step to the bad clips of all ranks.
+
+    Raises:
+        DataError: on all ranks, if too many clips are bad or a rank is left without a clip.
+    """
+    new = {clip: reason for clip, reason in batch.bad.items() if clip not in run.bad_clips}
+    if not run.ranks.any(bool(new) or not batch.ids)[0]:
+        return
+    by_rank = run.ranks.gather((new, len(batch.ids)))
+    for clips, _ in by_rank:
+        run.bad_clips.update(clips)
+    run.loader.check_bad(run.bad_clips)
+    if not all(count for _, count in by_rank):
+        raise DataError(f"step {batch.step}: not one readable clip was found; {bad_list(run.bad_clips)}")
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """The speech tower's learning rate; each stage has its peak, warm-up and decay."""
+    config, steps_per_epoch = run.config, run.loader.plan.steps_per_epoch
+    steps, peak = config.stage1_steps, config.optim.lr
+    if step >= steps:
+        step, steps, peak = step - steps, config.stage2_steps, config.optim.stage2_lr
+    return optim.learning_rate(step, steps, steps_per_epoch, peak, config.optim)
+
+
+def apply_gradients(run: Run, step: int) -> None:
+    """Updates the weights, the running statistics of the model and the running average of the weights."""
+    run.optimizer.step()
+    with torch.no_grad():
+        run.model.log_logit_scale.clamp_(0.0, math.log(run.config.max_logit_scale))
+    update_running_statistics(run.model, run.ranks)
+    if run.config.optim.average_steps:
+        optim.update_average(run.optimizer, step + 1, run.config.optim.average_steps)
+    run.bad_steps = 0
+
+
+def record_bad_step(run: Run, batch: Batch, loss: float, norm: float) -> None:
+    """Records a step that was not applied; FloatingPointError if there were too many in a row."""
+    by_rank = run.ranks.gather((batch.ids, loss))
+    clips = [clip for ids, _ in by_rank for clip in ids]
+    loss = sum(rank_loss for _, rank_loss in by_rank) / run.ranks.world
+    run.log.record("bad_step", batch.step, loss=str(loss), norm=str(norm), clips=clips)
+    run.log.say(
+        f"step {batch.step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl"
+    )
+    run.bad_steps += 1
+    if run.bad_steps >= run.config.max_bad_steps:
+        raise FloatingPointError(
+            f"{run.bad_steps} steps in a row had a non-finite loss or gradient (last: step {batch.step}, "
+            f"clips {', '.join(clips[:8])} ...); lower --optim.lr or look at these clips"
+        )
+
+
+def after_step(run: Run, step: int, output: ClspOutput, stopping: bool) -> None:
+    """Logs, validates and saves if it is time to; Interrupted if a signal came on any rank."""
+    config, first_rank = run.config, run.ranks.first
+    done, is_last = step + 1, step + 1 == run.total_steps
+    if done % config.log_every == 0 or is_last:
+        log_progress(run, step, output)
+        run.meter = Meter()
+    if first_rank and done % config.validate_every == 0 and not is_last:
+        with optim.averaged(run.optimizer):
+            validate(run, step)
+    if first_rank and (done % config.save_every == 0 or is_last or stopping):
+        save_checkpoint(run, done)
+    if stopping:
+        raise Interrupted(run.signals[0] if run.signals else signal.SIGTERM)
+
+
+def log_progress(run: Run, step: int, output: ClspOutput) -> None:
+    """Writes one log record and prints one line, unless no step was applied since the last one."""
+    if not run.meter.losses:
+        return
+    values = run.meter.means(run.ranks.world)
+    values |= {
+        "batch_R@1": batch_recall(output),
+        "logit_scale": float(output.logit_scale.detach()),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "peak_memory_mib": run.ranks.peak_memory_mib(),
+        "eta_s": (run.total_steps - step - 1) * values["step_s"],
+    }
+    skipped = Counter(run.bad_clips.values())
+    run.log.record("train", step, **values, skipped=dict(skipped))
+    rate = f"{values['audio_s_per_s']:.0f} audio-s/s  {values['clips_per_s']:.0f} clips/s"
+    run.log.say(
+        f"step {step + 1}/{run.total_steps}  loss {values['loss']:.3f}  R@1 {values['batch_R@1']:.3f}  "
+        f"scale {values['logit_scale']:.1f}  lr {values['lr']:.1e}  {rate}  "
+        f"wait {values['data_wait']:.1%}  {values['peak_memory_mib']:.0f} MiB  "
+        f"skipped {sum(skipped.values())}  eta {_clock(values['eta_s'])}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def batch_recall(output: ClspOutput) -> float:
+    """Share of the clips whose first caption is nearer to them than the first captions of the other clips."""
+    clips = len(output.audio)
+    audio, text = (embeddings.detach().float() for embeddings in (output.audio, output.text[:clips]))
+    if not (bool(audio.isfinite().all()) and bool(text.isfinite().all())):
+        return 0.0
+    _, nearest = similarity.topk(audio, text, 1)
+    return float((nearest[:, 0] == torch.arange(clips, device=nearest.device)).float().mean())
+
+
+def validate(run: Run, step: int) -> None:
+    """Logs and prints the figures of the validation clips."""
+    clips, tasks = run.corpus.validation, run.corpus.tasks
+    if not clips:
+        return
+    try:
+        results = figures.evaluate_clips(run.model, clips, run.validation_features, tasks)
+    except (DataError, ValueError) as error:  # training can go on without these figures
+        run.log.say(f"validation after step {step + 1} failed: {error}")
+        return
+    run.log.record("validation", step, results=results)
+    run.log.say(f"validation after step {step + 1}: {report.summary(results)}")
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Writes a checkpoint after `step` steps."""
+    tensors = optim.state_tensors(run.model, run.optimizer)
+    state = {"bad": run.bad_clips, "loader": run.loader.state()}
+    made = checkpoint.Checkpoint(step, run.model.state_dict(), tensors, state)
+    checkpoint.save(run.config.run / "checkpoints", made, keep=run.config.keep_checkpoints)
+
+
+def load_checkpoint(
+    config: TrainConfig, model: CLSP, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """Loads the newest checkpoint into the model and the optimiser.
+
+    Returns:
+        The number of steps done, and what `restore_data` needs: 0 and {} if there is no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another model or optimiser.
+    """
+    newest = checkpoint.newest(config.run / "checkpoints")
+    if newest is None:
+        return 0, {}
+    where = f"the checkpoint of step {newest.step} in {config.run} does not fit the model"
+    model_folder.check_tensors(newest.model, model.state_dict(), where)
+    model.load_state_dict(newest.model)
+    averaged = config.optim.average_steps > 0
+    tensors = {key: x for key, x in newest.optim.items() if averaged or not key.endswith("/average")}
+    optim.load_state_tensors(model, optimizer, tensors)
+    return newest.step, newest.state
+
+
+def restore_data(run: Run, state: dict[str, Any]) -> None:
+    """Restores what a checkpoint says about the data: the bad clips, and where the epoch began."""
+    known = {clip.id for clip in run.loader.clips}
+    run.bad_clips.update({clip: reason for clip, reason in state.get("bad", {}).items() if clip in known})
+    run.loader.check_bad(run.bad_clips)
+    run.loader.bad.update(run.bad_clips)
+    if "loader" in state and run.loader.resume(run.first_step, state["loader"]):
+        run.log.say(
+            f"the batches are not those of the steps so far (ranks: {state['loader']['world']} then, "
+            f"{run.ranks.world} now): a new epoch begins after step {run.first_step}"
+        )
