@@ -16,23 +16,17 @@ Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts o
 
 from __future__ import annotations
 
-import importlib
-import os
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast.contrastive import negatives
+from clsp_fast.contrastive.engine import Engine, Implementation, check_options, choose_engine
 from clsp_fast.contrastive.gather import Shards
-from clsp_fast.contrastive.positives import Pairs, sigmoid_loss, softmax_loss
-from clsp_fast.contrastive.sums import normalise
-
-Kind = Literal["softmax", "sigmoid"]
-Implementation = Literal["auto", "cpu", "triton", "reference"]
+from clsp_fast.contrastive.positives import make_pairs, sigmoid_loss, softmax_loss
+from clsp_fast.contrastive.problem import Kind, Problem, check_problem
 
 
 def contrastive_loss_reference(
@@ -56,25 +50,19 @@ def contrastive_loss_reference(
     Args, returns and errors are those of `contrastive_loss`; the last three are accepted and ignored.
     """
     del implementation, workspace_bytes, compute_dtype
-    owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
-    if group is not None:
-        audio_MD, text_ND, owner_N, weights = _gather_batch(audio_MD, text_ND, owner_N, weights, group)
-    dtype = torch.promote_types(audio_MD.dtype, torch.float32)
-    audio_MD, text_ND = (F.normalize(x.to(dtype)) if normalize else x.to(dtype) for x in (audio_MD, text_ND))
-    logits_MN = logit_scale * (audio_MD @ text_ND.T) + (0.0 if logit_bias is None else logit_bias)
-    m, n = logits_MN.shape
-    positive_MN = owner_N == torch.arange(m, device=owner_N.device)[:, None]
-    if kind == "sigmoid":
-        targets_MN = positive_MN.to(dtype) * (1 - label_smoothing) + label_smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits_MN, targets_MN)
-    targets_MN = positive_MN.to(dtype) * (1.0 if weights is None else weights.to(dtype))
-    total_M = targets_MN.sum(1)
-    captioned_M = total_M > 0
-    targets_MN = targets_MN / torch.where(captioned_M, total_M, 1.0)[:, None]
-    targets_MN = targets_MN * (1 - label_smoothing) + label_smoothing / n
-    rows_M = -(targets_MN * F.log_softmax(logits_MN, dim=1)).sum(1)[captioned_M]
-    columns = F.cross_entropy(logits_MN.T, owner_N, label_smoothing=label_smoothing)
-    return (rows_M.sum() / max(1, rows_M.numel()) + columns) / 2
+    problem = check_problem(
+        audio_MD,
+        text_ND,
+        logit_scale,
+        text_owner=text_owner,
+        weights=weights,
+        logit_bias=logit_bias,
+        label_smoothing=label_smoothing,
+        kind=kind,
+        normalize=normalize,
+        group=group,
+    )
+    return _dense_loss(problem)
 
 
 def contrastive_loss(
@@ -139,21 +127,24 @@ def contrastive_loss(
 
     Source: arXiv 2601.03065 (multi-positive targets 1/2 + 1/2); arXiv 2103.00020; arXiv 2303.15343 (sigmoid).
     """
-    owner_N = _check(audio_MD, text_ND, logit_scale, text_owner, weights, logit_bias, label_smoothing, kind)
-    _check_options(workspace_bytes, compute_dtype)
-    engine = _engine(implementation, audio_MD)
+    problem = check_problem(
+        audio_MD,
+        text_ND,
+        logit_scale,
+        text_owner=text_owner,
+        weights=weights,
+        logit_bias=logit_bias,
+        label_smoothing=label_smoothing,
+        kind=kind,
+        normalize=normalize,
+        group=group,
+    )
+    check_options(compute_dtype, workspace_bytes)
+    engine = choose_engine(implementation, audio_MD)
     with torch.autocast(audio_MD.device.type, enabled=False):
         if engine is None:
-            same: dict[str, Any] = {"text_owner": text_owner, "weights": weights, "logit_bias": logit_bias}
-            same |= {"label_smoothing": label_smoothing, "kind": kind, "normalize": normalize, "group": group}
-            return contrastive_loss_reference(audio_MD, text_ND, logit_scale, **same)
-        options: dict[str, Any] = {} if workspace_bytes is None else {"workspace_bytes": workspace_bytes}
-        if engine is not negatives:
-            options["compute_dtype"] = compute_dtype or audio_MD.dtype
-        pairs = _pairs(audio_MD, text_ND, logit_scale, logit_bias, owner_N, normalize, group)
-        pairs = pairs._replace(in_order=text_owner is None and len(text_ND) == len(audio_MD))
-        loss = _fused_loss(engine, pairs, weights, label_smoothing, kind, options)
-        return loss.to(pairs.audio_MD.dtype)
+            return _dense_loss(problem)
+        return _fused_loss(problem, engine, compute_dtype or audio_MD.dtype, workspace_bytes)
 
 
 class LossAndGradients(NamedTuple):
@@ -252,170 +243,54 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
     return F.softplus(logits_BK[:, 1:].logsumexp(1) - logits_BK[:, 0], threshold=40.0).mean()
 
 
-def _engine(implementation: str, audio_MD: Tensor) -> ModuleType | None:
-    """The module that sums over negative pairs; None for the dense definition."""
-    device = audio_MD.device.type
-    if implementation not in ("auto", "cpu", "triton", "reference"):
-        raise ValueError(
-            f'implementation must be "auto", "cpu", "triton" or "reference", got {implementation!r}'
-        )
-    if implementation == "cpu" and device != "cpu":
-        raise ValueError(f'implementation="cpu" needs tensors on the CPU, got {device}')
-    if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f'implementation="triton" needs CUDA tensors, got {device}; TRITON_INTERPRET=1 takes any'
-        )
-    has_dtype = audio_MD.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if implementation == "cpu" or (implementation == "auto" and device == "cpu" and has_dtype):
-        return negatives
-    if implementation == "reference" or (implementation == "auto" and device != "cuda"):
-        return None
-    try:
-        launch = importlib.import_module("clsp_fast.kernels._launch")
-    except ImportError as error:
-        if implementation == "triton":
-            fix = "implementation='triton' needs the extra: pip install 'clsp_fast[triton]'"
-            raise ImportError(fix) from error
-        return None
-    fits = audio_MD.dtype != torch.float64 and launch.supports(audio_MD.device)
-    if implementation == "auto" and not fits:
-        return None
-    return importlib.import_module("clsp_fast.kernels.contrastive")
+def _dense_loss(problem: Problem) -> Tensor:
+    """The definition, from M x N logits."""
+    audio_MD, text_ND, owner_N, weights = _all_ranks(problem)
+    dtype, smoothing = problem.dtype, problem.smoothing
+    audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
+    if problem.normalize:
+        audio_MD, text_ND = F.normalize(audio_MD), F.normalize(text_ND)
+    logits_MN = problem.scale * (audio_MD @ text_ND.T) + problem.bias
+    m, n = logits_MN.shape
+    positive_MN = owner_N == torch.arange(m, device=owner_N.device)[:, None]
+    if problem.kind == "sigmoid":
+        targets_MN = positive_MN.to(dtype) * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits_MN, targets_MN)
+    targets_MN = positive_MN.to(dtype) * (1.0 if weights is None else weights.to(dtype))
+    total_M = targets_MN.sum(1)
+    captioned_M = total_M > 0
+    targets_MN = targets_MN / torch.where(captioned_M, total_M, 1.0)[:, None]
+    targets_MN = targets_MN * (1 - smoothing) + smoothing / n
+    rows_M = -(targets_MN * F.log_softmax(logits_MN, dim=1)).sum(1)[captioned_M]
+    columns = F.cross_entropy(logits_MN.T, owner_N, label_smoothing=smoothing)
+    return (rows_M.sum() / max(1, rows_M.numel()) + columns) / 2
 
 
-def _check(
-    audio_MD: Tensor,
-    text_ND: Tensor,
-    logit_scale: Tensor | float,
-    text_owner: Tensor | None,
-    weights: Tensor | None,
-    logit_bias: Tensor | float | None,
-    label_smoothing: float,
-    kind: str,
-) -> Tensor:
-    """Validates the arguments of `contrastive_loss`; returns the owners, int64 (N,)."""
-    for name, value in (("audio_MD", audio_MD), ("text_ND", text_ND)):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {value.dtype}")
-        if value.ndim != 2 or 0 in value.shape:
-            raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(value.shape)}")
-    m, n = len(audio_MD), len(text_ND)
-    if audio_MD.shape[1] != text_ND.shape[1]:
-        raise ValueError(
-            f"text_ND must have {audio_MD.shape[1]} columns like audio_MD, got {text_ND.shape[1]}"
-        )
-    if audio_MD.dtype != text_ND.dtype or audio_MD.device != text_ND.device:
-        raise TypeError(
-            "audio_MD and text_ND must share dtype and device, "
-            f"got {audio_MD.dtype} on {audio_MD.device} and {text_ND.dtype} on {text_ND.device}"
-        )
-    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if isinstance(scalar, Tensor) and scalar.ndim:
-            raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if kind not in ("softmax", "sigmoid"):
-        raise ValueError(f'kind must be "softmax" or "sigmoid", got {kind!r}')
-    if weights is not None:
-        _check_weights(weights, n, kind, audio_MD.device)
-    return _check_owner(text_owner, m, n, audio_MD.device)
-
-
-def _check_options(workspace_bytes: int | None, compute_dtype: torch.dtype | None) -> None:
-    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
-        raise TypeError(f"workspace_bytes must be a whole number, got {workspace_bytes!r}")
-    if workspace_bytes is not None and workspace_bytes < 0:
-        raise ValueError(f"workspace_bytes must be at least 0, got {workspace_bytes}")
-    if compute_dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise TypeError(f"compute_dtype must be a floating dtype, got {compute_dtype}")
-
-
-def _check_weights(weights: Tensor, n: int, kind: str, device: torch.device) -> None:
-    if kind == "sigmoid":
-        raise ValueError('weights must be None with kind="sigmoid": every pair counts once')
-    if weights.shape != (n,) or not weights.is_floating_point() or weights.device != device:
-        raise ValueError(
-            f"weights must be floating of shape ({n},) on {device}, "
-            f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
-        )
-    _demand(((weights >= 0) & weights.isfinite()).all(), "weights must be finite and not negative")
-
-
-def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device) -> Tensor:
-    if text_owner is None:
-        if n > m:
-            raise ValueError(f"text_owner must be given when there are more texts ({n}) than clips ({m})")
-        return torch.arange(n, device=device)
-    if text_owner.dtype != torch.int64 or text_owner.shape != (n,):
-        raise ValueError(
-            f"text_owner must be int64 of shape ({n},), got {text_owner.dtype} {tuple(text_owner.shape)}"
-        )
-    _demand(((text_owner >= 0) & (text_owner < m)).all(), f"text_owner must lie in 0..{m - 1}")
-    return text_owner.to(device)
-
-
-def _demand(condition: Tensor, message: str) -> None:
-    """ValueError unless the condition holds; on CUDA the host does not wait, and the next kernel fails."""
-    if condition.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(condition, message)
-    elif not bool(condition):
-        raise ValueError(message)
-
-
-def _scalar(x: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if isinstance(x, Tensor):
-        return x.to(device, dtype)
-    return torch.full((), x, device=device, dtype=dtype)
-
-
-def _pairs(
-    audio_MD: Tensor,
-    text_ND: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-    owner_N: Tensor,
-    normalize: bool,
-    group: dist.ProcessGroup | None,
-) -> Pairs:
-    device, wide = audio_MD.device, torch.promote_types(audio_MD.dtype, torch.float32)
-    # What 16-bit embeddings travel as; rows that are normalised here no longer fit.
-    travels = wide if normalize else audio_MD.dtype
-    shards = Shards.agree(group, len(audio_MD), len(text_ND), device, travels)
-    raw = (audio_MD.detach(), text_ND.detach()) if normalize else None
-    # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
-    audio_MD, text_ND = (normalise(x, wide) if normalize else x.to(wide) for x in (audio_MD, text_ND))
-    scale = _scalar(logit_scale, device, wide)
-    bias = _scalar(0.0 if logit_bias is None else logit_bias, device, wide)
-    return Pairs(audio_MD, text_ND, scale, bias, owner_N, shards, raw)
-
-
-def _fused_loss(
-    engine: ModuleType,
-    pairs: Pairs,
-    weights: Tensor | None,
-    label_smoothing: float,
-    kind: Kind,
-    options: dict[str, Any],
-) -> Tensor:
-    bias = pairs.bias
-    if kind == "softmax":
-        # It cancels; added to the logits, it would only take digits from them.
-        pairs = pairs._replace(bias=torch.zeros_like(bias))
-    pairs, positives = pairs.with_positives(means=label_smoothing > 0)
-    if kind == "sigmoid":
-        sums_M = engine.negative_softplus(*pairs.against_all_texts(), logit_bias=pairs.bias, **options)
-        return sigmoid_loss(pairs, positives, sums_M, label_smoothing=label_smoothing)
-    row_M, column_N = engine.negative_lse(*pairs.against_all_texts(), **options)
-    column_N = pairs.shards.own_lse(column_N)
-    loss = softmax_loss(pairs, positives, row_M, column_N, weights=weights, label_smoothing=label_smoothing)
-    return loss + 0.0 * bias  # its gradient is 0
-
-
-def _gather_batch(
-    audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor, weights: Tensor | None, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The concatenated batch of all ranks, with owners that count clips over all ranks."""
-    shards = Shards.agree(group, len(audio_MD), len(text_ND), audio_MD.device, audio_MD.dtype)
+def _all_ranks(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Audio, texts, owners and weights of the whole batch; owners count the clips of all ranks."""
+    audio_MD, text_ND, owner_N, weights = problem.audio_MD, problem.text_ND, problem.owner_N, problem.weights
+    if problem.group is None:
+        return audio_MD, text_ND, owner_N, weights
+    shards = Shards.agree(problem.group, len(audio_MD), len(text_ND), audio_MD.device, audio_MD.dtype)
     owner_N = shards.all_of_texts(owner_N + shards.first_clip)
     weights = None if weights is None else shards.all_of_texts(weights)
     return shards.all_audio(audio_MD), shards.all_texts(text_ND), owner_N, weights
+
+
+def _fused_loss(
+    problem: Problem, engine: Engine, compute_dtype: torch.dtype, workspace_bytes: int | None
+) -> Tensor:
+    """The loss from an engine's sums over negative pairs and from positive pairs in float64."""
+    pairs, positives = make_pairs(problem)
+    operands = pairs.against_all_texts()
+    if problem.kind == "sigmoid":
+        sums_M = engine.negative_softplus(
+            *operands, logit_bias=pairs.bias, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
+        )
+        loss = sigmoid_loss(pairs, positives, sums_M)
+    else:
+        row_M, column_N = engine.negative_lse(
+            *operands, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
+        )
+        loss = softmax_loss(pairs, positives, row_M, pairs.shards.sum_columns(column_N))
+    return loss.to(problem.dtype)

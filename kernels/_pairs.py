@@ -41,15 +41,16 @@ def logits(score, scale, bias, owner, row, column, M, N, BM: tl.constexpr, BN: t
     return negatives(s, owner, row, column, M, N, BM, BN)
 
 
-def check_problem(
+def check_operands(
     audio: Tensor,
     text: Tensor,
     logit_scale: Tensor | float,
     owner: Tensor,
     logit_bias: Tensor | float | None,
     compute_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype]:
-    """The ops' arguments, checked: scalars become fp32 tensors on the embeddings' device."""
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype, int]:
+    """The operators' arguments, checked: scalars become fp32 tensors on the embeddings' device."""
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1] or audio.shape[1] == 0:
         raise ValueError(
             "audio_MD and text_ND must be matrices with the same, positive number of columns, "
@@ -81,7 +82,9 @@ def check_problem(
         if scalar.ndim:
             raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
         scalars.append(scalar)
-    return audio, text, scalars[0], scalars[1], owner.contiguous(), compute_dtype or audio.dtype
+    compute_dtype = compute_dtype or audio.dtype
+    workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    return audio, text, scalars[0], scalars[1], owner.contiguous(), compute_dtype, workspace_bytes
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -45,8 +45,7 @@ from ._launch import (
 from ._pairs import (
     COMBINED_LANES,
     COMBINED_TILES,
-    DEFAULT_WORKSPACE_BYTES,
-    check_problem,
+    check_operands,
     empty_gradients,
     gain_of,
     input_gradients,
@@ -418,7 +417,7 @@ def negative_lse(
     *,
     logit_bias: Tensor | float | None = None,
     compute_dtype: torch.dtype | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the negative pairs of every row and of every column of the logits.
 
@@ -443,6 +442,8 @@ def negative_lse(
         ValueError: a shape does not fit, or there is no kernel for the device.
         TypeError: a dtype is not supported.
     """
-    problem = check_problem(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype)
-    row_lse, column_lse = _negative_lse(*problem, workspace_bytes)
+    operands = check_operands(
+        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype, workspace_bytes
+    )
+    row_lse, column_lse = _negative_lse(*operands)
     return row_lse * _LN_2, column_lse * _LN_2

@@ -33,9 +33,8 @@ from ._launch import (
 from ._pairs import (
     COMBINED_LANES,
     COMBINED_TILES,
-    DEFAULT_WORKSPACE_BYTES,
     LOG2_E,
-    check_problem,
+    check_operands,
     empty_gradients,
     gain_of,
     input_gradients,
@@ -258,11 +257,13 @@ def negative_softplus(
     *,
     logit_bias: Tensor | float | None = None,
     compute_dtype: torch.dtype | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """Sum of log(1 + exp s_ij) over the negative pairs of every row, float32 (M,).
 
     Arguments and errors are those of `negative_lse`.
     """
-    problem = check_problem(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype)
-    return _negative_softplus(*problem, workspace_bytes)
+    operands = check_operands(
+        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype, workspace_bytes
+    )
+    return _negative_softplus(*operands)

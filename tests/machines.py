@@ -37,6 +37,7 @@ FILES = [
     "test_features.py",
     "test_flac.py",
     "storage/test_model_folder.py",
+    "contrastive/test_engine.py",
     "contrastive/test_gather.py",
     "test_kernel_contrastive.py",
     "test_kernel_rank.py",

@@ -90,15 +90,18 @@ class Shards:
             return x
         return _gather(x[None], [1] * len(self.clips), self.group, x.dtype).sum(0)
 
-    def own_lse(self, column_N: Tensor) -> Tensor:
-        """Log-sum-exp over all ranks' rows, of this rank's texts, from every rank's over its own rows."""
+    def sum_columns(self, column_N: Tensor) -> Tensor:
+        """Log-sum-exp of this rank's texts over the rows of all ranks.
+
+        `column_N` is the log-sum-exp of all ranks' texts over the rows of this rank.
+        """
         if self.group is None:
             return column_N
         column_WN = _gather(column_N[None], [1] * len(self.clips), self.group, column_N.dtype)
-        own_WN = torch.split(column_WN, self.texts, dim=1)[self.rank]
+        local_WN = torch.split(column_WN, self.texts, dim=1)[self.rank]
         # Where no rank has a negative pair: the gradient of log-sum-exp would be NaN.
-        empty_N = own_WN.isneginf().all(0)
-        return own_WN.masked_fill(empty_N, 0.0).logsumexp(0).masked_fill(empty_N, -torch.inf)
+        empty_N = local_WN.isneginf().all(0)
+        return local_WN.masked_fill(empty_N, 0.0).logsumexp(0).masked_fill(empty_N, -torch.inf)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -122,10 +125,10 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         # 16 bits are too few to add gradients in.
         wide = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32)).contiguous()
-        own = wide.new_empty(max(ctx.sizes), *wide.shape[1:])
-        shards = [_pad(shard, len(own)) for shard in torch.split(wide, ctx.sizes)]
-        dist.reduce_scatter(own, shards, group=ctx.group)
-        return own[: ctx.sizes[dist.get_rank(ctx.group)]].to(gradients[0].dtype), None, None, None
+        local = wide.new_empty(max(ctx.sizes), *wide.shape[1:])
+        shards = [_pad(shard, len(local)) for shard in torch.split(wide, ctx.sizes)]
+        dist.reduce_scatter(local, shards, group=ctx.group)
+        return local[: ctx.sizes[dist.get_rank(ctx.group)]].to(gradients[0].dtype), None, None, None
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:

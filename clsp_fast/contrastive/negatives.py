@@ -32,7 +32,8 @@ def negative_lse(
     text_owner_N: Tensor,
     *,
     logit_bias: Tensor | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    compute_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the negative pairs of every row and every column; -inf where there is none.
 
@@ -43,7 +44,8 @@ def negative_lse(
         logit_scale: scalar.
         text_owner_N: int64 (N,); values outside 0..M-1 own no row here.
         logit_bias: scalar added to all logits.
-        workspace_bytes: most memory beside arguments and results.
+        compute_dtype: ignored; CUDA's engine takes it. Products here are in the embeddings' dtype.
+        workspace_bytes: most memory beside arguments and results; default 256 MiB.
 
     Returns:
         (M,) and (N,), same dtype; differentiable once in all floating arguments.
@@ -51,6 +53,7 @@ def negative_lse(
     Raises:
         TypeError: embeddings of other dtypes.
     """
+    del compute_dtype
     row_M, column_N, _ = _sum(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "softmax", workspace_bytes
     )
@@ -64,9 +67,11 @@ def negative_softplus(
     text_owner_N: Tensor,
     *,
     logit_bias: Tensor | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    compute_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """Sums (M,) of log(1 + exp s_ij) over the negative pairs of every row; else as `negative_lse`."""
+    del compute_dtype
     row_M, _, _ = _sum(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "sigmoid", workspace_bytes)
     return row_M
 
@@ -78,7 +83,7 @@ def _sum(
     text_owner_N: Tensor,
     logit_bias: Tensor | None,
     kind: str,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Calls the operator; logits are kept if there will be a backward pass."""
     if audio_MD.dtype not in (torch.float32, torch.float64) or text_ND.dtype != audio_MD.dtype:
@@ -90,6 +95,7 @@ def _sum(
     wanted = any(x.requires_grad for x in (audio_MD, text_ND, logit_scale, bias))
     kept = 0
     if wanted and torch.is_grad_enabled():
+        workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         elements = workspace_bytes // audio_MD.itemsize
         kept = _kept_logits(len(audio_MD), len(text_ND), audio_MD.shape[1], elements)
     sums: tuple[Tensor, Tensor, Tensor] = _sum_negatives(

@@ -13,6 +13,7 @@ from torch import Tensor
 from clsp_fast.contrastive import negatives, sums
 from clsp_fast.contrastive.gather import Shards
 from clsp_fast.contrastive.positives import Pairs, Positives, softmax_loss
+from clsp_fast.contrastive.problem import Problem
 from clsp_fast.kernels import contrastive
 from clsp_fast.loss import contrastive_loss, loss_and_grad
 
@@ -55,24 +56,26 @@ def test_nor_with_many_captions_a_clip() -> None:
     # torch adds on the CPU in threads, and in the order in which they come, from 32,768 numbers on.
     clips, texts = 20_000, 100_000
     pair_N, row_M, column_N = torch.randn(texts), torch.randn(clips) + 5, torch.randn(texts) + 5
-    pairs = Pairs(
-        torch.empty(0),
-        torch.empty(0),
-        torch.tensor(1.0),
-        torch.tensor(0.0),
-        torch.arange(texts) % clips,
-        Shards(None, [clips], [texts], 0, torch.float32),
+    none_MD, scale = torch.empty(0), torch.tensor(1.0)
+    problem = Problem(
+        audio_MD=none_MD,
+        text_ND=none_MD,
+        scale=1.0,
+        bias=0.0,
+        owner_N=torch.arange(texts) % clips,
+        weights=torch.linspace(0.1, 1, texts),
+        smoothing=0.0,
+        kind="softmax",
+        normalize=False,
+        group=None,
+        one_caption_each=False,
     )
+    shards = Shards(None, [clips], [texts], 0, torch.float32)
+    pairs = Pairs(problem, none_MD, none_MD, scale, torch.tensor(0.0), shards)
 
     def compute() -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in (pair_N, row_M, column_N)]
-        loss = softmax_loss(
-            pairs,
-            Positives(leaves[0], None, None),
-            *leaves[1:],
-            weights=torch.linspace(0.1, 1, texts),
-            label_smoothing=0.0,
-        )
+        loss = softmax_loss(pairs, Positives(leaves[0], None, None), *leaves[1:])
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     assert same_for_any_threads(compute)
