@@ -1,15 +1,13 @@
 """The contrastive losses of CLSP as functions of embeddings.
 
-The dense work, sums over all negative pairs, is an operator of `clsp_fast.negatives` (CPU) or
-`clsp_fast.kernels.contrastive` (CUDA) that knows no labels. Positive pairs are few; `clsp_fast.positives`
-adds them in float64 and O((M + N) D), as softplus(lse of negatives - lse of positives) and a term that is 0
-for one caption: no digit of a small loss is lost, and no probability is rounded before 1 is subtracted from
-it.
+A loss is made in three steps. `check_problem` checks the arguments. An engine,
+`clsp_fast.contrastive.negatives` on the CPU or `clsp_fast.kernels.contrastive` on CUDA, sums over all
+negative pairs, which is the dense work. `clsp_fast.contrastive.positives` adds the positive pairs, which are
+few, in float64. docs/derivation.md derives the formulas.
 
-What is left is the rounding of the float32 logits of negative pairs and of their log-sum-exp, which is about
-as large as they are. The relative error of a float32 gradient is at most (8 + 2 logit_scale) eps, with eps =
-2^-23: 8.1e-6 at a scale of 30 and 2.5e-5 at 100. Where terms of opposite sign cancel, as they may in the
-gradient of the scale, this is the error relative to the terms.
+The relative error of a float32 gradient is at most (8 + 2 logit_scale) eps, with eps = 2^-23: 8.1e-6 at a
+scale of 30 and 2.5e-5 at 100. Where terms of opposite sign cancel, as they may in the gradient of the scale,
+this is the error relative to the terms.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts of one clip.
 """
@@ -81,7 +79,7 @@ def contrastive_loss(
     workspace_bytes: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Two-sided contrastive loss with any number of captions a clip, in memory that does not grow with M x N.
+    """Two-sided contrastive loss for any number of captions a clip, in memory that does not grow with M x N.
 
     With s_ij = logit_scale <audio_i, text_j> + logit_bias, T_i the texts owned by audio i and w_ij their
     weights normalised over T_i, `kind="softmax"` is the mean of two terms,
@@ -96,29 +94,29 @@ def contrastive_loss(
         text_owner: int64 (N,), text j describes audio text_owner[j]; default arange(N), which needs N <= M.
         weights: floating (N,), non-negative caption weights of the audio->text targets, normalised per audio;
             softmax only. Text->audio counts every text once.
-        logit_bias: scalar added to all logits; matters to the sigmoid kind only.
-        label_smoothing: in [0, 1): share of each target spread evenly over all candidates (over the two
-            outcomes of a pair with kind="sigmoid").
+        logit_bias: scalar added to all logits; it changes the sigmoid kind only.
+        label_smoothing: in [0, 1): share of each target that is spread evenly over all candidates (with
+            kind="sigmoid", over the two outcomes of a pair).
         kind: "softmax" (CLIP, CLSP) or "sigmoid" (SigLIP).
-        normalize: brings all rows to unit norm first.
+        normalize: whether to bring all rows to unit norm first.
         group: process group over which the batch is spread. Every rank then returns the loss of the
             concatenated batch, and gradients averaged over the ranks (what DDP does) equal those of a single
-            process. Every rank needs a clip and a text, and `text_owner` counts its own clips. What travels
-            is in `clsp_fast.gather`.
-        implementation: "cpu" and "triton" are the fused operators (the latter for CUDA tensors, or for any
-            under TRITON_INTERPRET=1); "reference" is the dense definition; "auto" takes the operator of the
-            tensors' device, and the definition where there is none.
-        workspace_bytes: most memory beside arguments, results, and float32 copies of embeddings that have 16
-            bits or are normalised here. On the CPU, logits that fit are kept for the backward pass and
-            others computed again; on CUDA, none are kept. Default: 256 MiB on the CPU, 512 MiB on CUDA. The
-            CPU operator needs 15 MB at D = 512 whatever is asked for.
-        compute_dtype: dtype of the matrix products on CUDA, default that of the embeddings; bfloat16 is what
-            tensor cores are fast at. Rows that `normalize` made are rounded to it. Sums and gradients are in
-            float32 (float64) in any case, and on the CPU so are the products; positive pairs are in float64.
+            process. Every rank needs a clip and a text, and `text_owner` counts the clips of its rank.
+            `clsp_fast.contrastive.gather` says what the ranks send each other.
+        implementation: "cpu" and "triton" are the engines (the latter for CUDA tensors, or for any under
+            TRITON_INTERPRET=1); "reference" is the dense definition; "auto" takes the engine of the tensors'
+            device, or the definition where there is none.
+        workspace_bytes: bound of the memory beside arguments, results, and float32 copies of embeddings that
+            have 16 bits or are normalised here. The CPU engine keeps the logits that fit for the backward
+            pass and computes the others again; CUDA keeps none. Default: 256 MiB on the CPU, 512 MiB on CUDA.
+            The CPU engine needs 15 MB at D = 512, whatever the bound.
+        compute_dtype: dtype of the matrix products on CUDA, default that of the embeddings. Tensor cores are
+            fast in bfloat16. Rows that `normalize` made are rounded to it. Sums and gradients are float32
+            (float64) in any case, and on the CPU so are the products; positive pairs are float64.
 
     Returns:
-        Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU operator's
-        results do not depend on the number of threads.
+        Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU engine's results
+        do not depend on the number of threads.
 
     Raises:
         ValueError: a shape, range or name is wrong; the message names the argument.
@@ -148,14 +146,14 @@ def contrastive_loss(
 
 
 class LossAndGradients(NamedTuple):
-    """A contrastive loss and its gradients, each of its argument's shape and dtype.
+    """A contrastive loss and its gradients. A gradient has the shape and dtype of its argument.
 
     Attributes:
         loss: scalar.
-        audio_MD: by the audio embeddings.
-        text_ND: by the text embeddings.
-        logit_scale: by the multiplier, a scalar.
-        logit_bias: by the bias; None where none was given.
+        audio_MD: gradient by the audio embeddings.
+        text_ND: gradient by the text embeddings.
+        logit_scale: gradient by the multiplier, a scalar.
+        logit_bias: gradient by the bias; None where none was given.
     """
 
     loss: Tensor
@@ -173,13 +171,13 @@ def loss_and_grad(
     logit_bias: Tensor | float | None = None,
     **options: Any,
 ) -> LossAndGradients:
-    """`contrastive_loss` and its gradients at once, detached, for training with cached embeddings.
+    """`contrastive_loss` and its gradients in one call, detached, for training with cached embeddings.
 
-    Embed a large batch in parts without gradient, call this on all of it, and embed each part again with
-    `part.backward(gradient of the part)`: the memory of the towers is that of a part.
+    Embed a large batch in parts without gradient, and call this on the whole batch. Then embed each part a
+    second time and call `embeddings.backward(gradient of the part)`: the towers need the memory of one part.
 
-    Args and errors are those of `contrastive_loss`, `options` its other keywords. With `group`, gradients are
-    those that averaging over the ranks makes right.
+    Arguments and errors are those of `contrastive_loss`; `options` are its other keywords. With `group`,
+    averaging these gradients over the ranks gives the gradients of the whole batch.
 
     Source: arXiv 2101.06983 (gradient cache).
     """
@@ -192,7 +190,7 @@ def loss_and_grad(
             for x in (logit_scale, logit_bias)
             if x is not None
         ]
-        # Embeddings that were made in inference mode can't be kept for a backward pass; their copies can.
+        # Autograd refuses to save tensors that were made in inference mode, but not copies of them.
         inputs = [
             (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             for x in (audio_MD, text_ND, *scalars)
@@ -204,10 +202,10 @@ def loss_and_grad(
 
 
 def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Contrast of each clip with its own texts only: text 0 describes it, texts 1..K-1 are near misses.
+    """Contrasts each clip with K texts of its own: text 0 describes it, texts 1..K-1 are near misses.
 
-    mean_i (lse_k s_ik - s_i0), s_ik = logit_scale <audio_i, text_ik>. The recipe's third stage adds 0.2 of
-    it.
+    mean_i (lse_k s_ik - s_i0), s_ik = logit_scale <audio_i, text_ik>. The recipe's third stage adds 0.2 times
+    this loss.
 
     Args:
         audio_BD: floating (B, D).
@@ -239,7 +237,7 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
     dtype = torch.promote_types(audio_BD.dtype, torch.float32)
     with torch.autocast(audio_BD.device.type, enabled=False):
         logits_BK = logit_scale * torch.einsum("bd,bkd->bk", audio_BD.to(dtype), text_BKD.to(dtype))
-    # Not lse - s_0, whose digits cancel where the loss is small.
+    # lse - s_0 would lose the digits of a small loss.
     return F.softplus(logits_BK[:, 1:].logsumexp(1) - logits_BK[:, 0], threshold=40.0).mean()
 
 
@@ -292,5 +290,5 @@ def _fused_loss(
         row_M, column_N = engine.negative_lse(
             *operands, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
-        loss = softmax_loss(pairs, positives, row_M, pairs.shards.sum_columns(column_N))
+        loss = softmax_loss(pairs, positives, row_M, pairs.shards.lse_over_ranks(column_N))
     return loss.to(problem.dtype)

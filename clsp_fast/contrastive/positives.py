@@ -1,17 +1,17 @@
 """From sums over negative pairs to a contrastive loss: what the positive pairs add, in O((M + N) D).
 
-Let T_i be the texts of audio i with a share w_ij > 0 of its target, accepted_i = lse over j in T_i of s_ij,
-and rejected_i the log-sum-exp over all other texts. The loss of a row is the sum of two positive terms,
+docs/derivation.md, section 2, derives the formulas. With T_i the texts of audio i that have a share w_ij > 0
+of its target, accepted_i the log-sum-exp of s_ij over T_i and rejected_i that over all other texts, the loss
+of a row is
 
-    lse_j s_ij - sum_j w_ij s_ij = softplus(rejected_i - accepted_i) + sum_j w_ij (accepted_i - s_ij),
+    lse_j s_ij - sum_j w_ij s_ij = softplus(rejected_i - accepted_i) + sum_j w_ij (accepted_i - s_ij)
 
-and its gradient by s_ij is -sigmoid(rejected_i - accepted_i) q_ij + (q_ij - w_ij), with q the softmax over
-T_i. The second terms are exactly 0 where T_i is one text. A small loss is never a difference of large
-numbers, so it keeps its digits, and so do the gradients, for any number of texts and any weights. A text's
-own loss is the case of one positive: softplus(rejected_j - s).
+No term is negative, and the second is exactly 0 where T_i is one text. So a small loss is never the
+difference of large numbers: it keeps its digits, and so do its gradients, for any number of texts and any
+weights. The loss of a text is the case of one positive, softplus(rejected_j - s).
 
-Products of positive pairs, and all numbers that belong to one audio or one text, are float64. Embeddings,
-their gradients and sums over negative pairs are in the dtype of the computation.
+Products of positive pairs, and what is computed from them, are float64. Embeddings, their gradients and sums
+over negative pairs are in the dtype of the computation.
 
 Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 """
@@ -64,14 +64,12 @@ class Pairs(NamedTuple):
 
 
 class Positives(NamedTuple):
-    """Logits that belong to one audio or text each.
+    """The logits of positive pairs, and the mean logits that label smoothing needs.
 
     Attributes:
-        pair_N: s of each text and its audio.
-        mean_M: mean s of each audio over the texts of all ranks.
-        mean_N: mean s of each text over the audio of all ranks.
-
-    `pair_N` is float64.
+        pair_N: float64, the logit of each text and its audio.
+        mean_M: mean logit of each audio over the texts of all ranks; None without smoothing.
+        mean_N: mean logit of each text over the audio of all ranks; None without smoothing.
     """
 
     pair_N: Tensor
@@ -157,12 +155,14 @@ def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor) -> Tensor:
 def _row_losses(
     row_M: Tensor, pair_N: Tensor, owner_N: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each audio: lse_j s_ij - sum_j w_ij s_ij, its target sum_j w_ij s_ij, and 1. All three are 0 for
-    audio without a caption of positive weight."""
+    """Three numbers for each audio: lse_j s_ij - sum_j w_ij s_ij, its target sum_j w_ij s_ij, and 1.
+
+    All three are 0 for an audio that has no caption of positive weight.
+    """
     clips = len(row_M)
     share_N, captioned_M = _shares(weights, owner_N, clips, pair_N)
     if weights is not None:
-        # A caption without weight is one more wrong text of its clip.
+        # A caption of weight 0 counts as a wrong text of its clip.
         index_M = torch.arange(clips, device=owner_N.device)
         row_M = lse_by_owner(
             torch.cat([row_M.to(pair_N.dtype), pair_N]),
@@ -171,7 +171,7 @@ def _row_losses(
             clips,
         )
     accepted_M = lse_by_owner(pair_N, share_N > 0, owner_N, clips)
-    # Without this, a clip that has neither captions nor negatives would make inf - inf.
+    # Otherwise inf - inf for a clip that has neither captions nor negatives.
     accepted_M = torch.where(captioned_M, accepted_M, 0.0)
     rows_M = softplus(row_M - accepted_M) + cross_entropy_by_owner(pair_N, share_N, owner_N, clips)
     targets_M = sum_by_owner(share_N * pair_N, owner_N, clips)
@@ -179,11 +179,11 @@ def _row_losses(
 
 
 def _shares(weights: Tensor | None, owner_N: Tensor, clips: int, like_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (N,) that add up to 1 over the texts of an audio, and whether it has a text with a weight."""
+    """Weights (N,) that add up to 1 over the texts of an audio, and whether an audio has any weight (M,)."""
     if weights is None:
         weight_N = torch.ones_like(like_N)
     else:
-        # Relative to the largest of their audio, so that no sum of finite weights is infinite.
+        # Divided by the largest weight of the audio, so that no sum of finite weights is infinite.
         wide_N = weights.to(like_N.dtype)
         largest_M = wide_N.new_zeros(clips).scatter_reduce(0, owner_N, wide_N, "amax")
         weight_N = wide_N / torch.where(largest_M > 0, largest_M, 1.0)[owner_N]

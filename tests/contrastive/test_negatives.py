@@ -63,7 +63,7 @@ def run_engine(
     row, column, logits, d_audio, d_text = (
         torch.full(s, math.nan, dtype=audio.dtype).numpy() for s in shapes
     )
-    arguments = negatives._engine_arguments(kind, audio, text, scale, owner, bias)
+    arguments = negatives._extension_arguments(kind, audio, text, scale, owner, bias)
     _C.sum_negatives(*arguments, (row, column), logits, num_threads=threads, isa=isa)
     d_out = tuple(x.numpy() for x in d_sums)
     d_scale, d_bias = _C.sum_negatives_backward(
@@ -213,7 +213,7 @@ def test_refuses_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_refuses_arrays_of_another_kind() -> None:
     batch = make_batch(4, 5, 3, torch.float32)
-    good = list(negatives._engine_arguments("softmax", batch[0], batch[1], batch[2], batch[3], batch[4]))
+    good = list(negatives._extension_arguments("softmax", batch[0], batch[1], batch[2], batch[3], batch[4]))
     row, column, kept = (np.zeros(k, np.float32) for k in (4, 5, 0))
     for place, bad, error, message in [
         (0, "hinge", ValueError, "unknown kind"),
