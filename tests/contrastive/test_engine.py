@@ -11,6 +11,7 @@ import torch
 from clsp_fast.contrastive import negatives
 from clsp_fast.contrastive.engine import Engine, choose_engine
 from clsp_fast.kernels import contrastive
+from clsp_fast.loss import contrastive_loss
 
 FUNCTIONS = {name for name in vars(Engine) if not name.startswith("_")}
 
@@ -57,3 +58,16 @@ def test_engines_give_the_same_sums(name: str, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_the_engine_of_the_cpu_is_chosen(name: str, dtype: torch.dtype, engine: ModuleType | None) -> None:
     assert choose_engine(name, torch.zeros(2, 3, dtype=dtype)) is engine
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"workspace_bytes": -1}, ValueError, "workspace_bytes must be at least 0"),
+        ({"workspace_bytes": "1GB"}, TypeError, "workspace_bytes must be a whole number"),
+        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
+    ],
+)
+def test_options_are_checked_on_every_device(options: dict, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        contrastive_loss(torch.eye(2), torch.eye(2), 1.0, **options)

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from exact_loss import exact_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import FEW, eps
+from numerics import FEW, assert_agrees, eps
 from torch import Tensor
 
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
 
+# Of float32 gradients, which the README promises.
+PROMISE = 1e-5
 GRADIENTS = ("audio_MD", "text_ND", "logit_scale", "logit_bias")
 
 
-def unit(*shape: int) -> Tensor:
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
 
 
 def texts_at(audio_MD: Tensor, owner_N: Tensor, cosine: float | Tensor) -> Tensor:
@@ -42,6 +44,40 @@ def law(scale: float) -> float:
 
 def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
+
+
+def by_the_formula(audio: Tensor, text: Tensor, scale: float, owner: Tensor, weights: Tensor) -> Tensor:
+    """Section 1 of the derivation, written out with loops."""
+    scores = scale * audio @ text.T
+    rows = []
+    for i in range(len(audio)):
+        own = [j for j in range(len(text)) if owner[j] == i and weights[j] > 0]
+        total = sum(weights[j] for j in own)
+        if own:
+            rows.append(torch.logsumexp(scores[i], 0) - sum(weights[j] / total * scores[i, j] for j in own))
+    columns = [torch.logsumexp(scores[:, j], 0) - scores[owner[j], j] for j in range(len(text))]
+    return (torch.stack(rows).mean() + torch.stack(columns).mean()) / 2
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 0, 2, 3], [4, 1, 1, 0, 2, 3, 3], [1]])
+def test_any_number_of_captions_and_weights(owner: list[int]) -> None:
+    audio, text = unit(5, 16), unit(len(owner), 16)
+    weights = torch.rand(len(owner), dtype=torch.float64)
+    if len(owner) > 2:
+        weights[1] = 0.0
+    owner_N = torch.tensor(owner)
+    ours = contrastive_loss(audio, text, 20.0, text_owner=owner_N, weights=weights)
+    torch.testing.assert_close(ours, by_the_formula(audio, text, 20.0, owner_N, weights))
+    doubled = contrastive_loss(audio, text, 20.0, text_owner=owner_N, weights=2 * weights)
+    torch.testing.assert_close(ours, doubled)
+
+
+def test_one_pair_has_no_loss() -> None:
+    audio, text = unit(1, 4).requires_grad_(), unit(1, 4)
+    loss = contrastive_loss(audio, text, 10.0)
+    loss.backward()
+    assert loss == 0
+    assert bool((audio.grad == 0).all())
 
 
 def statements(clips: int) -> dict[str, dict[str, Any]]:
@@ -263,3 +299,102 @@ def test_kernels_in_any_words_keep_the_gradient_of_a_good_model(
     found = loss_and_grad(*inputs, implementation="triton", **options)
     for mine, true in zip(found[1:4], truth, strict=True):
         assert (mine.double() - true).norm() <= law(30.0) * true.norm()
+
+
+def aligned(noise: float, scale: float, batch: int = 512, dim: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """bfloat16 embeddings of a model that is as good as `noise` is small, and the scale."""
+    audio = unit(batch, dim, dtype=torch.float32)
+    text = F.normalize(audio + noise * torch.randn(batch, dim), dim=1)
+    return audio.bfloat16(), text.bfloat16(), torch.tensor(scale)
+
+
+def exact(audio: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Loss and gradient by audio in float64 from all digits of the inputs, and the mean probability p_ii."""
+    leaf = audio.double().requires_grad_()
+    scores = scale.double() * leaf @ text.double().T
+    loss = (
+        F.cross_entropy(scores, torch.arange(len(audio)))
+        + F.cross_entropy(scores.T, torch.arange(len(audio)))
+    ) / 2
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient, float(scores.detach().softmax(1).diag().mean())
+
+
+def rounded_then_subtracted(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Gradient by audio as kernels form it that round probabilities to bfloat16 and subtract 1 afterwards."""
+    scores = scale * audio.float() @ text.float().T
+    rounded = ((scores.softmax(1) + scores.softmax(0)) * scale / (2 * len(audio))).bfloat16()
+    return rounded.float() @ text.float() - scale / len(audio) * text.float()
+
+
+@pytest.mark.parametrize(
+    ("noise", "scale", "low", "high"),
+    [(0.16, 14.0, 0.15, 0.3), (0.12, 14.0, 0.4, 0.6), (0.06, 14.0, 0.95, 0.98), (0.07, 20.0, 0.995, 0.999)],
+)
+def test_a_good_model_keeps_its_gradient(noise: float, scale: float, low: float, high: float) -> None:
+    audio, text, scale_ = aligned(noise, scale)
+    loss, gradient, probability = exact(audio, text, scale_)
+    assert low < probability < high
+    wide = loss_and_grad(audio.float(), text.float(), scale_)
+    assert_agrees(wide.loss, loss, count=FEW + scale, dtype=torch.float32)
+    assert relative(wide.audio_MD, gradient) < PROMISE
+    narrow = loss_and_grad(audio, text, scale_)
+    assert_agrees(narrow.loss, loss, count=FEW + scale, dtype=torch.float32)
+    # Rounding the result to bfloat16 is not the loss's error. An error of PROMISE before it takes at most a
+    # share of 2 PROMISE / step of the elements to the neighbouring bfloat16, a step away.
+    step = torch.finfo(torch.bfloat16).eps / 2
+    assert relative(narrow.audio_MD, gradient.bfloat16().double()) < step * (2 * PROMISE / step) ** 0.5
+    if probability > 0.9:
+        assert relative(rounded_then_subtracted(audio, text, scale_), gradient) > 3e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_kernels_keep_the_gradient_of_a_good_model(kernel_device: torch.device) -> None:
+    audio, text, scale = (x.to(kernel_device) for x in aligned(0.06, 14.0, batch=64, dim=128))
+    _, gradient, probability = exact(audio, text, scale)
+    assert probability > 0.9
+    found = loss_and_grad(audio, text, scale, implementation="triton")
+    assert found.audio_MD.dtype == torch.bfloat16
+    # Rounded once, at the end; the products' own rounding of negatives to bfloat16 is 1e-3 of them.
+    assert relative(found.audio_MD, gradient) < torch.finfo(torch.bfloat16).eps / 2
+    assert relative(rounded_then_subtracted(audio, text, scale), gradient) > 6e-3
+
+
+def test_a_tiny_loss_keeps_its_digits() -> None:
+    audio = torch.eye(64).double() * 0.5
+    loss = contrastive_loss(audio.float(), audio.float(), 100.0)
+    truth = contrastive_loss_reference(audio, audio, 100.0)
+    assert 0 < truth < 1e-8
+    assert_agrees(loss, math.log1p(63 * math.exp(-25.0)), count=FEW, dtype=torch.float32)  # logits are exact
+    # float32 logits and log-softmax have nothing left of it.
+    assert contrastive_loss_reference(audio.float(), audio.float(), 100.0) == 0
+
+
+def test_small_hard_negative_losses_keep_their_digits() -> None:
+    audio = torch.eye(8, dtype=torch.float64)
+    text = torch.stack([audio, audio.roll(1, 0)], 1)
+    found = hard_negative_loss(audio.float(), text.float(), 30.0)
+    assert_agrees(found, math.log1p(math.exp(-30.0)), count=FEW, dtype=torch.float32)  # logits are exact
+
+
+def test_no_sum_underflows_at_the_largest_scale() -> None:
+    audio, text = unit(256, 512, dtype=torch.float32), unit(256, 512, dtype=torch.float32)
+    # A fixed maximum of 1 / temperature saves kernels the search for one; where hardware flushes subnormal
+    # numbers, it loses whole rows.
+    fixed = torch.exp(100.0 * (audio @ text.T - 1))
+    flushed = torch.where(fixed < torch.finfo(torch.float32).tiny, 0.0, fixed)
+    assert float((flushed.sum(1) == 0).float().mean()) > 0.3
+    found = loss_and_grad(audio, text, 100.0)
+    loss, gradient, _ = exact(audio, text, torch.tensor(100.0))
+    assert_agrees(found.loss, loss, count=FEW + 100, dtype=torch.float32)
+    assert relative(found.audio_MD, gradient) < PROMISE
+
+
+def test_weights_of_any_finite_size_mean_their_shares() -> None:
+    audio, text = unit(3, 8, dtype=torch.float32), unit(6, 8, dtype=torch.float32)
+    owner = torch.arange(6) % 3
+    shares = torch.tensor([1.0, 2.0, 3.0, 1.0, 0.0, 0.5], dtype=torch.float64)
+    expected = contrastive_loss(audio, text, 10.0, text_owner=owner, weights=shares)
+    for size in (1e300, 1e-46):
+        got = contrastive_loss(audio, text, 10.0, text_owner=owner, weights=shares * size)
+        assert_agrees(got, expected, count=FEW, dtype=torch.float32)
