@@ -36,7 +36,7 @@ class Driver:
 def report(target: int, dtype: str, fn: Any, compile: dict[str, Any]) -> None:
     """Prints what a launch of `fn` would compile."""
     name = next(name for name, kernel in budgets.KERNELS.items() if kernel is fn.jit_function)
-    ours, options = budgets.source(fn.jit_function, target, dtype)
+    source, options = budgets.source(fn.jit_function, target, dtype)
     constants = {fn.jit_function.arg_names[at[0]]: value for at, value in compile["constants"].items()}
     launched = {
         "signature": compile["signature"],
@@ -45,9 +45,9 @@ def report(target: int, dtype: str, fn: Any, compile: dict[str, Any]) -> None:
         "options": {key: compile[key] for key in ("num_warps", "num_stages")},
     }
     measured = {
-        "signature": ours.signature,
-        "constants": {ours.fn.arg_names[at[0]]: value for at, value in ours.constants.items()},
-        "aligned": sorted(at[0] for at in ours.attrs),
+        "signature": source.signature,
+        "constants": {source.fn.arg_names[at[0]]: value for at, value in source.constants.items()},
+        "aligned": sorted(at[0] for at in source.attrs),
         "options": {"num_warps": 4, "num_stages": 3} | options,
     }
     line = {"kernel": name, "target": target, "dtype": dtype, "launched": launched, "measured": measured}

@@ -43,12 +43,12 @@ def test_kernels_compile_to_what_their_budget_allows(chosen: list[object]) -> No
     assert measured
     for variant, kernels in measured.items():
         assert kernels
-        for name, found in kernels.items():
+        for name, measurement in kernels.items():
             budget, what = COMMITTED["kernels"][variant][name], f"{variant} {name}"
             for key in ("registers", "spills", "shared_bytes", "exp2", "atomics", "narrow_copies"):
-                assert found[key] <= budget[key], f"{what}: {key}"
-            assert found["mma"] == budget["mma"], what
-            assert found["tma_loads"] >= budget["tma_loads"], what
+                assert measurement[key] <= budget[key], f"{what}: {key}"
+            assert measurement["mma"] == budget["mma"], what
+            assert measurement["tma_loads"] >= budget["tma_loads"], what
 
 
 def test_the_budget_covers_every_kernel_and_keeps_the_promises() -> None:

@@ -79,14 +79,16 @@ class Case:
         total = sum((r.double() * w).sum() for r, w in zip(finite, self.weights, strict=False))
         return [t.detach().double() for t in [*results, *torch.autograd.grad(total, inputs)]]
 
-    def check(self, ours: Callable[..., object], reference: Callable[..., object], **options: object) -> None:
+    def check(
+        self, kernel: Callable[..., object], reference: Callable[..., object], **options: object
+    ) -> None:
         """Errors against fp64 are at most twice those of the dense definition in that dtype, plus a bit.
 
         The bit is what rounding a base-2 logit to fp32 costs: |s| eps of every probability.
         """
         truth = self.outputs(reference, torch.float64)
         dense = self.outputs(reference, self.x.dtype)
-        got = self.outputs(ours, self.x.dtype, **options)
+        got = self.outputs(kernel, self.x.dtype, **options)
         scale = float(self.scale)
         bit = eps(torch.float32) * (FEW + scale / 2)
         if self.x.dtype != torch.float32:
@@ -96,9 +98,9 @@ class Case:
         d_x, weights = truth[-4], torch.cat(self.weights)
         sizes[-2] = (self.x.double() * d_x).sum(1).abs().sum() / scale + sizes[-2]
         sizes[-1] = weights.abs().sum() + sizes[-1]
-        for mine, theirs, true, size in zip(got, dense, truth, sizes, strict=True):
-            assert torch.equal(mine.isneginf(), true.isneginf())
-            errors = [torch.where(true.isfinite(), r - true, 0.0).norm() for r in (mine, theirs)]
+        for result, dense_result, true, size in zip(got, dense, truth, sizes, strict=True):
+            assert torch.equal(result.isneginf(), true.isneginf())
+            errors = [torch.where(true.isfinite(), r - true, 0.0).norm() for r in (result, dense_result)]
             assert errors[0].isfinite()
             assert errors[0] <= 2 * errors[1] + bit * size + 1e-12
             if self.x.dtype == torch.float32:
@@ -219,10 +221,10 @@ def test_the_same_call_gives_the_same_bits_and_the_forward_with_any_workspace(
 ) -> None:
     case = Case(kernel_device, (300, 40, 16), 100.0)
     first = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
-    again = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
+    repeated = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
     small = [case.outputs(f, torch.float32, workspace_bytes=1) for f in (negative_lse, negative_softplus)]
     references = negative_lse_reference, negative_softplus_reference
-    for one, two, three in zip(first, again, small, strict=True):
+    for one, two, three in zip(first, repeated, small, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
         results = len(one) - 4
         assert all(torch.equal(a, b) for a, b in zip(one[:results], three[:results], strict=True))
@@ -240,8 +242,8 @@ def test_a_hundred_calls_give_the_same_bits(kernel_device: torch.device) -> None
     for function in (negative_lse, negative_softplus):
         first = case.outputs(function, torch.float32)
         for _ in range(99):
-            again = case.outputs(function, torch.float32)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            repeated = case.outputs(function, torch.float32)
+            assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
 
 
 def to_tf32(x: Tensor) -> Tensor:
@@ -296,7 +298,7 @@ def test_gradients_of_good_models_survive_bf16(
     p_MN, q_MN = s_MN.softmax(1), s_MN.softmax(0)
     assert abs(p_MN.diag().mean() - probability) < 0.002
     coarse_MN = to_tf32(scale * x.detach()) @ to_tf32(y.detach()).T
-    theirs = {
+    rounded_forms = {
         "dense bf16": (bf16_factor, torch.autograd.grad(dense(*half), half)),
         "bf16": (bf16_factor, subtracted_afterwards((p_MN + q_MN).bfloat16().double())),
         "TF32": (
@@ -307,14 +309,14 @@ def test_gradients_of_good_models_survive_bf16(
 
     row_M, column_N = negative_lse(x, y, scale, owner, compute_dtype=torch.bfloat16)
     positive_M = scale * (x * y).sum(1)
-    ours = (F.softplus(row_M - positive_M).mean() + F.softplus(column_N - positive_M).mean()) / 2
-    assert_agrees(ours, loss, count=FEW + 1 / 0.07, dtype=torch.float32)
-    for i, mine in enumerate(torch.autograd.grad(ours, (x, y))):
-        error = (mine.double() - truth[i]).norm() / truth[i].norm()
+    loss_here = (F.softplus(row_M - positive_M).mean() + F.softplus(column_N - positive_M).mean()) / 2
+    assert_agrees(loss_here, loss, count=FEW + 1 / 0.07, dtype=torch.float32)
+    for i, gradient in enumerate(torch.autograd.grad(loss_here, (x, y))):
+        error = (gradient.double() - truth[i]).norm() / truth[i].norm()
         # What the kernels promise with bf16 inputs. An element of G is off by half an eps of bf16 at most,
         # which is 2e-3. These errors have either sign, so sums of many elements are off by less.
         assert error < 3e-4
-        for name, (factor, rounded) in theirs.items():
+        for name, (factor, rounded) in rounded_forms.items():
             assert (rounded[i].double() - truth[i]).norm() / truth[i].norm() > factor * error, name
 
 
@@ -334,14 +336,14 @@ def test_small_gradients_survive_fp16(kernel_device: torch.device) -> None:
     case = Case(kernel_device, (40, 70, 33), 20.0)
     case.x, case.y = case.x.half().float(), case.y.half().float()
     case.weights = [1e-8 * w for w in case.weights]
-    for ours, reference in (
+    for kernel, reference in (
         (negative_lse, negative_lse_reference),
         (negative_softplus, negative_softplus_reference),
     ):
         truth = case.outputs(reference, torch.float64)
-        got = case.outputs(ours, torch.float32, compute_dtype=torch.float16)
-        for mine, true in list(zip(got, truth, strict=True))[-4:-2]:
-            assert_agrees(mine, true, count=1, dtype=torch.float16)
+        got = case.outputs(kernel, torch.float32, compute_dtype=torch.float16)
+        for gradient, true in list(zip(got, truth, strict=True))[-4:-2]:
+            assert_agrees(gradient, true, count=1, dtype=torch.float16)
 
 
 def test_only_what_needs_a_gradient_gets_one(kernel_device: torch.device) -> None:
@@ -358,9 +360,9 @@ def test_only_what_needs_a_gradient_gets_one(kernel_device: torch.device) -> Non
 
     everything = gradients((0, 1, 2, 3))
     for chosen in ((0,), (1,), (2,), (1, 2), (0, 3)):
-        for mine, i in zip(gradients(chosen), chosen, strict=True):
+        for gradient, i in zip(gradients(chosen), chosen, strict=True):
             size = norm([norm(x) for x in everything])
-            assert_agrees(mine, everything[i], count=FEW, dtype=torch.float32, size=size)
+            assert_agrees(gradient, everything[i], count=FEW, dtype=torch.float32, size=size)
 
 
 def test_what_is_kept_for_the_backward_pass_is_linear(kernel_device: torch.device) -> None:
@@ -396,10 +398,10 @@ def test_compiled_graphs_hold_the_operators_whole(kernel_device: torch.device) -
         return *results, negative_softplus(x, y, scale, owner, logit_bias=logit_bias)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    for mine, eager in zip(
+    for result, eager in zip(
         case.outputs(compiled, torch.float32), case.outputs(both, torch.float32), strict=True
     ):
-        assert torch.equal(mine, eager)
+        assert torch.equal(result, eager)
 
 
 def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
@@ -440,6 +442,6 @@ def test_memory_and_repeatability_on_a_card(cuda: torch.device) -> None:
     # Workspace, both gradients in two bytes, dY in fp32 with its temporary, and the float64 copies made here.
     assert grown < (64 << 20) + 32_768 * 512 * (2 + 2 + 4 + 4 + 16)
     for _ in range(10):
-        again = case.outputs(negative_lse, torch.bfloat16, workspace_bytes=64 << 20)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        repeated = case.outputs(negative_lse, torch.bfloat16, workspace_bytes=64 << 20)
+        assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
     assert math.isfinite(first[0].sum())

@@ -122,8 +122,8 @@ def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> 
     torch.library.opcheck(rank._rank_counts, (x, y, owner))
     torch.library.opcheck(rank._topk_chunk, (x, y, 3))
     compiled = torch.compile(rank_counts, fullgraph=True, backend="aot_eager")
-    for mine, eager in zip(compiled(x, y, owner), rank_counts(x, y, owner), strict=True):
-        assert torch.equal(mine, eager)
+    for result, eager in zip(compiled(x, y, owner), rank_counts(x, y, owner), strict=True):
+        assert torch.equal(result, eager)
 
 
 def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:

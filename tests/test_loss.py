@@ -79,8 +79,8 @@ def test_sigmoid_is_the_mean_over_pairs() -> None:
     owner, bias = torch.tensor([0, 1, 2, 2, 0]), torch.tensor(-4.0, dtype=torch.float64)
     sign = 2.0 * (owner == torch.arange(3)[:, None]) - 1
     expected = -F.logsigmoid(sign * (9.0 * audio @ text.T + bias)).mean()
-    ours = contrastive_loss(audio, text, 9.0, text_owner=owner, logit_bias=bias, kind="sigmoid")
-    torch.testing.assert_close(ours, expected)
+    loss = contrastive_loss(audio, text, 9.0, text_owner=owner, logit_bias=bias, kind="sigmoid")
+    torch.testing.assert_close(loss, expected)
 
 
 def test_bias_cancels_in_softmax_but_not_in_sigmoid() -> None:
@@ -113,11 +113,11 @@ def test_equals_the_dense_definition(options: dict) -> None:
     expected = torch.autograd.grad(dense, (audio, text, scale))
     fused = contrastive_loss(audio, text, scale, implementation="cpu", **options)
     assert_agrees(fused, dense, count=SUMS)
-    found = torch.autograd.grad(fused, (audio, text, scale), retain_graph=True)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_agrees(mine, theirs, count=SUMS, size=norm([norm(x) for x in expected]))
-    again = torch.autograd.grad(fused, (audio, text, scale))  # nothing was used up
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    gradients = torch.autograd.grad(fused, (audio, text, scale), retain_graph=True)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        assert_agrees(gradient, exact, count=SUMS, size=norm([norm(x) for x in expected]))
+    repeated = torch.autograd.grad(fused, (audio, text, scale))  # nothing was used up
+    assert all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -132,8 +132,8 @@ def test_kernels_equal_the_dense_definition(options: dict, kernel_device: torch.
         loss = contrastive_loss(*leaves, implementation=name, **options)
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     gradient = norm([norm(x) for x in results[2][1:]])
-    for found, plain, truth in zip(*results, strict=True):
-        assert_as_exact(found, plain, truth, size=norm(truth) if truth is results[2][0] else gradient)
+    for result, plain, truth in zip(*results, strict=True):
+        assert_as_exact(result, plain, truth, size=norm(truth) if truth is results[2][0] else gradient)
 
 
 def test_autocast_changes_nothing() -> None:
@@ -163,26 +163,26 @@ def test_16_bit_embeddings_are_widened_exactly(dtype: torch.dtype, kind: str) ->
     text[0, :3] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4, 100.0])
     narrow = loss_and_grad(audio, text, 20.0, kind=kind)
     wide = loss_and_grad(audio.float(), text.float(), 20.0, kind=kind)
-    for ours, theirs in zip(narrow[:4], wide[:4], strict=True):
-        assert torch.equal(ours, theirs.to(ours.dtype))
+    for result, widened in zip(narrow[:4], wide[:4], strict=True):
+        assert torch.equal(result, widened.to(result.dtype))
     assert narrow.audio_MD.dtype == narrow.text_ND.dtype == dtype
 
 
 def test_loss_and_gradients_at_once() -> None:
     audio, text = unit(9, 8, dtype=torch.float32), unit(9, 8, dtype=torch.float32)
-    found = loss_and_grad(audio, text, 10.0, logit_bias=-3.0, kind="sigmoid")
+    result = loss_and_grad(audio, text, 10.0, logit_bias=-3.0, kind="sigmoid")
     leaves = [
         x.requires_grad_() for x in (audio.clone(), text.clone(), torch.tensor(10.0), torch.tensor(-3.0))
     ]
     loss = contrastive_loss(*leaves[:3], logit_bias=leaves[3], kind="sigmoid")
-    assert torch.equal(found.loss, loss)
-    for ours, theirs in zip(found[1:], torch.autograd.grad(loss, leaves), strict=True):
-        assert torch.equal(ours, theirs)
-    assert not found.loss.requires_grad
+    assert torch.equal(result.loss, loss)
+    for gradient, expected in zip(result[1:], torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(gradient, expected)
+    assert not result.loss.requires_grad
     assert loss_and_grad(audio, text, 10.0).logit_bias is None
     wide = loss_and_grad(audio.double(), text.double(), 10, logit_bias=-3, kind="sigmoid")
     assert wide.logit_scale.dtype == torch.float64
-    assert_agrees(found.loss, wide.loss, count=FEW + 10, dtype=torch.float32)  # of logits of up to 10
+    assert_agrees(result.loss, wide.loss, count=FEW + 10, dtype=torch.float32)  # of logits of up to 10
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -229,17 +229,17 @@ def test_the_scale_alone_may_learn() -> None:
         unit(5, 16, dtype=torch.float32),
         torch.tensor(10.0, requires_grad=True),
     )
-    (found,) = torch.autograd.grad(contrastive_loss(audio, text, scale), scale)
+    (result,) = torch.autograd.grad(contrastive_loss(audio, text, scale), scale)
     exact = loss_and_grad(*(x.detach().double() for x in (audio, text, scale))).logit_scale
-    assert_as_exact(found, loss_and_grad(audio, text, scale).logit_scale, exact)
+    assert_as_exact(result, loss_and_grad(audio, text, scale).logit_scale, exact)
 
 
 def test_embeddings_may_come_from_inference_mode() -> None:
     with torch.inference_mode():
         audio, text = unit(4, 8, dtype=torch.float32), unit(4, 8, dtype=torch.float32)
-        found = loss_and_grad(audio, text, 10)
+        result = loss_and_grad(audio, text, 10)
     expected = loss_and_grad(audio.clone(), text.clone(), torch.tensor(10.0))
-    for a, b in zip(found[:4], expected[:4], strict=True):
+    for a, b in zip(result[:4], expected[:4], strict=True):
         assert torch.equal(a, b)
 
 
@@ -268,9 +268,9 @@ def test_compiles_into_one_graph() -> None:
     expected = torch.autograd.grad(losses(audio, text), (audio, text))
     wide = [x.detach().double().requires_grad_() for x in (audio, text)]
     truths = torch.autograd.grad(losses(*wide), wide)
-    found = torch.autograd.grad(compiled(audio, text), (audio, text))
-    for mine, plain, truth in zip(found, expected, truths, strict=True):
-        assert_as_exact(mine, plain, truth)
+    gradients = torch.autograd.grad(compiled(audio, text), (audio, text))
+    for gradient, plain, truth in zip(gradients, expected, truths, strict=True):
+        assert_as_exact(gradient, plain, truth)
 
 
 @pytest.mark.parametrize("options", [{}, {"text_owner": torch.arange(1500) % 700}, {"kind": "sigmoid"}])
@@ -278,13 +278,15 @@ def test_no_bit_depends_on_the_number_of_threads(options: dict) -> None:
     audio, text = (unit(k, 40, dtype=torch.float32) for k in (1500, 1500))
     before = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(loss_and_grad(audio, text, 20.0, **options))
+            results.append(loss_and_grad(audio, text, 20.0, **options))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0][:4], other[:4], strict=True))
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0][:4], other[:4], strict=True)
+    )
 
 
 @pytest.mark.parametrize("workspace", [0, 20 << 20, 40 << 20])
@@ -299,8 +301,8 @@ def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = contrastive_loss(audio, text, 10.0, workspace_bytes=workspace)
-    for own in (audio, text):
-        kept.pop(own.untyped_storage().data_ptr(), None)
+    for x in (audio, text):
+        kept.pop(x.untyped_storage().data_ptr(), None)
     assert loss.requires_grad
     assert sum(kept.values()) < workspace + 64 * 8000
 

@@ -76,7 +76,7 @@ def _rank_main(rank: int, folder: str) -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(CLIPS))
     data = torch.load(f"{folder}/batch.pt", weights_only=True)
-    found = {"travels": {kind: travels(rank, kind) for kind in ("softmax", "sigmoid")}}
+    recorded = {"travels": {kind: travels(rank, kind) for kind in ("softmax", "sigmoid")}}
     for world in range(1, len(CLIPS) + 1):
         group = dist.new_group(list(range(world)))
         if rank >= world:
@@ -87,8 +87,8 @@ def _rank_main(rank: int, folder: str) -> None:
                 for gradient in results[1:]:
                     dist.all_reduce(gradient, group=group)
                     gradient /= world
-                found[f"{world} {case} {implementation}"] = results
-    torch.save(found, f"{folder}/{rank}.pt")
+                recorded[f"{world} {case} {implementation}"] = results
+    torch.save(recorded, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -105,9 +105,9 @@ def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None
     torch.save(data, tmp_path / "batch.pt")
     mp.spawn(_rank_main, args=(str(tmp_path),), nprocs=len(CLIPS))
     for rank in range(len(CLIPS)):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        check_what_travelled(found.pop("travels"))
-        for name, results in found.items():
+        recorded = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        check_what_travelled(recorded.pop("travels"))
+        for name, results in recorded.items():
             world, case, implementation = name.split()
             whole = spread_case(data, range(int(world)), SPREAD[int(case)], "reference", None)
             # Sums of some tens of terms, whose exponents are logits of up to 12; kernels add them in float32.
@@ -117,10 +117,10 @@ def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None
                 assert_agrees(value, expected, count=100, dtype=dtype, size=size, name=f"{rank}: {name}")
 
 
-def check_what_travelled(found: dict[str, list[tuple[str, str, int]]]) -> None:
+def check_what_travelled(steps_of_kind: dict[str, list[tuple[str, str, int]]]) -> None:
     """What the docstring of `clsp_fast.gather` says, with shards padded to the longest; no logits."""
     texts, all_texts, world, dim = max(TEXTS), sum(TEXTS), len(CLIPS), 6
-    for kind, steps in found.items():
+    for kind, steps in steps_of_kind.items():
         columns = all_texts if kind == "softmax" else 0
         large = [step for step in steps if step[2] > world]  # others are scalars of all ranks
         expected = [

@@ -113,14 +113,14 @@ def test_sums_and_gradients_are_those_of_dense_logits(
     for workspace in (SMALL, 3 << 20, LARGE):
         row, column, *gradients = run_engine(batch, kind, d_sums, workspace, isa=isa)
         # Sums of up to 1,600 terms whose exponents are logits.
-        for ours, theirs in zip((row, column), sums, strict=True):
-            assert_agrees(ours, theirs, count=1e3)
-        for ours, theirs in zip(gradients, expected, strict=True):
-            assert_agrees(ours, theirs, count=1e3, size=whole)
+        for result, dense in zip((row, column), sums, strict=True):
+            assert_agrees(result, dense, count=1e3)
+        for result, dense in zip(gradients, expected, strict=True):
+            assert_agrees(result, dense, count=1e3, size=whole)
 
 
 def assert_as_exact_as_torch(
-    found: tuple[Tensor, ...], batch: Batch, kind: str, d_sums: tuple[Tensor, Tensor]
+    results: tuple[Tensor, ...], batch: Batch, kind: str, d_sums: tuple[Tensor, Tensor]
 ) -> None:
     """Sums and gradients in float32 beside those of dense logits in float32."""
     plain, truth = (
@@ -129,12 +129,14 @@ def assert_as_exact_as_torch(
     )
     whole = norm([norm(x) for x in truth[2:]])
     names = ("rows", "columns", "audio", "text", "scale", "bias")
-    for name, ours, theirs, exact in zip(names, found, plain, truth, strict=True):
+    for name, result, dense, exact in zip(names, results, plain, truth, strict=True):
         if name in ("scale", "bias"):  # sums over all pairs: along rows, then over rows
             count = (len(batch.audio_MD) * len(batch.text_ND)) ** 0.5
-            assert_agrees(ours, exact, count=count, dtype=torch.float32, size=whole, name=name)
+            assert_agrees(result, exact, count=count, dtype=torch.float32, size=whole, name=name)
         else:
-            assert_as_exact(ours, theirs, exact, size=whole if name in ("audio", "text") else None, name=name)
+            assert_as_exact(
+                result, dense, exact, size=whole if name in ("audio", "text") else None, name=name
+            )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -161,8 +163,8 @@ def test_normalisers_beyond_the_range_of_an_exponential_alone(isa: str, scale: f
     d_sums = random_gradients(batch, "softmax")
     *_, d_scale, d_bias = run_engine(batch, "softmax", d_sums, isa=isa)
     expected = float(sum(d_sums).sum())  # every row and column spreads its gradient over equal logits
-    for found in (d_scale, d_bias):  # an exponent of the scale's size is rounded, and then subtracted
-        assert_agrees(found, expected, count=FEW + scale, dtype=torch.float32)
+    for gradient in (d_scale, d_bias):  # an exponent of the scale's size is rounded, and then subtracted
+        assert_agrees(gradient, expected, count=FEW + scale, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 5), (4, 0), (0, 0)])
@@ -188,8 +190,8 @@ def test_no_bit_depends_on_threads_or_workspace_or_the_run(dtype: torch.dtype, k
     d_sums = random_gradients(batch, kind)
     first = run_engine(batch, kind, d_sums, threads=1)
     for threads, workspace in [(1, LARGE), (2, LARGE), (2, SMALL), (3, 6 << 20), (5, LARGE), (2, LARGE)]:
-        again = run_engine(batch, kind, d_sums, workspace, threads)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        repeated = run_engine(batch, kind, d_sums, workspace, threads)
+        assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
 
 
 def test_nan_comes_out() -> None:
@@ -264,11 +266,13 @@ def test_compiles_into_one_graph() -> None:
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(total(audio, text), (audio, text, scale))
-    found = torch.autograd.grad(compiled(audio, text), (audio, text, scale))
+    gradients = torch.autograd.grad(compiled(audio, text), (audio, text, scale))
     wide = [x.detach().double().requires_grad_() for x in (audio, text, scale)]
     scale, bias = wide[2], bias.double()
-    for mine, plain, truth in zip(found, expected, torch.autograd.grad(total(*wide[:2]), wide), strict=True):
-        assert_as_exact(mine, plain, truth)
+    for gradient, plain, truth in zip(
+        gradients, expected, torch.autograd.grad(total(*wide[:2]), wide), strict=True
+    ):
+        assert_as_exact(gradient, plain, truth)
 
 
 def test_takes_strided_embeddings_and_unused_results() -> None:

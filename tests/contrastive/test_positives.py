@@ -30,11 +30,11 @@ def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def texts_at(audio_MD: Tensor, owner_N: Tensor, cosine: float | Tensor) -> Tensor:
     """Unit texts with that cosine to the audio that they describe."""
-    own_ND, cosine = audio_MD[owner_N], torch.as_tensor(cosine, dtype=torch.float64)
-    other_ND = torch.randn_like(own_ND)
-    other_ND = F.normalize(other_ND - (other_ND * own_ND).sum(1, keepdim=True) * own_ND, dim=1)
+    clip_ND, cosine = audio_MD[owner_N], torch.as_tensor(cosine, dtype=torch.float64)
+    other_ND = torch.randn_like(clip_ND)
+    other_ND = F.normalize(other_ND - (other_ND * clip_ND).sum(1, keepdim=True) * clip_ND, dim=1)
     cosine_N1 = cosine.expand(len(owner_N))[:, None]
-    return cosine_N1 * own_ND + (1 - cosine_N1.square()).sqrt() * other_ND
+    return cosine_N1 * clip_ND + (1 - cosine_N1.square()).sqrt() * other_ND
 
 
 def law(scale: float) -> float:
@@ -42,8 +42,8 @@ def law(scale: float) -> float:
     return (FEW + 2 * scale) * eps(torch.float32)
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
+def relative(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).norm() / truth.norm())
 
 
 def by_the_formula(audio: Tensor, text: Tensor, scale: float, owner: Tensor, weights: Tensor) -> Tensor:
@@ -51,10 +51,12 @@ def by_the_formula(audio: Tensor, text: Tensor, scale: float, owner: Tensor, wei
     scores = scale * audio @ text.T
     rows = []
     for i in range(len(audio)):
-        own = [j for j in range(len(text)) if owner[j] == i and weights[j] > 0]
-        total = sum(weights[j] for j in own)
-        if own:
-            rows.append(torch.logsumexp(scores[i], 0) - sum(weights[j] / total * scores[i, j] for j in own))
+        captions = [j for j in range(len(text)) if owner[j] == i and weights[j] > 0]
+        total = sum(weights[j] for j in captions)
+        if captions:
+            rows.append(
+                torch.logsumexp(scores[i], 0) - sum(weights[j] / total * scores[i, j] for j in captions)
+            )
     columns = [torch.logsumexp(scores[:, j], 0) - scores[owner[j], j] for j in range(len(text))]
     return (torch.stack(rows).mean() + torch.stack(columns).mean()) / 2
 
@@ -66,10 +68,10 @@ def test_any_number_of_captions_and_weights(owner: list[int]) -> None:
     if len(owner) > 2:
         weights[1] = 0.0
     owner_N = torch.tensor(owner)
-    ours = contrastive_loss(audio, text, 20.0, text_owner=owner_N, weights=weights)
-    torch.testing.assert_close(ours, by_the_formula(audio, text, 20.0, owner_N, weights))
+    loss = contrastive_loss(audio, text, 20.0, text_owner=owner_N, weights=weights)
+    torch.testing.assert_close(loss, by_the_formula(audio, text, 20.0, owner_N, weights))
     doubled = contrastive_loss(audio, text, 20.0, text_owner=owner_N, weights=2 * weights)
-    torch.testing.assert_close(ours, doubled)
+    torch.testing.assert_close(loss, doubled)
 
 
 def test_one_pair_has_no_loss() -> None:
@@ -132,12 +134,12 @@ def test_the_rounding_of_logits_is_the_limit_at_any_scale(scale: float, cosine: 
         others_MN = logits_MN.masked_fill(torch.eye(64, dtype=torch.bool), -math.inf)
         loss = sum(F.softplus(others_MN.logsumexp(axis) - positive_M).mean() for axis in (0, 1)) / 2
         by_audio, by_text, by_logit = torch.autograd.grad(loss, (x, y, logits_MN))
-        found = loss_and_grad(audio_MD.float(), text_ND, scale)
-        assert relative(found.loss, loss.detach()) <= law(scale), seed
-        assert relative(found.audio_MD, by_audio) <= law(scale), seed
-        assert relative(found.text_ND, by_text) <= law(scale), seed
+        result = loss_and_grad(audio_MD.float(), text_ND, scale)
+        assert relative(result.loss, loss.detach()) <= law(scale), seed
+        assert relative(result.audio_MD, by_audio) <= law(scale), seed
+        assert relative(result.text_ND, by_text) <= law(scale), seed
         terms_MN = by_logit * cosine_MN.detach()  # of both signs
-        error = abs(float(found.logit_scale.double() - terms_MN.sum()))
+        error = abs(float(result.logit_scale.double() - terms_MN.sum()))
         assert error <= law(scale) * float(terms_MN.abs().sum()), seed
 
 
@@ -147,11 +149,11 @@ def check_against_float64(audio_MD: Tensor, text_ND: Tensor, scale: float, optio
     leaves = [x.requires_grad_() for x in leaves]
     loss = contrastive_loss_reference(*leaves, **options)
     truth, loss = torch.autograd.grad(loss, leaves), loss.detach()
-    found = loss_and_grad(audio_MD, text_ND, scale, **options)
+    result = loss_and_grad(audio_MD, text_ND, scale, **options)
     # Float64 itself knows logits of 30 to 7e-15.
-    assert relative(found.loss, loss) <= law(scale) + 1e-14 / float(loss)
+    assert relative(result.loss, loss) <= law(scale) + 1e-14 / float(loss)
     for name, gradient in zip(GRADIENTS[:3], truth, strict=True):
-        assert relative(getattr(found, name), gradient) <= law(scale), name
+        assert relative(getattr(result, name), gradient) <= law(scale), name
 
 
 @pytest.mark.parametrize("clips", [300, 1500])
@@ -159,12 +161,12 @@ def check_against_float64(audio_MD: Tensor, text_ND: Tensor, scale: float, optio
 def test_the_same_problem_has_the_same_bits(words: str, clips: int) -> None:
     audio_MD = unit(clips, 40)
     text_ND = texts_at(audio_MD, torch.arange(clips), 0.8).float()
-    expected, found = (
+    expected, result = (
         loss_and_grad(audio_MD.float(), text_ND, 30.0, **statements(clips)[name])
         for name in ("default", words)
     )
-    assert all(torch.equal(a, b) for a, b in zip(expected[:4], found[:4], strict=True))
-    assert found.logit_bias is None or found.logit_bias == 0
+    assert all(torch.equal(a, b) for a, b in zip(expected[:4], result[:4], strict=True))
+    assert result.logit_bias is None or result.logit_bias == 0
 
 
 @st.composite
@@ -199,11 +201,11 @@ def test_any_problem_keeps_its_digits(problem: tuple[Tensor, Tensor, float, dict
     no more exact than these. The loss is, unless float32 has no normal numbers for its gradients."""
     audio_MD, text_ND, scale, options = problem
     exact = exact_loss(audio_MD, text_ND, scale, **options)
-    found = loss_and_grad(audio_MD, text_ND, scale, **{"logit_bias": 0.0, **options})
+    result = loss_and_grad(audio_MD, text_ND, scale, **{"logit_bias": 0.0, **options})
     subnormal = float(exact.loss) < 1e-30
-    assert subnormal or relative(found.loss, exact.loss) <= law(scale)
+    assert subnormal or relative(result.loss, exact.loss) <= law(scale)
     for name, terms in zip(GRADIENTS, exact.terms, strict=True):
-        gradient, truth = getattr(found, name), getattr(exact, name)
+        gradient, truth = getattr(result, name), getattr(exact, name)
         assert bool(gradient.isfinite().all()), name
         error = float((gradient.double() - truth).norm())
         assert subnormal or error <= law(scale) * terms, (name, error / terms)
@@ -220,10 +222,10 @@ def test_a_loss_of_any_size_keeps_its_digits(loss: float, owner: list[int]) -> N
     scale = math.log(5 / loss)
     exact = exact_loss(audio_MD.float(), text_ND, scale, text_owner=owner_N)
     for weights in (None, torch.full((len(owner),), 0.7)):
-        found = loss_and_grad(audio_MD.float(), text_ND, scale, text_owner=owner_N, weights=weights)
-        assert relative(found.loss, exact.loss) <= law(scale)
+        result = loss_and_grad(audio_MD.float(), text_ND, scale, text_owner=owner_N, weights=weights)
+        assert relative(result.loss, exact.loss) <= law(scale)
         for name in GRADIENTS[:3]:
-            assert relative(getattr(found, name), getattr(exact, name)) <= law(scale), name
+            assert relative(getattr(result, name), getattr(exact, name)) <= law(scale), name
 
 
 def test_weights_have_the_gradient_of_the_definition() -> None:
@@ -231,7 +233,7 @@ def test_weights_have_the_gradient_of_the_definition() -> None:
     owner_N = torch.tensor([0, 0, 0, 2, 3, 3, 0, 2])
     for weights in ([1, 2, 0.5, 1e-9, 1, 1, 0.3, 2], [0, 2, 0.5, 0, 1, 1, 0.3, 2]):
         weight_N = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
-        found, expected = (
+        gradient, expected = (
             torch.autograd.grad(
                 contrastive_loss(
                     audio_MD, text_ND, 9.0, text_owner=owner_N, weights=weight_N, implementation=name
@@ -240,7 +242,7 @@ def test_weights_have_the_gradient_of_the_definition() -> None:
             )
             for name in ("cpu", "reference")
         )
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_group_of_one_keeps_the_digits() -> None:
@@ -262,11 +264,11 @@ def test_near_misses_keep_their_gradient(scale: float) -> None:
     audio_BD = unit(16, 64)
     text_BKD = torch.stack([texts_at(audio_BD, torch.arange(16), c) for c in (0.9, 0.2, -0.3)], 1)
     inputs = [audio_BD.float(), text_BKD.float(), torch.tensor(scale)]
-    found, truth = [], []
-    for dtype, out in ((torch.float32, found), (torch.float64, truth)):
+    results, truth = [], []
+    for dtype, out in ((torch.float32, results), (torch.float64, truth)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
         out += torch.autograd.grad(hard_negative_loss(*leaves), leaves)
-    for a, b in zip(found, truth, strict=True):
+    for a, b in zip(results, truth, strict=True):
         assert relative(a, b) <= law(scale)
 
 
@@ -296,9 +298,9 @@ def test_kernels_in_any_words_keep_the_gradient_of_a_good_model(
     options = {k: v.to(kernel_device) if isinstance(v, Tensor) else v for k, v in options.items()}
     leaves = [x.double().requires_grad_() for x in inputs]
     truth = torch.autograd.grad(contrastive_loss_reference(*leaves, **options), leaves)
-    found = loss_and_grad(*inputs, implementation="triton", **options)
-    for mine, true in zip(found[1:4], truth, strict=True):
-        assert (mine.double() - true).norm() <= law(30.0) * true.norm()
+    result = loss_and_grad(*inputs, implementation="triton", **options)
+    for gradient, true in zip(result[1:4], truth, strict=True):
+        assert (gradient.double() - true).norm() <= law(30.0) * true.norm()
 
 
 def aligned(noise: float, scale: float, batch: int = 512, dim: int = 256) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,10 +355,10 @@ def test_kernels_keep_the_gradient_of_a_good_model(kernel_device: torch.device) 
     audio, text, scale = (x.to(kernel_device) for x in aligned(0.06, 14.0, batch=64, dim=128))
     _, gradient, probability = exact(audio, text, scale)
     assert probability > 0.9
-    found = loss_and_grad(audio, text, scale, implementation="triton")
-    assert found.audio_MD.dtype == torch.bfloat16
+    result = loss_and_grad(audio, text, scale, implementation="triton")
+    assert result.audio_MD.dtype == torch.bfloat16
     # Rounded once, at the end; the products' own rounding of negatives to bfloat16 is 1e-3 of them.
-    assert relative(found.audio_MD, gradient) < torch.finfo(torch.bfloat16).eps / 2
+    assert relative(result.audio_MD, gradient) < torch.finfo(torch.bfloat16).eps / 2
     assert relative(rounded_then_subtracted(audio, text, scale), gradient) > 6e-3
 
 
@@ -373,8 +375,8 @@ def test_a_tiny_loss_keeps_its_digits() -> None:
 def test_small_hard_negative_losses_keep_their_digits() -> None:
     audio = torch.eye(8, dtype=torch.float64)
     text = torch.stack([audio, audio.roll(1, 0)], 1)
-    found = hard_negative_loss(audio.float(), text.float(), 30.0)
-    assert_agrees(found, math.log1p(math.exp(-30.0)), count=FEW, dtype=torch.float32)  # logits are exact
+    result = hard_negative_loss(audio.float(), text.float(), 30.0)
+    assert_agrees(result, math.log1p(math.exp(-30.0)), count=FEW, dtype=torch.float32)  # logits are exact
 
 
 def test_no_sum_underflows_at_the_largest_scale() -> None:
@@ -384,10 +386,10 @@ def test_no_sum_underflows_at_the_largest_scale() -> None:
     fixed = torch.exp(100.0 * (audio @ text.T - 1))
     flushed = torch.where(fixed < torch.finfo(torch.float32).tiny, 0.0, fixed)
     assert float((flushed.sum(1) == 0).float().mean()) > 0.3
-    found = loss_and_grad(audio, text, 100.0)
+    result = loss_and_grad(audio, text, 100.0)
     loss, gradient, _ = exact(audio, text, torch.tensor(100.0))
-    assert_agrees(found.loss, loss, count=FEW + 100, dtype=torch.float32)
-    assert relative(found.audio_MD, gradient) < PROMISE
+    assert_agrees(result.loss, loss, count=FEW + 100, dtype=torch.float32)
+    assert relative(result.audio_MD, gradient) < PROMISE
 
 
 def test_weights_of_any_finite_size_mean_their_shares() -> None:

@@ -24,13 +24,13 @@ def unit(*shape: int) -> Tensor:
 def same_for_any_threads(compute: Callable[[], list[Tensor]]) -> bool:
     before = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 3, 4, 2):
             torch.set_num_threads(threads)
-            found.append(compute())
+            results.append(compute())
     finally:
         torch.set_num_threads(before)
-    return all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    return all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -106,20 +106,20 @@ def test_sums_over_captions_are_those_of_their_formulas() -> None:
 def test_softplus_is_that_of_torch() -> None:
     edges = torch.tensor([-torch.inf, -800.0, -1e-300, 0.0, 3.0, 800.0, torch.inf], dtype=torch.float64)
     x = torch.cat([torch.randn(2000, dtype=torch.float64) * 20, edges]).requires_grad_()
-    found, expected = sums.softplus(x), F.softplus(x, threshold=40.0)
+    result, expected = sums.softplus(x), F.softplus(x, threshold=40.0)
     # An exponential, a logarithm and what is between, each element by itself, in ours and in torch's.
     rounding = 2 * FEW * eps(torch.float64)
-    torch.testing.assert_close(found, expected, rtol=rounding, atol=0)
-    found, expected = (torch.autograd.grad(y[:-1].sum(), x)[0] for y in (found, expected))
-    torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-300)
+    torch.testing.assert_close(result, expected, rtol=rounding, atol=0)
+    result, expected = (torch.autograd.grad(y[:-1].sum(), x)[0] for y in (result, expected))
+    torch.testing.assert_close(result, expected, rtol=rounding, atol=1e-300)
 
 
 def test_normalise_is_that_of_torch() -> None:
     x = torch.randn(1100, 5, dtype=torch.float64).requires_grad_()
     upstream = torch.randn(1100, 5, dtype=torch.float64)
     (expected,) = torch.autograd.grad(F.normalize(x), x, upstream)
-    (found,) = torch.autograd.grad(sums.normalise(x, torch.float64), x, upstream.clone())
+    (result,) = torch.autograd.grad(sums.normalise(x, torch.float64), x, upstream.clone())
     torch.testing.assert_close(sums.normalise(x, torch.float64), F.normalize(x))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     assert sums.normalise(x.bfloat16(), torch.float32).dtype == torch.float32
     assert not sums.normalise(torch.zeros(2, 3), torch.float32).any()
