@@ -1,4 +1,4 @@
-"""What the launchers would compile on a card, printed: for a driver that has targets and no device.
+"""Prints what the launchers would compile on a card. The driver here has targets, but no device.
 
 Each line is the JSON of one launch: its kernel, target and dtype, its signature, constants, alignment and
 options, and what budgets.py measures.
@@ -19,7 +19,7 @@ from clsp_fast.kernels import _launch, budgets, contrastive, rank
 
 
 class Driver:
-    """As much of a driver as choosing a binary needs; binaries are kept by device, so that is the target."""
+    """What triton needs to choose a binary. It caches binaries by device, so the device is the target."""
 
     target = 0
 
@@ -59,7 +59,7 @@ def launch(target: int, dtype: str) -> None:
     Driver.target = target
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Triton's, before a compilation: true says that the work is done, and nothing is launched."""
+        """Triton calls it before a compilation. True means that it is done; then nothing is launched."""
         report(target, dtype, fn, compile)
         return True
 
@@ -69,7 +69,7 @@ def launch(target: int, dtype: str) -> None:
     row_M, column_N = contrastive.negative_lse(x, y, 1.0, owner)
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
     rank.rank_counts(x, y, owner)
-    rank._topk_chunk(x, y, rank.MOST_NEIGHBOURS)  # topk looks at the results, which nothing has written
+    rank._topk_chunk(x, y, rank.MOST_NEIGHBOURS)  # topk would read results that nothing wrote
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ COMMITTED = json.loads((FOLDER / "budgets.json").read_text())
 
 
 def run(*arguments: object) -> str:
-    """Output of a process of its own: where kernels are interpreted, nothing can be compiled."""
+    """The output of another process: this one may interpret kernels, and then it cannot compile any."""
     command = [sys.executable, *map(str, arguments)]
     settings = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
@@ -28,8 +28,8 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-# Every kernel in one dtype of two bytes, which compile alike, and in four bytes the one that is shortest of
-# registers: everything takes minutes.
+# To compile everything takes minutes. These are all kernels in one dtype of two bytes (both compile to the
+# same) and, in four bytes, the kernel that needs the most registers.
 NARROW = {80: "bf16", 89: "fp16", 90: "bf16", 100: "fp16"}
 CHOSEN = [["--targets", target, "--dtypes", dtype] for target, dtype in NARROW.items()]
 CHOSEN.append(["--dtypes", "fp32", "--kernels", "panel"])
@@ -82,7 +82,7 @@ def test_what_is_measured_is_what_is_launched() -> None:
     for launch in launches:
         what = launch["target"], launch["dtype"]
         for side in ("launched", "measured"):
-            for name in ("FIRST", "LAST"):  # combine: of the first or of the last panel
+            for name in ("FIRST", "LAST"):  # they differ between the panels that combine adds
                 launch[side]["constants"].pop(name, None)
         assert launch["launched"] == launch["measured"], (*what, launch["kernel"])
         if launch["kernel"] == "rank":

@@ -1,5 +1,5 @@
-"""The contrastive losses against recorded values of the reference recipe, their formulas, what naive forms
-get wrong, and bad input."""
+"""The contrastive losses against recorded values of the reference recipe, their formulas (docs/derivation.md,
+section 1) and the dense definition; memory, options, and bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clsp_fast.contrastive import negatives
 from clsp_fast.kernels import contrastive
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
 
-# In float64: sums over up to 128 pairs and 512 dimensions, of terms whose exponents are logits.
+# Roundings in float64 of sums over up to 128 pairs and 512 dimensions; the exponents of terms are logits.
 SUMS = 1e3
 
 
@@ -44,7 +44,7 @@ def test_equals_the_recipe(golden, task: str, batch: int, dim: int, implementati
     owner = captions_owner(batch, len(text))
     loss = contrastive_loss(audio, text, scale, text_owner=owner, implementation=implementation)
     loss.backward()
-    # The recipe subtracts logits of the scale's size.
+    # The recipe subtracts logits that are as large as the scale.
     assert_agrees(loss, case["loss"], count=SUMS, size=scale)
     for name, value in (("audio", audio), ("text", text), ("scale", scale)):
         stored = case[f"grad_{name}"]
@@ -116,7 +116,7 @@ def test_equals_the_dense_definition(options: dict) -> None:
     gradients = torch.autograd.grad(fused, (audio, text, scale), retain_graph=True)
     for gradient, exact in zip(gradients, expected, strict=True):
         assert_agrees(gradient, exact, count=SUMS, size=norm([norm(x) for x in expected]))
-    repeated = torch.autograd.grad(fused, (audio, text, scale))  # nothing was used up
+    repeated = torch.autograd.grad(fused, (audio, text, scale))  # a second backward pass gives the same
     assert all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
 
 
@@ -182,7 +182,7 @@ def test_loss_and_gradients_at_once() -> None:
     assert loss_and_grad(audio, text, 10.0).logit_bias is None
     wide = loss_and_grad(audio.double(), text.double(), 10, logit_bias=-3, kind="sigmoid")
     assert wide.logit_scale.dtype == torch.float64
-    assert_agrees(result.loss, wide.loss, count=FEW + 10, dtype=torch.float32)  # of logits of up to 10
+    assert_agrees(result.loss, wide.loss, count=FEW + 10, dtype=torch.float32)  # logits are up to 10
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -255,7 +255,7 @@ def test_gradients_that_are_cached_are_those_of_the_whole_batch() -> None:
     assert_agrees(tower.weight.grad, expected, count=SUMS)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo
 def test_compiles_into_one_graph() -> None:
     audio, text = (unit(6, 8, dtype=torch.float32).requires_grad_() for _ in range(2))
     owner = torch.tensor([0, 0, 2, 1, 5, 4])
@@ -291,7 +291,7 @@ def test_no_bit_depends_on_the_number_of_threads(options: dict) -> None:
 
 @pytest.mark.parametrize("workspace", [0, 20 << 20, 40 << 20])
 def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) -> None:
-    # Of 64 MB of logits.
+    # All logits would take 64 MB.
     audio, text = (unit(4000, 64, dtype=torch.float32).requires_grad_() for _ in range(2))
     kept: dict[int, int] = {}
 
@@ -313,12 +313,12 @@ def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) 
     [(16 << 20, 0, {}), (64 << 20, 0, {"label_smoothing": 0.1}), (16 << 20, 1, {"normalize": True})],
 )
 def test_memory_is_gradients_workspace_and_copies(workspace: int, copies: int, options: dict) -> None:
-    # 128 MB of logits in float32. Gradients of positive pairs are not held beside those of negatives.
+    # All logits would take 128 MB. Gradients of positive pairs need no memory of their own.
     inputs = [unit(m, 256, dtype=torch.float32).requires_grad_() for m in (4096, 8192)]
     owner = torch.arange(8192) // 2
     contrastive_loss(inputs[0][:64], inputs[1][:128], 10.0, text_owner=owner[:128], **options).backward()
     peaks = []
-    for _ in range(3):  # the least: what the allocator has in pieces differs by megabytes from call to call
+    for _ in range(3):  # the least counts: the allocator's fragments differ by megabytes from call to call
         inputs[0].grad = inputs[1].grad = None
         with peak_memory() as peak:
             loss = contrastive_loss(*inputs, 10.0, text_owner=owner, workspace_bytes=workspace, **options)

@@ -1,5 +1,5 @@
-"""Ranks and nearest neighbours against a full sort, with ties, several captions a clip and ragged sizes; in
-plain torch and in the extension, whatever its instruction set, tiles and threads."""
+"""Ranks and nearest neighbours against a full sort: ties, several captions a clip and sizes that fill no
+tile, in plain torch and in the extension, for any instruction set, tiles and number of threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def by_sorting(scores_QN: Tensor, positive_QN: Tensor) -> list[int]:
-    """Best positive's place in a stable descending sort that leaves out the query's other positives."""
+    """The place of the best positive in a stable descending sort without the query's other positives."""
     places = []
     for scores, positive in zip(scores_QN.tolist(), positive_QN.tolist(), strict=True):
         positives = [j for j, is_positive in enumerate(positive) if is_positive]
@@ -46,9 +46,9 @@ def by_sorting(scores_QN: Tensor, positive_QN: Tensor) -> list[int]:
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.usefixtures("implementation")
 def test_ranks_equal_those_of_a_sort(clips: int, texts: int, ties: bool) -> None:
-    # Whole numbers, whose scores are exact in any order of addition.
+    # Whole numbers: their scores are exact in any order of addition.
     audio, text = ((100 * torch.randn(rows, 8)).round() for rows in (clips, texts))
-    if ties:  # few distinct values: many equal scores, exactly representable
+    if ties:  # few distinct values, so that many scores are equal
         audio, text = audio.sign(), text.sign()
     owner = torch.randint(clips, (texts,))
     result = similarity.ranks(audio, text, text_owner=owner)
@@ -66,7 +66,7 @@ def test_equal_embeddings_give_the_index_order(count: int) -> None:
 
 
 def nearly_tied(rows: int, columns: int) -> Tensor:
-    """Vectors a rounding error apart: their scores differ in the last bits, if at all."""
+    """Vectors that differ by a rounding error: their scores differ in the last bits, if at all."""
     return torch.randn(columns) + 3e-8 * torch.randn(rows, columns)
 
 
@@ -77,7 +77,7 @@ def test_a_target_is_compared_by_the_score_it_has_in_the_tile(
     if implementation == "reference":
         pytest.skip("the reference takes targets from its own tiles")
     audio, text = nearly_tied(clips, columns), nearly_tied(texts, columns)
-    text[texts // 2 :] = text[: texts - texts // 2].flip(0)  # exact ties too, in other places of their tiles
+    text[texts // 2 :] = text[: texts - texts // 2].flip(0)  # exact ties too, at other places of tiles
     owner = torch.randint(clips, (texts,))
     scores, index = similarity.topk(audio, text, texts)
     scores = torch.empty_like(scores).scatter_(1, index, scores)
@@ -118,7 +118,7 @@ def test_ranks_of_other_types_are_those_of_exact_scores(dtype: torch.dtype) -> N
     assert result.text_to_audio.tolist() == by_sorting(scores.T, torch.eye(40, dtype=torch.bool))
 
 
-def test_large_sets_are_counted_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sets_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     audio, text = torch.randn(200, 8), torch.randn(200, 8)
     whole = similarity.ranks(audio, text)
     monkeypatch.setattr(similarity, "_WORK_AT_ONCE", 70 * 200 * 8)
@@ -142,7 +142,7 @@ def test_rows_that_are_not_aligned_are_copied() -> None:
     assert torch.equal(index, expected[1])
 
 
-def test_nan_is_no_perfect_score() -> None:
+def test_nan_is_refused() -> None:
     for audio, text in (
         (torch.full((2, 3), torch.nan), torch.ones(2, 3)),
         (torch.ones(2, 3), torch.full((2, 3), torch.inf)),
@@ -212,9 +212,9 @@ def test_topk_reads_a_mapped_database(tmp_path: Path, dtype: str, monkeypatch: p
     scores, index = similarity.topk(queries, mapped, 20)
     narrow, narrow_index = similarity.topk(queries.float(), mapped, 20)
     assert narrow.dtype == torch.float32
-    # Sums of 32 products of both signs, which are as large as the query.
+    # Sums of 32 products of both signs, each as large as the query.
     assert_agrees(narrow, scores, count=32, dtype=torch.float32)
-    assert (narrow_index == index).double().mean() > 0.99  # but for scores a rounding error apart
+    assert (narrow_index == index).double().mean() > 0.99  # others differ by a rounding error
     want_scores, want_index = neighbours_by_sorting(queries, torch.from_numpy(rows), 20)
     assert scores.dtype == torch.float64
     assert_agrees(scores, want_scores, count=32)

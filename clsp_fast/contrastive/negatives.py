@@ -110,14 +110,16 @@ def _sum(
 
 
 def _kept_logits(m: int, n: int, d: int, elements: int) -> int:
-    """The largest number of logits, in whole units of rows, that leaves room for the memory of a pass."""
+    """The largest number of logits, in whole rows of tiles, that leaves room for the memory of a pass."""
     if m == 0 or n == 0:
         return 0
-    unit, tile, panel, block = _C.LOGIT_TILES
-    units, tiles = -(-m // unit), -(-n // tile)
-    panel, block = min(panel, units * unit), min(block, tiles * tile)
-    working = 2 * (panel + block) * (d + 31) + panel * block
-    return max(0, min(units, (elements - working) // (tiles * unit * tile))) * (tiles * unit * tile)
+    tile_rows, tile_columns, panel_rows, panel_columns = _C.LOGIT_TILES
+    tiles_m, tiles_n = -(-m // tile_rows), -(-n // tile_columns)
+    panel_rows = min(panel_rows, tiles_m * tile_rows)
+    panel_columns = min(panel_columns, tiles_n * tile_columns)
+    working = 2 * (panel_rows + panel_columns) * (d + 31) + panel_rows * panel_columns
+    row_of_tiles = tiles_n * tile_rows * tile_columns
+    return max(0, min(tiles_m, (elements - working) // row_of_tiles)) * row_of_tiles
 
 
 def _extension_arguments(

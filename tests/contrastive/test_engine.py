@@ -1,4 +1,4 @@
-"""Both engines have the two functions of the protocol, with its signature, and one of them is chosen."""
+"""Both engines have the two functions of the protocol with its signature, and the right one is chosen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_protocol_has_two_functions() -> None:
     assert sorted(FUNCTIONS) == ["negative_lse", "negative_softplus"]
 
 
-# Triton interprets kernels with numpy, which warns of infinities that they intend.
+# Triton's interpreter computes with numpy, which warns about infinities that the kernels intend.
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_engines_give_the_same_sums(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_engines_give_the_same_sums(name: str, monkeypatch: pytest.MonkeyPatch) 
     engine = choose_engine(name, audio_MD)
     assert engine is not None
     row_M, column_N = engine.negative_lse(audio_MD, text_ND, scale, torch.arange(3))
-    # Each row and column has its positive, a logit of 2, and a logit of 0.
+    # Each row and column has two negative pairs, with logits of 2 and 0.
     expected = torch.tensor([2.0, 0.0]).logsumexp(0).expand(3)
     torch.testing.assert_close(row_M, expected)
     torch.testing.assert_close(column_N, expected)

@@ -1,5 +1,5 @@
-"""The engine behind the contrastive loss on the CPU, for every instruction set, size, workspace and number of
-threads, against sums over dense float64 logits; and the operator that torch sees."""
+"""The CPU engine against sums over dense float64 logits (docs/derivation.md, section 3), for all instruction
+sets, sizes, workspaces and numbers of threads; and the operator that torch sees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clsp_fast import _C
 from clsp_fast.contrastive import negatives
 
 ISAS = _C.instruction_sets()
-# One pair; less than a micro-tile; several units and tiles, ragged; several panels and blocks.
+# One pair; less than a micro-tile; several tiles, the last ones incomplete; several panels.
 SIZES = [(1, 1, 3), (2, 3, 8), (97, 385, 33), (800, 1600, 20)]
 SMALL, LARGE = 0, 1 << 30
 
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(m: int, n: int, d: int, dtype: torch.dtype = torch.float64, scale: float = 9.0) -> Batch:
-    """Owners may lie outside: those belong to other ranks' audio."""
+    """Some owners lie outside 0..m-1: their texts belong to audio of other ranks."""
     audio, text = (F.normalize(torch.randn(k, d, dtype=torch.float64), dim=1).to(dtype) for k in (m, n))
     scale_, bias = (torch.tensor(x, dtype=dtype) for x in (scale, -1.5))
     return Batch(audio, text, scale_, torch.randint(-2, m + 2, (n,)), bias)
@@ -56,7 +56,7 @@ def run_engine(
     threads: int = 2,
     isa: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Row sums, column sums, and gradients by audio, text, scale and bias; all memory is NaN before."""
+    """Row sums, column sums, and gradients by audio, text, scale and bias, in memory that held NaN."""
     audio, text, scale, owner, bias = batch
     kept = negatives._kept_logits(len(audio), len(text), audio.shape[1], workspace // audio.itemsize)
     shapes = [(len(audio),), (len(text) if kind == "softmax" else 0,), (kept,), audio.shape, text.shape]
@@ -122,7 +122,7 @@ def test_sums_and_gradients_are_those_of_dense_logits(
 def assert_as_exact_as_torch(
     results: tuple[Tensor, ...], batch: Batch, kind: str, d_sums: tuple[Tensor, Tensor]
 ) -> None:
-    """Sums and gradients in float32 beside those of dense logits in float32."""
+    """Errors of float32 sums and gradients are at most twice those of dense logits in float32."""
     plain, truth = (
         [*dense_sums(batch, kind, dtype), *dense_gradients(batch, kind, d_sums, dtype)]
         for dtype in (torch.float32, torch.float64)
@@ -130,7 +130,7 @@ def assert_as_exact_as_torch(
     whole = norm([norm(x) for x in truth[2:]])
     names = ("rows", "columns", "audio", "text", "scale", "bias")
     for name, result, dense, exact in zip(names, results, plain, truth, strict=True):
-        if name in ("scale", "bias"):  # sums over all pairs: along rows, then over rows
+        if name in ("scale", "bias"):  # sums over all pairs: along each row, then over rows
             count = (len(batch.audio_MD) * len(batch.text_ND)) ** 0.5
             assert_agrees(result, exact, count=count, dtype=torch.float32, size=whole, name=name)
         else:
@@ -148,9 +148,9 @@ def test_single_precision_is_as_exact_as_its_logits(isa: str, scale: float, kind
     assert_as_exact_as_torch(run_engine(batch, kind, d_sums, isa=isa), batch, kind, d_sums)
 
 
-def test_far_logits_take_the_way_with_two_exponentials() -> None:
+def test_logits_far_apart_take_two_exponentials() -> None:
     batch = make_batch(100, 400, 16, torch.float32, 100.0)
-    batch.audio_MD[::3] *= 0.01  # rows whose normalisers are 90 below those of others
+    batch.audio_MD[::3] *= 0.01  # the normalisers of these rows are 90 below those of the others
     d_sums = random_gradients(batch, "softmax")
     assert_as_exact_as_torch(run_engine(batch, "softmax", d_sums), batch, "softmax", d_sums)
 
@@ -163,7 +163,7 @@ def test_normalisers_beyond_the_range_of_an_exponential_alone(isa: str, scale: f
     d_sums = random_gradients(batch, "softmax")
     *_, d_scale, d_bias = run_engine(batch, "softmax", d_sums, isa=isa)
     expected = float(sum(d_sums).sum())  # every row and column spreads its gradient over equal logits
-    for gradient in (d_scale, d_bias):  # an exponent of the scale's size is rounded, and then subtracted
+    for gradient in (d_scale, d_bias):  # rounds an exponent as large as the scale
         assert_agrees(gradient, expected, count=FEW + scale, dtype=torch.float32)
 
 
@@ -240,7 +240,7 @@ def leaves(batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_operator_keeps_torchs_rules(kind: str, dtype: torch.dtype) -> None:
-    # As many pairs as a unit of kept logits has places, so that none is left unwritten.
+    # As many pairs as a tile of kept logits has places, so that every place is written.
     arguments = (*leaves(make_batch(96, 384, 4, dtype)), kind, 96 * 384)
     torch.library.opcheck(negatives._sum_negatives, arguments)
 

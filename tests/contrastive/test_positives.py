@@ -1,5 +1,6 @@
 """Every way of stating a contrastive problem keeps the digits of its loss and gradients, however good the
-model is: against 60 decimal digits for small batches, and float64 for losses that it can represent."""
+model is (docs/derivation.md, sections 2 and 5). The truth has 60 decimal digits for small batches, and is in
+float64 for losses that float64 can represent."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
 
-# Of float32 gradients, which the README promises.
+# The largest relative error of float32 gradients that the README promises.
 PROMISE = 1e-5
 GRADIENTS = ("audio_MD", "text_ND", "logit_scale", "logit_bias")
 
@@ -29,7 +30,7 @@ def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def texts_at(audio_MD: Tensor, owner_N: Tensor, cosine: float | Tensor) -> Tensor:
-    """Unit texts with that cosine to the audio that they describe."""
+    """Unit texts that have the given cosine with the audio they describe."""
     clip_ND, cosine = audio_MD[owner_N], torch.as_tensor(cosine, dtype=torch.float64)
     other_ND = torch.randn_like(clip_ND)
     other_ND = F.normalize(other_ND - (other_ND * clip_ND).sum(1, keepdim=True) * clip_ND, dim=1)
@@ -38,7 +39,7 @@ def texts_at(audio_MD: Tensor, owner_N: Tensor, cosine: float | Tensor) -> Tenso
 
 
 def law(scale: float) -> float:
-    """Largest relative error of a float32 gradient that the README allows; see `clsp_fast.loss`."""
+    """The largest relative error of a float32 gradient that docs/derivation.md, section 5, allows."""
     return (FEW + 2 * scale) * eps(torch.float32)
 
 
@@ -47,7 +48,7 @@ def relative(result: Tensor, truth: Tensor) -> float:
 
 
 def by_the_formula(audio: Tensor, text: Tensor, scale: float, owner: Tensor, weights: Tensor) -> Tensor:
-    """Section 1 of the derivation, written out with loops."""
+    """docs/derivation.md, section 1, written with loops."""
     scores = scale * audio @ text.T
     rows = []
     for i in range(len(audio)):
@@ -83,7 +84,7 @@ def test_one_pair_has_no_loss() -> None:
 
 
 def statements(clips: int) -> dict[str, dict[str, Any]]:
-    """One problem in other words, and problems that differ by a few captions."""
+    """The same problem stated in several ways, and problems that differ by a few captions."""
     one, half = torch.arange(clips), torch.arange(clips // 2)
     shuffled, twice = torch.randperm(clips), torch.cat([one, one])
     first_of_two = torch.cat([torch.ones(clips), torch.zeros(clips)])
@@ -110,7 +111,7 @@ def statements(clips: int) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("cosine", [0.7, 0.8])
 @pytest.mark.parametrize("name", statements(40))
-def test_a_good_model_keeps_its_gradient_in_any_words(name: str, cosine: float) -> None:
+def test_a_good_model_keeps_its_gradient_however_the_problem_is_stated(name: str, cosine: float) -> None:
     options = statements(256)[name]
     audio_MD, owner_N = unit(256, 128), options.get("text_owner", torch.arange(256))
     text_ND = texts_at(audio_MD, owner_N, cosine)
@@ -122,7 +123,7 @@ def test_a_good_model_keeps_its_gradient_in_any_words(name: str, cosine: float) 
 @pytest.mark.parametrize("scale", [14.0, 30.0, 60.0, 100.0])
 @pytest.mark.parametrize("cosine", [0.3, 0.7, 0.8])
 def test_the_rounding_of_logits_is_the_limit_at_any_scale(scale: float, cosine: float) -> None:
-    """Judged by float64 against negatives alone, which knows losses that 1 - probability does not."""
+    """The truth is softplus of float64 sums over negatives alone: 1 - probability would lose small losses."""
     for seed in range(6):
         torch.manual_seed(seed)
         audio_MD = unit(64, 128)
@@ -138,7 +139,7 @@ def test_the_rounding_of_logits_is_the_limit_at_any_scale(scale: float, cosine: 
         assert relative(result.loss, loss.detach()) <= law(scale), seed
         assert relative(result.audio_MD, by_audio) <= law(scale), seed
         assert relative(result.text_ND, by_text) <= law(scale), seed
-        terms_MN = by_logit * cosine_MN.detach()  # of both signs
+        terms_MN = by_logit * cosine_MN.detach()  # they have both signs
         error = abs(float(result.logit_scale.double() - terms_MN.sum()))
         assert error <= law(scale) * float(terms_MN.abs().sum()), seed
 
@@ -150,20 +151,20 @@ def check_against_float64(audio_MD: Tensor, text_ND: Tensor, scale: float, optio
     loss = contrastive_loss_reference(*leaves, **options)
     truth, loss = torch.autograd.grad(loss, leaves), loss.detach()
     result = loss_and_grad(audio_MD, text_ND, scale, **options)
-    # Float64 itself knows logits of 30 to 7e-15.
+    # Float64 itself rounds logits of 30 by up to 7e-15.
     assert relative(result.loss, loss) <= law(scale) + 1e-14 / float(loss)
     for name, gradient in zip(GRADIENTS[:3], truth, strict=True):
         assert relative(getattr(result, name), gradient) <= law(scale), name
 
 
 @pytest.mark.parametrize("clips", [300, 1500])
-@pytest.mark.parametrize("words", ["owners in order", "equal weights", "a bias"])
-def test_the_same_problem_has_the_same_bits(words: str, clips: int) -> None:
+@pytest.mark.parametrize("statement", ["owners in order", "equal weights", "a bias"])
+def test_the_same_problem_has_the_same_bits(statement: str, clips: int) -> None:
     audio_MD = unit(clips, 40)
     text_ND = texts_at(audio_MD, torch.arange(clips), 0.8).float()
     expected, result = (
         loss_and_grad(audio_MD.float(), text_ND, 30.0, **statements(clips)[name])
-        for name in ("default", words)
+        for name in ("default", statement)
     )
     assert all(torch.equal(a, b) for a, b in zip(expected[:4], result[:4], strict=True))
     assert result.logit_bias is None or result.logit_bias == 0
@@ -171,7 +172,7 @@ def test_the_same_problem_has_the_same_bits(words: str, clips: int) -> None:
 
 @st.composite
 def problems(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, float, dict[str, Any]]:
-    """Audio, texts, scale and options of a small batch; texts of equal or other cosine, of either sign."""
+    """Audio, texts, scale and options of a small batch. Cosines of pairs are equal or not, of either sign."""
     clips, texts, depth = (
         draw(st.integers(1, 8)),
         draw(st.integers(1, 10)),
@@ -197,8 +198,9 @@ def problems(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, float, dict[str,
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_any_problem_keeps_its_digits(problem: tuple[Tensor, Tensor, float, dict[str, Any]]) -> None:
-    """Gradients to `law`, of their own norm or of the terms that add up to them: a sum of opposite terms is
-    no more exact than these. The loss is, unless float32 has no normal numbers for its gradients."""
+    """The error of a gradient is at most `law` times the size of the terms that add up to it: a sum of terms
+    of opposite sign is no more exact than its terms. The error of the loss is at most `law` times the loss.
+    Float32 has no normal numbers for the gradients of a loss below 1e-30."""
     audio_MD, text_ND, scale, options = problem
     exact = exact_loss(audio_MD, text_ND, scale, **options)
     result = loss_and_grad(audio_MD, text_ND, scale, **{"logit_bias": 0.0, **options})
@@ -214,7 +216,7 @@ def test_any_problem_keeps_its_digits(problem: tuple[Tensor, Tensor, float, dict
 @pytest.mark.parametrize("loss", [1e-1, 1e-3, 1.8e-5, 3.7e-7, 1e-9, 1e-12, 1e-20, 1e-28])
 @pytest.mark.parametrize("owner", [[0, 1, 2, 3, 4, 5], [3, 5, 1, 0, 2, 4], [4, 2], [0, 1, 2, 3, 4, 5, 2, 0]])
 def test_a_loss_of_any_size_keeps_its_digits(loss: float, owner: list[int]) -> None:
-    # The last two are copies of captions, so that the excess of the loss over log 2 a pair is as small.
+    # The last two captions are copies: the loss is log 2 for each such pair, and little more.
     owner_N = torch.tensor(owner)
     audio_MD = torch.eye(6, 8, dtype=torch.float64) + 0.01 * torch.randn(6, 8, dtype=torch.float64)
     text_ND = (audio_MD[owner_N] + 0.01 * torch.randn(len(owner), 8, dtype=torch.float64)).float()
@@ -272,7 +274,7 @@ def test_near_misses_keep_their_gradient(scale: float) -> None:
         assert relative(a, b) <= law(scale)
 
 
-# Triton's interpreter computes with numpy, which warns of infinities that the kernels intend.
+# Triton's interpreter computes with numpy, which warns about infinities that the kernels intend.
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize(
     "options",
@@ -289,7 +291,7 @@ def test_near_misses_keep_their_gradient(scale: float) -> None:
     ids=["default", "owners", "weights", "permuted", "one", "some two", "no weight", "sigmoid"],
 )
 @pytest.mark.parametrize("cosine", [0.6, 0.8])
-def test_kernels_in_any_words_keep_the_gradient_of_a_good_model(
+def test_kernels_keep_the_gradient_however_the_problem_is_stated(
     kernel_device: torch.device, options: dict, cosine: float
 ) -> None:
     audio = unit(60, 128)
@@ -304,14 +306,14 @@ def test_kernels_in_any_words_keep_the_gradient_of_a_good_model(
 
 
 def aligned(noise: float, scale: float, batch: int = 512, dim: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """bfloat16 embeddings of a model that is as good as `noise` is small, and the scale."""
+    """bfloat16 embeddings and the scale; the smaller the noise, the better the model that they stand for."""
     audio = unit(batch, dim, dtype=torch.float32)
     text = F.normalize(audio + noise * torch.randn(batch, dim), dim=1)
     return audio.bfloat16(), text.bfloat16(), torch.tensor(scale)
 
 
 def exact(audio: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Loss and gradient by audio in float64 from all digits of the inputs, and the mean probability p_ii."""
+    """Loss and gradient by audio, computed in float64 from the inputs, and the mean probability p_ii."""
     leaf = audio.double().requires_grad_()
     scores = scale.double() * leaf @ text.double().T
     loss = (
@@ -323,7 +325,7 @@ def exact(audio: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, f
 
 
 def rounded_then_subtracted(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Gradient by audio as kernels form it that round probabilities to bfloat16 and subtract 1 afterwards."""
+    """Gradient by audio from probabilities that are rounded to bfloat16 before 1 is subtracted."""
     scores = scale * audio.float() @ text.float().T
     rounded = ((scores.softmax(1) + scores.softmax(0)) * scale / (2 * len(audio))).bfloat16()
     return rounded.float() @ text.float() - scale / len(audio) * text.float()
@@ -342,8 +344,8 @@ def test_a_good_model_keeps_its_gradient(noise: float, scale: float, low: float,
     assert relative(wide.audio_MD, gradient) < PROMISE
     narrow = loss_and_grad(audio, text, scale_)
     assert_agrees(narrow.loss, loss, count=FEW + scale, dtype=torch.float32)
-    # Rounding the result to bfloat16 is not the loss's error. An error of PROMISE before it takes at most a
-    # share of 2 PROMISE / step of the elements to the neighbouring bfloat16, a step away.
+    # Rounding the result to bfloat16 is no error of the loss. An error of PROMISE before the rounding moves a
+    # share of at most 2 PROMISE / step of the elements to the neighbouring bfloat16, one step away.
     step = torch.finfo(torch.bfloat16).eps / 2
     assert relative(narrow.audio_MD, gradient.bfloat16().double()) < step * (2 * PROMISE / step) ** 0.5
     if probability > 0.9:
@@ -357,7 +359,7 @@ def test_kernels_keep_the_gradient_of_a_good_model(kernel_device: torch.device) 
     assert probability > 0.9
     result = loss_and_grad(audio, text, scale, implementation="triton")
     assert result.audio_MD.dtype == torch.bfloat16
-    # Rounded once, at the end; the products' own rounding of negatives to bfloat16 is 1e-3 of them.
+    # The result is rounded once, at the end. Rounding G to bfloat16 costs 1e-3 of the negatives' part.
     assert relative(result.audio_MD, gradient) < torch.finfo(torch.bfloat16).eps / 2
     assert relative(rounded_then_subtracted(audio, text, scale), gradient) > 6e-3
 
@@ -368,7 +370,7 @@ def test_a_tiny_loss_keeps_its_digits() -> None:
     truth = contrastive_loss_reference(audio, audio, 100.0)
     assert 0 < truth < 1e-8
     assert_agrees(loss, math.log1p(63 * math.exp(-25.0)), count=FEW, dtype=torch.float32)  # logits are exact
-    # float32 logits and log-softmax have nothing left of it.
+    # Float32 logits and log-softmax lose all digits of it.
     assert contrastive_loss_reference(audio.float(), audio.float(), 100.0) == 0
 
 
@@ -381,8 +383,8 @@ def test_small_hard_negative_losses_keep_their_digits() -> None:
 
 def test_no_sum_underflows_at_the_largest_scale() -> None:
     audio, text = unit(256, 512, dtype=torch.float32), unit(256, 512, dtype=torch.float32)
-    # A fixed maximum of 1 / temperature saves kernels the search for one; where hardware flushes subnormal
-    # numbers, it loses whole rows.
+    # Some kernels subtract a fixed maximum, 1 / temperature, instead of a peak that they search. Where
+    # hardware flushes subnormal numbers, that loses whole rows.
     fixed = torch.exp(100.0 * (audio @ text.T - 1))
     flushed = torch.where(fixed < torch.finfo(torch.float32).tiny, 0.0, fixed)
     assert float((flushed.sum(1) == 0).float().mean()) > 0.3

@@ -1,4 +1,4 @@
-"""Sums around the contrastive loss: one order of addition, and gradients of nothing more than asked for."""
+"""Sums over captions and embeddings: their formulas, and bits that no number of threads changes."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_no_bit_of_a_loss_depends_on_the_number_of_threads(options: dict) -> Non
     assert same_for_any_threads(lambda: list(loss_and_grad(audio, text, 20.0, **options)[:4]))
 
 
-def test_nor_with_many_captions_a_clip() -> None:
-    # torch adds on the CPU in threads, and in the order in which they come, from 32,768 numbers on.
+def test_no_bit_depends_on_the_number_of_threads_with_many_captions_a_clip() -> None:
+    # From 32,768 numbers on, torch adds on the CPU in several threads, in the order in which these finish.
     clips, texts = 20_000, 100_000
     pair_N, row_M, column_N = torch.randn(texts), torch.randn(clips) + 5, torch.randn(texts) + 5
     none_MD, scale = torch.empty(0), torch.tensor(1.0)
@@ -107,7 +107,7 @@ def test_softplus_is_that_of_torch() -> None:
     edges = torch.tensor([-torch.inf, -800.0, -1e-300, 0.0, 3.0, 800.0, torch.inf], dtype=torch.float64)
     x = torch.cat([torch.randn(2000, dtype=torch.float64) * 20, edges]).requires_grad_()
     result, expected = sums.softplus(x), F.softplus(x, threshold=40.0)
-    # An exponential, a logarithm and what is between, each element by itself, in ours and in torch's.
+    # Both results round an exponential, a logarithm and the operations between them, element by element.
     rounding = 2 * FEW * eps(torch.float64)
     torch.testing.assert_close(result, expected, rtol=rounding, atol=0)
     result, expected = (torch.autograd.grad(y[:-1].sum(), x)[0] for y in (result, expected))
