@@ -27,7 +27,7 @@ OPTIONS = {"enable_fp_fusion": True}
 SIZES = ["first_row", "M", "N", "tiles_m", "tiles_n"]
 """Arguments whose values must not cause a compilation: the last batch of an epoch has other sizes."""
 GROUP = tl.constexpr(8)
-"""How many row tiles `tile_position` puts one after the other."""
+"""How many row tiles share the column tiles that they load, in `tile_position`."""
 _ALIGNMENT_BYTES = 16
 
 
@@ -173,7 +173,7 @@ def tile_grid(arguments: dict[str, Any], first_row: int, stop_row: int) -> tuple
 
 @triton.jit
 def tile_position(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile (row, column) of this program. GROUP row tiles in a row reuse the column tiles that L2 holds."""
+    """Tile (row, column) of this program. GROUP row tiles use a column tile while L2 still holds it."""
     program = tl.program_id(0)
     first = program // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)

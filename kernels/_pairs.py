@@ -109,7 +109,7 @@ def input_gradients(ctx: Any, operator: Callable[..., Any], *gradients: Tensor) 
 def empty_gradients(
     audio: Tensor, text: Tensor, scale: Tensor, needs_audio: bool, needs_text: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Results of a backward operator's shapes. An embedding that needs no gradient gets no elements."""
+    """Unwritten results of a backward operator. An embedding that needs no gradient gets no elements."""
     d_audio, d_text = (
         x.new_empty(x.shape if needed else 0) for x, needed in ((audio, needs_audio), (text, needs_text))
     )

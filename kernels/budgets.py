@@ -117,8 +117,8 @@ def _inspect(compiled: Any) -> dict[str, Any]:
 # Dense peak TFLOP/s in bf16 and memory TB/s of the data sheets (A100 80 GB, H100 and B200 SXM).
 _CARDS = {"A100": (312, 2.0), "H100": (989, 3.35), "B200": (2250, 8.0)}
 _ROWS = 32_768
-# Operator -> equation, products of M x N x D multiply-adds, bytes of traffic an element of M x N, memory in
-# words.
+# Operator -> equation, products of M x N x D multiply-adds, bytes of traffic an element of M x N, and bytes
+# of memory as text.
 _OPS = {
     "negative_lse, forward": ("log sum exp over owner[j] != i, both ways", 1, 0, "16 a tile's row or column"),
     "negative_lse, backward": ("G = d_i P_ij + d_j Q_ij; dX = scale G Y; dY = scale G^T X", 3, 6, "6 M N"),

@@ -1,8 +1,8 @@
 """Retrieval ranks in both directions from one score tile, and the k nearest rows; never M x N in memory.
 
-    s_ij = <x_i, y_j>; text j describes audio owner[j]; the target of a query is its best positive, the first
-    of equal ones; rank = #(s > target) + #(s = target, index < target's index) over pairs that are not
-    positive
+    s_ij = <x_i, y_j>; text j describes audio owner[j]
+    target of a query: its best positive, the first of equal ones
+    rank = #(s > target) + #(s = target, index < target's index), over pairs that are not positive
 
 Shape suffixes: M audio rows, N text or database rows, Q queries, D joint dimension, K neighbours, T tiles.
 
@@ -54,7 +54,7 @@ TOPK_TILES = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)}
 
 _WORKSPACE_BYTES = 64 << 20
 _CHUNK_ROWS = 1 << 20
-# As many programs fill a large card twice. A constant, so that results do not depend on the card.
+# Enough programs to fill a large card twice. A constant, so that results do not depend on the card.
 _PROGRAMS = 264
 _SORTED_ROWS = 16_384
 
@@ -197,8 +197,7 @@ def _topk_kernel(
         top_M = tl.max(s, 1)
         while tl.max((top_M > floor_M).to(tl.int32), 0) > 0:
             at_M = tl.min(tl.where(s == top_M[:, None], j_N[None, :], 2147483647), 1)
-            # Replaces the worst kept, the last of equal ones: the new element has a higher index than all
-            # kept.
+            # Replaces the worst kept, the last of equal ones: the new element has the highest index of all.
             worst = kept == floor_M[:, None]
             last_M = tl.max(tl.where(worst, kept_index, -2147483648), 1)
             place = worst & (kept_index == last_M[:, None]) & (top_M > floor_M)[:, None]

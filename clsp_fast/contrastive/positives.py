@@ -80,8 +80,8 @@ class Positives(NamedTuple):
 def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
     """The embeddings in the dtype of the computation, and the logits of their positive pairs.
 
-    The gradients of both are added in place (`clsp_fast.contrastive.sums.dots`): compute everything else from
-    the embeddings in the pairs.
+    Use the embeddings in the pairs for everything else: `dots` then adds the gradients of the positive pairs
+    to theirs in place.
     """
     audio_MD, text_ND, dtype = problem.audio_MD, problem.text_ND, problem.dtype
     # 16-bit embeddings travel as they are; rows that are normalised here no longer fit into 16 bits.
@@ -100,14 +100,14 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
         mean_text_D = shards.sum(text_ND.sum(0)) / shards.total_texts
         mean_audio_D = shards.sum(audio_MD.sum(0)) / shards.total_clips
     owner_N = None if problem.one_caption_each else problem.owner_N
-    cosines = dots(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D, raw)
-    # Embeddings that need no gradient stay free of it.
-    audio_MD = cosines.audio_MD if audio_MD.requires_grad else audio_MD
-    text_ND = cosines.text_ND if text_ND.requires_grad else text_ND
+    products = dots(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D, raw)
+    # All results of `dots` require a gradient if one input does; embeddings that need none must not.
+    audio_MD = products.audio_MD if audio_MD.requires_grad else audio_MD
+    text_ND = products.text_ND if text_ND.requires_grad else text_ND
     return Pairs(problem, audio_MD, text_ND, scale, bias, shards), Positives(
-        scale * cosines.pair_N + bias,
-        None if cosines.mean_M is None else scale * cosines.mean_M + bias,
-        None if cosines.mean_N is None else scale * cosines.mean_N + bias,
+        scale * products.pair_N + bias,
+        None if products.mean_M is None else scale * products.mean_M + bias,
+        None if products.mean_N is None else scale * products.mean_N + bias,
     )
 
 
