@@ -1,9 +1,10 @@
 """Retrieval ranks and nearest neighbours from embeddings, in tiles: the similarity matrix never exists.
 
-On the CPU, float32 and 16-bit embeddings are scored, and compared, in the tile by the extension; what it does
-not take is done by `ranks_reference` and `topk_reference`, in plain torch. The definition of a score decides
-which are equal: in the extension it is one chain of multiply-adds a pair of rows, so that equal rows have
-equal scores, and no result depends on the number of threads.
+On CUDA the kernels of `clsp_fast.kernels.rank` compute and compare scores. On the CPU the extension does so
+for float32 and 16-bit embeddings; `ranks_reference` and `topk_reference`, in plain torch, take all others.
+The extension computes every score as one chain of multiply-adds. So equal rows have equal scores, and no
+result depends on the number of threads.
+
 Shape suffixes: M audio rows, N text rows or database rows, Q queries, D joint dimension, R rows and C columns
 of one tile, K neighbours.
 """
@@ -26,7 +27,7 @@ MOST_NEIGHBOURS = 1024
 
 _TILE_ROWS = 1024
 _CHUNK_ROWS = 16_384
-# Multiply-adds in one call of the extension: some seconds, after which Ctrl-C is heard.
+# Multiply-adds in one call of the extension. It takes some seconds; Ctrl-C works only between calls.
 _WORK_AT_ONCE = 2**37
 
 
@@ -68,7 +69,7 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
 
 
 def ranks_reference(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor) -> Ranks:
-    """`ranks` in plain torch, unchecked: the oracle of its tests, and what runs where nothing faster does."""
+    """`ranks` in plain torch, for arguments that are checked: the tests' oracle, and the fallback."""
     audio_order = torch.arange(len(audio_MD), device=audio_MD.device)
     return Ranks(
         _ranks_one_way(audio_MD, text_ND, audio_order, text_owner),
@@ -81,20 +82,20 @@ def _ranks_one_way(
 ) -> Tensor:
     """Ranks of the best item whose label equals the query's."""
     index_N = torch.arange(len(items_ND), device=items_ND.device)
-    found = []
+    tiles = []
     for start in range(0, len(queries_QD), _TILE_ROWS):
         scores_RN = queries_QD[start : start + _TILE_ROWS] @ items_ND.T
         positive_RN = query_label_Q[start : start + _TILE_ROWS, None] == item_label_N
         target_R, target_index_R = scores_RN.masked_fill(~positive_RN, -torch.inf).max(1)
         earlier_RN = (scores_RN == target_R[:, None]) & (index_N < target_index_R[:, None])
         ahead_R = (((scores_RN > target_R[:, None]) | earlier_RN) & ~positive_RN).sum(1)
-        found.append(torch.where(positive_RN.any(1), ahead_R, -1))
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=queries_QD.device)
+        tiles.append(torch.where(positive_RN.any(1), ahead_R, -1))
+    return torch.cat(tiles) if tiles else torch.empty(0, dtype=torch.int64, device=queries_QD.device)
 
 
 def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
-    """The best positive is found first; what is ahead of it cannot be another positive, so that one pass over
-    the tiles counts both directions without looking at owners."""
+    """Finds the best positives first. No other positive can be ahead of the best, so that one pass over the
+    tiles counts both directions without looking at owners."""
     audio, text, threads = _rows_of(audio_MD), _rows_of(text_ND), torch.get_num_threads()
     owner = owner_N.numpy().astype(np.int32)
     text_score, audio_score, audio_index = _C.rank_targets(audio, text, owner, num_threads=threads)
@@ -117,15 +118,15 @@ def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
 
 
 def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
-    """The k database rows with the largest inner product with each query, best first; exact.
+    """The k database rows that have the largest inner products with each query, best first; exact.
 
-    Equal scores come in the order of the database. The database is read once, in chunks, so a memory-mapped
-    one may be larger than memory.
+    Equal scores come in the order of the database. The database is read once, in chunks, so that a
+    memory-mapped file may be larger than memory.
 
     Args:
-        queries_QD: floating (Q, D).
-        database_ND: (N, D), a floating tensor or a numpy array or memmap; brought to the dtype and device of
-            the scores chunk by chunk.
+        queries_QD: floating (Q, D). database_ND: (N, D), a floating tensor, numpy array or memmap. Each chunk
+        is converted to the dtype and
+            device of the scores.
         k: neighbours, at least 1 and at most 1,024 and N.
 
     Returns:
@@ -147,7 +148,7 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
 
 
 def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
-    """`topk` in plain torch, its arguments unchecked: as `ranks_reference`."""
+    """`topk` in plain torch, for arguments that are checked: the tests' oracle, and the fallback."""
     scores_QK = queries_QD.new_empty(len(queries_QD), 0)
     index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
     for start in range(0, len(database_ND), _CHUNK_ROWS):
@@ -155,7 +156,7 @@ def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[T
         if not _is_finite(chunk_CD):
             _refuse_row(start + int((~chunk_CD.isfinite().all(1)).nonzero()[0]))
         tiles = [_best(rows_RD @ chunk_CD.T, k) for rows_RD in torch.split(queries_QD, _TILE_ROWS)]
-        # The stable sort keeps those found earlier, whose rows come first, before their equals.
+        # The stable sort keeps equal scores in their order, and rows of earlier chunks come first.
         both_QK = torch.cat([scores_QK, torch.cat([values for values, _ in tiles])], dim=1)
         index_QK = torch.cat([index_QK, torch.cat([index for _, index in tiles]) + start], dim=1)
         scores_QK, order_QK = (x[:, :k] for x in both_QK.sort(dim=1, descending=True, stable=True))
@@ -164,11 +165,11 @@ def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[T
 
 
 def _best(scores_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (all, if there are fewer), equal ones in the order of their columns."""
+    """The k largest of each row (all if there are fewer), equal ones in the order of their columns."""
     columns = scores_RC.shape[1]
     values_RK, index_RK = scores_RC.topk(min(k + 1, columns), dim=1)
     if columns > k:
-        # torch takes any of the equal scores at the border; the sort that decides is needed for few rows.
+        # Of several scores equal to the k-th, torch may choose any. A sort decides, and few rows need it.
         (unsure,) = (values_RK[:, k - 1] == values_RK[:, k]).nonzero(as_tuple=True)
         values_RK, index_RK = values_RK[:, :k], index_RK[:, :k]
         index_RK[unsure] = scores_RC[unsure].sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -193,7 +194,7 @@ def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Ten
 
 
 def _float32_rows(rows: Database) -> NDArray[np.float32]:
-    """A float32 array in rows without gaps: the rows themselves where they are that, mapped ones too."""
+    """Contiguous float32 rows; not copied if they are contiguous float32 already, also in a mapped file."""
     if isinstance(rows, np.ndarray) and rows.dtype == np.float32:
         return _aligned(rows)
     return _rows_of(_as_tensor(rows).to("cpu", torch.float32))
@@ -212,13 +213,12 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _fits_engine(*tensors: Tensor) -> bool:
-    """Whether the extension takes them: float32 on the CPU, with a column or more."""
+    """Whether the extension takes these tensors: float32 on the CPU, with a column or more."""
     return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] > 0 for x in tensors)
 
 
 def _kernels(*tensors: Database) -> Any:
-    """The GPU kernels where they take these; None where there is no GPU that has them, no Triton, or a wider
-    dtype."""
+    """The module of GPU kernels; None for tensors that it does not take, and without Triton."""
     if not all(isinstance(x, Tensor) and x.is_cuda and x.dtype != torch.float64 for x in tensors):
         return None
     try:
@@ -231,7 +231,7 @@ def _kernels(*tensors: Database) -> Any:
 
 
 def _as_tensor(rows: Database) -> Tensor:
-    # A copy: torch cannot hold what may not be written to, such as a file that is mapped for reading.
+    # A copy, because torch refuses read-only memory, such as a file that is mapped for reading.
     return torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows.detach()
 
 
@@ -264,7 +264,7 @@ def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -
 
 
 def _is_finite(x: Tensor) -> bool:
-    # A sum is several times cheaper than looking at each value, and not finite if one is not.
+    # A sum is several times cheaper than a check of each value, and not finite if a value is not.
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
@@ -288,8 +288,8 @@ def _check_topk(queries_QD: Tensor, database_ND: Database, k: int) -> None:
         )
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k must be an integer, got {type(k).__name__}")
-    most = min(MOST_NEIGHBOURS, len(database_ND))
-    if not 1 <= k <= most:
-        raise ValueError(f"k must be in [1, {most}] for {len(database_ND)} rows in database_ND, got {k}")
+    largest = min(MOST_NEIGHBOURS, len(database_ND))
+    if not 1 <= k <= largest:
+        raise ValueError(f"k must be in [1, {largest}] for {len(database_ND)} rows in database_ND, got {k}")
     if not _is_finite(queries_QD):
         raise ValueError("queries_QD must be finite, got NaN or infinity")

@@ -1,10 +1,10 @@
-"""What every kernel needs to start: where it runs, its tile sizes, its operands, and the score tile itself.
+"""What all kernels share: where they run, tile sizes, operands, and the code that computes a tile of scores.
 
 Shape suffixes: M, N rows of the two operands, D joint dimension.
 
-A similarity kernel computes s = <x_i, y_j> tile by tile and differs from the next one only in what it does
-with a tile. `score_tile` is that common part; it reads its operands through tensor-memory-accelerator (TMA)
-descriptors where the card has them (compute capability 9 and later) and through pointers elsewhere.
+Every similarity kernel computes s = <x_i, y_j> tile by tile; kernels differ in what they do with a tile.
+`score_tile` is the common part. It reads its operands through tensor-memory-accelerator (TMA) descriptors
+where the card has them (compute capability 9 and later), and through pointers elsewhere.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONS = {"enable_fp_fusion": True}
-"""Of every launch: stated, because releases of triton differ in the default."""
+"""Options of every launch. Fusion is stated because its default differs between releases of triton."""
 SIZES = ["first_row", "M", "N", "tiles_m", "tiles_n"]
-"""Arguments whose values must not cause another compilation: the last batch of an epoch has other sizes."""
+"""Arguments whose values must not cause a compilation: the last batch of an epoch has other sizes."""
 GROUP = tl.constexpr(8)
-"""Row tiles that follow each other in `tile_position`."""
+"""How many row tiles share the column tiles that they load, in `tile_position`."""
 _ALIGNMENT_BYTES = 16
 
 
 class Tile(NamedTuple):
-    """Launch configuration of a similarity kernel: elements per tile and k step, warps, pipeline stages."""
+    """Launch configuration of a similarity kernel.
+
+    Attributes:
+        rows, columns: scores in a tile.
+        depth: elements of a row that one step of the product loads.
+        num_warps, num_stages: as in triton.
+    """
 
     rows: int
     columns: int
@@ -41,8 +47,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Target (80: A100; 89: cards with 99 KB of shared memory a block, such as 4090, L40S and 5090; 90: H100 and
-# H200; 100: B200) -> tile for 2-byte and for 4-byte elements; budgets.json holds what each compiles to.
+# Target -> bytes of an element -> tile. Targets are 80: A100; 89: cards with 99 KB of shared memory a block
+# (4090, L40S, 5090); 90: H100 and H200; 100: B200. budgets.json holds what each tile compiles to.
 TILES = {
     80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 32, 8, 3)},
     89: {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 128, 32, 8, 2)},
@@ -52,13 +58,13 @@ TILES = {
 # In the interpreter a tile is a numpy array: small ones keep ragged cases with several tiles cheap.
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
 
-# Three TF32 products per fp32 product: relative error 1e-6 where one TF32 product has 1e-3, on tensor cores,
-# where "ieee" would fall back to scalar FMA at less than half their peak.
+# Three TF32 products for one fp32 product: a relative error of 1e-6, where one TF32 product has 1e-3. They
+# run on tensor cores; "ieee" would use scalar FMA, at less than half the speed.
 FLOAT32_DOTS = "tf32x3"
 
 
 def supports(device: torch.device) -> bool:
-    """Whether there are kernels for a device: from compute capability 8.0 on; for any in the interpreter."""
+    """Whether kernels run on a device: from compute capability 8.0 on, and anywhere when interpreted."""
     if INTERPRETED:
         return True
     if device.type != "cuda" or torch.version.hip is not None:
@@ -67,7 +73,7 @@ def supports(device: torch.device) -> bool:
 
 
 def target_of(device: torch.device) -> int:
-    """The key of TILES that fits a device.
+    """The key of TILES for a device.
 
     Raises:
         ValueError: there is no kernel for the device.
@@ -78,7 +84,7 @@ def target_of(device: torch.device) -> int:
             f"got device {device}"
         )
     if INTERPRETED:
-        return 90  # the target whose kernels load by descriptors and by pointers
+        return 90  # its kernels load through descriptors and through pointers
     major, minor = torch.cuda.get_device_capability(device)
     if major in (9, 10) or (major, minor) == (8, 0):
         return major * 10
@@ -91,14 +97,14 @@ def has_descriptors(target: int) -> bool:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes x's card the current one: Triton launches on the current device, whatever its arguments say."""
+    """Makes x's card the current one: Triton launches on the current device, wherever the arguments are."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype` and in a layout that every kernel can read: rows of unit stride that start at 16 bytes.
+    """x in `dtype`, in a layout that every kernel can read: unit stride, each row aligned to 16 bytes.
 
-    Copies if x is not of that kind, which costs O(M D) beside the O(M N D) of the kernel.
+    x is copied if it has another layout: O(M D), beside the O(M N D) of the kernel.
     """
     x_MD = x_MD.to(dtype)
     step = _ALIGNMENT_BYTES // dtype.itemsize
@@ -112,7 +118,7 @@ def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def score_arguments(x_MD: Tensor, y_ND: Tensor, tile: Tile | None = None) -> dict[str, Any]:
-    """What every similarity kernel is launched with, for operands as `operand` gives them."""
+    """The arguments that every similarity kernel has, for operands that `operand` returned."""
     target = target_of(x_MD.device)
     if tile is None:
         tile = INTERPRETED_TILE if INTERPRETED else TILES[target][x_MD.dtype.itemsize]
@@ -149,13 +155,17 @@ def score_constants(tile: Tile, target: int, dtype: torch.dtype, depth: int) -> 
 
 
 def panel_rows(rows: int, row_bytes: int, workspace_bytes: int, step: int) -> int:
-    """Rows of equal panels, a multiple of `step`, that fit the workspace; one step if even that does not."""
-    most = max(step, workspace_bytes // row_bytes // step * step)
-    panels = -(-rows // most)
+    """Rows of a panel: a multiple of `step`, the same for all panels, that fits the workspace.
+
+    It is one step if even that does not fit.
+    """
+    largest = max(step, workspace_bytes // row_bytes // step * step)
+    panels = -(-rows // largest)
     return -(-rows // (panels * step)) * step
 
 
 def tile_grid(arguments: dict[str, Any], first_row: int, stop_row: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid of a launch over a panel of rows, and the arguments that say where the panel is."""
     tiles_m = triton.cdiv(stop_row - first_row, arguments["BM"])
     tiles_n = triton.cdiv(arguments["N"], arguments["BN"])
     return (tiles_m * tiles_n,), {"first_row": first_row, "tiles_m": tiles_m, "tiles_n": tiles_n}
@@ -163,7 +173,7 @@ def tile_grid(arguments: dict[str, Any], first_row: int, stop_row: int) -> tuple
 
 @triton.jit
 def tile_position(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile (row, column) of this program: GROUP row tiles share the column tiles they load while in L2."""
+    """Tile (row, column) of this program. GROUP row tiles use a column tile while L2 still holds it."""
     program = tl.program_id(0)
     first = program // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -189,10 +199,10 @@ def score_tile(
     DOTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """<x_i, y_j> in fp32, BM rows from `row` by BN from `column`; beyond M and N the values mean nothing."""
+    """<x_i, y_j> in fp32, BM rows from `row`, BN columns from `column`; undefined beyond M and N."""
     score = tl.zeros([BM, BN], tl.float32)
     k_K = tl.arange(0, BK)
-    # Rows beyond the end repeat the last one, so that no row needs a mask.
+    # Indices beyond the end repeat the last row, so that no row needs a mask.
     row_M = tl.minimum(row + tl.arange(0, BM), M - 1).to(tl.int64)
     column_N = tl.minimum(column + tl.arange(0, BN), N - 1).to(tl.int64)
     for k in range(0, D, BK):
@@ -206,7 +216,7 @@ def score_tile(
             inside_K = (k + k_K)[None, :] < D
             x_MK = tl.load(x + row_M[:, None] * stride_x + (k + k_K)[None, :], mask=inside_K, other=0.0)
             y_NK = tl.load(y + column_N[:, None] * stride_y + (k + k_K)[None, :], mask=inside_K, other=0.0)
-        if UPCAST:  # the interpreter multiplies the bits of bf16
+        if UPCAST:  # the interpreter would multiply the bits of bf16 as integers
             x_MK = x_MK.to(tl.float32)
             y_NK = y_NK.to(tl.float32)
         score = tl.dot(x_MK, y_NK.T, score, input_precision=DOTS)
@@ -214,13 +224,13 @@ def score_tile(
 
 
 @triton.jit
-def negatives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile of logits with -inf at positive pairs (owner[j] = i) and beyond M and N."""
+def mask_positives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of logits with -inf at positive pairs (owner[j] = i), and beyond M and N."""
     row_M = tl.arange(0, BM)
     column_N = column + tl.arange(0, BN)
     owner_N = tl.load(owner + column_N, mask=column_N < N, other=-1) - row
     owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
-    # Most tiles hold no positive and no edge: one branch for all of a tile's elements.
+    # Most tiles hold no positive and no edge. One branch spares all their elements the comparison.
     if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
         inside = (row + row_M < M)[:, None] & (column_N < N)[None, :]
         s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))

@@ -1,4 +1,6 @@
-"""What the two losses over negative pairs share: logits, checks, and gradients from panels of G = dL/ds.
+"""What the softmax and the sigmoid kind share: logits, checks, and gradients from panels of G = dL/ds.
+
+The two gradient products are derived in docs/derivation.md, section 3.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ._launch import (
     DTYPES,
-    negatives,
+    mask_positives,
     on_device,
     operand,
     panel_rows,
@@ -24,32 +26,34 @@ from ._launch import (
 )
 
 DEFAULT_WORKSPACE_BYTES = 512 << 20
-"""Holds 8,192 rows of G in two bytes at N = 32,768."""
+"""Fits 8,192 rows of G at N = 32,768, with two bytes an element."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-_FLOAT16_PEAK = 2.0**14
+_FLOAT16_LARGEST = 2.0**14
+"""What the largest incoming gradient becomes in fp16; an element of G is at most twice as large."""
 COMBINED_TILES = 8
-"""Tiles whose partial results are added at a time."""
+"""Tiles whose partial sums one step adds."""
 COMBINED_LANES = 128
-"""Rows or columns whose partial results one program adds."""
+"""Rows or columns whose partial sums one program adds."""
 
 
 @triton.jit
 def logits(score, scale, bias, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Base-2 logits of a tile, -inf where there is no negative pair."""
+    """Base-2 logits of a tile of scores; -inf where there is no negative pair."""
     s = score * (tl.load(scale) * LOG2_E) + tl.load(bias) * LOG2_E
-    return negatives(s, owner, row, column, M, N, BM, BN)
+    return mask_positives(s, owner, row, column, M, N, BM, BN)
 
 
-def check_problem(
+def check_operands(
     audio: Tensor,
     text: Tensor,
     logit_scale: Tensor | float,
     owner: Tensor,
     logit_bias: Tensor | float | None,
     compute_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype]:
-    """The ops' arguments, checked: scalars become fp32 tensors on the embeddings' device."""
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype, int]:
+    """The operators' arguments, checked: scalars become fp32 tensors on the embeddings' device."""
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1] or audio.shape[1] == 0:
         raise ValueError(
             "audio_MD and text_ND must be matrices with the same, positive number of columns, "
@@ -81,29 +85,31 @@ def check_problem(
         if scalar.ndim:
             raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
         scalars.append(scalar)
-    return audio, text, scalars[0], scalars[1], owner.contiguous(), compute_dtype or audio.dtype
+    compute_dtype = compute_dtype or audio.dtype
+    workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    return audio, text, scalars[0], scalars[1], owner.contiguous(), compute_dtype, workspace_bytes
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """The inputs and, of `negative_lse`, the results."""
+    """Saves the inputs and, for `negative_lse`, the results."""
     *tensors, ctx.compute_dtype, ctx.workspace_bytes = inputs
     results = output if isinstance(output, tuple) else ()
     ctx.save_for_backward(*tensors, *results)
 
 
 def input_gradients(ctx: Any, operator: Callable[..., Any], *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """What autograd wants of a backward operator: None for what needs no gradient."""
+    """Calls a backward operator; None for an input that needs no gradient."""
     needs = ctx.needs_input_grad[:4]
-    found = operator(
+    by_input = operator(
         *ctx.saved_tensors, *gradients, ctx.compute_dtype, ctx.workspace_bytes, needs[0], needs[1]
     )
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(by_input, needs, strict=True)), None, None, None
 
 
 def empty_gradients(
     audio: Tensor, text: Tensor, scale: Tensor, needs_audio: bool, needs_text: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes of a backward operator's results: no elements for an embedding that needs no gradient."""
+    """Unwritten results of a backward operator. An embedding that needs no gradient gets no elements."""
     d_audio, d_text = (
         x.new_empty(x.shape if needed else 0) for x, needed in ((audio, needs_audio), (text, needs_text))
     )
@@ -111,12 +117,15 @@ def empty_gradients(
 
 
 def gain_of(dtype: torch.dtype, *gradients: Tensor) -> Tensor:
-    """What G is multiplied by: 1, but in fp16, whose range would lose it, up to a largest element of 2^15."""
+    """The factor by which G is stored: 1, except in fp16.
+
+    There it makes the largest element at most 2^15: small elements would fall below the range of fp16.
+    """
     one = gradients[0].new_ones(())
     if dtype != torch.float16:
         return one
     largest = torch.stack([d.abs().max() if len(d) else one * 0 for d in gradients]).max()
-    return torch.where(largest > 0, _FLOAT16_PEAK / largest, one)
+    return torch.where(largest > 0, _FLOAT16_LARGEST / largest, one)
 
 
 def products(
@@ -130,9 +139,10 @@ def products(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX = scale G Y, dY = scale G^T X, dscale = sum <X, G Y>, from panels of gain G that `write` fills.
+    """The gradient products dX = scale G Y and dY = scale G^T X, and dscale = sum <X, G Y>.
 
-    A panel of G and its fp32 product with Y, D values a row, fit `workspace_bytes`.
+    `write` fills a panel, some rows of G times `gain`. A panel and its fp32 product with Y, D values a row,
+    fit into `workspace_bytes`.
     """
     m, n = len(audio), len(text)
     d_audio = audio.new_zeros(audio.shape if needs_audio else 0)
@@ -152,7 +162,7 @@ def products(
                 grid, position = tile_grid(arguments, first, stop)
                 write(buffer, grid, arguments | position, x, y)
                 panel = buffer[: stop - first, :n]
-                # dscale comes with either product; without the text's it has to come with this one.
+                # Either product gives dscale. This one has to, unless only the text needs a gradient.
                 if needs_audio or not needs_text:
                     product = _add_product(None, panel, y)
                     if needs_audio:
@@ -166,12 +176,12 @@ def products(
 
 
 def _sum(product: Tensor) -> Tensor:
-    """The sum in float64 of fp32 sums of rows: a float64 sum of all would make a copy in float64."""
+    """Sums rows in fp32 and these sums in float64. A float64 sum of all would copy the matrix to float64."""
     return product.sum(1).sum(dtype=torch.float64)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total += a b, or a b where there is no total yet; in fp32 whatever the operands' dtype."""
+    """total += a b, or a b where there is no total yet. The sum is in fp32 for operands of any dtype."""
     if a.dtype == torch.float32 or not a.is_cuda:
         a, b = a.float(), b.float()
         return a @ b if total is None else total.addmm_(a, b)

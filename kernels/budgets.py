@@ -1,11 +1,11 @@
-"""What each kernel compiles to for each target, without a card: a committed budget and README.md's tables.
+"""What each kernel compiles to for each target, measured without a card: budgets.json and README.md's tables.
 
     python -m clsp_fast.kernels.budgets measure --targets 90 --dtypes bf16    prints measurements as JSON
     python -m clsp_fast.kernels.budgets write kernels    renews kernels/budgets.json and kernels/README.md
 
-Kernels are compiled ahead of time by the compiler and read by the disassembler inside the triton package; D
-is 512 and strides are multiples of 16, as in training; neighbours are the most that are selected. Counts are
-of instructions in the code, not of executions.
+The compiler of the triton package compiles each kernel ahead of time, and its disassembler reads the result.
+D is 512 and strides are multiples of 16, as in training; k is the largest of the kernel. Counts are of
+instructions in the code, not of executions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(
     dtypes: Iterable[str] = tuple(DTYPES),
     kernels: Iterable[str] = tuple(KERNELS),
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measurements, "target dtype" -> kernel -> registers, spills, shared bytes and instruction counts."""
+    """Measurements: "target dtype" -> kernel -> registers, spills, shared bytes and instruction counts."""
     return {
         f"{target} {dtype}": {name: _inspect(_compile(KERNELS[name], target, dtype)) for name in kernels}
         for target, dtype in itertools.product(targets, dtypes)
@@ -55,7 +55,7 @@ def measure(
 
 
 def source(kernel: Any, target: int, dtype: str) -> tuple[ASTSource, dict[str, Any]]:
-    """What the launchers would compile for D = 512, and its options."""
+    """What the launchers compile for D = 512, and the options of the compilation."""
     tiles = {
         rank.KERNELS["rank"]: rank.RANK_TILES[target],
         rank.KERNELS["topk"]: rank.TOPK_TILES,
@@ -117,7 +117,8 @@ def _inspect(compiled: Any) -> dict[str, Any]:
 # Dense peak TFLOP/s in bf16 and memory TB/s of the data sheets (A100 80 GB, H100 and B200 SXM).
 _CARDS = {"A100": (312, 2.0), "H100": (989, 3.35), "B200": (2250, 8.0)}
 _ROWS = 32_768
-# Op -> equation, products of M x N x D multiply-adds, bytes of memory traffic an element of M x N, in words.
+# Operator -> equation, products of M x N x D multiply-adds, bytes of traffic an element of M x N, and bytes
+# of memory as text.
 _OPS = {
     "negative_lse, forward": ("log sum exp over owner[j] != i, both ways", 1, 0, "16 a tile's row or column"),
     "negative_lse, backward": ("G = d_i P_ij + d_j Q_ij; dX = scale G Y; dY = scale G^T X", 3, 6, "6 M N"),
@@ -143,7 +144,8 @@ def table(budgets: dict[str, Any]) -> str:
     for name, (equation, products, traffic, volume) in _OPS.items():
         flops = 2 * products * _ROWS**2 * DEPTH
         bounds = (
-            max(flops / (peak * 1e12), traffic * _ROWS**2 / (rate * 1e12)) for peak, rate in _CARDS.values()
+            max(flops / (tflops * 1e12), traffic * _ROWS**2 / (rate * 1e12))
+            for tflops, rate in _CARDS.values()
         )
         cells = [name, equation, f"{2 * products} M N D", volume, "bitwise"]
         lines.append(f"| {' | '.join([*cells, *(f'{1e3 * bound:.2f} ms' for bound in bounds)])} |")
@@ -180,10 +182,10 @@ def with_table(readme: str, budgets: dict[str, Any]) -> str:
 
 
 def as_json(budgets: dict[str, Any]) -> str:
-    """The text of budgets.json, a kernel a line: a difference then shows which ones changed."""
+    """The text of budgets.json, one kernel a line, so that a diff shows which kernels changed."""
     variants = (
         f' "{variant}": {{\n'
-        + ",\n".join(f'  "{name}": {json.dumps(found)}' for name, found in kernels.items())
+        + ",\n".join(f'  "{name}": {json.dumps(measured)}' for name, measured in kernels.items())
         + "\n }"
         for variant, kernels in budgets["kernels"].items()
     )
@@ -196,10 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    some = commands.add_parser("measure")
-    some.add_argument("--targets", type=int, nargs="+", choices=TILES, default=TILES)
-    some.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    some.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    selection = commands.add_parser("measure")
+    selection.add_argument("--targets", type=int, nargs="+", choices=TILES, default=TILES)
+    selection.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    selection.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     commands.add_parser("write").add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
     if options.command == "measure":

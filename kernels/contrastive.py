@@ -1,22 +1,22 @@
 """Log-sum-exp and softplus sums over the negative pairs of a contrastive batch, never M x N in memory.
 
     s_ij = scale <x_i, y_j> + bias,   negative pairs: owner[j] != i
-    negative_lse:       row_i = log sum_j exp s_ij,  column_j = log sum_i exp s_ij      (softmax loss)
-    negative_softplus:  row_i = sum_j log(1 + exp s_ij)                                 (sigmoid loss)
+    negative_lse:       row_i = log sum_j exp s_ij,  column_j = log sum_i exp s_ij      (softmax kind)
+    negative_softplus:  row_i = sum_j log(1 + exp s_ij)                                 (sigmoid kind)
 
-Shape suffixes: M audio rows, N text rows, D joint dimension, P rows of a panel, T tiles.
+docs/derivation.md derives them. The loss adds positive pairs outside, in float64: no kernel reads a label
+other than "does not count", and none subtracts a target from a rounded probability.
 
-Positive pairs are sparse: the loss adds them exactly, in fp32, outside. That keeps the dense part free of
-labels and of the cancellation between a rounded probability and its target.
+Shape suffixes: M audio rows, N text rows, D joint dimension, J columns of a narrow tile, T tiles, L lanes.
 
-Forward, 2 M N D FLOPs: a tile of logits gives partial (maximum, sum) of its rows and columns from one exp2 an
-element; a second kernel combines partials in a fixed order. Backward, 6 M N D FLOPs: a kernel writes
-G = dL/ds of a panel of rows in the inputs' dtype, and two library products give dX = scale G Y and
-dY = scale G^T X. Memory beyond inputs and outputs: `workspace_bytes`, O(M + N) kept for the backward pass,
-and the N x D sums of dY in fp32. No atomics: the same call gives the same bits; the forward's do not depend
-on the workspace.
+Forward, 2 M N D FLOPs: a kernel reduces a tile of logits to one (peak, sum) for each row and column, with one
+exp2 an element; a second kernel combines those of all tiles in a fixed order. Backward, 6 M N D FLOPs: a
+kernel writes a panel, some rows of G = dL/ds, in the inputs' dtype, and two library products give dX = scale
+G Y and dY = scale G^T X. Memory beyond inputs and outputs: `workspace_bytes`, O(M + N) kept for the backward
+pass, and the N x D sums of dY in fp32. There are no atomics: the same call gives the same bits, and the
+workspace does not change the forward's.
 
-Base-2 units inside (scale and results times log2 e), because the hardware's exponential is exp2.
+Logits and results are in base-2 units inside (times log2 e), because the hardware's exponential is exp2.
 Source: arXiv 2103.00020 (loss), 2303.15343 (sigmoid), online softmax arXiv 1805.02867.
 """
 
@@ -45,8 +45,7 @@ from ._launch import (
 from ._pairs import (
     COMBINED_LANES,
     COMBINED_TILES,
-    DEFAULT_WORKSPACE_BYTES,
-    check_problem,
+    check_operands,
     empty_gradients,
     gain_of,
     input_gradients,
@@ -59,12 +58,13 @@ from .sigmoid import negative_softplus, negative_softplus_reference
 __all__ = ["negative_lse", "negative_lse_reference", "negative_softplus", "negative_softplus_reference"]
 
 _LN_2 = math.log(2.0)
-# Columns of the narrow tiles that the rare exact paths work in: a wide one would spill registers.
+# Columns of the narrow tiles in which the rare exact paths work: wide ones would spill registers.
 _PART = tl.constexpr(32)
-# Sums below this, relative to the tile's largest logit, are made anew: above it, a term that underflowed to
-# zero was less than 2^-30 of the sum, and those of a tile's 128 rows together less than 2^-23.
+# A column's sum below this, relative to the tile's peak, is computed again relative to the column's. Above
+# it, a term that underflowed to zero was less than 2^-30 of the sum, and those of 128 rows together less than
+# 2^-23.
 _STARVED = tl.constexpr(2.0**-96)
-# exp2(s - low) (a_i + b_j) replaces two exponentials where a tile's normalisers are this close, in base 2.
+# Where a tile's normalisers are this close in base 2, exp2(s - low) (a_i + b_j) replaces two exponentials.
 _CLOSE = tl.constexpr(60.0)
 
 
@@ -113,31 +113,31 @@ def _lse_kernel(
 ):
     """Partial (peak, sum) of one tile's rows and columns: row_* (tiles_n, panel rows), column_* (tiles_m, N).
 
-    A row's peak is its maximum. A column's is the tile's maximum, so that its sum reuses the rows'
-    exponentials; where that leaves a column next to nothing, the tile's columns are made again relative to
-    their own maxima.
+    The peak of a row is its maximum. The peak of all columns is the tile's maximum, so that their sums reuse
+    the rows' exponentials. If a column's sum is next to nothing, all columns of the tile are computed again,
+    each relative to its maximum.
     """
     tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
     row = first_row + tile_m * BM
     column = tile_n * BN
     score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
     s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
-    row_M = tl.max(s, 1)
-    peak = tl.max(row_M, 0)
+    peak_M = tl.max(s, 1)
+    peak = tl.max(peak_M, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    share_M = tl.exp2(row_M - peak)
-    e = tl.exp2(s - tl.where(row_M == float("-inf"), 0.0, row_M)[:, None])
+    share_M = tl.exp2(peak_M - peak)
+    e = tl.exp2(s - tl.where(peak_M == float("-inf"), 0.0, peak_M)[:, None])
     sum_N = tl.sum(e * share_M[:, None], 0)
 
     row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + tl.arange(0, BM)
-    tl.store(row_peak + row_at, row_M)
+    tl.store(row_peak + row_at, peak_M)
     tl.store(row_sum + row_at, tl.sum(e, 1))
     j_N = column + tl.arange(0, BN)
     column_at = tile_m.to(tl.int64) * N
     tl.store(column_peak + column_at + j_N, tl.zeros([BN], tl.float32) + peak, mask=j_N < N)
     tl.store(column_sum + column_at + j_N, sum_N, mask=j_N < N)
 
-    # A column whose only row here is its positive has no pair to lose.
+    # If the only row of a tile is a column's positive, the column's sum here is rightly 0.
     paired_N = (tl.load(owner + j_N, mask=j_N < N, other=-1) != row) | (row < M - 1)
     starved_N = (sum_N < _STARVED) & (j_N < N) & paired_N
     if tl.max(starved_N.to(tl.int32), 0) > 0:
@@ -167,7 +167,7 @@ def _combine_kernel(
     BT: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """log2 of sum_t sums[t] 2^peak[t], tiles in order; `state` carries (peak, sum) from panel to panel."""
+    """log2 of sum_t sums[t] 2^peak[t] over tiles t in order; `state` carries (peak, sum) between panels."""
     i_L = tl.program_id(0) * BL + tl.arange(0, BL)
     inside_L = i_L < length
     peak_L = tl.full([BL], float("-inf"), tl.float32)
@@ -180,12 +180,12 @@ def _combine_kernel(
         at = t_T.to(tl.int64)[:, None] * stride + i_L[None, :]
         inside = (t_T < T)[:, None] & inside_L[None, :]
         s = tl.load(sums + at, mask=inside, other=0.0)
-        # The peak of an empty sum must not drown the others.
+        # The peak of an empty sum means nothing: beside it, the terms of other tiles might underflow.
         p = tl.where(s > 0, tl.load(peak + at, mask=inside, other=float("-inf")), float("-inf"))
-        new_L = tl.maximum(peak_L, tl.max(p, 0))
-        safe_L = tl.where(new_L == float("-inf"), 0.0, new_L)
-        sum_L = sum_L * tl.exp2(peak_L - safe_L) + tl.sum(s * tl.exp2(p - safe_L[None, :]), 0)
-        peak_L = new_L
+        next_L = tl.maximum(peak_L, tl.max(p, 0))
+        shift_L = tl.where(next_L == float("-inf"), 0.0, next_L)
+        sum_L = sum_L * tl.exp2(peak_L - shift_L) + tl.sum(s * tl.exp2(p - shift_L[None, :]), 0)
+        peak_L = next_L
     if LAST:
         tl.store(out + i_L, peak_L + tl.log2(sum_L), mask=inside_L)
     else:
@@ -195,7 +195,7 @@ def _combine_kernel(
 
 @triton.jit
 def _normaliser(lse, d, i, length):
-    """log-sum-exp and incoming gradient of some rows or columns; +inf and 0 where there is no negative."""
+    """Log-sum-exp and incoming gradient of rows or columns; +inf and 0 where there is no negative."""
     lse = tl.load(lse + i, mask=i < length, other=float("-inf"))
     d = tl.load(d + i, mask=i < length, other=0.0)
     empty = lse == float("-inf")
@@ -250,7 +250,8 @@ def _panel_kernel(
         )
         s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
         e = tl.exp2(s - low)
-        # Loaded here, not kept over the products: registers are short. At most 2^60 times a probability.
+        # Loaded again after the product, because there are not registers enough to hold them during it. A
+        # factor exp2(low - lse) is at least 2^-60, so e is at most 2^60 times a probability.
         lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
         lse_N, d_N = _normaliser(column_lse, d_column, j_N, N)
         g = e * ((d_M * tl.exp2(low - lse_M))[:, None] + (d_N * tl.exp2(low - lse_N))[None, :])
@@ -271,12 +272,15 @@ def _panel_kernel(
 
 
 KERNELS = {"lse": _lse_kernel, "combine": _combine_kernel, "panel": _panel_kernel}
-"""What budgets.py compiles."""
+"""The kernels that budgets.py compiles."""
 CONSTANTS = {"FIRST": False, "LAST": True, "BT": COMBINED_TILES, "BL": COMBINED_LANES}
 
 
 def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool, last: bool) -> None:
-    """`_combine_kernel` over the leading (tile) dimension of partials whose rows may be longer than `out`."""
+    """Launches `_combine_kernel`: over the first dimension of `peak` and `sums`, tiles, into `out`.
+
+    Their second dimension may be longer than `out`; what is beyond is ignored.
+    """
     length = len(out)
     _combine_kernel[(triton.cdiv(length, COMBINED_LANES),)](
         peak,
@@ -365,8 +369,8 @@ def _negative_lse_backward(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of audio, text, scale and bias, given those of the base-2 results."""
-    # The results are natural logarithms over ln 2.
+    """Gradients by audio, text, scale and bias, from the gradients by the base-2 results."""
+    # A base-2 result is a natural logarithm divided by ln 2.
     d_row, d_column = (d.contiguous() / _LN_2 for d in (d_row, d_column))
     gain = gain_of(compute_dtype, d_row, d_column)
     scaled = {
@@ -418,7 +422,7 @@ def negative_lse(
     *,
     logit_bias: Tensor | float | None = None,
     compute_dtype: torch.dtype | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the negative pairs of every row and of every column of the logits.
 
@@ -428,13 +432,14 @@ def negative_lse(
         audio_MD: bfloat16, float16 or float32, (M, D); M may be 0.
         text_ND: (N, D), same dtype and device; N may be 0.
         logit_scale: scalar, the multiplier itself; may require gradient.
-        text_owner_N: int64 (N,), same device. A value outside 0..M-1 makes all pairs of a text negative.
+        text_owner_N: int64 (N,), same device. A value outside 0..M-1 makes all pairs of its text negative.
         logit_bias: scalar added to all logits; may require gradient.
         compute_dtype: dtype of the matrix products, default the inputs'; sums and gradients stay fp32. In
-            float32, logits are three TF32 products (relative error 1e-6), and the backward's two products
+            float32, a logit takes three TF32 products (relative error 1e-6), and the two gradient products
             follow torch's float32 precision setting.
-        workspace_bytes: bound of the temporary partial sums, gradients of logits and products with them; at
-            least eight rows of tiles are worked on at a time in the forward pass, one in the backward pass.
+        workspace_bytes: bound of the memory for partial sums, for panels of G and for products with them,
+            default 512 MiB. A panel has at least eight rows of tiles in the forward pass and one in the
+            backward pass, whatever the bound.
 
     Returns:
         float32 (M,) and (N,), natural logarithms; -inf where a row or column has no negative pair.
@@ -443,6 +448,8 @@ def negative_lse(
         ValueError: a shape does not fit, or there is no kernel for the device.
         TypeError: a dtype is not supported.
     """
-    problem = check_problem(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype)
-    row_lse, column_lse = _negative_lse(*problem, workspace_bytes)
+    operands = check_operands(
+        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype, workspace_bytes
+    )
+    row_lse, column_lse = _negative_lse(*operands)
     return row_lse * _LN_2, column_lse * _LN_2

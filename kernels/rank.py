@@ -1,16 +1,20 @@
 """Retrieval ranks in both directions from one score tile, and the k nearest rows; never M x N in memory.
 
-    s_ij = <x_i, y_j>, text j describes audio owner[j]; a query's target: its best positive, first of equals
-    rank = #(s > target) + #(s = target, index < target's index) over the pairs that are not positive
+    s_ij = <x_i, y_j>; text j describes audio owner[j]
+    target of a query: its best positive, the first of equal ones
+    rank = #(s > target) + #(s = target, index < target's index), over pairs that are not positive
 
 Shape suffixes: M audio rows, N text or database rows, Q queries, D joint dimension, K neighbours, T tiles.
 
-Ranks, 2 M N D FLOPs: one kernel, launched twice. The first launch writes the scores of positive pairs and
-leaves tiles without one at once; the second compares every other score with them. Both run the same code for
-a score, so that a tie is a tie in every bit. Counts are integers, partial ones are added in a fixed order, no
-atomics. Neighbours, 2 Q N D FLOPs: each program keeps the K best of its query rows over a run of database
-tiles; a tile costs one comparison an element unless it holds something better than the worst kept. Bytes
-beyond inputs and results: 64 MB of counts, O(Q K) candidates a run. The same call gives the same bits.
+Ranks, 2 M N D FLOPs: one kernel is launched twice. The first launch writes the scores of positive pairs and
+skips tiles that have none; the second compares every other score with them. Both launches are of one binary,
+so that equal scores are equal in every bit. Counts are integers; partial counts are added in a fixed order,
+without atomics.
+
+Neighbours, 2 Q N D FLOPs: each program keeps the K best of its query rows over a run of database tiles. A
+tile costs one comparison an element unless it holds something better than the worst kept.
+
+Bytes beyond inputs and results: 64 MB of counts, O(Q K) candidates a run. The same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -41,16 +45,16 @@ from ._launch import (
 )
 
 MOST_NEIGHBOURS = 32
-"""The largest k that the kernel selects; more are sorted in plain torch."""
+"""The largest k of the kernel; plain torch sorts for larger ones."""
 
-# With 256 columns the comparisons of a tile with positives would spill on target 90.
+# With 256 columns, target 90 would spill registers in the comparisons of a tile that holds positives.
 RANK_TILES = TILES | {90: TILES[90] | {2: Tile(128, 128, 64, 8, 4)}}
 TOPK_TILES = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)}
-"""Bytes of an operand's element -> tile of the selecting kernel: registers hold it and what was chosen."""
+"""Bytes of an element -> tile of `_topk_kernel`: registers hold the tile and the neighbours kept."""
 
 _WORKSPACE_BYTES = 64 << 20
 _CHUNK_ROWS = 1 << 20
-# Programs that fill a large card twice; a constant, so that results do not depend on the card.
+# Enough programs to fill a large card twice. A constant, so that results do not depend on the card.
 _PROGRAMS = 264
 _SORTED_ROWS = 16_384
 
@@ -91,7 +95,7 @@ def _below(x):
     return step.to(tl.float32, bitcast=True)
 
 
-# No value of `phase` may become a constant: both launches must be of one binary.
+# `phase` must not be specialised on its value: both launches must be of one binary.
 @triton.jit(do_not_specialize=[*SIZES, "phase"])
 def _rank_kernel(
     x,
@@ -132,8 +136,8 @@ def _rank_kernel(
     if (phase == 1) | positives:
         s = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
         if phase == 0:
-            found_N = tl.sum(tl.where(clip_N[None, :] == row_M[:, None], s, 0.0), 0)
-            tl.store(pair + j_N, found_N, mask=(clip_N >= 0) & (clip_N < BM))
+            score_N = tl.sum(tl.where(clip_N[None, :] == row_M[:, None], s, 0.0), 0)
+            tl.store(pair + j_N, score_N, mask=(clip_N >= 0) & (clip_N < BM))
         else:
             target_M = tl.load(target + i_M, mask=i_M < M, other=float("inf"))
             target_N = tl.load(pair + j_N, mask=j_N < N, other=float("inf"))
@@ -146,7 +150,7 @@ def _rank_kernel(
                 ties = (s == target_N[None, :]) & (row_M[:, None] < clip_N[None, :])
                 count_N = tl.sum(((s > target_N[None, :]) | ties).to(tl.int32), 0)
             else:
-                # The index of a target is never inside: all of a row's ties here count, or none does.
+                # No target lies in this tile, so that either all ties of a row or column count, or none does.
                 target_M = tl.where(at_M > column, _below(target_M), target_M)
                 target_N = tl.where(clip_N > 0, _below(target_N), target_N)
                 count_M = tl.sum((s > target_M[:, None]).to(tl.int32), 1)
@@ -178,11 +182,11 @@ def _topk_kernel(
     UPCAST: tl.constexpr,
     K: tl.constexpr,
 ):
-    """The K best of BM queries over `run` tiles of the database, unordered: (runs, padded queries, K)."""
+    """The K best of BM queries over a run of `run` database tiles, unordered: (runs, padded queries, K)."""
     row = tl.program_id(0) % tiles_m * BM
     part = tl.program_id(0) // tiles_m
     kept = tl.full([BM, K], float("-inf"), tl.float32)
-    # Free places have indices too, all different, so that one place can be told from another.
+    # Free places have different negative indices, so that exactly one place is replaced at a time.
     kept_index = tl.zeros([BM, K], tl.int32) - 1 - tl.arange(0, K)[None, :]
     floor_M = tl.full([BM], float("-inf"), tl.float32)
     for tile in range(part * run, tl.minimum(part * run + run, tiles_n)):
@@ -193,7 +197,7 @@ def _topk_kernel(
         top_M = tl.max(s, 1)
         while tl.max((top_M > floor_M).to(tl.int32), 0) > 0:
             at_M = tl.min(tl.where(s == top_M[:, None], j_N[None, :], 2147483647), 1)
-            # The worst kept goes: of equals the last, as what comes has a higher index than all of them.
+            # Replaces the worst kept, the last of equal ones: the new element has the highest index of all.
             worst = kept == floor_M[:, None]
             last_M = tl.max(tl.where(worst, kept_index, -2147483648), 1)
             place = worst & (kept_index == last_M[:, None]) & (top_M > floor_M)[:, None]
@@ -208,7 +212,7 @@ def _topk_kernel(
 
 
 KERNELS = {"rank": _rank_kernel, "topk": _topk_kernel}
-"""What budgets.py compiles."""
+"""The kernels that budgets.py compiles."""
 CONSTANTS = {"K": MOST_NEIGHBOURS}
 
 
@@ -223,17 +227,18 @@ def _rank_counts(audio: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Te
     pair = audio.new_full((n,), torch.inf, dtype=torch.float32)
     order = torch.arange(n, dtype=torch.int32, device=owner.device)
     with on_device(audio):
-        # The first launch reads no target, but one of another type would make it another binary.
-        _each_panel(x, y, owner, pair, 0, rows, columns, pair, order)
+        # The first launch reads no target. The arguments must have the types of the second launch all the
+        # same: other types would make another binary.
+        _launch_panels(x, y, owner, pair, 0, rows, columns, pair, order)
         owned = (owner >= 0) & (owner < m)
-        # One more row collects texts that no clip owns.
+        # One row more, for the texts that no clip owns.
         clip = torch.where(owned, owner, m)
         target = pair.new_full((m + 1,), -torch.inf).scatter_reduce(0, clip, pair, "amax")
         best = torch.where(pair == target[clip], clip, m)
         at = order.new_full((m + 1,), n).scatter_reduce(0, best, order, "amin")
         captioned = at[:m] < n
         target = torch.where(captioned, target[:m], torch.inf)
-        _each_panel(x, y, owner, pair, 1, rows, columns, target, at)
+        _launch_panels(x, y, owner, pair, 1, rows, columns, target, at)
     return torch.where(captioned, rows, -1), torch.where(owned, columns, -1)
 
 
@@ -242,7 +247,7 @@ def _(audio, text, owner):  # type: ignore[no-untyped-def]
     return owner.new_empty(len(audio)), owner.new_empty(len(text))
 
 
-def _each_panel(
+def _launch_panels(
     x: Tensor,
     y: Tensor,
     owner: Tensor,
@@ -284,7 +289,7 @@ def _each_panel(
 
 @torch.library.custom_op("clsp_fast::topk_chunk", mutates_args=())
 def _topk_chunk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores, float32, and rows, int64, of the k best, (Q, k); at least one query and k rows."""
+    """Scores (Q, k), float32, and row numbers, int64, of the k best. Needs a query and k rows at least."""
     with on_device(queries):
         x, y = operand(queries, queries.dtype), operand(database, queries.dtype)
         tile = INTERPRETED_TILE if INTERPRETED else TOPK_TILES[x.itemsize]
@@ -309,7 +314,7 @@ def _(queries, database, k):  # type: ignore[no-untyped-def]
 
 
 def _merged(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row, equal ones by index."""
+    """The k best candidates of each row, equal ones in the order of their indices."""
     index, order = index.sort(dim=1)
     scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
     return scores[:, :k].contiguous(), index.gather(1, order[:, :k])
@@ -344,9 +349,9 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
 
     Args:
         queries_QD: bfloat16, float16 or float32, (Q, D), finite.
-        database_ND: the same or another of these, (N, D), same device; both are scored in the wider dtype, to
-            which the database is brought in chunks.
-        k: 1..N; above `MOST_NEIGHBOURS` scores are sorted in plain torch.
+        database_ND: (N, D), of any of these dtypes, same device, finite. Scores are of the wider of both
+            dtypes; the database is converted to it in chunks.
+        k: 1..N; above `MOST_NEIGHBOURS`, plain torch sorts the scores.
 
     Returns:
         Scores (Q, k), float32, and row numbers (Q, k), int64.
@@ -367,12 +372,12 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
     index = torch.empty_like(scores, dtype=torch.int64)
     for first in range(0, len(database_ND) if len(queries_QD) else 0, _CHUNK_ROWS):
         chunk = database_ND[first : first + _CHUNK_ROWS]
-        # A sum needs no memory, and is not finite if a value is not.
+        # A sum needs no memory, and it is not finite if a value is not.
         if not bool(chunk.sum(dtype=torch.float32).isfinite()) and not bool(chunk.isfinite().all()):
             raise ValueError(f"database_ND must be finite, got NaN or infinity in a row from {first} on")
-        more, rows = _topk_chunk(queries_QD, chunk, min(k, len(chunk)))
+        chunk_scores, rows = _topk_chunk(queries_QD, chunk, min(k, len(chunk)))
         rows = torch.where(rows < 0, rows, rows + first)  # free places stay negative
-        scores, index = _merged(torch.cat([scores, more], 1), torch.cat([index, rows], 1), k)
+        scores, index = _merged(torch.cat([scores, chunk_scores], 1), torch.cat([index, rows], 1), k)
     if bool((index < 0).any()):  # fewer than k rows have a score above -infinity
         raise ValueError("queries_QD and database_ND are too large: their inner products overflow float32")
     return scores.reshape(-1, k), index.reshape(-1, k)

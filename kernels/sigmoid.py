@@ -1,11 +1,13 @@
-"""Softplus sums over the negative pairs of a contrastive batch, for the sigmoid loss; never M x N in memory.
+"""Softplus sums over the negative pairs of a contrastive batch (sigmoid kind), never M x N in memory.
 
     s_ij = scale <x_i, y_j> + bias,   row_i = sum over j with owner[j] != i of log(1 + exp s_ij)
-    dL/ds_ij = dL/drow_i sigmoid(s_ij)
+    G_ij = dL/ds_ij = dL/drow_i sigmoid(s_ij)
 
-Shape suffixes: M audio rows, N text rows, D joint dimension.
+docs/derivation.md derives them.
 
-Forward 2 M N D FLOPs, backward 6 M N D; memory, exactness and determinism as in contrastive.py.
+Shape suffixes: M audio rows, N text rows, D joint dimension, T tiles, L lanes.
+
+Forward 2 M N D FLOPs, backward 6 M N D. Memory, rounding and determinism are those of contrastive.py.
 Source: arXiv 2303.15343.
 """
 
@@ -33,9 +35,8 @@ from ._launch import (
 from ._pairs import (
     COMBINED_LANES,
     COMBINED_TILES,
-    DEFAULT_WORKSPACE_BYTES,
     LOG2_E,
-    check_problem,
+    check_operands,
     empty_gradients,
     gain_of,
     input_gradients,
@@ -88,7 +89,7 @@ def _softplus_kernel(
     column = tile_n * BN
     score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
     s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
-    # log(1 + e) = 2 atanh(z), z = e / (2 + e) <= 1/3, is accurate for tiny e too.
+    # log(1 + e) = 2 atanh(z) with z = e / (2 + e) <= 1/3, which keeps the digits of a tiny e.
     e = tl.exp2(-tl.abs(s))
     z = e / (2.0 + e)
     q = z * z
@@ -100,7 +101,7 @@ def _softplus_kernel(
 
 @triton.jit(do_not_specialize=["T", "length", "stride"])
 def _add_kernel(sums, out, T, length, stride, BT: tl.constexpr, BL: tl.constexpr):
-    """Sums over T tiles, in an order that depends on T alone: a library's sum may choose one by the width."""
+    """Sums over T tiles in an order that depends on T alone; a library's sum may order them by the width."""
     i_L = tl.program_id(0) * BL + tl.arange(0, BL)
     inside_L = i_L < length
     sum_L = tl.zeros([BL], tl.float32)
@@ -137,7 +138,7 @@ def _sigmoid_panel_kernel(
     DOTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of G_ij = d_row_i sigmoid(s_ij), 0 at positives, and its sum (tiles_m, tiles_n)."""
+    """A tile of G_ij = d_row_i sigmoid(s_ij), 0 at positives, and the sum of the tile (tiles_m, tiles_n)."""
     tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
     row = first_row + tile_m * BM
     column = tile_n * BN
@@ -152,7 +153,7 @@ def _sigmoid_panel_kernel(
 
 
 KERNELS = {"softplus": _softplus_kernel, "add": _add_kernel, "sigmoid_panel": _sigmoid_panel_kernel}
-"""What budgets.py compiles."""
+"""The kernels that budgets.py compiles."""
 
 
 @torch.library.custom_op("clsp_fast::negative_softplus", mutates_args=())
@@ -208,7 +209,7 @@ def _negative_softplus_backward(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of audio, text, scale and bias."""
+    """Gradients by audio, text, scale and bias."""
     gain = gain_of(compute_dtype, d_row)
     d_row = d_row.contiguous() * gain
     d_bias = scale.new_zeros((), dtype=torch.float64)
@@ -258,11 +259,13 @@ def negative_softplus(
     *,
     logit_bias: Tensor | float | None = None,
     compute_dtype: torch.dtype | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """Sum of log(1 + exp s_ij) over the negative pairs of every row, float32 (M,).
 
     Arguments and errors are those of `negative_lse`.
     """
-    problem = check_problem(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype)
-    return _negative_softplus(*problem, workspace_bytes)
+    operands = check_operands(
+        audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype, workspace_bytes
+    )
+    return _negative_softplus(*operands)

@@ -1,6 +1,6 @@
 """The contrastive loss and its gradients from their definition in 60 decimal digits, for small batches.
 
-Float64 is no truth for a loss of 1e-12: logits of 30 leave it three digits.
+Float64 is too coarse for a loss of 1e-12: with logits of 30 it keeps three digits.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Exact(NamedTuple):
 
     Attributes:
         loss, audio_MD, text_ND, logit_scale, logit_bias: the loss and its gradients.
-        terms: for each of the four gradients, the size of what is added up to make it; where its terms
-            cancel, its error is judged against this.
+        terms: for each of the four gradients, the size of the terms whose sum it is. Where terms cancel, the
+            error of a gradient is judged relative to their size.
     """
 
     loss: Tensor
@@ -41,7 +41,7 @@ def exact_loss(
     label_smoothing: float = 0.0,
     kind: str = "softmax",
 ) -> Exact:
-    """Arguments as of `contrastive_loss`."""
+    """The arguments are those of `contrastive_loss`."""
     with localcontext() as context:
         context.prec = 60
         x, y = _decimals(audio_MD), _decimals(text_ND)
@@ -71,7 +71,7 @@ def exact_loss(
             d_s = exp / row * rows.sum(1, keepdims=True) - rows
             d_s = (d_s + exp / column * columns.sum(0, keepdims=True) - columns) / 2
             loss /= 2
-            # Smoothing takes from the target and adds to all candidates: two more terms.
+            # Smoothing adds two terms: one that lowers the target, one for all candidates.
             spread = smoothing * (rows + columns)
         gradients = [scale * d_s @ y, scale * d_s.T @ x, (d_s * cosine).sum(), d_s.sum()]
         size = abs(d_s) + spread

@@ -1,4 +1,4 @@
-"""What the launchers would compile on a card, printed: for a driver that has targets and no device.
+"""Prints what the launchers would compile on a card. The driver here has targets, but no device.
 
 Each line is the JSON of one launch: its kernel, target and dtype, its signature, constants, alignment and
 options, and what budgets.py measures.
@@ -19,7 +19,7 @@ from clsp_fast.kernels import _launch, budgets, contrastive, rank
 
 
 class Driver:
-    """As much of a driver as choosing a binary needs; binaries are kept by device, so that is the target."""
+    """What triton needs to choose a binary. It caches binaries by device, so the device is the target."""
 
     target = 0
 
@@ -36,7 +36,7 @@ class Driver:
 def report(target: int, dtype: str, fn: Any, compile: dict[str, Any]) -> None:
     """Prints what a launch of `fn` would compile."""
     name = next(name for name, kernel in budgets.KERNELS.items() if kernel is fn.jit_function)
-    ours, options = budgets.source(fn.jit_function, target, dtype)
+    source, options = budgets.source(fn.jit_function, target, dtype)
     constants = {fn.jit_function.arg_names[at[0]]: value for at, value in compile["constants"].items()}
     launched = {
         "signature": compile["signature"],
@@ -45,9 +45,9 @@ def report(target: int, dtype: str, fn: Any, compile: dict[str, Any]) -> None:
         "options": {key: compile[key] for key in ("num_warps", "num_stages")},
     }
     measured = {
-        "signature": ours.signature,
-        "constants": {ours.fn.arg_names[at[0]]: value for at, value in ours.constants.items()},
-        "aligned": sorted(at[0] for at in ours.attrs),
+        "signature": source.signature,
+        "constants": {source.fn.arg_names[at[0]]: value for at, value in source.constants.items()},
+        "aligned": sorted(at[0] for at in source.attrs),
         "options": {"num_warps": 4, "num_stages": 3} | options,
     }
     line = {"kernel": name, "target": target, "dtype": dtype, "launched": launched, "measured": measured}
@@ -59,7 +59,7 @@ def launch(target: int, dtype: str) -> None:
     Driver.target = target
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Triton's, before a compilation: true says that the work is done, and nothing is launched."""
+        """Triton calls it before a compilation. True means that it is done; then nothing is launched."""
         report(target, dtype, fn, compile)
         return True
 
@@ -69,7 +69,7 @@ def launch(target: int, dtype: str) -> None:
     row_M, column_N = contrastive.negative_lse(x, y, 1.0, owner)
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
     rank.rank_counts(x, y, owner)
-    rank._topk_chunk(x, y, rank.MOST_NEIGHBOURS)  # topk looks at the results, which nothing has written
+    rank._topk_chunk(x, y, rank.MOST_NEIGHBOURS)  # topk would read results that nothing wrote
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ FILES = [
     "sndfile/test_ogg.py",
     "test_convert.py",
     "test_embed.py",
+    "contrastive/test_engine.py",
     "test_engine_similarity.py",
     "test_evaluate.py",
     "evaluation/test_figures.py",

@@ -1,10 +1,10 @@
-"""How tests judge floating-point error: against float64, beside plain torch's, or by counted roundings.
+"""How tests judge floating-point error: relative to the error of plain torch, or by counting roundings.
 
-A bound that was read off one machine fails on the next, where wider vectors, another order of addition or
-fused multiplication round otherwise. The judgements here follow from arithmetic. They measure the Euclidean
-norm of the whole difference, because the error of a single element is a draw.
+A bound that was measured on one machine fails on the next, where wider vectors, another order of addition or
+fused multiplication round differently. The bounds here follow from arithmetic. They bound the Euclidean norm
+of the whole difference, because the error of a single element is random.
 
-Torch is not imported, so that tests of the extension alone can use this under a sanitizer.
+Torch is not imported, so that tests of the extension alone can use this file under a sanitizer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A handful of operations beside the one that is judged: scaling, loading, storing.
+# Roundings of the operations around the one that is judged, such as scaling, loading and storing.
 FEW = 8
 
 
@@ -27,7 +27,7 @@ def wide(values: Any) -> NDArray[np.float64]:
 
 
 def in_float64(model: Any) -> Any:
-    """A copy of a model in float64, for the truth that a float32 result is held against."""
+    """A copy of a model in float64, which computes the truth for a float32 result."""
     return copy.deepcopy(model).double()
 
 
@@ -37,16 +37,16 @@ def norm(values: Any) -> float:
     return float(np.sqrt(np.square(values[np.isfinite(values)]).sum()))
 
 
-def error(found: Any, truth: Any) -> float:
-    """Norm of the difference in float64. Equal infinities do not differ; NaN is beyond every bound."""
-    found, truth = wide(found), wide(truth)
-    assert found.shape == truth.shape, f"shape {found.shape}, expected {truth.shape}"
-    differ = found != truth
-    return float(np.sqrt(np.square(found[differ] - truth[differ]).sum()))
+def error(result: Any, truth: Any) -> float:
+    """Norm of the difference in float64. Equal infinities do not differ; NaN exceeds every bound."""
+    result, truth = wide(result), wide(truth)
+    assert result.shape == truth.shape, f"shape {result.shape}, expected {truth.shape}"
+    differ = result != truth
+    return float(np.sqrt(np.square(result[differ] - truth[differ]).sum()))
 
 
 def eps(dtype: Any) -> float:
-    """The spacing of numbers at 1 in a dtype of numpy or torch; one rounding errs by half of it at most."""
+    """The spacing of numbers at 1 in a dtype of numpy or torch. One rounding errs by at most half of it."""
     if not str(dtype).startswith("torch."):
         return float(np.finfo(dtype).eps)
     import torch
@@ -55,40 +55,43 @@ def eps(dtype: Any) -> float:
 
 
 def assert_as_exact(
-    found: Any, plain: Any, truth: Any, *, dtype: Any = np.float32, size: Any = None, name: str = ""
+    result: Any, plain: Any, truth: Any, *, dtype: Any = np.float32, size: Any = None, name: str = ""
 ) -> None:
-    """err(found) <= 2 x err(plain) + FEW x eps x size, both errors against float64.
+    """err(result) <= 2 x err(plain) + FEW x eps x size, both errors against float64.
 
     Args:
-        found: the result of the code under test.
-        plain: what plain torch, or another reference, makes of the same in the same dtype on this machine.
-        truth: the result in float64. It must not come from the code under test alone, where a fault would be
-            in both.
-        dtype: of numpy or torch, in which `found` and `plain` were computed.
-        size: number or array whose norm is that of the terms from which the result is summed; None: `truth`.
-            A sum of terms of both signs rounds as its terms do.
-        name: of what is judged, for the message.
+        result: the result of the code under test.
+        plain: the result of plain torch, or of another reference, in the same dtype on this machine.
+        truth: the result in float64. It must not come from the code under test alone: both would have its
+            faults.
+        dtype: of numpy or torch, in which `result` and `plain` were computed.
+        size: number or array with the norm of the terms that add up to the result; default `truth`. A sum of
+            terms of both signs has the rounding error of its terms.
+        name: what is judged, for the message.
     """
-    ours, theirs = error(found, truth), error(plain, truth)
-    bound = 2 * theirs + FEW * eps(dtype) * norm(truth if size is None else size)
-    assert ours <= bound, f"{name}: error {ours:.3g}, plain torch's {theirs:.3g}, bound {bound:.3g}"
+    result_error, plain_error = error(result, truth), error(plain, truth)
+    bound = 2 * plain_error + FEW * eps(dtype) * norm(truth if size is None else size)
+    assert result_error <= bound, (
+        f"{name}: error {result_error:.3g}, plain torch's {plain_error:.3g}, bound {bound:.3g}"
+    )
 
 
 def assert_agrees(
-    found: Any, expected: Any, *, count: float, dtype: Any = np.float64, size: Any = None, name: str = ""
+    result: Any, expected: Any, *, count: float, dtype: Any = np.float64, size: Any = None, name: str = ""
 ) -> None:
-    """err(found, expected) <= count x eps x size, where there is no more exact truth to hold both against.
+    """err(result, expected) <= count x eps x size, for results without a truth that is more exact than both.
 
     Args:
-        found: the result of the code under test.
-        expected: the same from its definition, from another order of operations, or recorded elsewhere.
-        count: how many roundings may add up: operations in a chain, times what the function multiplies an
-            error of its input by. In float64 it may be generous: a wrong formula errs by far more.
+        result: the result of the code under test. expected: the same result from its definition, from another
+        order of operations, or from a record. count: how many roundings may add up: the operations in a
+        chain, times the factor by which the function
+            multiplies an error of its input. In float64 it may be generous: the error of a wrong formula is
+            far larger.
         dtype: of numpy or torch, the coarser one of the two results.
-        size: as in `assert_as_exact`; None: `expected`.
-        name: of what is judged, for the message.
+        size: as in `assert_as_exact`; default `expected`.
+        name: what is judged, for the message.
     """
-    difference = error(found, expected)
+    difference = error(result, expected)
     bound = count * eps(dtype) * norm(expected if size is None else size)
     assert difference <= bound, (
         f"{name}: difference {difference:.3g}, bound {bound:.3g} ({count:g} roundings)"

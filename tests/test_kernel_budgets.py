@@ -20,7 +20,7 @@ COMMITTED = json.loads((FOLDER / "budgets.json").read_text())
 
 
 def run(*arguments: object) -> str:
-    """Output of a process of its own: where kernels are interpreted, nothing can be compiled."""
+    """The output of another process: this one may interpret kernels, and then it cannot compile any."""
     command = [sys.executable, *map(str, arguments)]
     settings = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
@@ -28,8 +28,8 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-# Every kernel in one dtype of two bytes, which compile alike, and in four bytes the one that is shortest of
-# registers: everything takes minutes.
+# To compile everything takes minutes. These are all kernels in one dtype of two bytes (both compile to the
+# same) and, in four bytes, the kernel that needs the most registers.
 NARROW = {80: "bf16", 89: "fp16", 90: "bf16", 100: "fp16"}
 CHOSEN = [["--targets", target, "--dtypes", dtype] for target, dtype in NARROW.items()]
 CHOSEN.append(["--dtypes", "fp32", "--kernels", "panel"])
@@ -43,12 +43,12 @@ def test_kernels_compile_to_what_their_budget_allows(chosen: list[object]) -> No
     assert measured
     for variant, kernels in measured.items():
         assert kernels
-        for name, found in kernels.items():
+        for name, measurement in kernels.items():
             budget, what = COMMITTED["kernels"][variant][name], f"{variant} {name}"
             for key in ("registers", "spills", "shared_bytes", "exp2", "atomics", "narrow_copies"):
-                assert found[key] <= budget[key], f"{what}: {key}"
-            assert found["mma"] == budget["mma"], what
-            assert found["tma_loads"] >= budget["tma_loads"], what
+                assert measurement[key] <= budget[key], f"{what}: {key}"
+            assert measurement["mma"] == budget["mma"], what
+            assert measurement["tma_loads"] >= budget["tma_loads"], what
 
 
 def test_the_budget_covers_every_kernel_and_keeps_the_promises() -> None:
@@ -82,7 +82,7 @@ def test_what_is_measured_is_what_is_launched() -> None:
     for launch in launches:
         what = launch["target"], launch["dtype"]
         for side in ("launched", "measured"):
-            for name in ("FIRST", "LAST"):  # combine: of the first or of the last panel
+            for name in ("FIRST", "LAST"):  # they differ between the panels that combine adds
                 launch[side]["constants"].pop(name, None)
         assert launch["launched"] == launch["measured"], (*what, launch["kernel"])
         if launch["kernel"] == "rank":

@@ -1,4 +1,7 @@
-"""Kernels of the losses over negative pairs against fp64: on the card if there is one, else interpreted."""
+"""The kernels of both kinds of loss against fp64: on the card if there is one, otherwise interpreted.
+
+Their formulas are those of docs/derivation.md, sections 3 and 4.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ from clsp_fast.kernels.contrastive import (
     negative_softplus_reference,
 )
 
-# Triton's interpreter computes with numpy, which warns of infinities that the kernels intend.
+# Triton's interpreter computes with numpy, which warns about infinities that the kernels intend.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-# More rows and columns than an interpreted tile has, none, one, and sizes beside powers of two.
+# One row or column, more than an interpreted tile has, and sizes beside powers of two.
 SHAPES = [(1, 1, 1), (1, 70, 16), (2, 1, 3), (33, 63, 31), (31, 65, 33), (70, 150, 40), (64, 128, 64)]
 
 
 @pytest.fixture
 def rounding(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 to the nearest bfloat16 in kernels, as on a card: the interpreter truncates."""
+    """Makes kernels round float32 to the nearest bfloat16, as a card does; the interpreter truncates."""
     if kernel_device.type == "cuda":
         return
 
@@ -45,7 +48,7 @@ def rounding(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Case:
-    """Inputs of one dtype, and what the kernels and the dense definitions make of them."""
+    """Inputs of one dtype, and what kernels and dense definitions compute from them."""
 
     def __init__(
         self,
@@ -79,30 +82,32 @@ class Case:
         total = sum((r.double() * w).sum() for r, w in zip(finite, self.weights, strict=False))
         return [t.detach().double() for t in [*results, *torch.autograd.grad(total, inputs)]]
 
-    def check(self, ours: Callable[..., object], reference: Callable[..., object], **options: object) -> None:
-        """Errors against fp64 are at most twice those of the dense definition in that dtype, plus a bit.
+    def check(
+        self, kernel: Callable[..., object], reference: Callable[..., object], **options: object
+    ) -> None:
+        """Checks that errors are at most twice those of the dense definition in the same dtype, plus a term.
 
-        The bit is what rounding a base-2 logit to fp32 costs: |s| eps of every probability.
+        The term is the cost of rounding a base-2 logit to fp32: |s| eps of every probability.
         """
         truth = self.outputs(reference, torch.float64)
         dense = self.outputs(reference, self.x.dtype)
-        got = self.outputs(ours, self.x.dtype, **options)
+        got = self.outputs(kernel, self.x.dtype, **options)
         scale = float(self.scale)
-        bit = eps(torch.float32) * (FEW + scale / 2)
+        rounding = eps(torch.float32) * (FEW + scale / 2)
         if self.x.dtype != torch.float32:
-            bit = 2 * eps(self.x.dtype)
+            rounding = 2 * eps(self.x.dtype)
         sizes = [torch.where(t.isfinite(), t, 0.0).norm() for t in truth]
-        # The scalars' gradients are sums of terms of both signs.
+        # The gradients by the scalars are sums of terms of both signs.
         d_x, weights = truth[-4], torch.cat(self.weights)
         sizes[-2] = (self.x.double() * d_x).sum(1).abs().sum() / scale + sizes[-2]
         sizes[-1] = weights.abs().sum() + sizes[-1]
-        for mine, theirs, true, size in zip(got, dense, truth, sizes, strict=True):
-            assert torch.equal(mine.isneginf(), true.isneginf())
-            errors = [torch.where(true.isfinite(), r - true, 0.0).norm() for r in (mine, theirs)]
+        for result, dense_result, true, size in zip(got, dense, truth, sizes, strict=True):
+            assert torch.equal(result.isneginf(), true.isneginf())
+            errors = [torch.where(true.isfinite(), r - true, 0.0).norm() for r in (result, dense_result)]
             assert errors[0].isfinite()
-            assert errors[0] <= 2 * errors[1] + bit * size + 1e-12
+            assert errors[0] <= 2 * errors[1] + rounding * size + 1e-12
             if self.x.dtype == torch.float32:
-                # The law of clsp_fast.loss: the rounding of float32 logits.
+                # docs/derivation.md, section 5: the rounding of float32 logits.
                 assert errors[0] <= (FEW + 2 * scale) * eps(torch.float32) * size + 1e-12
 
     def check_both(self, **options: object) -> None:
@@ -158,7 +163,7 @@ def test_owners_of_any_kind(kernel_device: torch.device) -> None:
 
 
 def test_logits_far_apart_in_one_tile(kernel_device: torch.device) -> None:
-    # Columns at +200 and -200: relative to the tile's maximum the latter are exp(-400), which is 0 in fp32.
+    # Columns at +200 and -200. Relative to the tile's peak the latter are exp(-400), which is 0 in fp32.
     case = Case(kernel_device, (40, 70, 16), 200.0)
     case.x = F.normalize(torch.eye(16, device=kernel_device)[:1] + 0.1 * case.x, dim=1)
     signs = torch.where(torch.arange(70, device=kernel_device) % 3 == 0, 1.0, -1.0)
@@ -173,7 +178,7 @@ def test_logits_far_apart_in_one_tile(kernel_device: torch.device) -> None:
 def test_an_exponential_that_flushes_denormals_loses_nothing(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a card. With one fixed maximum for all logits, many rows of such a batch would sum to zero.
+    # A card flushes denormals. With one fixed maximum for all logits, many rows of this batch would be 0.
     if kernel_device.type == "cpu":
 
         def flushed(builder: InterpreterBuilder, x: TensorHandle) -> TensorHandle:
@@ -219,10 +224,10 @@ def test_the_same_call_gives_the_same_bits_and_the_forward_with_any_workspace(
 ) -> None:
     case = Case(kernel_device, (300, 40, 16), 100.0)
     first = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
-    again = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
+    repeated = [case.outputs(f, torch.float32) for f in (negative_lse, negative_softplus)]
     small = [case.outputs(f, torch.float32, workspace_bytes=1) for f in (negative_lse, negative_softplus)]
     references = negative_lse_reference, negative_softplus_reference
-    for one, two, three in zip(first, again, small, strict=True):
+    for one, two, three in zip(first, repeated, small, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
         results = len(one) - 4
         assert all(torch.equal(a, b) for a, b in zip(one[:results], three[:results], strict=True))
@@ -234,18 +239,18 @@ def test_the_same_call_gives_the_same_bits_and_the_forward_with_any_workspace(
 
 @pytest.mark.slow
 def test_a_hundred_calls_give_the_same_bits(kernel_device: torch.device) -> None:
-    # Interpreted programs run one after another, so that little could differ: one tile will do.
+    # Interpreted programs run one after the other, so that little can differ: one tile is enough.
     shape = (30, 60, 4) if kernel_device.type == "cpu" else (300, 700, 512)
     case = Case(kernel_device, shape, 100.0)
     for function in (negative_lse, negative_softplus):
         first = case.outputs(function, torch.float32)
         for _ in range(99):
-            again = case.outputs(function, torch.float32)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            repeated = case.outputs(function, torch.float32)
+            assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """Float32 to the nearest of 10 explicit mantissa bits, as a card's matrix units read it; float64."""
+    """x rounded to the 10 explicit mantissa bits of TF32, as matrix units of a card read it; in float64."""
     bits = x.float().view(torch.int32)
     return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32).double()
 
@@ -266,11 +271,11 @@ def to_tf32(x: Tensor) -> Tensor:
 def test_gradients_of_good_models_survive_bf16(
     kernel_device: torch.device, noise: float, probability: float, bf16_factor: float, tf32_factor: float
 ) -> None:
-    """The nearer p_ii is to 1, the more a rounded p_ii less its target loses; exact positives lose nothing.
+    """The nearer p_ii is to 1, the more digits a rounded p_ii - 1 loses. Positives kept apart lose none.
 
     The rounded forms are those of other kernels, emulated in float64: the sum of row and column probability
     in bf16, as memeff has it, and scaled embeddings and probabilities in TF32, as Inf-CL has them. A factor
-    says how many times their error is ours at least.
+    says how many times larger than the kernels' their error is at least.
     """
     x = F.normalize(torch.randn(256, 128), dim=1).to(kernel_device)
     y = F.normalize(x + noise * torch.randn(256, 128).to(kernel_device), dim=1)
@@ -282,7 +287,7 @@ def test_gradients_of_good_models_survive_bf16(
         return (F.cross_entropy(s_MN, owner) + F.cross_entropy(s_MN.T, owner)) / 2
 
     def subtracted_afterwards(both_MN: Tensor) -> list[Tensor]:
-        """Gradients by probabilities of both directions, from which 1 each is taken in another product."""
+        """Gradients from the probabilities of both directions; a second product subtracts their targets."""
         return [
             scale.double() * (p @ other - 2 * other) / (2 * 256)
             for p, other in ((both_MN, wide[1].detach()), (both_MN.T, wide[0].detach()))
@@ -296,7 +301,7 @@ def test_gradients_of_good_models_survive_bf16(
     p_MN, q_MN = s_MN.softmax(1), s_MN.softmax(0)
     assert abs(p_MN.diag().mean() - probability) < 0.002
     coarse_MN = to_tf32(scale * x.detach()) @ to_tf32(y.detach()).T
-    theirs = {
+    rounded_forms = {
         "dense bf16": (bf16_factor, torch.autograd.grad(dense(*half), half)),
         "bf16": (bf16_factor, subtracted_afterwards((p_MN + q_MN).bfloat16().double())),
         "TF32": (
@@ -307,14 +312,14 @@ def test_gradients_of_good_models_survive_bf16(
 
     row_M, column_N = negative_lse(x, y, scale, owner, compute_dtype=torch.bfloat16)
     positive_M = scale * (x * y).sum(1)
-    ours = (F.softplus(row_M - positive_M).mean() + F.softplus(column_N - positive_M).mean()) / 2
-    assert_agrees(ours, loss, count=FEW + 1 / 0.07, dtype=torch.float32)
-    for i, mine in enumerate(torch.autograd.grad(ours, (x, y))):
-        error = (mine.double() - truth[i]).norm() / truth[i].norm()
-        # What the kernels promise with bf16 inputs. An element of G is off by half an eps of bf16 at most,
-        # which is 2e-3. These errors have either sign, so sums of many elements are off by less.
+    kernel_loss = (F.softplus(row_M - positive_M).mean() + F.softplus(column_N - positive_M).mean()) / 2
+    assert_agrees(kernel_loss, loss, count=FEW + 1 / 0.07, dtype=torch.float32)
+    for i, gradient in enumerate(torch.autograd.grad(kernel_loss, (x, y))):
+        error = (gradient.double() - truth[i]).norm() / truth[i].norm()
+        # The promise for bf16 inputs. The error of an element of G is at most half an eps of bf16, 2e-3.
+        # These errors have either sign, so the errors of sums of many elements are smaller.
         assert error < 3e-4
-        for name, (factor, rounded) in theirs.items():
+        for name, (factor, rounded) in rounded_forms.items():
             assert (rounded[i].double() - truth[i]).norm() / truth[i].norm() > factor * error, name
 
 
@@ -325,7 +330,7 @@ def test_computing_in_bf16_keeps_fp32_gradients(kernel_device: torch.device) -> 
     case.x, case.y = case.x.bfloat16().float(), case.y.bfloat16().float()
     got = case.outputs(negative_lse, torch.float32, compute_dtype=torch.bfloat16)
     plain = case.outputs(negative_lse, torch.float32)
-    # The logits of operands that bf16 holds are exact; only G is rounded.
+    # bf16 holds these operands exactly, so that only G is rounded.
     assert_agrees(got[0], plain[0], count=FEW, dtype=torch.float32)
     assert FEW * eps(torch.float32) < (got[2] - plain[2]).norm() / truth[2].norm() < eps(torch.bfloat16)
 
@@ -334,14 +339,14 @@ def test_small_gradients_survive_fp16(kernel_device: torch.device) -> None:
     case = Case(kernel_device, (40, 70, 33), 20.0)
     case.x, case.y = case.x.half().float(), case.y.half().float()
     case.weights = [1e-8 * w for w in case.weights]
-    for ours, reference in (
+    for kernel, reference in (
         (negative_lse, negative_lse_reference),
         (negative_softplus, negative_softplus_reference),
     ):
         truth = case.outputs(reference, torch.float64)
-        got = case.outputs(ours, torch.float32, compute_dtype=torch.float16)
-        for mine, true in list(zip(got, truth, strict=True))[-4:-2]:
-            assert_agrees(mine, true, count=1, dtype=torch.float16)
+        got = case.outputs(kernel, torch.float32, compute_dtype=torch.float16)
+        for gradient, true in list(zip(got, truth, strict=True))[-4:-2]:
+            assert_agrees(gradient, true, count=1, dtype=torch.float16)
 
 
 def test_only_what_needs_a_gradient_gets_one(kernel_device: torch.device) -> None:
@@ -358,9 +363,9 @@ def test_only_what_needs_a_gradient_gets_one(kernel_device: torch.device) -> Non
 
     everything = gradients((0, 1, 2, 3))
     for chosen in ((0,), (1,), (2,), (1, 2), (0, 3)):
-        for mine, i in zip(gradients(chosen), chosen, strict=True):
+        for gradient, i in zip(gradients(chosen), chosen, strict=True):
             size = norm([norm(x) for x in everything])
-            assert_agrees(mine, everything[i], count=FEW, dtype=torch.float32, size=size)
+            assert_agrees(gradient, everything[i], count=FEW, dtype=torch.float32, size=size)
 
 
 def test_what_is_kept_for_the_backward_pass_is_linear(kernel_device: torch.device) -> None:
@@ -396,10 +401,10 @@ def test_compiled_graphs_hold_the_operators_whole(kernel_device: torch.device) -
         return *results, negative_softplus(x, y, scale, owner, logit_bias=logit_bias)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    for mine, eager in zip(
+    for result, eager in zip(
         case.outputs(compiled, torch.float32), case.outputs(both, torch.float32), strict=True
     ):
-        assert torch.equal(mine, eager)
+        assert torch.equal(result, eager)
 
 
 def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
@@ -437,9 +442,10 @@ def test_memory_and_repeatability_on_a_card(cuda: torch.device) -> None:
     before = torch.cuda.memory_allocated()
     first = case.outputs(negative_lse, torch.bfloat16, workspace_bytes=64 << 20)
     grown = torch.cuda.max_memory_allocated() - before
-    # Workspace, both gradients in two bytes, dY in fp32 with its temporary, and the float64 copies made here.
+    # The workspace, both gradients in two bytes, dY in fp32 and a temporary, and the float64 copies of this
+    # test.
     assert grown < (64 << 20) + 32_768 * 512 * (2 + 2 + 4 + 4 + 16)
     for _ in range(10):
-        again = case.outputs(negative_lse, torch.bfloat16, workspace_bytes=64 << 20)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        repeated = case.outputs(negative_lse, torch.bfloat16, workspace_bytes=64 << 20)
+        assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
     assert math.isfinite(first[0].sum())

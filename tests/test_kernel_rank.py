@@ -1,4 +1,4 @@
-"""Kernels of ranks and neighbours against a full sort, ties included: on the card or interpreted."""
+"""The kernels of ranks and neighbours against a full sort, ties included: on the card or interpreted."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def test_neighbours_in_chunks_runs_and_other_dtypes(
 
 def test_a_wider_database_is_not_narrowed(kernel_device: torch.device) -> None:
     queries, database = tied(kernel_device, 9, 80, 8)
-    database += 2.0**-14 * torch.arange(80, device=kernel_device)[:, None]  # lost in bfloat16 and float16
+    database += (
+        2.0**-14 * torch.arange(80, device=kernel_device)[:, None]
+    )  # bfloat16 and float16 would lose it
     expected = topk_reference(queries, database, 7)
     for dtype in (torch.bfloat16, torch.float16):
         assert all(
@@ -122,8 +124,8 @@ def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> 
     torch.library.opcheck(rank._rank_counts, (x, y, owner))
     torch.library.opcheck(rank._topk_chunk, (x, y, 3))
     compiled = torch.compile(rank_counts, fullgraph=True, backend="aot_eager")
-    for mine, eager in zip(compiled(x, y, owner), rank_counts(x, y, owner), strict=True):
-        assert torch.equal(mine, eager)
+    for result, eager in zip(compiled(x, y, owner), rank_counts(x, y, owner), strict=True):
+        assert torch.equal(result, eager)
 
 
 def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:

@@ -1,5 +1,5 @@
-"""The contrastive losses against recorded values of the reference recipe, their formulas, what naive forms
-get wrong, and bad input."""
+"""The contrastive losses against recorded values of the reference recipe, their formulas (docs/derivation.md,
+section 1) and the dense definition; memory, options, and bad input."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numerics import FEW, assert_agrees, assert_as_exact, norm
 from peak_memory import peak_memory
 from torch import Tensor
 
+from clsp_fast.contrastive import negatives
+from clsp_fast.kernels import contrastive
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
 
-# In float64: sums over up to 128 pairs and 512 dimensions, of terms whose exponents are logits.
+# Roundings in float64 of sums over up to 128 pairs and 512 dimensions; the exponents of terms are logits.
 SUMS = 1e3
-# Of float32 gradients, which the README promises.
-PROMISE = 1e-5
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -44,7 +44,7 @@ def test_equals_the_recipe(golden, task: str, batch: int, dim: int, implementati
     owner = captions_owner(batch, len(text))
     loss = contrastive_loss(audio, text, scale, text_owner=owner, implementation=implementation)
     loss.backward()
-    # The recipe subtracts logits of the scale's size.
+    # The recipe subtracts logits that are as large as the scale.
     assert_agrees(loss, case["loss"], count=SUMS, size=scale)
     for name, value in (("audio", audio), ("text", text), ("scale", scale)):
         stored = case[f"grad_{name}"]
@@ -66,32 +66,6 @@ def test_hard_negatives_equal_the_recipe(golden, batch: int) -> None:
         assert_agrees(value.grad, case[f"grad_{name}"], count=SUMS, size=scale, name=name)
 
 
-def by_the_formula(audio: Tensor, text: Tensor, scale: float, owner: Tensor, weights: Tensor) -> Tensor:
-    """Section 1 of the derivation, written out with loops."""
-    scores = scale * audio @ text.T
-    rows = []
-    for i in range(len(audio)):
-        own = [j for j in range(len(text)) if owner[j] == i and weights[j] > 0]
-        total = sum(weights[j] for j in own)
-        if own:
-            rows.append(torch.logsumexp(scores[i], 0) - sum(weights[j] / total * scores[i, j] for j in own))
-    columns = [torch.logsumexp(scores[:, j], 0) - scores[owner[j], j] for j in range(len(text))]
-    return (torch.stack(rows).mean() + torch.stack(columns).mean()) / 2
-
-
-@pytest.mark.parametrize("owner", [[0, 0, 0, 2, 3], [4, 1, 1, 0, 2, 3, 3], [1]])
-def test_any_number_of_captions_and_weights(owner: list[int]) -> None:
-    audio, text = unit(5, 16), unit(len(owner), 16)
-    weights = torch.rand(len(owner), dtype=torch.float64)
-    if len(owner) > 2:
-        weights[1] = 0.0
-    owner_N = torch.tensor(owner)
-    ours = contrastive_loss(audio, text, 20.0, text_owner=owner_N, weights=weights)
-    torch.testing.assert_close(ours, by_the_formula(audio, text, 20.0, owner_N, weights))
-    doubled = contrastive_loss(audio, text, 20.0, text_owner=owner_N, weights=2 * weights)
-    torch.testing.assert_close(ours, doubled)
-
-
 def test_label_smoothing_mixes_in_the_uniform_target() -> None:
     audio, text = unit(6, 8), unit(6, 8)
     plain, smooth = (contrastive_loss(audio, text, 10.0, label_smoothing=e) for e in (0.0, 0.3))
@@ -105,8 +79,8 @@ def test_sigmoid_is_the_mean_over_pairs() -> None:
     owner, bias = torch.tensor([0, 1, 2, 2, 0]), torch.tensor(-4.0, dtype=torch.float64)
     sign = 2.0 * (owner == torch.arange(3)[:, None]) - 1
     expected = -F.logsigmoid(sign * (9.0 * audio @ text.T + bias)).mean()
-    ours = contrastive_loss(audio, text, 9.0, text_owner=owner, logit_bias=bias, kind="sigmoid")
-    torch.testing.assert_close(ours, expected)
+    loss = contrastive_loss(audio, text, 9.0, text_owner=owner, logit_bias=bias, kind="sigmoid")
+    torch.testing.assert_close(loss, expected)
 
 
 def test_bias_cancels_in_softmax_but_not_in_sigmoid() -> None:
@@ -139,11 +113,11 @@ def test_equals_the_dense_definition(options: dict) -> None:
     expected = torch.autograd.grad(dense, (audio, text, scale))
     fused = contrastive_loss(audio, text, scale, implementation="cpu", **options)
     assert_agrees(fused, dense, count=SUMS)
-    found = torch.autograd.grad(fused, (audio, text, scale), retain_graph=True)
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_agrees(mine, theirs, count=SUMS, size=norm([norm(x) for x in expected]))
-    again = torch.autograd.grad(fused, (audio, text, scale))  # nothing was used up
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    gradients = torch.autograd.grad(fused, (audio, text, scale), retain_graph=True)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        assert_agrees(gradient, exact, count=SUMS, size=norm([norm(x) for x in expected]))
+    repeated = torch.autograd.grad(fused, (audio, text, scale))  # a second backward pass gives the same
+    assert all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -158,20 +132,8 @@ def test_kernels_equal_the_dense_definition(options: dict, kernel_device: torch.
         loss = contrastive_loss(*leaves, implementation=name, **options)
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     gradient = norm([norm(x) for x in results[2][1:]])
-    for found, plain, truth in zip(*results, strict=True):
-        assert_as_exact(found, plain, truth, size=norm(truth) if truth is results[2][0] else gradient)
-
-
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-def test_kernels_keep_the_gradient_of_a_good_model(kernel_device: torch.device) -> None:
-    audio, text, scale = (x.to(kernel_device) for x in aligned(0.06, 14.0, batch=64, dim=128))
-    _, gradient, probability = exact(audio, text, scale)
-    assert probability > 0.9
-    found = loss_and_grad(audio, text, scale, implementation="triton")
-    assert found.audio_MD.dtype == torch.bfloat16
-    # Rounded once, at the end; the products' own rounding of negatives to bfloat16 is 1e-3 of them.
-    assert relative(found.audio_MD, gradient) < torch.finfo(torch.bfloat16).eps / 2
-    assert relative(rounded_then_subtracted(audio, text, scale), gradient) > 6e-3
+    for result, plain, truth in zip(*results, strict=True):
+        assert_as_exact(result, plain, truth, size=norm(truth) if truth is results[2][0] else gradient)
 
 
 def test_autocast_changes_nothing() -> None:
@@ -201,41 +163,84 @@ def test_16_bit_embeddings_are_widened_exactly(dtype: torch.dtype, kind: str) ->
     text[0, :3] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4, 100.0])
     narrow = loss_and_grad(audio, text, 20.0, kind=kind)
     wide = loss_and_grad(audio.float(), text.float(), 20.0, kind=kind)
-    for ours, theirs in zip(narrow[:4], wide[:4], strict=True):
-        assert torch.equal(ours, theirs.to(ours.dtype))
+    for result, widened in zip(narrow[:4], wide[:4], strict=True):
+        assert torch.equal(result, widened.to(result.dtype))
     assert narrow.audio_MD.dtype == narrow.text_ND.dtype == dtype
-
-
-def test_small_hard_negative_losses_keep_their_digits() -> None:
-    audio = torch.eye(8, dtype=torch.float64)
-    text = torch.stack([audio, audio.roll(1, 0)], 1)
-    found = hard_negative_loss(audio.float(), text.float(), 30.0)
-    assert_agrees(found, math.log1p(math.exp(-30.0)), count=FEW, dtype=torch.float32)  # logits are exact
-
-
-def test_one_pair_has_no_loss() -> None:
-    audio, text = unit(1, 4).requires_grad_(), unit(1, 4)
-    loss = contrastive_loss(audio, text, 10.0)
-    loss.backward()
-    assert loss == 0
-    assert bool((audio.grad == 0).all())
 
 
 def test_loss_and_gradients_at_once() -> None:
     audio, text = unit(9, 8, dtype=torch.float32), unit(9, 8, dtype=torch.float32)
-    found = loss_and_grad(audio, text, 10.0, logit_bias=-3.0, kind="sigmoid")
+    result = loss_and_grad(audio, text, 10.0, logit_bias=-3.0, kind="sigmoid")
     leaves = [
         x.requires_grad_() for x in (audio.clone(), text.clone(), torch.tensor(10.0), torch.tensor(-3.0))
     ]
     loss = contrastive_loss(*leaves[:3], logit_bias=leaves[3], kind="sigmoid")
-    assert torch.equal(found.loss, loss)
-    for ours, theirs in zip(found[1:], torch.autograd.grad(loss, leaves), strict=True):
-        assert torch.equal(ours, theirs)
-    assert not found.loss.requires_grad
+    assert torch.equal(result.loss, loss)
+    for gradient, expected in zip(result[1:], torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(gradient, expected)
+    assert not result.loss.requires_grad
     assert loss_and_grad(audio, text, 10.0).logit_bias is None
     wide = loss_and_grad(audio.double(), text.double(), 10, logit_bias=-3, kind="sigmoid")
     assert wide.logit_scale.dtype == torch.float64
-    assert_agrees(found.loss, wide.loss, count=FEW + 10, dtype=torch.float32)  # of logits of up to 10
+    assert_agrees(result.loss, wide.loss, count=FEW + 10, dtype=torch.float32)  # logits are up to 10
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+@pytest.mark.parametrize("frozen", ["audio", "text"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
+def test_a_frozen_tower_costs_no_product(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, frozen: str, options: dict[str, float]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    audio, text, scale = (
+        unit(5, 16, dtype=torch.float32),
+        unit(5, 16, dtype=torch.float32),
+        torch.tensor(10.0, requires_grad=True),
+    )
+    learns = text if frozen == "audio" else audio
+    whole = loss_and_grad(audio, text, scale, **options)
+    learns.requires_grad_()
+    module, name = {
+        "cpu": (negatives, "_sum_negatives_backward"),
+        "triton": (contrastive, "products"),
+    }[implementation]
+    needs, compute = [], getattr(module, name)
+
+    def spy(*arguments: object) -> tuple[Tensor, ...]:
+        needs.append(arguments[-2:])
+        return compute(*arguments)
+
+    monkeypatch.setattr(module, name, spy)
+    loss = contrastive_loss(audio, text, scale, implementation=implementation, **options)
+    by_embedding, by_scale = torch.autograd.grad(loss, (learns, scale))
+    assert needs == [(frozen == "text", frozen == "audio")]
+    expected = whole.text_ND if frozen == "audio" else whole.audio_MD
+    exact = loss_and_grad(*(x.detach().double() for x in (audio, text, scale)), **options)
+    truth = exact.text_ND if frozen == "audio" else exact.audio_MD
+    size = norm([norm(x) for x in exact[1:4]])
+    assert_as_exact(by_embedding, expected, truth, size=size)
+    assert_as_exact(by_scale, whole.logit_scale, exact.logit_scale, size=size)
+
+
+def test_the_scale_alone_may_learn() -> None:
+    audio, text, scale = (
+        unit(5, 16, dtype=torch.float32),
+        unit(5, 16, dtype=torch.float32),
+        torch.tensor(10.0, requires_grad=True),
+    )
+    (result,) = torch.autograd.grad(contrastive_loss(audio, text, scale), scale)
+    exact = loss_and_grad(*(x.detach().double() for x in (audio, text, scale))).logit_scale
+    assert_as_exact(result, loss_and_grad(audio, text, scale).logit_scale, exact)
+
+
+def test_embeddings_may_come_from_inference_mode() -> None:
+    with torch.inference_mode():
+        audio, text = unit(4, 8, dtype=torch.float32), unit(4, 8, dtype=torch.float32)
+        result = loss_and_grad(audio, text, 10)
+    expected = loss_and_grad(audio.clone(), text.clone(), torch.tensor(10.0))
+    for a, b in zip(result[:4], expected[:4], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_gradients_that_are_cached_are_those_of_the_whole_batch() -> None:
@@ -250,7 +255,7 @@ def test_gradients_that_are_cached_are_those_of_the_whole_batch() -> None:
     assert_agrees(tower.weight.grad, expected, count=SUMS)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo
 def test_compiles_into_one_graph() -> None:
     audio, text = (unit(6, 8, dtype=torch.float32).requires_grad_() for _ in range(2))
     owner = torch.tensor([0, 0, 2, 1, 5, 4])
@@ -263,83 +268,9 @@ def test_compiles_into_one_graph() -> None:
     expected = torch.autograd.grad(losses(audio, text), (audio, text))
     wide = [x.detach().double().requires_grad_() for x in (audio, text)]
     truths = torch.autograd.grad(losses(*wide), wide)
-    found = torch.autograd.grad(compiled(audio, text), (audio, text))
-    for mine, plain, truth in zip(found, expected, truths, strict=True):
-        assert_as_exact(mine, plain, truth)
-
-
-def aligned(noise: float, scale: float, batch: int = 512, dim: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """bfloat16 embeddings of a model that is as good as `noise` is small, and the scale."""
-    audio = unit(batch, dim, dtype=torch.float32)
-    text = F.normalize(audio + noise * torch.randn(batch, dim), dim=1)
-    return audio.bfloat16(), text.bfloat16(), torch.tensor(scale)
-
-
-def exact(audio: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Loss and gradient by audio in float64 from all digits of the inputs, and the mean probability p_ii."""
-    leaf = audio.double().requires_grad_()
-    scores = scale.double() * leaf @ text.double().T
-    loss = (
-        F.cross_entropy(scores, torch.arange(len(audio)))
-        + F.cross_entropy(scores.T, torch.arange(len(audio)))
-    ) / 2
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient, float(scores.detach().softmax(1).diag().mean())
-
-
-def relative(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
-
-
-def rounded_then_subtracted(audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Gradient by audio as kernels form it that round probabilities to bfloat16 and subtract 1 afterwards."""
-    scores = scale * audio.float() @ text.float().T
-    rounded = ((scores.softmax(1) + scores.softmax(0)) * scale / (2 * len(audio))).bfloat16()
-    return rounded.float() @ text.float() - scale / len(audio) * text.float()
-
-
-@pytest.mark.parametrize(
-    ("noise", "scale", "low", "high"),
-    [(0.16, 14.0, 0.15, 0.3), (0.12, 14.0, 0.4, 0.6), (0.06, 14.0, 0.95, 0.98), (0.07, 20.0, 0.995, 0.999)],
-)
-def test_a_good_model_keeps_its_gradient(noise: float, scale: float, low: float, high: float) -> None:
-    audio, text, scale_ = aligned(noise, scale)
-    loss, gradient, probability = exact(audio, text, scale_)
-    assert low < probability < high
-    wide = loss_and_grad(audio.float(), text.float(), scale_)
-    assert_agrees(wide.loss, loss, count=FEW + scale, dtype=torch.float32)
-    assert relative(wide.audio_MD, gradient) < PROMISE
-    narrow = loss_and_grad(audio, text, scale_)
-    assert_agrees(narrow.loss, loss, count=FEW + scale, dtype=torch.float32)
-    # Rounding the result to bfloat16 is not the loss's error. An error of PROMISE before it takes at most a
-    # share of 2 PROMISE / step of the elements to the neighbouring bfloat16, a step away.
-    step = torch.finfo(torch.bfloat16).eps / 2
-    assert relative(narrow.audio_MD, gradient.bfloat16().double()) < step * (2 * PROMISE / step) ** 0.5
-    if probability > 0.9:
-        assert relative(rounded_then_subtracted(audio, text, scale_), gradient) > 3e-3
-
-
-def test_a_tiny_loss_keeps_its_digits() -> None:
-    audio = torch.eye(64).double() * 0.5
-    loss = contrastive_loss(audio.float(), audio.float(), 100.0)
-    truth = contrastive_loss_reference(audio, audio, 100.0)
-    assert 0 < truth < 1e-8
-    assert_agrees(loss, math.log1p(63 * math.exp(-25.0)), count=FEW, dtype=torch.float32)  # logits are exact
-    # float32 logits and log-softmax have nothing left of it.
-    assert contrastive_loss_reference(audio.float(), audio.float(), 100.0) == 0
-
-
-def test_no_sum_underflows_at_the_largest_scale() -> None:
-    audio, text = unit(256, 512, dtype=torch.float32), unit(256, 512, dtype=torch.float32)
-    # A fixed maximum of 1 / temperature saves kernels the search for one; where hardware flushes subnormal
-    # numbers, it loses whole rows.
-    fixed = torch.exp(100.0 * (audio @ text.T - 1))
-    flushed = torch.where(fixed < torch.finfo(torch.float32).tiny, 0.0, fixed)
-    assert float((flushed.sum(1) == 0).float().mean()) > 0.3
-    found = loss_and_grad(audio, text, 100.0)
-    loss, gradient, _ = exact(audio, text, torch.tensor(100.0))
-    assert_agrees(found.loss, loss, count=FEW + 100, dtype=torch.float32)
-    assert relative(found.audio_MD, gradient) < PROMISE
+    gradients = torch.autograd.grad(compiled(audio, text), (audio, text))
+    for gradient, plain, truth in zip(gradients, expected, truths, strict=True):
+        assert_as_exact(gradient, plain, truth)
 
 
 @pytest.mark.parametrize("options", [{}, {"text_owner": torch.arange(1500) % 700}, {"kind": "sigmoid"}])
@@ -347,18 +278,20 @@ def test_no_bit_depends_on_the_number_of_threads(options: dict) -> None:
     audio, text = (unit(k, 40, dtype=torch.float32) for k in (1500, 1500))
     before = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(loss_and_grad(audio, text, 20.0, **options))
+            results.append(loss_and_grad(audio, text, 20.0, **options))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0][:4], other[:4], strict=True))
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0][:4], other[:4], strict=True)
+    )
 
 
 @pytest.mark.parametrize("workspace", [0, 20 << 20, 40 << 20])
 def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) -> None:
-    # Of 64 MB of logits.
+    # All logits would take 64 MB.
     audio, text = (unit(4000, 64, dtype=torch.float32).requires_grad_() for _ in range(2))
     kept: dict[int, int] = {}
 
@@ -368,8 +301,8 @@ def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = contrastive_loss(audio, text, 10.0, workspace_bytes=workspace)
-    for own in (audio, text):
-        kept.pop(own.untyped_storage().data_ptr(), None)
+    for x in (audio, text):
+        kept.pop(x.untyped_storage().data_ptr(), None)
     assert loss.requires_grad
     assert sum(kept.values()) < workspace + 64 * 8000
 
@@ -380,12 +313,12 @@ def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) 
     [(16 << 20, 0, {}), (64 << 20, 0, {"label_smoothing": 0.1}), (16 << 20, 1, {"normalize": True})],
 )
 def test_memory_is_gradients_workspace_and_copies(workspace: int, copies: int, options: dict) -> None:
-    # 128 MB of logits in float32. Gradients of positive pairs are not held beside those of negatives.
+    # All logits would take 128 MB. Gradients of positive pairs need no memory of their own.
     inputs = [unit(m, 256, dtype=torch.float32).requires_grad_() for m in (4096, 8192)]
     owner = torch.arange(8192) // 2
     contrastive_loss(inputs[0][:64], inputs[1][:128], 10.0, text_owner=owner[:128], **options).backward()
     peaks = []
-    for _ in range(3):  # the least: what the allocator has in pieces differs by megabytes from call to call
+    for _ in range(3):  # the least counts: the allocator's fragments differ by megabytes from call to call
         inputs[0].grad = inputs[1].grad = None
         with peak_memory() as peak:
             loss = contrastive_loss(*inputs, 10.0, text_owner=owner, workspace_bytes=workspace, **options)

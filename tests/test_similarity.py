@@ -1,5 +1,5 @@
-"""Ranks and nearest neighbours against a full sort, with ties, several captions a clip and ragged sizes; in
-plain torch and in the extension, whatever its instruction set, tiles and threads."""
+"""Ranks and nearest neighbours against a full sort: ties, several captions a clip and sizes that fill no
+tile, in plain torch and in the extension, for any instruction set, tiles and number of threads."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def by_sorting(scores_QN: Tensor, positive_QN: Tensor) -> list[int]:
-    """Best positive's place in a stable descending sort that leaves out the query's other positives."""
-    found = []
+    """The place of the best positive in a stable descending sort without the query's other positives."""
+    places = []
     for scores, positive in zip(scores_QN.tolist(), positive_QN.tolist(), strict=True):
-        own = [j for j, is_positive in enumerate(positive) if is_positive]
-        if not own:
-            found.append(-1)
+        positives = [j for j, is_positive in enumerate(positive) if is_positive]
+        if not positives:
+            places.append(-1)
             continue
-        best = max(own, key=lambda j: (scores[j], -j))
+        best = max(positives, key=lambda j: (scores[j], -j))
         others = [j for j in range(len(scores)) if j == best or not positive[j]]
-        found.append(sorted(others, key=lambda j: (-scores[j], j)).index(best))
-    return found
+        places.append(sorted(others, key=lambda j: (-scores[j], j)).index(best))
+    return places
 
 
 @pytest.mark.parametrize(("clips", "texts"), [(1, 1), (7, 7), (5, 13), (13, 5), (1100, 30), (48, 97)])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.usefixtures("implementation")
 def test_ranks_equal_those_of_a_sort(clips: int, texts: int, ties: bool) -> None:
-    # Whole numbers, whose scores are exact in any order of addition.
+    # Whole numbers: their scores are exact in any order of addition.
     audio, text = ((100 * torch.randn(rows, 8)).round() for rows in (clips, texts))
-    if ties:  # few distinct values: many equal scores, exactly representable
+    if ties:  # few distinct values, so that many scores are equal
         audio, text = audio.sign(), text.sign()
     owner = torch.randint(clips, (texts,))
-    found = similarity.ranks(audio, text, text_owner=owner)
+    result = similarity.ranks(audio, text, text_owner=owner)
     positive = owner == torch.arange(clips)[:, None]
     scores = audio @ text.T
-    assert found.audio_to_text.tolist() == by_sorting(scores, positive)
-    assert found.text_to_audio.tolist() == by_sorting(scores.T, positive.T)
+    assert result.audio_to_text.tolist() == by_sorting(scores, positive)
+    assert result.text_to_audio.tolist() == by_sorting(scores.T, positive.T)
 
 
 @pytest.mark.parametrize("count", [5, 331])
 @pytest.mark.usefixtures("implementation")
 def test_equal_embeddings_give_the_index_order(count: int) -> None:
-    found = similarity.ranks(torch.ones(count, 3), torch.ones(count, 3))
-    assert found.audio_to_text.tolist() == found.text_to_audio.tolist() == list(range(count))
+    result = similarity.ranks(torch.ones(count, 3), torch.ones(count, 3))
+    assert result.audio_to_text.tolist() == result.text_to_audio.tolist() == list(range(count))
 
 
 def nearly_tied(rows: int, columns: int) -> Tensor:
-    """Vectors a rounding error apart: their scores differ in the last bits, if at all."""
+    """Vectors that differ by a rounding error: their scores differ in the last bits, if at all."""
     return torch.randn(columns) + 3e-8 * torch.randn(rows, columns)
 
 
@@ -77,15 +77,15 @@ def test_a_target_is_compared_by_the_score_it_has_in_the_tile(
     if implementation == "reference":
         pytest.skip("the reference takes targets from its own tiles")
     audio, text = nearly_tied(clips, columns), nearly_tied(texts, columns)
-    text[texts // 2 :] = text[: texts - texts // 2].flip(0)  # exact ties too, in other places of their tiles
+    text[texts // 2 :] = text[: texts - texts // 2].flip(0)  # exact ties too, at other places of tiles
     owner = torch.randint(clips, (texts,))
     scores, index = similarity.topk(audio, text, texts)
     scores = torch.empty_like(scores).scatter_(1, index, scores)
     assert len(scores.unique()) < scores.numel() / 500
     positive = owner == torch.arange(clips)[:, None]
-    found = similarity.ranks(audio, text, text_owner=owner)
-    assert found.audio_to_text.tolist() == by_sorting(scores, positive)
-    assert found.text_to_audio.tolist() == by_sorting(scores.T, positive.T)
+    result = similarity.ranks(audio, text, text_owner=owner)
+    assert result.audio_to_text.tolist() == by_sorting(scores, positive)
+    assert result.text_to_audio.tolist() == by_sorting(scores.T, positive.T)
 
 
 def test_a_score_does_not_depend_on_neighbours_place_or_threads() -> None:
@@ -94,14 +94,14 @@ def test_a_score_does_not_depend_on_neighbours_place_or_threads() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        again = similarity.topk(queries, database, 900)
+        repeated = similarity.topk(queries, database, 900)
         counted = similarity.ranks(queries, database[:60])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(again[0], scores)
-    assert torch.equal(again[1], index)
-    for own, other in zip(counted, similarity.ranks(queries, database[:60]), strict=True):
-        assert torch.equal(own, other)
+    assert torch.equal(repeated[0], scores)
+    assert torch.equal(repeated[1], index)
+    for part, expected in zip(counted, similarity.ranks(queries, database[:60]), strict=True):
+        assert torch.equal(part, expected)
     alone, place = similarity.topk(queries[7:8], database[index[7, 500] :][:1], 1)
     assert (float(alone), int(place)) == (float(scores[7, 500]), 0)
     order = torch.randperm(900)
@@ -112,18 +112,18 @@ def test_a_score_does_not_depend_on_neighbours_place_or_threads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_ranks_of_other_types_are_those_of_exact_scores(dtype: torch.dtype) -> None:
     audio, text = torch.randn(40, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype)
-    found = similarity.ranks(audio, text)
+    result = similarity.ranks(audio, text)
     scores = audio.double() @ text.double().T
-    assert found.audio_to_text.tolist() == by_sorting(scores, torch.eye(40, dtype=torch.bool))
-    assert found.text_to_audio.tolist() == by_sorting(scores.T, torch.eye(40, dtype=torch.bool))
+    assert result.audio_to_text.tolist() == by_sorting(scores, torch.eye(40, dtype=torch.bool))
+    assert result.text_to_audio.tolist() == by_sorting(scores.T, torch.eye(40, dtype=torch.bool))
 
 
-def test_large_sets_are_counted_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sets_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     audio, text = torch.randn(200, 8), torch.randn(200, 8)
     whole = similarity.ranks(audio, text)
     monkeypatch.setattr(similarity, "_WORK_AT_ONCE", 70 * 200 * 8)
-    for own, other in zip(similarity.ranks(audio, text), whole, strict=True):
-        assert torch.equal(own, other)
+    for part, expected in zip(similarity.ranks(audio, text), whole, strict=True):
+        assert torch.equal(part, expected)
     transposed = similarity.ranks(audio.T.contiguous().T, text[:, ::2].repeat_interleave(2, 1))
     assert torch.equal(
         transposed.text_to_audio,
@@ -142,7 +142,7 @@ def test_rows_that_are_not_aligned_are_copied() -> None:
     assert torch.equal(index, expected[1])
 
 
-def test_nan_is_no_perfect_score() -> None:
+def test_nan_is_refused() -> None:
     for audio, text in (
         (torch.full((2, 3), torch.nan), torch.ones(2, 3)),
         (torch.ones(2, 3), torch.full((2, 3), torch.inf)),
@@ -212,9 +212,9 @@ def test_topk_reads_a_mapped_database(tmp_path: Path, dtype: str, monkeypatch: p
     scores, index = similarity.topk(queries, mapped, 20)
     narrow, narrow_index = similarity.topk(queries.float(), mapped, 20)
     assert narrow.dtype == torch.float32
-    # Sums of 32 products of both signs, which are as large as the query.
+    # Sums of 32 products of both signs, each as large as the query.
     assert_agrees(narrow, scores, count=32, dtype=torch.float32)
-    assert (narrow_index == index).double().mean() > 0.99  # but for scores a rounding error apart
+    assert (narrow_index == index).double().mean() > 0.99  # others differ by a rounding error
     want_scores, want_index = neighbours_by_sorting(queries, torch.from_numpy(rows), 20)
     assert scores.dtype == torch.float64
     assert_agrees(scores, want_scores, count=32)

@@ -1,1 +1,1 @@
-"""The loss behind `clsp_fast.loss`: embeddings of all ranks, negatives and positives."""
+"""The parts of `clsp_fast.loss`: the checked problem, engines, negative and positive pairs, several ranks."""

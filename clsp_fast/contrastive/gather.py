@@ -1,13 +1,13 @@
 """A contrastive batch that is spread over the ranks of a process group.
 
-Every rank keeps its audio and sees all texts; logits and audio never travel. A rank of W, with N texts over
-all ranks, receives N D elements of text in their own dtype, N owners and, for the softmax kind, W N column
-sums; the backward pass reduce-scatters N D + W N elements in float32. The texts are gathered at once, not
-passed around in a ring: 32,768 of 512 bfloat16 numbers are 32 MiB, and a ring would hide their transfer at
-the price of W times as many kernels on smaller tiles.
+Every rank keeps its audio and sees all texts; logits and audio never travel. One of W ranks, with N texts
+over all ranks, receives N D elements of text in the caller's dtype, N owners and, for the softmax kind, W N
+column sums. The backward pass reduce-scatters N D + W N elements in float32. The texts are gathered in one
+step, not passed around in a ring: 32,768 texts of 512 bfloat16 numbers are 32 MiB. A ring would hide their
+transfer, but launch W times as many kernels on smaller tiles.
 
-Every rank's loss is that of the whole batch, so backward through a gathered tensor sums what all ranks ask of
-a shard. That is world_size times the gradient, which averaging over the ranks undoes.
+Every rank's loss is that of the whole batch, so the backward pass of a gathered tensor sums the gradients of
+all ranks by a shard. That is world_size times the gradient; averaging over the ranks undoes it.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, W ranks.
 """
@@ -25,14 +25,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shards:
-    """The ranks' shares of a batch.
+    """How a batch is spread over the ranks.
 
     Attributes:
-        group: the ranks, or None for a batch that is in one place.
+        group: the ranks; None for a batch in one place.
         clips: audio rows of each rank.
         texts: text rows of each rank.
-        rank: the place of this process in them.
-        dtype: of the embeddings as the caller has them; embeddings travel in it.
+        rank: the number of this process in these lists.
+        dtype: embeddings travel in it.
     """
 
     group: dist.ProcessGroup | None
@@ -50,7 +50,7 @@ class Shards:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Shards:
-        """Tells all ranks how much each has; the only exchange that the host waits for."""
+        """Tells all ranks the sizes of all shards. It is the only exchange for which the host waits."""
         if group is None:
             return cls(None, [clips], [texts], 0, dtype)
         local = torch.tensor([clips, texts], device=device)
@@ -69,7 +69,7 @@ class Shards:
 
     @property
     def first_clip(self) -> int:
-        """The number of this rank's first clip among those of all ranks."""
+        """The index of this rank's first clip among the clips of all ranks."""
         return sum(self.clips[: self.rank])
 
     def all_texts(self, text_ND: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Shards:
         return _gather(audio_MD, self.clips, self.group, self.dtype) if self.group is not None else audio_MD
 
     def all_of_texts(self, x_N: Tensor) -> Tensor:
-        """Numbers that belong to texts, of all ranks, in rank order."""
+        """One number for each text, of all ranks' texts, in rank order."""
         return _gather(x_N, self.texts, self.group, x_N.dtype) if self.group is not None else x_N
 
     def sum(self, x: Tensor) -> Tensor:
@@ -90,21 +90,25 @@ class Shards:
             return x
         return _gather(x[None], [1] * len(self.clips), self.group, x.dtype).sum(0)
 
-    def own_lse(self, column_N: Tensor) -> Tensor:
-        """Log-sum-exp over all ranks' rows, of this rank's texts, from every rank's over its own rows."""
+    def lse_over_ranks(self, column_N: Tensor) -> Tensor:
+        """Log-sum-exp of this rank's texts over the rows of all ranks.
+
+        `column_N` is the log-sum-exp of all ranks' texts over the rows of this rank.
+        """
         if self.group is None:
             return column_N
         column_WN = _gather(column_N[None], [1] * len(self.clips), self.group, column_N.dtype)
-        own_WN = torch.split(column_WN, self.texts, dim=1)[self.rank]
-        # Where no rank has a negative pair: the gradient of log-sum-exp would be NaN.
-        empty_N = own_WN.isneginf().all(0)
-        return own_WN.masked_fill(empty_N, 0.0).logsumexp(0).masked_fill(empty_N, -torch.inf)
+        local_WN = torch.split(column_WN, self.texts, dim=1)[self.rank]
+        # Where no rank has a negative pair, the gradient of log-sum-exp would be NaN.
+        empty_N = local_WN.isneginf().all(0)
+        return local_WN.masked_fill(empty_N, 0.0).logsumexp(0).masked_fill(empty_N, -torch.inf)
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in rank order; backward sums every rank's gradient of the local rows.
+    """The rows of all ranks in rank order; the backward pass sums every rank's gradients by the local rows.
 
-    `dtype` is what travels: one that rows widened from 16 bits fit into without loss.
+    Rows travel in `dtype`. It must hold them without loss, as 16 bits hold rows that were widened from 16
+    bits.
     """
 
     @staticmethod
@@ -112,7 +116,7 @@ class _GatherRows(torch.autograd.Function):
         ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup, dtype: torch.dtype
     ) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
-        # Collectives want equal shapes, so shards travel padded to the longest.
+        # Collectives need equal shapes, so every shard is padded to the longest.
         padded = _pad(rows.to(dtype).contiguous(), max(sizes))
         shards = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(shards, padded, group=group)
@@ -120,12 +124,12 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        # 16 bits are too few to add gradients in.
+        # 16 bits are too few for sums of gradients.
         wide = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32)).contiguous()
-        own = wide.new_empty(max(ctx.sizes), *wide.shape[1:])
-        shards = [_pad(shard, len(own)) for shard in torch.split(wide, ctx.sizes)]
-        dist.reduce_scatter(own, shards, group=ctx.group)
-        return own[: ctx.sizes[dist.get_rank(ctx.group)]].to(gradients[0].dtype), None, None, None
+        local = wide.new_empty(max(ctx.sizes), *wide.shape[1:])
+        shards = [_pad(shard, len(local)) for shard in torch.split(wide, ctx.sizes)]
+        dist.reduce_scatter(local, shards, group=ctx.group)
+        return local[: ctx.sizes[dist.get_rank(ctx.group)]].to(gradients[0].dtype), None, None, None
 
 
 def _pad(rows: Tensor, size: int) -> Tensor:

@@ -1,11 +1,12 @@
-"""Sums over the negative pairs of a contrastive batch on the CPU: what kernels/contrastive.py is on CUDA.
+"""The CPU engine: sums over the negative pairs of a contrastive batch, as kernels/contrastive.py on CUDA.
 
     s_ij = logit_scale <audio_i, text_j> + logit_bias over pairs with text_owner[j] != i
 
-2 M N D operations forward; backward 4 M N D, and 2 M N D more for logits that were not kept. Kept are as many
-rows of logits as `workspace_bytes` holds beside the memory that a pass works in (15 MB at D = 512); nothing
-is kept where no gradient is wanted. Everything is in the precision of the embeddings, float32 or float64, in
-an order that depends neither on the number of threads nor on the workspace.
+csrc/contrastive.h computes the sums, and docs/derivation.md derives them. The forward pass takes 2 M N D
+operations. The backward pass takes 4 M N D, and 2 M N D more for logits that were not kept. As many rows of
+logits are kept as `workspace_bytes` holds beside the memory of a pass (15 MB at D = 512), and none where no
+gradient is needed. Everything has the precision of the embeddings, float32 or float64, and an order of
+additions that depends neither on the number of threads nor on the workspace.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension.
 """
@@ -32,18 +33,21 @@ def negative_lse(
     text_owner_N: Tensor,
     *,
     logit_bias: Tensor | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    compute_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the negative pairs of every row and every column; -inf where there is none.
 
     Args:
-        audio_MD: float32 or float64 (M, D) on the CPU; M may be 0. `contrastive_loss` widens 16-bit ones, so
-            that gradients of positive and negative pairs are added before they are rounded.
+        audio_MD: float32 or float64 (M, D) on the CPU; M may be 0. `contrastive_loss` widens 16-bit
+        embeddings,
+            so that gradients of positive and negative pairs are added before they are rounded.
         text_ND: (N, D), same dtype; N may be 0.
         logit_scale: scalar.
-        text_owner_N: int64 (N,); values outside 0..M-1 own no row here.
+        text_owner_N: int64 (N,). A value outside 0..M-1 makes all pairs of its text negative.
         logit_bias: scalar added to all logits.
-        workspace_bytes: most memory beside arguments and results.
+        compute_dtype: ignored, because products on the CPU have the embeddings' dtype.
+        workspace_bytes: bound of the memory beside arguments and results, default 256 MiB.
 
     Returns:
         (M,) and (N,), same dtype; differentiable once in all floating arguments.
@@ -51,6 +55,7 @@ def negative_lse(
     Raises:
         TypeError: embeddings of other dtypes.
     """
+    del compute_dtype
     row_M, column_N, _ = _sum(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "softmax", workspace_bytes
     )
@@ -64,9 +69,14 @@ def negative_softplus(
     text_owner_N: Tensor,
     *,
     logit_bias: Tensor | None = None,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    compute_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
 ) -> Tensor:
-    """Sums (M,) of log(1 + exp s_ij) over the negative pairs of every row; else as `negative_lse`."""
+    """Sum of log(1 + exp s_ij) over the negative pairs of every row, (M,).
+
+    Arguments and errors are those of `negative_lse`.
+    """
+    del compute_dtype
     row_M, _, _ = _sum(audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, "sigmoid", workspace_bytes)
     return row_M
 
@@ -78,18 +88,19 @@ def _sum(
     text_owner_N: Tensor,
     logit_bias: Tensor | None,
     kind: str,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls the operator; logits are kept if there will be a backward pass."""
+    """Calls the operator. Logits are kept only if there will be a backward pass."""
     if audio_MD.dtype not in (torch.float32, torch.float64) or text_ND.dtype != audio_MD.dtype:
         raise TypeError(
             "audio_MD and text_ND must both be float32 or both float64, "
             f"got {audio_MD.dtype} and {text_ND.dtype}"
         )
     bias = logit_scale.new_zeros(()) if logit_bias is None else logit_bias
-    wanted = any(x.requires_grad for x in (audio_MD, text_ND, logit_scale, bias))
+    needs_gradient = any(x.requires_grad for x in (audio_MD, text_ND, logit_scale, bias))
     kept = 0
-    if wanted and torch.is_grad_enabled():
+    if needs_gradient and torch.is_grad_enabled():
+        workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
         elements = workspace_bytes // audio_MD.itemsize
         kept = _kept_logits(len(audio_MD), len(text_ND), audio_MD.shape[1], elements)
     sums: tuple[Tensor, Tensor, Tensor] = _sum_negatives(
@@ -99,17 +110,19 @@ def _sum(
 
 
 def _kept_logits(m: int, n: int, d: int, elements: int) -> int:
-    """The largest number of logits, in whole units of rows, that leaves room for a pass to work in."""
+    """The largest number of logits, in whole rows of tiles, that leaves room for the memory of a pass."""
     if m == 0 or n == 0:
         return 0
-    unit, tile, panel, block = _C.LOGIT_TILES
-    units, tiles = -(-m // unit), -(-n // tile)
-    panel, block = min(panel, units * unit), min(block, tiles * tile)
-    working = 2 * (panel + block) * (d + 31) + panel * block
-    return max(0, min(units, (elements - working) // (tiles * unit * tile))) * (tiles * unit * tile)
+    tile_rows, tile_columns, panel_rows, panel_columns = _C.LOGIT_TILES
+    tiles_m, tiles_n = -(-m // tile_rows), -(-n // tile_columns)
+    panel_rows = min(panel_rows, tiles_m * tile_rows)
+    panel_columns = min(panel_columns, tiles_n * tile_columns)
+    working = 2 * (panel_rows + panel_columns) * (d + 31) + panel_rows * panel_columns
+    row_of_tiles = tiles_n * tile_rows * tile_columns
+    return max(0, min(tiles_m, (elements - working) // row_of_tiles)) * row_of_tiles
 
 
-def _engine_arguments(
+def _extension_arguments(
     kind: str, audio_MD: Tensor, text_ND: Tensor, logit_scale: Tensor, text_owner_N: Tensor, bias: Tensor
 ) -> tuple[str, NDArray[Any], NDArray[Any], NDArray[Any], float, float]:
     audio, text, owner = (x.contiguous().numpy() for x in (audio_MD, text_ND, text_owner_N))
@@ -126,16 +139,16 @@ def _sum_negatives(
     kind: str,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of rows and columns (none of the latter for the sigmoid kind), and logits for the backward."""
+    """Sums of rows and of columns (no columns for the sigmoid kind), and logits for the backward pass."""
     sums: tuple[Tensor, Tensor, Tensor] = _make_sums(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, kept
     )
-    if 0 in (len(audio_MD), len(text_ND)):  # the engine takes one row or more of each
-        for sum_of_none in sums:
-            sum_of_none.fill_(-math.inf if kind == "softmax" else 0.0)
+    if 0 in (len(audio_MD), len(text_ND)):  # the extension refuses a side without rows
+        for empty_sum in sums:
+            empty_sum.fill_(-math.inf if kind == "softmax" else 0.0)
         return sums
     _C.sum_negatives(
-        *_engine_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
+        *_extension_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
         (sums[0].numpy(), sums[1].numpy()),
         sums[2].numpy(),
         num_threads=torch.get_num_threads(),
@@ -171,8 +184,10 @@ def _sum_negatives_backward(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by audio, text, scale and bias, each in the dtype of its argument; none for an embedding that
-    needs none, whose product is left out."""
+    """Gradients by audio, text, scale and bias, each in the dtype of its argument.
+
+    An embedding that needs no gradient gets no elements, and its product is left out.
+    """
     by_input: tuple[Tensor, Tensor, Tensor, Tensor] = _make_gradients(
         audio_MD,
         text_ND,
@@ -192,7 +207,7 @@ def _sum_negatives_backward(
             gradient.zero_()
         return by_input
     scale, bias = _C.sum_negatives_backward(
-        *_engine_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
+        *_extension_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
         tuple(x.numpy() for x in sums),
         tuple(x.contiguous().numpy() for x in gradients),
         kept.numpy(),
@@ -217,7 +232,7 @@ def _make_gradients(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # The scale's gradient comes with one of the products.
+    # One product is needed for the gradient by the scale, even if no embedding needs a gradient.
     return (
         audio_MD.new_empty(audio_MD.shape if needs_audio or not needs_text else 0),
         text_ND.new_empty(text_ND.shape if needs_text else 0),

@@ -1,17 +1,17 @@
 """From sums over negative pairs to a contrastive loss: what the positive pairs add, in O((M + N) D).
 
-Let T_i be the texts of audio i with a share w_ij > 0 of its target, accepted_i = lse over j in T_i of s_ij,
-and rejected_i the log-sum-exp over all other texts. The loss of a row is the sum of two positive terms,
+docs/derivation.md, section 2, derives the formulas. With T_i the texts of audio i that have a share w_ij > 0
+of its target, accepted_i the log-sum-exp of s_ij over T_i and rejected_i that over all other texts, the loss
+of a row is
 
-    lse_j s_ij - sum_j w_ij s_ij = softplus(rejected_i - accepted_i) + sum_j w_ij (accepted_i - s_ij),
+    lse_j s_ij - sum_j w_ij s_ij = softplus(rejected_i - accepted_i) + sum_j w_ij (accepted_i - s_ij)
 
-and its gradient by s_ij is -sigmoid(rejected_i - accepted_i) q_ij + (q_ij - w_ij), with q the softmax over
-T_i. The second terms are exactly 0 where T_i is one text. A small loss is never a difference of large
-numbers, so it keeps its digits, and so do the gradients, for any number of texts and any weights. A text's
-own loss is the case of one positive: softplus(rejected_j - s).
+No term is negative, and the second is exactly 0 where T_i is one text. So a small loss is never the
+difference of large numbers: it keeps its digits, and so do its gradients, for any number of texts and any
+weights. The loss of a text is the case of one positive, softplus(rejected_j - s).
 
-Products of positive pairs, and all numbers that belong to one audio or one text, are float64. Embeddings,
-their gradients and sums over negative pairs are in the dtype of the computation.
+Products of positive pairs, and what is computed from them, are float64. Embeddings, their gradients and sums
+over negative pairs are in the dtype of the computation.
 
 Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 """
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from clsp_fast.contrastive.gather import Shards
+from clsp_fast.contrastive.problem import Problem
 from clsp_fast.contrastive.sums import (
     cross_entropy_by_owner,
     dots,
     lse_by_owner,
+    normalise,
     of_owner,
     softplus,
     sum_by_owner,
@@ -36,71 +38,38 @@ from clsp_fast.contrastive.sums import (
 
 
 class Pairs(NamedTuple):
-    """What logits s_ij = scale <audio_i, text_j> + bias are made of.
+    """What logits s_ij = scale <audio_i, text_j> + bias are made of, in the dtype of the computation.
 
     Attributes:
-        audio_MD: this rank's audio.
-        text_ND: this rank's texts.
-        scale: scalar of the computation's dtype.
-        bias: scalar.
-        owner_N: int64, the audio row of each text.
-        shards: who else has a part of the batch.
-        raw: what audio_MD and text_ND were normalised from, in the caller's dtype; None where they were not.
-        in_order: whether text j is the only text of audio j, for every j. It saves work, no result changes.
+        problem: what the caller asked for.
+        audio_MD: this rank's audio, of unit norm if the problem says so.
+        text_ND: this rank's texts, likewise.
+        scale: scalar.
+        bias: scalar; 0 for the softmax kind, where it cancels and would only take digits from the logits.
+        shards: how much of the batch each rank has.
     """
 
+    problem: Problem
     audio_MD: Tensor
     text_ND: Tensor
     scale: Tensor
     bias: Tensor
-    owner_N: Tensor
     shards: Shards
-    raw: tuple[Tensor, Tensor] | None = None
-    in_order: bool = False
 
     def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This rank's audio, all ranks' texts, the scale, and owners counting from this rank's first clip."""
         first = self.shards.first_clip
-        owner_N = self.shards.all_of_texts(self.owner_N + first) - first
+        owner_N = self.shards.all_of_texts(self.problem.owner_N + first) - first
         return self.audio_MD, self.shards.all_texts(self.text_ND), self.scale, owner_N
-
-    def with_positives(self, *, means: bool) -> tuple[Pairs, Positives]:
-        """These pairs, for all that is computed from them, and their positives; means only if asked for."""
-        shards, mean_text_D, mean_audio_D = self.shards, None, None
-        if means:
-            mean_text_D = shards.sum(self.text_ND.sum(0)) / shards.total_texts
-            mean_audio_D = shards.sum(self.audio_MD.sum(0)) / shards.total_clips
-        found = dots(
-            self.audio_MD,
-            self.text_ND,
-            None if self.in_order else self.owner_N,
-            mean_text_D,
-            mean_audio_D,
-            self.raw,
-        )
-        passed = self._replace(  # embeddings that need no gradient stay such
-            audio_MD=found.audio_MD if self.audio_MD.requires_grad else self.audio_MD,
-            text_ND=found.text_ND if self.text_ND.requires_grad else self.text_ND,
-        )
-        return passed, Positives(
-            self._logits(found.pair_N),
-            None if found.mean_M is None else self._logits(found.mean_M),
-            None if found.mean_N is None else self._logits(found.mean_N),
-        )
-
-    def _logits(self, cosines: Tensor) -> Tensor:
-        return self.scale * cosines + self.bias
 
 
 class Positives(NamedTuple):
-    """Logits that belong to one audio or text each.
+    """The logits of positive pairs, and the mean logits that label smoothing needs.
 
     Attributes:
-        pair_N: s of each text and its audio.
-        mean_M: mean s of each audio over the texts of all ranks.
-        mean_N: mean s of each text over the audio of all ranks.
-
-    `pair_N` is float64.
+        pair_N: float64, the logit of each text and its audio.
+        mean_M: mean logit of each audio over the texts of all ranks; None without smoothing.
+        mean_N: mean logit of each text over the audio of all ranks; None without smoothing.
     """
 
     pair_N: Tensor
@@ -108,48 +77,92 @@ class Positives(NamedTuple):
     mean_N: Tensor | None
 
 
-def softmax_loss(
-    pairs: Pairs,
-    positives: Positives,
-    row_M: Tensor,
-    column_N: Tensor,
-    *,
-    weights: Tensor | None,
-    label_smoothing: float,
-) -> Tensor:
-    """The two-sided loss of `contrastive_loss`.
+def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
+    """The embeddings in the dtype of the computation, and the logits of their positive pairs.
+
+    Use the embeddings in the pairs for everything else: `dots` then adds the gradients of the positive pairs
+    to theirs in place.
+    """
+    audio_MD, text_ND, dtype = problem.audio_MD, problem.text_ND, problem.dtype
+    # 16-bit embeddings travel as they are; rows that are normalised here no longer fit into 16 bits.
+    travels = dtype if problem.normalize else audio_MD.dtype
+    shards = Shards.agree(problem.group, len(audio_MD), len(text_ND), audio_MD.device, travels)
+    raw = (audio_MD.detach(), text_ND.detach()) if problem.normalize else None
+    # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
+    if problem.normalize:
+        audio_MD, text_ND = normalise(audio_MD, dtype), normalise(text_ND, dtype)
+    else:
+        audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
+    scale = _scalar(problem.scale, audio_MD)
+    bias = _scalar(problem.bias if problem.kind == "sigmoid" else 0.0, audio_MD)
+    mean_text_D = mean_audio_D = None
+    if problem.smoothing > 0:
+        mean_text_D = shards.sum(text_ND.sum(0)) / shards.total_texts
+        mean_audio_D = shards.sum(audio_MD.sum(0)) / shards.total_clips
+    owner_N = None if problem.one_caption_each else problem.owner_N
+    products = dots(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D, raw)
+    # All results of `dots` require a gradient if one input does; embeddings that need none must not.
+    audio_MD = products.audio_MD if audio_MD.requires_grad else audio_MD
+    text_ND = products.text_ND if text_ND.requires_grad else text_ND
+    return Pairs(problem, audio_MD, text_ND, scale, bias, shards), Positives(
+        scale * products.pair_N + bias,
+        None if products.mean_M is None else scale * products.mean_M + bias,
+        None if products.mean_N is None else scale * products.mean_N + bias,
+    )
+
+
+def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
+    """A scalar tensor of the dtype and on the device of `like`."""
+    if isinstance(x, Tensor):
+        return x.to(like.device, like.dtype)
+    return torch.full((), x, device=like.device, dtype=like.dtype)
+
+
+def softmax_loss(pairs: Pairs, positives: Positives, row_M: Tensor, column_N: Tensor) -> Tensor:
+    """The loss with kind="softmax".
 
     Args:
         pairs: the embeddings.
-        positives: theirs; with means if there is smoothing.
+        positives: their positive pairs; with means if there is smoothing.
         row_M: log-sum-exp of each audio row's negatives.
-        column_N: log-sum-exp of each own text's negatives, over the rows of all ranks.
-        weights: of the texts, or None.
-        label_smoothing: as of `contrastive_loss`.
+        column_N: log-sum-exp of the negatives of each text of this rank, over the rows of all ranks.
     """
-    shards, pair_N = pairs.shards, positives.pair_N
+    problem, shards, pair_N = pairs.problem, pairs.shards, positives.pair_N
     columns_N = softplus(column_N - pair_N)
     if positives.mean_N is not None:
-        columns_N = columns_N + label_smoothing * (pair_N - positives.mean_N)
-    if pairs.in_order and weights is None:
+        columns_N = columns_N + problem.smoothing * (pair_N - positives.mean_N)
+    if problem.one_caption_each and problem.weights is None:
         rows_M, targets_M, captioned_M = softplus(row_M - pair_N), pair_N, torch.ones_like(pair_N)
     else:
-        rows_M, targets_M, captioned_M = _row_losses(row_M, pair_N, pairs.owner_N, weights)
+        rows_M, targets_M, captioned_M = _row_losses(row_M, pair_N, problem.owner_N, problem.weights)
     if positives.mean_M is not None:
-        rows_M = rows_M + label_smoothing * captioned_M * (targets_M - positives.mean_M)
+        rows_M = rows_M + problem.smoothing * captioned_M * (targets_M - positives.mean_M)
     captioned = shards.sum(captioned_M.sum()).clamp(min=1)
-    return shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
+    loss = shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
+    return loss + 0.0 * problem.bias  # the bias cancels: its gradient is 0
+
+
+def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor) -> Tensor:
+    """The loss with kind="sigmoid", from sums (M,) of softplus over each audio row's negatives."""
+    shards = pairs.shards
+    loss = total(sums_M) + total(softplus(-positives.pair_N))
+    if positives.mean_M is not None:
+        of_all = total(positives.mean_M) * shards.total_texts
+        loss = loss + pairs.problem.smoothing * (total(positives.pair_N) - of_all / 2)
+    return shards.sum(loss) / (shards.total_clips * shards.total_texts)
 
 
 def _row_losses(
     row_M: Tensor, pair_N: Tensor, owner_N: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each audio: lse_j s_ij - sum_j w_ij s_ij, its target sum_j w_ij s_ij, and 1. All three are 0 for
-    audio without a caption of positive weight."""
+    """Three numbers for each audio: lse_j s_ij - sum_j w_ij s_ij, its target sum_j w_ij s_ij, and 1.
+
+    All three are 0 for an audio that has no caption of positive weight.
+    """
     clips = len(row_M)
     share_N, captioned_M = _shares(weights, owner_N, clips, pair_N)
     if weights is not None:
-        # A caption without weight is one more wrong text of its clip.
+        # A caption of weight 0 counts as a wrong text of its clip.
         index_M = torch.arange(clips, device=owner_N.device)
         row_M = lse_by_owner(
             torch.cat([row_M.to(pair_N.dtype), pair_N]),
@@ -158,29 +171,19 @@ def _row_losses(
             clips,
         )
     accepted_M = lse_by_owner(pair_N, share_N > 0, owner_N, clips)
-    # Without this, a clip that has neither captions nor negatives would make inf - inf.
+    # Otherwise inf - inf for a clip that has neither captions nor negatives.
     accepted_M = torch.where(captioned_M, accepted_M, 0.0)
     rows_M = softplus(row_M - accepted_M) + cross_entropy_by_owner(pair_N, share_N, owner_N, clips)
     targets_M = sum_by_owner(share_N * pair_N, owner_N, clips)
     return torch.where(captioned_M, rows_M, 0.0), targets_M, captioned_M.to(pair_N.dtype)
 
 
-def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor, *, label_smoothing: float) -> Tensor:
-    """The pairwise loss of `contrastive_loss` from sums (M,) of softplus over each audio row's negatives."""
-    shards = pairs.shards
-    loss = total(sums_M) + total(softplus(-positives.pair_N))
-    if positives.mean_M is not None:
-        of_all = total(positives.mean_M) * shards.total_texts
-        loss = loss + label_smoothing * (total(positives.pair_N) - of_all / 2)
-    return shards.sum(loss) / (shards.total_clips * shards.total_texts)
-
-
 def _shares(weights: Tensor | None, owner_N: Tensor, clips: int, like_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (N,) that add up to 1 over the texts of an audio, and whether it has a text with a weight."""
+    """Weights (N,) that add up to 1 over the texts of an audio, and whether an audio has any weight (M,)."""
     if weights is None:
         weight_N = torch.ones_like(like_N)
     else:
-        # Relative to the largest of their audio, so that no sum of finite weights is infinite.
+        # Divided by the largest weight of the audio, so that no sum of finite weights is infinite.
         wide_N = weights.to(like_N.dtype)
         largest_M = wide_N.new_zeros(clips).scatter_reduce(0, owner_N, wide_N, "amax")
         weight_N = wide_N / torch.where(largest_M > 0, largest_M, 1.0)[owner_N]

@@ -1,7 +1,8 @@
-"""Sums over embeddings and captions, differentiable, in an order of addition that nothing outside decides.
+"""Differentiable sums over embeddings and captions, in a fixed order of additions.
 
-Neither the number of threads nor a race of a GPU's blocks changes a bit. torch's own matrix-vector products,
-long sums, softplus and accumulating index_put on the CPU, index_add on CUDA, do not promise that.
+Neither the number of threads nor a race between the blocks of a GPU changes a bit. torch does not promise
+that for its matrix-vector products, long sums, softplus and accumulating index_put on the CPU, and for
+index_add on CUDA.
 
 Shape suffixes: M audio rows, N text rows, B rows of either, P rows of a part, D joint dimension.
 """
@@ -16,19 +17,19 @@ from torch import Tensor
 
 _ROWS_AT_ONCE = 512
 _SHORT = 1024
-"""So many numbers torch leaves to one thread."""
+"""torch computes with one thread on up to so many numbers."""
 _LEAST_NORM = 1e-12
-"""As in `torch.nn.functional.normalize`."""
+"""That of `torch.nn.functional.normalize`."""
 
 
 class Dots(NamedTuple):
-    """Inner products that the loss needs, and the embeddings themselves, unchanged.
+    """The inner products that the loss needs, and the embeddings themselves, unchanged.
 
     Attributes:
         audio_MD, text_ND: the embeddings.
-        pair_N: of each text and its audio.
-        mean_M, mean_N: of each audio with the mean text, and of each text with the mean audio; None without
-            these means.
+        pair_N: product of each text and its audio.
+        mean_M: product of each audio with the mean text; None where no mean was given.
+        mean_N: product of each text with the mean audio; None where no mean was given.
     """
 
     audio_MD: Tensor
@@ -46,55 +47,58 @@ def dots(
     mean_audio_D: Tensor | None,
     raw: tuple[Tensor, Tensor] | None = None,
 ) -> Dots:
-    """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with means where they are given.
+    """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with the means that are given.
 
-    Without `owner_N` text j belongs to audio j; the audio is then not copied.
+    Without `owner_N`, text j belongs to audio j, and the audio is not copied.
 
-    The products of pairs are exact to float64: two captions of a clip that fit it alike ask for gradients as
-    small as the difference of their products, of which float32 sums leave nothing. `raw` are the rows that
-    the embeddings were normalised from: what rounding took from unit rows is then not missing either.
+    The products of pairs are computed in float64. If two captions fit their clip equally well, the gradients
+    are as small as the difference of the two products, and float32 sums would leave no digit of it. `raw` are
+    the rows from which the embeddings were normalised: products of these also keep what rounding took from
+    the unit rows.
 
-    What is computed from the embeddings returned sends its gradients back through here, where those of the
-    dots are added in place: beside the gradients by all logits no second ones of their size exist. Nobody
-    else holds what is changed, since nobody else has seen what this returned.
+    Use the returned embeddings for everything else. Their gradients then pass through here, where the
+    gradients of the dots are added in place: no second matrix of gradients of that size exists. Nothing but
+    the loss may use the returned embeddings, so that nothing else holds the gradients that are changed.
     """
     return Dots(*_Dots.apply(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D, raw))  # type: ignore[no-untyped-call]
 
 
 def normalise(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of unit norm in `dtype`, as `torch.nn.functional.normalize`; no other copy is kept, and the
-    gradient that comes back is changed in place."""
+    """Rows of unit norm in `dtype`, as `torch.nn.functional.normalize`.
+
+    Only the result is kept for the backward pass, which changes the incoming gradient in place.
+    """
     return cast(Tensor, _Normalise.apply(x_BD, dtype))  # type: ignore[no-untyped-call]
 
 
 def sum_by_owner(x_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
-    """Sum of the numbers of each owner, (rows,)."""
+    """Sum of each owner's numbers, (rows,)."""
     return cast(Tensor, _SumByOwner.apply(x_N, owner_N, rows))  # type: ignore[no-untyped-call]
 
 
 def of_owner(x_M: Tensor, owner_N: Tensor) -> Tensor:
-    """The number of each text's owner, (N,)."""
+    """The number of the owner of each text, (N,)."""
     return cast(Tensor, _OfOwner.apply(x_M, owner_N))  # type: ignore[no-untyped-call]
 
 
 def lse_by_owner(x_N: Tensor, counts_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
-    """Log-sum-exp (rows,) of the numbers of each owner that count, bool (N,); -inf where none does."""
+    """Log-sum-exp (rows,) of each owner's numbers, where counts_N, bool, is true; -inf where it never is."""
     return cast(Tensor, _LseByOwner.apply(x_N, counts_N, owner_N, rows))  # type: ignore[no-untyped-call]
 
 
 def cross_entropy_by_owner(x_N: Tensor, share_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
-    """sum_j share_j (lse - x_j) over the numbers of each owner whose share is positive, (rows,).
+    """sum_j share_j (lse - x_j) over those of each owner's numbers that have a positive share, (rows,).
 
-    lse is the log-sum-exp of these numbers; the shares of an owner must add up to 1. The result of one number
-    is exactly 0, and so is its gradient.
+    lse is the log-sum-exp of these numbers. The shares of an owner must add up to 1. For a single number, the
+    result and its gradient are exactly 0.
     """
     return cast(Tensor, _CrossEntropyByOwner.apply(x_N, share_N, owner_N, rows))  # type: ignore[no-untyped-call]
 
 
 def softplus(x_B: Tensor) -> Tensor:
-    """log(1 + exp x) of each number, accurate to the last digits however small."""
+    """log(1 + exp x) of each number, accurate to the last digits, however small it is."""
     if x_B.is_cuda or len(x_B) <= _SHORT:
-        # Beyond the threshold torch returns x; 40 keeps that exact in float64.
+        # Above the threshold torch returns x, which is exact in float64 from 40 on.
         return torch.nn.functional.softplus(x_B, threshold=40.0)
     return cast(Tensor, _Softplus.apply(x_B))  # type: ignore[no-untyped-call]
 
@@ -111,7 +115,7 @@ def _parts(rows: int) -> Iterator[slice]:
 
 
 def _add_to_owners(total: Tensor, owner_N: Tensor, x: Tensor) -> None:
-    """Adds each row of x to its owner's row, one after the other."""
+    """Adds each row of x to the row of its owner, in order."""
     if total.is_cuda:
         total.index_put_((owner_N,), x, accumulate=True)
     else:
@@ -119,7 +123,7 @@ def _add_to_owners(total: Tensor, owner_N: Tensor, x: Tensor) -> None:
 
 
 def _of_texts(audio_MD: Tensor, owner_N: Tensor | None, part: slice) -> Tensor:
-    """The audio of some texts, not to be changed."""
+    """The audio of each text of a part. It may be a view: do not change it."""
     return audio_MD[part] if owner_N is None else audio_MD.index_select(0, owner_N[part])
 
 
@@ -163,7 +167,7 @@ class _Dots(torch.autograd.Function):
             if needs_text:
                 d_text_ND[p].addcmul_(d_pair_P1, _of_texts(audio_MD, owner_N, p))
             if needs_audio and owner_N is None:
-                d_audio_MD[p].add_(d_pair_P1 * text_ND[p])  # addcmul_ would round otherwise than below
+                d_audio_MD[p].add_(d_pair_P1 * text_ND[p])  # rounds as with owners; addcmul_ would not
             elif needs_audio:
                 _add_to_owners(d_audio_MD, owner_N[p], d_pair_P1 * text_ND[p])
         d_mean_text_D = _vector_gradient(audio_MD, mean_text_D, d_mean_M, d_audio_MD if needs_audio else None)
@@ -173,8 +177,8 @@ class _Dots(torch.autograd.Function):
 
 
 def _cosines(a_PD: Tensor, b_PD: Tensor) -> Tensor:
-    """<a, b> of the unit rows that `normalise` makes, in float64 (P,)."""
-    # The first is a copy, also of what is float64 already: it is changed in place.
+    """<a, b> of rows that `normalise` would make of a and b, in float64 (P,)."""
+    # The first must be a copy even of float64 rows, because it is changed in place.
     a_PD, b_PD = a_PD.to(torch.float64, copy=True), b_PD.double()
     norm_P = torch.linalg.vector_norm(a_PD, dim=1).clamp_(min=_LEAST_NORM)
     norm_P *= torch.linalg.vector_norm(b_PD, dim=1).clamp_(min=_LEAST_NORM)
@@ -190,7 +194,7 @@ def _with_vector(x_BD: Tensor, vector_D: Tensor | None) -> Tensor | None:
 def _vector_gradient(
     x_BD: Tensor, vector_D: Tensor | None, d_dots_B: Tensor | None, d_x_BD: Tensor | None
 ) -> Tensor | None:
-    """The gradient by the vector; that by the rows is added to d_x_BD."""
+    """The gradient by the vector. The gradient by the rows is added to d_x_BD."""
     if vector_D is None or d_dots_B is None:
         return None
     d_vector_D = torch.zeros_like(vector_D)
@@ -222,10 +226,10 @@ class _Normalise(torch.autograd.Function):
 
 
 class _Softplus(torch.autograd.Function):
-    """log(1 + exp(x)) whose bits do not depend on the number of threads.
+    """log(1 + exp x) whose bits do not depend on the number of threads.
 
     torch's vectorised softplus rounds differently in the scalar tail of each thread's chunk, so its result
-    does. exp and log1p do not.
+    depends on the number of threads. exp and log1p do not.
     """
 
     @staticmethod
@@ -270,32 +274,32 @@ class _OfOwner(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """Softmax over the numbers of each owner that count.
+    """Softmax over those of each owner's numbers that count.
 
     Attributes:
-        largest_M: the largest number; -inf where none counts.
-        rest_M: sum over the others of exp(number - largest).
-        share_N: of each number; 0 where it does not count.
-        is_largest_N: whether it is the number that was taken as the largest: one an owner.
+        peak_M: the largest number; -inf where none counts.
+        rest_M: sum of exp(number - peak) over all numbers but the peak.
+        share_N: the softmax; 0 where a number does not count.
+        is_peak_N: whether a number is the peak of its owner: one of equal ones.
     """
 
-    largest_M: Tensor
+    peak_M: Tensor
     rest_M: Tensor
     share_N: Tensor
-    is_largest_N: Tensor
+    is_peak_N: Tensor
 
 
 def _softmax_by_owner(x_N: Tensor, counts_N: Tensor, owner_N: Tensor, rows: int) -> _Softmax:
     x_N = torch.where(counts_N, x_N, -torch.inf)
-    largest_M = x_N.new_full((rows,), -torch.inf).scatter_reduce(0, owner_N, x_N, "amax")
+    peak_M = x_N.new_full((rows,), -torch.inf).scatter_reduce(0, owner_N, x_N, "amax")
     index_N = torch.arange(len(x_N), device=x_N.device)
-    candidate_N = torch.where(counts_N & (x_N == largest_M[owner_N]), index_N, -1)
-    chosen_M = torch.full_like(largest_M, -1, dtype=torch.int64)
-    is_largest_N = index_N == chosen_M.scatter_reduce(0, owner_N, candidate_N, "amax")[owner_N]
-    shift_M = torch.where(largest_M.isneginf(), 0.0, largest_M)
+    candidate_N = torch.where(counts_N & (x_N == peak_M[owner_N]), index_N, -1)
+    chosen_M = torch.full_like(peak_M, -1, dtype=torch.int64)
+    is_peak_N = index_N == chosen_M.scatter_reduce(0, owner_N, candidate_N, "amax")[owner_N]
+    shift_M = torch.where(peak_M.isneginf(), 0.0, peak_M)
     exp_N = (x_N - shift_M[owner_N]).exp()
-    rest_M = sum_by_owner(torch.where(is_largest_N, 0.0, exp_N), owner_N, rows)
-    return _Softmax(largest_M, rest_M, exp_N / (1 + rest_M)[owner_N], is_largest_N)
+    rest_M = sum_by_owner(torch.where(is_peak_N, 0.0, exp_N), owner_N, rows)
+    return _Softmax(peak_M, rest_M, exp_N / (1 + rest_M)[owner_N], is_peak_N)
 
 
 class _LseByOwner(torch.autograd.Function):
@@ -303,7 +307,7 @@ class _LseByOwner(torch.autograd.Function):
     def forward(ctx: Any, x_N: Tensor, counts_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
         softmax = _softmax_by_owner(x_N, counts_N, owner_N, rows)
         ctx.save_for_backward(softmax.share_N, owner_N)
-        return softmax.largest_M + softmax.rest_M.log1p()
+        return softmax.peak_M + softmax.rest_M.log1p()
 
     @staticmethod
     def backward(ctx: Any, d_lse_M: Tensor) -> tuple[Tensor, None, None, None]:
@@ -312,20 +316,20 @@ class _LseByOwner(torch.autograd.Function):
 
 
 class _CrossEntropyByOwner(torch.autograd.Function):
-    """Every term is positive, so that nothing cancels: share_j ((largest - x_j) + log(1 + rest)).
+    """sum_j share_j ((peak - x_j) + log(1 + rest)): no term is negative, so that nothing cancels.
 
-    The gradient is softmax - share. That of the largest number is minus the sum of the others': where its
-    softmax and its share are both almost 1, their difference would have no digits.
+    The gradient is softmax - share. The gradient of the peak is computed as minus the sum of the others:
+    where its softmax and its share are both almost 1, their difference would have no digits.
     """
 
     @staticmethod
     def forward(ctx: Any, x_N: Tensor, share_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
         counts_N = share_N > 0
         softmax = _softmax_by_owner(x_N, counts_N, owner_N, rows)
-        others_N = torch.where(softmax.is_largest_N, 0.0, softmax.share_N - share_N)
-        of_largest_M = sum_by_owner(others_N, owner_N, rows).neg_()
-        slope_N = torch.where(softmax.is_largest_N, of_largest_M[owner_N], others_N)
-        lse_M = torch.where(softmax.largest_M.isneginf(), 0.0, softmax.largest_M)
+        others_N = torch.where(softmax.is_peak_N, 0.0, softmax.share_N - share_N)
+        of_peak_M = sum_by_owner(others_N, owner_N, rows).neg_()
+        slope_N = torch.where(softmax.is_peak_N, of_peak_M[owner_N], others_N)
+        lse_M = torch.where(softmax.peak_M.isneginf(), 0.0, softmax.peak_M)
         below_N = (lse_M[owner_N] - x_N) + softmax.rest_M.log1p()[owner_N]
         ctx.save_for_backward(slope_N, below_N if ctx.needs_input_grad[1] else None, owner_N)
         return sum_by_owner(torch.where(counts_N, share_N * below_N, 0.0), owner_N, rows)

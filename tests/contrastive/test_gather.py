@@ -1,4 +1,4 @@
-"""The loss of a batch that is spread over processes is that of the whole batch in one."""
+"""A batch that is spread over processes has the loss and the gradients of the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clsp_fast.loss import contrastive_loss
 
-# Shards of unequal sizes with unequal numbers of captions; world n is the first n of them.
+# Shards of different sizes with different numbers of captions; a world of n ranks has the first n.
 CLIPS, TEXTS = [3, 5, 1, 2], [6, 7, 1, 2]
 SPREAD = [
     {},
@@ -30,7 +30,7 @@ SPREAD = [
 
 
 def spread_case(data: dict, ranks: range, options: dict, implementation: str, group: object) -> list[Tensor]:
-    """Loss and gradients of the batch of these ranks, of which this process has all or one."""
+    """Loss and gradients of the batch of `ranks`; this process holds all of them, or one with `group`."""
     options, dtype = dict(options), torch.float32 if implementation == "triton" else torch.float64
     matrix, scale = (data[name].to(dtype, copy=True).requires_grad_() for name in ("matrix", "scale"))
     texts, one_caption = data["text"], options.pop("one_caption", False)
@@ -70,13 +70,13 @@ def travels(rank: int, kind: str) -> list[tuple[str, str, int]]:
 
 
 def _rank_main(rank: int, folder: str) -> None:
-    """One process: its shard's results, averaged over ranks as DDP would, for every number of ranks, go to a
-    file."""
+    """The main function of a process. For every number of ranks, it saves the results of its shard to a file,
+    with gradients averaged over the ranks as DDP averages them."""
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(CLIPS))
     data = torch.load(f"{folder}/batch.pt", weights_only=True)
-    found = {"travels": {kind: travels(rank, kind) for kind in ("softmax", "sigmoid")}}
+    recorded = {"travels": {kind: travels(rank, kind) for kind in ("softmax", "sigmoid")}}
     for world in range(1, len(CLIPS) + 1):
         group = dist.new_group(list(range(world)))
         if rank >= world:
@@ -87,8 +87,8 @@ def _rank_main(rank: int, folder: str) -> None:
                 for gradient in results[1:]:
                     dist.all_reduce(gradient, group=group)
                     gradient /= world
-                found[f"{world} {case} {implementation}"] = results
-    torch.save(found, f"{folder}/{rank}.pt")
+                recorded[f"{world} {case} {implementation}"] = results
+    torch.save(recorded, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -105,24 +105,24 @@ def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None
     torch.save(data, tmp_path / "batch.pt")
     mp.spawn(_rank_main, args=(str(tmp_path),), nprocs=len(CLIPS))
     for rank in range(len(CLIPS)):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        check_what_travelled(found.pop("travels"))
-        for name, results in found.items():
+        recorded = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        check_what_travelled(recorded.pop("travels"))
+        for name, results in recorded.items():
             world, case, implementation = name.split()
             whole = spread_case(data, range(int(world)), SPREAD[int(case)], "reference", None)
-            # Sums of some tens of terms, whose exponents are logits of up to 12; kernels add them in float32.
+            # Sums of tens of terms whose exponents are logits of up to 12. Kernels add them in float32.
             dtype = torch.float32 if implementation == "triton" else torch.float64
             gradient = norm([norm(x) for x in whole[1:]])
             for value, expected, size in zip(results, whole, (whole[0], gradient, gradient), strict=True):
                 assert_agrees(value, expected, count=100, dtype=dtype, size=size, name=f"{rank}: {name}")
 
 
-def check_what_travelled(found: dict[str, list[tuple[str, str, int]]]) -> None:
-    """What the docstring of `clsp_fast.gather` says, with shards padded to the longest; no logits."""
+def check_what_travelled(steps_of_kind: dict[str, list[tuple[str, str, int]]]) -> None:
+    """The exchanges are those that the docstring of gather.py lists, padded to the longest shard."""
     texts, all_texts, world, dim = max(TEXTS), sum(TEXTS), len(CLIPS), 6
-    for kind, steps in found.items():
+    for kind, steps in steps_of_kind.items():
         columns = all_texts if kind == "softmax" else 0
-        large = [step for step in steps if step[2] > world]  # others are scalars of all ranks
+        large = [step for step in steps if step[2] > world]  # the rest are scalars
         expected = [
             ("all_gather", "torch.int64", texts),
             ("all_gather", "torch.bfloat16", texts * dim),

@@ -1,5 +1,5 @@
-"""The engine behind the contrastive loss on the CPU, for every instruction set, size, workspace and number of
-threads, against sums over dense float64 logits; and the operator that torch sees."""
+"""The CPU engine against sums over dense float64 logits (docs/derivation.md, section 3), for all instruction
+sets, sizes, workspaces and numbers of threads; and the operator that torch sees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clsp_fast import _C
 from clsp_fast.contrastive import negatives
 
 ISAS = _C.instruction_sets()
-# One pair; less than a micro-tile; several units and tiles, ragged; several panels and blocks.
+# One pair; less than a micro-tile; several tiles, the last ones incomplete; several panels.
 SIZES = [(1, 1, 3), (2, 3, 8), (97, 385, 33), (800, 1600, 20)]
 SMALL, LARGE = 0, 1 << 30
 
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(m: int, n: int, d: int, dtype: torch.dtype = torch.float64, scale: float = 9.0) -> Batch:
-    """Owners may lie outside: those belong to other ranks' audio."""
+    """Some owners lie outside 0..m-1: their texts belong to audio of other ranks."""
     audio, text = (F.normalize(torch.randn(k, d, dtype=torch.float64), dim=1).to(dtype) for k in (m, n))
     scale_, bias = (torch.tensor(x, dtype=dtype) for x in (scale, -1.5))
     return Batch(audio, text, scale_, torch.randint(-2, m + 2, (n,)), bias)
@@ -56,14 +56,14 @@ def run_engine(
     threads: int = 2,
     isa: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Row sums, column sums, and gradients by audio, text, scale and bias; all memory is NaN before."""
+    """Row sums, column sums, and gradients by audio, text, scale and bias, in memory that held NaN."""
     audio, text, scale, owner, bias = batch
     kept = negatives._kept_logits(len(audio), len(text), audio.shape[1], workspace // audio.itemsize)
     shapes = [(len(audio),), (len(text) if kind == "softmax" else 0,), (kept,), audio.shape, text.shape]
     row, column, logits, d_audio, d_text = (
         torch.full(s, math.nan, dtype=audio.dtype).numpy() for s in shapes
     )
-    arguments = negatives._engine_arguments(kind, audio, text, scale, owner, bias)
+    arguments = negatives._extension_arguments(kind, audio, text, scale, owner, bias)
     _C.sum_negatives(*arguments, (row, column), logits, num_threads=threads, isa=isa)
     d_out = tuple(x.numpy() for x in d_sums)
     d_scale, d_bias = _C.sum_negatives_backward(
@@ -113,28 +113,30 @@ def test_sums_and_gradients_are_those_of_dense_logits(
     for workspace in (SMALL, 3 << 20, LARGE):
         row, column, *gradients = run_engine(batch, kind, d_sums, workspace, isa=isa)
         # Sums of up to 1,600 terms whose exponents are logits.
-        for ours, theirs in zip((row, column), sums, strict=True):
-            assert_agrees(ours, theirs, count=1e3)
-        for ours, theirs in zip(gradients, expected, strict=True):
-            assert_agrees(ours, theirs, count=1e3, size=whole)
+        for result, dense in zip((row, column), sums, strict=True):
+            assert_agrees(result, dense, count=1e3)
+        for result, dense in zip(gradients, expected, strict=True):
+            assert_agrees(result, dense, count=1e3, size=whole)
 
 
 def assert_as_exact_as_torch(
-    found: tuple[Tensor, ...], batch: Batch, kind: str, d_sums: tuple[Tensor, Tensor]
+    results: tuple[Tensor, ...], batch: Batch, kind: str, d_sums: tuple[Tensor, Tensor]
 ) -> None:
-    """Sums and gradients in float32 beside those of dense logits in float32."""
+    """Errors of float32 sums and gradients are at most twice those of dense logits in float32."""
     plain, truth = (
         [*dense_sums(batch, kind, dtype), *dense_gradients(batch, kind, d_sums, dtype)]
         for dtype in (torch.float32, torch.float64)
     )
     whole = norm([norm(x) for x in truth[2:]])
     names = ("rows", "columns", "audio", "text", "scale", "bias")
-    for name, ours, theirs, exact in zip(names, found, plain, truth, strict=True):
-        if name in ("scale", "bias"):  # sums over all pairs: along rows, then over rows
+    for name, result, dense, exact in zip(names, results, plain, truth, strict=True):
+        if name in ("scale", "bias"):  # sums over all pairs: along each row, then over rows
             count = (len(batch.audio_MD) * len(batch.text_ND)) ** 0.5
-            assert_agrees(ours, exact, count=count, dtype=torch.float32, size=whole, name=name)
+            assert_agrees(result, exact, count=count, dtype=torch.float32, size=whole, name=name)
         else:
-            assert_as_exact(ours, theirs, exact, size=whole if name in ("audio", "text") else None, name=name)
+            assert_as_exact(
+                result, dense, exact, size=whole if name in ("audio", "text") else None, name=name
+            )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -146,9 +148,9 @@ def test_single_precision_is_as_exact_as_its_logits(isa: str, scale: float, kind
     assert_as_exact_as_torch(run_engine(batch, kind, d_sums, isa=isa), batch, kind, d_sums)
 
 
-def test_far_logits_take_the_way_with_two_exponentials() -> None:
+def test_logits_far_apart_take_two_exponentials() -> None:
     batch = make_batch(100, 400, 16, torch.float32, 100.0)
-    batch.audio_MD[::3] *= 0.01  # rows whose normalisers are 90 below those of others
+    batch.audio_MD[::3] *= 0.01  # the normalisers of these rows are 90 below those of the others
     d_sums = random_gradients(batch, "softmax")
     assert_as_exact_as_torch(run_engine(batch, "softmax", d_sums), batch, "softmax", d_sums)
 
@@ -161,8 +163,8 @@ def test_normalisers_beyond_the_range_of_an_exponential_alone(isa: str, scale: f
     d_sums = random_gradients(batch, "softmax")
     *_, d_scale, d_bias = run_engine(batch, "softmax", d_sums, isa=isa)
     expected = float(sum(d_sums).sum())  # every row and column spreads its gradient over equal logits
-    for found in (d_scale, d_bias):  # an exponent of the scale's size is rounded, and then subtracted
-        assert_agrees(found, expected, count=FEW + scale, dtype=torch.float32)
+    for gradient in (d_scale, d_bias):  # rounds an exponent as large as the scale
+        assert_agrees(gradient, expected, count=FEW + scale, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 5), (4, 0), (0, 0)])
@@ -188,8 +190,8 @@ def test_no_bit_depends_on_threads_or_workspace_or_the_run(dtype: torch.dtype, k
     d_sums = random_gradients(batch, kind)
     first = run_engine(batch, kind, d_sums, threads=1)
     for threads, workspace in [(1, LARGE), (2, LARGE), (2, SMALL), (3, 6 << 20), (5, LARGE), (2, LARGE)]:
-        again = run_engine(batch, kind, d_sums, workspace, threads)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        repeated = run_engine(batch, kind, d_sums, workspace, threads)
+        assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
 
 
 def test_nan_comes_out() -> None:
@@ -213,7 +215,7 @@ def test_refuses_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_refuses_arrays_of_another_kind() -> None:
     batch = make_batch(4, 5, 3, torch.float32)
-    good = list(negatives._engine_arguments("softmax", batch[0], batch[1], batch[2], batch[3], batch[4]))
+    good = list(negatives._extension_arguments("softmax", batch[0], batch[1], batch[2], batch[3], batch[4]))
     row, column, kept = (np.zeros(k, np.float32) for k in (4, 5, 0))
     for place, bad, error, message in [
         (0, "hinge", ValueError, "unknown kind"),
@@ -238,7 +240,7 @@ def leaves(batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_operator_keeps_torchs_rules(kind: str, dtype: torch.dtype) -> None:
-    # As many pairs as a unit of kept logits has places, so that none is left unwritten.
+    # As many pairs as a tile of kept logits has places, so that every place is written.
     arguments = (*leaves(make_batch(96, 384, 4, dtype)), kind, 96 * 384)
     torch.library.opcheck(negatives._sum_negatives, arguments)
 
@@ -264,11 +266,13 @@ def test_compiles_into_one_graph() -> None:
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(total(audio, text), (audio, text, scale))
-    found = torch.autograd.grad(compiled(audio, text), (audio, text, scale))
+    gradients = torch.autograd.grad(compiled(audio, text), (audio, text, scale))
     wide = [x.detach().double().requires_grad_() for x in (audio, text, scale)]
     scale, bias = wide[2], bias.double()
-    for mine, plain, truth in zip(found, expected, torch.autograd.grad(total(*wide[:2]), wide), strict=True):
-        assert_as_exact(mine, plain, truth)
+    for gradient, plain, truth in zip(
+        gradients, expected, torch.autograd.grad(total(*wide[:2]), wide), strict=True
+    ):
+        assert_as_exact(gradient, plain, truth)
 
 
 def test_takes_strided_embeddings_and_unused_results() -> None:

@@ -1,0 +1,106 @@
+"""The two functions that an engine of the contrastive loss has, and the choice of an engine.
+
+An engine sums over the negative pairs of a batch, 2 M N D operations forward and 4 M N D to 6 M N D
+backward. It knows pairs that do not count, but no labels and no loss.
+
+Shape suffixes: M audio rows, N text rows, D joint dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from clsp_fast.contrastive import negatives
+
+Implementation = Literal["auto", "cpu", "triton", "reference"]
+
+
+class Engine(Protocol):
+    """`clsp_fast.contrastive.negatives` on the CPU, `clsp_fast.kernels.contrastive` on CUDA.
+
+    s_ij = logit_scale <audio_i, text_j> + logit_bias; pair (i, j) is negative where text_owner_N[j] != i. An
+    owner outside 0..M-1 makes all pairs of its text negative. Results are differentiable once in all floating
+    arguments.
+    """
+
+    def negative_lse(
+        self,
+        audio_MD: Tensor,
+        text_ND: Tensor,
+        logit_scale: Tensor,
+        text_owner_N: Tensor,
+        *,
+        logit_bias: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+        workspace_bytes: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the negative pairs of every row (M,) and column (N,); -inf where there is none."""
+
+    def negative_softplus(
+        self,
+        audio_MD: Tensor,
+        text_ND: Tensor,
+        logit_scale: Tensor,
+        text_owner_N: Tensor,
+        *,
+        logit_bias: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+        workspace_bytes: int | None = None,
+    ) -> Tensor:
+        """Sum of log(1 + exp s_ij) over the negative pairs of every row (M,)."""
+
+
+def choose_engine(implementation: Implementation, embeddings: Tensor) -> Engine | None:
+    """The engine for embeddings of this device and dtype; None for the dense definition.
+
+    Raises:
+        ValueError: the name is unknown, or means an engine of another device.
+        ImportError: implementation="triton" without triton.
+    """
+    device = embeddings.device.type
+    if implementation not in ("auto", "cpu", "triton", "reference"):
+        raise ValueError(
+            f'implementation must be "auto", "cpu", "triton" or "reference", got {implementation!r}'
+        )
+    if implementation == "cpu" and device != "cpu":
+        raise ValueError(f'implementation="cpu" needs tensors on the CPU, got {device}')
+    if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'implementation="triton" needs CUDA tensors, got {device}; TRITON_INTERPRET=1 takes any'
+        )
+    has_dtype = embeddings.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if implementation == "cpu" or (implementation == "auto" and device == "cpu" and has_dtype):
+        return negatives
+    if implementation == "reference" or (implementation == "auto" and device != "cuda"):
+        return None
+    try:
+        launch = importlib.import_module("clsp_fast.kernels._launch")
+    except ImportError as error:
+        if implementation == "triton":
+            fix = "implementation='triton' needs the extra: pip install 'clsp_fast[triton]'"
+            raise ImportError(fix) from error
+        return None
+    fits = embeddings.dtype != torch.float64 and launch.supports(embeddings.device)
+    if implementation == "auto" and not fits:
+        return None
+    return cast(Engine, importlib.import_module("clsp_fast.kernels.contrastive"))
+
+
+def check_options(compute_dtype: torch.dtype | None, workspace_bytes: int | None) -> None:
+    """Checks what every engine is told beside its operands, also where an engine ignores it.
+
+    Raises:
+        ValueError: workspace_bytes is negative.
+        TypeError: an option has the wrong type, or compute_dtype is not floating.
+    """
+    if workspace_bytes is not None and not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be a whole number, got {workspace_bytes!r}")
+    if workspace_bytes is not None and workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes must be at least 0, got {workspace_bytes}")
+    if compute_dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"compute_dtype must be a floating dtype, got {compute_dtype}")

@@ -1,0 +1,147 @@
+"""What a contrastive loss is asked for: the arguments of `contrastive_loss`, checked once.
+
+Shape suffixes: M audio rows, N text rows, D joint dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Kind = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The checked arguments of `contrastive_loss`; `check_problem` makes it.
+
+    Attributes:
+        audio_MD: embeddings of this rank's clips, as the caller has them.
+        text_ND: embeddings of this rank's texts, in the same dtype.
+        scale: the multiplier of the logits.
+        bias: what is added to the logits.
+        owner_N: int64, the audio row that each text describes.
+        weights: caption weights (N,); None where all captions of a clip count the same.
+        smoothing: share of each target that is spread evenly over all candidates.
+        kind: "softmax" or "sigmoid".
+        normalize: whether rows are brought to unit norm first.
+        group: the ranks over which the batch is spread; None for a batch in one place.
+        one_caption_each: whether text j is the only text of audio j, for every j. It saves work and changes
+            no result.
+    """
+
+    audio_MD: Tensor
+    text_ND: Tensor
+    scale: Tensor | float
+    bias: Tensor | float
+    owner_N: Tensor
+    weights: Tensor | None
+    smoothing: float
+    kind: Kind
+    normalize: bool
+    group: dist.ProcessGroup | None
+    one_caption_each: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the computation and of the loss: float32, or float64 for float64 embeddings."""
+        return torch.promote_types(self.audio_MD.dtype, torch.float32)
+
+
+def check_problem(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    text_owner: Tensor | None,
+    weights: Tensor | None,
+    logit_bias: Tensor | float | None,
+    label_smoothing: float,
+    kind: Kind,
+    normalize: bool,
+    group: dist.ProcessGroup | None,
+) -> Problem:
+    """The arguments of `contrastive_loss` as a `Problem`.
+
+    Raises:
+        ValueError: a shape, range or name is wrong; the message names the argument.
+        TypeError: an argument has the wrong type or dtype.
+    """
+    _check_embeddings(audio_MD, text_ND)
+    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if isinstance(scalar, Tensor) and scalar.ndim:
+            raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if kind not in ("softmax", "sigmoid"):
+        raise ValueError(f'kind must be "softmax" or "sigmoid", got {kind!r}')
+    m, n = len(audio_MD), len(text_ND)
+    if weights is not None:
+        _check_weights(weights, n, kind, audio_MD.device)
+    return Problem(
+        audio_MD=audio_MD,
+        text_ND=text_ND,
+        scale=logit_scale,
+        bias=0.0 if logit_bias is None else logit_bias,
+        owner_N=_check_owner(text_owner, m, n, audio_MD.device),
+        weights=weights,
+        smoothing=label_smoothing,
+        kind=kind,
+        normalize=normalize,
+        group=group,
+        one_caption_each=text_owner is None and n == m,
+    )
+
+
+def _check_embeddings(audio_MD: Tensor, text_ND: Tensor) -> None:
+    for name, value in (("audio_MD", audio_MD), ("text_ND", text_ND)):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
+        if value.ndim != 2 or 0 in value.shape:
+            raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(value.shape)}")
+    if audio_MD.shape[1] != text_ND.shape[1]:
+        raise ValueError(
+            f"text_ND must have {audio_MD.shape[1]} columns like audio_MD, got {text_ND.shape[1]}"
+        )
+    if audio_MD.dtype != text_ND.dtype or audio_MD.device != text_ND.device:
+        raise TypeError(
+            "audio_MD and text_ND must share dtype and device, "
+            f"got {audio_MD.dtype} on {audio_MD.device} and {text_ND.dtype} on {text_ND.device}"
+        )
+
+
+def _check_weights(weights: Tensor, n: int, kind: Kind, device: torch.device) -> None:
+    if kind == "sigmoid":
+        raise ValueError('weights must be None with kind="sigmoid": every pair counts once')
+    if weights.shape != (n,) or not weights.is_floating_point() or weights.device != device:
+        raise ValueError(
+            f"weights must be floating of shape ({n},) on {device}, "
+            f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
+        )
+    _require(((weights >= 0) & weights.isfinite()).all(), "weights must be finite and not negative")
+
+
+def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device) -> Tensor:
+    """The owners, given or default."""
+    if text_owner is None:
+        if n > m:
+            raise ValueError(f"text_owner must be given when there are more texts ({n}) than clips ({m})")
+        return torch.arange(n, device=device)
+    if text_owner.dtype != torch.int64 or text_owner.shape != (n,):
+        raise ValueError(
+            f"text_owner must be int64 of shape ({n},), got {text_owner.dtype} {tuple(text_owner.shape)}"
+        )
+    _require(((text_owner >= 0) & (text_owner < m)).all(), f"text_owner must lie in 0..{m - 1}")
+    return text_owner.to(device)
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raises ValueError unless the condition holds. On CUDA the host does not wait: a later kernel fails."""
+    if condition.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
