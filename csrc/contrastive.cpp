@@ -1,7 +1,7 @@
 #include "contrastive.h"
 
 #include "contrastive_steps.h"
-#include "team.h"
+#include "threads.h"
 
 namespace clsp {
 namespace {
@@ -50,7 +50,7 @@ struct Work {
 template <class T>
 void take(const Pass<T>& pass, Step step, std::size_t count) {
   const Work<T> work{pass, step};
-  pass.team.for_each(count, [&](std::size_t i) { run(pass.pairs.isa, work, i); });
+  pass.pool.for_each(count, [&](std::size_t i) { dispatch(pass.pairs.isa, work, i); });
 }
 
 // Calls `work` for every panel of every block, with its operands packed.
@@ -90,10 +90,10 @@ double dot(const T* a, const T* b, std::size_t size) {
 
 // From products with G to gradients: times the scale. Returns the sum of <matrix, product>.
 template <class T>
-double finish(Team& team, T scale, const Matrix<T>& matrix, T* gradient) {
+double finish(ThreadPool& pool, T scale, const Matrix<T>& matrix, T* gradient) {
   const std::size_t depth = matrix.depth;
   Buffer<double> dots(matrix.rows);
-  team.for_each(divide_up(matrix.rows, kUnit), [&](std::size_t unit) {
+  pool.for_each(divide_up(matrix.rows, kUnit), [&](std::size_t unit) {
     const std::size_t first = unit * kUnit, last = std::min(first + kUnit, matrix.rows);
     for (std::size_t row = first; row < last; ++row) {
       dots.data()[row] = dot(matrix.row(row), gradient + row * depth, depth);
@@ -115,8 +115,8 @@ std::size_t kept_units(const Negatives<T>& pairs, std::size_t size) {
 template <class T>
 void sum_negatives(const Negatives<T>& pairs, PerRowAndColumn<T> out, Span<T> kept) {
   Scratch<T> scratch(pairs, false);
-  Team team(threads_for(pairs));
-  Pass<T> pass{pairs, scratch, team, kept.data(), kept_units<T>(pairs, kept.size()),
+  ThreadPool pool(threads_for(pairs));
+  Pass<T> pass{pairs, scratch, pool, kept.data(), kept_units<T>(pairs, kept.size()),
                {},    {},      {},   {}};
   const std::size_t rows = pairs.audio.rows, columns = pairs.text.rows;
   std::fill_n(scratch.row_most.data(), round_up(rows, kPanel), -kInfinity<T>);
@@ -141,9 +141,9 @@ ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColum
                                        T* d_audio, T* d_text) {
   Scratch<T> scratch(pairs, true);
   // Kept logits are only read by this pass.
-  Team team(threads_for(pairs));
+  ThreadPool pool(threads_for(pairs));
   Pass<T> pass{
-      pairs, scratch, team,  const_cast<T*>(kept.data()), kept_units<T>(pairs, kept.size()), out,
+      pairs, scratch, pool,  const_cast<T*>(kept.data()), kept_units<T>(pairs, kept.size()), out,
       d_out, d_audio, d_text};
   double bias = 0;
   for_each_panel(pass, [&] {
@@ -158,8 +158,8 @@ ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColum
   });
   // By Euler either side tells the gradient by the scale.
   double scale = 0;
-  if (d_text != nullptr) scale = finish(team, pairs.scale, pairs.text, d_text);
-  if (d_audio != nullptr) scale = finish(team, pairs.scale, pairs.audio, d_audio);
+  if (d_text != nullptr) scale = finish(pool, pairs.scale, pairs.text, d_text);
+  if (d_audio != nullptr) scale = finish(pool, pairs.scale, pairs.audio, d_audio);
   return {scale, bias};
 }
 

@@ -8,7 +8,8 @@
 
 #include "contrastive.h"
 #include "micro_tile.h"
-#include "team.h"
+#include "simd_math.h"
+#include "threads.h"
 
 namespace clsp {
 
@@ -86,7 +87,7 @@ template <class T>
 struct Pass {
   const Negatives<T>& pairs;
   Scratch<T>& scratch;
-  Team& team;
+  ThreadPool& pool;
   T* kept;
   std::size_t kept_units;
   PerRowAndColumn<const T> out, d_out;  // backward only

@@ -3,31 +3,13 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <new>
 
-#include "checked.h"
+#include "buffers.h"
 
 namespace clsp {
 
 inline std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 inline std::size_t round_up(std::size_t a, std::size_t b) { return divide_up(a, b) * b; }
-
-// Memory in whole cache lines, not cleared.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(std::size_t size)
-      : data_(static_cast<T*>(::operator new(checked_multiply(size, sizeof(T)), kLine))) {}
-  ~Buffer() { ::operator delete(data_, kLine); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  T* data_;
-};
 
 // A matrix in rows without gaps.
 template <class T>

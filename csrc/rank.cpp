@@ -6,8 +6,8 @@
 #include <mutex>
 #include <numeric>
 
-#include "batch.h"
 #include "micro_tile.h"
+#include "threads.h"
 
 namespace clsp {
 namespace {
@@ -22,12 +22,14 @@ constexpr std::size_t kSegmentRows = 8 * 1024, kRowStep = 24;
 constexpr std::size_t kUnitsPerThread = 8;
 
 // The sums fill 24 of 32 registers, or 12 of 16; the rest holds what they are made of.
+constexpr std::size_t tile_rows(std::size_t bytes) { return bytes == 64 ? 8 : 6; }
+constexpr std::size_t tile_vectors(std::size_t bytes) { return bytes == 64 ? 3 : 2; }
 template <std::size_t Bytes>
-using ScoreTile = MicroTile<float, Bytes, Bytes == 64 ? 8 : 6, Bytes == 64 ? 3 : 2>;
+using ScoreTile = MicroTile<float, Bytes, tile_rows(Bytes), tile_vectors(Bytes)>;
 
 std::size_t panel_columns(Isa isa) {
-  if (isa == Isa::kAvx512) return ScoreTile<64>::kColumns;
-  return isa == Isa::kAvx2 ? ScoreTile<32>::kColumns : ScoreTile<16>::kColumns;
+  const std::size_t bytes = vector_bytes(isa);
+  return tile_vectors(bytes) * bytes / sizeof(float);
 }
 
 // Rows in segments times columns in groups of panels; a unit is one of these pairs.
@@ -345,7 +347,7 @@ void rank_targets(const Matrix<float>& audio, const Matrix<float>& text,
   }
   const TargetsJob job{audio, text, owner, text_score};
   for_each(divide_up(text.rows, panel_columns(isa)), threads,
-           [&](std::size_t unit) { run(isa, job, unit); });
+           [&](std::size_t unit) { dispatch(isa, job, unit); });
   std::fill(audio_score.begin(), audio_score.end(), kInfinity);
   std::fill(audio_index.begin(), audio_index.end(), -1);
   for (std::size_t j = 0; j < text.rows; ++j) {
@@ -364,7 +366,7 @@ void count_ahead(const Matrix<float>& audio, const Matrix<float>& text, std::siz
   const Grid grid(text.rows, audio.rows, text.depth, panel_columns(isa), threads);
   const CountJob job{audio,        text,        first_text, audio_targets,
                      text_targets, audio_ahead, text_ahead, grid};
-  for_each(grid.units(), threads, [&](std::size_t unit) { run(isa, job, unit); });
+  for_each(grid.units(), threads, [&](std::size_t unit) { dispatch(isa, job, unit); });
 }
 
 std::size_t update_best(const Matrix<float>& queries, const Matrix<float>& rows,
@@ -377,7 +379,7 @@ std::size_t update_best(const Matrix<float>& queries, const Matrix<float>& rows,
   for (std::size_t q = 0; q < queries.rows; ++q) threshold[q] = scores[q * k + k - 1];
   const SelectJob job{queries, rows,      first_row, k,           scores,
                       index,   threshold, grid,      group_mutex, bad_row};
-  for_each(grid.units(), threads, [&](std::size_t unit) { run(isa, job, unit); });
+  for_each(grid.units(), threads, [&](std::size_t unit) { dispatch(isa, job, unit); });
   return bad_row.load();
 }
 
