@@ -41,7 +41,7 @@ clsp::Matrix<T> parse_matrix(const Array<T>& array, const char* name) {
     throw py::value_error(std::string(name) + " must have two dimensions and a column or more");
   }
   if (array.shape(0) > std::numeric_limits<std::int32_t>::max()) {
-    throw py::value_error(std::string(name) + " must have less than 2^31 rows");
+    throw py::value_error(std::string(name) + " must have fewer than 2^31 rows");
   }
   return {array.data(), static_cast<std::size_t>(array.shape(0)),
           static_cast<std::size_t>(array.shape(1))};
@@ -51,7 +51,8 @@ template <class T>
 std::pair<clsp::Matrix<T>, clsp::Matrix<T>> parse_matrices(const Array<T>& a, const char* a_name,
                                                            const Array<T>& b, const char* b_name) {
   const auto first = parse_matrix(a, a_name), second = parse_matrix(b, b_name);
-  if (first.depth != second.depth) throw py::value_error("matrices must have as many columns");
+  if (first.depth != second.depth)
+    throw py::value_error("matrices must have the same number of columns");
   return {first, second};
 }
 

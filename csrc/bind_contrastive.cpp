@@ -31,7 +31,7 @@ clsp::PerRowAndColumn<U> parse_sums(const clsp::Negatives<T>& pairs, const py::t
           parse_vector<U>(sums[1].cast<py::array>(), both ? pairs.text.rows : 0, "column sums")};
 }
 
-// As many numbers as the matrix has, or none: null.
+// A gradient with the size of its matrix, or null for an array without elements.
 template <class T>
 T* parse_gradient(const py::array& gradient, const Array<T>& matrix, const char* name) {
   if (gradient.size() == 0) return nullptr;
@@ -86,7 +86,8 @@ void bind_negatives(py::module_& m) {
 }  // namespace
 
 void bind_contrastive(py::module_& m) {
-  m.attr("LOGIT_TILES") = py::make_tuple(clsp::kUnit, clsp::kTile, clsp::kPanel, clsp::kBlock);
+  m.attr("LOGIT_TILES") =
+      py::make_tuple(clsp::kTileRows, clsp::kTileColumns, clsp::kPanelRows, clsp::kPanelColumns);
   bind_negatives<float>(m);
   bind_negatives<double>(m);
 }

@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "bind.h"
+#include "nearest.h"
 #include "rank.h"
 
 namespace clsp_python {

@@ -25,7 +25,7 @@ struct FlacFrameHeader {
 // Bytes that must be readable behind those of a frame; their values do not matter.
 inline constexpr std::size_t kFlacGuard = 32;
 
-// The longest header there is.
+// The size of the longest frame header.
 inline constexpr std::size_t kFlacHeaderBytes = 16;
 
 // A damaged frame. Thrown and caught within the decoder.

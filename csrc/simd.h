@@ -37,6 +37,7 @@ constexpr std::size_t vector_bytes(Isa isa) {
   return isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
 }
 
+// Vectors of L elements, and what is done with them.
 template <int L>
 struct Lanes {
   typedef float Float __attribute__((vector_size(L * sizeof(float))));
@@ -186,8 +187,8 @@ CLSP_INLINE void transpose(V* rows) {
   if constexpr (L >= 16) exchange_blocks<8>(rows);
 }
 
-// Dispatch: each function calls work.run<Bytes>(arguments...), where Bytes is the size of the
-// vectors of `isa`, or of the part of `isa` that the function's name states.
+// Dispatch: dispatch() calls work.run<Bytes>(arguments...), compiled for `isa`; Bytes is the size
+// of its vectors.
 
 template <class Work, class... Arguments>
 void run_baseline(const Work& work, Arguments... arguments) {
@@ -222,8 +223,7 @@ void dispatch(Isa isa, const Work& work, Arguments... arguments) {
   run_baseline(work, arguments...);
 }
 
-// For loops that the compiler vectorises and that wait for memory: 64-byte vectors would not make
-// them faster.
+// The same with vectors of at most 32 bytes.
 template <class Work>
 void dispatch_up_to_32_bytes(Isa isa, const Work& work) {
 #ifdef CLSP_X86
