@@ -1,8 +1,8 @@
 // What the forward and the backward pass of contrastive.cpp share: the memory they work in, and the
 // logits of one tile.
 //
-// The functions of this file and of the two beside it do one task of one thread. M is the
-// micro-tile they use, which determines the element type and the size of vectors.
+// Each function here and in contrastive_forward.h and contrastive_backward.h does one task of one
+// thread. M is the micro-tile it uses, which determines the element type and the size of vectors.
 #pragma once
 
 #include <array>
@@ -110,8 +110,8 @@ struct Pass {
     return first_row / kTileRows + row_tile < kept_row_tiles;
   }
 
-  // The part of the workspace of a tile. Below each other, tiles form one matrix with rows of
-  // kTileColumns.
+  // Where a tile is in the workspace. The tiles of a column follow each other: together they are
+  // one matrix with rows of kTileColumns elements.
   T* tile_workspace(std::size_t row_tile, std::size_t column_tile) const {
     return workspace.logits.data() + column_tile * Workspace<T>::panel_rows(pairs) * kTileColumns +
            row_tile * kTileLogits;
@@ -140,7 +140,7 @@ struct Pass {
   }
 };
 
-// Packs by columns, for the products of the backward pass; `first`: the first row in the panel.
+// Packs rows of the panel, from `first` on, for the products of the backward pass.
 template <class M, class T>
 CLSP_INLINE void pack_panel_columns(const Pass<T>& pass, const Matrix<T>& matrix, std::size_t first,
                                     Buffer<T>& out) {
@@ -149,7 +149,8 @@ CLSP_INLINE void pack_panel_columns(const Pass<T>& pass, const Matrix<T>& matrix
                    first % kTileColumns * M::kColumns);
 }
 
-// Packs kTaskRows rows of the panel's audio, multiplied by the scale where it is for logits.
+// Packs kTaskRows rows of the panel's audio: multiplied by the scale for the logits, unless these
+// are kept; and by columns for the backward pass.
 template <class M, class T>
 CLSP_INLINE void pack_audio(const Pass<T>& pass, std::size_t task) {
   const std::size_t first = task * kTaskRows;
