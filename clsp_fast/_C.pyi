@@ -1,4 +1,4 @@
-"""The compiled engine. Private: `clsp_fast.audio` and `clsp_fast.features` are its public face."""
+"""The compiled engine. Private: `audio`, `features`, `loss` and `similarity` are its public interface."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,8 @@ class LoadPolicy:
         max_amplitude: float,
     ) -> None: ...
 
-# A source is (path or buffer, start_s, duration_s, channel); a failure is (reason, message).
+# A source is (path or buffer, start_s, duration_s, channel). A duration of None means "up to the end", a
+# channel of None "the mean over channels". The result for a source that failed is (reason, message).
 def load_batch(
     sources: Sequence[tuple[Any, float, float | None, int | None]],
     *,
@@ -33,10 +34,14 @@ def load_batch(
     isa: str = "auto",
 ) -> list[_Float32 | tuple[str, str]]: ...
 
-# A header: (offset, channels, rate, frames), frames being None where FLAC leaves them out; (offset,) where
-# the recording that begins there is for another decoder; or (reason, message).
+# Reads only the header: (offset, channels, rate, frames), where frames is None if a FLAC header does not say;
+# (offset,) if another decoder has to read the recording at this offset; or (reason, message).
 def probe(source: Any) -> tuple[int, int, int, int | None] | tuple[int] | tuple[str, str]: ...
+
+# Checks and resamples what another decoder has decoded.
 def finish(waveform: _Float32, *, sample_rate_hz: int, policy: LoadPolicy) -> _Float32 | tuple[str, str]: ...
+
+# (first frame, number of frames) of a part, or (reason, message).
 def select_section(
     channels: int,
     sample_rate_hz: int,
@@ -58,7 +63,7 @@ def fbank_batch(
     isa: str = "auto",
 ) -> None: ...
 
-# Scores are one chain of multiply-adds a pair of rows, so that equal rows have equal scores.
+# Each score is one chain of multiply-adds, so that equal rows have equal scores, bit for bit.
 def rank_targets(
     audio: _Float32, text: _Float32, owner: NDArray[np.int32], *, num_threads: int, isa: str = "auto"
 ) -> tuple[_Float32, _Float32, NDArray[np.int32]]:
@@ -86,12 +91,14 @@ def update_best(
     num_threads: int,
     isa: str = "auto",
 ) -> int | None:
-    """Takes rows up into scores and index (Q, K); returns the first row that is not finite."""
+    """Updates scores and index (Q, K) with rows; returns the first row that is not finite, or None."""
 
+# Rows and columns of a tile, rows and columns of a panel.
 LOGIT_TILES: tuple[int, int, int, int]
 
-# All arrays but the owners (int64) are float32, or all float64, and C-contiguous; (rows, columns) are sums or
-# their gradients. The number of threads does not change a bit of the results.
+# The owners are int64; all other arrays are float32, or all are float64; all are C-contiguous. `out` and
+# `d_out` are (rows, columns): the sums and their gradients. `kept` holds the logits of the first rows of
+# tiles, as many as fit. The results do not depend on the number of threads, bit for bit.
 def sum_negatives(
     kind: str,
     audio: NDArray[Any],

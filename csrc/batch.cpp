@@ -1,247 +1,45 @@
 #include "batch.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
 
-#include "flac.h"
 #include "resample.h"
-#include "team.h"
-#include "wav.h"
+#include "threads.h"
 
 namespace clsp {
-namespace {
-
-std::string number(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.7g", value);
-  return text;
-}
-
-std::string seconds(double value) { return number(value) + " s"; }
-
-void check_header(const Header& header, int channel, const LoadPolicy& policy) {
-  const std::string channels = "has " + std::to_string(header.channels) + " channels; ";
-  if (header.channels < 1 || header.channels > policy.max_channels) {
-    throw AudioFailure("channels",
-                       channels + "1 .. " + std::to_string(policy.max_channels) + " are accepted");
-  }
-  if (channel >= header.channels) {
-    throw AudioFailure("channels", channels + "there is no channel " + std::to_string(channel) +
-                                       " (they count from 0)");
-  }
-  if (header.sample_rate_hz < policy.min_rate_hz || header.sample_rate_hz > policy.max_rate_hz) {
-    throw AudioFailure("rate", "has a sample rate of " + std::to_string(header.sample_rate_hz) +
-                                   " Hz; " + std::to_string(policy.min_rate_hz) + " .. " +
-                                   std::to_string(policy.max_rate_hz) + " Hz are accepted");
-  }
-}
-
-CLSP_INLINE bool none_beyond(float limit, Span<const float> samples) {
-  unsigned bad = 0;
-  for (const float x : samples) bad |= std::abs(x) <= limit ? 0u : 1u;  // NaN is bad
-  return bad == 0;
-}
-#ifdef CLSP_X86
-CLSP_TARGET_AVX2 bool none_beyond_avx2(float limit, Span<const float> samples) {
-  return none_beyond(limit, samples);
-}
-#endif
-
-void check_samples(Span<const float> samples, const LoadPolicy& policy, Isa isa) {
-#ifdef CLSP_X86
-  if (isa != Isa::kBaseline && none_beyond_avx2(policy.max_amplitude, samples)) return;
-#endif
-  (void)isa;
-  if (none_beyond(policy.max_amplitude, samples)) return;
-  const auto acceptable = [limit = policy.max_amplitude](float x) { return std::abs(x) <= limit; };
-  const float* first = std::find_if_not(samples.begin(), samples.end(), acceptable);
-  const std::string what =
-      "holds " + std::to_string(*first) + " at sample " + std::to_string(first - samples.begin());
-  if (!std::isfinite(*first)) throw AudioFailure("non_finite", what);
-  throw AudioFailure("amplitude", what + "; samples are in [-1, 1] and up to " +
-                                      number(policy.max_amplitude) + " is accepted: rescale it");
-}
-
-// `bounded`: the encoding holds nothing but [-1, 1].
-Samples conditioned(Samples samples, int sample_rate_hz, bool bounded, const LoadPolicy& policy,
-                    Isa isa) {
-  if (!bounded || policy.max_amplitude < 1.0f) check_samples(samples.view(), policy, isa);
-  if (sample_rate_hz == policy.sample_rate_hz) return samples;
-  Samples out(resampled_size(samples.size(), sample_rate_hz, policy.sample_rate_hz));
-  resample(*resample_plan(sample_rate_hz, policy.sample_rate_hz), samples.view(), out.span(), isa);
-  check_samples(out.view(), policy, isa);  // the filter overshoots at steps
-  return out;
-}
-
-template <class Work>
-Loaded guarded(const Work& work) {
-  Loaded loaded;
-  try {
-    loaded.samples = work();
-  } catch (const AudioFailure& failure) {
-    loaded.reason = failure.reason();
-    loaded.message = failure.what();
-  } catch (const std::bad_alloc&) {
-    loaded.reason = "memory";
-    loaded.message = "there is not enough memory to decode it; load a shorter segment";
-  }
-  return loaded;
-}
-
-Samples load_flac(const ByteSource& source, std::uint64_t offset, const Part& part,
-                  const LoadPolicy& policy, Isa isa) {
-  const FlacInfo info = parse_flac(source, offset);
-  Header header{info.channels, info.sample_rate_hz, info.frames};
-  const bool known = info.frames != 0;
-  Part wanted = part;
-  if (!known) {
-    // As if the file held all that may be asked for, until the end is seen.
-    if (part.duration_s < 0) wanted.duration_s = policy.max_s;
-    const double rate = info.sample_rate_hz;
-    header.frames = static_cast<std::uint64_t>(std::min(part.start_s * rate, 0x1p62)) +
-                    static_cast<std::uint64_t>(std::min(wanted.duration_s * rate, 0x1p62)) + 2;
-  }
-  Section section = select_section(header, wanted, policy);
-  // One more where the end is unknown tells a file of just the longest length from a longer one.
-  const std::uint64_t count = section.count + (known ? 0 : 1);
-  FlacPart decoded = decode_flac(source, info, section.first, count, part.channel, isa);
-  if (!known) {
-    header.frames = decoded.end;
-    section = select_section(header, part, policy);
-    decoded.samples.resize(checked_size(section.count));
-  }
-  // Not bounded: the predictor of a damaged frame may leave the range of its samples.
-  return conditioned(std::move(decoded.samples), info.sample_rate_hz, false, policy, isa);
-}
-
-// The frames of a WAV file that are asked for. Of a file that is cut, parts that it holds whole can
-// be read.
-Section select_wav_section(const WavInfo& info, const Part& part, const LoadPolicy& policy) {
-  const auto refuse = [&] {
-    throw AudioFailure("truncated", "the file ends after " + std::to_string(info.present_frames) +
-                                        " of the " + std::to_string(info.frames) +
-                                        " samples that its header states");
-  };
-  const Header header{info.channels, info.sample_rate_hz, info.frames};
-  const bool cut = info.present_frames < info.frames;
-  if (cut && part.duration_s < 0) {
-    check_header(header, part.channel, policy);
-    refuse();
-  }
-  const Section section = select_section(header, part, policy);
-  if (cut && section.first + section.count > info.present_frames) refuse();
-  return section;
-}
-
-std::unique_ptr<ByteSource> open(const LoadRequest& request) {
-  auto source = request.path.empty() ? open_memory(request.bytes) : open_file(request.path);
-  if (source->size() == 0) throw AudioFailure("empty", "has 0 bytes");
-  return source;
-}
-
-Samples load(const LoadRequest& request, const LoadPolicy& policy, Isa isa) {
-  const auto source = open(request);
-  const Content content = find_content(*source);
-  if (content.kind == ContentKind::kFlac) {
-    return load_flac(*source, content.offset, request.part, policy, isa);
-  }
-  if (content.kind == ContentKind::kOther) throw AudioFailure(kOtherFormat, "");
-  const WavInfo info = parse_wav(*source, content.offset);
-  const Section section = select_wav_section(info, request.part, policy);
-  Samples samples(checked_size(section.count));
-  decode_wav(*source, info, section.first, request.part.channel, samples.span(), isa);
-  return conditioned(std::move(samples), info.sample_rate_hz, is_bounded(info.format), policy, isa);
-}
-
-}  // namespace
-
-void for_each(std::size_t count, int threads, const std::function<void(std::size_t)>& work) {
-  const std::size_t wanted = std::min(count, static_cast<std::size_t>(std::max(threads, 1)));
-  Team(static_cast<int>(wanted)).for_each(count, work);
-}
-
-Section select_section(const Header& header, const Part& part, const LoadPolicy& policy) {
-  check_header(header, part.channel, policy);
-  if (header.frames == 0) throw AudioFailure("empty", "has no samples");
-  const double rate = header.sample_rate_hz, total_s = static_cast<double>(header.frames) / rate;
-  const double rest_s = total_s - part.start_s;
-  if (rest_s * rate < 0.5) {
-    throw AudioFailure("segment", "ends at " + seconds(total_s) +
-                                      ", before the segment's start at " + seconds(part.start_s));
-  }
-  if (part.duration_s - rest_s > policy.slack_s) {
-    throw AudioFailure("truncated", "ends at " + seconds(total_s) +
-                                        ", before the segment's end at " +
-                                        seconds(part.start_s + part.duration_s));
-  }
-  const double length_s = part.duration_s < 0 ? rest_s : std::min(part.duration_s, rest_s);
-  if (length_s > policy.max_s) {
-    throw AudioFailure("too_long", "lasts " + seconds(length_s) + ", more than the limit of " +
-                                       seconds(policy.max_s) +
-                                       "; load segments of it or raise the limit");
-  }
-  Section section{};
-  section.first = static_cast<std::uint64_t>(std::floor(part.start_s * rate + 0.5));
-  section.count = std::min(header.frames - section.first,
-                           static_cast<std::uint64_t>(std::floor(length_s * rate + 0.5)));
-  if (section.count == 0 || static_cast<double>(section.count) < policy.min_s * rate) {
-    throw AudioFailure("too_short", "lasts " + seconds(static_cast<double>(section.count) / rate) +
-                                        ", less than the limit of " + seconds(policy.min_s));
-  }
-  return section;
-}
 
 std::vector<Loaded> load_batch(const std::vector<LoadRequest>& requests, const LoadPolicy& policy,
                                int threads, Isa isa) {
   std::vector<Loaded> loaded(requests.size());
-  for_each(requests.size(), threads, [&](std::size_t i) {
-    loaded[i] = guarded([&] { return load(requests[i], policy, isa); });
-  });
+  for_each(requests.size(), threads,
+           [&](std::size_t i) { loaded[i] = load(requests[i], policy, isa); });
   return loaded;
 }
 
-Probed probe(const LoadRequest& request) {
-  const auto source = open(request);
-  const Content content = find_content(*source);
-  if (content.kind == ContentKind::kFlac) {
-    const FlacInfo info = parse_flac(*source, content.offset);
-    const Header header{info.channels, info.sample_rate_hz, info.frames};
-    return {content.offset, header, info.frames != 0};
-  }
-  if (content.kind == ContentKind::kOther) return {content.offset, std::nullopt, false};
-  try {
-    const WavInfo info = parse_wav(*source, content.offset);
-    return {content.offset, Header{info.channels, info.sample_rate_hz, info.frames}, true};
-  } catch (const AudioFailure& failure) {
-    if (std::strcmp(failure.reason(), kOtherFormat) != 0) throw;
-    return {content.offset, std::nullopt, false};
-  }
-}
-
-Loaded finish(Span<const float> samples, int sample_rate_hz, const LoadPolicy& policy, Isa isa) {
-  return guarded([&] {
-    Samples copy(samples.size());
-    std::copy(samples.begin(), samples.end(), copy.data());
-    return conditioned(std::move(copy), sample_rate_hz, false, policy, isa);
+std::vector<Samples> resample_batch(const std::vector<Span<const float>>& waveforms, int from_hz,
+                                    int to_hz, int threads, Isa isa) {
+  const auto plan = resample_plan(from_hz, to_hz);
+  std::vector<Samples> resampled(waveforms.size());
+  for_each(waveforms.size(), threads, [&](std::size_t i) {
+    resampled[i] = Samples(resampled_size(waveforms[i].size(), from_hz, to_hz));
+    resample(*plan, waveforms[i], resampled[i].span(), isa);
   });
+  return resampled;
 }
 
 void fbank_batch(const std::vector<Clip>& clips, float* out, std::size_t rows, int threads,
                  Isa isa) {
-  const std::size_t item = checked_multiply(rows, kBins);
-  checked_multiply(clips.size(), item);
-  // A thread costs some 15 us to start: it gets at least 100 us of work, which is 4 s of audio.
+  const std::size_t clip_size = checked_multiply(rows, kBins);
+  checked_multiply(clips.size(), clip_size);
+  // Starting a thread takes some 15 us, so every thread gets at least 100 us of work: 4 s of audio.
   constexpr std::size_t kSamplesPerThread = 4 * kSampleRate;
   std::size_t samples = 0;
   for (const Clip& clip : clips) samples += clip.samples.size();
   const auto useful = static_cast<int>(std::min<std::size_t>(samples / kSamplesPerThread, 1024));
   for_each(clips.size(), std::min(threads, useful), [&](std::size_t i) {
-    float* const begin = out + i * item;
+    float* const begin = out + i * clip_size;
     const std::size_t used = frame_count(clips[i].samples.size()) * kBins;
     if (used != 0) fbank(clips[i], begin, isa);
-    std::fill(begin + used, begin + item, kPaddingValue);
+    std::fill(begin + used, begin + clip_size, kPaddingValue);
   });
 }
 

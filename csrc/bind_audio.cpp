@@ -22,7 +22,7 @@ clsp::Span<const float> view(const FloatArray& array) {
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
-// Hands the samples to numpy without a copy.
+// Gives the samples to numpy without a copy.
 FloatArray to_array(clsp::Samples samples) {
   auto owner = std::make_unique<clsp::Samples>(std::move(samples));
   const float* data = owner->data();
@@ -43,13 +43,13 @@ clsp::Part parse_part(double start_s, std::optional<double> duration_s,
   return {start_s, duration_s.value_or(-1.0), channel.value_or(-1)};
 }
 
-// The views of Python buffers that a batch reads, held until it is done.
+// Requests, and the views that keep the Python buffers alive from which they read.
 struct Requests {
   std::vector<clsp::LoadRequest> items;
   std::vector<py::buffer_info> held;
 };
 
-// `data`: a path, or a buffer, whose view goes to `held`.
+// `data`: a path, or a buffer, whose view is added to `held`.
 void set_data(clsp::LoadRequest* request, const py::object& data,
               std::vector<py::buffer_info>* held) {
   if (py::isinstance<py::bytes>(data) || !py::isinstance<py::str>(data)) {
@@ -61,7 +61,7 @@ void set_data(clsp::LoadRequest* request, const py::object& data,
     request->bytes = {static_cast<const std::uint8_t*>(info.ptr),
                       static_cast<std::size_t>(info.size * info.itemsize)};
   } else {
-    // The same bytes as the file system has, whatever the locale.
+    // The bytes of the name in the file system, whatever the locale.
     const auto name = py::reinterpret_steal<py::bytes>(PyUnicode_EncodeFSDefault(data.ptr()));
     if (!name) throw py::error_already_set();
     request->path = name.cast<std::string>();
@@ -86,7 +86,7 @@ Requests parse_requests(const py::list& sources) {
 
 py::list load_batch(const py::list& sources, const clsp::LoadPolicy& policy, int num_threads,
                     const std::string& isa_name) {
-  const clsp::Isa isa = parse_isa(isa_name);
+  const clsp::Isa isa = clsp::parse_isa(isa_name);
   const Requests requests = parse_requests(sources);
   std::vector<clsp::Loaded> loaded;
   {
@@ -98,7 +98,8 @@ py::list load_batch(const py::list& sources, const clsp::LoadPolicy& policy, int
   return out;
 }
 
-// (offset, channels, rate, frames), (offset,) for another decoder, or (reason, message).
+// (offset, channels, rate, frames); (offset,) if another decoder has to read it; or (reason,
+// message).
 py::tuple probe(const py::object& source) {
   clsp::LoadRequest request;
   std::vector<py::buffer_info> held;
@@ -142,28 +143,26 @@ py::tuple select_section(int channels, int sample_rate_hz, std::uint64_t frames,
 
 py::list resample_batch(const py::list& waveforms, int from_hz, int to_hz, int num_threads,
                         const std::string& isa_name) {
-  const clsp::Isa isa = parse_isa(isa_name);
+  const clsp::Isa isa = clsp::parse_isa(isa_name);
   std::vector<FloatArray> held;
-  for (const py::handle& item : waveforms) held.push_back(check_waveform(item));
-  std::vector<clsp::Samples> out(held.size());
+  std::vector<clsp::Span<const float>> views;
+  for (const py::handle& item : waveforms) {
+    held.push_back(check_waveform(item));
+    views.push_back(view(held.back()));
+  }
+  std::vector<clsp::Samples> resampled;
   {
-    std::vector<clsp::Span<const float>> in;
-    for (const FloatArray& array : held) in.push_back(view(array));
     const py::gil_scoped_release release;
-    const auto plan = clsp::resample_plan(from_hz, to_hz);
-    clsp::for_each(in.size(), num_threads, [&](std::size_t i) {
-      out[i] = clsp::Samples(clsp::resampled_size(in[i].size(), from_hz, to_hz));
-      clsp::resample(*plan, in[i], out[i].span(), isa);
-    });
+    resampled = clsp::resample_batch(views, from_hz, to_hz, num_threads, isa);
   }
   py::list arrays;
-  for (clsp::Samples& samples : out) arrays.append(to_array(std::move(samples)));
+  for (clsp::Samples& samples : resampled) arrays.append(to_array(std::move(samples)));
   return arrays;
 }
 
 void fbank_batch(const py::list& waveforms, const py::array& out, std::size_t padded_size,
                  int num_threads, const std::string& isa_name) {
-  const clsp::Isa isa = parse_isa(isa_name);
+  const clsp::Isa isa = clsp::parse_isa(isa_name);
   if (!FloatArray::check_(out) || !out.writeable() || out.ndim() != 3 ||
       out.shape(0) != static_cast<py::ssize_t>(waveforms.size()) || out.shape(2) != clsp::kBins) {
     throw py::value_error("out must be a writable float32 array (len(waveforms), rows, 128)");
@@ -196,7 +195,7 @@ FloatArray povey_window() {
 
 void bind_audio(py::module_& m) {
   using py::arg;
-  clsp::fft_plan();  // now, so that no fork() meets it half made
+  clsp::fft_plan();  // made at import, so that no fork() happens while it is half made
 
   py::class_<clsp::LoadPolicy>(m, "LoadPolicy")
       .def(py::init([](int sample_rate_hz, double min_s, double max_s, double slack_s,

@@ -1,78 +1,82 @@
 #include "contrastive.h"
 
-#include "contrastive_steps.h"
-#include "team.h"
+#include <cmath>
+
+#include "contrastive_backward.h"
+#include "contrastive_forward.h"
+#include "contrastive_tiles.h"
+#include "threads.h"
 
 namespace clsp {
 namespace {
 
-// Starting a thread costs more than this many multiply-adds.
-constexpr std::size_t kSmall = std::size_t{1} << 23;
+// Fewer multiply-adds than this take less time than starting a thread.
+constexpr std::size_t kSmallProduct = std::size_t{1} << 23;
 
 template <class T>
 int threads_for(const Negatives<T>& pairs) {
-  const std::size_t products = pairs.audio.rows * pairs.text.rows * pairs.audio.depth;
-  return products < kSmall ? 1 : pairs.threads;
+  const std::size_t multiply_adds = pairs.audio.rows * pairs.text.rows * pairs.audio.depth;
+  return multiply_adds < kSmallProduct ? 1 : pairs.threads;
 }
 
-enum class Step { kPackAudio, kPackText, kForward, kCombine, kGradient, kToAudio, kToText };
+enum class Step { kPackAudio, kPackText, kSum, kAddPanel, kDifferentiate, kAddAudio, kAddText };
 
-// A step with one unit of work.
+// One task of a step, for dispatch().
 template <class T>
-struct Work {
+struct Task {
   const Pass<T>& pass;
   Step step;
 
   template <std::size_t Bytes>
   CLSP_INLINE void run(std::size_t i) const {
-    const Steps<T, Bytes> steps{pass};
-    const std::size_t units = pass.units();  // 0 before there is a panel
+    using M = LogitMicroTile<T, Bytes>;
     switch (step) {
       case Step::kPackAudio:
-        return steps.pack_audio(i);
+        return pack_audio<M>(pass, i);
       case Step::kPackText:
-        return steps.pack_text(i * kUnit);
-      case Step::kForward:
-        return steps.forward(i / units, i % units);
-      case Step::kCombine:
-        return steps.combine();
-      case Step::kGradient:
-        return steps.gradient(i / units, i % units);
-      case Step::kToAudio:
-        return steps.add_to_audio(i);
-      case Step::kToText:
-        return steps.add_to_text(i * kUnit);
+        return pack_text<M>(pass, i);
+      case Step::kSum:
+        return sum_tile<M>(pass, pass.tile(i));
+      case Step::kAddPanel:
+        return add_panel<M>(pass);
+      case Step::kDifferentiate:
+        return differentiate_tile<M>(pass, pass.tile(i));
+      case Step::kAddAudio:
+        return add_audio_gradient<M>(pass, i);
+      case Step::kAddText:
+        return add_text_gradient<M>(pass, i);
     }
   }
 };
 
-// Takes a step with units 0 .. count - 1 of work.
+// Runs a step, which has `count` tasks.
 template <class T>
-void take(const Pass<T>& pass, Step step, std::size_t count) {
-  const Work<T> work{pass, step};
-  pass.team.for_each(count, [&](std::size_t i) { run(pass.pairs.isa, work, i); });
+void run_step(const Pass<T>& pass, Step step, std::size_t count) {
+  const Task<T> task{pass, step};
+  pass.pool.for_each(count, [&](std::size_t i) { dispatch(pass.pairs.isa, task, i); });
 }
 
-// Calls `work` for every panel of every block, with its operands packed.
+// Packs the operands of every panel, and calls `work` for it.
 template <class T, class F>
 void for_each_panel(Pass<T>& pass, const F& work) {
   const std::size_t all_rows = pass.pairs.audio.rows, all_columns = pass.pairs.text.rows;
-  for (std::size_t column = 0; column < all_columns; column += kBlock) {
+  for (std::size_t column = 0; column < all_columns; column += kPanelColumns) {
     pass.first_column = column;
-    pass.columns = std::min(kBlock, all_columns - column);
-    take(pass, Step::kPackText, divide_up(pass.columns, kUnit));
-    for (std::size_t row = 0; row < all_rows; row += kPanel) {
+    pass.columns = std::min(kPanelColumns, all_columns - column);
+    run_step(pass, Step::kPackText, divide_up(pass.columns, kTaskRows));
+    for (std::size_t row = 0; row < all_rows; row += kPanelRows) {
       pass.first_row = row;
-      pass.rows = std::min(kPanel, all_rows - row);
-      take(pass, Step::kPackAudio, pass.units());
+      pass.rows = std::min(kPanelRows, all_rows - row);
+      run_step(pass, Step::kPackAudio, divide_up(pass.rows, kTaskRows));
       work();
     }
   }
 }
 
+// Writes the logarithms of sum * exp(peak).
 template <class T>
-void log_sum(std::size_t count, const T* most, const T* sum, T* out) {
-  std::transform(most, most + count, sum, out, [](T m, T s) { return m + std::log(s); });
+void write_log_sums(std::size_t count, const T* peak, const T* sum, T* out) {
+  std::transform(peak, peak + count, sum, out, [](T m, T s) { return m + std::log(s); });
 }
 
 template <class T>
@@ -88,78 +92,89 @@ double dot(const T* a, const T* b, std::size_t size) {
   return sum;
 }
 
-// From products with G to gradients: times the scale. Returns the sum of <matrix, product>.
+// Turns the product of G with the other embeddings into the gradient of these: multiplies it by the
+// scale. Returns the sum of <embedding, product> over all rows.
 template <class T>
-double finish(Team& team, T scale, const Matrix<T>& matrix, T* gradient) {
-  const std::size_t depth = matrix.depth;
-  Buffer<double> dots(matrix.rows);
-  team.for_each(divide_up(matrix.rows, kUnit), [&](std::size_t unit) {
-    const std::size_t first = unit * kUnit, last = std::min(first + kUnit, matrix.rows);
+double scale_gradient(ThreadPool& pool, T scale, const Matrix<T>& embeddings, T* product) {
+  const std::size_t depth = embeddings.depth;
+  Buffer<double> dots(embeddings.rows);
+  pool.for_each(divide_up(embeddings.rows, kTaskRows), [&](std::size_t task) {
+    const std::size_t first = task * kTaskRows;
+    const std::size_t last = std::min(first + kTaskRows, embeddings.rows);
     for (std::size_t row = first; row < last; ++row) {
-      dots.data()[row] = dot(matrix.row(row), gradient + row * depth, depth);
+      dots.data()[row] = dot(embeddings.row(row), product + row * depth, depth);
     }
-    std::for_each(gradient + first * depth, gradient + last * depth, [scale](T& x) { x *= scale; });
+    std::for_each(product + first * depth, product + last * depth, [scale](T& x) { x *= scale; });
   });
   double sum = 0;
-  for (std::size_t row = 0; row < matrix.rows; ++row) sum += dots.data()[row];
+  for (std::size_t row = 0; row < embeddings.rows; ++row) sum += dots.data()[row];
   return sum;
 }
 
+// How many rows of tiles fit `size` kept logits.
 template <class T>
-std::size_t kept_units(const Negatives<T>& pairs, std::size_t size) {
-  return size / (divide_up(pairs.text.rows, kTile) * kUnitLogits);
+std::size_t kept_row_tiles(const Negatives<T>& pairs, std::size_t size) {
+  return size / (divide_up(pairs.text.rows, kTileColumns) * kTileLogits);
 }
 
 }  // namespace
 
 template <class T>
 void sum_negatives(const Negatives<T>& pairs, PerRowAndColumn<T> out, Span<T> kept) {
-  Scratch<T> scratch(pairs, false);
-  Team team(threads_for(pairs));
-  Pass<T> pass{pairs, scratch, team, kept.data(), kept_units<T>(pairs, kept.size()),
-               {},    {},      {},   {}};
+  Workspace<T> workspace(pairs, false);
+  ThreadPool pool(threads_for(pairs));
+  Pass<T> pass{pairs, workspace, pool, kept.data(), kept_row_tiles<T>(pairs, kept.size()),
+               {},    {},        {},   {}};
   const std::size_t rows = pairs.audio.rows, columns = pairs.text.rows;
-  std::fill_n(scratch.row_most.data(), round_up(rows, kPanel), -kInfinity<T>);
-  std::fill_n(scratch.row_sum.data(), round_up(rows, kPanel), T{0});
-  std::fill_n(scratch.column_most.data(), round_up(columns, kBlock), -kInfinity<T>);
-  std::fill_n(scratch.column_sum.data(), round_up(columns, kBlock), T{0});
+  std::fill_n(workspace.row_peak.data(), round_up(rows, kPanelRows), -kInfinity<T>);
+  std::fill_n(workspace.row_sum.data(), round_up(rows, kPanelRows), T{0});
+  std::fill_n(workspace.column_peak.data(), round_up(columns, kPanelColumns), -kInfinity<T>);
+  std::fill_n(workspace.column_sum.data(), round_up(columns, kPanelColumns), T{0});
   for_each_panel(pass, [&] {
-    take(pass, Step::kForward, pass.tiles() * pass.units());
-    take(pass, Step::kCombine, 1);
+    run_step(pass, Step::kSum, pass.tiles());
+    run_step(pass, Step::kAddPanel, 1);
   });
   if (pairs.kind == NegativesKind::kSigmoid) {
-    std::copy_n(scratch.row_sum.data(), rows, out.rows.data());
+    std::copy_n(workspace.row_sum.data(), rows, out.rows.data());
     return;
   }
-  log_sum(rows, scratch.row_most.data(), scratch.row_sum.data(), out.rows.data());
-  log_sum(columns, scratch.column_most.data(), scratch.column_sum.data(), out.columns.data());
+  write_log_sums(rows, workspace.row_peak.data(), workspace.row_sum.data(), out.rows.data());
+  write_log_sums(columns, workspace.column_peak.data(), workspace.column_sum.data(),
+                 out.columns.data());
 }
 
 template <class T>
 ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColumn<const T> out,
                                        PerRowAndColumn<const T> d_out, Span<const T> kept,
                                        T* d_audio, T* d_text) {
-  Scratch<T> scratch(pairs, true);
-  // Kept logits are only read by this pass.
-  Team team(threads_for(pairs));
-  Pass<T> pass{
-      pairs, scratch, team,  const_cast<T*>(kept.data()), kept_units<T>(pairs, kept.size()), out,
-      d_out, d_audio, d_text};
+  Workspace<T> workspace(pairs, true);
+  ThreadPool pool(threads_for(pairs));
+  // Pass has one type for both passes; this one only reads the kept logits.
+  Pass<T> pass{pairs,
+               workspace,
+               pool,
+               const_cast<T*>(kept.data()),
+               kept_row_tiles<T>(pairs, kept.size()),
+               out,
+               d_out,
+               d_audio,
+               d_text};
   double bias = 0;
   for_each_panel(pass, [&] {
-    take(pass, Step::kGradient, pass.tiles() * pass.units());
-    for (std::size_t tile = 0; tile < pass.tiles(); ++tile) {
-      for (std::size_t unit = 0; unit < pass.units(); ++unit) {
-        bias += scratch.gradient_sum[tile * kUnitsInPanel + unit];
+    run_step(pass, Step::kDifferentiate, pass.tiles());
+    for (std::size_t column_tile = 0; column_tile < pass.column_tiles(); ++column_tile) {
+      for (std::size_t row_tile = 0; row_tile < pass.row_tiles(); ++row_tile) {
+        bias += workspace.gradient_sum[column_tile * kPanelRowTiles + row_tile];
       }
     }
-    if (d_audio != nullptr) take(pass, Step::kToAudio, pass.units());
-    if (d_text != nullptr) take(pass, Step::kToText, divide_up(pass.columns, kUnit));
+    if (d_audio != nullptr) run_step(pass, Step::kAddAudio, divide_up(pass.rows, kTaskRows));
+    if (d_text != nullptr) run_step(pass, Step::kAddText, divide_up(pass.columns, kTaskRows));
   });
-  // By Euler either side tells the gradient by the scale.
+  // sum_ij G_ij <audio_i, text_j>, summed over the rows of either side, is the gradient by the
+  // scale.
   double scale = 0;
-  if (d_text != nullptr) scale = finish(team, pairs.scale, pairs.text, d_text);
-  if (d_audio != nullptr) scale = finish(team, pairs.scale, pairs.audio, d_audio);
+  if (d_text != nullptr) scale = scale_gradient(pool, pairs.scale, pairs.text, d_text);
+  if (d_audio != nullptr) scale = scale_gradient(pool, pairs.scale, pairs.audio, d_audio);
   return {scale, bias};
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "fft.h"
+#include "simd_math.h"
 
 namespace clsp {
 namespace {
@@ -16,21 +17,21 @@ constexpr float kFloor = 1.1920929e-07f;
 constexpr int kBlock = 80;  // frames begin and end on multiples of 80 samples
 constexpr int kBlocksPerFrame = kWindow / kBlock;
 
-// L consecutive frames and the sample before them.
+// Samples that L consecutive frames cover.
 template <int L>
 constexpr int kSpan = (L - 1) * kHop + kWindow;
 
 template <int L>
 struct Workspace {
   using V = typename Lanes<L>::Float;
-  V even[FftPlan::kComplex];  // samples, then powers in the order of position_of()
-  V odd[FftPlan::kComplex];   // samples, then energies
-  V mean;                     // 0.03 x the mean of each frame: what pre-emphasis leaves of it
+  V even[FftPlan::kComplex];  // first samples, then powers in the order of position_of()
+  V odd[FftPlan::kComplex];   // first samples, then energies
+  V mean;                     // 0.03 x the mean of each frame, as pre-emphasis leaves it
   alignas(64) float emphasised[kSpan<L>];
   float gathered[kSpan<L> + 1];
 };
 
-// What the framing sees at `index` of the clip: its samples, zeros behind them, mirrored for ever.
+// Sample `index` of the clip with its zeros, mirrored at both ends without end.
 float framed_sample(const Clip& clip, std::ptrdiff_t index) {
   const auto size = static_cast<std::ptrdiff_t>(clip.padded_size);
   std::ptrdiff_t i = index % (2 * size);
@@ -40,9 +41,9 @@ float framed_sample(const Clip& clip, std::ptrdiff_t index) {
   return inside < clip.samples.size() ? clip.samples[inside] : 0.0f;
 }
 
-// Pointer to what `frames` frames from frame `first` on cover; source[-1] is the sample before.
-// Only groups at an edge are copied. What lies behind the frames is of no matter, but it is
-// readable.
+// Pointer to the samples of `frames` frames, of which `first` is the first; source[-1] is the
+// sample before them. Samples are copied only for groups of frames at an edge of the clip. L frames
+// are always readable; samples behind the last of `frames` have no meaning.
 template <int L>
 const float* group_source(const Clip& clip, std::size_t first, std::size_t frames,
                           Workspace<L>& w) {
@@ -62,7 +63,7 @@ const float* group_source(const Clip& clip, std::size_t first, std::size_t frame
 
 // Removing the mean and pre-emphasis commute up to a factor:
 // (x[i] - mean) - 0.97 (x[i-1] - mean) = (x[i] - 0.97 x[i-1]) - 0.03 mean,
-// so pre-emphasis is done once a sample and the means come from sums over blocks of 80.
+// so pre-emphasis is done once for each sample, and sums over blocks of 80 give the means.
 template <int L>
 CLSP_INLINE void emphasise(const float* source, Workspace<L>& w) {
   using V = typename Workspace<L>::V;
@@ -73,7 +74,9 @@ CLSP_INLINE void emphasise(const float* source, Workspace<L>& w) {
     for (int i = b * kBlock; i < (b + 1) * kBlock; i += L) {
       const V x = load<V>(source + i), before = load<V>(source + i - 1);
       sum += x;
-      // Near samples subtract exactly, and 0.03 has 33 times less to round than 0.97.
+      // x - 0.97 before, in an order that rounds less: samples close to each other subtract
+      // exactly, and the rounding error of 0.03 x before is 33 times smaller than that of 0.97 x
+      // before.
       store(w.emphasised + i, (x - before) + before * kLeak);
     }
     sums[b] = horizontal_sum(sum);
@@ -93,8 +96,9 @@ CLSP_INLINE void put_sample(Workspace<L>& w, int i, const typename Workspace<L>:
   half[i / 2] = x * window - w.mean * window;
 }
 
-// Turns L rows, one a frame, into columns, one a sample. Frame l + 1 starts 160 samples after frame
-// l, so column i + 160 is column i moved by one lane: a third of the tiles need a transpose.
+// Turns L rows, one for each frame, into windowed columns, one for each sample. Frame l + 1 starts
+// 160 samples after frame l, so column i + 160 is column i moved by one lane: only a third of the
+// tiles need a transpose.
 template <int L>
 CLSP_INLINE void window_columns(Workspace<L>& w) {
   using V = typename Workspace<L>::V;
@@ -114,8 +118,8 @@ CLSP_INLINE void window_columns(Workspace<L>& w) {
       }
     }
   }
-  // The window is 0 here, and what pre-emphasis put here belongs to the frame before: not a NaN of
-  // that frame times 0.
+  // The window is 0 here, but 0 times NaN is NaN, and this pre-emphasised sample depends on the
+  // sample before the frame, which may be NaN.
   w.even[0] = V{};
 }
 
@@ -125,19 +129,19 @@ constexpr std::array<int, kBins> first_weights() {
   return first;
 }
 
-// Adds what filter M takes of FFT bins kMelFirst[M] + 1 + I... to what it takes of the first.
+// The energy of filter M: the weighted sum of FFT bins kMelFirst[M] and kMelFirst[M] + 1 + I...
 template <int M, int L, int... I>
 CLSP_INLINE void mel_filter(Workspace<L>& w, std::integer_sequence<int, I...>) {
   constexpr int kFirst = kMelFirst[M];
   constexpr const float* kWeights = kMelWeights + first_weights()[M];
   auto energy = w.even[position_of(kFirst)] * kWeights[0];
   ((energy += w.even[position_of(kFirst + 1 + I)] * kWeights[1 + I]), ...);
-  // A filter without bins: 0, or NaN like the rest of the frame.
+  // A filter without bins gives 0, or NaN if the rest of the frame is NaN.
   w.odd[M] = kMelCount[M] == 0 ? w.mean - w.mean : energy;
 }
 
-// Unrolled over all filters: what is the length of a loop, an index or an address in tables is then
-// part of the program, and neighbours share the powers that they have in common.
+// Unrolled over all filters: loop lengths, indices and weights become constants of the code, and
+// neighbouring filters load the powers that both use once.
 template <int L, int... M>
 CLSP_INLINE void mel_filters(Workspace<L>& w, std::integer_sequence<int, M...>) {
   (mel_filter<M>(w, std::make_integer_sequence<int, std::max(kMelCount[M] - 1, 0)>{}), ...);
@@ -153,7 +157,7 @@ CLSP_INLINE void store_logarithms(const Workspace<L>& w, float* rows, std::size_
 #pragma GCC unroll 16
     for (int c = 0; c < L; ++c) {
       const V energy = w.odd[m + c];
-      tile[c] = log_positive(energy < floor ? floor : energy);  // keeps NaN
+      tile[c] = log_positive(energy < floor ? floor : energy);  // NaN stays NaN
     }
     transpose(tile);
 #pragma GCC unroll 16
@@ -178,22 +182,19 @@ CLSP_INLINE void fbank_lanes(const Clip& clip, float* rows) {
   }
 }
 
-void fbank_baseline(const Clip& clip, float* rows) { fbank_lanes<4>(clip, rows); }
-#ifdef CLSP_X86
-CLSP_TARGET_AVX2 void fbank_avx2(const Clip& clip, float* rows) { fbank_lanes<8>(clip, rows); }
-CLSP_TARGET_AVX512 void fbank_avx512(const Clip& clip, float* rows) { fbank_lanes<16>(clip, rows); }
-#endif
+struct FbankWork {
+  const Clip& clip;
+  float* rows;
+
+  template <std::size_t Bytes>
+  CLSP_INLINE void run() const {
+    fbank_lanes<Bytes / sizeof(float)>(clip, rows);
+  }
+};
 
 }  // namespace
 
-void fbank(const Clip& clip, float* rows, Isa isa) {
-#ifdef CLSP_X86
-  if (isa == Isa::kAvx512) return fbank_avx512(clip, rows);
-  if (isa == Isa::kAvx2) return fbank_avx2(clip, rows);
-#endif
-  (void)isa;
-  fbank_baseline(clip, rows);
-}
+void fbank(const Clip& clip, float* rows, Isa isa) { dispatch(isa, FbankWork{clip, rows}); }
 
 const float* povey_window() { return kPoveyWindow; }
 

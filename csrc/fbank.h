@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "checked.h"
+#include "buffers.h"
 #include "simd.h"
 
 namespace clsp {
@@ -12,15 +12,15 @@ namespace clsp {
 constexpr int kSampleRate = 16000;
 constexpr int kWindow = 400;
 constexpr int kHop = 160;
-constexpr int kLeft = (kWindow - kHop) / 2;  // samples of frame 0 that lie before the clip
+constexpr int kLeft = (kWindow - kHop) / 2;  // samples of frame 0 that precede the clip
 constexpr int kBins = 128;
 constexpr float kPaddingValue = -23.025850929940457f;  // log(1e-10), far below real silence
 
 inline std::size_t frame_count(std::size_t samples) { return (samples + kHop / 2) / kHop; }
 
-// One clip as it is framed: `samples`, then zeros up to `padded_size`, then its mirror image. With
-// padded_size == samples.size() that is the reference's inference, with the batch's longest clip it
-// is its training.
+// One clip as the framing sees it: `samples`, then zeros up to `padded_size`, then the mirror image
+// of both. The reference sets padded_size to samples.size() in inference, and to the size of the
+// batch's longest clip in training.
 struct Clip {
   Span<const float> samples;
   std::size_t padded_size;

@@ -1,11 +1,11 @@
-// Power spectrum of 512 real samples, one frame per vector lane.
+// Power spectrum of 512 real samples, one frame in each vector lane.
 //
 // The 512 real samples are read as 256 complex ones z[j] = x[2j] + i x[2j+1]; their transform is
 // three in-place decimation-in-frequency passes of radix 8, 8 and 4, and the real spectrum is
 // X[k] = E[k] + w^k O[k], w = exp(-2 pi i / 512), with E and O the transforms of the even and odd
-// samples. Frequencies leave the passes in digit-reversed order: across lanes that costs nothing
-// but an index. The samples are all the memory there is: for 16 lanes they fill 32 KB, most
-// processors' first-level cache, so the last pass and the powers replace them where they lie.
+// samples. Frequencies leave the passes in digit-reversed order; since every lane has the same
+// order, this costs nothing but an index. All passes work in the memory of the samples: for 16
+// lanes it is 32 KB, the whole first-level cache of most processors.
 #pragma once
 
 #include "simd.h"
@@ -22,7 +22,7 @@ struct FftPlan {
   Twiddle split[33][4];  // exp(-2 pi i (k + 64 r) / 512)
 };
 
-// Where frequency k lies after the passes; k, k + 64, k + 128 and k + 192 are neighbours.
+// Where the passes leave frequency k; k, k + 64, k + 128 and k + 192 are neighbours.
 constexpr int position_of(int k) { return k % 8 * 32 + k / 8 % 8 * 4 + k / 64; }
 
 const FftPlan& fft_plan();
@@ -47,7 +47,7 @@ CLSP_INLINE Complex<V> operator*(const Complex<V>& a, const FftPlan::Twiddle& t)
   return {a.re * t.re - a.im * t.im, a.re * t.im + a.im * t.re};
 }
 
-// -i (a - b), the product that a radix-4 butterfly needs.
+// -i (a - b), which a radix-4 butterfly needs.
 template <class V>
 CLSP_INLINE Complex<V> minus_i_difference(const Complex<V>& a, const Complex<V>& b) {
   return {a.im - b.im, b.re - a.re};
@@ -122,12 +122,12 @@ CLSP_INLINE void last_butterfly(const V* re, const V* im, int block, Complex<V>*
   butterfly4(in, out, 1);
 }
 
-// The radix-4 pass and the split in one: block k holds frequencies k + 64 r, whose mirror images
-// k + 64 r -> 64 - k + 64 (3 - r) are block 64 - k. Powers go to `re`.
+// The radix-4 pass and the split in one. Block k holds frequencies k + 64 r; their mirror images,
+// frequencies (64 - k) + 64 (3 - r), are in block 64 - k. Powers go to `re`.
 template <class V>
 CLSP_INLINE void last_pass(V* re, V* im, const FftPlan& plan) {
   Complex<V> z[4], mirrored[4];
-  last_butterfly(re, im, 0, z);  // holds its own mirror images; frequency 0 is not wanted
+  last_butterfly(re, im, 0, z);  // a block that mirrors itself; frequency 0 is not needed
   split_powers(z[1], z[3], plan.split[0][1], re[1], re[3]);
   split_powers(z[2], z[2], plan.split[0][2], re[2], re[2]);
   for (int k = 1; k <= 32; ++k) {
@@ -142,9 +142,9 @@ CLSP_INLINE void last_pass(V* re, V* im, const FftPlan& plan) {
   }
 }
 
-// Turns the even samples in re[0 .. 199] and the odd ones in im[0 .. 199], with zeros behind them,
-// into |2 X[k]|^2 at re[position_of(k)] for k = 1 .. 255; im is overwritten, and neither needs to
-// hold the zeros. The caller halves its window instead, which is exact.
+// From 200 even samples in re[0 .. 199] and 200 odd ones in im[0 .. 199], followed by zeros that
+// need not be stored, to |2 X[k]|^2 at re[position_of(k)] for k = 1 .. 255. Overwrites im. The
+// factor 2 is left to the caller, who halves the window, which is exact.
 template <class V>
 CLSP_INLINE void power_spectrum(V* re, V* im, const FftPlan& plan) {
   for (int j = 0; j < 8; ++j) step8<32, 7>(re + j, im + j, plan.first[j]);

@@ -20,7 +20,7 @@ std::uint32_t big_endian(const std::uint8_t* p, int bytes) {
   return value;
 }
 
-// Bytes of the file from one offset on, of which as many are in memory as were asked for.
+// The part of the file from one offset on that is in memory; it grows as bytes are asked for.
 class Window {
  public:
   explicit Window(const ByteSource& source) : source_(source) {}
@@ -35,7 +35,8 @@ class Window {
     offset_ = offset;
   }
 
-  // At least `wanted` bytes, fewer only at the end of the file; kFlacGuard more are readable.
+  // At least `wanted` bytes, or fewer at the end of the file; kFlacGuard more are readable. Reads
+  // `at_once` bytes at a time.
   Span<const std::uint8_t> bytes(std::size_t wanted, std::size_t at_once = kWindow) {
     if (size_ < wanted && !complete()) {
       const std::uint64_t left = source_.size() - offset_;
@@ -51,7 +52,7 @@ class Window {
     return {buffer_.data() + first_, size_};
   }
 
-  // Whether the file has nothing behind the bytes in memory.
+  // Whether the bytes in memory reach the end of the file.
   bool complete() const { return offset_ + size_ >= source_.size(); }
   std::uint64_t offset() const { return offset_; }
 
@@ -62,7 +63,7 @@ class Window {
   std::size_t first_ = 0, size_ = 0;
 };
 
-// The frames of a stream, one after the other.
+// Reads the frames of a stream, one after the other.
 class FrameReader {
  public:
   FrameReader(const ByteSource& source, const FlacInfo& info, Isa isa)
@@ -75,14 +76,14 @@ class FrameReader {
   std::uint64_t offset() const { return next_.offset; }
   const FlacFrameDecoder& decoder() const { return decoder_; }
 
-  // Whether only an ID3v1 tag follows, if anything.
+  // Whether nothing follows, or only an ID3v1 tag.
   bool at_end() {
     const Span<const std::uint8_t> rest = window_.bytes(kTagBytes + 1);
     return rest.size() == 0 ||
            (rest.size() == kTagBytes && std::memcmp(rest.data(), "TAG", 3) == 0);
   }
 
-  // Whether another stream begins in what follows, as after `cat a.flac b.flac`.
+  // Whether another stream begins in the next kSearchBytes, as after `cat a.flac b.flac`.
   bool another_stream_follows() {
     const Span<const std::uint8_t> rest = window_.bytes(kSearchBytes, kSearchBytes);
     static constexpr std::uint8_t kBegin[] = {'f', 'L', 'a', 'C', 0, 0, 0, kStreamInfoBytes};
@@ -91,7 +92,7 @@ class FrameReader {
       if (at == nullptr) return false;
       i = static_cast<std::size_t>(static_cast<const std::uint8_t*>(at) - rest.data());
       if (i + sizeof kBegin > rest.size()) return false;
-      // The first bit of the block tells whether it is the last one.
+      // The first bit says whether this metadata block is the last one.
       if (std::memcmp(at, kBegin, 4) == 0 && (rest[i + 4] & 0x7F) == 0 &&
           std::memcmp(rest.data() + i + 5, kBegin + 5, 3) == 0) {
         return true;
@@ -100,8 +101,8 @@ class FrameReader {
     return false;
   }
 
-  // Whether the next frame is there, as far as its header says.
-  bool another_follows() {
+  // Whether the header of the next frame follows.
+  bool another_frame_follows() {
     try {
       const FlacFrameHeader header = parse_flac_header(window_.bytes(kFlacHeaderBytes), info_);
       return header.number == next_.number;
@@ -131,17 +132,18 @@ class FrameReader {
     }
   }
 
-  // Moves forward to a frame at or before sample `target`, near to it.
+  // Moves forward to a frame that begins at or shortly before sample `target`.
   void seek(std::uint64_t target) {
     const Place start = next_;
     if (start.offset >= file_bytes_) return;
     try {
       const FlacFrameHeader header = parse_flac_header(window_.bytes(kFlacHeaderBytes), info_);
-      // Frames that have numbers but not one size are in no known place.
+      // Frame numbers give no position if the frames differ in size.
       if (header.fixed_block && info_.min_block != info_.max_block) return;
-      go_to(bisect(header, target));
-      decode_next();  // a bit pattern in the midst of a frame may look like the start of one
-      go_to(found_);
+      const Place place = bisect(header, target);
+      go_to(place);
+      decode_next();  // bits in the middle of a frame may look like the start of one
+      go_to(place);
     } catch (const FlacDamage&) {
       go_to(start);
     }
@@ -162,25 +164,27 @@ class FrameReader {
     window_.move_to(place.offset);
   }
 
+  // A frame at or before sample `target`, at most kWindow bytes before the last such frame.
+  // `first`: the header of the next frame.
   Place bisect(const FlacFrameHeader& first, std::uint64_t target) {
-    found_ = {next_.offset, 0, first.number};
+    Place best{next_.offset, 0, first.number};
     std::uint64_t end = file_bytes_;
-    while (end - found_.offset > kWindow) {
-      const std::uint64_t middle = found_.offset + (end - found_.offset) / 2;
+    while (end - best.offset > kWindow) {
+      const std::uint64_t middle = best.offset + (end - best.offset) / 2;
       const std::optional<Place> place = find_frame(middle, end, first);
-      if (place && place->position > found_.position && place->position <= target) {
-        found_ = *place;
+      if (place && place->position > best.position && place->position <= target) {
+        best = *place;
       } else {
         end = middle;
       }
     }
-    return found_;
+    return best;
   }
 
-  // The first frame that begins in [begin, end), if one does.
+  // The first frame that begins in [begin, end), if any.
   std::optional<Place> find_frame(std::uint64_t begin, std::uint64_t end,
                                   const FlacFrameHeader& first) {
-    int attempts = 1000;  // a file may be made of what looks like headers
+    int attempts = 1000;  // bounds the time for a file that is full of false headers
     while (begin < end) {
       window_.move_to(begin);
       const Span<const std::uint8_t> bytes = window_.bytes(kScanBytes, kScanBytes);
@@ -211,8 +215,8 @@ class FrameReader {
   Window window_;
   FlacFrameDecoder decoder_;
   std::uint64_t file_bytes_;
-  Place next_{}, found_{};
-  std::size_t frame_bytes_ = std::size_t{1} << 13;  // to have at hand: more than the largest so far
+  Place next_{};
+  std::size_t frame_bytes_ = std::size_t{1} << 13;  // read at once: 1.5 x the largest frame so far
 };
 
 }  // namespace
@@ -221,7 +225,7 @@ FlacInfo parse_flac(const ByteSource& source, std::uint64_t offset) {
   offset += 4;
   FlacInfo info{};
   std::uint8_t head[4];
-  // A block takes at least 4 bytes; the cap bounds the walk through a file made of empty ones.
+  // The cap bounds the time for a file that is full of empty blocks.
   for (int blocks = 0; blocks < 65536; ++blocks) {
     const bool cut = source.read(offset, head, sizeof head) < sizeof head;
     if (cut && blocks > 0) throw AudioFailure("truncated", "the file ends within its metadata");
@@ -255,7 +259,7 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
   FrameReader frames(source, info, isa);
   if (first > 0) frames.seek(first);
   const std::uint64_t last = first + count;
-  // Room for the usual two bytes or less a sample at once, and for more as more is decoded.
+  // Memory for two samples per byte of the file at once, and for more when more is decoded.
   FlacPart part{Samples(checked_size(std::min(count, 2 * source.size()))), 0};
   std::uint64_t done = 0;
   const auto fail = [&](const std::string& why) {
@@ -287,8 +291,8 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
          ")");
   }
   if (info.frames != 0 && done < count) fail("the file ends");
-  // A header that promises less than the frames hold is as wrong as one that promises more.
-  if (last == info.frames && (frames.position() != last || frames.another_follows())) {
+  // A header that states fewer samples than the frames hold is as wrong as one that states more.
+  if (last == info.frames && (frames.position() != last || frames.another_frame_follows())) {
     throw AudioFailure("format", "the FLAC header states " + std::to_string(info.frames) +
                                      " samples, but more follow; decode and encode it again");
   }

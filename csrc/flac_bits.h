@@ -1,5 +1,5 @@
-// The bits of a FLAC frame: a reader that holds up to 63 of them in a register, and the loop that
-// takes nearly all of a decoder's time, residuals and prediction together.
+// The innermost part of the FLAC decoder, which takes nearly all of its time: a bit reader that
+// holds up to 63 bits in a register, and the loop that reads residuals and predicts samples.
 #pragma once
 
 #include <cstddef>
@@ -19,13 +19,13 @@ CLSP_INLINE std::uint64_t load_big_endian(const std::uint8_t* p) {
   return value;
 }
 
-// Reads behind the end give bits of the guard; whoever asks for more than those gets FlacDamage.
+// Behind the end of the frame it reads the guard, and behind that it throws FlacDamage.
 class FlacBits {
  public:
   FlacBits(const std::uint8_t* begin, const std::uint8_t* end)
       : next_(begin), last_(end + sizeof bits_), end_(end) {}
 
-  // At least 56 bits, of which those behind the guard are never used: see last_.
+  // Makes at least 56 bits available.
   CLSP_INLINE void fill() {
     if (__builtin_expect(next_ > last_, 0)) throw FlacDamage("its frame is cut", true);
     bits_ |= load_big_endian(next_) >> count_;
@@ -33,7 +33,7 @@ class FlacBits {
     count_ |= 56;
   }
 
-  // `count` bits as an unsigned number, 0 .. 33.
+  // The next `count` bits, 0 .. 33, as an unsigned number.
   std::uint64_t unsigned_bits(int count) {
     fill();
     const std::uint64_t value = bits_ >> 1 >> (63 - count);
@@ -41,7 +41,7 @@ class FlacBits {
     return value;
   }
 
-  // `count` bits as a two's complement number, 1 .. 33.
+  // The next `count` bits, 1 .. 33, as a two's complement number.
   std::int64_t signed_bits(int count) {
     fill();
     const auto value = static_cast<std::int64_t>(bits_) >> (64 - count);
@@ -49,7 +49,7 @@ class FlacBits {
     return value;
   }
 
-  // Zeros before the next one, which is read too.
+  // The number of zeros before the next one bit; skips that bit too.
   std::uint64_t unary() {
     std::uint64_t zeros = 0;
     for (fill(); bits_ >> 8 == 0; fill()) {
@@ -65,13 +65,13 @@ class FlacBits {
   const std::uint8_t* position() const { return next_ - (count_ >> 3); }
   [[noreturn]] void damaged(const char* what) const { throw FlacDamage(what, position() > end_); }
 
-  // The residual of Rice parameter k that comes next, if the whole code is at hand, as it nearly
-  // always is behind fill(); false, and nothing is read, if it is not. To stay in registers a copy
-  // of the reader may take short codes only.
+  // Reads a residual of Rice parameter k if its whole code is in the register, as it nearly always
+  // is after fill(); otherwise reads nothing and returns false. A copy of the reader on which only
+  // fill() and short_code() are called stays in registers.
   CLSP_INLINE bool short_code(unsigned k, std::int64_t& residual) {
     const unsigned zeros = bits_ == 0 ? 64 : static_cast<unsigned>(__builtin_clzll(bits_));
     if (__builtin_expect(zeros + k >= count_, 0)) return false;
-    // The one that ends the zeros stays on top of the k bits behind it, as 2^k.
+    // The one bit that ends the zeros is still above the k bits, where it counts as 2^k.
     const std::uint64_t shifted = bits_ << zeros, ahead = std::uint64_t{1} << k;
     residual = unfold((std::uint64_t{zeros} << k) + (shifted >> (63 - k)) - ahead);
     bits_ = shifted << (k + 1);
@@ -90,31 +90,32 @@ class FlacBits {
     bits_ <<= count;
     count_ -= static_cast<unsigned>(count);
   }
-  // 0, 1, 2, 3, 4 ... stand for 0, -1, 1, -2, 2 ...
+  // Maps 0, 1, 2, 3, 4 ... to 0, -1, 1, -2, 2 ...
   static CLSP_INLINE std::int64_t unfold(std::uint64_t folded) {
     return static_cast<std::int64_t>(folded >> 1 ^ (0 - (folded & 1)));
   }
 
-  std::uint64_t bits_ = 0;   // the next ones, from the top; below them more that fill() finds again
-  std::uint64_t count_ = 0;  // how many of them are counted, 0 .. 63
+  // The next bits, from the top. Below the counted ones are bits that fill() reads a second time.
+  std::uint64_t bits_ = 0;
+  std::uint64_t count_ = 0;  // 0 .. 63
   const std::uint8_t* next_;
-  const std::uint8_t* last_;  // to have read so far means that the frame went on behind its end
+  const std::uint8_t* last_;  // the reader gets here only if the frame continues behind its end
   const std::uint8_t* end_;
 };
 
-// x[i] = residual + (sum_j weights[j] x[i - 1 - j] >> shift). Weights behind the order are 0.
+// x[i] = residual + (sum_j weights[j] x[i - 1 - j] >> shift). Weights from the order on are 0.
 struct FlacPredictor {
   std::int64_t weights[32] = {};
   int shift = 0;
 };
 
-// 64 bits hold every sum that a sound stream asks for: 32 products of 15 and 33 bits, and a
-// residual of 32 bits shifted by up to 15. A damaged one may ask for more, so the arithmetic is
-// unsigned: it wraps.
+// 64 bits hold every sum of a valid stream: 32 products of 15 and 33 bits, and a residual of 32
+// bits shifted by up to 15. A damaged stream may overflow them, so the arithmetic is unsigned,
+// which wraps.
 template <int N, class Sample>
 CLSP_INLINE Sample predict(const FlacPredictor& predictor, const Sample* x, std::int64_t residual) {
   auto sum = static_cast<std::uint64_t>(residual) << predictor.shift;
-  // The latest sample comes last: the next one waits for it alone.
+  // The latest sample is added last, so that the other products do not wait for it.
 #pragma GCC unroll 32
   for (int j = N - 1; j >= 0; --j) {
     sum += static_cast<std::uint64_t>(predictor.weights[j]) *
@@ -123,12 +124,12 @@ CLSP_INLINE Sample predict(const FlacPredictor& predictor, const Sample* x, std:
   return static_cast<Sample>(static_cast<std::int64_t>(sum) >> predictor.shift);
 }
 
-// Decodes `count` samples of one partition into x, which the samples before it precede.
+// Decodes `count` samples of one partition into x; x[-1], x[-2] ... are the samples before it.
 template <int N, class Sample>
 CLSP_INLINE void rice_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor,
                                 Sample* x, std::size_t count) {
   FlacBits local = bits;
-  const FlacPredictor own = predictor;
+  const FlacPredictor local_predictor = predictor;
   const auto decode = [&](Sample* to) {
     std::int64_t residual;
     if (__builtin_expect(!local.short_code(k, residual), 0)) {
@@ -136,10 +137,10 @@ CLSP_INLINE void rice_partition(FlacBits& bits, unsigned k, const FlacPredictor&
       residual = bits.long_code(k);
       local = bits;
     }
-    *to = predict<N>(own, to, residual);
+    *to = predict<N>(local_predictor, to, residual);
   };
   std::size_t i = 0;
-  for (; i + 1 < count; i += 2) {  // two codes seldom have more bits than are at hand
+  for (; i + 1 < count; i += 2) {  // two codes seldom exceed the bits of one fill()
     local.fill();
     decode(x + i);
     decode(x + i + 1);

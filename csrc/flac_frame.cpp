@@ -10,7 +10,7 @@
 namespace clsp {
 namespace {
 
-// A fuzzer's mutants would seldom get behind the checksums.
+// Fuzzers ignore checksums: a mutated input would hardly ever have the right ones.
 #ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
 constexpr bool kVerify = false;
 #else
@@ -27,7 +27,7 @@ constexpr std::array<std::uint8_t, 256> crc8_table() {
   return table;
 }
 
-// Row r: the checksum of a byte with r zero bytes behind it.
+// Row r holds the checksum of each byte followed by r zero bytes.
 constexpr std::size_t kCrcBytes = 16;
 using Crc16Rows = std::array<std::array<std::uint16_t, 256>, kCrcBytes>;
 
@@ -59,7 +59,7 @@ unsigned crc16(const std::uint8_t* p, const std::uint8_t* end) {
   return crc;
 }
 
-// The number of a frame or sample, coded like UTF-8 in up to 7 bytes.
+// The number of a frame or sample, encoded like UTF-8 in up to 7 bytes.
 std::uint64_t parse_number(const std::uint8_t*& p) {
   const unsigned first = *p++;
   if (first < 0x80) return first;
@@ -95,43 +95,40 @@ int parse_rate(unsigned code, const std::uint8_t*& p) {
   return code == 13 ? rate : 10 * rate;
 }
 
-using PartitionDecoder = void (*)(FlacBits&, unsigned, const FlacPredictor&, std::int32_t*,
-                                  std::size_t);
+// One partition of 32-bit samples, with a loop over the first N weights.
+template <int N>
+struct PartitionWork {
+  FlacBits& bits;
+  unsigned k;
+  const FlacPredictor& predictor;
+  std::int32_t* x;
+  std::size_t count;
+
+  CLSP_INLINE void run() const { rice_partition<N>(bits, k, predictor, x, count); }
+};
 
 template <int N>
-void baseline_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor, std::int32_t* x,
-                        std::size_t count) {
-  rice_partition<N>(bits, k, predictor, x, count);
+void decode_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor, Isa isa,
+                      std::int32_t* x, std::size_t count) {
+  dispatch_bit_instructions(isa, PartitionWork<N>{bits, k, predictor, x, count});
 }
 
-#ifdef CLSP_X86
-template <int N>
-CLSP_TARGET_BMI2 void bmi2_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor,
-                                     std::int32_t* x, std::size_t count) {
-  rice_partition<N>(bits, k, predictor, x, count);
-}
-#endif
-
-// The number of weights in the loop that serves an order.
+// The N of the loop that serves an order.
 constexpr int loop_order(int order) {
   return order <= 12 ? order : order <= 16 ? 16 : order <= 24 ? 24 : 32;
 }
 
 template <int... Order>
-PartitionDecoder choose_partition(int order, Isa isa, std::integer_sequence<int, Order...>) {
-  static constexpr PartitionDecoder kBaseline[] = {baseline_partition<loop_order(Order)>...};
-#ifdef CLSP_X86
-  static constexpr PartitionDecoder kBmi2[] = {bmi2_partition<loop_order(Order)>...};
-  if (isa != Isa::kBaseline) return kBmi2[order];
-#endif
-  static_cast<void>(isa);
-  return kBaseline[order];
+void decode_order(std::integer_sequence<int, Order...>, int order, FlacBits& bits, unsigned k,
+                  const FlacPredictor& predictor, Isa isa, std::int32_t* x, std::size_t count) {
+  static constexpr decltype(&decode_partition<0>) kDecoders[] = {
+      decode_partition<loop_order(Order)>...};
+  kDecoders[order](bits, k, predictor, isa, x, count);
 }
 
 void decode_rice(FlacBits& bits, unsigned k, const FlacPredictor& predictor, int order, Isa isa,
                  std::int32_t* x, std::size_t count) {
-  constexpr auto kOrders = std::make_integer_sequence<int, 33>{};
-  choose_partition(order, isa, kOrders)(bits, k, predictor, x, count);
+  decode_order(std::make_integer_sequence<int, 33>{}, order, bits, k, predictor, isa, x, count);
 }
 
 void decode_rice(FlacBits& bits, unsigned k, const FlacPredictor& predictor, int, Isa,
@@ -209,8 +206,8 @@ void decode_subframe(FlacBits& bits, int width, Isa isa, Sample* x, std::size_t 
   }
 }
 
-// Left and right, in place of what a frame holds instead; unsigned arithmetic wraps as damage may
-// ask.
+// Replaces the two channels of a frame by left and right. A damaged frame may overflow, so the
+// arithmetic is unsigned, which wraps.
 template <class Sample>
 void restore(FlacFrameHeader::Stereo stereo, std::int32_t* first, std::int32_t* second,
              const Sample* side, std::size_t block) {

@@ -6,7 +6,7 @@
 #include <exception>
 #include <vector>
 
-#include "checked.h"
+#include "buffers.h"
 #include "flac.h"
 #include "simd.h"
 
@@ -15,39 +15,38 @@ namespace clsp {
 struct FlacFrameHeader {
   enum Stereo { kIndependent, kLeftSide, kSideRight, kMidSide };
 
-  std::size_t block;     // samples a channel
+  std::size_t block;     // samples of each channel
   Stereo stereo;         // how the two channels were decorrelated
-  bool fixed_block;      // number counts frames; samples otherwise
+  bool fixed_block;      // `number` counts frames, otherwise samples
   std::uint64_t number;  // of this frame, or of its first sample
   std::size_t bytes;     // of the header itself
 };
 
-// Bytes that must be readable behind those that a frame is decoded from; their values do not
-// matter.
+// Bytes that must be readable behind those of a frame; their values do not matter.
 inline constexpr std::size_t kFlacGuard = 32;
 
-// The longest header there is.
+// The size of the longest frame header.
 inline constexpr std::size_t kFlacHeaderBytes = 16;
 
-// What is wrong with a frame. Caught within the decoder.
+// A damaged frame. Thrown and caught within the decoder.
 struct FlacDamage : std::exception {
   explicit FlacDamage(const char* text, bool end = false) : what_is_wrong(text), at_end(end) {}
   const char* what() const noexcept override { return what_is_wrong; }
 
   const char* what_is_wrong;
-  bool at_end;  // the bytes ended: with more of them the frame may be whole
+  bool at_end;  // the bytes ended too early: with more bytes the frame may be whole
 };
 
-// Throws FlacDamage unless `bytes` begin with a header whose checksum holds and that agrees with
-// the stream's.
+// Throws FlacDamage unless `bytes` begin with a header that has the right checksum and agrees with
+// the header of the stream.
 FlacFrameHeader parse_flac_header(Span<const std::uint8_t> bytes, const FlacInfo& info);
 
-// Decodes frame after frame into one set of buffers.
+// Decodes frames, one after the other, into the same buffers.
 class FlacFrameDecoder {
  public:
   FlacFrameDecoder(const FlacInfo& info, Isa isa);
 
-  // Decodes the frame that `bytes` begin with; kFlacGuard more must be readable behind them.
+  // Decodes the frame at the start of `bytes`; kFlacGuard more bytes must be readable behind them.
   // Returns its length in bytes. Throws FlacDamage.
   std::size_t decode(Span<const std::uint8_t> bytes, const FlacFrameHeader& header);
 
@@ -56,7 +55,7 @@ class FlacFrameDecoder {
   void convert(std::size_t first, int channel, Span<float> mono) const;
 
  private:
-  // The predictor reads this many samples before a channel's first; what they hold does not matter.
+  // The predictor reads this many values before a channel's first sample; they do not matter.
   static constexpr std::size_t kHistory = 32;
 
   std::int32_t* channel(int c) { return samples_.data() + c * stride_ + kHistory; }

@@ -3,64 +3,46 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <new>
 
-#include "checked.h"
+#include "buffers.h"
 
 namespace clsp {
 
 inline std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 inline std::size_t round_up(std::size_t a, std::size_t b) { return divide_up(a, b) * b; }
 
-// Memory in whole cache lines, not cleared.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(std::size_t size)
-      : data_(static_cast<T*>(::operator new(checked_multiply(size, sizeof(T)), kLine))) {}
-  ~Buffer() { ::operator delete(data_, kLine); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  T* data_;
-};
-
-// A matrix in rows without gaps.
+// A row-major matrix whose rows follow each other without gaps.
 template <class T>
 struct Matrix {
   const T* data;
   std::size_t rows, depth;
 
   const T* row(std::size_t i) const { return data + i * depth; }
-  // At most `count` rows from `first` on.
+  // Rows from `first` on, at most `count`.
   Matrix part(std::size_t first, std::size_t count) const {
     return {row(first), std::min(count, rows - first), depth};
   }
 };
 
-// The rows of a matrix times `factor`, `width` of them beside each other: element k of row w of a
-// panel is at [k * width + w]. Rows that are missing in the last panel are `filler`.
+// Packs `factor` times the matrix into strips of `width` rows: element k of row r of a strip is at
+// [k * width + r]. Missing rows of the last strip are `filler`.
 template <class T>
-void pack_beside(const Matrix<T>& matrix, std::size_t width, T factor, T filler, T* out) {
+void pack_rows(const Matrix<T>& matrix, std::size_t width, T factor, T filler, T* out) {
   for (std::size_t r = 0; r < round_up(matrix.rows, width); ++r) {
-    T* const column = out + r / width * width * matrix.depth + r % width;
+    T* const to = out + r / width * width * matrix.depth + r % width;
     if (r < matrix.rows) {
       const T* const row = matrix.row(r);
-      for (std::size_t k = 0; k < matrix.depth; ++k) column[k * width] = row[k] * factor;
+      for (std::size_t k = 0; k < matrix.depth; ++k) to[k * width] = row[k] * factor;
     } else {
-      for (std::size_t k = 0; k < matrix.depth; ++k) column[k * width] = filler;
+      for (std::size_t k = 0; k < matrix.depth; ++k) to[k * width] = filler;
     }
   }
 }
 
-// The rows above each other, in panels of `width` columns and `height` rows: element c of row k of
-// a panel is at [k * width + c]. Columns that are missing in the last panel are 0.
+// Packs the matrix into strips of `width` columns with room for `height` rows: element c of row k
+// of a strip is at [k * width + c]. Missing columns of the last strip are 0.
 template <class T>
-void pack_above(const Matrix<T>& matrix, std::size_t width, std::size_t height, T* out) {
+void pack_columns(const Matrix<T>& matrix, std::size_t width, std::size_t height, T* out) {
   for (std::size_t r = 0; r < matrix.rows; ++r) {
     const T* const row = matrix.row(r);
     T* to = out + r * width;

@@ -54,8 +54,8 @@ CLSP_INLINE Lanes<8>::Float s24_samples(const std::uint8_t* p) {
   using Int = Lanes<8>::Int;
   Int words;
   std::memcpy(&words, p, sizeof words);
-  // Four samples to each half, then each to the upper three bytes of a word; the shift extends its
-  // sign.
+  // Moves four samples to each half, then each sample to the upper three bytes of a word; the shift
+  // extends its sign.
   const auto halves = bits_of<Bytes>(shuffle<0, 1, 2, 3, 3, 4, 5, 6>(words, words));
   const auto spread =
       shuffle<0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11,  //
@@ -122,16 +122,28 @@ CLSP_INLINE void mix(const float* frames, std::size_t channels, int channel, Spa
   }
 }
 
-#ifdef CLSP_X86
-CLSP_TARGET_AVX2 void decode_avx2(SampleFormat format, const std::uint8_t* bytes,
-                                  Span<float> samples) {
-  decode<true>(format, bytes, samples);
-}
-CLSP_TARGET_AVX2 void mix_avx2(const float* frames, std::size_t channels, int channel,
-                               Span<float> mono) {
-  mix(frames, channels, channel, mono);
-}
-#endif
+struct DecodeWork {
+  SampleFormat format;
+  const std::uint8_t* bytes;
+  Span<float> samples;
+
+  template <std::size_t Bytes>
+  CLSP_INLINE void run() const {
+    decode<(Bytes > 16)>(format, bytes, samples);
+  }
+};
+
+struct MixWork {
+  const float* frames;
+  std::size_t channels;
+  int channel;
+  Span<float> mono;
+
+  template <std::size_t Bytes>
+  CLSP_INLINE void run() const {
+    mix(frames, channels, channel, mono);
+  }
+};
 
 }  // namespace
 
@@ -156,20 +168,12 @@ bool is_bounded(SampleFormat format) {
 }
 
 void decode_samples(SampleFormat format, const std::uint8_t* bytes, Span<float> samples, Isa isa) {
-#ifdef CLSP_X86
-  if (isa != Isa::kBaseline) return decode_avx2(format, bytes, samples);
-#endif
-  (void)isa;
-  decode<false>(format, bytes, samples);
+  dispatch_up_to_32_bytes(isa, DecodeWork{format, bytes, samples});
 }
 
 void mix_to_mono(Span<const float> frames, int channels, int channel, Span<float> mono, Isa isa) {
   const auto count = static_cast<std::size_t>(channels);
-#ifdef CLSP_X86
-  if (isa != Isa::kBaseline) return mix_avx2(frames.data(), count, channel, mono);
-#endif
-  (void)isa;
-  mix(frames.data(), count, channel, mono);
+  dispatch_up_to_32_bytes(isa, MixWork{frames.data(), count, channel, mono});
 }
 
 }  // namespace clsp

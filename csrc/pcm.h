@@ -1,9 +1,9 @@
-// Samples as files store them, turned into mono float32.
+// Encodings of samples in WAV files, and their conversion to mono float32.
 #pragma once
 
 #include <cstdint>
 
-#include "checked.h"
+#include "buffers.h"
 #include "simd.h"
 
 namespace clsp {
@@ -12,10 +12,10 @@ enum class SampleFormat { kU8, kS16, kS24, kS32, kF32, kF64, kAlaw, kMulaw };
 
 std::uint32_t sample_bytes(SampleFormat format);
 
-// Whether every sample is within [-1, 1] by the nature of its encoding.
+// Whether the encoding holds only samples within [-1, 1].
 bool is_bounded(SampleFormat format);
 
-// Decodes samples.size() little-endian samples: integers to [-1, 1), floats as they are.
+// Decodes samples.size() little-endian samples: integers to [-1, 1), floats unchanged.
 void decode_samples(SampleFormat format, const std::uint8_t* bytes, Span<float> samples, Isa isa);
 
 // One channel of interleaved frames, or the mean over channels where `channel` is negative.

@@ -1,5 +1,5 @@
-// Mistakes on purpose, compiled into sanitizer builds only: a sanitizer that does not report them
-// would not report ours either.
+// Intended bugs, which exist only in sanitizer builds: a sanitizer that does not report them would
+// not report other bugs either.
 #pragma once
 
 #include <atomic>
@@ -11,8 +11,8 @@
 namespace clsp {
 
 // `kind` is "heap" (reads behind an allocation), "overflow" (of a signed integer) or "race" (two
-// threads write one variable). Returns a number that keeps the compiler from leaving the mistake
-// out.
+// threads write one variable). The result depends on the bug, so that the compiler cannot remove
+// it.
 inline int planted_bug(const std::string& kind) {
   volatile int value = 2147483600;
   if (kind == "heap") {

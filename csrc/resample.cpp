@@ -66,11 +66,11 @@ float output(const float* h, int taps, std::int64_t begin, Span<const float> in)
   return sum;
 }
 
-// How the outputs are dealt to the lanes: each takes a stretch of `periods` x n outputs, so that
-// all lanes are at the same phase and read the same coefficients.
+// How the outputs are distributed over the lanes: each lane takes a stretch of `periods` x n
+// outputs, so that all lanes are at the same phase and use the same coefficients.
 struct Layout {
-  int periods;                            // 0: too many phases or inputs to hold a stretch of them
-  std::int64_t columns, inputs, outputs;  // of a stretch; the columns include the last taps
+  int periods;                            // 0: a stretch of one period would be too long
+  std::int64_t columns, inputs, outputs;  // of a stretch; columns: inputs and the last taps
 };
 
 Layout choose_layout(const ResamplePlan& plan) {
@@ -89,11 +89,11 @@ template <int L>
 struct ResampleBuffers {
   using V = typename Lanes<L>::Float;
   struct alignas(sizeof(V)) Column {
-    V lanes;  // what each lane's stretch holds at one place
+    V lanes;  // one element of each lane's stretch
   };
   std::vector<Column> in, out;
   std::int64_t row;             // columns, rounded up to tiles
-  std::vector<float> gathered;  // (L, row), for stretches that reach beyond the ends
+  std::vector<float> gathered;  // (L, row), for stretches that reach beyond an end of the input
 
   explicit ResampleBuffers(const Layout& layout) : row((layout.columns + L - 1) / L * L) {
     in.resize(static_cast<std::size_t>(row));
@@ -101,7 +101,8 @@ struct ResampleBuffers {
   }
 };
 
-// Reads the stretches that begin at `begin`, `begin` + step, ... into columns.
+// Reads the stretches that begin at `begin`, `begin` + step, ... into columns, zeros beyond the
+// ends.
 template <int L>
 CLSP_INLINE void read_columns(Span<const float> in, std::int64_t begin, std::int64_t step,
                               ResampleBuffers<L>& b) {
@@ -134,7 +135,8 @@ CLSP_INLINE void read_columns(Span<const float> in, std::int64_t begin, std::int
   }
 }
 
-// `Count` outputs of all lanes, whose taps are at h + u * h_step and columns at x + u * x_step.
+// `Count` outputs of all lanes: output u has its taps at h + u * h_step and its inputs at
+// x + u * x_step.
 template <int Count, class Column>
 CLSP_INLINE void filter(const float* h, std::int64_t h_step, const Column* x, std::int64_t x_step,
                         int taps, Column* out, std::int64_t out_step) {
@@ -149,7 +151,7 @@ CLSP_INLINE void filter(const float* h, std::int64_t h_step, const Column* x, st
 
 template <int L>
 CLSP_INLINE void filter_columns(const ResamplePlan& plan, int periods, ResampleBuffers<L>& b) {
-  constexpr int kAtOnce = L == 16 ? 8 : 4;  // sums that registers hold beside their operands
+  constexpr int kAtOnce = L == 16 ? 8 : 4;  // sums that fit registers together with the operands
   const int n = static_cast<int>(plan.step_out);
   const float* h = plan.coefficients.data();
   for (int p = 0; p < n; ++p, h += plan.taps) {
@@ -159,13 +161,13 @@ CLSP_INLINE void filter_columns(const ResamplePlan& plan, int periods, ResampleB
       filter<1>(h, 0, x, 0, plan.taps, out, 0);
       continue;
     }
-    for (int m = 0; m < periods; m += kAtOnce) {  // eights: kAtOnce divides them
+    for (int m = 0; m < periods; m += kAtOnce) {  // periods is a multiple of 8
       filter<kAtOnce>(h, 0, x + m * plan.step_in, plan.step_in, plan.taps, out + m * n, n);
     }
   }
 }
 
-// Writes each lane's stretch of outputs, as far as `out` goes.
+// Writes each lane's stretch of outputs; what exceeds `out` is dropped.
 template <int L>
 CLSP_INLINE void write_stretches(ResampleBuffers<L>& b, std::int64_t outputs, std::int64_t begin,
                                  Span<float> out) {
@@ -205,23 +207,20 @@ CLSP_INLINE void resample_lanes(const ResamplePlan& plan, const Layout& layout,
   }
 }
 
-void resample_baseline(const ResamplePlan& plan, const Layout& layout, Span<const float> in,
-                       Span<float> out) {
-  resample_lanes<4>(plan, layout, in, out);
-}
-#ifdef CLSP_X86
-CLSP_TARGET_AVX2 void resample_avx2(const ResamplePlan& plan, const Layout& layout,
-                                    Span<const float> in, Span<float> out) {
-  resample_lanes<8>(plan, layout, in, out);
-}
-CLSP_TARGET_AVX512 void resample_avx512(const ResamplePlan& plan, const Layout& layout,
-                                        Span<const float> in, Span<float> out) {
-  resample_lanes<16>(plan, layout, in, out);
-}
-#endif
+struct ResampleWork {
+  const ResamplePlan& plan;
+  const Layout& layout;
+  Span<const float> in;
+  Span<float> out;
 
-// Rates with thousands of phases: output by output.
-void resample_plainly(const ResamplePlan& plan, Span<const float> in, Span<float> out) {
+  template <std::size_t Bytes>
+  CLSP_INLINE void run() const {
+    resample_lanes<Bytes / sizeof(float)>(plan, layout, in, out);
+  }
+};
+
+// One output after the other, for rates with too many phases for a stretch.
+void resample_one_by_one(const ResamplePlan& plan, Span<const float> in, Span<float> out) {
   const auto phases = static_cast<std::size_t>(plan.step_out);
   const auto taps = static_cast<std::size_t>(plan.taps);
   std::int64_t origin = 0;
@@ -233,33 +232,35 @@ void resample_plainly(const ResamplePlan& plan, Span<const float> in, Span<float
   }
 }
 
-struct Entry {
+struct CachedPlan {
   int from_hz, to_hz;
   std::shared_ptr<const ResamplePlan> plan;
 };
-constexpr std::size_t kPlansKept = 8;
-std::mutex recent_mutex;
-std::list<Entry> recent_plans;  // newest first
+constexpr std::size_t kMaxCachedPlans = 8;
+std::mutex cache_mutex;
+std::list<CachedPlan> cached_plans;  // the most recently used first
 
-// A child that is forked while another thread holds the mutex would wait for it for ever.
-const int fork_handlers = ::pthread_atfork(
-    [] { recent_mutex.lock(); }, [] { recent_mutex.unlock(); }, [] { recent_mutex.unlock(); });
+// Locks the mutex around a fork(): a child that is forked while another thread holds it would wait
+// for ever.
+const int fork_handlers = ::pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); },
+                                           [] { cache_mutex.unlock(); });
 
 }  // namespace
 
 std::shared_ptr<const ResamplePlan> resample_plan(int from_hz, int to_hz) {
   check_rates(from_hz, to_hz);
-  const std::lock_guard<std::mutex> lock(recent_mutex);
-  const auto found = std::find_if(recent_plans.begin(), recent_plans.end(), [=](const Entry& e) {
-    return e.from_hz == from_hz && e.to_hz == to_hz;
-  });
-  if (found != recent_plans.end()) {
-    recent_plans.splice(recent_plans.begin(), recent_plans, found);
+  const std::lock_guard<std::mutex> lock(cache_mutex);
+  const auto fits = [=](const CachedPlan& cached) {
+    return cached.from_hz == from_hz && cached.to_hz == to_hz;
+  };
+  const auto cached = std::find_if(cached_plans.begin(), cached_plans.end(), fits);
+  if (cached != cached_plans.end()) {
+    cached_plans.splice(cached_plans.begin(), cached_plans, cached);
   } else {
-    recent_plans.push_front({from_hz, to_hz, make_plan(from_hz, to_hz)});
-    if (recent_plans.size() > kPlansKept) recent_plans.pop_back();
+    cached_plans.push_front({from_hz, to_hz, make_plan(from_hz, to_hz)});
+    if (cached_plans.size() > kMaxCachedPlans) cached_plans.pop_back();
   }
-  return recent_plans.front().plan;
+  return cached_plans.front().plan;
 }
 
 std::size_t resampled_size(std::size_t samples, int from_hz, int to_hz) {
@@ -272,13 +273,8 @@ std::size_t resampled_size(std::size_t samples, int from_hz, int to_hz) {
 
 void resample(const ResamplePlan& plan, Span<const float> in, Span<float> out, Isa isa) {
   const Layout layout = choose_layout(plan);
-  if (layout.periods == 0) return resample_plainly(plan, in, out);
-#ifdef CLSP_X86
-  if (isa == Isa::kAvx512) return resample_avx512(plan, layout, in, out);
-  if (isa == Isa::kAvx2) return resample_avx2(plan, layout, in, out);
-#endif
-  (void)isa;
-  resample_baseline(plan, layout, in, out);
+  if (layout.periods == 0) return resample_one_by_one(plan, in, out);
+  dispatch(isa, ResampleWork{plan, layout, in, out});
 }
 
 }  // namespace clsp

@@ -6,22 +6,22 @@
 #include <memory>
 #include <vector>
 
-#include "checked.h"
+#include "buffers.h"
 #include "simd.h"
 
 namespace clsp {
 
-constexpr int kMaxRateHz =
-    1000000;  // bounds a plan: at most about 13 taps per Hz of the higher rate
+// Bounds the size of a plan, which has at most about 13 taps for each Hz of the higher rate.
+constexpr int kMaxRateHz = 1000000;
 
 struct ResamplePlan {
-  std::int64_t step_in, step_out;   // the rates over their greatest common divisor: o and n
-  int taps;                         // per phase; the last ones of a phase may be 0
+  std::int64_t step_in, step_out;   // o and n: the rates, divided by their common divisor
+  int taps;                         // of each phase; the last ones of a phase may be 0
   std::vector<std::int64_t> first;  // (n,): input of the phase's first tap, relative to m * o
   std::vector<float> coefficients;  // (n, taps)
 };
 
-// The plan of a pair of rates; the most recently used ones are kept. Thread-safe.
+// The plan for a pair of rates. The most recently used plans are cached. Thread-safe.
 // Throws std::invalid_argument for rates outside 1 .. kMaxRateHz.
 std::shared_ptr<const ResamplePlan> resample_plan(int from_hz, int to_hz);
 

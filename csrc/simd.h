@@ -1,74 +1,43 @@
-// The one place that names instruction sets.
+// The one place that names instruction sets (detection is in simd.cpp).
 //
-// Kernels are templates over the number of lanes L, written with the compiler's vector extensions
-// and always inlined into one entry point per instruction set; the entry point carries the target
-// attribute and best_isa() chooses among them when the program runs.
+// Numerical code is a template over the number of bytes of a vector, written with the compiler's
+// vector extensions and always inlined. The dispatch functions at the end of this file compile it
+// once for each instruction set and choose among the copies when the program runs.
 #pragma once
 
-#include <cmath>
 #include <cstddef>
-#include <cstdlib>
-#include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #define CLSP_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #define CLSP_X86 1
-#define CLSP_TARGET_BMI2 __attribute__((target("bmi,bmi2,lzcnt")))
-#define CLSP_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define CLSP_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
 
 namespace clsp {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-#ifdef CLSP_X86
-// Every processor with AVX2 has them, but a virtual one may hide them.
-inline bool has_bit_instructions() {
-  unsigned a, b, c, d;
-  constexpr unsigned kLzcnt = 1u << 5;
-  return __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-         __get_cpuid(0x80000001, &a, &b, &c, &d) != 0 && (c & kLzcnt) != 0;
-}
-#endif
+// The widest instruction set in use: all that the processor has, or what the environment variable
+// CLSP_SIMD names, as if the processor had nothing wider. AVX2 includes FMA and the bit
+// instructions (BMI, BMI2, LZCNT). Throws std::invalid_argument if CLSP_SIMD names an unknown set
+// or one that the processor lacks.
+Isa best_isa();
 
-// What this processor has. AVX2 stands for FMA and the bit instructions too.
-inline Isa detect_isa() {
-#ifdef CLSP_X86
-  if (!has_bit_instructions()) return Isa::kBaseline;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("fma"))
-    return Isa::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-#endif
-  return Isa::kBaseline;
+// Names of the sets up to best_isa(), the narrowest first.
+std::vector<std::string> instruction_sets();
+
+// The set of that name; "auto" is best_isa(). Throws std::invalid_argument for a name that is
+// neither "auto" nor among instruction_sets().
+Isa parse_isa(const std::string& name);
+
+constexpr std::size_t vector_bytes(Isa isa) {
+  return isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
 }
 
-// The widest instruction set in use: the one that the environment variable CLSP_SIMD names, as if
-// the processor had no wider one, or all that the processor has. Throws std::invalid_argument for a
-// name that is unknown or a set that the processor lacks.
-inline Isa best_isa() {
-  static const Isa best = [] {
-    const Isa detected = detect_isa();
-    const char* set = std::getenv("CLSP_SIMD");
-    const std::string name = set == nullptr ? "" : set;
-    if (name.empty()) return detected;
-    if (name == "baseline") return Isa::kBaseline;
-    if (name == "avx2" && detected != Isa::kBaseline) return Isa::kAvx2;
-    if (name == "avx512" && detected == Isa::kAvx512) return Isa::kAvx512;
-    const bool known = name == "avx2" || name == "avx512";
-    throw std::invalid_argument("CLSP_SIMD must be baseline, avx2 or avx512, got '" + name + "'" +
-                                (known ? ", which this processor lacks" : "") +
-                                "; unset it to use all that there is");
-  }();
-  return best;
-}
-
+// Vectors of L elements, and what is done with them.
 template <int L>
 struct Lanes {
   typedef float Float __attribute__((vector_size(L * sizeof(float))));
@@ -95,8 +64,8 @@ CLSP_INLINE V broadcast(float x) {
   return V{} + x;
 }
 
-// The same of any type, and of -0. It cannot replace broadcast(): with it GCC 12 makes code of the
-// filterbank that takes a quarter more time.
+// broadcast() for any element type, which keeps -0 too. It does not replace broadcast(), because
+// GCC 12 makes the filterbank a quarter slower with it.
 template <class V, class T>
 CLSP_INLINE V splat(T x) {
   return x - V{};
@@ -116,9 +85,11 @@ CLSP_INLINE auto sum_of_lanes(const V& v) {
 
 template <class V>
 CLSP_INLINE auto largest_lane(const V& v) {
-  auto most = v[0];
-  for (std::size_t l = 1; l < sizeof v / sizeof most; ++l) most = v[l] > most ? v[l] : most;
-  return most;
+  auto largest = v[0];
+  for (std::size_t l = 1; l < sizeof v / sizeof largest; ++l) {
+    largest = v[l] > largest ? v[l] : largest;
+  }
+  return largest;
 }
 
 template <class To, class From>
@@ -129,7 +100,7 @@ CLSP_INLINE To bits_of(const From& from) {
   return to;
 }
 
-// Elements I... of a followed by b.
+// Elements I... of the concatenation of a and b.
 template <int... I, class V>
 CLSP_INLINE V shuffle(const V& a, const V& b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -157,7 +128,7 @@ CLSP_INLINE float horizontal_sum(const V& v) {
   }
 }
 
-// {a[1], ..., a[L-1], b[0]}: lane l takes what lane l + 1 holds.
+// {a[1], ..., a[L-1], b[0]}: moves every element down by one lane.
 template <class V, int... Q>
 CLSP_INLINE V next_lane(const V& a, const V& b, std::integer_sequence<int, Q...>) {
   return shuffle<(Q + 1)...>(a, b);
@@ -188,7 +159,7 @@ CLSP_INLINE void exchange_blocks(V* rows) {
   }
 }
 
-// Transposes each 4 x 4 block of four rows, in shuffles that every instruction set has.
+// Transposes each 4 x 4 block of four rows, with shuffles that every instruction set has.
 template <class V, int... Q>
 CLSP_INLINE void transpose_quads(V* rows, std::integer_sequence<int, Q...>) {
   constexpr int L = kLanesOf<V>;
@@ -216,107 +187,61 @@ CLSP_INLINE void transpose(V* rows) {
   if constexpr (L >= 16) exchange_blocks<8>(rows);
 }
 
-// Natural logarithm of positive normal numbers within 1 ulp; NaN and infinity give NaN.
-template <class V>
-CLSP_INLINE V log_positive(const V& x) {
-  using Int = typename Lanes<kLanesOf<V>>::Int;
-  constexpr int kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
-  // x = m 2^e with m in [sqrt(1/2), sqrt(2)), so that no result cancels; f = m - 1.
-  const Int above = bits_of<Int>(x) - kSqrtHalf;
-  const Int m = (above & 0x007fffff) + kSqrtHalf;
-  const V e = __builtin_convertvector(above >> 23, V);
-  const V f = bits_of<V>(m) - 1.0f;
-  // (log(1 + f) - f + f^2/2) / f^3, a weighted minimax fit of degree 7: error 6.5e-9 in the result.
-  V q = f * -0.0785961151f + 0.128816471f;
-  q = q * f - 0.131287545f;
-  q = q * f + 0.141811922f;
-  q = q * f - 0.166245535f;
-  q = q * f + 0.200022861f;
-  q = q * f - 0.250008106f;
-  q = q * f + 0.333333164f;
-  const V log_m = f + f * f * (f * q - 0.5f);
-  return log_m + e * 0.693147181f + (x - x);
+// Dispatch: dispatch() calls work.run<Bytes>(arguments...), compiled for `isa`; Bytes is the size
+// of its vectors.
+
+template <class Work, class... Arguments>
+void run_baseline(const Work& work, Arguments... arguments) {
+  work.template run<16>(arguments...);
 }
 
-// exp(x) of x <= 88 within 2 ulp, 0 below -87.33; NaN gives NaN.
-template <class V>
-CLSP_INLINE V exp_bounded(const V& x) {
-  using Int = typename Lanes<kLanesOf<V>>::Int;
-  constexpr float kRound =
-      12582912.0f;  // 1.5 x 2^23: what is added to it is rounded to whole numbers
-  constexpr float kLn2High = 45426.0f / 65536.0f, kLn2Low = 1.42860682e-6f;  // n kLn2High is exact
-  const V lowest = V{} - 87.33f;
-  const V bounded = x < lowest ? lowest : x;  // keeps NaN
-  const V shifted = bounded * 1.44269504f + kRound;
-  const V n = shifted - kRound;
-  const V r = (bounded - n * kLn2High) - n * kLn2Low;
-  // (exp(r) - 1 - r) / r^2, a weighted minimax fit of degree 4: relative error 3.1e-9 in the
-  // result.
-  V q = r * 1.38145394e-3f + 8.36874545e-3f;
-  q = q * r + 4.16683890e-2f;
-  q = q * r + 0.166665211f;
-  q = q * r + 0.49999994f;
-  const Int exponent = (bits_of<Int>(shifted) << 23) + 0x3f800000;
-  return x < lowest ? V{} : (q * r * r + r + 1.0f) * bits_of<V>(exponent);
-}
-
-// log(1 + x) of 0 <= x <= 1 within 3 ulp; NaN gives NaN.
-template <class V>
-CLSP_INLINE V log1p_unit(const V& x) {
-  const V above = x + 1.0f;
-  // What rounding took from 1 + x, to first order.
-  return log_positive(above) + (x - (above - 1.0f)) / above;
-}
-
-template <class V, class F>
-CLSP_INLINE V each_lane(V v, const F& f) {
-  for (std::size_t l = 0; l < sizeof v / sizeof v[0]; ++l) v[l] = f(v[l]);
-  return v;
-}
-
-// In double these serve checks of gradients, where speed does not matter.
-template <class V>
-CLSP_INLINE V exp_lanes(const V& x) {
-  if constexpr (sizeof x[0] == sizeof(float)) {
-    return exp_bounded(x);
-  } else {
-    return each_lane(x, [](double lane) { return std::exp(lane); });
-  }
-}
-
-template <class V>
-CLSP_INLINE V log1p_lanes(const V& x) {
-  if constexpr (sizeof x[0] == sizeof(float)) {
-    return log1p_unit(x);
-  } else {
-    return each_lane(x, [](double lane) { return std::log1p(lane); });
-  }
-}
-
-// Entry points for anything with a function run<Bytes>(i), where vectors have that many bytes.
-template <class Work>
-void run_baseline(const Work& work, std::size_t i) {
-  work.template run<16>(i);
-}
 #ifdef CLSP_X86
-template <class Work>
-CLSP_TARGET_AVX2 void run_avx2(const Work& work, std::size_t i) {
-  work.template run<32>(i);
+template <class Work, class... Arguments>
+__attribute__((target("avx2,fma"))) void run_avx2(const Work& work, Arguments... arguments) {
+  work.template run<32>(arguments...);
 }
+
+template <class Work, class... Arguments>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(
+    const Work& work, Arguments... arguments) {
+  work.template run<64>(arguments...);
+}
+
 template <class Work>
-CLSP_TARGET_AVX512 void run_avx512(const Work& work, std::size_t i) {
-  work.template run<64>(i);
+__attribute__((target("bmi,bmi2,lzcnt"))) void run_bit_instructions(const Work& work) {
+  work.run();
 }
 #endif
 
-template <class Work>
-void run(Isa isa, const Work& work, std::size_t i) {
+template <class Work, class... Arguments>
+void dispatch(Isa isa, const Work& work, Arguments... arguments) {
 #ifdef CLSP_X86
-  if (isa == Isa::kAvx512) return run_avx512(work, i);
-  if (isa == Isa::kAvx2) return run_avx2(work, i);
+  if (isa == Isa::kAvx512) return run_avx512(work, arguments...);
+  if (isa == Isa::kAvx2) return run_avx2(work, arguments...);
 #endif
-  (void)isa;
-  run_baseline(work, i);
+  static_cast<void>(isa);
+  run_baseline(work, arguments...);
+}
+
+// The same with vectors of at most 32 bytes.
+template <class Work>
+void dispatch_up_to_32_bytes(Isa isa, const Work& work) {
+#ifdef CLSP_X86
+  if (isa != Isa::kBaseline) return run_avx2(work);
+#endif
+  static_cast<void>(isa);
+  run_baseline(work);
+}
+
+// For code without vectors: calls work.run(), compiled with the bit instructions where `isa` has
+// them.
+template <class Work>
+void dispatch_bit_instructions(Isa isa, const Work& work) {
+#ifdef CLSP_X86
+  if (isa != Isa::kBaseline) return run_bit_instructions(work);
+#endif
+  static_cast<void>(isa);
+  work.run();
 }
 
 }  // namespace clsp

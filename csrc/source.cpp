@@ -13,11 +13,11 @@ namespace clsp {
 namespace {
 
 constexpr std::size_t kHeadBytes = 12, kId3HeadBytes = 10;
-constexpr std::uint64_t kLongestGap = std::uint64_t{1} << 16;
+constexpr std::uint64_t kMaxZeros = std::uint64_t{1} << 16;
 
 class FileSource : public ByteSource {
  public:
-  // O_NONBLOCK: opening a named pipe must not wait for its other end.
+  // Without O_NONBLOCK, opening a named pipe would wait for its other end.
   explicit FileSource(const std::string& path)
       : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     if (descriptor_ < 0) throw AudioFailure("open", std::strerror(errno));
@@ -71,7 +71,7 @@ class MemorySource : public ByteSource {
   Span<const std::uint8_t> bytes_;
 };
 
-// Bytes of the ID3v2 tag that begins like this, or 0 if none does.
+// The size of the ID3v2 tag with this head, or 0 if it is not the head of one.
 std::uint64_t id3_bytes(const std::uint8_t* head) {
   if (std::memcmp(head, "ID3", 3) != 0) return 0;
   const bool footer = (head[5] & 0x10) != 0;
@@ -80,17 +80,18 @@ std::uint64_t id3_bytes(const std::uint8_t* head) {
   return std::uint64_t{kId3HeadBytes} + size + (footer ? kId3HeadBytes : 0);
 }
 
-// The first byte from `offset` on that is not zero, or the end; looks at kLongestGap bytes.
-std::uint64_t behind_zeros(const ByteSource& source, std::uint64_t offset) {
+// The offset of the first byte from `offset` on that is not zero, or of the end. Looks at kMaxZeros
+// bytes.
+std::uint64_t skip_zeros(const ByteSource& source, std::uint64_t offset) {
   std::array<std::uint8_t, 4096> block;
-  for (const std::uint64_t last = offset + kLongestGap; offset < last;) {
+  for (const std::uint64_t last = offset + kMaxZeros; offset < last;) {
     const std::size_t got = source.read(offset, block.data(), block.size());
     const std::uint8_t* const begin = block.data();
     const std::uint8_t* const end = begin + got;
-    const std::uint8_t* const found =
+    const std::uint8_t* const nonzero =
         std::find_if(begin, end, [](std::uint8_t byte) { return byte != 0; });
-    offset += static_cast<std::uint64_t>(found - begin);
-    if (found != end || got < block.size()) break;
+    offset += static_cast<std::uint64_t>(nonzero - begin);
+    if (nonzero != end || got < block.size()) break;
   }
   return offset;
 }
@@ -115,7 +116,7 @@ Content find_content(const ByteSource& source) {
     const std::size_t got = source.read(offset, head, sizeof head);
     if (got >= 4 && has_tag(head, "fLaC")) return {ContentKind::kFlac, offset};
     if (got >= 1 && head[0] == 0) {
-      const std::uint64_t next = behind_zeros(source, offset);
+      const std::uint64_t next = skip_zeros(source, offset);
       if (next >= source.size()) break;
       offset = next;
       continue;

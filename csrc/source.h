@@ -1,21 +1,38 @@
-// The bytes of one recording, from a file or from memory, and what they are.
+// The bytes of one recording, from a file or from memory; which format they have; and why a
+// recording cannot be used.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
-#include "checked.h"
+#include "buffers.h"
 
 namespace clsp {
+
+// A recording that cannot be used. `reason` is one of the values of
+// clsp_fast.audio.AudioErrorReason, or kOtherFormat.
+class AudioFailure : public std::runtime_error {
+ public:
+  AudioFailure(const char* reason, const std::string& message)
+      : std::runtime_error(message), reason_(reason) {}
+  const char* reason() const { return reason_; }
+
+ private:
+  const char* reason_;
+};
+
+// The reason if this engine does not know the format, but another decoder may know it.
+inline constexpr char kOtherFormat[] = "other_format";
 
 // Random access to the bytes of one recording.
 class ByteSource {
  public:
   virtual ~ByteSource() = default;
   virtual std::uint64_t size() const = 0;
-  // Reads up to `count` bytes at `offset`; fewer only at the end.
+  // Reads `count` bytes at `offset`, or fewer at the end. Returns how many.
   virtual std::size_t read(std::uint64_t offset, std::uint8_t* bytes, std::size_t count) const = 0;
 };
 
@@ -23,20 +40,17 @@ class ByteSource {
 std::unique_ptr<ByteSource> open_file(const std::string& path);
 std::unique_ptr<ByteSource> open_memory(Span<const std::uint8_t> bytes);
 
-// The reason of a recording that is readable but not for this engine: another decoder may know it.
-inline constexpr char kOtherFormat[] = "other_format";
-
 inline bool has_tag(const std::uint8_t* p, const char* tag) { return std::memcmp(p, tag, 4) == 0; }
 
 enum class ContentKind { kWav, kFlac, kOther };
 
 struct Content {
   ContentKind kind;
-  std::uint64_t offset;  // of the first byte behind what precedes the recording
+  std::uint64_t offset;  // where the recording begins in its file
 };
 
-// Looks behind ID3v2 tags, a byte order mark and zero bytes: a file cut from a stream or put
-// together by hand may begin with them. FLAC in Ogg is of another kind.
+// Finds the recording behind ID3v2 tags, a byte order mark and zero bytes: a file that was cut from
+// a stream or put together by hand may begin with them. FLAC in Ogg is kOther.
 Content find_content(const ByteSource& source);
 
 }  // namespace clsp

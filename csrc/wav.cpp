@@ -22,7 +22,7 @@ std::uint32_t half_word(const std::uint8_t* p) {
 }
 
 constexpr std::uint32_t kPcm = 1, kFloat = 3, kAlawTag = 6, kMulawTag = 7, kExtensible = 0xFFFE;
-// What follows the encoding in the identifier of an extensible header.
+// What follows the encoding in the GUID of an extensible header.
 constexpr std::uint8_t kGuidTail[14] = {0, 0, 0, 0, 0x10, 0, 0x80, 0, 0, 0xAA, 0, 0x38, 0x9B, 0x71};
 
 std::optional<SampleFormat> sample_format(std::uint32_t tag, std::uint32_t bits) {
@@ -45,7 +45,7 @@ WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint64
     throw AudioFailure("format", "the WAV format chunk is incomplete");
   }
   std::uint32_t tag = half_word(chunk);
-  // An extensible header names the encoding in the first two bytes of its identifier.
+  // An extensible header states the encoding in the first two bytes of its GUID.
   if (tag == kExtensible && wanted == sizeof chunk &&
       std::memcmp(chunk + 26, kGuidTail, sizeof kGuidTail) == 0) {
     tag = half_word(chunk + 24);
@@ -55,8 +55,8 @@ WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint64
   if (channels == 0) throw AudioFailure("channels", "the WAV header says 0 channels");
   const std::optional<SampleFormat> format = sample_format(tag, bits);
   if (!format) throw AudioFailure(kOtherFormat, "");
-  // Sizes of frames are often wrong, and the channels and bits decide. But three of four bytes may
-  // be meant here, and which three is not said.
+  // Frame sizes are often wrong, so channels and bits decide. But 24 bits in 4 bytes are ambiguous:
+  // the header does not say which three bytes are used.
   if (*format == SampleFormat::kS24 && frame_bytes == 4 * channels) {
     throw AudioFailure("format", "the WAV header contradicts itself: samples of " +
                                      std::to_string(bits) + " bits in " +
@@ -70,7 +70,7 @@ WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint64
   return info;
 }
 
-// Chunks that hold no sound.
+// Tags of chunks that hold no samples.
 bool is_metadata(const std::uint8_t* tag) {
   static const char* const kTags[] = {
       "LIST", "JUNK", "junk", "PAD ", "FLLR", "fact", "PEAK", "bext", "iXML", "axml",
@@ -94,13 +94,13 @@ struct Chunk {
   std::uint64_t begin;  // of its content
 };
 
-// A chunk takes at least 8 bytes; this bounds the walk through a file made of empty ones.
-constexpr int kMostChunks = 65536;
+// Bounds the time for a file that is full of empty chunks.
+constexpr int kMaxChunks = 65536;
 
-// The chunks of a file, one after the other.
+// Reads the heads of a file's chunks, one after the other.
 class ChunkReader {
  public:
-  // `odd`: the chunk that ends at `offset` is of odd size.
+  // `odd`: the chunk that ends at `offset` has an odd size.
   ChunkReader(const ByteSource& source, std::uint64_t offset, bool odd = false)
       : source_(source), offset_(offset), odd_(odd) {}
 
@@ -118,22 +118,23 @@ class ChunkReader {
     return chunk;
   }
 
-  // Where the chunk that was read last ends.
+  // The end of the latest chunk.
   std::uint64_t offset() const { return offset_; }
 
  private:
-  // A chunk of odd size has a pad byte behind it, which some writers leave out, and others do not
-  // write as zero. Where both readings give a tag, the sizes decide.
+  // Whether a pad byte follows the chunk of odd size. The format demands one, but some writers
+  // leave it out, and in some files it is not zero. If both readings give a tag, the chunk sizes
+  // decide.
   bool is_padded(const std::uint8_t* head) const {
     if (is_known(head + 1)) return true;
     if (is_known(head)) return false;
     if (!is_printable(head)) return true;
     if (!is_printable(head + 1)) return false;
-    return leads_on(offset_ + 1, word(head + 5)) || !leads_on(offset_, word(head + 4));
+    return ends_well(offset_ + 1, word(head + 5)) || !ends_well(offset_, word(head + 4));
   }
 
-  // Whether the chunk at `offset` ends where another one begins, or the file ends.
-  bool leads_on(std::uint64_t offset, std::uint32_t size) const {
+  // Whether another chunk begins, or the file ends, where the chunk at `offset` ends.
+  bool ends_well(std::uint64_t offset, std::uint32_t size) const {
     const std::uint64_t end = offset + 8 + size;
     std::uint8_t next[5];
     const std::size_t got = source_.read(end, next, sizeof next);
@@ -147,10 +148,10 @@ class ChunkReader {
   bool odd_;
 };
 
-// Whether the file goes on with chunks rather than with samples.
+// Whether the file continues with chunks, not with samples.
 bool chunks_follow(const ByteSource& source, std::uint64_t offset) {
   ChunkReader chunks(source, offset);
-  for (int read = 0; read < kMostChunks; ++read) {
+  for (int read = 0; read < kMaxChunks; ++read) {
     const std::optional<Chunk> chunk = chunks.next();
     if (!chunk || !is_printable(chunk->tag)) return false;
     if (is_known(chunk->tag)) return true;
@@ -162,10 +163,10 @@ bool chunks_follow(const ByteSource& source, std::uint64_t offset) {
   return false;
 }
 
-// Whether a second chunk of sound follows the one that ends at `offset`.
+// Whether a second chunk of samples follows the one that ends at `offset`.
 bool more_data_follows(const ByteSource& source, std::uint64_t offset, bool odd) {
   ChunkReader chunks(source, offset, odd);
-  for (int read = 0; read < kMostChunks; ++read) {
+  for (int read = 0; read < kMaxChunks; ++read) {
     const std::optional<Chunk> chunk = chunks.next();
     if (!chunk || !is_printable(chunk->tag)) return false;
     if (has_tag(chunk->tag, "data") && chunk->size > 0) return true;
@@ -173,27 +174,27 @@ bool more_data_follows(const ByteSource& source, std::uint64_t offset, bool odd)
   return false;
 }
 
-// Whether a second file begins in [offset, end), as after `cat a.wav b.wav`. Among samples, it is
-// one only if a chunk follows its header.
-bool another_follows(const ByteSource& source, std::uint64_t offset, std::uint64_t end,
-                     bool among_samples) {
+// Whether a second file begins in [offset, end), as after `cat a.wav b.wav`. Among samples, only a
+// header that a chunk follows counts: a few bytes may be samples.
+bool another_file_follows(const ByteSource& source, std::uint64_t offset, std::uint64_t end,
+                          bool among_samples) {
   constexpr std::size_t kBlockBytes = std::size_t{1} << 18, kHeadBytes = 16;
   std::vector<std::uint8_t> block(
       static_cast<std::size_t>(std::min<std::uint64_t>(end - offset, kBlockBytes)));
   while (offset < end) {
     const std::size_t got = source.read(offset, block.data(), block.size());
-    std::size_t from = 8;  // "WAVE" stands behind "RIFF" and the size
+    std::size_t from = 8;  // "RIFF" and the size precede "WAVE"
     while (from < got) {
-      const void* const found = memmem(block.data() + from, got - from, "WAVE", 4);
-      if (found == nullptr) break;
-      const auto* const at = static_cast<const std::uint8_t*>(found);
-      const auto* const head = at - 8;
-      const auto behind = static_cast<std::size_t>(block.data() + got - at);
+      const void* const match = memmem(block.data() + from, got - from, "WAVE", 4);
+      if (match == nullptr) break;
+      const auto* const wave = static_cast<const std::uint8_t*>(match);
+      const auto* const head = wave - 8;
+      const auto rest = static_cast<std::size_t>(block.data() + got - wave);
       if ((has_tag(head, "RIFF") || has_tag(head, "RF64") || has_tag(head, "BW64")) &&
-          (!among_samples || (behind >= 8 && is_known(at + 4)))) {
+          (!among_samples || (rest >= 8 && is_known(wave + 4)))) {
         return true;
       }
-      from = static_cast<std::size_t>(at - block.data()) + 1;
+      from = static_cast<std::size_t>(wave - block.data()) + 1;
     }
     if (got < block.size() || got < kHeadBytes) break;
     offset += got - kHeadBytes + 1;
@@ -201,25 +202,25 @@ bool another_follows(const ByteSource& source, std::uint64_t offset, std::uint64
   return false;
 }
 
-void refuse_second(const ByteSource& source, std::uint64_t begin, std::uint64_t end,
-                   bool among_samples) {
-  if (!another_follows(source, begin, end, among_samples)) return;
+void refuse_second_file(const ByteSource& source, std::uint64_t begin, std::uint64_t end,
+                        bool among_samples) {
+  if (!another_file_follows(source, begin, end, among_samples)) return;
   throw AudioFailure("format",
                      "a second WAV file follows the first; split them, or join their samples, "
                      "for instance with `sox a.wav b.wav out.wav`");
 }
 
-// Sizes that stand for "up to the end" where the file holds less. The second one is what SoX writes
-// to a pipe, rounded down to whole frames.
+// Sizes that mean "up to the end" if the file holds less. 0x7FFFF000, rounded down to whole frames,
+// is what SoX writes to a pipe. `step`: the bytes of a frame.
 bool is_stream_size(std::uint64_t size, std::uint64_t step) {
   return size >= 0x7FFFFF00 || (size <= 0x7FFFF000 && size + step > 0x7FFFF000);
 }
 
-// Where the sound is, or nothing if the chunk is empty. `long_size`: what the header of a file
-// beyond 4 GiB states, or 0.
-bool find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_size,
-               WavInfo* info) {
-  constexpr std::uint64_t kFarthest = std::uint64_t{1} << 20;
+// Writes to `info` where the samples of a "data" chunk are and how many there are. Returns false if
+// the chunk is empty. `long_size`: the size that an RF64 or BW64 header states, or 0.
+bool locate_samples(const ByteSource& source, const Chunk& chunk, std::uint64_t long_size,
+                    WavInfo* info) {
+  constexpr std::uint64_t kReach = std::uint64_t{1} << 20;  // bytes that are searched
   const std::uint64_t step =
       std::uint64_t{static_cast<unsigned>(info->channels)} * sample_bytes(info->format);
   const std::uint64_t rest = source.size() - chunk.begin;
@@ -229,7 +230,7 @@ bool find_data(const ByteSource& source, const Chunk& chunk, std::uint64_t long_
   bool stream = unknown && size > rest;
   if (size == 0) stream = rest != 0 && !chunks_follow(source, chunk.begin);
   const std::uint64_t begin = chunk.begin + std::min(size, rest);
-  if (!stream) refuse_second(source, begin, std::min(source.size(), begin + kFarthest), false);
+  if (!stream) refuse_second_file(source, begin, std::min(source.size(), begin + kReach), false);
   info->data_offset = chunk.begin;
   info->stream = stream;
   info->frames = (stream ? rest : size) / step;
@@ -250,7 +251,7 @@ WavInfo parse_wav(const ByteSource& source, std::uint64_t offset) {
   std::uint64_t long_size = 0;
   bool empty = false;
   ChunkReader chunks(source, offset + 12);
-  for (int read = 0; read < kMostChunks; ++read) {
+  for (int read = 0; read < kMaxChunks; ++read) {
     const std::optional<Chunk> chunk = chunks.next();
     if (!chunk) break;
     if (has_tag(chunk->tag, "fmt ") && !empty) {
@@ -263,7 +264,7 @@ WavInfo parse_wav(const ByteSource& source, std::uint64_t offset) {
     }
     if (!has_tag(chunk->tag, "data")) continue;
     if (!info) break;
-    if (find_data(source, *chunk, long_size, &*info)) return *info;
+    if (locate_samples(source, *chunk, long_size, &*info)) return *info;
     empty = true;
   }
   if (empty) return *info;
@@ -278,12 +279,13 @@ void decode_wav(const ByteSource& source, const WavInfo& info, std::uint64_t fir
   const std::size_t step = channels * sample_bytes(info.format);
   const std::size_t block = std::min(std::max<std::size_t>(1, kBlockBytes / step), mono.size());
   if (info.stream) {
-    // Where the sound ends is not stated, so a second header may be anywhere in the part.
+    // The header does not say where the samples end, so a second file may begin anywhere among
+    // them.
     constexpr std::uint64_t kLongestHead = 64;
     const std::uint64_t begin = info.data_offset + first * step;
     const std::uint64_t end = begin + mono.size() * step + kLongestHead;
-    refuse_second(source, begin - std::min(kLongestHead, first * step),
-                  std::min(end, source.size()), true);
+    refuse_second_file(source, begin - std::min(kLongestHead, first * step),
+                       std::min(end, source.size()), true);
   }
   std::vector<std::uint8_t> bytes(step * block);
   Samples interleaved(channels == 1 ? 0 : channels * block);

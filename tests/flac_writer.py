@@ -1,4 +1,4 @@
-"""Writes FLAC streams bit by bit (RFC 9639), so that tests reach what no encoder produces.
+"""Writes FLAC streams bit by bit (RFC 9639), so that tests cover what no encoder produces.
 
 Bits are strings of "0" and "1"; samples are lists of Python integers.
 """
@@ -13,7 +13,7 @@ STEREO = {"left/side": 8, "side/right": 9, "mid/side": 10}
 
 
 def number(value: int, width: int) -> str:
-    """Two's complement, or unsigned, of `width` bits."""
+    """The lowest `width` bits, for two's complement and unsigned numbers."""
     return format(value & (1 << width) - 1, f"0{width}b") if width else ""
 
 
@@ -29,7 +29,7 @@ def crc(data: bytes, polynomial: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class Rice:
-    """How residuals are coded: 2^order partitions of one parameter, or of raw numbers of `raw` bits."""
+    """How residuals are coded: 2^order partitions, with one parameter or as raw numbers of `raw` bits."""
 
     parameter: int = 4
     order: int = 0
@@ -81,7 +81,7 @@ def predicted(
     precision: int = 15,
     wasted: int = 0,
 ) -> str:
-    """A fixed predictor where `weights` is its order, a linear one where it is a list."""
+    """A subframe with a fixed predictor if `weights` is an order, with a linear one if it is a list."""
     x, width = [v >> wasted for v in x], width - wasted
     fixed = isinstance(weights, int)
     taps = FIXED[weights] if isinstance(weights, int) else list(weights)
@@ -102,7 +102,7 @@ def frame(
     size_code: int = 0,
     rate_bits: tuple[int, str] = (0, ""),
 ) -> bytes:
-    """`index` counts frames, or samples where `variable`."""
+    """A frame of `block` samples per channel; `index` counts frames, or samples if `variable`."""
     coded = bytes([index & 0x7F])
     if index >= 0x80:
         length = next(n for n in range(2, 8) if index < 1 << 5 * n + 1)
@@ -131,7 +131,7 @@ def stream(
     blocks: tuple[int, int] = (16, 65535),
     metadata: Sequence[tuple[int, bytes]] = (),
 ) -> bytes:
-    """A file: STREAMINFO, further (kind, content) blocks, the frames."""
+    """A file: the STREAMINFO block, more metadata blocks (kind, content), and the frames."""
     info = number(blocks[0], 16) + number(blocks[1], 16) + number(0, 48)
     info += number(rate, 20) + number(channels - 1, 3) + number(bits - 1, 5) + number(total, 36)
     contents = [(0, pack(info) + bytes(16)), *metadata]

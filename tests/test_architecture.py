@@ -118,6 +118,13 @@ def test_the_engine_knows_neither_python_nor_torch() -> None:
         assert "include <torch" not in path.read_text(), path
 
 
+def test_one_place_names_instruction_sets() -> None:
+    files = [path for path in (ROOT / "csrc").iterdir() if path.stem != "simd"]
+    assert len(files) > 30
+    for path in files:
+        assert not re.search("avx|bmi2|__x86_64__", path.read_text(), re.IGNORECASE), path
+
+
 def test_kernels_stay_a_namespace_package() -> None:
     # With an __init__.py, running in the root would shadow the `kernels` distribution and break transformers.
     assert not (ROOT / "kernels/__init__.py").exists()

@@ -1,7 +1,8 @@
-"""The engine behind loss and retrieval with numpy alone, as sanitizers can run it: ragged sizes, several
-threads, every instruction set and each call of the extension, against dense float64 scores.
+"""The engine behind loss and retrieval, against dense float64 scores: ragged sizes, several threads, every
+instruction set and each call of the extension.
 
-test_negatives.py and test_similarity.py hold it to more, by way of torch.
+Only numpy is used, so that sanitizers can run this file. test_negatives.py and test_similarity.py test more,
+through torch.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from clsp_fast import _C
 
 THREADS = 3
 Array = NDArray[Any]
-UNIT_ROWS, TILE_COLUMNS, PANEL_ROWS, BLOCK_COLUMNS = _C.LOGIT_TILES
-# Less than a tile; several panels and blocks, ragged.
-SIZES = [(3, 5, 7), (PANEL_ROWS + 37, BLOCK_COLUMNS + 41, 9)]
+TILE_ROWS, TILE_COLUMNS, PANEL_ROWS, PANEL_COLUMNS = _C.LOGIT_TILES
+# Less than a tile; four panels, three of them ragged.
+SIZES = [(3, 5, 7), (PANEL_ROWS + 37, PANEL_COLUMNS + 41, 9)]
 sizes = pytest.mark.parametrize(("m", "n", "depth"), SIZES)
 isas = pytest.mark.parametrize("isa", _C.instruction_sets())
 
@@ -31,12 +32,12 @@ def embeddings(rows: int, depth: int, seed: int) -> NDArray[np.float32]:
 
 
 def softmax_sums(scores_MN: Array, positive_MN: Array) -> tuple[Array, Array, Array]:
-    """Row and column sums (logarithms), and how both together change with each score."""
+    """Log-sum-exp of rows and of columns, and the gradient of their total by each score."""
     with np.errstate(divide="ignore"):
         terms = np.where(positive_MN, 0.0, np.exp(scores_MN))
         row, column = terms.sum(1), terms.sum(0)
-        change = terms / np.where(row, row, 1)[:, None] + terms / np.where(column, column, 1)
-        return np.log(row), np.log(column), change
+        gradient = terms / np.where(row, row, 1)[:, None] + terms / np.where(column, column, 1)
+        return np.log(row), np.log(column), gradient
 
 
 def sigmoid_sums(scores_MN: Array, positive_MN: Array) -> tuple[Array, Array, Array]:
@@ -46,37 +47,37 @@ def sigmoid_sums(scores_MN: Array, positive_MN: Array) -> tuple[Array, Array, Ar
 
 @isas
 @sizes
-@pytest.mark.parametrize("units_kept", [0, 1, 2])
+@pytest.mark.parametrize("row_tiles_kept", [0, 1, 2])
 @pytest.mark.parametrize(("kind", "dense"), [("softmax", softmax_sums), ("sigmoid", sigmoid_sums)])
-def test_negatives(isa: str, m: int, n: int, depth: int, units_kept: int, kind: str, dense: Any) -> None:
+def test_negatives(isa: str, m: int, n: int, depth: int, row_tiles_kept: int, kind: str, dense: Any) -> None:
     audio, text = embeddings(m, depth, 0), embeddings(n, depth, 1)
     owner = np.random.default_rng(2).integers(-1, m + 1, n)
     scale, bias = 5.0, -0.5
     positive = owner == np.arange(m)[:, None]
-    row, column, change = dense(scale * audio.astype(float) @ text.T + bias, positive)
+    row, column, gradient = dense(scale * audio.astype(float) @ text.T + bias, positive)
     out = np.full(m, math.nan, np.float32), np.full(len(column), math.nan, np.float32)
-    units, tiles = min(units_kept, -(-m // UNIT_ROWS)), -(-n // TILE_COLUMNS)
-    kept = np.full(units * UNIT_ROWS * tiles * TILE_COLUMNS, math.nan, np.float32)
-    given = (kind, audio, text, owner, scale, bias, out)
-    _C.sum_negatives(*given, kept, num_threads=THREADS, isa=isa)
+    row_tiles, column_tiles = min(row_tiles_kept, -(-m // TILE_ROWS)), -(-n // TILE_COLUMNS)
+    kept = np.full(row_tiles * TILE_ROWS * column_tiles * TILE_COLUMNS, math.nan, np.float32)
+    problem = (kind, audio, text, owner, scale, bias, out)
+    _C.sum_negatives(*problem, kept, num_threads=THREADS, isa=isa)
     d_out = np.ones(m, np.float32), np.ones(len(column), np.float32)
     d_audio, d_text = np.full_like(audio, math.nan), np.full_like(text, math.nan)
     d_scale, d_bias = _C.sum_negatives_backward(
-        *given, d_out, kept, d_audio, d_text, num_threads=THREADS, isa=isa
+        *problem, d_out, kept, d_audio, d_text, num_threads=THREADS, isa=isa
     )
     scores = audio.astype(float) @ text.T
-    size = np.abs(change)
-    for found, expected, terms in (
+    size = np.abs(gradient)
+    for result, expected, terms in (
         (out[0], row, row),
         (out[1], column, column),
-        (d_audio, scale * change @ text, scale * size @ np.abs(text)),
-        (d_text, scale * change.T @ audio, scale * size.T @ np.abs(audio)),
-        (d_bias, change.sum(), size.sum()),
-        (d_scale, (change * scores).sum(), (size * np.abs(scores)).sum()),
+        (d_audio, scale * gradient @ text, scale * size @ np.abs(text)),
+        (d_text, scale * gradient.T @ audio, scale * size.T @ np.abs(audio)),
+        (d_bias, gradient.sum(), size.sum()),
+        (d_scale, (gradient * scores).sum(), (size * np.abs(scores)).sum()),
     ):
-        # Exponents are logits of up to 5. Of sums over rows and columns the root of their number remains,
-        # because roundings of both signs mostly cancel.
-        assert_agrees(found, expected, count=8 + scale + (m + n) ** 0.5, dtype=np.float32, size=terms)
+        # Exponents are logits of up to 5. The error of a sum over rows or columns grows with the root of
+        # their number, because roundings of both signs mostly cancel.
+        assert_agrees(result, expected, count=8 + scale + (m + n) ** 0.5, dtype=np.float32, size=terms)
 
 
 def exact_embeddings(rows: int, depth: int, seed: int) -> NDArray[np.float32]:
@@ -90,12 +91,12 @@ def test_ranks(isa: str, m: int, n: int, depth: int) -> None:
     audio, text = exact_embeddings(m, depth, 0), exact_embeddings(n, depth, 1)
     owner = np.random.default_rng(2).integers(0, m, n).astype(np.int32)
     scores = audio @ text.T
-    own = np.where(owner == np.arange(m)[:, None], scores, -math.inf)
-    has_text = np.isfinite(own).any(1)
+    positives = np.where(owner == np.arange(m)[:, None], scores, -math.inf)
+    has_text = np.isfinite(positives).any(1)
     text_score, audio_score, audio_index = _C.rank_targets(audio, text, owner, num_threads=THREADS, isa=isa)
     assert np.array_equal(text_score, scores[owner, np.arange(n)])
-    assert np.array_equal(audio_score, np.where(has_text, own.max(1), math.inf))
-    assert np.array_equal(audio_index, np.where(has_text, own.argmax(1), -1))
+    assert np.array_equal(audio_score, np.where(has_text, positives.max(1), math.inf))
+    assert np.array_equal(audio_index, np.where(has_text, positives.argmax(1), -1))
     ahead = np.zeros(m, np.int64), np.zeros(n, np.int64)
     for first in range(0, n, n // 2 + 1):
         part = slice(first, first + n // 2 + 1)
@@ -127,10 +128,10 @@ def test_best(isa: str, m: int, n: int, depth: int, k: int) -> None:
     scores, index = np.full((m, k), -math.inf, np.float32), np.full((m, k), -1, np.int64)
     for first in range(0, n, n // 2 + 1):
         rows = database[first : first + n // 2 + 1]
-        given = {"first_row": first, "scores": scores, "index": index, "num_threads": THREADS, "isa": isa}
-        assert _C.update_best(queries, rows, **given) is None
+        arguments = {"first_row": first, "scores": scores, "index": index, "num_threads": THREADS, "isa": isa}
+        assert _C.update_best(queries, rows, **arguments) is None
     expected = np.argsort(-(queries @ database.T), axis=1, kind="stable")[:, :k]
     assert np.array_equal(index, expected)
     assert np.array_equal(scores, np.take_along_axis(queries @ database.T, expected, 1))
     database[n // 2, 1] = math.nan
-    assert _C.update_best(queries, database, **(given | {"first_row": 0})) == n // 2
+    assert _C.update_best(queries, database, **(arguments | {"first_row": 0})) == n // 2

@@ -1,4 +1,4 @@
-"""The FLAC decoder: bit-equal to libsndfile, to streams written bit by bit, and exact wherever it starts."""
+"""The FLAC decoder: bit-equal to libsndfile and to streams written bit by bit, wherever it starts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def encode(x: NDArray[np.float64], subtype: str = "PCM_16", level: float = 0.625
     return file.getvalue()
 
 
-def theirs(data: bytes) -> NDArray[np.float32]:
+def by_libsndfile(data: bytes) -> NDArray[np.float32]:
     samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     return np.asarray(samples)
 
 
 def tones(samples: int, channels: int = 1, seed: int = 0) -> NDArray[np.float64]:
-    """Loud, quiet, silent and clipping parts, of which encoders predict some well and others not at all."""
+    """Loud, quiet, silent and clipping parts: encoders predict some of them well and others not at all."""
     rng = np.random.default_rng(seed)
     t = np.arange(samples)[:, None] / RATE
     x = 0.4 * np.sin(2 * np.pi * rng.uniform(80, 4000, channels) * t) * np.sin(2 * np.pi * 0.9 * t)
@@ -46,7 +46,7 @@ def tones(samples: int, channels: int = 1, seed: int = 0) -> NDArray[np.float64]
 @pytest.mark.parametrize("channels", [1, 2, 6])
 def test_equals_libsndfile(subtype: str, level: float, channels: int, tmp_path: Path) -> None:
     data = encode(tones(21011, channels), subtype, level)
-    expected = theirs(data)
+    expected = by_libsndfile(data)
     path = tmp_path / "recording"
     path.write_bytes(data)
     for source in (data, path):
@@ -63,7 +63,7 @@ def test_equals_libsndfile(subtype: str, level: float, channels: int, tmp_path: 
 def test_rates_and_lengths(rate: int, samples: int) -> None:
     data = encode(tones(max(samples, rate // 200 + 1), 2), rate=rate)
     limits = AudioLimits(max_rate_hz=192000)
-    assert np.array_equal(load(data, sample_rate=rate, limits=limits), theirs(data).mean(axis=1))
+    assert np.array_equal(load(data, sample_rate=rate, limits=limits), by_libsndfile(data).mean(axis=1))
 
 
 def random_coding(rng: np.random.Generator, largest: int, block: int, order: int) -> Rice:
@@ -73,7 +73,7 @@ def random_coding(rng: np.random.Generator, largest: int, block: int, order: int
     if rng.random() < 0.25 and bits < 32:
         return Rice(order=part, raw=bits, wide=bool(rng.random() < 0.5))
     wide = bool(rng.random() < 0.5) or bits > 18
-    lowest = max(0, bits - 7)  # quotients of up to 9 bits: long codes too
+    lowest = max(0, bits - 7)  # large quotients, so that some codes are long
     return Rice(int(rng.integers(lowest, min(30 if wide else 14, lowest + 8) + 1)), part, wide)
 
 
@@ -114,7 +114,7 @@ def random_samples(rng: np.random.Generator, block: int, bits: int) -> list[int]
 
 
 def random_stream(seed: int) -> tuple[bytes, NDArray[np.float64], int]:
-    """(file, samples (channels, n) as integers, bits): every feature of the format by chance."""
+    """A file with random features of the format, its samples (channels, n) as integers, and their bits."""
     rng = np.random.default_rng(seed)
     bits = int(rng.choice([4, 8, 12, 16, 20, 24, 31, 32]))
     channels = int(rng.choice([1, 1, 2, 2, 2, 3, 8]))
@@ -176,14 +176,14 @@ def test_libsndfile_reads_what_the_tests_write() -> None:
         checked += 1
         for channel, x in enumerate(truth):
             with sndfile.open_stream(data) as stream:
-                got, _, problem = sndfile.read_mono(stream, 0, len(x), channel)
+                samples, _, problem = sndfile.read_mono(stream, 0, len(x), channel)
             assert problem == "", seed
-            assert np.array_equal(got, x / 2 ** (bits - 1)), seed
+            assert np.array_equal(samples, x / 2 ** (bits - 1)), seed
     assert checked > 10
 
 
 def long_stream(variable: bool, total: bool, frames: int = 150) -> tuple[bytes, NDArray[np.float32]]:
-    """Far more bytes than are searched at once, of verbatim noise that contains what look like headers."""
+    """Verbatim noise that contains false headers, far longer than the decoder searches at once."""
     rng = np.random.default_rng(3)
     out, values, position = [], [], 0
     for i in range(frames):
@@ -210,8 +210,8 @@ def test_starts_are_exact_wherever_they_are(variable: bool, total: bool, tmp_pat
     assert np.array_equal(load(path), truth)
     rng = np.random.default_rng(0)
     for first in [0, 1, 1151, 1152, len(truth) - 400, *rng.integers(len(truth) - 400, size=40).tolist()]:
-        got = load(path, start_s=first / RATE, duration_s=400 / RATE)
-        assert np.array_equal(got, truth[first : first + 400]), first
+        part = load(path, start_s=first / RATE, duration_s=400 / RATE)
+        assert np.array_equal(part, truth[first : first + 400]), first
     assert np.array_equal(load(data, start_s=5.0), truth[5 * RATE :])
 
 
@@ -251,8 +251,8 @@ def test_any_flipped_bit_of_a_frame_is_noticed() -> None:
     for at in range(8 * start, 8 * len(data)):
         broken = bytearray(data)
         broken[at // 8] ^= 1 << at % 8
-        (got,) = load_batch([bytes(broken)], num_threads=1)
-        assert isinstance(got, AudioError), at
+        (result,) = load_batch([bytes(broken)], num_threads=1)
+        assert isinstance(result, AudioError), at
 
 
 def frame_of(subframe: str, block: int = 192) -> bytes:
@@ -277,20 +277,20 @@ BROKEN: dict[str, str] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_frames_that_no_encoder_writes_are_refused(name: str) -> None:
-    (got,) = load_batch([w.stream([frame_of(BROKEN[name]), bytes(300)], total=192)])
-    assert isinstance(got, AudioError)
-    assert got.reason.value == "truncated"
-    assert "damaged" in got.detail
+    (result,) = load_batch([w.stream([frame_of(BROKEN[name]), bytes(300)], total=192)])
+    assert isinstance(result, AudioError)
+    assert result.reason.value == "truncated"
+    assert "damaged" in result.detail
 
 
 def test_streams_that_contradict_themselves_are_refused() -> None:
     x = [i % 50 for i in range(192)]
     frames = [w.frame([w.verbatim(x, 16)], 192, n) for n in range(4)]
-    alike = frames[1]
+    twin = frames[1]
     for data, reason in (
-        (w.stream([frames[0], alike, alike]), "truncated"),  # a frame twice
+        (w.stream([frames[0], twin, twin]), "truncated"),  # a frame twice
         (w.stream([frames[0], frames[2]], total=384), "truncated"),  # one is missing
-        (w.stream(frames, bits=12), "truncated"),  # no size in the frames: their checksums fail
+        (w.stream(frames, bits=12), "truncated"),  # read with 12 bits, the checksums fail
         (w.stream(frames, channels=2), "truncated"),
         (w.stream(frames, total=3 * 192), "format"),
         (w.stream(frames, total=3 * 192 + 5), "format"),
@@ -303,17 +303,17 @@ def test_streams_that_contradict_themselves_are_refused() -> None:
         (w.stream([]), "empty"),
         (w.stream(frames, bits=3), "format"),
     ):
-        (got,) = load_batch([data], num_threads=1)
-        assert isinstance(got, AudioError)
-        assert got.reason.value == reason, got
+        (result,) = load_batch([data], num_threads=1)
+        assert isinstance(result, AudioError)
+        assert result.reason.value == reason, result
 
 
 def test_a_frame_may_not_exceed_its_own_range() -> None:
-    """The checksum holds; it is the residual that eight bits could not have left."""
+    """The checksum is right, but no samples of eight bits have such a residual."""
     x = [0, 1 << 20] * 96
-    (got,) = load_batch([w.stream([w.frame([w.predicted(x, 8, 0, Rice(20, wide=True))], 192, 0)], bits=8)])
-    assert isinstance(got, AudioError)
-    assert got.reason.value == "amplitude"
+    (result,) = load_batch([w.stream([w.frame([w.predicted(x, 8, 0, Rice(20, wide=True))], 192, 0)], bits=8)])
+    assert isinstance(result, AudioError)
+    assert result.reason.value == "amplitude"
 
 
 def test_neither_silence_nor_headers_without_end_take_time_or_memory() -> None:
@@ -330,7 +330,7 @@ def test_neither_silence_nor_headers_without_end_take_time_or_memory() -> None:
         (Segment(headers, start_s=40.0), "truncated"),
         (Segment(w.stream([], blocks=(16, 16)) + b"\xff\xf8" * 1_000_000, start_s=40.0), "truncated"),
     ):
-        (got,) = load_batch([data], num_threads=1, limits=AudioLimits(max_channels=8))
-        assert isinstance(got, AudioError)
-        assert got.reason.value == reason, got
+        (result,) = load_batch([data], num_threads=1, limits=AudioLimits(max_channels=8))
+        assert isinstance(result, AudioError)
+        assert result.reason.value == reason, result
     assert time.thread_time() - start < 1

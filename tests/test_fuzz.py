@@ -1,4 +1,4 @@
-"""The fuzz target is compiled by the compiler at hand and its first inputs are made, so that neither rots."""
+"""The fuzz target compiles, and the script makes its first inputs, so that both stay usable."""
 
 from __future__ import annotations
 

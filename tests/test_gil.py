@@ -1,4 +1,4 @@
-"""The engine works without the GIL: Python runs beside it, and two callers do the work of two."""
+"""The engine releases the GIL: other Python code runs meanwhile, and two threads do twice the work of one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from clsp_fast import _C
 from clsp_fast.audio import default_num_threads
 from clsp_fast.features import extract, extract_files
 
-LEAST_ROUNDS, ROUNDS = 5, 40
-WORTH_OF_TWO = 1.7
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
+GAIN_OF_TWO = 1.7  # of 2, if both CPUs are free
 Wave = NDArray[np.float32]
 Work = Callable[[int], object]  # the argument tells concurrent callers apart
-Timer = Callable[[int], float]  # seconds in which so many at once do the work once each
+Timer = Callable[[int], float]  # seconds that so many workers take if each does the work once
 
 
 def noise(samples: int, seed: int = 0) -> Wave:
@@ -53,15 +53,17 @@ def file_work() -> Work:
 
 
 class Gain:
-    """How much of the work two do in the time in which one does it once, by the fastest of each: of a single
-    pair of measurements, one that something held up would make any gain."""
+    """How many times the work of one worker two workers do in the same time.
+
+    Compares the fastest of several measurements of each: a delay in a single measurement could give any gain.
+    """
 
     def __init__(self, time_s: Timer) -> None:
         self.time_s = time_s
         self.fastest_s = {1: math.inf, 2: math.inf}
 
     def measure(self) -> float:
-        """Times both once more; the gain by all measurements until now."""
+        """Times both once more; returns the gain according to all measurements so far."""
         for count, fastest_s in self.fastest_s.items():
             self.fastest_s[count] = min(fastest_s, self.time_s(count))
         return 2 * self.fastest_s[1] / self.fastest_s[2]
@@ -73,7 +75,7 @@ def threads_timer(work: Work) -> Timer:
         threads = [threading.Thread(target=lambda i=i: (ready.wait(), work(i))) for i in range(callers)]
         for thread in threads:
             thread.start()
-        start = time.perf_counter()  # before they are let go: they may be done before this thread wakes
+        start = time.perf_counter()  # before the barrier: they may finish before this thread wakes
         ready.wait()
         for thread in threads:
             thread.join()
@@ -96,7 +98,7 @@ for _ in sys.stdin:
 
 @pytest.fixture(scope="module")
 def processes_timer() -> Iterator[Timer]:
-    """For the control: what two processes, which share no GIL, gain on these CPUs just now."""
+    """Times processes, which share no GIL: the control, which shows what these CPUs can give now."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-W", "ignore", "-c", WORKER]
     with contextlib.ExitStack() as stack:
@@ -113,7 +115,7 @@ def processes_timer() -> Iterator[Timer]:
                 assert worker.stdout.readline() == "done\n"
             return time.perf_counter() - start
 
-        time_s(2)  # both have imported what they need
+        time_s(2)  # so that both have finished their imports
         yield time_s
         for worker in workers:
             worker.stdin.close()
@@ -124,26 +126,26 @@ def processes_timer() -> Iterator[Timer]:
 @pytest.mark.multiproc
 @pytest.mark.parametrize("make_work", [fbank_work, file_work])
 def test_two_threads_do_the_work_of_two(make_work: Callable[[], Work], processes_timer: Timer) -> None:
-    """Where the CPUs give two processes less than that, because others use them or they share a core, two
-    threads gain as much as those."""
+    """If two processes gain less, because other programs use the CPUs or both share a core, two threads must
+    gain as much as two processes."""
     threads, processes = Gain(threads_timer(make_work())), Gain(processes_timer)
-    for round_ in range(ROUNDS):
+    for round_ in range(MAX_ROUNDS):
         gain, control = threads.measure(), processes.measure()
-        if round_ >= LEAST_ROUNDS and gain >= WORTH_OF_TWO:
+        if round_ >= MIN_ROUNDS and gain >= GAIN_OF_TWO:
             return
     if control < 1.3:
         pytest.skip(f"no second CPU was free: two processes do {control:.2f} times the work of one")
-    assert gain >= WORTH_OF_TWO / 2 * control
+    assert gain >= GAIN_OF_TWO / 2 * control
 
 
 def test_the_gain_of_work_that_holds_the_gil_is_small() -> None:
     gain = Gain(threads_timer(lambda _: sum(range(10**6))))
-    assert [gain.measure() for _ in range(2 * LEAST_ROUNDS)][-1] < 1.3
+    assert [gain.measure() for _ in range(2 * MIN_ROUNDS)][-1] < 1.3
 
 
 def runs_beside(work: Callable[[], object]) -> bool:
-    """Whether another Python thread gets to run while `work` does: with a switch interval of a minute, only
-    if `work` lets go of the GIL."""
+    """Whether another Python thread runs during `work`. The switch interval is a minute, so it runs only if
+    `work` releases the GIL."""
     go, ran = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -155,26 +157,26 @@ def runs_beside(work: Callable[[], object]) -> bool:
     sys.setswitchinterval(60)
     try:
         thread.start()
-        time.sleep(0.02)  # the other thread waits by now
+        time.sleep(0.02)  # the other thread now waits for `go`
         go.set()
         work()
-        happened = ran.is_set()
+        ran_during_work = ran.is_set()
     finally:
         sys.setswitchinterval(interval)
     thread.join()
-    return happened
+    return ran_during_work
 
 
 def test_the_gil_is_released() -> None:
     waves = [noise(16000 * 60, i) for i in range(8)]
     out = np.empty((8, 6000, 128), np.float32)
     file = wav(16000 * 60, 44100, "PCM_16")
-    tries = 20  # where the CPUs are busy, the other thread may wake after the work
+    tries = 20  # on busy CPUs the other thread may wake after the work
 
-    def lets_go(work: Callable[[], object]) -> bool:
+    def releases(work: Callable[[], object]) -> bool:
         return any(runs_beside(work) for _ in range(tries))
 
-    assert not lets_go(lambda: sum(range(10**6)))  # the control: this holds it
-    assert lets_go(lambda: _C.fbank_batch(waves, out, num_threads=1))
-    assert lets_go(lambda: _C.resample_batch(waves, from_hz=44100, to_hz=16000))
-    assert lets_go(lambda: extract_files([file] * 8, num_threads=1))
+    assert not releases(lambda: sum(range(10**6)))  # the control: this holds the GIL
+    assert releases(lambda: _C.fbank_batch(waves, out, num_threads=1))
+    assert releases(lambda: _C.resample_batch(waves, from_hz=44100, to_hz=16000))
+    assert releases(lambda: extract_files([file] * 8, num_threads=1))

@@ -1,4 +1,4 @@
-"""Nothing is left behind by a call: neither memory nor file handles."""
+"""Calls leave neither memory nor file handles behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def resident_bytes() -> int:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
-        trim(0)  # what earlier tests freed would hide a leak by taking it in
+        trim(0)  # a leak could hide in memory that earlier tests freed
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -34,7 +34,7 @@ def open_handles() -> int:
 
 
 def growth(call: Callable[[], object], calls: int) -> tuple[int, int]:
-    """(bytes, handles) that the process has more of after many calls than after a tenth of them."""
+    """How many bytes and handles the process gains in `calls` calls, after a tenth as many to warm up."""
     for _ in range(calls // 10):
         call()
     before = resident_bytes(), open_handles()
@@ -68,15 +68,15 @@ def calls(tmp_path: Path) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("name", ["extract", "threads", "files", "refused", "resample", "ogg"])
 def test_no_call_leaves_memory_or_handles(name: str, calls: dict[str, Callable[[], object]]) -> None:
-    # libsndfile takes a hundred times as long for such a clip as the engine.
+    # libsndfile takes a hundred times as long as the engine for such a clip.
     grown_bytes, grown_handles = growth(calls[name], CALLS // 10 if name == "ogg" else CALLS)
     assert grown_bytes < 5e6
     assert grown_handles == 0
 
 
 def test_a_leak_would_be_seen() -> None:
-    kept: list[object] = []
-    assert growth(lambda: kept.append(bytes(1000)), CALLS)[0] > 5e6
+    leaked: list[object] = []
+    assert growth(lambda: leaked.append(bytes(1000)), CALLS)[0] > 5e6
     files: list[object] = []
     assert growth(lambda: files.append(Path(os.devnull).open()), 50)[1] == 50  # noqa: SIM115
     for file in files:

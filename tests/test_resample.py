@@ -31,7 +31,7 @@ def defined(x: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.floa
 
 
 def roundings(from_hz: int, to_hz: int) -> float:
-    """Of a sum over the taps of the filter: the root of their number, which is 12 zero crossings wide."""
+    """Roundings that add up in a sum over the taps: the root of their number. They span 12 zero crossings."""
     return FEW + (12 * max(1.0, from_hz / to_hz)) ** 0.5
 
 
@@ -58,11 +58,12 @@ def test_agrees_with_the_recipe(rate_hz: int) -> None:
         import torch
         from lhotse.augmentation import get_or_create_resampler
     x = voice(rate_hz)
-    # Their phases, up to the number of outputs in a period, are rounded to float32 before the filter is made.
+    # The recipe rounds phases, which are as large as the number of outputs in a period, to float32 before it
+    # makes the filter.
     phases = 16000 // math.gcd(rate_hz, 16000)
-    theirs = get_or_create_resampler(rate_hz, 16000)(torch.from_numpy(x)).numpy()
-    ours = resample(x, from_hz=rate_hz, to_hz=16000)
-    assert_agrees(ours, theirs[: len(ours)], count=roundings(rate_hz, 16000) + phases, dtype=np.float32)
+    recipe = get_or_create_resampler(rate_hz, 16000)(torch.from_numpy(x)).numpy()
+    y = resample(x, from_hz=rate_hz, to_hz=16000)
+    assert_agrees(y, recipe[: len(y)], count=roundings(rate_hz, 16000) + phases, dtype=np.float32)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,7 +1,7 @@
-"""The extension under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: each reports the bugs
-planted for it (csrc/planted_bug.h), and nothing while the tests of the frontend and of the engine run.
+"""The extension under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-Nothing is suppressed: with one thread each, neither torch nor OpenBLAS is reported for what it does.
+Each of them reports the bugs planted for it (csrc/planted_bug.h), and reports nothing while the tests of the
+frontend and of the engine run. No report is suppressed: with one thread each, torch and OpenBLAS cause none.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ CONTROLS = {
     "thread": {"race": "ThreadSanitizer: data race"},
 }
 REPORTS = ("ERROR: AddressSanitizer", "runtime error:", "WARNING: ThreadSanitizer", "CHECK failed")
-# libasan looks for the function that throws C++ exceptions when it starts, before Python loads libstdc++.
+# When libasan starts, it looks for the function that throws C++ exceptions. It is in libstdc++, which Python
+# would load too late.
 RUNTIMES = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",)}
 CHOSEN = ("flac", "bad_audio", "audio", "resample", "features", "engine_similarity")
 TESTS = [f"tests/test_{name}.py" for name in CHOSEN]
-# Comparisons with other packages' error belong to the build that users have.
-NOT_MEANT = "not error_on_speech and not agrees_with_the_recipe"
+# Comparisons with the error of other packages are meant for the build that users have.
+EXCLUDED = "not error_on_speech and not agrees_with_the_recipe"
 SHORT = {
-    "address": f"{NOT_MEANT} and not many_mutants and not after_fork and not gil and not parity",
+    "address": f"{EXCLUDED} and not many_mutants and not after_fork and not gil and not parity",
     "thread": "thread or fork or mixed_formats or batch or plans or bad_folder or engine",
 }
 LONG = os.environ.get("CLSP_SANITIZE_LONG") == "1"
 
 
 def runtime(kind: str) -> str:
-    """The libraries to load before Python, as the compiler names them."""
+    """Paths of the libraries to load before Python, from the compiler."""
     compiler = os.environ.get("CXX", "c++")
     if not sys.platform.startswith("linux") or shutil.which(compiler) is None:
         pytest.skip("needs Linux and a compiler")
@@ -49,11 +50,11 @@ def runtime(kind: str) -> str:
 
 
 def build(kind: str) -> Path:
-    """A folder for the search path that holds the sanitized extension."""
+    """Builds the extension with a sanitizer; returns a folder for the module search path."""
     folder = ROOT / "build" / f"sanitize-{kind}"
     options = {
         "CLSP_SANITIZE": kind,
-        "CMAKE_BUILD_TYPE": "RelWithDebInfo",  # keeps the names of functions in reports
+        "CMAKE_BUILD_TYPE": "RelWithDebInfo",  # reports then name functions
         "CMAKE_INTERPROCEDURAL_OPTIMIZATION": "OFF",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -76,13 +77,13 @@ def run(kind: str, package: Path, arguments: list[str]) -> tuple[int, str]:
     changes = {
         "LD_PRELOAD": runtime(kind),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{package}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory to its end
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself never frees some memory
         "TSAN_OPTIONS": "exitcode=66",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    # ThreadSanitizer wants memory where kernels with much randomness do not put it.
-    fixed = ["setarch", "-R"] if kind == "thread" and _may_fix_addresses() else []
+    # ThreadSanitizer needs certain addresses, which kernels with strong address randomisation may use.
+    fixed = ["setarch", "-R"] if kind == "thread" and _can_fix_addresses() else []
     done = subprocess.run(
         [*fixed, sys.executable, *arguments],
         cwd=ROOT,
@@ -95,7 +96,7 @@ def run(kind: str, package: Path, arguments: list[str]) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def _may_fix_addresses() -> bool:
+def _can_fix_addresses() -> bool:
     return shutil.which("setarch") is not None and subprocess.run(["setarch", "-R", "true"]).returncode == 0
 
 
@@ -109,12 +110,12 @@ def test_planted_bugs_are_reported_and_no_others(kind: str) -> None:
         code, output = run(kind, package, ["-c", f"from clsp_fast import _C; _C.planted_bug({bug!r})"])
         assert code != 0, output
         assert report in output, output
-    chosen = NOT_MEANT if LONG else SHORT[kind]
-    # -s: a report ends the process, and with it what pytest has captured.
+    chosen = EXCLUDED if LONG else SHORT[kind]
+    # -s: a report ends the process, and the output that pytest had captured would be lost.
     pytest_options = ["-s", "-q", "--noconftest", "-p", "no:cacheprovider", "-k", chosen]
     for _ in range(3):
         code, output = run(kind, package, ["-m", "pytest", *pytest_options, *TESTS])
-        # Now and then ThreadSanitizer cannot place its own memory, and ends before it has seen anything.
+        # Sometimes ThreadSanitizer cannot place its memory and ends before it has checked anything.
         if "ThreadSanitizer failed to allocate" not in output:
             break
     assert not any(report in output for report in REPORTS), output[-20000:]

@@ -255,7 +255,7 @@ def test_the_extension_refuses_what_would_read_beyond_its_arrays() -> None:
     rows, owner = np.ones((4, 3), np.float32), np.zeros(4, np.int32)
     state = {"scores": np.zeros((4, 2), np.float32), "index": np.zeros((4, 2), np.int64)}
     for first, second, owners, message in (
-        (rows, rows[:, :2].copy(), owner, "as many columns"),
+        (rows, rows[:, :2].copy(), owner, "same number of columns"),
         (rows, rows, owner[:3], "owner has the wrong"),
         (rows, rows, owner + 4, "owner must hold rows of audio"),
         (rows, rows, owner - 1, "owner must hold rows of audio"),

@@ -224,7 +224,7 @@ def test_refuses_arrays_of_another_kind() -> None:
         (1, np.zeros((4, 6), np.float32)[:, ::2], TypeError, "incompatible"),
         (1, np.zeros((0, 3), np.float32), ValueError, "a row or more"),
         (2, np.zeros((0, 3), np.float32), ValueError, "a row or more"),
-        (2, np.zeros((5, 4), np.float32), ValueError, "as many columns"),
+        (2, np.zeros((5, 4), np.float32), ValueError, "same number of columns"),
         (3, np.zeros(4, np.int64), ValueError, "owner has the wrong"),
     ]:
         with pytest.raises(error, match=message):

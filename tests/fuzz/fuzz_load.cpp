@@ -1,9 +1,8 @@
-// libFuzzer target: bytes -> decode -> resample -> features, the way extract_files goes. What comes
-// out must be finite, in range and not empty, and what does not must have one of the fixed reasons.
+// libFuzzer target: bytes -> decode -> resample -> features, as in extract_files. Samples must be
+// finite, in range and not empty; a failure must have one of the fixed reasons.
 //
-// The first kRequestBytes of an input choose the part and the policy; a recording follows. Compiled
-// with -fsanitize=fuzzer, the FLAC decoder does not compare checksums: mutants would seldom get
-// behind them.
+// The first kRequestBytes of an input choose the part and the policy; a recording follows. In this
+// build the FLAC decoder ignores checksums: a mutated input would hardly ever have the right ones.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -24,7 +23,7 @@ void require(bool holds, const char* what) {
   std::abort();
 }
 
-bool known_reason(const std::string& reason) {
+bool is_known(const std::string& reason) {
   static const char* const kReasons[] = {"empty",      "format",    "channels",        "rate",
                                          "segment",    "too_short", "too_long",        "truncated",
                                          "non_finite", "amplitude", clsp::kOtherFormat};
@@ -34,7 +33,7 @@ bool known_reason(const std::string& reason) {
 
 void check(const clsp::Loaded& loaded, const clsp::LoadPolicy& policy) {
   if (!loaded.reason.empty()) {
-    require(known_reason(loaded.reason), "a failure has a known reason");
+    require(is_known(loaded.reason), "a failure has a known reason");
     return;
   }
   const auto samples = loaded.samples.view();
@@ -54,7 +53,7 @@ void check(const clsp::Loaded& loaded, const clsp::LoadPolicy& policy) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   if (size < kRequestBytes) return 0;
-  // Short limits keep an input fast; a rate of its own leaves out the resampler for most.
+  // Short limits keep an input fast. Most inputs have the rate of the policy and are not resampled.
   const clsp::LoadPolicy policy{
       data[3] % 4 == 0 ? 8000 : 16000, 0.005, 20.0, 0.1, 1000, 192000, 64, 16.0f};
   const std::vector<std::uint8_t> recording(data + kRequestBytes, data + size);

@@ -1,5 +1,5 @@
-// Borders of the engine: a view of memory, memory that is not cleared first, and sizes that cannot
-// wrap around.
+// Memory: views of it, arrays that are not cleared when they are made, and sizes that cannot wrap
+// around.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,10 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
-#include <string>
 
 namespace clsp {
 
+// A view of `size` elements that somebody else owns.
 template <class T>
 class Span {
  public:
@@ -46,7 +46,7 @@ inline std::size_t checked_size(std::uint64_t value) {
   return static_cast<std::size_t>(value);
 }
 
-// A float array that is not cleared: every caller writes all of it.
+// A float array of changing size. It is not cleared, because every caller writes all of it.
 class Samples {
  public:
   Samples() = default;
@@ -55,7 +55,7 @@ class Samples {
     data_.reset(static_cast<float*>(std::malloc(checked_multiply(size, sizeof(float)))));
     if (!data_) throw std::bad_alloc();
   }
-  // Keeps what is there; more is not cleared either.
+  // Keeps the samples that fit; added ones are not cleared.
   void resize(std::size_t size) {
     if (size == 0) {
       data_.reset();
@@ -80,15 +80,21 @@ class Samples {
   std::size_t size_ = 0;
 };
 
-// Audio that cannot be used. `reason` is one of the values of clsp_fast.audio.AudioErrorReason.
-class AudioFailure : public std::runtime_error {
+// An array of fixed size that begins at a cache line. It is not cleared.
+template <class T>
+class Buffer {
  public:
-  AudioFailure(const char* reason, const std::string& message)
-      : std::runtime_error(message), reason_(reason) {}
-  const char* reason() const { return reason_; }
+  explicit Buffer(std::size_t size)
+      : data_(static_cast<T*>(::operator new(checked_multiply(size, sizeof(T)), kCacheLine))) {}
+  ~Buffer() { ::operator delete(data_, kCacheLine); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+  const T* data() const { return data_; }
 
  private:
-  const char* reason_;
+  static constexpr std::align_val_t kCacheLine{64};
+  T* data_;
 };
 
 }  // namespace clsp
