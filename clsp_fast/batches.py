@@ -71,7 +71,7 @@ class Rows(NamedTuple):
     lengths_B: Tensor
 
 
-def embed(
+def embed_recordings(
     encode: Callable[[Tensor, Tensor], Tensor],
     items: list[Any],
     batching: Batching,
@@ -97,7 +97,7 @@ def embed(
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     if progress is True:
         progress = Progress(len(items), "clips", lead="encoded ").add
-    for item_B, start_B, features_BTF, lengths_B in batches(items, batching, errors):
+    for item_B, start_B, features_BTF, lengths_B in feature_batches(items, batching, errors):
         embedded_BD = encode(features_BTF, lengths_B)
         contention.look()
         bad = item_B[~embedded_BD.isfinite().all(1).cpu()].tolist()
@@ -130,7 +130,7 @@ def _join(item_W: Tensor, start_W: Tensor, lengths_W: Tensor, embedded_WD: Tenso
     return result_ND
 
 
-def batches(items: list[Any], batching: Batching, errors: Errors | None = None) -> Iterator[Rows]:
+def feature_batches(items: list[Any], batching: Batching, errors: Errors | None = None) -> Iterator[Rows]:
     """Batches of rows of like length; one block of recordings is decoded while another is used."""
     blocks = _blocks(items)
 

@@ -34,7 +34,7 @@ from clsp_fast.data.captions import Captions
 from clsp_fast.data.manifest import Clip
 from clsp_fast.evaluation import tasks
 from clsp_fast.evaluation.figures import caption_of, hit_chance
-from clsp_fast.model import CLSP, load
+from clsp_fast.model import CLSP, load_model
 from clsp_fast.similarity import ranks as ranks_of
 from clsp_fast.storage import files, paths, textfile
 from clsp_fast.storage.ranks import Ranks
@@ -307,7 +307,7 @@ def _model(config: EncodeConfig, model: CLSP | None) -> CLSP:
         return model
     with Ranks.join(config.device) as ranks:
         require(ranks.world == 1, "processes", "1", ranks.world)
-        return load(config, ranks.device)
+        return load_model(config, ranks.device)
 
 
 def _embed(

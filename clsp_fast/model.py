@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clsp_fast import contention
 from clsp_fast.audio import AudioError
-from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed
+from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed_recordings
 from clsp_fast.config import EncodeConfig, ModelConfig
 from clsp_fast.storage import model_folder
 from clsp_fast.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ class CLSP(nn.Module):
 
     @property
     def running_norms(self) -> list[RunningNorm]:
-        """The running norms, if the configuration has them; who trains the model calls their `absorb`."""
+        """The running norms, if the configuration has them; training calls their `update_running`."""
         return [module for module in self.modules() if isinstance(module, RunningNorm)]
 
     def recompute_layers(self, on: bool) -> None:
@@ -332,7 +332,7 @@ class CLSP(nn.Module):
             slack_seconds=slack_seconds,
         )
         with self._evaluating():
-            found = embed(self.encode_features, items, batching, errors=errors, progress=progress)
+            found = embed_recordings(self.encode_features, items, batching, errors=errors, progress=progress)
         if found.shape[1] == 0:  # no recording was embedded
             found = torch.full((len(items), self.config.joint_dim), torch.nan, device=self.device)
         return found
@@ -419,7 +419,7 @@ class CLSP(nn.Module):
             FileNotFoundError: no such folder, or a file of it is missing.
             ValueError: a file that is damaged or does not fit the others.
         """
-        path = model_folder.resolve(source)
+        path = model_folder.local_folder(source)
         config, file = model_folder.read_config(path), path / "tokenizer.json"
         tokenizer = Tokenizer.from_file(file) if file.exists() else None
         with torch.device("meta"):
@@ -435,7 +435,7 @@ class CLSP(nn.Module):
 
         Each file is replaced whole or not at all; other files in the folder stay.
         """
-        model_folder.write(Path(path), self.config, self.state_dict(), self._tokenizer_json)
+        model_folder.write_model(Path(path), self.config, self.state_dict(), self._tokenizer_json)
 
     def fingerprint(self) -> str:
         """SHA-256 of architecture, weights with their dtypes, and tokenizer.
@@ -462,7 +462,7 @@ class CLSP(nn.Module):
                 module.training = True
 
 
-def load(config: EncodeConfig, device: torch.device) -> CLSP:
+def load_model(config: EncodeConfig, device: torch.device) -> CLSP:
     """The model that a command is told to use, on its device and in its precision."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return CLSP.from_pretrained(config.model, device=device, dtype=dtype)

@@ -434,7 +434,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         init = default.init
     if init not in (None, "None"):  # the second: how a flag says that there is none
         try:
-            default = dataclasses.replace(default, model=model_folder.read_config(model_folder.resolve(init)))
+            default = dataclasses.replace(
+                default, model=model_folder.read_config(model_folder.local_folder(init))
+            )
         except (OSError, ValueError) as error:
             sys.exit(f"clsp_fast.train: --init: {error}")
     # The field keeps its name in scripts and in config.json, and importing tyro where TrainConfig is would

@@ -70,7 +70,7 @@ def test_encoding_shows_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> N
     import torch
 
     clips = [torch.zeros(3200 + 800 * i) for i in range(40)]
-    batches.embed(
+    batches.embed_recordings(
         lambda x, _: torch.ones(len(x), 4), clips, batches.Batching(batch_seconds=0.5), progress=True
     )
     text = capsys.readouterr().err

@@ -48,7 +48,7 @@ those of its training data: say here what it was trained and evaluated on, and u
 """
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
+def local_folder(source: str | os.PathLike[str]) -> Path:
     """The folder itself, or a local copy of a Hugging Face hub repository of that name.
 
     Raises:
@@ -120,7 +120,9 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         raise ValueError(f"{what}: {listed_groups(problems)}")
 
 
-def write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None) -> None:
+def write_model(
+    folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None
+) -> None:
     """Write the folder; each file replaces its predecessor in one step, the weights last.
 
     Args:

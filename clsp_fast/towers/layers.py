@@ -35,7 +35,7 @@ class Ragged(NamedTuple):
     pad_NT: Tensor
     alone: bool
 
-    def every(self, factor: int) -> Ragged:
+    def downsampled(self, factor: int) -> Ragged:
         """The same clips at `factor` times fewer frames: a group is padding if its first frame is."""
         lengths_N = frames_after(self.lengths_N, factor)
         if torch.compiler.is_exporting():
@@ -78,10 +78,10 @@ def drop_channels(x_NTC: Tensor, rate: float, *, training: bool) -> Tensor:
     return x_NTC * keep.div_(1.0 - rate)
 
 
-def call(layer: nn.Module, x: Tensor, *arguments: Tensor | None, again: bool) -> Tensor:
-    """layer(x, *arguments); `again`: what it keeps for the backward pass is x, and it is called a second time
-    there."""
-    if again and torch.is_grad_enabled():
+def checkpointed(layer: nn.Module, x: Tensor, *arguments: Tensor | None, recompute: bool) -> Tensor:
+    """layer(x, *arguments). With `recompute`, only the inputs are kept for the backward pass, which computes
+    the layer a second time."""
+    if recompute and torch.is_grad_enabled():
         return cast(Tensor, checkpoint(layer, x, *arguments, use_reentrant=False))
     return cast(Tensor, layer(x, *arguments))
 
@@ -155,14 +155,15 @@ class BiasNorm(nn.Module):
 
 
 class RunningNorm(nn.Module):
-    """Shifts and scales each channel by the mean and deviation over earlier batches.
+    """Standardises each channel with the mean and deviation of earlier batches.
 
-    Unlike batch normalisation it makes no embedding depend on its batch, and gives what it gives at
-    inference. Without it, pooled vectors that share a large constant start as one narrow cone of embeddings,
-    which contrastive training needs hundreds of steps to leave.
+    Unlike batch normalisation, it computes the same in training and at inference, and no embedding depends on
+    the others of its batch. Without it, pooled vectors that share a large constant start as one narrow cone
+    of embeddings, and contrastive training needs hundreds of steps to spread them.
 
-    While training, `forward` notes the batch's moments in `seen` (2, C), or those of all its parts since
-    `seen` was None; `absorb` takes them up. With `notes` False it notes none.
+    In training, `forward` records the batch's moments in `batch_moments` (2, C): the mean and the mean
+    square. If a batch comes in several parts, they are averaged over the parts. `update_running` then takes
+    them into the running moments. While `record_moments` is False, nothing is recorded.
     """
 
     mean: Tensor
@@ -174,29 +175,34 @@ class RunningNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("power", torch.ones(channels))
         self.register_buffer("batches", torch.tensor(0.0))
-        self.seen: Tensor | None = None
-        self.rows, self.notes = 0, True
+        self.batch_moments: Tensor | None = None
+        self.recorded_rows, self.record_moments = 0, True
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        if self.training and self.notes:
-            wide = x_NC.detach().to(self.mean.dtype)
-            moments = torch.stack([wide.mean(0), wide.square().mean(0)])
-            self.rows = len(x_NC) if self.seen is None else self.rows + len(x_NC)
-            self.seen = moments if self.seen is None else self.seen.lerp(moments, len(x_NC) / self.rows)
-        # The floor keeps rounding out of channels that hardly vary.
+        if self.training and self.record_moments:
+            self._record(x_NC.detach().to(self.mean.dtype))
+        # The floor keeps rounding errors out of channels that hardly vary.
         variance = torch.maximum(self.power - self.mean.square(), 1e-4 * self.power + 1e-6)
         return (x_NC - self.mean) * variance.rsqrt()
 
+    def _record(self, x_NC: Tensor) -> None:
+        moments, rows = torch.stack([x_NC.mean(0), x_NC.square().mean(0)]), len(x_NC)
+        if self.batch_moments is None:
+            self.batch_moments, self.recorded_rows = moments, rows
+        else:
+            self.recorded_rows += rows
+            self.batch_moments = self.batch_moments.lerp(moments, rows / self.recorded_rows)
+
     @torch.no_grad()
-    def absorb(self) -> None:
-        """Takes the noted moments into the running ones: their average at first, the last 50 batches
-        later."""
-        if self.seen is not None:
+    def update_running(self) -> None:
+        """Takes the recorded moments into the running ones: the average of all batches at first, later of
+        about the last 50."""
+        if self.batch_moments is not None:
             self.batches += 1
             weight = (1 / self.batches).clamp(min=0.02)
-            self.mean.lerp_(self.seen[0], weight)
-            self.power.lerp_(self.seen[1], weight)
-            self.seen = None
+            self.mean.lerp_(self.batch_moments[0], weight)
+            self.power.lerp_(self.batch_moments[1], weight)
+            self.batch_moments = None
 
 
 def pool(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast.config import TextConfig
-from clsp_fast.towers.layers import call
+from clsp_fast.towers.layers import checkpointed
 
 _LEAST_SAVED_TOKENS = 1024
 """Padding that costs less than the launches of another call."""
@@ -145,7 +145,7 @@ class Roberta(nn.Module):
             keys_N11L = None
         x = self.embeddings(token_ids_NL)
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            x = call(layer, x, keys_N11L, again=self.recompute)
+            x = checkpointed(layer, x, keys_N11L, recompute=self.recompute)
         return cast(Tensor, x)
 
     def forward(self, token_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from clsp_fast.towers.layers import (
     BiasNorm,
     Conv1dSubsampling,
     Ragged,
-    call,
+    checkpointed,
     drop_channels,
     swoosh_l,
     swoosh_r,
@@ -245,7 +245,9 @@ class ZipformerStack(nn.Module):
         encoding_RD = position_encoding(self.pos_dim, x.shape[1], dtype=x.dtype, device=x.device)
         encoding_RD = F.dropout(encoding_RD, self.position_dropout, self.training)
         for layer in self.layers:
-            x = call(layer, x, encoding_RD, None if ragged is None else ragged.pad_NT, again=self.recompute)
+            x = checkpointed(
+                layer, x, encoding_RD, None if ragged is None else ragged.pad_NT, recompute=self.recompute
+            )
             x = x if mask_N1C is None else x * mask_N1C
         return x
 
@@ -261,7 +263,7 @@ class Downsample(nn.Module):
         """The slower frames, and which of them are padding."""
         clips, frames, channels = x_NTC.shape
         factor = len(self.bias)
-        slow = None if ragged is None else ragged.every(factor)
+        slow = None if ragged is None else ragged.downsampled(factor)
         x = x_NTC
         if ragged is not None and ragged.alone:
             index = (ragged.lengths_N - 1)[:, None, None].expand(clips, 1, channels)

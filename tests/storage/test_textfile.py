@@ -268,7 +268,7 @@ def test_what_is_no_list_is_refused_by_name_by_every_command(
     kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (embed, score, evaluate):
-        monkeypatch.setattr(module, "load", no_model)
+        monkeypatch.setattr(module, "load_model", no_model)
     make, message = NO_LISTS[kind]
     file, out = tmp_path / name, tmp_path / "out"
     zeroshot = evaluate.ZeroshotConfig(source=file, task=("ravdess-emotion",))

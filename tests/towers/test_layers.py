@@ -113,7 +113,7 @@ def test_statistics_keep_their_digits_under_autocast() -> None:
 
 
 def test_ragged_marks_a_group_as_padding_by_its_first_frame() -> None:
-    ragged = make_ragged(torch.tensor([7, 1, 6]), 7, alone=True).every(3)
+    ragged = make_ragged(torch.tensor([7, 1, 6]), 7, alone=True).downsampled(3)
     assert ragged.lengths_N.tolist() == [3, 1, 2]
     assert ragged.pad_NT.tolist() == [[False] * 3, [False, True, True], [False, False, True]]
     assert frames_after(torch.tensor([8, 9, 1]), 8).tolist() == [1, 2, 1]

@@ -57,7 +57,7 @@ def taken(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object) ->
     loss.backward()
     found = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
     found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {f"moments{i}": norm.seen for i, norm in enumerate(model.running_norms)}
+    return found | {f"moments{i}": norm.batch_moments for i, norm in enumerate(model.running_norms)}
 
 
 def gradient_norm(found: dict[str, torch.Tensor], model: CLSP) -> float:
