@@ -11,15 +11,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from clsp_fast.checks import is_positive, is_rate, reject_unknown_keys, require
 
 __all__ = [
     "MODEL_PRESETS",
     "TRAIN_PRESETS",
+    "Batching",
     "DataConfig",
     "EncodeConfig",
+    "LongAudio",
+    "ModelChoice",
     "ModelConfig",
     "OptimConfig",
     "StackConfig",
@@ -27,6 +30,9 @@ __all__ = [
     "TrainConfig",
 ]
 
+
+LongAudio: TypeAlias = Literal["whole", "window", "error"]
+"""What is done with a recording longer than a window: embed it as one, average its windows, or refuse it."""
 
 MOST_LAYERS = 1000
 """Most layers and stacks of a tower."""
@@ -330,6 +336,29 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How recordings become batches of a trained model. `CLSP.encode_audio` has the same defaults."""
+
+    batch_seconds: float = 120.0
+    """Most seconds of audio, padding included, that go through the model at once."""
+    long_audio: LongAudio = "whole"
+    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
+    squared), average its windows, or refuse it."""
+    window_s: float = 30.0
+    """Length of a window in seconds."""
+    slack_seconds: float = 0.1
+    """How far a clip of a manifest may reach behind the end of its recording before it counts as
+    truncated."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_seconds > 0, "batch_seconds", "positive", self.batch_seconds)
+        require(self.window_s >= 1, "window_s", "at least 1 second", self.window_s)
+        require(0 <= self.slack_seconds < math.inf, "slack_seconds", "at least 0", self.slack_seconds)
+        known = self.long_audio in ("whole", "window", "error")
+        require(known, "long_audio", '"whole", "window" or "error"', self.long_audio)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which clips are read, and how they become batches."""
 
@@ -356,7 +385,7 @@ class DataConfig:
     """Shorter clips are left out, and counted."""
     max_seconds: float = 30.0
     """Longer clips are left out, and counted."""
-    slack_seconds: float = 0.1
+    slack_seconds: float = Batching.slack_seconds
     """How far a clip may reach behind the end of its recording before it counts as truncated. Lengths that
     were taken from the header of an MP3 can be a third of a second too long."""
     tail: Literal["reflect", "zero"] = "reflect"
@@ -453,8 +482,8 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    """A model, and how it embeds recordings: what every command that uses a trained model is told."""
+class ModelChoice:
+    """A trained model, and where and how exactly it computes."""
 
     model: str = "runs/demo/model"
     """Folder of the model, or the name of a repository on the Hugging Face hub."""
@@ -462,30 +491,29 @@ class EncodeConfig:
     """"auto": the CUDA device of this rank if there is one, else the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic and weights of the towers."""
-    batch_seconds: float = 120.0
-    """Most seconds of audio, padding included, that go through the model at once."""
-    long_audio: Literal["whole", "window", "error"] = "window"
-    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
-    squared), average its windows, or refuse it."""
-    window_s: float = 30.0
-    """Length of a window in seconds."""
-    slack_seconds: float = 0.1
-    """How far a clip of a manifest may reach behind the end of its recording before it counts as
-    truncated."""
 
     def __post_init__(self) -> None:
-        require(self.batch_seconds > 0, "batch_seconds", "positive", self.batch_seconds)
-        require(self.window_s >= 1, "window_s", "at least 1 second", self.window_s)
-        require(0 <= self.slack_seconds < math.inf, "slack_seconds", "at least 0", self.slack_seconds)
         require(self.precision in ("fp32", "bf16"), "precision", '"fp32" or "bf16"', self.precision)
-        known = self.long_audio in ("whole", "window", "error")
-        require(known, "long_audio", '"whole", "window" or "error"', self.long_audio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Batching, ModelChoice):
+    """A model, and how it embeds recordings: the options of every command that uses a trained model."""
+
+    # A command meets files of any length, and one of an hour would fill the memory if embedded whole. The
+    # method is called with clips that its caller knows, and gives the embedding of the paper.
+    long_audio: LongAudio = "window"
+    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
+    squared), average its windows, or refuse it."""
+
+    def __post_init__(self) -> None:
+        Batching.__post_init__(self)
+        ModelChoice.__post_init__(self)
 
     @property
     def batching(self) -> dict[str, Any]:
-        """What `CLSP.encode_audio` is told of it."""
-        names = ("batch_seconds", "long_audio", "window_s", "slack_seconds")
-        return {name: getattr(self, name) for name in names}
+        """The settings of `Batching`, as keywords of `CLSP.encode_audio`."""
+        return {setting.name: getattr(self, setting.name) for setting in dataclasses.fields(Batching)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from clsp_fast import contention
 from clsp_fast.audio import AudioError
-from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed_recordings
-from clsp_fast.config import EncodeConfig, ModelConfig
+from clsp_fast.batches import MIN_FRAMES, embed_recordings
+from clsp_fast.config import Batching, LongAudio, ModelChoice, ModelConfig
 from clsp_fast.storage import model_folder
 from clsp_fast.tokenizer import Tokenizer
 from clsp_fast.towers import roberta, zipformer
@@ -287,31 +287,32 @@ class CLSP(nn.Module):
         audio: Sequence[Any],
         *,
         sample_rate: int | None = None,
-        batch_seconds: float = 120.0,
-        long_audio: LongAudio = "whole",
-        window_s: float = 30.0,
-        slack_seconds: float = 0.1,
+        batch_seconds: float = Batching.batch_seconds,
+        long_audio: LongAudio = Batching.long_audio,
+        window_s: float = Batching.window_s,
+        slack_seconds: float = Batching.slack_seconds,
         errors: dict[int, AudioError] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Tensor:
         """Embed recordings, without gradient and in evaluation mode.
 
         Args:
-            audio: B recordings (paths, or what else `features.extract_files` takes), or B mono waveforms
+            audio: B recordings (paths, or whatever else `features.extract_files` takes), or B mono waveforms
                 (numpy arrays or tensors of shape (samples,)).
-            sample_rate: rate of the waveforms in Hz; None: 16000. Files carry their own.
-            batch_seconds: most seconds of audio, padding included, to go through the model at once: the bound
-                on its memory. A longer clip goes alone.
-            long_audio: what is done with a clip longer than `window_s`. "whole": embed it as it is, which
+            sample_rate: rate of the waveforms in Hz; None: 16000. Files contain their rate.
+            batch_seconds: most seconds of audio, padding included, that go through the model at once; this
+                bounds its memory. A longer clip goes alone.
+            long_audio: what is done with a clip longer than `window_s`. "whole": embed it in one piece, which
                 needs memory that grows with its length squared; "window": the mean of the embeddings of its
                 windows of that length, weighted by their lengths and scaled to unit norm; "error": refuse it.
+                The commands have "window" as their default (see `EncodeConfig`).
             window_s: seconds; 30, as in the paper's training.
             slack_seconds: how far a `Segment` may reach behind the end of its recording before it counts as
                 truncated.
-            errors: a dictionary that takes the error of each recording that cannot be used, by position; its
-                row is NaN. None: the first one is raised.
-            progress: True: say on standard error how far it is; a function: called with how many more are
-                done.
+            errors: a dictionary that receives the error of each recording that cannot be used, by position;
+                its row is NaN. None: the first error is raised.
+            progress: True: progress is shown on standard error; a function: called with the number of
+                recordings embedded since its last call.
 
         Returns:
             (B, D) unit-norm embeddings in the order given, on the model's device. A clip's embedding depends
@@ -319,23 +320,29 @@ class CLSP(nn.Module):
 
         Raises:
             TypeError: one path or waveform instead of a list, or recordings and waveforms mixed.
-            ValueError: a waveform with NaN or infinity, an option that is none.
-            clsp_fast.audio.AudioError: a recording that cannot be read, is too short or, if asked, too long;
-                a waveform far outside [-1, 1], such as one on the scale of 16-bit integers.
+            ValueError: a waveform with NaN or infinity, or an option out of range.
+            clsp_fast.audio.AudioError: a recording that cannot be read, is too short or, with "error", too
+                long; a waveform far outside [-1, 1], such as one on the scale of 16-bit integers.
         """
         items = _as_list(audio, "audio")
         batching = Batching(
-            sample_rate=sample_rate,
             batch_seconds=batch_seconds,
             long_audio=long_audio,
             window_s=window_s,
             slack_seconds=slack_seconds,
         )
         with self._evaluating():
-            found = embed_recordings(self.encode_features, items, batching, errors=errors, progress=progress)
-        if found.shape[1] == 0:  # no recording was embedded
-            found = torch.full((len(items), self.config.joint_dim), torch.nan, device=self.device)
-        return found
+            embedded = embed_recordings(
+                self.encode_features,
+                items,
+                batching,
+                sample_rate=sample_rate,
+                errors=errors,
+                progress=progress,
+            )
+        if embedded.shape[1] == 0:  # no recording could be embedded
+            embedded = torch.full((len(items), self.config.joint_dim), torch.nan, device=self.device)
+        return embedded
 
     def encode_text(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Embed captions, without gradient and in evaluation mode.
@@ -462,10 +469,10 @@ class CLSP(nn.Module):
                 module.training = True
 
 
-def load_model(config: EncodeConfig, device: torch.device) -> CLSP:
-    """The model that a command is told to use, on its device and in its precision."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return CLSP.from_pretrained(config.model, device=device, dtype=dtype)
+def load_model(choice: ModelChoice, device: torch.device) -> CLSP:
+    """The model that a command was asked to use, on this device and in the precision chosen."""
+    dtype = torch.bfloat16 if choice.precision == "bf16" else torch.float32
+    return CLSP.from_pretrained(choice.model, device=device, dtype=dtype)
 
 
 def _unit_norm(x_BD: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from numerics import assert_as_exact, in_float64
 from torch import Tensor
 
 from clsp_fast import batches, features
-from clsp_fast.audio import AudioError, AudioErrorReason, Segment
-from clsp_fast.config import MODEL_PRESETS
+from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, Segment
+from clsp_fast.config import MODEL_PRESETS, Batching, DataConfig, EncodeConfig
 from clsp_fast.model import CLSP
 
 
@@ -156,3 +158,11 @@ def test_blocks_of_recordings_come_in_order_of_size(
     assert_as_exact(tiny.encode_audio(clips), together, truth)
     assert len(sizes) > 3
     assert sum(sizes) == 9
+
+
+def test_each_setting_has_one_default() -> None:
+    defaults = dataclasses.asdict(Batching())
+    keywords = inspect.signature(CLSP.encode_audio).parameters
+    assert {name: keywords[name].default for name in defaults} == defaults
+    assert EncodeConfig().batching == defaults | {"long_audio": "window"}
+    assert DataConfig().slack_seconds == DEFAULT_LIMITS.slack_s == defaults["slack_seconds"]
