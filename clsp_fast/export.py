@@ -26,7 +26,8 @@ from clsp_fast import console, features
 from clsp_fast.batches import MIN_FRAMES
 from clsp_fast.model import CLSP
 from clsp_fast.storage import files
-from clsp_fast.towers.layers import frames_after_front, frames_in_graph, make_ragged
+from clsp_fast.towers.front import frames_after_front
+from clsp_fast.towers.layers import frames_in_graph, make_ragged
 
 TOLERANCE = 1e-4
 """Most that an embedding may differ from the model's own."""

@@ -25,17 +25,8 @@ from clsp_fast.config import Batching, LongAudio, ModelChoice, ModelConfig
 from clsp_fast.storage import model_folder
 from clsp_fast.tokenizer import Tokenizer
 from clsp_fast.towers import roberta, zipformer
-from clsp_fast.towers.layers import (
-    Ragged,
-    RunningNorm,
-    frames_after,
-    frames_after_front,
-    make_front,
-    make_ragged,
-    pool,
-    pool_statistics,
-    standardise,
-)
+from clsp_fast.towers.front import frames_after_front, make_front, standardise
+from clsp_fast.towers.layers import Ragged, RunningNorm, frames_after, make_ragged, pool, pool_statistics
 
 Padding = Literal["alone", "batch"]
 

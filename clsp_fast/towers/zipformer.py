@@ -24,15 +24,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from clsp_fast.config import ModelConfig, StackConfig
-from clsp_fast.towers.layers import (
-    BiasNorm,
-    Conv1dSubsampling,
-    Ragged,
-    checkpointed,
-    drop_channels,
-    swoosh_l,
-    swoosh_r,
-)
+from clsp_fast.towers.front import Conv1dSubsampling
+from clsp_fast.towers.layers import BiasNorm, Ragged, checkpointed, drop_channels, swoosh_l, swoosh_r
 
 # Where the recipe's schedules end; it trains with these from its first step.
 FEATURE_MASK_RATE = 0.125
