@@ -1,7 +1,8 @@
-"""Configurations of models and runs: frozen dataclasses that check their values, and named presets of both.
+"""Configurations of models, training runs and embedding: frozen dataclasses that check their values.
 
-The command line is derived from these classes. A saved model stores `ModelConfig.to_dict()`, a run
-`TrainConfig.to_dict()`. The speech tower's fields have the names of the reference recipe (icefall, CLSP).
+The command line is derived from these classes, and the text under each field is its help. A saved model
+stores `ModelConfig.to_dict()`, a run `TrainConfig.to_dict()`. The speech tower's fields have the names of the
+reference recipe (icefall, CLSP).
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ __all__ = [
 LongAudio: TypeAlias = Literal["whole", "window", "error"]
 """What is done with a recording longer than a window: embed it as one, average its windows, or refuse it."""
 
-MOST_LAYERS = 1000
-"""Most layers and stacks of a tower."""
-MOST_CHANNELS = 2**24
-"""Most of anything else that a tower counts: a file must not make a model whose building never ends."""
+MAX_LAYERS = 1000
+"""Most layers and stacks of a tower. The limits keep a hostile file from asking for a model without end."""
+MAX_SIZE = 2**24
+"""Largest number of channels, heads, tokens or whatever else a tower counts."""
 
 
 def _is_size(value: object) -> bool:
-    """Whether it is an integer > 0, and none that no model has."""
-    return isinstance(value, int) and is_positive(value) and value <= MOST_CHANNELS
+    """Whether it is an integer in [1, MAX_SIZE]."""
+    return isinstance(value, int) and is_positive(value) and value <= MAX_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,8 @@ class TextConfig:
         ):
             require(_is_size(getattr(self, name)), f"text.{name}", "a positive integer", getattr(self, name))
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        few = layers == 0 or (_is_size(layers) and layers <= MOST_LAYERS)
-        require(few, "text.num_hidden_layers", f"an integer in [0, {MOST_LAYERS}]", layers)
+        legal = layers == 0 or (_is_size(layers) and layers <= MAX_LAYERS)
+        require(legal, "text.num_hidden_layers", f"an integer in [0, {MAX_LAYERS}]", layers)
         expected = f"a divisor of hidden_size {self.hidden_size}"
         require(self.hidden_size % heads == 0, "text.num_attention_heads", expected, heads)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -97,9 +98,9 @@ class TextConfig:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             require(0 <= value < self.vocab_size, f"text.{name}", f"in [0, {self.vocab_size})", value)
-        positions, least = self.max_position_embeddings, self.pad_token_id + 3
-        fits = least <= positions <= MOST_CHANNELS
-        require(fits, "text.max_position_embeddings", f"in [{least}, {MOST_CHANNELS}]", positions)
+        positions, fewest = self.max_position_embeddings, self.pad_token_id + 3
+        legal = fewest <= positions <= MAX_SIZE
+        require(legal, "text.max_position_embeddings", f"in [{fewest}, {MAX_SIZE}]", positions)
         require(self.layer_norm_eps > 0, "text.layer_norm_eps", "positive", self.layer_norm_eps)
         require(self.pooling in ("cls", "mean"), "text.pooling", '"cls" or "mean"', self.pooling)
 
@@ -202,7 +203,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         count = len(self.downsampling_factor)
-        require(count <= MOST_LAYERS, "downsampling_factor", f"of at most {MOST_LAYERS} stacks", count)
+        require(count <= MAX_LAYERS, "downsampling_factor", f"of at most {MAX_LAYERS} stacks", count)
         for name in ("downsampling_factor", *_PER_STACK, "embed_channels"):
             value = getattr(self, name)
             legal = isinstance(value, tuple) and len(value) > 0 and all(_is_size(v) for v in value)
@@ -220,9 +221,9 @@ class ModelConfig:
         require(len(front) in (1, 3), "embed_channels", "one or three integers", front)
         output, post = self.output_downsampling_factor, self.post_encoder_downsampling_factor
         require(output in (1, 2), "output_downsampling_factor", "1 or 2", output)
-        only_one = post == 1 or output == 1
+        not_both = post == 1 or output == 1
         expected = "1 unless output_downsampling_factor is 1"
-        require(only_one, "post_encoder_downsampling_factor", expected, post)
+        require(not_both, "post_encoder_downsampling_factor", expected, post)
         pooling = self.audio_pooling
         require(self.heads in ("mlp", "linear"), "heads", '"mlp" or "linear"', self.heads)
         require(pooling in ("mean", "statistics"), "audio_pooling", '"mean" or "statistics"', pooling)
@@ -231,7 +232,7 @@ class ModelConfig:
 
     def _check_stacks(self) -> None:
         layers = sum(stack.num_layers for stack in self.stacks)
-        require(layers <= MOST_LAYERS, "num_encoder_layers", f"at most {MOST_LAYERS} in all stacks", layers)
+        require(layers <= MAX_LAYERS, "num_encoder_layers", f"at most {MAX_LAYERS} in all stacks", layers)
         for s, stack in enumerate(self.stacks):
             require(stack.kernel % 2 == 1, "cnn_module_kernel", f"odd in stack {s}", stack.kernel)
             for name, value in (("encoder_dim", stack.dim), ("feedforward_dim", stack.feedforward_dim)):
@@ -276,7 +277,8 @@ class ModelConfig:
 
 
 MODEL_PRESETS: dict[str, ModelConfig] = {
-    # CPU time decides here: a small front, one slow stack, pooled statistics, words without layers.
+    # Made for training on a CPU in minutes: a small front, one stack at a low frame rate, pooled statistics,
+    # and a text tower without layers.
     "tiny": ModelConfig(
         downsampling_factor=(4,),
         num_encoder_layers=(2,),
@@ -500,8 +502,8 @@ class ModelChoice:
 class EncodeConfig(Batching, ModelChoice):
     """A model, and how it embeds recordings: the options of every command that uses a trained model."""
 
-    # A command meets files of any length, and one of an hour would fill the memory if embedded whole. The
-    # method is called with clips that its caller knows, and gives the embedding of the paper.
+    # Another default than the method's: a command meets files of any length, and an hour of audio embedded in
+    # one piece would not fit in memory.
     long_audio: LongAudio = "window"
     """What is done with a recording longer than window_s: embed it as one (memory grows with its length
     squared), average its windows, or refuse it."""
@@ -596,7 +598,7 @@ class TrainConfig:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types for anything a configuration holds."""
+    """A value of a configuration as JSON types."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -605,7 +607,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths and tuples again, where `kind` has them."""
+    """The inverse of `_plain` for the fields of `kind`: strings become paths, lists become tuples."""
     types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     restored = dict(values)
     for key, value in values.items():

@@ -1,8 +1,7 @@
-"""CLSP: a speech tower and a text tower with one embedding space (arXiv 2601.03065).
+"""CLSP: a speech tower and a text tower with one joint embedding space (arXiv 2601.03065).
 
 Semantics and parameter names are those of the reference recipe (icefall, CLSP). Shape suffixes: B clips or
-captions, T frames, F mel bins, L tokens, C channels, D dimensions of the joint space, 1 a broadcast
-dimension.
+captions, T frames, F mel bins, L tokens or labels, C channels, D dimensions of the joint space.
 """
 
 from __future__ import annotations
@@ -26,13 +25,20 @@ from clsp_fast.storage import model_folder
 from clsp_fast.tokenizer import Tokenizer
 from clsp_fast.towers import roberta, zipformer
 from clsp_fast.towers.front import frames_after_front, make_front, standardise
-from clsp_fast.towers.layers import Ragged, RunningNorm, frames_after, make_ragged, pool, pool_statistics
+from clsp_fast.towers.layers import (
+    Ragged,
+    RunningNorm,
+    downsampled_lengths,
+    make_ragged,
+    pool_mean,
+    pool_statistics,
+)
 
 Padding = Literal["alone", "batch"]
 
 
 class ClspOutput(NamedTuple):
-    """Unit-norm embeddings (B, D) of both towers, and the multiplier of their cosines (a scalar)."""
+    """Unit-norm embeddings (B, D) of both towers, and the scalar that multiplies their cosines."""
 
     audio: Tensor
     text: Tensor
@@ -65,7 +71,7 @@ class CLSP(nn.Module):
 
     Args:
         config: the architecture; `clsp_fast.config.MODEL_PRESETS` has named ones.
-        tokenizer: needed by `encode_text` and `classify` alone.
+        tokenizer: only `encode_text` and `classify` need it.
 
     A new model has random weights; `from_pretrained` reads trained ones.
     """
@@ -84,8 +90,8 @@ class CLSP(nn.Module):
         self.audio_projection, self.audio_transform = _head(pooled, config)
         self.text_encoder = roberta.Roberta(config.text)
         self.text_projection, self.text_transform = _head(config.text.hidden_size, config)
-        # The reference saves the logarithm under the name that the public property below has: hence no
-        # setattr.
+        # The reference saves the logarithm as "logit_scale". The public property below has the same name, so
+        # the parameter cannot be set as an attribute.
         self._parameters["logit_scale"] = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if not self.log_logit_scale.is_meta:
             zipformer.initialise(self.encoder_embed, self.encoder)
@@ -93,8 +99,7 @@ class CLSP(nn.Module):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """What `encode_text` reads captions with; setting one that does not fit `config.text` is a
-        ValueError."""
+        """The tokenizer of `encode_text`. Setting one that does not fit `config.text` raises ValueError."""
         return self._tokenizer
 
     @tokenizer.setter
@@ -112,7 +117,7 @@ class CLSP(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The multiplier of the cosines: exp of the learned parameter, a scalar tensor."""
+        """The scalar that multiplies the cosines: exp of the learned parameter."""
         return self.log_logit_scale.exp()
 
     @property
@@ -121,15 +126,15 @@ class CLSP(nn.Module):
         return [module for module in self.modules() if isinstance(module, RunningNorm)]
 
     def recompute_layers(self, on: bool) -> None:
-        """Whether layers of the towers keep only their input for the backward pass, and compute again in
-        it."""
+        """Whether the towers' layers keep only their input for the backward pass, and are computed a second
+        time in it."""
         for module in self.modules():
             if isinstance(module, (zipformer.ZipformerStack, roberta.Roberta)):
                 module.recompute = on
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return self.log_logit_scale.device
 
     @property
@@ -155,10 +160,11 @@ class CLSP(nn.Module):
 
         Args:
             features: (B, T, F) floating point; frames beyond a clip's length are padding.
-            lengths: (B,) int64, frames of each clip, 9 <= length <= T. On the CPU they cost no
+            lengths: (B,) int64, frames of each clip, 9 <= length <= T. Lengths on a GPU cost a
                 synchronisation.
-            padding: "alone": every clip gives what the reference gives for it in a batch of one, whatever the
-                batch and the padding's values; "batch": the reference's numbers for this padded batch.
+            padding: "alone": every clip gets what the reference computes for it in a batch of one, so neither
+                the other clips nor the padding's values matter; "batch": every clip gets the reference's
+                numbers for this padded batch.
 
         Returns:
             (B, D) unit-norm embeddings, float32 or wider.
@@ -172,41 +178,44 @@ class CLSP(nn.Module):
     def encode_frames(
         self, features: Tensor, lengths: Tensor, *, padding: Padding = "alone"
     ) -> tuple[Tensor, Tensor]:
-        """The speech tower's output (B, T', C) and its lengths (B,), before pooling; arguments as in
-        `encode_features`. The paper's model gives 25 frames a second."""
+        """The speech tower's output (B, T', C) and its lengths (B,), before pooling.
+
+        Arguments and errors are those of `encode_features`. The paper's model gives 25 frames a second.
+        """
         self._check_features(features, lengths, padding)
         lengths = lengths.cpu()
         frames = int(lengths.max())
         x = features[:, :frames].to(self.device, self.dtype)
         lengths = frames_after_front(lengths)
-        equal = bool((lengths == lengths[0]).all())
+        all_equal = bool((lengths == lengths[0]).all())
         lengths = lengths.to(self.device, non_blocking=True)
         ragged = None
-        if not equal:
+        if not all_equal:
             ragged = make_ragged(lengths, frames_after_front(frames), alone=padding == "alone")
         return self.run_encoder(x, lengths, ragged)
 
     def run_encoder(
         self, features_BTF: Tensor, lengths_B: Tensor, ragged: Ragged | None
     ) -> tuple[Tensor, Tensor]:
-        """`encode_frames` without its checks; lengths and `ragged` are those behind the front, at 50 Hz."""
+        """`encode_frames` without its checks. `lengths_B` and `ragged` are those after the front."""
         x = self.encoder(self.encoder_embed(features_BTF, ragged), ragged)
-        lengths_B = frames_after(lengths_B, self.config.output_downsampling_factor)
+        lengths_B = downsampled_lengths(lengths_B, self.config.output_downsampling_factor)
         if hasattr(self, "encoder_downsample"):
             x = self.encoder_downsample(x, ragged)[0]
-            lengths_B = frames_after(lengths_B, self.config.post_encoder_downsampling_factor)
+            lengths_B = downsampled_lengths(lengths_B, self.config.post_encoder_downsampling_factor)
         return x, lengths_B
 
     def join_audio(
         self, hidden_BTC: Tensor, hidden_lengths_B: Tensor, features_BTF: Tensor, lengths_B: Tensor
     ) -> Tensor:
-        """Unit-norm embeddings (B, D) from the speech tower's output and the features that it is of."""
+        """Unit-norm embeddings (B, D) from the speech tower's output and input, each with its lengths."""
         if self.config.audio_pooling == "mean":
-            pooled = pool(hidden_BTC, hidden_lengths_B)
+            pooled = pool_mean(hidden_BTC, hidden_lengths_B)
         else:
-            x = standardise(features_BTF.to(self.device, self.dtype))
-            own = pool_statistics(hidden_BTC, hidden_lengths_B)
-            pooled = torch.cat([own, pool_statistics(x, lengths_B.to(self.device, non_blocking=True))], dim=1)
+            of_hidden = pool_statistics(hidden_BTC, hidden_lengths_B)
+            features_BTF = standardise(features_BTF.to(self.device, self.dtype))
+            of_features = pool_statistics(features_BTF, lengths_B.to(self.device, non_blocking=True))
+            pooled = torch.cat([of_hidden, of_features], dim=1)
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:
@@ -235,8 +244,8 @@ class CLSP(nn.Module):
             (B, D) unit-norm embeddings, float32 or wider.
 
         Raises:
-            ValueError: a wrong shape or dtype, more tokens than the tower has positions, an id beyond the
-                vocabulary (checked where the ids are on the CPU).
+            ValueError: a wrong shape or dtype, more tokens than the tower has positions, an id outside the
+                vocabulary (checked only if the ids are on the CPU).
         """
         self._check_tokens(token_ids, attention_mask)
         if attention_mask.device.type != "cpu":
@@ -247,8 +256,8 @@ class CLSP(nn.Module):
         groups, parts = roberta.split_by_length(lengths), []
         for group in groups:
             longest = int(lengths[group[-1]])
-            own = (x[group, :longest] for x in (token_ids, attention_mask))
-            parts.append(self.text_encoder(*(x.to(self.device, non_blocking=True) for x in own)))
+            rows = (x[group, :longest] for x in (token_ids, attention_mask))
+            parts.append(self.text_encoder(*(x.to(self.device, non_blocking=True) for x in rows)))
         order = torch.cat(groups).argsort().to(self.device, non_blocking=True)
         return self.join_text(torch.cat(parts)[order])
 
@@ -269,9 +278,9 @@ class CLSP(nn.Module):
                 f"token_ids must have at most {text.max_tokens} tokens, got {token_ids.shape[1]}"
             )
         if token_ids.device.type == "cpu":
-            least, most = int(token_ids.min()), int(token_ids.max())
-            if least < 0 or most >= text.vocab_size:
-                raise ValueError(f"token_ids must be in [0, {text.vocab_size}), got {least} to {most}")
+            smallest, largest = int(token_ids.min()), int(token_ids.max())
+            if smallest < 0 or largest >= text.vocab_size:
+                raise ValueError(f"token_ids must be in [0, {text.vocab_size}), got {smallest} to {largest}")
 
     def encode_audio(
         self,
@@ -339,7 +348,8 @@ class CLSP(nn.Module):
         """Embed captions, without gradient and in evaluation mode.
 
         Args:
-            captions: B strings, none empty; what exceeds the text tower's positions is cut off.
+            captions: B strings, none empty; a caption with more tokens than the text tower has positions is
+                cut off.
             batch_size: captions that go through the model at once.
 
         Returns:
@@ -373,7 +383,7 @@ class CLSP(nn.Module):
         Args:
             audio: as in `encode_audio`, or (B, D) embeddings from it.
             labels: L words or phrases.
-            template: sentence with {} where the label goes.
+            template: a sentence with {} in place of the label.
 
         Returns:
             (B, L) probabilities; each row sums to 1.
@@ -407,14 +417,14 @@ class CLSP(nn.Module):
 
         Args:
             source: a folder, or the name of a repository on the Hugging Face hub (needs the extra `hub`).
-            device: where to put it; None: the CPU.
-            dtype: what to convert its parameters to; None: as saved.
+            device: device of the model; None: the CPU.
+            dtype: dtype of the parameters; None: as saved.
 
         Returns:
             The model in evaluation mode; its tokenizer is None if the folder has none.
 
         Raises:
-            FileNotFoundError: no such folder, or a file of it is missing.
+            FileNotFoundError: there is no such folder, or a file is missing in it.
             ValueError: a file that is damaged or does not fit the others.
         """
         path = model_folder.local_folder(source)
@@ -422,8 +432,8 @@ class CLSP(nn.Module):
         tokenizer = Tokenizer.from_file(file) if file.exists() else None
         with torch.device("meta"):
             model = cls(config, tokenizer)
-        # Loading looks at the property of that name, and for an exponential on the meta device torch would
-        # import its compiler.
+        # load_state_dict evaluates the property `logit_scale`. To compute an exponential on the meta device,
+        # torch would import its compiler.
         model._parameters["logit_scale"] = nn.Parameter(torch.zeros(()))
         model.load_state_dict(model_folder.read_weights(path, model.state_dict()), strict=True, assign=True)
         return model.to(device=device, dtype=dtype).eval()
@@ -431,14 +441,14 @@ class CLSP(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors, README.md and, if there is one, tokenizer.json.
 
-        Each file is replaced whole or not at all; other files in the folder stay.
+        Each file is replaced atomically; other files in the folder stay.
         """
         model_folder.write_model(Path(path), self.config, self.state_dict(), self._tokenizer_json)
 
     def fingerprint(self) -> str:
-        """SHA-256 of architecture, weights with their dtypes, and tokenizer.
+        """SHA-256 of the architecture, the weights with their dtypes, and the tokenizer.
 
-        Embeddings and results store it as the name of the model that made them.
+        Stored embeddings and results name the model that made them by it.
         """
         return model_folder.fingerprint(self.config, self.state_dict(), self._tokenizer_json)
 
@@ -448,11 +458,11 @@ class CLSP(nn.Module):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; afterwards every module has its own mode again."""
+        """Evaluation mode without gradients. Afterwards every module gets its previous mode back."""
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            # Not inference_mode: its tensors could not be inputs of a layer that someone trains on top.
+            # Not inference_mode: a layer that is trained on top could not take its tensors as inputs.
             with torch.no_grad():
                 yield
         finally:
@@ -471,7 +481,7 @@ def _unit_norm(x_BD: Tensor) -> Tensor:
 
 
 def _as_list(values: Any, name: str) -> list[Any]:
-    """`values` as a list; TypeError where someone gave the one thing itself."""
+    """`values` as a list; TypeError if it is a single item, which would be taken for a list of its parts."""
     single = isinstance(values, (str, bytes, os.PathLike))
     if single or hasattr(values, "shape") or hasattr(values, "read"):
         got = type(values).__name__

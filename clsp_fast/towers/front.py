@@ -18,19 +18,20 @@ from clsp_fast.towers.layers import BiasNorm, Ragged, drop_channels, swoosh_l, s
 
 Frames = TypeVar("Frames", int, Tensor)
 
-# Where the recipe's schedule of the ConvNeXt layer's skip rate ends.
+# The value at which the schedule of the reference ends.
 CONVNEXT_SKIP_RATE = 0.015
-# Mean and deviation of log-mel over speech, near enough to bring it to the scale that fresh weights expect.
+# Rough mean and deviation of log-mel over speech. They bring it to the scale that fresh weights expect.
 LOG_MEL_MEAN, LOG_MEL_DEVIATION = -8.0, 4.0
 
 
 def frames_after_front(frames: Frames) -> Frames:
-    """Frames at 50 Hz that the front makes of `MIN_FRAMES` or more at 100 Hz."""
+    """Number of frames at 50 Hz after the front, of 9 or more at 100 Hz."""
     return (frames - 7) // 2
 
 
 def standardise(features: Tensor) -> Tensor:
-    """Log-mel at mean 0 and deviation 1 over speech; the level of a clip stays in it."""
+    """Log-mel scaled to mean 0 and deviation 1 over speech in general. Differences of level between clips are
+    kept."""
     return (features - LOG_MEL_MEAN) / LOG_MEL_DEVIATION
 
 
@@ -57,16 +58,17 @@ class ConvNeXt(nn.Module):
 
 
 class Conv2dSubsampling(nn.Module):
-    """Log-mel (N, T, F) at 100 Hz -> (N, (T - 7) // 2, C) at 50 Hz; frame t reads input frames 2t .. 2t + 8.
+    """Log-mel (N, T, F) at 100 Hz -> (N, (T - 7) // 2, C) at 50 Hz.
 
-    The ConvNeXt layer reads three frames to either side of these, up to 2t + 14: the one place where a clip
-    can see beyond its own end.
+    In the convolutions, output frame t reads the input frames 2t .. 2t + 8. The ConvNeXt layer then reads
+    three output frames to either side, so up to input frame 2t + 14. This is the only place where a clip can
+    see frames beyond its end.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         first, second, third = config.embed_channels
-        # Numbered as in the reference's Sequential, whose other entries have no parameters.
+        # The numbers are those of the reference's Sequential, whose other entries have no parameters.
         self.conv = nn.ModuleDict(
             {
                 "0": nn.Conv2d(1, first, 3, padding=(0, 1)),
@@ -81,7 +83,7 @@ class Conv2dSubsampling(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, features_NTF: Tensor, ragged: Ragged | None) -> Tensor:
-        # Strides of a channels-last image: every convolution below is several times faster on them.
+        # With the strides of a channels-last image, every convolution below is several times faster.
         x = features_NTF[..., None].permute(0, 3, 1, 2)
         for conv in self.conv.values():
             x = swoosh_r(conv(x))
@@ -92,10 +94,10 @@ class Conv2dSubsampling(nn.Module):
 
 
 class Conv1dSubsampling(nn.Module):
-    """One convolution over time with all mel bins as channels, SwooshR, linear, BiasNorm.
+    """One convolution over time with the mel bins as channels, SwooshR, linear, BiasNorm.
 
-    Reads the same frames as the convolutions of Conv2dSubsampling, at a small part of their cost: for models
-    that train in minutes on a CPU. Not in the reference.
+    Output frame t reads the same input frames as in the convolutions of Conv2dSubsampling, at a small part of
+    their cost. It is for models that train in minutes on a CPU, and is not in the reference.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -113,7 +115,7 @@ class Conv1dSubsampling(nn.Module):
 
     @torch.no_grad()
     def fold_standardisation(self) -> None:
-        """Fold `standardise` into the convolution's weights."""
+        """Fold `standardise` into the convolution's weights and bias, in place."""
         self.conv.weight.div_(LOG_MEL_DEVIATION)
         bias = cast(Tensor, self.conv.bias)
         bias.sub_(self.conv.weight.sum(dim=(1, 2)), alpha=LOG_MEL_MEAN)

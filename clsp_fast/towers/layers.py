@@ -1,11 +1,9 @@
-"""The front of the speech tower, and what it shares with the rest: padding, activations, norm and pooling.
+"""Layers that several parts of the towers share: padding, dropout, activations, norms and pooling.
 
-The front takes log-mel at 100 Hz to channels at 50 Hz, (T - 7) // 2 frames from T.
-
-The activations and the norm keep for the backward pass only their input and at most two numbers a frame.
+For the backward pass, the activations and `BiasNorm` keep only their input and at most two numbers a frame.
 Semantics: Yao et al., arXiv 2310.11230, section 3; checked against the reference implementation in float64.
 
-Shape suffixes: N clips, T frames, F mel bins, C channels, 1 a broadcast dimension.
+Shape suffixes: N clips, T frames, C channels, 1 a broadcast dimension.
 """
 
 from __future__ import annotations
@@ -20,44 +18,48 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Ragged(NamedTuple):
-    """Which frames of a batch of unequal clips are padding; batches of equal clips have None in its place."""
+    """Which frames of a batch are padding. A batch of clips of equal length has None instead.
+
+    `alone` selects the semantics of padding; see `clsp_fast.towers.zipformer`.
+    """
 
     lengths_N: Tensor
     pad_NT: Tensor
     alone: bool
 
     def downsampled(self, factor: int) -> Ragged:
-        """The same clips at `factor` times fewer frames: a group is padding if its first frame is."""
-        lengths_N = frames_after(self.lengths_N, factor)
+        """The same clips at `factor` times fewer frames. A group is padding if its first frame is."""
+        lengths_N = downsampled_lengths(self.lengths_N, factor)
         if torch.compiler.is_exporting():
             return make_ragged(lengths_N, frames_in_graph(lengths_N), alone=self.alone)
         return Ragged(lengths_N, self.pad_NT[:, ::factor], self.alone)
 
 
 def make_ragged(lengths_N: Tensor, frames: int, *, alone: bool) -> Ragged:
-    """Ragged for clips of `lengths_N` valid frames (int64) in a tensor of `frames` frames."""
+    """`Ragged` of clips with `lengths_N` valid frames (int64), padded to `frames` frames."""
     return Ragged(lengths_N, torch.arange(frames, device=lengths_N.device) >= lengths_N[:, None], alone)
 
 
 def frames_in_graph(lengths_N: Tensor) -> int:
-    """The longest of the lengths, 2 at least, as a size of an exported graph.
+    """The longest of the lengths, at least 2, as a size of an exported graph.
 
-    To the exporter it is a number of its own, without a formula. Sizes that follow from the number of input
-    frames by floor divisions must be compared with one another, and the exporter then takes what holds for
-    its example (an odd number of frames, say) for a rule. From 2 on no size is taken for one that broadcasts.
+    The exporter treats the result as a new unknown. If this size were instead computed from the number of
+    input frames by floor divisions, the exporter would have to compare it with other such sizes, and would
+    make a rule of what is true for its example only (such as an odd number of frames). The minimum of 2 tells
+    the exporter that this size never broadcasts.
     """
     frames = cast(int, lengths_N.max().clamp(min=2).item())
     torch._check(frames >= 2)  # type: ignore[no-untyped-call]
     return frames
 
 
-def frames_after(lengths_N: Tensor, factor: int) -> Tensor:
-    """ceil(lengths / factor), in whole numbers."""
+def downsampled_lengths(lengths_N: Tensor, factor: int) -> Tensor:
+    """ceil(lengths / factor), int64."""
     return torch.div(lengths_N + (factor - 1), factor, rounding_mode="floor")
 
 
 def drop_channels(x_NTC: Tensor, rate: float, *, training: bool) -> Tensor:
-    """Dropout whose mask is one draw per clip and channel, constant in time."""
+    """Dropout with one random draw per clip and channel, the same for all frames."""
     if not training or rate == 0.0:
         return x_NTC
     keep = x_NTC.new_empty(len(x_NTC), 1, x_NTC.shape[2]).bernoulli_(1.0 - rate)
@@ -73,9 +75,9 @@ def checkpointed(layer: nn.Module, x: Tensor, *arguments: Tensor | None, recompu
 
 
 class _Swoosh(torch.autograd.Function):
-    """softplus(x - shift) - 0.08 x - offset; only x is kept for the backward pass, in its own dtype.
+    """softplus(x - shift) - 0.08 x - offset. Only x is kept for the backward pass, in its dtype.
 
-    x - shift in 16 bits would lose the digits that softplus keeps: it is computed in float32.
+    Inputs of 16 bits are computed in float32: x - shift in 16 bits would lose digits of the result.
     """
 
     @staticmethod
@@ -83,7 +85,7 @@ class _Swoosh(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.shift = shift
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Beyond a threshold torch returns z for softplus(z); 40 keeps that exact in float64.
+        # Above the threshold, torch returns z for softplus(z). At 40 this is exact even in float64.
         return F.softplus(wide - shift, threshold=40.0).add_(wide, alpha=-0.08).sub_(offset).to(x.dtype)
 
     @staticmethod
@@ -108,7 +110,10 @@ def swoosh_r(x: Tensor) -> Tensor:
 
 
 class _BiasNorm(torch.autograd.Function):
-    """y = x e^l / rms(x - b) with its gradient in closed form: x and two numbers a frame are kept."""
+    """y = x e^log_scale / rms(x - bias), with its gradient in closed form.
+
+    Kept for the backward pass: x, and two numbers per frame.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias_C: Tensor, log_scale: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ class _BiasNorm(torch.autograd.Function):
 
 
 class BiasNorm(nn.Module):
-    """x e^log_scale / sqrt(mean_c (x - bias)^2) over the last dimension; there is no epsilon."""
+    """x e^log_scale / sqrt(mean_c (x - bias)^2) over the last dimension, without an epsilon."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -191,14 +196,15 @@ class RunningNorm(nn.Module):
             self.batch_moments = None
 
 
-def pool(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
-    """Mean (N, C) over each clip's own frames."""
+def pool_mean(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
+    """Mean (N, C) over the frames of each clip, without padding."""
     return _means(x_NTC, [(torch.zeros_like(lengths_N), lengths_N)])[:, 0]
 
 
 def pool_statistics(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
-    """(N, 4 C) of each clip's own frames: mean, deviation, mean absolute change from frame to frame, and
-    second half minus first half (the middle frame of an odd number belongs to both)."""
+    """Statistics (N, 4 C) over the frames of each clip, without padding: mean, deviation, mean absolute
+    change from frame to frame, and mean of the second half minus mean of the first. If the number of frames
+    is odd, the middle frame belongs to both halves."""
     start_N, time_T = torch.zeros_like(lengths_N), torch.arange(x_NTC.shape[1], device=x_NTC.device)
     pad_NT = time_T >= lengths_N[:, None]
     x = x_NTC.masked_fill(pad_NT[:, :, None], 0.0).to(torch.promote_types(x_NTC.dtype, torch.float32))
@@ -211,11 +217,11 @@ def pool_statistics(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
 
 
 def _means(x_NTC: Tensor, spans: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Means (N, len(spans), C) over frames start <= t < stop; 0 over an empty span."""
+    """Means (N, len(spans), C) over the frames start <= t < stop of each span; 0 for an empty span."""
     time_T = torch.arange(x_NTC.shape[1], device=x_NTC.device)
     inside = [(time_T >= start[:, None]) & (time_T < stop[:, None]) for start, stop in spans]
     count = torch.stack([stop - start for start, stop in spans], dim=1).clamp(min=1)
     weights = torch.stack(inside, dim=1).to(x_NTC.dtype) / count[:, :, None].to(x_NTC.dtype)
-    # The deviation is a difference of such means: 16 bits would leave nothing of it.
+    # The deviation is a small difference of two such means, which 16 bits would round away.
     with torch.autocast(x_NTC.device.type, enabled=False):
         return weights @ x_NTC
