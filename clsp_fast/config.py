@@ -194,8 +194,9 @@ class ModelConfig:
     """"mean" over time (the paper), or "statistics" of the tower's output and of the log-mel: mean,
     deviation, change from frame to frame, change from half to half."""
     heads: Literal["mlp", "linear"] = "mlp"
-    """Projection heads: "mlp" (the paper's four layers), or "linear": running standardisation and one layer.
-    Small models learn with the latter in a fraction of the steps, and short prompts add up word by word."""
+    """Projection heads: "mlp" (the paper's four layers), or "linear" (running standardisation and one layer).
+    With "linear", small models need a fraction of the steps, and the embedding of a short prompt is close to
+    the sum of its words."""
     dropout: float = 0.1
     """Dropout of the speech tower's feed-forward modules, its front and the heads, while training."""
     regularize: bool = True
@@ -428,13 +429,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser and its schedule; both stages have a warm-up and a decay of their own."""
+    """The optimiser and its schedule. Each stage has its own warm-up and decay."""
 
     algorithm: Literal["adamw", "scaled_adam"] = "adamw"
-    """"scaled_adam": the reference recipe's, whose steps are relative to the size of each tensor; it clips by
-    earlier norms itself (no clip_norm), and nothing decays."""
+    """"scaled_adam": the reference recipe's optimiser. Its steps are relative to the size of each tensor.
+    It clips gradients by the norms of earlier steps (clip_norm is not used), and has no weight decay."""
     schedule: Literal["cosine", "eden"] = "cosine"
-    """"eden": the reference recipe's, which falls with steps and epochs and does not know the last one."""
+    """"eden": the reference recipe's schedule. It falls with steps and epochs, and does not depend on the
+    length of the run."""
     lr_batches: float = 100_000.0
     """Steps after which Eden's rate falls."""
     lr_epochs: float = 100.0
@@ -459,8 +461,8 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     average_steps: int = 0
-    """An average of the weights over about so many steps is what is validated, evaluated and saved as the
-    model; 0: the weights themselves. Costs a copy of the weights."""
+    """The weights are averaged over about this many steps, and the average is validated, evaluated and saved
+    as the model. It needs memory for a copy of the weights. 0: no average."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -545,11 +547,11 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; weights and loss stay in float32."""
     micro_seconds: float = 0.0
-    """Most seconds of audio, with padding, that go through the towers at once. The contrast stays that of the
-    whole batch and the memory becomes that of such a part, for about a third more time; 0: all at once."""
+    """Most seconds of audio, with padding, that go through the towers at once. The loss still compares the
+    whole batch, but the memory is that of one part. Takes about a third more time. 0: all at once."""
     recompute_layers: bool = False
-    """Layers keep nothing but their input for the backward pass, and are computed again in it: for long clips
-    and large models, for about a third more time."""
+    """Layers keep only their input for the backward pass, and are computed a second time in it. For long
+    clips and large models; takes about a third more time."""
     max_logit_scale: float = 100.0
     """The learned logit_scale is clamped to [1, this] after each step."""
     log_every: int = 20
