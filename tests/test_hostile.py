@@ -21,7 +21,8 @@ from clsp_fast.data import manifest
 from clsp_fast.evaluation import tasks
 from clsp_fast.evaluation.figures import read_tasks
 from clsp_fast.model import CLSP
-from clsp_fast.storage import embedding_folder, model_folder
+from clsp_fast.storage import embedding_folder
+from clsp_fast.storage.model_folder import FORMAT, read_config
 from clsp_fast.tokenizer import Tokenizer
 
 DEEP = 100_000
@@ -99,7 +100,7 @@ def test_weights(name: str, model_folder: Path, tmp_path: Path) -> None:
 def test_json(name: str, model_folder: Path, tmp_path: Path) -> None:
     for file in ("config.json", "tokenizer.json", "model.safetensors.index.json", "tasks.json"):
         (tmp_path / file).write_text(JSON[name], encoding="latin-1")
-    refused(lambda: model_folder.read_config(tmp_path), r"config\.json")
+    refused(lambda: read_config(tmp_path), r"config\.json")
     refused(lambda: Tokenizer.from_file(tmp_path), "no tokenizer|cannot be read|config")
     refused(lambda: convert.read_checkpoint(tmp_path), r"index\.json")
     refused(lambda: read_tasks(tmp_path / "tasks.json"), r"tasks\.json")
@@ -119,7 +120,7 @@ def test_json(name: str, model_folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_sizes_that_no_model_has(key: str, value: object, tmp_path: Path) -> None:
-    content = {"format": model_folder.FORMAT, "format_version": 1, "model": {key: value}}
+    content = {"format": FORMAT, "format_version": 1, "model": {key: value}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes(header(b"{}"))
     refused(lambda: CLSP.from_pretrained(tmp_path), r"config\.json")
