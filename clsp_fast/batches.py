@@ -1,8 +1,7 @@
-"""Recordings of any kind -> embeddings, in batches of like length and within bounds of memory.
+"""Recordings of any kind -> embeddings, in batches of clips of similar length, within a bound of memory.
 
-A file of its own because the model is about towers, and every bulk command embeds through this.
-Shape suffixes: N recordings, B rows of a batch (a recording, or a window of a long one), W all such rows,
-T frames, F mel bins, D joint dimension.
+Shape suffixes: N recordings, W rows (a recording, or a window of a long one), B rows of one batch, T frames,
+F mel bins, D joint dimension.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,49 +19,27 @@ from torch import Tensor
 
 from clsp_fast import contention, features
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, as_waveform
+from clsp_fast.config import Batching
 from clsp_fast.console import Progress
 from clsp_fast.storage import paths
 
-LongAudio: TypeAlias = Literal["whole", "window", "error"]
 Errors: TypeAlias = dict[int, AudioError]
+"""The error of each recording that cannot be used, by its position in the list."""
 
 MIN_FRAMES = 9
 """Fewest input frames that give one frame after the convolutional front."""
 FRAMES_PER_S = 100
 
-_FULL_SIZE = frozenset({".wav", ".flac", ".aif", ".aiff", ".au", ".caf", ".rf64", ".w64"})
-# Speech in Opus takes some 16 kbit/s, where 16-bit samples take 256. What is compressed less goes in smaller
-# blocks than it might, which costs little; the other way round a block would not fit in memory.
+_UNCOMPRESSED = frozenset({".wav", ".flac", ".aif", ".aiff", ".au", ".caf", ".rf64", ".w64"})
+# Speech in Opus has about 16 kbit/s, and as 16-bit samples 256. If a file is compressed less than that, its
+# block holds fewer recordings than possible, which costs little. If the factor were too small, a block would
+# not fit in memory.
 _COMPRESSION = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batching:
-    """How recordings become batches."""
-
-    sample_rate: int | None = None
-    """Rate of waveforms in Hz; None: 16000. Files carry their own."""
-    batch_seconds: float = 120.0
-    """Most seconds of audio, padding included, in one batch; a longer recording goes alone."""
-    long_audio: LongAudio = "whole"
-    """What is done with a recording longer than `window_s`: embed it as one, average its windows, refuse."""
-    window_s: float = 30.0
-    """Length of a window in seconds."""
-    slack_seconds: float = DEFAULT_LIMITS.slack_s
-    """How far a segment may reach behind the end of its recording."""
-
-    def __post_init__(self) -> None:
-        if not self.batch_seconds > 0:
-            raise ValueError(f"batch_seconds must be positive, got {self.batch_seconds}")
-        if self.long_audio not in ("whole", "window", "error"):
-            raise ValueError(f'long_audio must be "whole", "window" or "error", got {self.long_audio!r}')
-        if not self.window_s >= 1:
-            raise ValueError(f"window_s must be at least 1 second, got {self.window_s}")
-        AudioLimits(slack_s=self.slack_seconds)
-
-
 class Rows(NamedTuple):
-    """One batch: which recording and from which of its frames on, features (B, T, F), lengths (B,)."""
+    """One batch. Row b holds features (T, F), of which `lengths_B[b]` frames are valid; they are those of
+    recording `item_B[b]` from its frame `start_B[b]` on."""
 
     item_B: Tensor
     start_B: Tensor
@@ -71,25 +47,29 @@ class Rows(NamedTuple):
     lengths_B: Tensor
 
 
-def embed(
+def embed_recordings(
     encode: Callable[[Tensor, Tensor], Tensor],
     items: list[Any],
     batching: Batching,
     *,
+    sample_rate: int | None = None,
     errors: Errors | None = None,
     progress: bool | Callable[[int], None] = False,
 ) -> Tensor:
     """Embeddings (N, D) of recordings or waveforms.
 
-    A long recording in windows has the mean of their embeddings, weighted by length and scaled to unit norm.
+    A long recording that is split into windows gets the mean of their embeddings, weighted by length and
+    scaled to unit norm.
 
     Args:
         encode: features (B, T, F) and lengths (B,) -> (B, D).
-        items: what `features.extract_files` takes, or waveforms.
-        batching: see there.
-        errors: takes the error of each recording that cannot be used, whose row is NaN; None: it is raised.
-        progress: True: say on standard error how far it is; a function: called with how many more were
-            embedded.
+        items: recordings as `features.extract_files` takes them, or waveforms.
+        batching: size of the batches, and what is done with long recordings.
+        sample_rate: rate of the waveforms in Hz; None: 16000. Files contain their rate.
+        errors: receives the error of each recording that cannot be used, whose row is NaN; None: the first
+            error is raised.
+        progress: True: progress is shown on standard error; a function: called with the number of recordings
+            embedded since its last call.
 
     Raises:
         AudioError, ValueError, TypeError: as `CLSP.encode_audio`.
@@ -97,7 +77,7 @@ def embed(
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     if progress is True:
         progress = Progress(len(items), "clips", lead="encoded ").add
-    for item_B, start_B, features_BTF, lengths_B in batches(items, batching, errors):
+    for item_B, start_B, features_BTF, lengths_B in feature_batches(items, batching, sample_rate, errors):
         embedded_BD = encode(features_BTF, lengths_B)
         contention.adapt_waits()
         bad = item_B[~embedded_BD.isfinite().all(1).cpu()].tolist()
@@ -105,113 +85,131 @@ def embed(
             raise ValueError(f"audio must be finite, got NaN or infinity from the clips {bad}")
         for item in bad:
             assert errors is not None
-            what = "gives an embedding that is not finite"
-            errors[item] = AudioError(_name(items[item], item), AudioErrorReason.NON_FINITE, what)
+            detail = "gives an embedding that is not finite"
+            errors[item] = AudioError(_name(items[item], item), AudioErrorReason.NON_FINITE, detail)
         parts.append((item_B, start_B, lengths_B, embedded_BD))
         if progress:
             progress(int((start_B == 0).sum()))
     if not parts:
         return torch.full((len(items), 0), torch.nan)
-    return _join(*(torch.cat(column) for column in zip(*parts, strict=True)), count=len(items))
+    return _join_windows(*(torch.cat(column) for column in zip(*parts, strict=True)), count=len(items))
 
 
-def _join(item_W: Tensor, start_W: Tensor, lengths_W: Tensor, embedded_WD: Tensor, *, count: int) -> Tensor:
-    """One embedding a recording; windows are added in their order, whatever batches they were in."""
+def _join_windows(
+    item_W: Tensor, start_W: Tensor, lengths_W: Tensor, embedded_WD: Tensor, *, count: int
+) -> Tensor:
+    """One embedding per recording. Its windows are added in the order of time, so that the sum does not
+    depend on how they were batched."""
     result_ND = embedded_WD.new_full((count, embedded_WD.shape[1]), torch.nan)
     windows_N = torch.bincount(item_W, minlength=count)
     (single_W,) = (windows_N[item_W] == 1).nonzero(as_tuple=True)
     device = embedded_WD.device
     result_ND[item_W[single_W].to(device)] = embedded_WD[single_W.to(device)]
     for item in (windows_N > 1).nonzero()[:, 0].tolist():
-        (own,) = (item_W == item).nonzero(as_tuple=True)
-        own = own[start_W[own].argsort()]
-        weights = (lengths_W[own] / lengths_W[own].sum()).to(embedded_WD)
-        result_ND[item] = F.normalize((weights[:, None] * embedded_WD[own.to(device)]).sum(0), dim=0)
+        (windows,) = (item_W == item).nonzero(as_tuple=True)
+        windows = windows[start_W[windows].argsort()]
+        weights = (lengths_W[windows] / lengths_W[windows].sum()).to(embedded_WD)
+        total_D = (weights[:, None] * embedded_WD[windows.to(device)]).sum(0)
+        result_ND[item] = F.normalize(total_D, dim=0)
     return result_ND
 
 
-def batches(items: list[Any], batching: Batching, errors: Errors | None = None) -> Iterator[Rows]:
-    """Batches of rows of like length; one block of recordings is decoded while another is used."""
+def feature_batches(
+    items: list[Any], batching: Batching, sample_rate: int | None = None, errors: Errors | None = None
+) -> Iterator[Rows]:
+    """Batches of rows of similar length. While the model works on one block of recordings, a thread decodes
+    the next."""
     blocks = _blocks(items)
 
-    def load() -> tuple[list[int], features.Features] | None:
+    def extract_next() -> tuple[list[int], features.Features] | None:
         block = next(blocks, None)
-        return None if block is None else _extract(items, block, batching, errors)
+        if block is None:
+            return None
+        if hasattr(items[block[0]], "shape"):
+            return _extract_waveforms(items, block, sample_rate, errors)
+        return _extract_recordings(items, block, AudioLimits(slack_s=batching.slack_seconds), errors)
 
     with ThreadPoolExecutor(1, thread_name_prefix="clsp-decode") as pool:
-        ahead = pool.submit(load)
-        while (loaded := ahead.result()) is not None:
-            ahead = pool.submit(load)
-            yield from _rows(items, *loaded, batching, errors)
+        ahead = pool.submit(extract_next)
+        while (block := ahead.result()) is not None:
+            ahead = pool.submit(extract_next)
+            yield from _rows(items, *block, batching, errors)
 
 
-def _extract(
-    items: list[Any], block: list[int], batching: Batching, errors: Errors | None
+def _extract_waveforms(
+    items: list[Any], block: list[int], sample_rate: int | None, errors: Errors | None
 ) -> tuple[list[int], features.Features]:
-    """(positions, features) of the recordings of a block that can be used."""
-    chosen, sample_rate = [items[i] for i in block], batching.sample_rate
-    if hasattr(chosen[0], "shape"):
-        for i in block:
-            if (loud := _amplitude_error(items[i], i)) is not None:
-                if errors is None:
-                    raise loud
-                errors[i] = loud
-        if errors is not None:
-            least = 80 * (sample_rate or features.SAMPLE_RATE_HZ) / features.SAMPLE_RATE_HZ
-            for i in (i for i in block if len(items[i]) < least):
-                errors[i] = AudioError(_name(items[i], i), AudioErrorReason.TOO_SHORT, "is shorter than 5 ms")
-            block = [i for i in block if i not in errors]
-            chosen = [items[i] for i in block]
-        return block, features.extract(chosen, sample_rate=sample_rate)
-    limits = AudioLimits(slack_s=batching.slack_seconds)
-    found = features.extract_files(chosen, on_error="raise" if errors is None else "skip", limits=limits)
+    """Features of a block of waveforms, and the positions of those that can be used."""
+    for i in block:
+        if (error := _amplitude_error(items[i], i)) is not None:
+            if errors is None:
+                raise error
+            errors[i] = error
     if errors is not None:
-        errors.update({block[row]: error for row, error in found.errors})
-    return [block[row] for row in found.kept.tolist()], found
+        fewest = 80 * (sample_rate or features.SAMPLE_RATE_HZ) / features.SAMPLE_RATE_HZ
+        for i in (i for i in block if len(items[i]) < fewest):
+            errors[i] = AudioError(_name(items[i], i), AudioErrorReason.TOO_SHORT, "is shorter than 5 ms")
+        block = [i for i in block if i not in errors]
+    return block, features.extract([items[i] for i in block], sample_rate=sample_rate)
+
+
+def _extract_recordings(
+    items: list[Any], block: list[int], limits: AudioLimits, errors: Errors | None
+) -> tuple[list[int], features.Features]:
+    """Features of a block of recordings, and the positions of those that can be used."""
+    extracted = features.extract_files(
+        [items[i] for i in block], on_error="raise" if errors is None else "skip", limits=limits
+    )
+    if errors is not None:
+        errors.update({block[row]: error for row, error in extracted.errors})
+    return [block[row] for row in extracted.kept.tolist()], extracted
 
 
 def _amplitude_error(item: Any, position: int) -> AudioError | None:
-    """Why a waveform is refused that is out of scale, as files and segments are; None: it is not."""
+    """The error of a waveform that is far outside [-1, 1]; the limit is that of files. None: it is not."""
     samples = as_waveform(item, f"audio[{position}]")
-    most = DEFAULT_LIMITS.max_amplitude
-    if samples.size == 0 or max(samples.max(), -samples.min()) <= most:  # false for NaN
+    limit = DEFAULT_LIMITS.max_amplitude
+    if samples.size == 0 or max(samples.max(), -samples.min()) <= limit:  # false for NaN
         return None
     samples = np.abs(samples)
-    loud = samples[np.isfinite(samples) & (samples > most)]
+    loud = samples[np.isfinite(samples) & (samples > limit)]
     if loud.size == 0:
         return None
-    what = f"holds {loud[0]:g}; samples are in [-1, 1] and up to {most:g} is accepted: rescale it"
-    return AudioError(_name(item, position), AudioErrorReason.AMPLITUDE, what)
+    detail = f"holds {loud[0]:g}; samples are in [-1, 1] and up to {limit:g} is accepted: rescale it"
+    return AudioError(_name(item, position), AudioErrorReason.AMPLITUDE, detail)
 
 
 def _rows(
     items: list[Any],
     positions: list[int],
-    found: features.Features,
+    block: features.Features,
     batching: Batching,
     errors: Errors | None,
 ) -> Iterator[Rows]:
-    most_frames = FRAMES_PER_S * batching.batch_seconds
-    spans: list[tuple[int, int, int]] = []
-    for row, frames in enumerate(found.lengths.tolist()):
-        own = _spans(frames, batching)
-        if isinstance(own, str):
+    """Batches from the features of one block, the longest rows first."""
+    max_frames = FRAMES_PER_S * batching.batch_seconds
+    rows: list[tuple[int, int, int]] = []  # recording in the block, first frame, number of frames
+    for recording, frames in enumerate(block.lengths.tolist()):
+        spans = _spans(frames, batching)
+        if isinstance(spans, str):
+            position = positions[recording]
             reason = AudioErrorReason.TOO_SHORT if frames < MIN_FRAMES else AudioErrorReason.TOO_LONG
-            error = AudioError(_name(items[positions[row]], positions[row]), reason, own)
+            error = AudioError(_name(items[position], position), reason, spans)
             if errors is None:
                 raise error
-            errors[positions[row]] = error
+            errors[position] = error
         else:
-            spans += [(row, start, stop - start) for start, stop in own]
-    spans.sort(key=lambda span: -span[2])
-    last = found.values.shape[1] - 1
-    while spans:
-        longest = spans[0][2]
-        count = max(1, int(most_frames // longest))
-        row_B, start_B, lengths_B = torch.tensor(spans[:count]).unbind(1)
+            rows += [(recording, start, stop - start) for start, stop in spans]
+    rows.sort(key=lambda row: -row[2])
+    last = block.values.shape[1] - 1
+    while rows:
+        longest = rows[0][2]
+        count = max(1, int(max_frames // longest))
+        recording_B, start_B, lengths_B = torch.tensor(rows[:count]).unbind(1)
         frame_BT = (start_B[:, None] + torch.arange(longest)).clamp_(max=last)
-        yield Rows(torch.tensor(positions)[row_B], start_B, found.values[row_B[:, None], frame_BT], lengths_B)
-        spans = spans[count:]
+        values_BTF = block.values[recording_B[:, None], frame_BT]
+        yield Rows(torch.tensor(positions)[recording_B], start_B, values_BTF, lengths_B)
+        rows = rows[count:]
 
 
 def _spans(frames: int, batching: Batching) -> list[tuple[int, int]] | str:
@@ -222,46 +220,47 @@ def _spans(frames: int, batching: Batching) -> list[tuple[int, int]] | str:
     if frames <= window or batching.long_audio == "whole":
         return [(0, frames)]
     if batching.long_audio == "error":
-        seconds, most = frames / FRAMES_PER_S, batching.window_s
-        return f'is {seconds:.1f} s long, over {most:g} s; long_audio="window" splits it'
-    # What is too short for a window of its own belongs to the one before.
+        seconds, limit = frames / FRAMES_PER_S, batching.window_s
+        return f'is {seconds:.1f} s long, over {limit:g} s; long_audio="window" splits it'
+    # A rest that is too short to be a window is added to the last one.
     starts = [start for start in range(0, frames, window) if frames - start >= MIN_FRAMES]
     return list(zip(starts, [*starts[1:], frames], strict=True))
 
 
-def _blocks(items: list[Any], most_bytes: int = 64 * 2**20) -> Iterator[list[int]]:
-    """Indices of clips of like size, longest first, in blocks whose features fit in memory together.
+def _blocks(items: list[Any], max_bytes: int = 64 * 2**20) -> Iterator[list[int]]:
+    """Positions of recordings of similar size, largest first, in blocks whose features fit in memory.
 
-    A recording's length is not known before it is decoded; its size in bytes is near enough for this purpose.
+    A recording's length is not known before it is decoded; its size in bytes is near enough here.
     """
     arrays = [hasattr(item, "shape") for item in items]
     if any(arrays) and not all(arrays):
         raise TypeError("audio must be all waveforms or all recordings, got both")
-    sizes = [_bytes_of(item) for item in items]
+    sizes = [_size_in_bytes(item) for item in items]
     block: list[int] = []
-    for index in sorted(range(len(items)), key=lambda i: -sizes[i]):
-        if block and (len(block) + 1) * sizes[block[0]] > most_bytes:
+    for position in sorted(range(len(items)), key=lambda i: -sizes[i]):
+        if block and (len(block) + 1) * sizes[block[0]] > max_bytes:
             yield block
             block = []
-        block.append(index)
+        block.append(position)
     if block:
         yield block
 
 
-def _bytes_of(item: Any) -> int:
-    """Size of a recording as 16-bit audio, roughly; a file that cannot be opened is reported later."""
+def _size_in_bytes(item: Any) -> int:
+    """Rough size of a recording as 16-bit audio. A file that cannot be opened is reported when it is read."""
     if hasattr(item, "shape"):
         return 2 * int(item.shape[0]) if len(item.shape) else 0
     if isinstance(item, Segment):
         known = item.duration_s is not None
-        return int(32_000 * (item.duration_s or 0)) if known else _bytes_of(item.source)
+        return int(32_000 * (item.duration_s or 0)) if known else _size_in_bytes(item.source)
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
-        factor = 1 if path.suffix.lower() in _FULL_SIZE else _COMPRESSION
+        factor = 1 if path.suffix.lower() in _UNCOMPRESSED else _COMPRESSION
         return factor * path.stat().st_size if paths.is_file(path) else 0
     return len(item) if isinstance(item, bytes) else 2**20
 
 
 def _name(item: Any, position: int) -> str:
+    """How an error calls a recording: its path, or its position."""
     source = item.source if isinstance(item, Segment) else item
     return str(source) if isinstance(source, (str, os.PathLike)) else f"audio[{position}]"

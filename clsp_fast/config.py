@@ -1,7 +1,8 @@
-"""Configurations of models and runs: frozen dataclasses that check their values, and named presets of both.
+"""Configurations of models, training runs and embedding: frozen dataclasses that check their values.
 
-The command line is derived from these classes. A saved model stores `ModelConfig.to_dict()`, a run
-`TrainConfig.to_dict()`. The speech tower's fields have the names of the reference recipe (icefall, CLSP).
+The command line is derived from these classes, and the text under each field is its help. A saved model
+stores `ModelConfig.to_dict()`, a run `TrainConfig.to_dict()`. The speech tower's fields have the names of the
+reference recipe (icefall, CLSP).
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from clsp_fast.checks import is_positive, is_rate, reject_unknown_keys, require
 
 __all__ = [
     "MODEL_PRESETS",
     "TRAIN_PRESETS",
+    "Batching",
     "DataConfig",
     "EncodeConfig",
+    "LongAudio",
+    "ModelChoice",
     "ModelConfig",
     "OptimConfig",
     "StackConfig",
@@ -28,15 +32,18 @@ __all__ = [
 ]
 
 
-MOST_LAYERS = 1000
-"""Most layers and stacks of a tower."""
-MOST_CHANNELS = 2**24
-"""Most of anything else that a tower counts: a file must not make a model whose building never ends."""
+LongAudio: TypeAlias = Literal["whole", "window", "error"]
+"""What is done with a recording longer than a window: embed it as one, average its windows, or refuse it."""
+
+MAX_LAYERS = 1000
+"""Most layers and stacks of a tower. The limits keep a hostile file from asking for a model without end."""
+MAX_SIZE = 2**24
+"""Largest number of channels, heads, tokens or whatever else a tower counts."""
 
 
 def _is_size(value: object) -> bool:
-    """Whether it is an integer > 0, and none that no model has."""
-    return isinstance(value, int) and is_positive(value) and value <= MOST_CHANNELS
+    """Whether it is an integer in [1, MAX_SIZE]."""
+    return isinstance(value, int) and is_positive(value) and value <= MAX_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +89,8 @@ class TextConfig:
         ):
             require(_is_size(getattr(self, name)), f"text.{name}", "a positive integer", getattr(self, name))
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        few = layers == 0 or (_is_size(layers) and layers <= MOST_LAYERS)
-        require(few, "text.num_hidden_layers", f"an integer in [0, {MOST_LAYERS}]", layers)
+        legal = layers == 0 or (_is_size(layers) and layers <= MAX_LAYERS)
+        require(legal, "text.num_hidden_layers", f"an integer in [0, {MAX_LAYERS}]", layers)
         expected = f"a divisor of hidden_size {self.hidden_size}"
         require(self.hidden_size % heads == 0, "text.num_attention_heads", expected, heads)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -91,9 +98,9 @@ class TextConfig:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             require(0 <= value < self.vocab_size, f"text.{name}", f"in [0, {self.vocab_size})", value)
-        positions, least = self.max_position_embeddings, self.pad_token_id + 3
-        fits = least <= positions <= MOST_CHANNELS
-        require(fits, "text.max_position_embeddings", f"in [{least}, {MOST_CHANNELS}]", positions)
+        positions, fewest = self.max_position_embeddings, self.pad_token_id + 3
+        legal = fewest <= positions <= MAX_SIZE
+        require(legal, "text.max_position_embeddings", f"in [{fewest}, {MAX_SIZE}]", positions)
         require(self.layer_norm_eps > 0, "text.layer_norm_eps", "positive", self.layer_norm_eps)
         require(self.pooling in ("cls", "mean"), "text.pooling", '"cls" or "mean"', self.pooling)
 
@@ -187,8 +194,9 @@ class ModelConfig:
     """"mean" over time (the paper), or "statistics" of the tower's output and of the log-mel: mean,
     deviation, change from frame to frame, change from half to half."""
     heads: Literal["mlp", "linear"] = "mlp"
-    """Projection heads: "mlp" (the paper's four layers), or "linear": running standardisation and one layer.
-    Small models learn with the latter in a fraction of the steps, and short prompts add up word by word."""
+    """Projection heads: "mlp" (the paper's four layers), or "linear" (running standardisation and one layer).
+    With "linear", small models need a fraction of the steps, and the embedding of a short prompt is close to
+    the sum of its words."""
     dropout: float = 0.1
     """Dropout of the speech tower's feed-forward modules, its front and the heads, while training."""
     regularize: bool = True
@@ -196,7 +204,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         count = len(self.downsampling_factor)
-        require(count <= MOST_LAYERS, "downsampling_factor", f"of at most {MOST_LAYERS} stacks", count)
+        require(count <= MAX_LAYERS, "downsampling_factor", f"of at most {MAX_LAYERS} stacks", count)
         for name in ("downsampling_factor", *_PER_STACK, "embed_channels"):
             value = getattr(self, name)
             legal = isinstance(value, tuple) and len(value) > 0 and all(_is_size(v) for v in value)
@@ -214,9 +222,9 @@ class ModelConfig:
         require(len(front) in (1, 3), "embed_channels", "one or three integers", front)
         output, post = self.output_downsampling_factor, self.post_encoder_downsampling_factor
         require(output in (1, 2), "output_downsampling_factor", "1 or 2", output)
-        only_one = post == 1 or output == 1
+        not_both = post == 1 or output == 1
         expected = "1 unless output_downsampling_factor is 1"
-        require(only_one, "post_encoder_downsampling_factor", expected, post)
+        require(not_both, "post_encoder_downsampling_factor", expected, post)
         pooling = self.audio_pooling
         require(self.heads in ("mlp", "linear"), "heads", '"mlp" or "linear"', self.heads)
         require(pooling in ("mean", "statistics"), "audio_pooling", '"mean" or "statistics"', pooling)
@@ -225,7 +233,7 @@ class ModelConfig:
 
     def _check_stacks(self) -> None:
         layers = sum(stack.num_layers for stack in self.stacks)
-        require(layers <= MOST_LAYERS, "num_encoder_layers", f"at most {MOST_LAYERS} in all stacks", layers)
+        require(layers <= MAX_LAYERS, "num_encoder_layers", f"at most {MAX_LAYERS} in all stacks", layers)
         for s, stack in enumerate(self.stacks):
             require(stack.kernel % 2 == 1, "cnn_module_kernel", f"odd in stack {s}", stack.kernel)
             for name, value in (("encoder_dim", stack.dim), ("feedforward_dim", stack.feedforward_dim)):
@@ -270,7 +278,8 @@ class ModelConfig:
 
 
 MODEL_PRESETS: dict[str, ModelConfig] = {
-    # CPU time decides here: a small front, one slow stack, pooled statistics, words without layers.
+    # Made for training on a CPU in minutes: a small front, one stack at a low frame rate, pooled statistics,
+    # and a text tower without layers.
     "tiny": ModelConfig(
         downsampling_factor=(4,),
         num_encoder_layers=(2,),
@@ -330,6 +339,29 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How recordings become batches of a trained model. `CLSP.encode_audio` has the same defaults."""
+
+    batch_seconds: float = 120.0
+    """Most seconds of audio, padding included, that go through the model at once."""
+    long_audio: LongAudio = "whole"
+    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
+    squared), average its windows, or refuse it."""
+    window_s: float = 30.0
+    """Length of a window in seconds."""
+    slack_seconds: float = 0.1
+    """How far a clip of a manifest may reach behind the end of its recording before it counts as
+    truncated."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_seconds > 0, "batch_seconds", "positive", self.batch_seconds)
+        require(self.window_s >= 1, "window_s", "at least 1 second", self.window_s)
+        require(0 <= self.slack_seconds < math.inf, "slack_seconds", "at least 0", self.slack_seconds)
+        known = self.long_audio in ("whole", "window", "error")
+        require(known, "long_audio", '"whole", "window" or "error"', self.long_audio)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which clips are read, and how they become batches."""
 
@@ -356,7 +388,7 @@ class DataConfig:
     """Shorter clips are left out, and counted."""
     max_seconds: float = 30.0
     """Longer clips are left out, and counted."""
-    slack_seconds: float = 0.1
+    slack_seconds: float = Batching.slack_seconds
     """How far a clip may reach behind the end of its recording before it counts as truncated. Lengths that
     were taken from the header of an MP3 can be a third of a second too long."""
     tail: Literal["reflect", "zero"] = "reflect"
@@ -397,13 +429,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser and its schedule; both stages have a warm-up and a decay of their own."""
+    """The optimiser and its schedule. Each stage has its own warm-up and decay."""
 
     algorithm: Literal["adamw", "scaled_adam"] = "adamw"
-    """"scaled_adam": the reference recipe's, whose steps are relative to the size of each tensor; it clips by
-    earlier norms itself (no clip_norm), and nothing decays."""
+    """"scaled_adam": the reference recipe's optimiser. Its steps are relative to the size of each tensor.
+    It clips gradients by the norms of earlier steps (clip_norm is not used), and has no weight decay."""
     schedule: Literal["cosine", "eden"] = "cosine"
-    """"eden": the reference recipe's, which falls with steps and epochs and does not know the last one."""
+    """"eden": the reference recipe's schedule. It falls with steps and epochs, and does not depend on the
+    length of the run."""
     lr_batches: float = 100_000.0
     """Steps after which Eden's rate falls."""
     lr_epochs: float = 100.0
@@ -428,8 +461,8 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     average_steps: int = 0
-    """An average of the weights over about so many steps is what is validated, evaluated and saved as the
-    model; 0: the weights themselves. Costs a copy of the weights."""
+    """The weights are averaged over about this many steps, and the average is validated, evaluated and saved
+    as the model. It needs memory for a copy of the weights. 0: no average."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -453,8 +486,8 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    """A model, and how it embeds recordings: what every command that uses a trained model is told."""
+class ModelChoice:
+    """A trained model, and where and how exactly it computes."""
 
     model: str = "runs/demo/model"
     """Folder of the model, or the name of a repository on the Hugging Face hub."""
@@ -462,30 +495,29 @@ class EncodeConfig:
     """"auto": the CUDA device of this rank if there is one, else the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic and weights of the towers."""
-    batch_seconds: float = 120.0
-    """Most seconds of audio, padding included, that go through the model at once."""
-    long_audio: Literal["whole", "window", "error"] = "window"
-    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
-    squared), average its windows, or refuse it."""
-    window_s: float = 30.0
-    """Length of a window in seconds."""
-    slack_seconds: float = 0.1
-    """How far a clip of a manifest may reach behind the end of its recording before it counts as
-    truncated."""
 
     def __post_init__(self) -> None:
-        require(self.batch_seconds > 0, "batch_seconds", "positive", self.batch_seconds)
-        require(self.window_s >= 1, "window_s", "at least 1 second", self.window_s)
-        require(0 <= self.slack_seconds < math.inf, "slack_seconds", "at least 0", self.slack_seconds)
         require(self.precision in ("fp32", "bf16"), "precision", '"fp32" or "bf16"', self.precision)
-        known = self.long_audio in ("whole", "window", "error")
-        require(known, "long_audio", '"whole", "window" or "error"', self.long_audio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Batching, ModelChoice):
+    """A model, and how it embeds recordings: the options of every command that uses a trained model."""
+
+    # Another default than the method's: a command meets files of any length, and an hour of audio embedded in
+    # one piece would not fit in memory.
+    long_audio: LongAudio = "window"
+    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
+    squared), average its windows, or refuse it."""
+
+    def __post_init__(self) -> None:
+        Batching.__post_init__(self)
+        ModelChoice.__post_init__(self)
 
     @property
     def batching(self) -> dict[str, Any]:
-        """What `CLSP.encode_audio` is told of it."""
-        names = ("batch_seconds", "long_audio", "window_s", "slack_seconds")
-        return {name: getattr(self, name) for name in names}
+        """The settings of `Batching`, as keywords of `CLSP.encode_audio`."""
+        return {setting.name: getattr(self, setting.name) for setting in dataclasses.fields(Batching)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,11 +547,11 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; weights and loss stay in float32."""
     micro_seconds: float = 0.0
-    """Most seconds of audio, with padding, that go through the towers at once. The contrast stays that of the
-    whole batch and the memory becomes that of such a part, for about a third more time; 0: all at once."""
+    """Most seconds of audio, with padding, that go through the towers at once. The loss still compares the
+    whole batch, but the memory is that of one part. Takes about a third more time. 0: all at once."""
     recompute_layers: bool = False
-    """Layers keep nothing but their input for the backward pass, and are computed again in it: for long clips
-    and large models, for about a third more time."""
+    """Layers keep only their input for the backward pass, and are computed a second time in it. For long
+    clips and large models; takes about a third more time."""
     max_logit_scale: float = 100.0
     """The learned logit_scale is clamped to [1, this] after each step."""
     log_every: int = 20
@@ -568,7 +600,7 @@ class TrainConfig:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types for anything a configuration holds."""
+    """A value of a configuration as JSON types."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -577,7 +609,7 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths and tuples again, where `kind` has them."""
+    """The inverse of `_plain` for the fields of `kind`: strings become paths, lists become tuples."""
     types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     restored = dict(values)
     for key, value in values.items():

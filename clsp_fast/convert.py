@@ -28,23 +28,23 @@ from clsp_fast.storage import files, textfile
 from clsp_fast.tokenizer import Tokenizer
 
 SPEECH = ("encoder_embed.", "encoder.")
-"""Names of the speech tower begin so."""
+"""Beginnings of the tensor names of the speech tower."""
 TEXT = ("text_encoder.",)
-"""Names of the text tower begin so."""
+"""Beginning of the tensor names of the text tower."""
 IGNORED_KEYS = ("text_encoder.embeddings.position_ids", "text_encoder.embeddings.token_type_ids")
-"""Buffers that old Hugging Face checkpoints carry and no forward pass needs."""
+"""Buffers in old Hugging Face checkpoints that no forward pass needs."""
 
-
-# A checkpoint in a folder, in the order in which they are looked for.
+# Names of a checkpoint in a folder; the first one that exists is taken.
 _FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "pretrained.pt")
 _WRAPPERS = ("model", "state_dict")
-# What DDP, torch.compile, FSDP and activation checkpointing put into names, in any order and number. They can
-# wrap a part of the model as well as the whole, and no tensor of a model has such a part in its own name.
+# What DDP, torch.compile, FSDP and activation checkpointing insert into tensor names, in any order and
+# number. They can wrap the whole model or parts of it. No module of a model has one of these names.
 _WRAPPING = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 class KeyReport(NamedTuple):
-    """What became of the keys of a checkpoint; the checkpoint lacks `missing`."""
+    """Keys of a checkpoint, compared with those of a model. `missing` are the model's, `extra` are unknown to
+    it, and `ignored` are not needed."""
 
     matched: list[str]
     missing: list[str]
@@ -52,7 +52,7 @@ class KeyReport(NamedTuple):
     ignored: list[str]
 
     def __str__(self) -> str:
-        """Counts, and the first names of each group but `matched`."""
+        """The size of each group, and the first names of each except `matched`."""
         lines = [", ".join(f"{len(names)} {group}" for group, names in self._asdict().items())]
         for group, names in self._asdict().items():
             if group != "matched" and names:
@@ -63,13 +63,13 @@ class KeyReport(NamedTuple):
 def reference_config(values: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig from the reference's keys.
 
-    Per-stack values may be lists, integers or strings such as "1,2,4", as the recipe's options are. The text
+    Per-stack values may be lists, integers or strings such as "1,2,4", as in the recipe's options. The text
     tower is described by "roberta" (a Hugging Face configuration) or "text". Keys of the recipe that do not
     describe the model are ignored.
 
     Raises:
-        ValueError: keys, and none of them known; a text tower with another activation than GELU, or a value
-        of another type or out of range.
+        ValueError: there are keys, but none is known; the text tower has another activation than GELU; or a
+        value has a wrong type or is out of range.
     """
     names = [field.name for field in fields(ModelConfig)]
     _require_known(values, [*names, "roberta", "text_encoder_dim"], "the configuration")
@@ -80,7 +80,7 @@ def reference_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _require_known(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    """ValueError if there are keys, and none of them describes a model: it is the wrong file."""
+    """ValueError if there are keys, but none describes a model: it is probably the wrong file."""
     if values and not set(values) & set(known):
         got, expected = listed(sorted(map(str, values))), listed(known)
         raise ValueError(f"{what} must have keys of the model ({expected}), got only others ({got})")
@@ -113,16 +113,17 @@ def _to_tuple(value: Any) -> tuple[int, ...]:
 
 
 def unwrap(checkpoint: Mapping[str, Any], *, averaged: bool = False) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint: its "model" or "state_dict" entry if there is one, under the names
-    without what DDP ("module."), torch.compile ("_orig_mod."), FSDP and a wrapping class ("model.") add, in
-    whatever order and number.
+    """The model's tensors in a checkpoint, from its "model" or "state_dict" entry if there is one.
+
+    What DDP ("module."), torch.compile ("_orig_mod."), FSDP and a wrapping class ("model.") add to the names
+    is removed, in any order and number.
 
     Args:
-        checkpoint: what `read_checkpoint` gives.
-        averaged: take the running average that icefall keeps beside the weights, "model_avg", in float32.
+        checkpoint: as from `read_checkpoint`.
+        averaged: take the running average "model_avg" that icefall saves with the weights, as float32.
 
     Raises:
-        ValueError: something else than tensors, two tensors of one name, or no average.
+        ValueError: it has other values than tensors, two tensors of one name, or no average.
     """
     if averaged and "model_avg" not in checkpoint:
         raise ValueError('checkpoint must have "model_avg" for averaged weights, it has none')
@@ -130,21 +131,19 @@ def unwrap(checkpoint: Mapping[str, Any], *, averaged: bool = False) -> dict[str
     inner = checkpoint if key is None else checkpoint[key]
     if not isinstance(inner, Mapping):
         raise ValueError(f'checkpoint["{key}"] must be a dictionary of tensors, got {type(inner).__name__}')
-    other = [key for key, value in inner.items() if not isinstance(value, Tensor)]
-    if other:
-        raise ValueError(
-            f"state_dict must hold tensors alone, got others under {listed(list(map(str, other)))}"
-        )
+    others = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"state_dict must hold only tensors, got other values under {listed(others)}")
     bare = {str(key): _without_wrapping(str(key)) for key in inner}
     while bare and all(name.startswith("model.") for name in bare.values()):
         bare = {key: name.removeprefix("model.") for key, name in bare.items()}
     twice = [name for name, count in Counter(bare.values()).items() if count > 1]
     if twice:
         raise ValueError(
-            f"checkpoint must name each tensor once, but for wrappers it has twice: {listed(twice)}"
+            f"checkpoint must name each tensor once, without wrappers it has twice: {listed(twice)}"
         )
     tensors = {bare[str(key)]: value for key, value in inner.items()}
-    if averaged:  # kept in float64
+    if averaged:  # icefall saves the average in float64
         tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     return tensors
 
@@ -153,11 +152,11 @@ def _without_wrapping(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPING)
 
 
-def mean(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several checkpoints' tensors; those of whole numbers are the last one's.
+def average_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the tensors of several checkpoints. Integer tensors are those of the last one.
 
     Raises:
-        ValueError: they have other names or shapes than the first.
+        ValueError: a checkpoint has other names or shapes than the first.
     """
     first = states[0]
     for number, state in enumerate(states[1:], 2):
@@ -172,7 +171,7 @@ def mean(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def match_keys(state_dict: Mapping[str, Any], model: CLSP) -> KeyReport:
-    """Compare the names of a reference checkpoint with those of a model."""
+    """Compares the names of a reference checkpoint with those of a model."""
     names, wanted = set(unwrap(state_dict)), set(model.state_dict())
     ignored = names & set(IGNORED_KEYS)
     groups = (names & wanted, wanted - names, names - wanted - ignored, ignored)
@@ -188,40 +187,42 @@ def from_reference(
     """A model with the weights of a reference checkpoint.
 
     Args:
-        state_dict: the reference's names; {"model": ...} wrappers and "module." prefixes are removed.
+        state_dict: tensors under the reference's names; wrappers are removed as by `unwrap`.
         config: ModelConfig, or the reference's keys (see `reference_config`).
         tokenizer: the tokenizer of the text tower, for `encode_text`.
 
     Returns:
-        The model in evaluation mode; `model.state_dict()` has exactly the reference's keys, also
-        those of tensors that no forward pass uses.
+        The model in evaluation mode. `model.state_dict()` has exactly the reference's keys, also those of
+        tensors that no forward pass uses.
 
     Raises:
-        ValueError: missing, unknown or misshapen tensors, or whole numbers for weights; the message lists
-        them.
+        ValueError: tensors are missing, unknown, or of a wrong shape or dtype; the message lists them.
     """
     config = config if isinstance(config, ModelConfig) else reference_config(config)
     with torch.device("meta"):
         model = CLSP(config, tokenizer)
     report = match_keys(state_dict, model)
     tensors = unwrap(state_dict)
-    wrong = _unfit(model.state_dict(), tensors, report.matched)
-    _refuse("state_dict", {"missing": report.missing, "unknown": report.extra, "": wrong})
+    wrong = _mismatches(model.state_dict(), tensors, report.matched)
+    _require_fit("state_dict", {"missing": report.missing, "unknown": report.extra, "": wrong})
     model.load_state_dict({name: tensors[name].clone() for name in report.matched}, strict=True, assign=True)
     return model.eval()
 
 
-def _refuse(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+def _require_fit(what: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """ValueError that lists the problems, if there are any."""
     count = sum(map(len, problems.values()))
     if count:
         raise ValueError(f"{what} does not fit the configuration ({count:,}): {listed_groups(problems)}")
 
 
-def _unfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
-    """What is wrong with tensors of the right name; one that is quantised has whole numbers for weights."""
+def _mismatches(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> list[str]:
+    """What is wrong with the tensors of these names. Quantised ones, for example, have integer dtypes."""
     problems = []
     for name in names:
-        want, got = wanted[name], found[name]
+        want, got = expected[name], tensors[name]
         if want.shape != got.shape:
             problems.append(f"shape of {name}: expected {tuple(want.shape)}, got {tuple(got.shape)}")
         elif not got.is_floating_point():
@@ -232,23 +233,23 @@ def _unfit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Seq
 def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...]) -> KeyReport:
     """Initialises one tower from a checkpoint of that tower alone, in place.
 
-    The names may have any one prefix, such as "roberta." or "text_encoder.". A text tower's pooler may be
-    missing, as masked language models have none; it then stays as it is.
+    The names may share any prefix, such as "roberta." or "text_encoder.". The pooler of a text tower may be
+    missing, as in masked language models; then the model's pooler is not changed.
 
     Args:
-        model: see there.
-        state_dict: of SPEAR, or of RoBERTa, wrapped or not.
+        model: a model with this tower.
+        state_dict: tensors of SPEAR or of RoBERTa, wrapped or not.
         tower: `SPEECH` or `TEXT`.
 
     Returns:
-        What became of the keys; `ignored` are those of other parts of the checkpoint.
+        The keys, compared; `ignored` are those of other parts of the checkpoint.
 
     Raises:
-        ValueError: the tower is not in the checkpoint, or does not fit, or has more there, such as further
-        layers; the message lists names.
+        ValueError: the checkpoint does not have the tower, or its tower does not fit or has more tensors,
+        such as further layers; the message lists names.
     """
     strip = "text_encoder." if tower == TEXT else ""
-    wanted = {
+    expected = {
         name.removeprefix(strip): tensor
         for name, tensor in model.state_dict().items()
         if name.startswith(tower)
@@ -258,24 +259,24 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
     prefix = next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
     if prefix is None:
         raise ValueError(f"checkpoint must have the tower whose tensor is called {anchor}, it has none")
-    found = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    matched, missing = sorted(wanted.keys() & found.keys()), sorted(wanted.keys() - found.keys())
+    bare = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    matched, missing = sorted(expected.keys() & bare.keys()), sorted(expected.keys() - bare.keys())
     buffers = {key.removeprefix(strip) for key in IGNORED_KEYS}
-    own = tuple({name.partition(".")[0] + "." for name in wanted})
-    extra = sorted(name for name in found.keys() - wanted.keys() - buffers if name.startswith(own))
+    parts = tuple({name.partition(".")[0] + "." for name in expected})
+    extra = sorted(name for name in bare.keys() - expected.keys() - buffers if name.startswith(parts))
     needed = [name for name in missing if not name.startswith("pooler.")]
-    _refuse("the tower", {"missing": needed, "unknown": extra, "": _unfit(wanted, found, matched)})
+    wrong = _mismatches(expected, bare, matched)
+    _require_fit("the tower", {"missing": needed, "unknown": extra, "": wrong})
     with torch.no_grad():
-        for name, tensor in wanted.items():  # views of the parameters
-            if name in found:
-                tensor.copy_(found[name])
-    ignored = sorted(name for name in tensors if name.removeprefix(prefix) not in wanted)
+        for name in matched:  # the tensors share memory with the parameters
+            expected[name].copy_(bare[name])
+    ignored = sorted(name for name in tensors if name.removeprefix(prefix) not in expected)
     return KeyReport(matched, missing, extra, ignored)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors of a .safetensors or .pt file, or of a folder with one or with shards and their index; pickles
-    with weights_only=True: no code in them runs."""
+    """Content of a .safetensors or .pt file, or of a folder with one or with shards and their index. Pickles
+    are read with weights_only=True, so that no code in them runs."""
     if path.is_dir():
         path = _file_in(path)
     files.refuse_pointer(path)
@@ -283,15 +284,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return _read_shards(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    # icefall stores its whole parameter set beside the weights, paths included.
+    # icefall saves all its options with the weights, and some of them are paths.
     with torch.serialization.safe_globals([pathlib.PosixPath, pathlib.WindowsPath]):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # what a damaged or hostile file brings up has no common base
-            what = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{path} is no checkpoint of weights alone: {what[0]:.200}") from error
+        except Exception as error:  # the errors of damaged and hostile files have no common base
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"{path} is no checkpoint of weights alone: {reason[0]:.200}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
     return dict(content)
@@ -316,6 +317,7 @@ def _file_in(folder: Path) -> Path:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Tensors of all shards that an index names."""
     try:
         names = {str(name) for name in _read_object(index)["weight_map"].values()}
     except (KeyError, AttributeError) as error:
@@ -329,7 +331,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """The JSON object in a file."""
     files.refuse_pointer(file)
     text = textfile.read_text(file, "a JSON object")
     try:
@@ -367,15 +369,15 @@ def reference(
     if bool(checkpoint) == bool(towers):
         raise ValueError("give either --checkpoint, or --speech or --text or both")
     folder = text if towers else checkpoint[0] if checkpoint[0].is_dir() else checkpoint[0].parent
-    words = _tokenizer(tokenizer, folder)
+    tokens = _tokenizer(tokenizer, folder)
     architecture = _configuration(config, folder if checkpoint else None, text)
     if checkpoint:
         states = [unwrap(read_checkpoint(path), averaged=averaged) for path in checkpoint]
-        state = states[0] if len(states) == 1 else mean(states)
-        model = from_reference(state, architecture, tokenizer=words)
+        state = states[0] if len(states) == 1 else average_states(states)
+        model = from_reference(state, architecture, tokenizer=tokens)
         print(match_keys(state, model))
     else:
-        model = CLSP(architecture, words)
+        model = CLSP(architecture, tokens)
         for tower, path in towers.items():
             print(f"{path}: {load_tower(model, read_checkpoint(path), tower)}")
         model.eval()
@@ -384,7 +386,7 @@ def reference(
 
 
 def _configuration(config: Path | None, folder: Path | None, text: Path | None) -> ModelConfig:
-    """That of the file, or of the one beside the checkpoints; the paper's if there is none."""
+    """The configuration in this file, or else in the one beside the checkpoints, or else the paper's."""
     beside = [path / "config.json" for path in (folder, text) if path is not None]
     file = config or next((path for path in beside if path.is_file()), None)
     if file is None:
@@ -392,18 +394,19 @@ def _configuration(config: Path | None, folder: Path | None, text: Path | None) 
     values = _read_object(file)
     try:
         if not values:
-            raise ValueError("it must have keys of the model, and has none at all")
-        of_roberta = config is None and folder is None
-        return reference_config({"roberta": values} if of_roberta else values)
+            raise ValueError("it must have keys of the model, but it is empty")
+        is_roberta = config is None and folder is None
+        return reference_config({"roberta": values} if is_roberta else values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
 def _tokenizer(path: Path | None, folder: Path | None) -> Tokenizer | None:
+    """The tokenizer of this path, or else the one in the folder; None if there is none."""
     if path is None and folder is not None and folder.is_dir():
-        files = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}]
-        there = {file.name for file in folder.iterdir()}
-        path = folder if any(names <= there for names in files) else None
+        complete = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}]
+        names = {file.name for file in folder.iterdir()}
+        path = folder if any(required <= names for required in complete) else None
     return None if path is None else Tokenizer.from_file(path)
 
 

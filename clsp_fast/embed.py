@@ -27,7 +27,7 @@ from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data import segment
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import Problem, read_source
-from clsp_fast.model import CLSP, load
+from clsp_fast.model import CLSP, load_model
 from clsp_fast.storage import embedding_folder, files
 from clsp_fast.storage.embedding_folder import EmbeddingHeader
 from clsp_fast.storage.files import FolderInUse
@@ -100,7 +100,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
             config.source != "-" or ranks.world == 1, "source", "a file or folder with several processes", "-"
         )
         clips, problems = read_source(config.source)
-        model = load(config, ranks.device) if model is None else model
+        model = load_model(config, ranks.device) if model is None else model
         header = EmbeddingHeader(
             model=model.fingerprint(),
             frontend=features.identity(),

@@ -28,7 +28,7 @@ from clsp_fast.evaluation import corpora, figures, report
 from clsp_fast.evaluation.figures import Bootstrap, Figures, captions_of_kind, main_caption
 from clsp_fast.evaluation.ratings import read_ratings
 from clsp_fast.evaluation.tasks import Task, read_tasks
-from clsp_fast.model import CLSP, load
+from clsp_fast.model import CLSP, load_model
 from clsp_fast.storage import paths
 from clsp_fast.storage.ranks import Ranks
 
@@ -236,7 +236,7 @@ def _model(config: EncodeConfig, model: CLSP | None) -> CLSP:
         return model
     with Ranks.join(config.device) as ranks:
         require(ranks.world == 1, "processes", "1", ranks.world)
-        return load(config, ranks.device)
+        return load_model(config, ranks.device)
 
 
 def _results(kind: str, model: CLSP, count: int, bad: Mapping[str, str]) -> Results:

@@ -26,15 +26,16 @@ from clsp_fast import console, features
 from clsp_fast.batches import MIN_FRAMES
 from clsp_fast.model import CLSP
 from clsp_fast.storage import files
-from clsp_fast.towers.layers import frames_after_front, frames_in_graph, make_ragged
+from clsp_fast.towers.front import frames_after_front
+from clsp_fast.towers.layers import frames_in_graph, make_ragged
 
 TOLERANCE = 1e-4
-"""Most that an embedding may differ from the model's own."""
+"""Largest accepted difference between an embedding of a graph and one of the model."""
 
-# Clips and frames of the batches that audio.onnx is checked with: the fewest frames; even, odd and prime
-# numbers. A graph that is right for one parity or one remainder alone fails at another size. For text.onnx
-# they are captions, and tokens from 1 on.
-_CHECKED = ((1, 9), (2, 10), (1, 11), (3, 13), (2, 31), (5, 64), (3, 77), (1, 128), (2, 211), (2, 520))
+# Sizes of the batches with which the graphs are checked. For audio.onnx they are (clips, frames): the fewest
+# frames, and even, odd and prime numbers, because a graph may be right for one parity or one remainder only.
+# For text.onnx they are captions and, less 8, tokens.
+_CHECKED_SIZES = ((1, 9), (2, 10), (1, 11), (3, 13), (2, 31), (5, 64), (3, 77), (1, 128), (2, 211), (2, 520))
 _INPUTS = {"audio.onnx": ("features", "lengths"), "text.onnx": ("token_ids", "attention_mask")}
 
 
@@ -48,7 +49,8 @@ class _AudioTower(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         front_lengths = frames_after_front(lengths)
         frames = frames_in_graph(front_lengths)
-        # As many frames as the front reads for its `frames`; those behind the last are padding.
+        # The frames that the front reads to give `frames`. If there are fewer, the last one is
+        # repeated as padding.
         index_T = torch.arange(2 * frames + 7).clamp(max=features.shape[1] - 1)
         ragged = make_ragged(front_lengths, frames, alone=True)
         hidden, hidden_lengths = self.model.run_encoder(
@@ -71,19 +73,20 @@ class _TextTower(nn.Module):
 def export(model: CLSP, out: Path) -> dict[str, float]:
     """Writes audio.onnx, text.onnx and tokenizer.json.
 
-    Both graphs are run with onnxruntime and compared with the model at several sizes before any of the files
-    appears in `out`; each appears whole or not at all.
+    Before any file appears in `out`, both graphs are run with onnxruntime and compared with the model at
+    several sizes. Each file then appears atomically.
 
     Args:
-        model: on the CPU, in float32.
-        out: folder; weights over 2 GB are in files of their own beside the graphs.
+        model: a model on the CPU, in float32.
+        out: folder; weights over 2 GB get separate files beside the graphs.
 
     Returns:
-        By file, the largest difference between embeddings of the graph and of the model.
+        For each graph's file, the largest difference between embeddings of the graph and of the model.
 
     Raises:
-        ImportError: the extra [onnx] is not installed. ValueError: the model is not in float32 on the CPU,
-        the exporter refuses it, or a graph does not run or differs from the model by more than `TOLERANCE`.
+        ImportError: the extra [onnx] is not installed.
+        ValueError: the model is not in float32 on the CPU, the exporter refuses it, or a graph does not run
+            or differs from the model by more than `TOLERANCE`.
     """
     if model.dtype != torch.float32 or model.device.type != "cpu":
         raise ValueError(f"model must be float32 on the CPU, got {model.dtype} on {model.device}")
@@ -96,29 +99,29 @@ def export(model: CLSP, out: Path) -> dict[str, float]:
         "frontend": features.identity(),
         "logit_scale": repr(float(model.logit_scale.detach())),
     }
-    found = {}
+    differences = {}
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as temporary, torch.no_grad():
         for name, tower in towers.items():
             path = Path(temporary) / name
-            _write(tower, path, _example(model, name, 2, 101), metadata)
-            found[name] = _difference(model, path)
+            _write_graph(tower, path, _example_inputs(model, name, 2, 101), metadata)
+            differences[name] = _largest_difference(model, path)
         if model.tokenizer is not None:
             model.tokenizer.save(Path(temporary) / "tokenizer.json")
-        _place(Path(temporary), out)
-    return found
+        _move_files(Path(temporary), out)
+    return differences
 
 
-def _place(temporary: Path, out: Path) -> None:
-    """Moves the finished files; weights that have a file of their own before the graph that needs them."""
+def _move_files(temporary: Path, out: Path) -> None:
+    """Moves the finished files. Separate weights are moved before the graph that needs them."""
     for path in sorted(temporary.iterdir(), reverse=True):
         if path.name.endswith(".onnx.data"):
-            # A graph of an earlier export would read these weights as its own.
+            # The graph of an earlier export would read the new weights.
             (out / path.name.removesuffix(".data")).unlink(missing_ok=True)
         path.replace(out / path.name)
 
 
-def _example(model: CLSP, name: str, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Random inputs of a tower; the first row is as long as can be, the others are shorter."""
+def _example_inputs(model: CLSP, name: str, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random inputs of a tower. The first row has the full length, the others have random lengths."""
     generator = torch.Generator().manual_seed(rows * length)
     if name == "audio.onnx":
         values = 4 * torch.randn(rows, length, model.config.feature_dim, generator=generator) - 8
@@ -134,7 +137,9 @@ def _example(model: CLSP, name: str, rows: int, length: int) -> tuple[Tensor, Te
     return token_ids.where(mask == 1, text.pad_token_id), mask
 
 
-def _write(tower: nn.Module, path: Path, example: tuple[Tensor, Tensor], metadata: dict[str, str]) -> None:
+def _write_graph(
+    tower: nn.Module, path: Path, example: tuple[Tensor, Tensor], metadata: dict[str, str]
+) -> None:
     rows = torch.export.Dim("batch", min=1)
     if path.name == "audio.onnx":
         shapes = ({0: rows, 1: torch.export.Dim("frames", min=MIN_FRAMES)}, {0: rows})
@@ -142,9 +147,9 @@ def _write(tower: nn.Module, path: Path, example: tuple[Tensor, Tensor], metadat
         shapes = ({0: rows, 1: torch.export.Dim("tokens", min=1)},) * 2
     axes = tuple({axis: size.__name__ for axis, size in shape.items()} for shape in shapes)
     try:
-        with _quiet():
-            # torch.onnx.export would do this, too; but where it cannot keep a size free, it ties it down and
-            # says nothing.
+        with _quiet_exporter():
+            # torch.onnx.export would call torch.export as well, but it fixes a size that cannot stay free,
+            # without an error.
             program = torch.export.export(tower, example, dynamic_shapes=shapes, strict=False)
             graph: Any = torch.onnx.export(
                 program,
@@ -156,15 +161,15 @@ def _write(tower: nn.Module, path: Path, example: tuple[Tensor, Tensor], metadat
             )
             graph.model.metadata_props.update(metadata)
             graph.save(path)
-    except OSError:  # of the disk, which says so itself
+    except OSError:  # an error of the disk, whose message is clear
         raise
     except Exception as error:  # the exporter's errors are of any class
         raise ValueError(f"torch cannot write {path.name}: {_first_line(error)}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of its own and other packages' affairs."""
+def _quiet_exporter() -> Iterator[None]:
+    """Silences the exporter's log and its warnings, which are about its internals and other packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -176,33 +181,33 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _difference(model: CLSP, path: Path) -> float:
-    """Largest difference between embeddings of a graph and of the model."""
+def _largest_difference(model: CLSP, path: Path) -> float:
+    """Largest difference between embeddings of a graph and of the model; ValueError if it is too large."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is in the exception
-    names, worst = _INPUTS[path.name], 0.0
+    options.log_severity_level = 4  # errors are in the exception as well
+    names, largest = _INPUTS[path.name], 0.0
     encode = model.encode_features if path.name == "audio.onnx" else model.encode_tokens
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        for rows, length in _CHECKED:
-            inputs = _example(model, path.name, rows, length)
-            given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-            (found,) = session.run(None, given)
-            difference = float((torch.from_numpy(found) - encode(*inputs)).abs().max())
+        for rows, length in _CHECKED_SIZES:
+            inputs = _example_inputs(model, path.name, rows, length)
+            arrays = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+            (embeddings,) = session.run(None, arrays)
+            difference = float((torch.from_numpy(embeddings) - encode(*inputs)).abs().max())
             if not difference <= TOLERANCE:
                 size = " x ".join(map(str, inputs[0].shape[:2]))
                 raise ValueError(
                     f"{path.name} differs from the model by {difference:.1e}, more than {TOLERANCE}, with a "
                     f"batch of {size}"
                 )
-            worst = max(worst, difference)
+            largest = max(largest, difference)
     except ValueError:
         raise
-    except Exception as error:  # onnxruntime's errors have no other class in common
+    except Exception as error:  # onnxruntime's errors have no common base but this
         raise ValueError(f"onnxruntime cannot run {path.name}: {_first_line(error)}") from error
-    return worst
+    return largest
 
 
 def _first_line(error: Exception) -> str:
@@ -217,8 +222,8 @@ def _command(model: str = "runs/demo/model", /, *, out: Path = Path("onnx")) -> 
         out: folder to write.
     """
     with files.naming_full_disk(out):
-        found = export(CLSP.from_pretrained(model, dtype=torch.float32), out)
-    for name, difference in found.items():
+        differences = export(CLSP.from_pretrained(model, dtype=torch.float32), out)
+    for name, difference in differences.items():
         print(f"{out / name}: within {difference:.1e} of the model")
 
 

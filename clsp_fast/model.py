@@ -1,8 +1,7 @@
-"""CLSP: a speech tower and a text tower with one embedding space (arXiv 2601.03065).
+"""CLSP: a speech tower and a text tower with one joint embedding space (arXiv 2601.03065).
 
 Semantics and parameter names are those of the reference recipe (icefall, CLSP). Shape suffixes: B clips or
-captions, T frames, F mel bins, L tokens, C channels, D dimensions of the joint space, 1 a broadcast
-dimension.
+captions, T frames, F mel bins, L tokens or labels, C channels, D dimensions of the joint space.
 """
 
 from __future__ import annotations
@@ -20,28 +19,26 @@ from torch import Tensor, nn
 
 from clsp_fast import contention
 from clsp_fast.audio import AudioError
-from clsp_fast.batches import MIN_FRAMES, Batching, LongAudio, embed
-from clsp_fast.config import EncodeConfig, ModelConfig
+from clsp_fast.batches import MIN_FRAMES, embed_recordings
+from clsp_fast.config import Batching, LongAudio, ModelChoice, ModelConfig
 from clsp_fast.storage import model_folder
 from clsp_fast.tokenizer import Tokenizer
 from clsp_fast.towers import roberta, zipformer
+from clsp_fast.towers.front import frames_after_front, make_front, standardise
 from clsp_fast.towers.layers import (
     Ragged,
     RunningNorm,
-    frames_after,
-    frames_after_front,
-    make_front,
+    downsampled_lengths,
     make_ragged,
-    pool,
+    pool_mean,
     pool_statistics,
-    standardise,
 )
 
 Padding = Literal["alone", "batch"]
 
 
 class ClspOutput(NamedTuple):
-    """Unit-norm embeddings (B, D) of both towers, and the multiplier of their cosines (a scalar)."""
+    """Unit-norm embeddings (B, D) of both towers, and the scalar that multiplies their cosines."""
 
     audio: Tensor
     text: Tensor
@@ -74,7 +71,7 @@ class CLSP(nn.Module):
 
     Args:
         config: the architecture; `clsp_fast.config.MODEL_PRESETS` has named ones.
-        tokenizer: needed by `encode_text` and `classify` alone.
+        tokenizer: only `encode_text` and `classify` need it.
 
     A new model has random weights; `from_pretrained` reads trained ones.
     """
@@ -93,8 +90,8 @@ class CLSP(nn.Module):
         self.audio_projection, self.audio_transform = _head(pooled, config)
         self.text_encoder = roberta.Roberta(config.text)
         self.text_projection, self.text_transform = _head(config.text.hidden_size, config)
-        # The reference saves the logarithm under the name that the public property below has: hence no
-        # setattr.
+        # The reference saves the logarithm as "logit_scale". The public property below has the same name, so
+        # the parameter cannot be set as an attribute.
         self._parameters["logit_scale"] = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if not self.log_logit_scale.is_meta:
             zipformer.initialise(self.encoder_embed, self.encoder)
@@ -102,8 +99,7 @@ class CLSP(nn.Module):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """What `encode_text` reads captions with; setting one that does not fit `config.text` is a
-        ValueError."""
+        """The tokenizer of `encode_text`. Setting one that does not fit `config.text` raises ValueError."""
         return self._tokenizer
 
     @tokenizer.setter
@@ -121,24 +117,24 @@ class CLSP(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The multiplier of the cosines: exp of the learned parameter, a scalar tensor."""
+        """The scalar that multiplies the cosines: exp of the learned parameter."""
         return self.log_logit_scale.exp()
 
     @property
     def running_norms(self) -> list[RunningNorm]:
-        """The running norms, if the configuration has them; who trains the model calls their `absorb`."""
+        """The running norms, if the configuration has them; training calls their `update_running`."""
         return [module for module in self.modules() if isinstance(module, RunningNorm)]
 
     def recompute_layers(self, on: bool) -> None:
-        """Whether layers of the towers keep only their input for the backward pass, and compute again in
-        it."""
+        """Whether the towers' layers keep only their input for the backward pass, and are computed a second
+        time in it."""
         for module in self.modules():
             if isinstance(module, (zipformer.ZipformerStack, roberta.Roberta)):
                 module.recompute = on
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return self.log_logit_scale.device
 
     @property
@@ -164,10 +160,11 @@ class CLSP(nn.Module):
 
         Args:
             features: (B, T, F) floating point; frames beyond a clip's length are padding.
-            lengths: (B,) int64, frames of each clip, 9 <= length <= T. On the CPU they cost no
+            lengths: (B,) int64, frames of each clip, 9 <= length <= T. Lengths on a GPU cost a
                 synchronisation.
-            padding: "alone": every clip gives what the reference gives for it in a batch of one, whatever the
-                batch and the padding's values; "batch": the reference's numbers for this padded batch.
+            padding: "alone": every clip gets what the reference computes for it in a batch of one, so neither
+                the other clips nor the padding's values matter; "batch": every clip gets the reference's
+                numbers for this padded batch.
 
         Returns:
             (B, D) unit-norm embeddings, float32 or wider.
@@ -181,41 +178,44 @@ class CLSP(nn.Module):
     def encode_frames(
         self, features: Tensor, lengths: Tensor, *, padding: Padding = "alone"
     ) -> tuple[Tensor, Tensor]:
-        """The speech tower's output (B, T', C) and its lengths (B,), before pooling; arguments as in
-        `encode_features`. The paper's model gives 25 frames a second."""
+        """The speech tower's output (B, T', C) and its lengths (B,), before pooling.
+
+        Arguments and errors are those of `encode_features`. The paper's model gives 25 frames a second.
+        """
         self._check_features(features, lengths, padding)
         lengths = lengths.cpu()
         frames = int(lengths.max())
         x = features[:, :frames].to(self.device, self.dtype)
         lengths = frames_after_front(lengths)
-        equal = bool((lengths == lengths[0]).all())
+        all_equal = bool((lengths == lengths[0]).all())
         lengths = lengths.to(self.device, non_blocking=True)
         ragged = None
-        if not equal:
+        if not all_equal:
             ragged = make_ragged(lengths, frames_after_front(frames), alone=padding == "alone")
         return self.run_encoder(x, lengths, ragged)
 
     def run_encoder(
         self, features_BTF: Tensor, lengths_B: Tensor, ragged: Ragged | None
     ) -> tuple[Tensor, Tensor]:
-        """`encode_frames` without its checks; lengths and `ragged` are those behind the front, at 50 Hz."""
+        """`encode_frames` without its checks. `lengths_B` and `ragged` are those after the front."""
         x = self.encoder(self.encoder_embed(features_BTF, ragged), ragged)
-        lengths_B = frames_after(lengths_B, self.config.output_downsampling_factor)
+        lengths_B = downsampled_lengths(lengths_B, self.config.output_downsampling_factor)
         if hasattr(self, "encoder_downsample"):
             x = self.encoder_downsample(x, ragged)[0]
-            lengths_B = frames_after(lengths_B, self.config.post_encoder_downsampling_factor)
+            lengths_B = downsampled_lengths(lengths_B, self.config.post_encoder_downsampling_factor)
         return x, lengths_B
 
     def join_audio(
         self, hidden_BTC: Tensor, hidden_lengths_B: Tensor, features_BTF: Tensor, lengths_B: Tensor
     ) -> Tensor:
-        """Unit-norm embeddings (B, D) from the speech tower's output and the features that it is of."""
+        """Unit-norm embeddings (B, D) from the speech tower's output and input, each with its lengths."""
         if self.config.audio_pooling == "mean":
-            pooled = pool(hidden_BTC, hidden_lengths_B)
+            pooled = pool_mean(hidden_BTC, hidden_lengths_B)
         else:
-            x = standardise(features_BTF.to(self.device, self.dtype))
-            own = pool_statistics(hidden_BTC, hidden_lengths_B)
-            pooled = torch.cat([own, pool_statistics(x, lengths_B.to(self.device, non_blocking=True))], dim=1)
+            of_hidden = pool_statistics(hidden_BTC, hidden_lengths_B)
+            features_BTF = standardise(features_BTF.to(self.device, self.dtype))
+            of_features = pool_statistics(features_BTF, lengths_B.to(self.device, non_blocking=True))
+            pooled = torch.cat([of_hidden, of_features], dim=1)
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:
@@ -244,8 +244,8 @@ class CLSP(nn.Module):
             (B, D) unit-norm embeddings, float32 or wider.
 
         Raises:
-            ValueError: a wrong shape or dtype, more tokens than the tower has positions, an id beyond the
-                vocabulary (checked where the ids are on the CPU).
+            ValueError: a wrong shape or dtype, more tokens than the tower has positions, an id outside the
+                vocabulary (checked only if the ids are on the CPU).
         """
         self._check_tokens(token_ids, attention_mask)
         if attention_mask.device.type != "cpu":
@@ -256,8 +256,8 @@ class CLSP(nn.Module):
         groups, parts = roberta.split_by_length(lengths), []
         for group in groups:
             longest = int(lengths[group[-1]])
-            own = (x[group, :longest] for x in (token_ids, attention_mask))
-            parts.append(self.text_encoder(*(x.to(self.device, non_blocking=True) for x in own)))
+            rows = (x[group, :longest] for x in (token_ids, attention_mask))
+            parts.append(self.text_encoder(*(x.to(self.device, non_blocking=True) for x in rows)))
         order = torch.cat(groups).argsort().to(self.device, non_blocking=True)
         return self.join_text(torch.cat(parts)[order])
 
@@ -278,40 +278,41 @@ class CLSP(nn.Module):
                 f"token_ids must have at most {text.max_tokens} tokens, got {token_ids.shape[1]}"
             )
         if token_ids.device.type == "cpu":
-            least, most = int(token_ids.min()), int(token_ids.max())
-            if least < 0 or most >= text.vocab_size:
-                raise ValueError(f"token_ids must be in [0, {text.vocab_size}), got {least} to {most}")
+            smallest, largest = int(token_ids.min()), int(token_ids.max())
+            if smallest < 0 or largest >= text.vocab_size:
+                raise ValueError(f"token_ids must be in [0, {text.vocab_size}), got {smallest} to {largest}")
 
     def encode_audio(
         self,
         audio: Sequence[Any],
         *,
         sample_rate: int | None = None,
-        batch_seconds: float = 120.0,
-        long_audio: LongAudio = "whole",
-        window_s: float = 30.0,
-        slack_seconds: float = 0.1,
+        batch_seconds: float = Batching.batch_seconds,
+        long_audio: LongAudio = Batching.long_audio,
+        window_s: float = Batching.window_s,
+        slack_seconds: float = Batching.slack_seconds,
         errors: dict[int, AudioError] | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> Tensor:
         """Embed recordings, without gradient and in evaluation mode.
 
         Args:
-            audio: B recordings (paths, or what else `features.extract_files` takes), or B mono waveforms
+            audio: B recordings (paths, or whatever else `features.extract_files` takes), or B mono waveforms
                 (numpy arrays or tensors of shape (samples,)).
-            sample_rate: rate of the waveforms in Hz; None: 16000. Files carry their own.
-            batch_seconds: most seconds of audio, padding included, to go through the model at once: the bound
-                on its memory. A longer clip goes alone.
-            long_audio: what is done with a clip longer than `window_s`. "whole": embed it as it is, which
+            sample_rate: rate of the waveforms in Hz; None: 16000. Files contain their rate.
+            batch_seconds: most seconds of audio, padding included, that go through the model at once; this
+                bounds its memory. A longer clip goes alone.
+            long_audio: what is done with a clip longer than `window_s`. "whole": embed it in one piece, which
                 needs memory that grows with its length squared; "window": the mean of the embeddings of its
                 windows of that length, weighted by their lengths and scaled to unit norm; "error": refuse it.
+                The commands have "window" as their default (see `EncodeConfig`).
             window_s: seconds; 30, as in the paper's training.
             slack_seconds: how far a `Segment` may reach behind the end of its recording before it counts as
                 truncated.
-            errors: a dictionary that takes the error of each recording that cannot be used, by position; its
-                row is NaN. None: the first one is raised.
-            progress: True: say on standard error how far it is; a function: called with how many more are
-                done.
+            errors: a dictionary that receives the error of each recording that cannot be used, by position;
+                its row is NaN. None: the first error is raised.
+            progress: True: progress is shown on standard error; a function: called with the number of
+                recordings embedded since its last call.
 
         Returns:
             (B, D) unit-norm embeddings in the order given, on the model's device. A clip's embedding depends
@@ -319,29 +320,36 @@ class CLSP(nn.Module):
 
         Raises:
             TypeError: one path or waveform instead of a list, or recordings and waveforms mixed.
-            ValueError: a waveform with NaN or infinity, an option that is none.
-            clsp_fast.audio.AudioError: a recording that cannot be read, is too short or, if asked, too long;
-                a waveform far outside [-1, 1], such as one on the scale of 16-bit integers.
+            ValueError: a waveform with NaN or infinity, or an option out of range.
+            clsp_fast.audio.AudioError: a recording that cannot be read, is too short or, with "error", too
+                long; a waveform far outside [-1, 1], such as one on the scale of 16-bit integers.
         """
         items = _as_list(audio, "audio")
         batching = Batching(
-            sample_rate=sample_rate,
             batch_seconds=batch_seconds,
             long_audio=long_audio,
             window_s=window_s,
             slack_seconds=slack_seconds,
         )
         with self._evaluating():
-            found = embed(self.encode_features, items, batching, errors=errors, progress=progress)
-        if found.shape[1] == 0:  # no recording was embedded
-            found = torch.full((len(items), self.config.joint_dim), torch.nan, device=self.device)
-        return found
+            embedded = embed_recordings(
+                self.encode_features,
+                items,
+                batching,
+                sample_rate=sample_rate,
+                errors=errors,
+                progress=progress,
+            )
+        if embedded.shape[1] == 0:  # no recording could be embedded
+            embedded = torch.full((len(items), self.config.joint_dim), torch.nan, device=self.device)
+        return embedded
 
     def encode_text(self, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Embed captions, without gradient and in evaluation mode.
 
         Args:
-            captions: B strings, none empty; what exceeds the text tower's positions is cut off.
+            captions: B strings, none empty; a caption with more tokens than the text tower has positions is
+                cut off.
             batch_size: captions that go through the model at once.
 
         Returns:
@@ -375,7 +383,7 @@ class CLSP(nn.Module):
         Args:
             audio: as in `encode_audio`, or (B, D) embeddings from it.
             labels: L words or phrases.
-            template: sentence with {} where the label goes.
+            template: a sentence with {} in place of the label.
 
         Returns:
             (B, L) probabilities; each row sums to 1.
@@ -409,23 +417,23 @@ class CLSP(nn.Module):
 
         Args:
             source: a folder, or the name of a repository on the Hugging Face hub (needs the extra `hub`).
-            device: where to put it; None: the CPU.
-            dtype: what to convert its parameters to; None: as saved.
+            device: device of the model; None: the CPU.
+            dtype: dtype of the parameters; None: as saved.
 
         Returns:
             The model in evaluation mode; its tokenizer is None if the folder has none.
 
         Raises:
-            FileNotFoundError: no such folder, or a file of it is missing.
+            FileNotFoundError: there is no such folder, or a file is missing in it.
             ValueError: a file that is damaged or does not fit the others.
         """
-        path = model_folder.resolve(source)
+        path = model_folder.local_folder(source)
         config, file = model_folder.read_config(path), path / "tokenizer.json"
         tokenizer = Tokenizer.from_file(file) if file.exists() else None
         with torch.device("meta"):
             model = cls(config, tokenizer)
-        # Loading looks at the property of that name, and for an exponential on the meta device torch would
-        # import its compiler.
+        # load_state_dict evaluates the property `logit_scale`. To compute an exponential on the meta device,
+        # torch would import its compiler.
         model._parameters["logit_scale"] = nn.Parameter(torch.zeros(()))
         model.load_state_dict(model_folder.read_weights(path, model.state_dict()), strict=True, assign=True)
         return model.to(device=device, dtype=dtype).eval()
@@ -433,14 +441,14 @@ class CLSP(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors, README.md and, if there is one, tokenizer.json.
 
-        Each file is replaced whole or not at all; other files in the folder stay.
+        Each file is replaced atomically; other files in the folder stay.
         """
-        model_folder.write(Path(path), self.config, self.state_dict(), self._tokenizer_json)
+        model_folder.write_model(Path(path), self.config, self.state_dict(), self._tokenizer_json)
 
     def fingerprint(self) -> str:
-        """SHA-256 of architecture, weights with their dtypes, and tokenizer.
+        """SHA-256 of the architecture, the weights with their dtypes, and the tokenizer.
 
-        Embeddings and results store it as the name of the model that made them.
+        Stored embeddings and results name the model that made them by it.
         """
         return model_folder.fingerprint(self.config, self.state_dict(), self._tokenizer_json)
 
@@ -450,11 +458,11 @@ class CLSP(nn.Module):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; afterwards every module has its own mode again."""
+        """Evaluation mode without gradients. Afterwards every module gets its previous mode back."""
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            # Not inference_mode: its tensors could not be inputs of a layer that someone trains on top.
+            # Not inference_mode: a layer that is trained on top could not take its tensors as inputs.
             with torch.no_grad():
                 yield
         finally:
@@ -462,10 +470,10 @@ class CLSP(nn.Module):
                 module.training = True
 
 
-def load(config: EncodeConfig, device: torch.device) -> CLSP:
-    """The model that a command is told to use, on its device and in its precision."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return CLSP.from_pretrained(config.model, device=device, dtype=dtype)
+def load_model(choice: ModelChoice, device: torch.device) -> CLSP:
+    """The model that a command was asked to use, on this device and in the precision chosen."""
+    dtype = torch.bfloat16 if choice.precision == "bf16" else torch.float32
+    return CLSP.from_pretrained(choice.model, device=device, dtype=dtype)
 
 
 def _unit_norm(x_BD: Tensor) -> Tensor:
@@ -473,7 +481,7 @@ def _unit_norm(x_BD: Tensor) -> Tensor:
 
 
 def _as_list(values: Any, name: str) -> list[Any]:
-    """`values` as a list; TypeError where someone gave the one thing itself."""
+    """`values` as a list; TypeError if it is a single item, which would be taken for a list of its parts."""
     single = isinstance(values, (str, bytes, os.PathLike))
     if single or hasattr(values, "shape") or hasattr(values, "read"):
         got = type(values).__name__

@@ -28,7 +28,7 @@ from clsp_fast.audio import AudioError
 from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import INCOMPLETE, Progress
-from clsp_fast.model import CLSP, load
+from clsp_fast.model import CLSP, load_model
 from clsp_fast.storage import embedding_folder, files, text_kinds, textfile
 from clsp_fast.storage.files import FolderInUse, lock_file
 from clsp_fast.storage.paths import from_text
@@ -109,7 +109,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         pairs = stack.enter_context(textfile.open_text(source, _EXPECTED))
         _check_kind(pairs, config.pairs)
         base = Path() if standard else Path(config.pairs).parent
-        model = load(config, ranks.device) if model is None else model
+        model = load_model(config, ranks.device) if model is None else model
         made_by = model.fingerprint()[:16]
         todo, before, failed = _lines(pairs.file, config.shard), 0, 0
         if config.scores == "-":

@@ -28,7 +28,7 @@ from clsp_fast import audio, console, features, similarity
 from clsp_fast.audio import AudioError
 from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
-from clsp_fast.model import CLSP, load
+from clsp_fast.model import CLSP, load_model
 from clsp_fast.storage import files
 from clsp_fast.storage.embedding_folder import Embeddings, parse_object
 from clsp_fast.storage.ranks import Ranks
@@ -114,7 +114,7 @@ def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
         require(exact or ranks.world == 1, "index", '"exact" with several processes', config.index)
         embeddings = Embeddings(config.folder)
         require(len(embeddings) > 0, "folder", "a folder with embeddings", config.folder)
-        model = load(config, ranks.device) if model is None else model
+        model = load_model(config, ranks.device) if model is None else model
         _check_made_by(embeddings, model, config.folder)
         queries_QD = _embed_queries(config, model)
         k = min(config.k, len(embeddings))

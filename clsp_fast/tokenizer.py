@@ -1,4 +1,4 @@
-"""Captions to token ids: byte-level BPE with RoBERTa's special tokens, over Hugging Face's `tokenizers`."""
+"""Captions -> token ids: byte-level BPE with RoBERTa's special tokens, with Hugging Face's `tokenizers`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from clsp_fast.storage import files, textfile
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
-
-_ENDS = ("<s>", "<pad>", "</s>")
+_REQUIRED_TOKENS = ("<s>", "<pad>", "</s>")
 _PROBE = "A calm voice"
-_MOST_BYTES = 2**28
-"""Largest file of a tokenizer that is read; those of 250,000 tokens have 2**24 bytes."""
+_MAX_BYTES = 2**28
+"""Largest file of a tokenizer that is read. A vocabulary of 250,000 tokens has 2**24 bytes."""
 
 
 class Tokenizer:
-    """Captions -> token ids between <s> and </s>; any text has a code, as bytes are the alphabet.
+    """Captions -> token ids between <s> and </s>. The alphabet is bytes, so any text can be encoded.
 
     Args:
-        engine: a tokenizer whose vocabulary has <s>, <pad> and </s>. One that adds nothing to a caption gets
-            RoBERTa's template; its padding, truncation and BPE dropout are switched off.
+        engine: a tokenizer whose vocabulary has <s>, <pad> and </s>. If it adds nothing to a caption, it gets
+            RoBERTa's template. Its padding, truncation and BPE dropout are switched off.
 
     Raises:
-        ValueError: it lacks one of the three tokens, or puts something else around a caption.
+        ValueError: it lacks one of the three tokens, or puts other tokens around a caption.
     """
 
     def __init__(self, engine: Engine) -> None:
         vocabulary = engine.get_vocab(with_added_tokens=True)
-        missing = [token for token in _ENDS if token not in vocabulary]
+        missing = [token for token in _REQUIRED_TOKENS if token not in vocabulary]
         if missing:
             raise ValueError(f"tokenizer must have the tokens <s>, <pad> and </s>, it lacks {missing}")
         engine.no_padding()
@@ -45,36 +44,37 @@ class Tokenizer:
         if getattr(engine.model, "dropout", None):
             engine.model.dropout = None
         self._engine = engine
-        self.bos_id, self.pad_id, self.eos_id = (vocabulary[token] for token in _ENDS)
-        self._frame_captions()
+        self.bos_id, self.pad_id, self.eos_id = (vocabulary[token] for token in _REQUIRED_TOKENS)
+        self._ensure_template()
 
-    def _frame_captions(self) -> None:
-        """Sees to it that every caption stands between <s> and </s>, which training and pooling count on."""
+    def _ensure_template(self) -> None:
+        """Makes sure that every caption stands between <s> and </s>: training and pooling rely on it."""
         bare = self._engine.encode(_PROBE, add_special_tokens=False).ids
         framed = self._engine.encode(_PROBE).ids
         if framed == bare:
-            self._engine.post_processor = _between_ends(self._engine, add_prefix_space=True)
+            self._engine.post_processor = _roberta_template(self._engine, add_prefix_space=True)
         elif framed != [self.bos_id, *bare, self.eos_id]:
             tokens = self._engine.encode(_PROBE).tokens
             expected = f"<s> ({self.bos_id}) and </s> ({self.eos_id})"
             raise ValueError(
                 f"tokenizer must put a caption between {expected}, it gives {tokens[:1]} ... {tokens[-1:]} "
-                f"(ids {framed[:1]} ... {framed[-1:]}); take RoBERTa's, or remove its post_processor"
+                f"(ids {framed[:1]} ... {framed[-1:]}); use RoBERTa's, or remove its post_processor"
             )
 
     def check_fits(self, config: TextConfig) -> None:
-        """Raises ValueError unless a text tower of this configuration can read these tokens: pad, start and
-        end have the same ids in both, and every id has a row of the embedding."""
-        for token, ours, field in (
+        """Raises ValueError unless the tokenizer fits a text tower of this configuration: <pad>, <s> and </s>
+        must have the same ids in both, and every id must have a row in the tower's embedding."""
+        for token, token_id, field in (
             ("<pad>", self.pad_id, "pad_token_id"),
             ("<s>", self.bos_id, "bos_token_id"),
             ("</s>", self.eos_id, "eos_token_id"),
         ):
-            theirs = getattr(config, field)
-            if ours != theirs:
+            expected = getattr(config, field)
+            if token_id != expected:
                 raise ValueError(
-                    f"the tokenizer's {token} is {ours}, and text.{field} is {theirs}: take the tokenizer "
-                    f"that the model was trained with, or for a new model set text.{field} to {ours}"
+                    f"the tokenizer's {token} is {token_id}, and text.{field} is {expected}: use the "
+                    f"tokenizer that the model was trained with, or for a new model set text.{field} to "
+                    f"{token_id}"
                 )
         if self.vocab_size > config.vocab_size:
             raise ValueError(
@@ -83,29 +83,29 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
+        """Number of tokens, special tokens included."""
         return max(self._engine.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, *, lowercase: bool = False) -> Tokenizer:
-        """Byte-level BPE from captions; the same captions give the same tokenizer.
+        """Byte-level BPE trained on captions. The same captions give the same tokenizer.
 
         Args:
             captions: the corpus.
-            vocab_size: most tokens to make, at least 261 (256 bytes and 5 special tokens); a small corpus
-                gives fewer.
-            lowercase: fold case before coding.
+            vocab_size: largest number of tokens, at least 261 (256 bytes and 5 special tokens); a small
+                corpus gives fewer.
+            lowercase: convert captions to lower case before encoding.
 
         Raises:
             ValueError: vocab_size below 261.
         """
-        least = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < least:
-            raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
+        fewest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < fewest:
+            raise ValueError(f"vocab_size must be at least {fewest}, got {vocab_size}")
         engine = Engine(models.BPE())
         if lowercase:
             engine.normalizer = normalizers.Lowercase()
-        # With the space before the first word too, a word has one code wherever it stands.
+        # A space is added before the first word, so that a word has the same tokens wherever it stands.
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         engine.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -115,7 +115,7 @@ class Tokenizer:
             show_progress=False,
         )
         engine.train_from_iterator(captions, trainer)
-        engine.post_processor = _between_ends(engine, add_prefix_space=True)
+        engine.post_processor = _roberta_template(engine, add_prefix_space=True)
         return cls(engine)
 
     @classmethod
@@ -124,23 +124,23 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: neither is there.
-            ValueError: a file that is no tokenizer, or one without RoBERTa's special tokens, or one that puts
-            others around a caption.
+            ValueError: a file is not a tokenizer, lacks RoBERTa's special tokens, or puts other tokens around
+            a caption.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         pair = (path / "vocab.json", path / "merges.txt")
         for part in (file, *pair):
             files.refuse_pointer(part)
-        whole = file.is_file()
-        if not whole and not all(part.is_file() for part in pair):
+        in_one_file = file.is_file()
+        if not in_one_file and not all(part.is_file() for part in pair):
             raise FileNotFoundError(f"{path}: no tokenizer.json, nor vocab.json and merges.txt")
         texts = [
-            textfile.read_text(part, "a file of a tokenizer", most_bytes=_MOST_BYTES)
-            for part in ((file,) if whole else pair)
+            textfile.read_text(part, "a file of a tokenizer", most_bytes=_MAX_BYTES)
+            for part in ((file,) if in_one_file else pair)
         ]
         try:
-            return cls(Engine.from_str(*texts) if whole else _roberta_engine(*texts))
+            return cls(Engine.from_str(*texts) if in_one_file else _roberta_engine(*texts))
         except UnicodeEncodeError as error:
             raise ValueError(f"{path} is no tokenizer: it is neither UTF-8 nor UTF-16") from error
         except ValueError as error:
@@ -161,15 +161,15 @@ class Tokenizer:
 
         Args:
             captions: B strings, none empty or blank.
-            max_length: most tokens a caption, <s> and </s> included, at least 3; longer captions lose their
-                end and keep </s>.
+            max_length: most tokens per caption, <s> and </s> included, at least 3; a longer caption is cut
+                off and still ends with </s>.
 
         Returns:
             (token_ids, attention_mask), both int64 of shape (B, L); the mask is 1 on tokens and 0 on padding.
 
         Raises:
-            TypeError: a single string in place of a list.
-            ValueError: a caption that is empty or holds half a surrogate pair, or max_length below 3.
+            TypeError: a single string instead of a list.
+            ValueError: a caption is empty or holds half a surrogate pair, or max_length is below 3.
         """
         if isinstance(captions, str):
             raise TypeError("captions must be a list of strings, got a single string; put it into a list")
@@ -193,10 +193,11 @@ class Tokenizer:
 
 
 def _roberta_engine(vocab: str, merges: str) -> Engine:
-    """The tokenizer of RoBERTa's original pair of files, vocab.json and merges.txt.
+    """A tokenizer from the content of RoBERTa's original two files.
 
     Args:
-        vocab: JSON object from tokens to ids. merges: a pair of tokens a line, and comments.
+        vocab: content of vocab.json, a JSON object from tokens to ids.
+        merges: content of merges.txt, two tokens per line.
     """
     ids, pairs = json.loads(vocab), list[tuple[str, str]]()
     if not isinstance(ids, dict):
@@ -209,16 +210,17 @@ def _roberta_engine(vocab: str, merges: str) -> Engine:
             pairs.append((left, right))
     engine = Engine(models.BPE(ids, pairs))
     known = engine.get_vocab()
-    missing = [token for token in _ENDS if token not in known]
-    if missing:  # added here they would get ids that no model knows
+    missing = [token for token in _REQUIRED_TOKENS if token not in known]
+    if missing:  # if they were added here, they would get ids that no model was trained with
         raise ValueError(f"vocab.json must have the tokens <s>, <pad> and </s>, it lacks {missing}")
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     engine.add_special_tokens([token for token in SPECIAL_TOKENS if token in known])
-    engine.post_processor = _between_ends(engine, add_prefix_space=False)
+    engine.post_processor = _roberta_template(engine, add_prefix_space=False)
     return engine
 
 
-def _between_ends(engine: Engine, *, add_prefix_space: bool) -> processors.RobertaProcessing:
+def _roberta_template(engine: Engine, *, add_prefix_space: bool) -> processors.RobertaProcessing:
+    """Puts <s> before and </s> after a caption."""
     ends = [(token, int(engine.token_to_id(token) or 0)) for token in ("</s>", "<s>")]
     return processors.RobertaProcessing(ends[0], ends[1], add_prefix_space=add_prefix_space)

@@ -33,7 +33,7 @@ ALLOWED = {
     "features": {"_C", "audio"},
     "parity": {"audio", "console", "features"},
     "lhotse": {"features"},
-    "batches": {"audio", "console", "contention", "features", "storage"},
+    "batches": {"audio", "config", "console", "contention", "features", "storage"},
     "contrastive": {"_C"},
     "loss": {"contrastive", "kernels"},
     "similarity": {"_C", "kernels"},

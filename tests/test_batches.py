@@ -1,7 +1,9 @@
-"""Embedding many recordings: no dependence on the batch, windows of long ones, errors by recording."""
+"""Embedding many recordings: independence of the batch, windows of long recordings, errors by recording."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from numerics import assert_as_exact, in_float64
 from torch import Tensor
 
 from clsp_fast import batches, features
-from clsp_fast.audio import AudioError, AudioErrorReason, Segment
-from clsp_fast.config import MODEL_PRESETS
+from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, Segment
+from clsp_fast.config import MODEL_PRESETS, Batching, DataConfig, EncodeConfig
 from clsp_fast.model import CLSP
 
 
@@ -66,20 +68,20 @@ def mean_of_windows(model: CLSP, parts: list[Tensor]) -> Tensor:
 
 def test_a_long_clip_is_the_weighted_mean_of_its_windows(tiny: CLSP, exact: CLSP) -> None:
     clip = noise(2.6)
-    found = tiny.encode_audio([clip, noise(0.5)], long_audio="window", window_s=1.0)[0]
+    embedded = tiny.encode_audio([clip, noise(0.5)], long_audio="window", window_s=1.0)[0]
     frames = features.extract(clip).values[0]
     parts = [frames[:100], frames[100:200], frames[200:260]]
     truth = mean_of_windows(exact, parts)
-    assert_as_exact(found, mean_of_windows(tiny, parts), truth)
-    assert float((tiny.encode_audio([clip])[0] - found).abs().max()) > 1e-3  # windows do something
+    assert_as_exact(embedded, mean_of_windows(tiny, parts), truth)
+    assert float((tiny.encode_audio([clip])[0] - embedded).abs().max()) > 1e-3  # windows make a difference
 
 
 def test_a_rest_too_short_for_a_window_joins_the_one_before(tiny: CLSP, exact: CLSP) -> None:
     clip = noise(2.05)
-    found = tiny.encode_audio([clip], long_audio="window", window_s=1.0)[0]
+    embedded = tiny.encode_audio([clip], long_audio="window", window_s=1.0)[0]
     frames = features.extract(clip).values[0]
     parts = [frames[:100], frames[100:]]
-    assert_as_exact(found, mean_of_windows(tiny, parts), mean_of_windows(exact, parts))
+    assert_as_exact(embedded, mean_of_windows(tiny, parts), mean_of_windows(exact, parts))
 
 
 def test_a_long_clip_can_be_refused(tiny: CLSP) -> None:
@@ -110,20 +112,20 @@ def test_errors_are_kept_by_recording(tiny: CLSP, exact: CLSP, tmp_path: Path) -
     names = ["short.wav", "a.wav", "missing.wav", "text.wav", "a.wav"]
     sources = [tmp_path / name for name in names[:4]] + [Segment(tmp_path / "a.wav", start_s=0.5)]
     errors: dict[int, AudioError] = {}
-    found = tiny.encode_audio(sources, errors=errors, long_audio="error", window_s=1.2)
+    embedded = tiny.encode_audio(sources, errors=errors, long_audio="error", window_s=1.2)
     reasons = {i: str(error.reason) for i, error in sorted(errors.items())}
     assert reasons == {0: "too_short", 1: "too_long", 2: "open", 3: "format"}
     for i, error in errors.items():
         assert error.path.endswith(names[i])
-    assert found[:4].isnan().all()
+    assert embedded[:4].isnan().all()
     alone, truth = (model.encode_audio([sources[4]])[0] for model in (tiny, exact))
-    assert_as_exact(found[4], alone, truth)
+    assert_as_exact(embedded[4], alone, truth)
     waves = [noise(1.0), noise(1.0)[:79], np.full(16000, np.nan, np.float32)]
     errors.clear()
-    found = tiny.encode_audio(waves, errors=errors)
+    embedded = tiny.encode_audio(waves, errors=errors)
     assert {i: str(error.reason) for i, error in errors.items()} == {1: "too_short", 2: "non_finite"}
     alone, truth = (model.encode_audio(waves[:1])[0] for model in (tiny, exact))
-    assert_as_exact(found[0], alone, truth)
+    assert_as_exact(embedded[0], alone, truth)
     assert tiny.encode_audio([tmp_path / "missing.wav"], errors={}).shape == (1, 128)
 
 
@@ -173,3 +175,11 @@ def test_waveforms_out_of_scale_are_refused_as_by_load(tiny: CLSP) -> None:
         with pytest.raises(AudioError) as caught:
             tiny.encode_audio([Segment(loud)])
         assert caught.value.reason.value == "amplitude"
+
+
+def test_each_setting_has_one_default() -> None:
+    defaults = dataclasses.asdict(Batching())
+    keywords = inspect.signature(CLSP.encode_audio).parameters
+    assert {name: keywords[name].default for name in defaults} == defaults
+    assert EncodeConfig().batching == defaults | {"long_audio": "window"}
+    assert DataConfig().slack_seconds == DEFAULT_LIMITS.slack_s == defaults["slack_seconds"]

@@ -17,6 +17,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from clsp_fast import batches, console, embed, score, search, train
+from clsp_fast.config import Batching
 from clsp_fast.console import Progress
 from clsp_fast.data import __main__ as data_command
 from clsp_fast.training import corpus
@@ -78,8 +79,8 @@ def test_encoding_shows_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> N
     import torch
 
     clips = [torch.zeros(3200 + 800 * i) for i in range(40)]
-    batches.embed(
-        lambda x, _: torch.ones(len(x), 4), clips, batches.Batching(batch_seconds=0.5), progress=True
+    batches.embed_recordings(
+        lambda x, _: torch.ones(len(x), 4), clips, Batching(batch_seconds=0.5), progress=True
     )
     text = capsys.readouterr().err
     assert "\r" not in text

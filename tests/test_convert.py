@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_listed(weights: dict[str, Tensor]) -> None:
         convert.from_reference(weights, CONFIG)
     for part in ("missing: encoder_embed.out.bias", "unknown: encoder.surplus", "shape of logit_scale"):
         assert part in str(error.value)
-    with pytest.raises(ValueError, match="tensors alone"):
+    with pytest.raises(ValueError, match="only tensors"):
         convert.from_reference({"a": 3}, CONFIG)
     with pytest.raises(ValueError, match="dictionary"):
         convert.from_reference({"model": 3}, CONFIG)
@@ -119,7 +119,7 @@ def test_command_converts_a_file_to_a_folder(
 ) -> None:
     checkpoint = tmp_path / f"epoch-1{suffix}"
     if suffix == ".pt":
-        others = {"epoch": 1, "exp_dir": Path("exp")}  # icefall stores its whole parameter set
+        others = {"epoch": 1, "exp_dir": Path("exp")}  # icefall saves all its options
         torch.save({"model": {f"module.{k}": v for k, v in weights.items()}, **others}, checkpoint)
     else:
         save_file(weights, checkpoint)
@@ -145,9 +145,9 @@ def folder_of(tmp_path: Path, layout: str, weights: dict[str, Tensor]) -> Path:
     names = sorted(weights)
     if layout == "shards":
         halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-        for file, own in halves.items():
-            save_file({name: weights[name] for name in own}, folder / file)
-        index = {name: file for file, own in halves.items() for name in own}
+        for file, half in halves.items():
+            save_file({name: weights[name] for name in half}, folder / file)
+        index = {name: file for file, half in halves.items() for name in half}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     elif layout == "wrapped":
         save_file({f"model.{name}": weights[name] for name in names}, folder / "model.safetensors")
@@ -159,7 +159,7 @@ def folder_of(tmp_path: Path, layout: str, weights: dict[str, Tensor]) -> Path:
 @pytest.mark.parametrize("layout", ["shards", "wrapped", "pickle", "file"])
 def test_command_converts_a_folder_as_it_is(weights: dict[str, Tensor], tmp_path: Path, layout: str) -> None:
     checkpoint = folder_of(tmp_path, layout, weights)
-    if layout == "file":  # a checkpoint that is named finds the same files beside it
+    if layout == "file":  # the files beside a checkpoint are used as well if the checkpoint itself is given
         checkpoint /= "epoch-3.pt"
     convert.main(["reference", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "m")])
     model = CLSP.from_pretrained(tmp_path / "m")
@@ -180,7 +180,7 @@ def test_averages_kept_beside_the_weights_and_of_several_files(
         state = CLSP.from_pretrained(tmp_path / "m").state_dict()
         for name, tensor in weights.items():
             assert state[name].dtype == torch.float32
-            rounding = 4 * torch.finfo(torch.float32).eps  # of what is added: the tensor and the shift
+            rounding = 4 * torch.finfo(torch.float32).eps  # of the two terms, the tensor and the shift
             torch.testing.assert_close(state[name], tensor + shift, atol=rounding, rtol=rounding)
     with pytest.raises(SystemExit, match="model_avg"):
         convert.main([*words, "--checkpoint", str(tmp_path / "b.pt"), "--averaged"])
@@ -207,7 +207,7 @@ def test_towers_start_from_checkpoints_of_their_own(
     state = CLSP.from_pretrained(tmp_path / "m").state_dict()
     for name, tensor in weights.items():
         of_tower = name.startswith(("encoder", "text_encoder.")) and ".pooler." not in name
-        # A head starts afresh; what starts at a constant is the same either way.
+        # The heads start from random values. A tensor that starts from a constant may be equal by chance.
         assert not of_tower or torch.equal(state[name], tensor), name
     assert not torch.equal(state["audio_projection.0.weight"], weights["audio_projection.0.weight"])
     convert.main([*words, "--text", str(tmp_path / "roberta")])
@@ -301,7 +301,7 @@ def test_parts_of_a_model_may_be_wrapped_alone(weights: dict[str, Tensor]) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "has none at all"),
+        ({}, "but it is empty"),
         ({"learning_rate": 1, "epochs": 3}, r"got only others \(epochs, learning_rate\)"),
         ({f"option_{i}": i for i in range(1000)}, r"of 1,000: option_0, .*, \.\.\.\)"),
         ({"format": "clsp_fast", "model": {"joint_dim": 3}}, r"got only others \(format, model\)"),

@@ -1,4 +1,4 @@
-"""ONNX files against the model itself, whatever the size of a batch; what cannot be exported."""
+"""ONNX files: the embeddings of the model for batches of any size, and errors of what cannot be exported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EVERY_LAYER = ModelConfig(
     ),
 )
 MISSING = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-# Exporting takes half a minute of a free CPU.
+# Exporting takes half a minute on a free CPU.
 pytestmark = pytest.mark.timeout(900)
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"the extra [onnx] is not installed: {MISSING}")
 
@@ -61,12 +61,12 @@ def run(folder: Path, name: str, **inputs: Tensor) -> Tensor:
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
-    return torch.from_numpy(found)
+    (embeddings,) = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+    return torch.from_numpy(embeddings)
 
 
 def batch(clips: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Log-mel of clips of unequal lengths; often none of them is as long as the tensor."""
+    """Log-mel of clips of different lengths. Often all of them are shorter than the tensor."""
     return 4 * torch.randn(clips, frames, 128) - 8, torch.randint(9, frames + 1, (clips,))
 
 
@@ -79,12 +79,12 @@ def test_embeddings_are_those_of_the_model(exported: tuple[CLSP, Path]) -> None:
         features, lengths = batch(clips, frames)
         with torch.no_grad():
             expected, truth = (m.encode_features(features, lengths) for m in (model, exact))
-        found = run(folder, "audio.onnx", features=features, lengths=lengths)
-        assert_as_exact(found, expected, truth)
+        embedded = run(folder, "audio.onnx", features=features, lengths=lengths)
+        assert_as_exact(embedded, expected, truth)
     for captions in (["a"], ["a calm voice"], ["calm", "a calm voice", "voice " * 20]):
         token_ids, mask = model.tokenizer.encode_batch(captions, model.config.text.max_tokens)  # type: ignore[union-attr]
-        found = run(folder, "text.onnx", token_ids=token_ids, attention_mask=mask)
-        assert_as_exact(found, model.encode_text(captions), exact.encode_text(captions))
+        embedded = run(folder, "text.onnx", token_ids=token_ids, attention_mask=mask)
+        assert_as_exact(embedded, model.encode_text(captions), exact.encode_text(captions))
 
 
 @needs_onnx
@@ -95,10 +95,10 @@ def test_a_row_does_not_depend_on_its_batch(exported: tuple[CLSP, Path]) -> None
     features, lengths = 4 * torch.randn(3, 90, 128) - 8, torch.tensor([90, 41, 10])
     together = run(folder, "audio.onnx", features=features, lengths=lengths)
     for row, length in enumerate(lengths.tolist()):
-        own = features[row : row + 1, :length]
-        alone = run(folder, "audio.onnx", features=own, lengths=lengths[row : row + 1])
+        clip = features[row : row + 1, :length]
+        alone = run(folder, "audio.onnx", features=clip, lengths=lengths[row : row + 1])
         with torch.no_grad():
-            truth = exact.encode_features(own, lengths[row : row + 1])
+            truth = exact.encode_features(clip, lengths[row : row + 1])
         assert_as_exact(together[row], alone[0], truth[0])
 
 
@@ -136,7 +136,7 @@ def test_the_files_say_what_they_are(exported: tuple[CLSP, Path]) -> None:
 def test_what_is_exported_computes_what_the_model_does(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """The code that takes the place of strides and slices while a graph is made, called directly."""
+    """Calls the code that replaces strides and slices in an export directly, without an exporter."""
     config = dataclasses.replace(EVERY_LAYER, **changes, encoder_dim=(16,))
     model = CLSP(config).double().eval()
     tower = export._AudioTower(model)
@@ -147,14 +147,14 @@ def test_what_is_exported_computes_what_the_model_does(
             expected = model.encode_features(features, lengths)
             with monkeypatch.context() as patch:
                 patch.setattr(torch.compiler, "is_exporting", lambda: True)
-                found = tower(features, lengths)
-            assert_agrees(found, expected, count=1e5)
+                embedded = tower(features, lengths)
+            assert_agrees(embedded, expected, count=1e5)
 
 
 @needs_onnx
 @pytest.mark.slow
 def test_a_model_that_differs_in_every_choice_is_exported(tmp_path: Path) -> None:
-    """The export itself holds the graphs against the model, with batches of several sizes."""
+    """The export itself compares the graphs with the model, for batches of several sizes."""
     config = dataclasses.replace(
         EVERY_LAYER,
         downsampling_factor=(3,),
@@ -165,8 +165,8 @@ def test_a_model_that_differs_in_every_choice_is_exported(tmp_path: Path) -> Non
         audio_pooling="statistics",
         heads="linear",
     )
-    found = export.export(CLSP(config).eval(), tmp_path)
-    assert set(found) == {"audio.onnx", "text.onnx"}
+    differences = export.export(CLSP(config).eval(), tmp_path)
+    assert set(differences) == {"audio.onnx", "text.onnx"}
 
 
 @needs_onnx
@@ -190,7 +190,7 @@ def test_any_error_of_the_exporter_is_one_line(
 
 
 def graph_of_means(path: Path, *, frames: int | None) -> None:
-    """Writes a graph whose embeddings are means over time; with `frames` it runs for that number alone."""
+    """Writes a graph whose embeddings are means over time. With `frames`, it runs for that number only."""
     from onnx import TensorProto, helper, save
 
     sizes = helper.make_tensor("sizes", TensorProto.INT64, [3], [-1, frames or -1, 128])
@@ -227,7 +227,7 @@ def test_a_graph_that_fails_leaves_no_file_and_one_line(
     frames: int | None,
     message: str,
 ) -> None:
-    monkeypatch.setattr(export, "_write", lambda tower, path, *_: graph_of_means(path, frames=frames))
+    monkeypatch.setattr(export, "_write_graph", lambda tower, path, *_: graph_of_means(path, frames=frames))
     out = tmp_path / "onnx"
     with pytest.raises(SystemExit, match=message) as stop:
         export.main([str(model_folder), "--out", str(out)])
@@ -240,7 +240,7 @@ def test_a_graph_that_fails_leaves_no_file_and_one_line(
 def test_no_file_appears_before_all_are_checked(
     tmp_path: Path, tiny: CLSP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files of an earlier export stay until then."""
+    """Until then, the files of an earlier export stay."""
     (tmp_path / "audio.onnx").write_text("earlier")
     seen = []
 
@@ -250,8 +250,8 @@ def test_no_file_appears_before_all_are_checked(
             raise ValueError("differs")
         return 0.0
 
-    monkeypatch.setattr(export, "_write", lambda tower, path, *_: path.write_text("new"))
-    monkeypatch.setattr(export, "_difference", check)
+    monkeypatch.setattr(export, "_write_graph", lambda tower, path, *_: path.write_text("new"))
+    monkeypatch.setattr(export, "_largest_difference", check)
     with pytest.raises(ValueError, match="differs"):
         export.export(tiny, tmp_path)
     assert seen == [{"audio.onnx": "earlier"}] * 2
@@ -275,7 +275,7 @@ def test_no_graph_stands_beside_the_weights_of_another(
         return result
 
     monkeypatch.setattr(Path, "replace", look)
-    export._place(new, out)
+    export._move_files(new, out)
     assert seen == [1, 1, 1]
     assert {path.read_text() for path in out.iterdir()} == {"new"}
 

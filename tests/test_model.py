@@ -36,9 +36,9 @@ def inputs(io: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(io[f"main.in.{name}"] for name in names)  # type: ignore[return-value]
 
 
-# The reference computes the angles of its position tables in float32, in its float64 run too. An angle takes
-# some 10 operations, and the table holds cosines of up to 24 times the angle. test_zipformer.py holds the
-# tower to its formulas in float64.
+# The reference computes the angles of its position tables in float32, also in its float64 run. An angle takes
+# about 10 operations, and the table holds cosines of up to 24 times the angle. test_zipformer.py compares the
+# tower with its formulas in float64.
 TABLE_ROUNDINGS = 10 * 24
 
 
@@ -49,14 +49,14 @@ def test_embeddings_match_the_recorded_ones(recorded: tuple[CLSP, dict[str, Tens
         output, truth = (m(*inputs(io), padding="batch") for m in (model, exact))
         alone, alone_truth = (m.encode_features(*inputs(io)[:2])[1] for m in (model, exact))
     assert isinstance(output, ClspOutput)
-    for found, true, name in (
+    for embedded, true, name in (
         (output.audio, truth.audio, "main.{}.audio_embedding"),
         (output.text, truth.text, "main.{}.text_embedding"),
         (alone[None], alone_truth[None], "single.{}.audio_embedding"),
     ):
         recorded64 = io[name.format("out64")]
         assert_agrees(true, recorded64, count=TABLE_ROUNDINGS, dtype=torch.float32, name=name)
-        assert_as_exact(found, io[name.format("out")], recorded64, name=name)
+        assert_as_exact(embedded, io[name.format("out")], recorded64, name=name)
     assert_agrees(output.logit_scale, io["main.out.logit_scale_exp"], count=8, dtype=torch.float32)
 
 
@@ -76,7 +76,7 @@ def test_parameter_gradients_match_the_recorded_ones_in_float64(
         assert parameter.grad is not None, name
         gradient = parameter.grad.flatten()
         size = float(truth[f"statistics.{name}"][0])
-        if name.endswith("key.bias"):  # a constant added to every score of a query changes nothing
+        if name.endswith("key.bias"):  # adds the same to all scores of a query, which changes nothing
             assert_agrees(gradient, 0 * gradient, count=1e3, size=whole_norm, name=name)
             continue
         wave_ = torch.cos(0.37 * torch.arange(len(gradient), dtype=torch.float64))
@@ -169,8 +169,8 @@ def test_encode_audio_keeps_the_order_whatever_the_batches(
     together, truth = tiny.encode_audio(clips), in_float64(tiny).encode_audio(clips)
     assert_agrees(together.norm(dim=1), torch.ones(5), count=FEW, dtype=torch.float32)
     for batch_seconds in (0.1, 2.5):
-        found = tiny.encode_audio(clips, batch_seconds=batch_seconds, progress=True)
-        assert_as_exact(found, together, truth, name=f"batches of {batch_seconds} s")
+        embedded = tiny.encode_audio(clips, batch_seconds=batch_seconds, progress=True)
+        assert_as_exact(embedded, together, truth, name=f"batches of {batch_seconds} s")
     assert "encoded 5 of 5 clips" in capsys.readouterr().err
     batch = features.extract([clips[3]])
     assert_as_exact(tiny.encode_features(batch.values, batch.lengths)[0], together[3], truth[3])
@@ -203,15 +203,15 @@ def test_both_precisions_embed_alike(tiny: CLSP, tmp_path: Path, precision: torc
     tiny.save_pretrained(tmp_path)
     model = CLSP.from_pretrained(tmp_path, dtype=precision)
     clips = [speech(s, seed=i) for i, s in enumerate((0.4, 1.0, 0.7))]
-    for own, exact in (
+    for embedded, exact in (
         (model.encode_audio(clips), tiny.encode_audio(clips)),
         (model.encode_text(CAPTIONS), tiny.encode_text(CAPTIONS)),
     ):
-        assert own.dtype == torch.float32
+        assert embedded.dtype == torch.float32
         if precision == torch.float32:
-            assert torch.equal(own, exact)
+            assert torch.equal(embedded, exact)
         else:  # 1 - cos is half the square of an error of some 10 roundings
-            assert float(F.cosine_similarity(own, exact).min()) > 0.999
+            assert float(F.cosine_similarity(embedded, exact).min()) > 0.999
     assert torch.equal(model.encode_audio(clips), model.encode_audio(clips))
 
 
@@ -335,7 +335,7 @@ def test_wrong_inputs_are_named(tiny: CLSP) -> None:
         with pytest.raises(ValueError, match=message):
             tiny.encode_features(*arguments)
     with pytest.raises(ValueError, match="padding must be"):
-        tiny.encode_features(x, lengths, padding="own")  # type: ignore[arg-type]
+        tiny.encode_features(x, lengths, padding="zeros")  # type: ignore[arg-type]
     for arguments, message in (
         ((ids.int(), ids), "token_ids must be int64"),
         ((ids, (ids != 1).float()), "attention_mask must be int64"),

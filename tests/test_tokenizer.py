@@ -64,7 +64,8 @@ def test_truncation_keeps_the_end_token(tokenizer: Tokenizer) -> None:
 def test_training_is_deterministic_and_keeps_to_the_size(tokenizer: Tokenizer) -> None:
     assert Tokenizer.train(CORPUS, 320).to_json() == tokenizer.to_json()
     assert tokenizer.vocab_size == 320
-    assert Tokenizer.train(["a"], 1000).vocab_size == 262  # the word with the space before it
+    # 256 bytes, 5 special tokens, and the word with the space before it.
+    assert Tokenizer.train(["a"], 1000).vocab_size == 262
 
 
 def test_lowercase_folds_case() -> None:
@@ -122,9 +123,9 @@ def test_the_pair_of_files_is_read_as_the_library_reads_it(tmp_path: Path) -> No
     vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
     vocab.write_text(json.dumps(trained["vocab"]))
     merges.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in trained["merges"]))
-    found = json.loads(Tokenizer.from_file(tmp_path).to_json())["model"]
+    parsed = json.loads(Tokenizer.from_file(tmp_path).to_json())["model"]
     expected = json.loads(Engine(models.BPE.from_file(str(vocab), str(merges))).to_str())["model"]
-    assert found == expected
+    assert parsed == expected
     for content, message in (
         ("a b c\n", "line 1"),
         ("#version: 0.2\na\n", "line 2"),
@@ -213,8 +214,8 @@ def test_captions_get_both_ends_whatever_a_file_says_of_them(
     if processor is not None:
         engine.post_processor = processor
     engine.save(str(tmp_path / "tokenizer.json"))
-    found = Tokenizer.from_file(tmp_path)
-    for made in (found, Tokenizer(Engine.from_str(found.to_json()))):
+    restored = Tokenizer.from_file(tmp_path)
+    for made in (restored, Tokenizer(Engine.from_str(restored.to_json()))):
         token_ids, mask = made.encode_batch([CORPUS[0]], 64)
         assert token_ids[0].tolist() == [0, *bare, 2]
         assert bool((mask == 1).all())
@@ -282,7 +283,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
 
 
 def renumbered(tokenizer: Tokenizer, swap: tuple[str, str]) -> Tokenizer:
-    """The same, but that two of its tokens have each other's id."""
+    """The same tokenizer with the ids of two tokens exchanged."""
     content = json.loads(tokenizer.to_json())
     vocabulary = content["model"]["vocab"]
     first, second = vocabulary[swap[0]], vocabulary[swap[1]]
@@ -294,7 +295,7 @@ def renumbered(tokenizer: Tokenizer, swap: tuple[str, str]) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("swap", "field", "ours", "theirs"),
+    ("swap", "field", "token_id", "expected"),
     [
         (("<pad>", "<mask>"), "pad_token_id", 4, 1),
         (("<s>", "<mask>"), "bos_token_id", 4, 0),
@@ -302,10 +303,10 @@ def renumbered(tokenizer: Tokenizer, swap: tuple[str, str]) -> Tokenizer:
     ],
 )
 def test_ids_are_those_of_the_configuration_wherever_a_tokenizer_comes_in(
-    tokenizer: Tokenizer, tmp_path: Path, swap: tuple[str, str], field: str, ours: int, theirs: int
+    tokenizer: Tokenizer, tmp_path: Path, swap: tuple[str, str], field: str, token_id: int, expected: int
 ) -> None:
     other = renumbered(tokenizer, swap)
-    message = f"the tokenizer's {swap[0]} is {ours}, and text.{field} is {theirs}"
+    message = f"the tokenizer's {swap[0]} is {token_id}, and text.{field} is {expected}"
     config = MODEL_PRESETS["tiny"]
     with pytest.raises(ValueError, match=message):
         CLSP(config, other)
@@ -343,8 +344,8 @@ def test_ids_are_those_of_the_configuration_wherever_a_tokenizer_comes_in(
         with pytest.raises(SystemExit, match=message):
             train.main([*words, *more])
     assert not (tmp_path / "run/tokenizer.json").exists()
-    # The configuration may say so instead.
-    text = dataclasses.replace(config.text, **{field: ours})
+    # With a configuration that has these ids, the tokenizer is accepted.
+    text = dataclasses.replace(config.text, **{field: token_id})
     CLSP(dataclasses.replace(config, text=text), other)
 
 

@@ -1,7 +1,7 @@
 """The speech tower from its formulas, in loops: the oracle for configurations without recorded data.
 
-Shares nothing with clsp_fast but the configuration and the parameters' names. It follows the reference's
-padded-batch semantics; for a batch of one clip without padding, both semantics are the same.
+It shares only the configuration and the parameters' names with clsp_fast. Padding has the semantics "batch",
+the reference's. For one clip without padding, "alone" is the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def norm(w: Weights, name: str, x: Tensor) -> Tensor:
     return x * w[f"{name}.log_scale"].exp() * mean**-0.5
 
 
-def embed(w: Weights, x: Tensor) -> Tensor:
+def front(w: Weights, x: Tensor) -> Tensor:
     def conv(name: str, image: Tensor, **how: object) -> Tensor:
         name = f"encoder_embed.{name}"
         return F.conv2d(image, w[f"{name}.weight"], w[f"{name}.bias"], **how)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def downsample(bias: Tensor, x: Tensor) -> Tensor:
 
 def frames(w: Weights, config: ModelConfig, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """The tower's output and its lengths; features (N, T, F) with T = max(lengths)."""
-    x = embed(w, features)
+    x = front(w, features)
     lengths = (lengths - 7) // 2
     pad = torch.arange(x.shape[1]) >= lengths[:, None]
     outputs = []

@@ -1,5 +1,5 @@
-"""A model's folder: config.json, model.safetensors, README.md and tokenizer.json, written whole or not at
-all."""
+"""A model's folder: config.json, model.safetensors, README.md and tokenizer.json. Each is written
+atomically."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ those of its training data: say here what it was trained and evaluated on, and u
 """
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """The folder itself, or a local copy of a Hugging Face hub repository of that name.
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder itself, or a local copy of the Hugging Face hub repository of that name.
 
     Raises:
-        FileNotFoundError: neither; the message says what to do.
+        FileNotFoundError: there is neither; the message says what to do.
     """
     path = Path(source)
     if path.is_dir():
@@ -67,12 +67,12 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     wanted = ["config.json", "model.safetensors", "tokenizer.json"]
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
-    except Exception as error:  # its errors have no common base: not found, gated, offline, HTTP
+    except Exception as error:  # the hub's errors have no common base: not found, gated, offline, HTTP
         raise FileNotFoundError(f"{source}: no such folder, and the hub answers: {error}") from error
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """ModelConfig of a folder; FileNotFoundError or ValueError names the file."""
+    """ModelConfig of a folder. A FileNotFoundError or ValueError names the file."""
     file = _existing(folder / "config.json")
     files.refuse_pointer(file)
     text = textfile.read_text(file, "a model's configuration")
@@ -105,7 +105,7 @@ def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError, which begins with `what`, unless the names and shapes are those of `expected`."""
+    """Raises ValueError, which begins with `what`, unless names and shapes are those of `expected`."""
     wrong = []
     for name in sorted(expected.keys() & tensors.keys()):
         want, got = expected[name], tensors[name]
@@ -120,8 +120,10 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         raise ValueError(f"{what}: {listed_groups(problems)}")
 
 
-def write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None) -> None:
-    """Write the folder; each file replaces its predecessor in one step, the weights last.
+def write_model(
+    folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None
+) -> None:
+    """Write the folder. Each file replaces the old one atomically; the weights come last.
 
     Args:
         tokenizer: content of tokenizer.json; None: the model has no tokenizer.
@@ -147,7 +149,7 @@ def write(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokeni
 
 
 def fingerprint(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None) -> str:
-    """SHA-256 of architecture, every tensor with its dtype, and the content of tokenizer.json, if any."""
+    """SHA-256 of the architecture, of every tensor with its dtype, and of tokenizer.json, if there is one."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -1,95 +1,83 @@
-"""The front of the speech tower, and what it shares with the rest: padding, activations, norm and pooling.
+"""Layers that several parts of the towers share: padding, dropout, activations, norms and pooling.
 
-The front takes log-mel at 100 Hz to channels at 50 Hz, (T - 7) // 2 frames from T.
-
-The activations and the norm keep for the backward pass only their input and at most two numbers a frame.
+For the backward pass, the activations and `BiasNorm` keep only their input and at most two numbers a frame.
 Semantics: Yao et al., arXiv 2310.11230, section 3; checked against the reference implementation in float64.
 
-Shape suffixes: N clips, T frames, F mel bins, C channels, 1 a broadcast dimension.
+Shape suffixes: N clips, T frames, C channels, 1 a broadcast dimension.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clsp_fast.config import ModelConfig
-
-Frames = TypeVar("Frames", int, Tensor)
-
-# Where the recipe's schedule of the ConvNeXt layer's skip rate ends.
-CONVNEXT_SKIP_RATE = 0.015
-# Mean and deviation of log-mel over speech, near enough to bring it to the scale that fresh weights expect.
-LOG_MEL_MEAN, LOG_MEL_DEVIATION = -8.0, 4.0
-
 
 class Ragged(NamedTuple):
-    """Which frames of a batch of unequal clips are padding; batches of equal clips have None in its place."""
+    """Which frames of a batch are padding. A batch of clips of equal length has None instead.
+
+    `alone` selects the semantics of padding; see `clsp_fast.towers.zipformer`.
+    """
 
     lengths_N: Tensor
     pad_NT: Tensor
     alone: bool
 
-    def every(self, factor: int) -> Ragged:
-        """The same clips at `factor` times fewer frames: a group is padding if its first frame is."""
-        lengths_N = frames_after(self.lengths_N, factor)
+    def downsampled(self, factor: int) -> Ragged:
+        """The same clips at `factor` times fewer frames. A group is padding if its first frame is."""
+        lengths_N = downsampled_lengths(self.lengths_N, factor)
         if torch.compiler.is_exporting():
             return make_ragged(lengths_N, frames_in_graph(lengths_N), alone=self.alone)
         return Ragged(lengths_N, self.pad_NT[:, ::factor], self.alone)
 
 
 def make_ragged(lengths_N: Tensor, frames: int, *, alone: bool) -> Ragged:
-    """Ragged for clips of `lengths_N` valid frames (int64) in a tensor of `frames` frames."""
+    """`Ragged` of clips with `lengths_N` valid frames (int64), padded to `frames` frames."""
     return Ragged(lengths_N, torch.arange(frames, device=lengths_N.device) >= lengths_N[:, None], alone)
 
 
 def frames_in_graph(lengths_N: Tensor) -> int:
-    """The longest of the lengths, 2 at least, as a size of an exported graph.
+    """The longest of the lengths, at least 2, as a size of an exported graph.
 
-    To the exporter it is a number of its own, without a formula. Sizes that follow from the number of input
-    frames by floor divisions must be compared with one another, and the exporter then takes what holds for
-    its example (an odd number of frames, say) for a rule. From 2 on no size is taken for one that broadcasts.
+    The exporter treats the result as a new unknown. If this size were instead computed from the number of
+    input frames by floor divisions, the exporter would have to compare it with other such sizes, and would
+    make a rule of what is true for its example only (such as an odd number of frames). The minimum of 2 tells
+    the exporter that this size never broadcasts.
     """
     frames = cast(int, lengths_N.max().clamp(min=2).item())
     torch._check(frames >= 2)  # type: ignore[no-untyped-call]
     return frames
 
 
-def frames_after(lengths_N: Tensor, factor: int) -> Tensor:
-    """ceil(lengths / factor), in whole numbers."""
+def downsampled_lengths(lengths_N: Tensor, factor: int) -> Tensor:
+    """ceil(lengths / factor), int64."""
     return torch.div(lengths_N + (factor - 1), factor, rounding_mode="floor")
 
 
-def frames_after_front(frames: Frames) -> Frames:
-    """Frames at 50 Hz that the front makes of `MIN_FRAMES` or more at 100 Hz."""
-    return (frames - 7) // 2
-
-
 def drop_channels(x_NTC: Tensor, rate: float, *, training: bool) -> Tensor:
-    """Dropout whose mask is one draw per clip and channel, constant in time."""
+    """Dropout with one random draw per clip and channel, the same for all frames."""
     if not training or rate == 0.0:
         return x_NTC
     keep = x_NTC.new_empty(len(x_NTC), 1, x_NTC.shape[2]).bernoulli_(1.0 - rate)
     return x_NTC * keep.div_(1.0 - rate)
 
 
-def call(layer: nn.Module, x: Tensor, *arguments: Tensor | None, again: bool) -> Tensor:
-    """layer(x, *arguments); `again`: what it keeps for the backward pass is x, and it is called a second time
-    there."""
-    if again and torch.is_grad_enabled():
+def checkpointed(layer: nn.Module, x: Tensor, *arguments: Tensor | None, recompute: bool) -> Tensor:
+    """layer(x, *arguments). With `recompute`, only the inputs are kept for the backward pass, which computes
+    the layer a second time."""
+    if recompute and torch.is_grad_enabled():
         return cast(Tensor, checkpoint(layer, x, *arguments, use_reentrant=False))
     return cast(Tensor, layer(x, *arguments))
 
 
 class _Swoosh(torch.autograd.Function):
-    """softplus(x - shift) - 0.08 x - offset; only x is kept for the backward pass, in its own dtype.
+    """softplus(x - shift) - 0.08 x - offset. Only x is kept for the backward pass, in its dtype.
 
-    x - shift in 16 bits would lose the digits that softplus keeps: it is computed in float32.
+    Inputs of 16 bits are computed in float32: x - shift in 16 bits would lose digits of the result.
     """
 
     @staticmethod
@@ -97,7 +85,7 @@ class _Swoosh(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.shift = shift
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Beyond a threshold torch returns z for softplus(z); 40 keeps that exact in float64.
+        # Above the threshold, torch returns z for softplus(z). At 40 this is exact even in float64.
         return F.softplus(wide - shift, threshold=40.0).add_(wide, alpha=-0.08).sub_(offset).to(x.dtype)
 
     @staticmethod
@@ -122,7 +110,10 @@ def swoosh_r(x: Tensor) -> Tensor:
 
 
 class _BiasNorm(torch.autograd.Function):
-    """y = x e^l / rms(x - b) with its gradient in closed form: x and two numbers a frame are kept."""
+    """y = x e^log_scale / rms(x - bias), with its gradient in closed form.
+
+    Kept for the backward pass: x, and two numbers per frame.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias_C: Tensor, log_scale: Tensor) -> Tensor:
@@ -143,7 +134,7 @@ class _BiasNorm(torch.autograd.Function):
 
 
 class BiasNorm(nn.Module):
-    """x e^log_scale / sqrt(mean_c (x - bias)^2) over the last dimension; there is no epsilon."""
+    """x e^log_scale / sqrt(mean_c (x - bias)^2) over the last dimension, without an epsilon."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,14 +146,15 @@ class BiasNorm(nn.Module):
 
 
 class RunningNorm(nn.Module):
-    """Shifts and scales each channel by the mean and deviation over earlier batches.
+    """Standardises each channel with the mean and deviation of earlier batches.
 
-    Unlike batch normalisation it makes no embedding depend on its batch, and gives what it gives at
-    inference. Without it, pooled vectors that share a large constant start as one narrow cone of embeddings,
-    which contrastive training needs hundreds of steps to leave.
+    Unlike batch normalisation, it computes the same in training and at inference, and no embedding depends on
+    the others of its batch. Without it, pooled vectors that share a large constant start as one narrow cone
+    of embeddings, and contrastive training needs hundreds of steps to spread them.
 
-    While training, `forward` notes the batch's moments in `seen` (2, C), or those of all its parts since
-    `seen` was None; `absorb` takes them up. With `notes` False it notes none.
+    In training, `forward` records the batch's moments in `batch_moments` (2, C): the mean and the mean
+    square. If a batch comes in several parts, they are averaged over the parts. `update_running` then takes
+    them into the running moments. While `record_moments` is False, nothing is recorded.
     """
 
     mean: Tensor
@@ -174,39 +166,45 @@ class RunningNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("power", torch.ones(channels))
         self.register_buffer("batches", torch.tensor(0.0))
-        self.seen: Tensor | None = None
-        self.rows, self.notes = 0, True
+        self.batch_moments: Tensor | None = None
+        self.recorded_rows, self.record_moments = 0, True
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        if self.training and self.notes:
-            wide = x_NC.detach().to(self.mean.dtype)
-            moments = torch.stack([wide.mean(0), wide.square().mean(0)])
-            self.rows = len(x_NC) if self.seen is None else self.rows + len(x_NC)
-            self.seen = moments if self.seen is None else self.seen.lerp(moments, len(x_NC) / self.rows)
-        # The floor keeps rounding out of channels that hardly vary.
+        if self.training and self.record_moments:
+            self._record(x_NC.detach().to(self.mean.dtype))
+        # The floor keeps rounding errors out of channels that hardly vary.
         variance = torch.maximum(self.power - self.mean.square(), 1e-4 * self.power + 1e-6)
         return (x_NC - self.mean) * variance.rsqrt()
 
+    def _record(self, x_NC: Tensor) -> None:
+        moments, rows = torch.stack([x_NC.mean(0), x_NC.square().mean(0)]), len(x_NC)
+        if self.batch_moments is None:
+            self.batch_moments, self.recorded_rows = moments, rows
+        else:
+            self.recorded_rows += rows
+            self.batch_moments = self.batch_moments.lerp(moments, rows / self.recorded_rows)
+
     @torch.no_grad()
-    def absorb(self) -> None:
-        """Takes the noted moments into the running ones: their average at first, the last 50 batches
-        later."""
-        if self.seen is not None:
+    def update_running(self) -> None:
+        """Takes the recorded moments into the running ones: the average of all batches at first, later of
+        about the last 50."""
+        if self.batch_moments is not None:
             self.batches += 1
             weight = (1 / self.batches).clamp(min=0.02)
-            self.mean.lerp_(self.seen[0], weight)
-            self.power.lerp_(self.seen[1], weight)
-            self.seen = None
+            self.mean.lerp_(self.batch_moments[0], weight)
+            self.power.lerp_(self.batch_moments[1], weight)
+            self.batch_moments = None
 
 
-def pool(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
-    """Mean (N, C) over each clip's own frames."""
+def pool_mean(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
+    """Mean (N, C) over the frames of each clip, without padding."""
     return _means(x_NTC, [(torch.zeros_like(lengths_N), lengths_N)])[:, 0]
 
 
 def pool_statistics(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
-    """(N, 4 C) of each clip's own frames: mean, deviation, mean absolute change from frame to frame, and
-    second half minus first half (the middle frame of an odd number belongs to both)."""
+    """Statistics (N, 4 C) over the frames of each clip, without padding: mean, deviation, mean absolute
+    change from frame to frame, and mean of the second half minus mean of the first. If the number of frames
+    is odd, the middle frame belongs to both halves."""
     start_N, time_T = torch.zeros_like(lengths_N), torch.arange(x_NTC.shape[1], device=x_NTC.device)
     pad_NT = time_T >= lengths_N[:, None]
     x = x_NTC.masked_fill(pad_NT[:, :, None], 0.0).to(torch.promote_types(x_NTC.dtype, torch.float32))
@@ -219,101 +217,11 @@ def pool_statistics(x_NTC: Tensor, lengths_N: Tensor) -> Tensor:
 
 
 def _means(x_NTC: Tensor, spans: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Means (N, len(spans), C) over frames start <= t < stop; 0 over an empty span."""
+    """Means (N, len(spans), C) over the frames start <= t < stop of each span; 0 for an empty span."""
     time_T = torch.arange(x_NTC.shape[1], device=x_NTC.device)
     inside = [(time_T >= start[:, None]) & (time_T < stop[:, None]) for start, stop in spans]
     count = torch.stack([stop - start for start, stop in spans], dim=1).clamp(min=1)
     weights = torch.stack(inside, dim=1).to(x_NTC.dtype) / count[:, :, None].to(x_NTC.dtype)
-    # The deviation is a difference of such means: 16 bits would leave nothing of it.
+    # The deviation is a small difference of two such means, which 16 bits would round away.
     with torch.autocast(x_NTC.device.type, enabled=False):
         return weights @ x_NTC
-
-
-def standardise(features: Tensor) -> Tensor:
-    """Log-mel at mean 0 and deviation 1 over speech; the level of a clip stays in it."""
-    return (features - LOG_MEL_MEAN) / LOG_MEL_DEVIATION
-
-
-def make_front(config: ModelConfig) -> nn.Module:
-    """The front that `config.embed_channels` describes: three convolutions over images, or one over time."""
-    return Conv2dSubsampling(config) if len(config.embed_channels) == 3 else Conv1dSubsampling(config)
-
-
-class ConvNeXt(nn.Module):
-    """x + pointwise2(SwooshL(pointwise1(depthwise 7x7(x)))) on images (N, C, T, F)."""
-
-    def __init__(self, channels: int, *, skip_rate: float) -> None:
-        super().__init__()
-        self.depthwise_conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.pointwise_conv1 = nn.Conv2d(channels, 3 * channels, 1)
-        self.pointwise_conv2 = nn.Conv2d(3 * channels, channels, 1)
-        self.skip_rate = skip_rate
-
-    def forward(self, x_NCTF: Tensor) -> Tensor:
-        branch = self.pointwise_conv2(swoosh_l(self.pointwise_conv1(self.depthwise_conv(x_NCTF))))
-        if self.training and self.skip_rate > 0:
-            branch = branch * (torch.rand(len(x_NCTF), 1, 1, 1, device=x_NCTF.device) >= self.skip_rate)
-        return cast(Tensor, branch.add_(x_NCTF))
-
-
-class Conv2dSubsampling(nn.Module):
-    """Log-mel (N, T, F) at 100 Hz -> (N, (T - 7) // 2, C) at 50 Hz; frame t reads input frames 2t .. 2t + 8.
-
-    The ConvNeXt layer reads three frames to either side of these, up to 2t + 14: the one place where a clip
-    can see beyond its own end.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        first, second, third = config.embed_channels
-        # Numbered as in the reference's Sequential, whose other entries have no parameters.
-        self.conv = nn.ModuleDict(
-            {
-                "0": nn.Conv2d(1, first, 3, padding=(0, 1)),
-                "4": nn.Conv2d(first, second, 3, stride=2),
-                "7": nn.Conv2d(second, third, 3, stride=(1, 2)),
-            }
-        )
-        self.convnext = ConvNeXt(third, skip_rate=CONVNEXT_SKIP_RATE if config.regularize else 0.0)
-        bands = ((config.feature_dim - 1) // 2 - 1) // 2
-        self.out = nn.Linear(third * bands, config.stacks[0].dim)
-        self.out_norm = BiasNorm(config.stacks[0].dim)
-        self.dropout = config.dropout
-
-    def forward(self, features_NTF: Tensor, ragged: Ragged | None) -> Tensor:
-        # Strides of a channels-last image: every convolution below is several times faster on them.
-        x = features_NTF[..., None].permute(0, 3, 1, 2)
-        for conv in self.conv.values():
-            x = swoosh_r(conv(x))
-        if ragged is not None and ragged.alone:
-            x = x.masked_fill(ragged.pad_NT[:, None, :, None], 0.0)
-        x = self.convnext(x).transpose(1, 2).flatten(2)
-        return drop_channels(self.out_norm(self.out(x)), self.dropout, training=self.training)
-
-
-class Conv1dSubsampling(nn.Module):
-    """One convolution over time with all mel bins as channels, SwooshR, linear, BiasNorm.
-
-    Reads the same frames as the convolutions of Conv2dSubsampling, at a small part of their cost: for models
-    that train in minutes on a CPU. Not in the reference.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(config.feature_dim, config.embed_channels[0], 9, stride=2)
-        self.out = nn.Linear(config.embed_channels[0], config.stacks[0].dim)
-        self.out_norm = BiasNorm(config.stacks[0].dim)
-        self.dropout = config.dropout
-
-    def forward(self, features_NTF: Tensor, ragged: Ragged | None) -> Tensor:
-        image = features_NTF.transpose(1, 2)[:, :, None]
-        x = F.conv2d(image, self.conv.weight[:, :, None], self.conv.bias, stride=(1, 2))
-        x = self.out_norm(self.out(swoosh_r(x[:, :, 0].transpose(1, 2))))
-        return drop_channels(x, self.dropout, training=self.training)
-
-    @torch.no_grad()
-    def fold_standardisation(self) -> None:
-        """Fold `standardise` into the convolution's weights."""
-        self.conv.weight.div_(LOG_MEL_DEVIATION)
-        bias = cast(Tensor, self.conv.bias)
-        bias.sub_(self.conv.weight.sum(dim=(1, 2)), alpha=LOG_MEL_MEAN)

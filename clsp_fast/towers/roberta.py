@@ -1,8 +1,8 @@
 """The text tower: RoBERTa (Liu et al., arXiv 1907.11692), with the parameter names of Hugging Face's
 RobertaModel.
 
-Post-LayerNorm transformer, exact GELU, learned positions that start after the padding id. Padding is masked,
-so a caption's result does not depend on its batch.
+A post-LayerNorm transformer with exact GELU and learned positions, which are counted from the padding id + 1.
+Padding is masked, so a caption's result does not depend on its batch.
 
 Shape suffixes: N captions, L tokens, C channels, H heads, D dimensions of a head, 1 a broadcast dimension.
 """
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsp_fast.config import TextConfig
-from clsp_fast.towers.layers import call
+from clsp_fast.towers.layers import checkpointed
 
-_LEAST_SAVED_TOKENS = 1024
-"""Padding that costs less than the launches of another call."""
+_MIN_SAVED_TOKENS = 1024
+"""Computing less padding than this costs less than the kernel launches of a second call."""
 
 
 def _table(rows: int, channels: int) -> nn.Embedding:
-    """An embedding; on the meta device without initial values, for which torch would import its compiler,
-    and that takes longer than reading a small model."""
+    """An embedding. On the meta device it has no initial values: to draw them, torch would import its
+    compiler, which takes longer than reading a small model."""
     weight = torch.empty(rows, channels)
     return nn.Embedding(rows, channels, _weight=weight if weight.is_meta else None)
 
@@ -50,7 +50,7 @@ class Embeddings(nn.Module):
 
 
 class Projections(nn.Module):
-    """Query, key and value of self-attention, and the attention itself."""
+    """Self-attention: the projections to queries, keys and values, and the weighted sum."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Projections(nn.Module):
 
 
 class Residual(nn.Module):
-    """LayerNorm(residual + dropout(dense(x))): the end of both halves of a layer."""
+    """LayerNorm(residual + dropout(dense(x))), which ends both halves of a layer."""
 
     def __init__(self, config: TextConfig, channels_in: int) -> None:
         super().__init__()
@@ -99,31 +99,31 @@ class RobertaLayer(nn.Module):
 
 
 def split_by_length(lengths_N: Tensor) -> list[Tensor]:
-    """Which captions to compute together, shortest first: all of them, or the shorter and the longer ones
-    apart where that leaves out enough padding to pay for a second call.
+    """Which captions to compute together: all of them, or first the shorter and then the longer ones, if that
+    saves enough padding to pay for a second call.
 
     Args:
         lengths_N: int64 (N,), tokens, on the CPU.
 
     Returns:
-        One or two lists of row numbers, int64.
+        One or two tensors of row numbers (int64), shortest caption first.
     """
     sorted_N, order_N = lengths_N.sort(stable=True)
     shorter_N = torch.arange(1, len(lengths_N) + 1)
-    # With a cut behind each caption, so many tokens with padding.
+    # Entry i: tokens with padding, if the i + 1 shortest captions are computed apart from the others.
     tokens_N = shorter_N * sorted_N + (len(lengths_N) - shorter_N) * sorted_N[-1]
     cut = int(tokens_N.argmin()) + 1
     saved = int(tokens_N[-1] - tokens_N[cut - 1])
-    if saved > max(_LEAST_SAVED_TOKENS, int(tokens_N[-1]) // 8):
+    if saved > max(_MIN_SAVED_TOKENS, int(tokens_N[-1]) // 8):
         return [order_N[:cut], order_N[cut:]]
     return [order_N]
 
 
 class Roberta(nn.Module):
-    """Token ids -> one vector a caption.
+    """Token ids -> one vector per caption.
 
-    With pooling "cls" as RobertaModel's pooler_output; with "mean" there is no pooler, and the mean over the
-    caption's tokens is returned.
+    With pooling "cls" it is RobertaModel's pooler_output; with "mean" there is no pooler, and it is the mean
+    over the caption's tokens.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -136,16 +136,15 @@ class Roberta(nn.Module):
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
 
     def hidden(self, token_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:
-        """Last hidden states (N, L, C); positions whose mask is 0 carry no meaning."""
+        """Last hidden states (N, L, C); those of padding are meaningless."""
         keys_N11L: Tensor | None = attention_mask_NL[:, None, None, :] != 0
-        # Attention without a mask is faster; looking costs nothing on the CPU and a synchronisation
-        # elsewhere.
-        looked_at = attention_mask_NL.device.type == "cpu" and not torch.compiler.is_exporting()
-        if looked_at and bool(attention_mask_NL.all()):
+        # Attention without a mask is faster. Reading the mask is free on the CPU, but synchronises a GPU.
+        readable = attention_mask_NL.device.type == "cpu" and not torch.compiler.is_exporting()
+        if readable and bool(attention_mask_NL.all()):
             keys_N11L = None
         x = self.embeddings(token_ids_NL)
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
-            x = call(layer, x, keys_N11L, again=self.recompute)
+            x = checkpointed(layer, x, keys_N11L, recompute=self.recompute)
         return cast(Tensor, x)
 
     def forward(self, token_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:
@@ -161,9 +160,9 @@ class Roberta(nn.Module):
 def initialise(tower: Roberta) -> None:
     """Initial values for training from scratch, in place.
 
-    Weights normal(0, 0.02) and biases 0 as in RoBERTa, but each residual branch ends in zeros, so that a
-    tower starts as its token embeddings: short runs learn words before they learn to mix them. A tower
-    without layers cannot use word order, so its positions start at zero.
+    Weights are normal(0, 0.02) and biases 0, as in RoBERTa, but the last matrix of each residual branch is
+    zero. The tower then starts as its token embeddings, and short runs learn words before they learn to
+    combine them. A tower without layers cannot use word order, so its positions start at zero.
     """
     for name, module in tower.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

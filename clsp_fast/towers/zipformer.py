@@ -1,15 +1,17 @@
-"""The speech tower: convolutional front and Zipformer encoder, batch-first.
+"""The encoder of the speech tower, a Zipformer, batch-first.
 
-Semantics and state_dict names are those of Zipformer2 in icefall (Yao et al., arXiv 2310.11230; CLSP recipe),
-in evaluation mode exactly. Balancer and Whiten, which only alter gradients in training, are not part of it.
+Semantics and state_dict names are those of Zipformer2 in icefall (Yao et al., arXiv 2310.11230; CLSP recipe).
+In evaluation mode both compute the same. Balancer and Whiten, which only change gradients in training, are
+left out.
 
-Padding. `Ragged` says which frames of a batch are beyond a clip's end. With `alone=True` every clip gets what
-the reference computes for it in a batch of one: the ConvNeXt layer of the front sees zeros beyond the end and
-every downsampling repeats the clip's own last frame. With `alone=False` it gets the reference's numbers for
-the padded batch, where these two layers see the padding. Everywhere else padding is masked.
+Padding. `Ragged` says which frames of a batch are beyond a clip's end. With `alone=True`, every clip gets
+what the reference computes for it in a batch of one: the ConvNeXt layer of the front sees zeros beyond the
+end, and every downsampling repeats the last frame of the clip. With `alone=False`, a clip gets the
+reference's numbers for the padded batch, where these two layers see the padding. Everywhere else, padding is
+masked.
 
-Shape suffixes: N clips, T frames, F mel bins, C channels, H heads, D dimensions of a head, R = 2T-1 relative
-offsets, K kernel taps or frames of a group, 1 a broadcast dimension.
+Shape suffixes: N clips, T frames, C channels, H heads, D dimensions of a head, R = 2T-1 relative offsets,
+K frames of a group, 1 a broadcast dimension.
 """
 
 from __future__ import annotations
@@ -24,24 +26,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from clsp_fast.config import ModelConfig, StackConfig
-from clsp_fast.towers.layers import (
-    BiasNorm,
-    Conv1dSubsampling,
-    Ragged,
-    call,
-    drop_channels,
-    swoosh_l,
-    swoosh_r,
-)
+from clsp_fast.towers.front import Conv1dSubsampling
+from clsp_fast.towers.layers import BiasNorm, Ragged, checkpointed, drop_channels, swoosh_l, swoosh_r
 
-# Where the recipe's schedules end; it trains with these from its first step.
+# The values at which the schedules of the reference end. The CLSP recipe trains with them from the start.
 FEATURE_MASK_RATE = 0.125
 POSITION_DROPOUT = 0.15
 LAYER_SKIP_RATE = 0.035
 
 
 def _encode_offsets(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Encodings (2 reach - 1, pos_dim) of offsets -(reach - 1) .. reach - 1."""
+    """Encodings (2 reach - 1, pos_dim) of the offsets -(reach - 1) .. reach - 1."""
     offset = torch.arange(-(reach - 1), reach, dtype=dtype, device=device)[:, None]
     root = math.sqrt(pos_dim)
     compressed = root * offset.sign() * ((offset.abs() + root).log() - math.log(root))
@@ -54,24 +49,24 @@ def _encode_offsets(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.
 
 @functools.lru_cache(maxsize=64)
 def _offset_table(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`_encode_offsets`, kept and shared: nobody writes to it."""
+    """`_encode_offsets`, cached and shared by all layers: it must not be written to."""
     with torch.inference_mode(False), torch.no_grad():
-        # In float32, as the reference does it, each machine's logarithm rounds its own way, and the highest
-        # frequencies turn that into 2e-6 of the table.
+        # Computed in float64. The reference uses float32, where the logarithm rounds differently on each
+        # machine; the highest frequencies amplify that to 2e-6 in the table.
         return _encode_offsets(pos_dim, reach, torch.float64, torch.device("cpu")).to(device, dtype)
 
 
 def position_encoding(pos_dim: int, frames: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Compact relative position encoding (2 frames - 1, pos_dim); row r is the offset key - query = r -
-    frames + 1."""
-    if torch.compiler.is_exporting():  # a table's size would fix the number of frames
+    """Relative position encoding (2 frames - 1, pos_dim). Row r encodes the offset key - query =
+    r - frames + 1."""
+    if torch.compiler.is_exporting():  # slicing a cached table would fix the number of frames
         return _encode_offsets(pos_dim, frames, dtype, device)
     reach = max(256, 1 << (frames - 1).bit_length())
     return _offset_table(pos_dim, reach, dtype, device)[reach - frames : reach + frames - 1]
 
 
 class AttentionWeights(nn.Module):
-    """softmax_j(q_i . k_j + p_i . W_pos pe(j - i)), (N, H, T, T): one for three modules of a layer."""
+    """softmax_j(q_i . k_j + p_i . W_pos pe(j - i)), (N, H, T, T). Three modules of a layer share them."""
 
     def __init__(self, stack: StackConfig, pos_dim: int) -> None:
         super().__init__()
@@ -90,15 +85,17 @@ class AttentionWeights(nn.Module):
         score_NHTT = score.view(clips, self.heads, frames, frames)
         if pad_NT is not None:
             score_NHTT = score_NHTT.masked_fill_(pad_NT[:, None, None, :], -math.inf)
-        # Without a dtype, autocast would make it float32 and cast it again for each of its three uses.
+        # Without a dtype, autocast would compute it in float32, and cast it for each of its three uses.
         return score_NHTT.softmax(dim=3, dtype=score_NHTT.dtype)
 
 
 def _by_key(by_offset_NHTR: Tensor) -> Tensor:
-    """(N H, T, T) view of scores by relative offset: row i holds offsets -(T-1) .. T-1, key j is column
-    T-1-i+j."""
+    """Scores by relative offset as scores by key: a view (N H, T, T).
+
+    Row i of the input holds the offsets -(T-1) .. T-1, so key j is in its column T-1-i+j.
+    """
     clips, heads, frames, offsets = by_offset_NHTR.shape
-    if torch.compiler.is_exporting():  # strides are nothing that ONNX knows
+    if torch.compiler.is_exporting():  # ONNX has no strided views
         time_T = torch.arange(frames, device=by_offset_NHTR.device)
         column_TT = (frames - 1) - time_T[:, None] + time_T
         return by_offset_NHTR.flatten(0, 1).gather(2, column_TT.expand(clips * heads, frames, frames))
@@ -107,7 +104,7 @@ def _by_key(by_offset_NHTR: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Weighted sum of projected values, head by head."""
+    """Projection of the weighted sum of values, with one set of weights per head."""
 
     def __init__(self, stack: StackConfig) -> None:
         super().__init__()
@@ -122,7 +119,10 @@ class SelfAttention(nn.Module):
 
 
 class NonlinAttention(nn.Module):
-    """out_proj((A_0 (a * tanh s)) * y) with s, a, y projected from the input: attention between two gates."""
+    """out_proj((A_0 (a * tanh s)) * y): attention of the first head between two gates.
+
+    s, a and y are projections of the input.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -163,7 +163,8 @@ class ConvModule(nn.Module):
         if pad_NT is not None:
             x = x.masked_fill(pad_NT[:, :, None], 0.0)
         conv = self.depthwise_conv
-        # (N, T, C) read as a channels-last image of height 1: no transposed copies, and a much faster kernel.
+        # (N, T, C) is the memory layout of a channels-last image of height 1. As such it needs no transposed
+        # copy, and the kernel is much faster.
         image = F.conv2d(
             x.transpose(1, 2)[:, :, None],
             conv.weight[:, :, None],
@@ -175,7 +176,10 @@ class ConvModule(nn.Module):
 
 
 class Bypass(nn.Module):
-    """original + (x - original) * bypass_scale, by channel; in training some clips may take the original."""
+    """original + (x - original) * bypass_scale, with one scale per channel.
+
+    In training, a share `skip_rate` of the clips gets `original` alone.
+    """
 
     def __init__(self, channels: int, *, skip_rate: float = 0.0) -> None:
         super().__init__()
@@ -186,19 +190,19 @@ class Bypass(nn.Module):
         scale: Tensor = self.bypass_scale
         if self.training and self.skip_rate > 0:
             scale = scale * (torch.rand(len(x_NTC), 1, 1, device=scale.device) >= self.skip_rate)
-        dtype = original_NTC.dtype  # autocast may have given the two different ones
+        dtype = original_NTC.dtype  # under autocast, x may have another
         return original_NTC.lerp(x_NTC.to(dtype), scale.to(dtype))
 
 
 class ZipformerLayer(nn.Module):
-    """One layer; the attention weights come from its input and serve three modules."""
+    """One layer. Three modules share the attention weights, which are computed from the layer's input."""
 
     bypass_scale: Tensor
 
     def __init__(self, config: ModelConfig, stack: StackConfig) -> None:
         super().__init__()
         channels, hidden = stack.dim, stack.feedforward_dim
-        # The reference carries this tensor in its checkpoints and never uses it.
+        # The reference's checkpoints contain this tensor, but no forward pass uses it.
         self.register_buffer("bypass_scale", torch.full((channels,), 0.5))
         self.self_attn_weights = AttentionWeights(stack, config.pos_dim)
         self.feed_forward1 = FeedForward(channels, 3 * hidden // 4, dropout=config.dropout)
@@ -217,7 +221,7 @@ class ZipformerLayer(nn.Module):
     def forward(self, x_NTC: Tensor, encoding_RD: Tensor, pad_NT: Tensor | None) -> Tensor:
         original = x = x_NTC
         weights = self.self_attn_weights(x, encoding_RD, pad_NT)
-        # Each module's result is fresh memory that no backward formula reads: the residual is added in place.
+        # The residual is added in place: each result is new memory that no backward pass reads.
         x = self.feed_forward1(x).add_(x)
         x = self.nonlin_attention(x, weights[:, 0]).add_(x)
         x = self.self_attn1(x, weights).add_(x)
@@ -245,23 +249,26 @@ class ZipformerStack(nn.Module):
         encoding_RD = position_encoding(self.pos_dim, x.shape[1], dtype=x.dtype, device=x.device)
         encoding_RD = F.dropout(encoding_RD, self.position_dropout, self.training)
         for layer in self.layers:
-            x = call(layer, x, encoding_RD, None if ragged is None else ragged.pad_NT, again=self.recompute)
+            x = checkpointed(
+                layer, x, encoding_RD, None if ragged is None else ragged.pad_NT, recompute=self.recompute
+            )
             x = x if mask_N1C is None else x * mask_N1C
         return x
 
 
 class Downsample(nn.Module):
-    """Weighted mean of every `factor` frames, softmax(bias) weights; a frame repeated fills the end."""
+    """Mean of each group of `factor` frames, weighted with softmax(bias). The last frame is repeated to fill
+    the last group."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x_NTC: Tensor, ragged: Ragged | None) -> tuple[Tensor, Ragged | None]:
-        """The slower frames, and which of them are padding."""
+        """The groups' means, and which of them are padding."""
         clips, frames, channels = x_NTC.shape
         factor = len(self.bias)
-        slow = None if ragged is None else ragged.every(factor)
+        slow = None if ragged is None else ragged.downsampled(factor)
         x = x_NTC
         if ragged is not None and ragged.alone:
             index = (ragged.lengths_N - 1)[:, None, None].expand(clips, 1, channels)
@@ -277,7 +284,7 @@ class Downsample(nn.Module):
 
 
 class DownsampledStack(nn.Module):
-    """A stack that runs at `downsampling` times fewer frames, added to its input by `out_combiner`."""
+    """A stack at a lower frame rate, whose output is combined with its input by `out_combiner`."""
 
     def __init__(self, config: ModelConfig, stack: StackConfig) -> None:
         super().__init__()
@@ -289,7 +296,7 @@ class DownsampledStack(nn.Module):
     def forward(self, x_NTC: Tensor, ragged: Ragged | None, mask_N1C: Tensor | None) -> Tensor:
         slow = self.encoder(*self.downsample(x_NTC, ragged), mask_N1C)
         if torch.compiler.is_exporting():
-            # By index: the end of a slice would be compared with the number of frames.
+            # By index: for a slice, the exporter would compare its end with the number of frames.
             group_T = torch.arange(x_NTC.shape[1], device=slow.device) // self.factor
             fast = slow.index_select(1, group_T)
         else:
@@ -298,7 +305,7 @@ class DownsampledStack(nn.Module):
 
 
 class Zipformer(nn.Module):
-    """The encoder: stacks at several frame rates, their outputs combined to the widest."""
+    """Stacks at several frame rates. The output is as wide as the widest of them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -325,7 +332,11 @@ class Zipformer(nn.Module):
         return self.downsample_output(x, ragged)[0] if hasattr(self, "downsample_output") else x
 
     def _feature_masks(self, x_NTC: Tensor) -> list[Tensor | None]:
-        """One mask (N, 1, C) of zeros and ones a stack, from two draws a clip; None when not training."""
+        """For each stack a mask (N, 1, C) of zeros and ones, or None outside training.
+
+        Each clip has two random draws: the first keeps or drops all maskable channels, the second only the
+        upper half of them.
+        """
         if not self.training or not self.regularize:
             return [None] * len(self.stacks)
         keep_N12 = torch.rand(len(x_NTC), 1, 2, device=x_NTC.device) >= FEATURE_MASK_RATE
@@ -341,7 +352,7 @@ class Zipformer(nn.Module):
 
 
 def _with_channels(x_NTC: Tensor, channels: int) -> Tensor:
-    """The first `channels` channels, zeros appended where there are fewer."""
+    """The first `channels` channels; if there are fewer, zeros are appended."""
     missing = channels - x_NTC.shape[2]
     return x_NTC[..., :channels].contiguous() if missing <= 0 else F.pad(x_NTC, (0, missing))
 
@@ -365,10 +376,10 @@ _INITIAL_SCALE = {
 def initialise(*towers: nn.Module) -> None:
     """Initial values for training from scratch, in place, as in the reference.
 
-    Linear layers and convolutions start from torch's default; those that end a residual branch are scaled
-    down to 0.01 .. 0.1 of it, so that a layer starts near the identity, and the query projection by
-    query_dim^-1/4. Norms start with log_scale 1 and a bias near 0, bypass scales at 0.5, downsampling weights
-    equal.
+    Linear layers and convolutions start from torch's default. Those that end a residual branch are scaled
+    down to 0.01 .. 0.1 of it, so that a layer starts near the identity; the projection to queries and keys is
+    scaled by query_dim^-1/4. Norms start with log_scale 1 and a bias near 0, bypass scales with 0.5, and the
+    frames of a downsampling with equal weights.
     """
     modules = [pair for tower in towers for pair in tower.named_modules()]
     for name, module in modules:

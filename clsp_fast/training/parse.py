@@ -77,7 +77,7 @@ def _init_flag(words: list[str]) -> str | None:
 def _with_saved_model(config: TrainConfig, init: str | Path) -> TrainConfig:
     """The configuration with the model section of the saved model `init`."""
     try:
-        return dataclasses.replace(config, model=model_folder.read_config(model_folder.resolve(init)))
+        return dataclasses.replace(config, model=model_folder.read_config(model_folder.local_folder(init)))
     except (OSError, ValueError) as error:
         sys.exit(f"clsp_fast.train: --init: {error}")
 

@@ -30,7 +30,7 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
     model.train()
     model.recompute_layers(config.recompute_layers)
     for norm in model.running_norms:
-        norm.seen = None
+        norm.batch_moments = None
     bf16 = config.precision == "bf16"
     with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
         output = embed_batch(model, batch, config.micro_seconds)
@@ -104,18 +104,18 @@ def _embed(
 
 def _contexts(model: CLSP) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for the forward pass and for its recomputation: only the first records the batch's moments."""
-    return nullcontext(), _unnoticed(model.running_norms)
+    return nullcontext(), _without_recording(model.running_norms)
 
 
 @contextmanager
-def _unnoticed(norms: list[RunningNorm]) -> Iterator[None]:
+def _without_recording(norms: list[RunningNorm]) -> Iterator[None]:
     for norm in norms:
-        norm.notes = False
+        norm.record_moments = False
     try:
         yield
     finally:
         for norm in norms:
-            norm.notes = True
+            norm.record_moments = True
 
 
 def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
@@ -137,6 +137,6 @@ def update_running_statistics(model: CLSP, ranks: Ranks) -> None:
     """Averages the batch's moments over the ranks and takes them into the running moments, so that these stay
     the same on all ranks."""
     norms = model.running_norms
-    ranks.average([norm.seen for norm in norms if norm.seen is not None])
+    ranks.average([norm.batch_moments for norm in norms if norm.batch_moments is not None])
     for norm in norms:
-        norm.absorb()
+        norm.update_running()

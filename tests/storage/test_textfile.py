@@ -276,7 +276,7 @@ def test_every_command_names_and_refuses_what_is_no_list(
     kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (embed, score, evaluate):
-        monkeypatch.setattr(module, "load", no_model)
+        monkeypatch.setattr(module, "load_model", no_model)
     make, message = NO_LISTS[kind]
     file, out = tmp_path / name, tmp_path / "out"
     zeroshot = evaluate.ZeroshotConfig(source=file, task=("ravdess-emotion",))

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from clsp_fast.towers.layers import (
     BiasNorm,
+    downsampled_lengths,
     drop_channels,
-    frames_after,
     make_ragged,
-    pool,
+    pool_mean,
     pool_statistics,
     swoosh_l,
     swoosh_r,
@@ -36,9 +36,9 @@ def test_swoosh_and_its_gradient_match_the_recorded_ones(
         output = F.linear(function(inputs[0]), inputs[1], inputs[2])
         return [output, *torch.autograd.grad(output, inputs, unit["grad_out"].to(dtype))]
 
-    for dtype in (torch.float32, torch.float64):  # a swoosh of some 5 operations, and sums of a few terms
-        for key, found in zip(keys, layer(dtype), strict=True):
-            assert_agrees(found, unit[key], count=2 * FEW, dtype=dtype, name=key)
+    for dtype in (torch.float32, torch.float64):  # a swoosh of about 5 operations, and sums of a few terms
+        for key, value in zip(keys, layer(dtype), strict=True):
+            assert_agrees(value, unit[key], count=2 * FEW, dtype=dtype, name=key)
 
 
 @pytest.mark.parametrize(("function", "shift"), [(swoosh_l, 4.0), (swoosh_r, 1.0)])
@@ -48,7 +48,7 @@ def test_swoosh_is_exact_far_from_zero_and_at_16_bits(
     x = torch.tensor([-800.0, -30.0, -1.0, 0.0, 3.99, 19.0, 24.0, 41.0, 900.0], dtype=torch.float64)
     exact = torch.logaddexp(torch.zeros_like(x), x - shift) - 0.08 * x
     offset = exact[3] - function(x)[3]
-    # A few roundings of each element, and of the terms of a small one, which are as large as the shift.
+    # A few roundings of each element, or of its terms, which may be larger: up to the shift.
     rounding = FEW * eps(torch.float64)
     torch.testing.assert_close(function(x), exact - offset, atol=4 * rounding, rtol=rounding)
     half = function(x.bfloat16())
@@ -58,7 +58,7 @@ def test_swoosh_is_exact_far_from_zero_and_at_16_bits(
 
 
 @pytest.mark.parametrize("function", [swoosh_l, swoosh_r])
-def test_swoosh_keeps_its_input_as_it_is(function: Callable[[Tensor], Tensor]) -> None:
+def test_swoosh_keeps_only_its_input_and_its_dtype(function: Callable[[Tensor], Tensor]) -> None:
     x, kept = torch.randn(9).bfloat16().requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = function(x)
@@ -72,7 +72,7 @@ def test_biasnorm_and_its_gradients_match_the_recorded_ones(golden: Golden) -> N
     norm.load_state_dict({"bias": unit["bias"], "log_scale": unit["log_scale"]})
     x = unit["x"].clone().requires_grad_()
     y = norm(x)
-    assert_agrees(y, unit["y"], count=100)  # a mean of 10, a root, a product
+    assert_agrees(y, unit["y"], count=100)  # a mean of 10 values, a root, a product
     y.backward(unit["grad_out"])
     for got, key in (
         (x.grad, "grad_x"),
@@ -83,18 +83,18 @@ def test_biasnorm_and_its_gradients_match_the_recorded_ones(golden: Golden) -> N
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 7], [7, 7]], ids=str)
-def test_pooling_equals_a_loop_over_each_clips_own_frames(lengths: list[int]) -> None:
+def test_pooling_equals_a_loop_over_each_clips_frames(lengths: list[int]) -> None:
     x = torch.randn(len(lengths), max(lengths), 5, dtype=torch.float64)
     lens = torch.tensor(lengths)
     pooled = pool_statistics(x, lens)
     for row, length in enumerate(lengths):
-        own = x[row, :length]
-        change = (own[1:] - own[:-1]).abs().mean(0) if length > 1 else torch.zeros(5, dtype=torch.float64)
-        halves = own[length // 2 :].mean(0) - own[: (length + 1) // 2].mean(0)
-        deviation = (own.var(0, unbiased=False) + 1e-5).sqrt()
-        expected = torch.cat([own.mean(0), deviation, change, halves])
+        clip = x[row, :length]
+        change = (clip[1:] - clip[:-1]).abs().mean(0) if length > 1 else torch.zeros(5, dtype=torch.float64)
+        halves = clip[length // 2 :].mean(0) - clip[: (length + 1) // 2].mean(0)
+        deviation = (clip.var(0, unbiased=False) + 1e-5).sqrt()
+        expected = torch.cat([clip.mean(0), deviation, change, halves])
         assert_agrees(pooled[row], expected, count=100)
-    assert_agrees(pool(x, lens), pooled[:, :5], count=FEW)
+    assert_agrees(pool_mean(x, lens), pooled[:, :5], count=FEW)
 
 
 def test_statistics_of_a_single_frame_have_finite_gradients() -> None:
@@ -113,10 +113,10 @@ def test_statistics_keep_their_digits_under_autocast() -> None:
 
 
 def test_ragged_marks_a_group_as_padding_by_its_first_frame() -> None:
-    ragged = make_ragged(torch.tensor([7, 1, 6]), 7, alone=True).every(3)
+    ragged = make_ragged(torch.tensor([7, 1, 6]), 7, alone=True).downsampled(3)
     assert ragged.lengths_N.tolist() == [3, 1, 2]
     assert ragged.pad_NT.tolist() == [[False] * 3, [False, True, True], [False, False, True]]
-    assert frames_after(torch.tensor([8, 9, 1]), 8).tolist() == [1, 2, 1]
+    assert downsampled_lengths(torch.tensor([8, 9, 1]), 8).tolist() == [1, 2, 1]
 
 
 def test_channel_dropout_is_constant_in_time_and_keeps_the_mean() -> None:

@@ -1,4 +1,4 @@
-"""The text tower against recorded outputs of the reference, transformers, and its own formulas."""
+"""The text tower against recorded outputs of the reference, transformers, and its formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = TextConfig(
     max_position_embeddings=20,
 )
 
-# In float64: three layers of some 20 operations, through random weights, which multiply an error on its way.
+# In float64: three layers of about 20 operations. Their random weights amplify errors.
 CHAIN = 1e4
 
 
@@ -55,7 +55,7 @@ def test_pooler_output_matches_the_recorded_one(golden: Golden) -> None:
     with torch.no_grad():
         given = io["main.in.input_ids"], io["main.in.attention_mask"]
         pooled, truth = tower(*given), in_float64(tower)(*given)
-    # Some 50 operations in a chain. The recording is in float32.
+    # About 50 operations in a chain. The recording is in float32.
     assert_agrees(truth, io["main.out.text_pooler"], count=50, dtype=torch.float32)
     assert_as_exact(pooled, io["main.out.text_pooler"], truth)
 
@@ -69,15 +69,17 @@ def test_equals_transformers_in_float64() -> None:
     config = RobertaConfig(
         **values, max_position_embeddings=TEXT.max_position_embeddings, type_vocab_size=1, layer_norm_eps=1e-5
     )
-    theirs = RobertaModel(config).double().eval()
-    ours = Roberta(TEXT).double().eval()
-    weights = {k: v for k, v in theirs.state_dict().items() if not k.endswith(("position_ids", "type_ids"))}
-    ours.load_state_dict(weights, strict=True)
+    reference = RobertaModel(config).double().eval()
+    tower = Roberta(TEXT).double().eval()
+    weights = {
+        k: v for k, v in reference.state_dict().items() if not k.endswith(("position_ids", "type_ids"))
+    }
+    tower.load_state_dict(weights, strict=True)
     token_ids, mask = captions([18, 3, 7])
     with torch.no_grad():
-        expected = theirs(token_ids, mask)
-        hidden = ours.hidden(token_ids, mask)
-        pooled = ours(token_ids, mask)
+        expected = reference(token_ids, mask)
+        hidden = tower.hidden(token_ids, mask)
+        pooled = tower(token_ids, mask)
     assert_agrees(pooled, expected.pooler_output, count=CHAIN)
     keep = mask.bool()
     assert_agrees(hidden[keep], expected.last_hidden_state[keep], count=CHAIN)
@@ -111,7 +113,7 @@ def test_fresh_tower_starts_as_its_embeddings_and_learns_from_the_first_step() -
     roberta.initialise(tower)
     token_ids, mask = captions([6, 6])
     embedded = tower.embeddings(token_ids)
-    # A LayerNorm of normalised values changes them by its epsilon alone.
+    # LayerNorm changes normalised values only by its epsilon.
     expected = embedded
     for _ in range(2 * config.num_hidden_layers):
         expected = torch.nn.functional.layer_norm(expected, (24,), eps=config.layer_norm_eps)

@@ -24,10 +24,10 @@ from clsp_fast.towers.zipformer import position_encoding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
-# In float64: some 100 operations in a chain, through random weights, softmaxes and norms, which multiply an
-# error by up to 1e4 on its way. A wrong formula errs by more than 1e-3, which is 1e13 roundings.
+# In float64: about 100 operations in a chain, whose random weights, softmaxes and norms amplify an error by
+# up to 1e4. A wrong formula causes errors of more than 1e-3, which is 1e13 roundings.
 CHAIN = 1e6
-# In float32, with trained weights: some 100 operations in a chain.
+# In float32, with trained weights: about 100 operations in a chain.
 FORWARD = 100
 Golden = Callable[[str], dict[str, Tensor]]
 
@@ -57,7 +57,7 @@ SMALL = ModelConfig(
     embed_channels=(2, 3, 5),
     text=TEXT,
 )
-OTHERS = [
+CONFIGS = [
     SMALL,
     replace(SMALL, output_downsampling_factor=1),
     replace(SMALL, output_downsampling_factor=1, post_encoder_downsampling_factor=3),
@@ -77,7 +77,7 @@ OTHERS = [
 
 
 def randomised(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> CLSP:
-    """A model whose every tensor matters: no zeros, ones or small scales of a fresh start."""
+    """A model in which every tensor matters: without the zeros, ones and small scales of a fresh model."""
     torch.manual_seed(seed)
     model = CLSP(config).eval().to(dtype)
     with torch.no_grad():
@@ -109,17 +109,17 @@ def by_formulas(model: CLSP, features: Tensor, lengths: Tensor) -> Tensor:
 
 
 def stacks_and_output(model: CLSP, features: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """What each stack gives, the tower's output and its lengths, under the recording's names."""
-    found: dict[str, Tensor] = {}
+    """The output of each stack, and the tower's output and lengths, under the recording's names."""
+    outputs: dict[str, Tensor] = {}
     hooks = [
-        encoder.register_forward_hook(lambda module, args, y, s=s: found.update({f"stack{s}": y}))  # type: ignore[misc]
+        encoder.register_forward_hook(lambda module, args, y, s=s: outputs.update({f"stack{s}": y}))  # type: ignore[misc]
         for s, encoder in enumerate(model.encoder.encoders)
     ]
     with torch.no_grad():
-        found["encoder_out"], found["lengths"] = model.encode_frames(features, lengths, padding="batch")
+        outputs["encoder_out"], outputs["lengths"] = model.encode_frames(features, lengths, padding="batch")
     for hook in hooks:
         hook.remove()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("batch", ["main", "single"])
@@ -128,11 +128,11 @@ def test_tower_matches_recorded_outputs_of_the_reference(
 ) -> None:
     model, io = recorded
     given = io[f"{batch}.in.fbank"], io[f"{batch}.in.fbank_lens"]
-    found, exact = (stacks_and_output(m, *given) for m in (model, in_float64(model)))
-    assert torch.equal(found.pop("lengths"), io[f"{batch}.out.encoder_out_lens"])
+    outputs, exact = (stacks_and_output(m, *given) for m in (model, in_float64(model)))
+    assert torch.equal(outputs.pop("lengths"), io[f"{batch}.out.encoder_out_lens"])
     plain, truth = by_formulas(model, *given), by_formulas(in_float64(model), *given)
-    assert_as_exact(found["encoder_out"], plain, truth)
-    for name, value in found.items():
+    assert_as_exact(outputs["encoder_out"], plain, truth)
+    for name, value in outputs.items():
         if f"{batch}.out.{name}" in io:
             recording = io[f"{batch}.out.{name}"]
             assert_agrees(exact[name], recording, count=FORWARD, dtype=torch.float32, name=name)
@@ -153,7 +153,7 @@ def test_clip_in_any_batch_gives_what_the_reference_gives_for_it_alone(
 
 
 @pytest.mark.parametrize(
-    "config", OTHERS, ids=["odd strides", "no output stride", "post stride", "one stack"]
+    "config", CONFIGS, ids=["odd strides", "no output stride", "post stride", "one stack"]
 )
 @pytest.mark.parametrize("lengths", [[9], [10], [41, 41], [57, 30, 9, 23]], ids=str)
 def test_tower_follows_the_formulas(config: ModelConfig, lengths: list[int]) -> None:
@@ -171,13 +171,13 @@ def test_tower_follows_the_formulas(config: ModelConfig, lengths: list[int]) -> 
 @given(
     lengths=st.lists(st.integers(9, 70), min_size=1, max_size=5),
     seed=st.integers(0, 2**16),
-    which=st.integers(0, len(OTHERS) - 1),
+    index=st.integers(0, len(CONFIGS) - 1),
 )
-def test_alone_does_not_depend_on_the_batch(lengths: list[int], seed: int, which: int) -> None:
-    model = randomised(OTHERS[which], seed)
+def test_alone_does_not_depend_on_the_batch(lengths: list[int], seed: int, index: int) -> None:
+    model = randomised(CONFIGS[index], seed)
     features, lens = clips(lengths, 20)
     for row, length in enumerate(lengths):
-        features[row, length:] = float("nan")  # whatever stands there must not matter
+        features[row, length:] = float("nan")  # padding must not matter
     with torch.no_grad():
         hidden, out_lens = model.encode_frames(features, lens)
         for row, length in enumerate(lengths):
@@ -217,11 +217,12 @@ def test_padding_semantics_differ_only_where_clips_differ_in_length() -> None:
 
 @pytest.mark.parametrize(("frames", "dim"), [(1, 48), (5, 48), (40, 48), (17, 32)])
 def test_position_encoding_is_the_recorded_one(golden: Golden, frames: int, dim: int) -> None:
-    """The formula in float64; and the recording, up to its float32 logarithms, which machines round apart."""
+    """Compares with the formula in float64, and with the recording, whose float32 logarithms depend on the
+    machine."""
     table = position_encoding(dim, frames, dtype=torch.float32, device=CPU)
     formula = torch.stack([tower_formulas.encoding(dim, offset) for offset in range(1 - frames, frames)])
     assert_agrees(table, formula, count=1, dtype=torch.float32)
-    # Some 10 operations make an angle, and the table holds cosines of up to dim / 2 times the angle.
+    # An angle takes about 10 operations, and the table holds cosines of up to dim / 2 times the angle.
     recording = golden("units")[f"posenc.T{frames}.D{dim}"]
     assert_agrees(table, recording, count=10 * dim / 2, dtype=torch.float32)
 
@@ -269,10 +270,10 @@ def test_each_regulariser_acts_in_training_alone_and_follows_the_seed(change: di
     evaluated = model.encode_frames(features, lens)[0]
     assert torch.equal(evaluated, model.encode_frames(features, lens)[0])
     model.train()
-    first, second, again = (
+    first, second, repeated = (
         (torch.manual_seed(seed), model.encode_frames(features, lens)[0])[1] for seed in (1, 2, 1)
     )
-    assert torch.equal(first, again)
+    assert torch.equal(first, repeated)
     assert not torch.equal(first, second)
     assert not torch.equal(first, evaluated)
 

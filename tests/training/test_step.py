@@ -57,7 +57,7 @@ def take_step(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object
     loss.backward()
     tensors = {"loss": loss.detach(), "audio": output.audio.detach(), "text": output.text.detach()}
     tensors |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return tensors | {f"moments{i}": norm.seen for i, norm in enumerate(model.running_norms)}
+    return tensors | {f"moments{i}": norm.batch_moments for i, norm in enumerate(model.running_norms)}
 
 
 def gradient_norm(tensors: dict[str, torch.Tensor], model: CLSP) -> float:
