@@ -2,7 +2,7 @@
 
 The tables are in README.md and docs/benchmarks.md, the plots in docs/. A table stands between
 `<!-- bench:AREA CASE ... -->` and `<!-- /bench -->`. It shows the newest results of that area: the cases that
-are named, or all of them. With --check, the commits that the results name must be in the history of HEAD, if
+are named, or all of them with a caption. With --check, the commits that the results name must be in the history of HEAD, if
 there is a history to look in.
 """
 
@@ -96,8 +96,9 @@ def render(page: str, results: Path) -> str:
         document, cases = newest(results, area)
         if missing := [name for name in names if name not in cases]:
             raise SystemExit(f"the newest results of {area!r} have no case {', '.join(missing)}")
-        chosen = {name: cases[name] for name in names or cases}
-        return f"<!-- bench:{area}{match[2]} -->\n{markdown(document, chosen)}\n<!-- /bench -->"
+        table = markdown({name: cases[name] for name in names or cases})
+        below = "" if names else f"\n\n{caption(document, cases)}"
+        return f"<!-- bench:{area}{match[2]} -->\n{table}{below}\n<!-- /bench -->"
 
     return BLOCK.sub(draw, page)
 
@@ -116,7 +117,7 @@ def newest(results: Path, area: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raise SystemExit(f"{results} has no results of {area!r}: run `python -m bench.run {area} --json`")
 
 
-def markdown(document: dict[str, Any], cases: dict[str, Any]) -> str:
+def markdown(cases: dict[str, Any]) -> str:
     """A table of cases: the time of clsp_fast, and how many times longer each peer takes."""
     if any("rows" in case for case in cases.values()):
         return "\n\n".join(_plain(case) for case in cases.values() if "rows" in case)
@@ -133,7 +134,7 @@ def markdown(document: dict[str, Any], cases: dict[str, Any]) -> str:
         peers = ", ".join(_peer(name, row) for name, row in rows.items() if "ratio" in row)
         time = f"{_digits(best_s * 1e3)} ms{rate}{_memory(subject)}"
         lines.append(f"| {case['what']}{threads} | {time} | {peers} |")
-    return "\n".join([*lines, "", caption(document, cases)])
+    return "\n".join(lines)
 
 
 def _plain(case: dict[str, Any]) -> str:
