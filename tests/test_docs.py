@@ -1,8 +1,8 @@
 """Every command and block of code of the README and the pages behind it is executed, on a model of the demo's
 preset and on recordings of a fraction of a second.
 
-Some are not executed in full: `make test` and `make bench` run with `make -n`, which shows that they would run
-the right commands, `pip install` with `--dry-run`, and `make train` with few steps.
+Some are not executed in full: `make test` and `make bench` run with `make -n`, which shows that they would
+run the right commands, `pip install` with `--dry-run`, and `make train` with few steps.
 """
 
 from __future__ import annotations
