@@ -2,8 +2,8 @@
 
 The tables are in README.md and docs/benchmarks.md, the plots in docs/. A table stands between
 `<!-- bench:AREA CASE ... -->` and `<!-- /bench -->`. It shows the newest results of that area: the cases that
-are named, or all of them with a caption. With --check, the commits that the results name must be in the history of HEAD, if
-there is a history to look in.
+are named, or all of them with a caption. With --check, the commits that the results name must be in the
+history of HEAD, if there is a history to look in.
 """
 
 from __future__ import annotations
