@@ -31,7 +31,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files that git tracks, so that other files of a working tree do not enter the packages."""
+    """A copy of the files that git tracks, so that no other file of the working tree enters."""
     target = tmp_path_factory.mktemp("source") / "clsp_fast"
     names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     for name in names:
@@ -137,8 +137,8 @@ def test_an_editable_install_follows_the_tree(source: Path, tmp_path: Path) -> N
     python = tmp_path / "venv/bin/python"
     (purelib,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     # The new environment also sees the packages of this one, so that torch need not be installed again.
-    (site_packages,) = {str(Path(p)) for p in sys.path if p.endswith("site-packages")}
-    (purelib / "parent.pth").write_text(site_packages + "\n")
+    site_packages = [path for path in sys.path if path.endswith("site-packages")]
+    (purelib / "parent.pth").write_text("".join(f"{path}\n" for path in site_packages))
     run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", source, cwd=tmp_path)
     assert run(python, "-c", CHECK, cwd=tmp_path).startswith(str(source))
     (source / "clsp_fast/_marker.py").write_text("VALUE = 3\n")
