@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clsp_fast"
 PICTURE = ROOT / "docs/architecture.svg"
 COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "export", "caption"}
-ROOMS = {"contrastive", "towers", "data", "training", "evaluation", "demo", "storage"}
 
 # The boxes of the picture, from the bottom layer to the top one; the number places the middle of a box from
 # left to right. A box imports only from layers below its own.
@@ -33,7 +32,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"commands": 480},
     {"package": 480},
 )
-# A box is a room (a folder of that name), or these modules of the top level.
+# A box is the room of that name, or these rooms and modules of the top level.
 BOXES = {
     "package": {"__init__"},
     "commands": COMMANDS,
@@ -102,7 +101,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def box_of(module: str) -> str:
-    """The box that a module belongs to: its room, or the box that lists it."""
+    """The box that a module belongs to: the one that lists it, or its room."""
     name = [*module.split("."), "__init__"][1]
     return next((box for box, members in BOXES.items() if name in members), name)
 
@@ -159,7 +158,8 @@ def contents(box: str) -> list[str]:
     if box not in BOXES:
         stems = {path.stem for path in folder.rglob("*.py")} if folder.is_dir() else {box}
         return sorted(stem for stem in stems if not stem.startswith("__"))
-    return sorted(name for name in BOXES[box] if (PACKAGE / f"{name}.py").exists())
+    folders = {f"{name}/" for name in BOXES[box] if (PACKAGE / name).is_dir()}
+    return sorted(folders | {name for name in BOXES[box] if (PACKAGE / f"{name}.py").exists()})
 
 
 def title(box: str) -> str:
