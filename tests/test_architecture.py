@@ -1,4 +1,4 @@
-"""Which module may import which, what importing costs, and sizes that keep the code readable."""
+"""Which module may import which, what an import costs, and sizes that keep the code readable."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ MODULES = list(architecture.package_files().values())
 
 
 def distributions(path: Path) -> set[str]:
-    """First names of all that a file imports, anywhere in it."""
-    found = set()
+    """The first names of everything that a file imports, anywhere in it."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            names.add(node.module.split(".")[0])
+    return names
 
 
 def test_every_file_is_looked_at() -> None:
@@ -200,13 +200,13 @@ def test_importing_is_cheap() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(5)
     ]
-    told = [run.stdout.split() for run in runs]
-    assert [heavy for _, *heavy in told] == [[]] * 5
-    assert min(float(seconds) for seconds, *_ in told) < 0.3
+    printed = [run.stdout.split() for run in runs]
+    assert [heavy for _, *heavy in printed] == [[]] * 5
+    assert min(float(seconds) for seconds, *_ in printed) < 0.3
 
 
 def test_using_a_saved_model_does_not_import_the_compiler(model_folder: Path) -> None:
-    # It takes more than a second, which is more than everything else that a search of one sentence does.
+    # Its import takes more than a second, longer than the rest of a search for one sentence.
     code = (
         "import sys, numpy, clsp_fast; model = clsp_fast.CLSP.from_pretrained(sys.argv[1]);"
         "model.encode_text(['A calm voice.']); model.encode_audio([numpy.ones(16000, 'f4')]);"
@@ -221,11 +221,11 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef]:
 
 
 def test_functions_stay_small() -> None:
-    for paths, most in (([*MODULES, *BENCH, *TESTS], 80), (KERNELS, 120)):
+    for paths, limit in (([*MODULES, *BENCH, *TESTS], 80), (KERNELS, 120)):
         for path in paths:
             for function in functions(ast.parse(path.read_text())):
                 lines = (function.end_lineno or 0) - function.lineno + 1
-                assert lines <= most, f"{path.name}: {function.name} has {lines} lines"
+                assert lines <= limit, f"{path.name}: {function.name} has {lines} lines"
 
 
 def test_every_module_and_public_function_is_documented() -> None:

@@ -105,7 +105,7 @@ def test_providers_that_disagree_fail_or_are_missing_are_named_and_not_timed() -
 
     record = run_case(
         case_of(
-            Provider("ours", spend(0.001)),
+            Provider("subject", spend(0.001)),
             Provider("wrong", spend(0.001, 2.0)),
             Provider("broken", failing),
             Provider("peer", missing),
@@ -114,7 +114,7 @@ def test_providers_that_disagree_fail_or_are_missing_are_named_and_not_timed() -
     )
     rows = record["providers"]
     assert [row["status"] for row in rows.values()] == ["timed", "disagrees", "failed", "missing"]
-    assert [name for name, row in rows.items() if "wall_s" in row] == ["ours"]
+    assert [name for name, row in rows.items() if "wall_s" in row] == ["subject"]
     printed = run.table("made-up", record)
     assert "DISAGREES, not timed: max 1.0e+00" in printed
     assert "missing: No module named 'peer'" in printed
@@ -126,14 +126,14 @@ def test_results_hold_no_folder_of_the_machine() -> None:
             "cannot import name 'x' from 'peer' (/home/me/lib/peer/__init__.py) in and/or\nmore"
         )
 
-    record = run_case(case_of(Provider("ours", spend(0)), Provider("peer", failing)), rounds=1)
+    record = run_case(case_of(Provider("subject", spend(0)), Provider("peer", failing)), rounds=1)
     reason = record["providers"]["peer"]["reason"]
     assert reason == "cannot import name 'x' from 'peer' (__init__.py) in and/or"
 
 
 def test_nothing_is_compared_when_the_subject_disagrees() -> None:
-    record = run_case(case_of(Provider("ours", spend(0, 2.0)), Provider("peer", spend(0.001))), rounds=1)
-    assert record["providers"]["ours"]["status"] == "disagrees"
+    record = run_case(case_of(Provider("subject", spend(0, 2.0)), Provider("peer", spend(0.001))), rounds=1)
+    assert record["providers"]["subject"]["status"] == "disagrees"
     assert "ratio" not in record["providers"]["peer"]
 
 
@@ -145,7 +145,7 @@ def test_rounds_are_interleaved() -> None:
 
 
 def test_ratios_and_goals_follow_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"ours": [0.04, 0.02, 0.02], "b": [0.06, 0.06, 0.08], "c": [0.06, 0.06, 0.06]}
+    seconds = {"subject": [0.04, 0.02, 0.02], "b": [0.06, 0.06, 0.08], "c": [0.06, 0.06, 0.06]}
     scripts = {name: iter(values) for name, values in seconds.items()}
 
     def scripted(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, float, Any]:
@@ -167,8 +167,8 @@ def test_ratios_and_goals_follow_the_times(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_one_thread_is_judged_by_cpu_time() -> None:
     assert case_of(threads=1).clock == "cpu"
-    record = run_case(case_of(Provider("ours", spend(0.05)), threads=1), rounds=1)
-    row = record["providers"]["ours"]
+    record = run_case(case_of(Provider("subject", spend(0.05)), threads=1), rounds=1)
+    row = record["providers"]["subject"]
     assert row["wall_s"]["min"] > 0.05 > row["cpu_s"]["min"]
 
 
@@ -178,10 +178,10 @@ def test_summary() -> None:
 
 def test_figures_are_medians() -> None:
     values = iter([9.0, 9.0, 1.0, 2.0, 3.0])
-    provider = Provider("ours", lambda _: lambda: time.sleep(0.021) or next(values))
+    provider = Provider("subject", lambda _: lambda: time.sleep(0.021) or next(values))
     settings = {"gate": lambda *_: (True, ""), "figures": lambda value: {"value": value}}
     record = run_case(case_of(provider, **settings), rounds=3)
-    assert record["providers"]["ours"]["figures"] == {"value": 2.0}
+    assert record["providers"]["subject"]["figures"] == {"value": 2.0}
 
 
 def test_peak_memory_counts_the_memory_of_a_call() -> None:
@@ -252,10 +252,10 @@ def results_of(**seconds: float) -> dict[str, Any]:
 
 
 def test_a_slower_machine_is_no_regression() -> None:
-    old = results_of(ours=1.0, peer=2.0, other=4.0)
-    assert run.regressions(old, results_of(ours=2.0, peer=4.0, other=8.0)) == []
-    assert run.regressions(old, results_of(ours=1.0, peer=2.0, other=4.0, new=1.0)) == []
-    (line,) = run.regressions(old, results_of(ours=1.5, peer=2.0, other=4.0))
+    old = results_of(subject=1.0, peer=2.0, other=4.0)
+    assert run.regressions(old, results_of(subject=2.0, peer=4.0, other=8.0)) == []
+    assert run.regressions(old, results_of(subject=1.0, peer=2.0, other=4.0, new=1.0)) == []
+    (line,) = run.regressions(old, results_of(subject=1.5, peer=2.0, other=4.0))
     assert line.startswith("case: 1.50x")
     assert run.regressions(old, {"another": old["case"]}) == []
 
@@ -430,8 +430,8 @@ def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_memory_that_could_not_be_measured_is_reported() -> None:
-    record = run.measure(case_of(Provider("ours", spend(0)), memory=True), rounds=1)  # no case of that name
-    row = record["providers"]["ours"]
+    record = run.measure(case_of(Provider("subject", spend(0)), memory=True), rounds=1)  # not a known case
+    row = record["providers"]["subject"]
     assert "peak_bytes" not in row
     assert "KeyError: 'made-up'" in row["memory_failed"]
     assert "memory: failed: KeyError: 'made-up'" in run.table("made-up", record)

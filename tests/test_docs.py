@@ -312,21 +312,21 @@ def test_every_command_runs_as_it_stands(
 
 
 def test_a_slower_benchmark_is_distinguished_from_a_failed_one() -> None:
-    ours: dict[str, object] = {"status": "timed", "wall_s": {"min": 1.0, "median": 1.0, "spread": 0.0}}
-    ours["agreement"] = ""
-    slower = f"\n{regressions(*(_results(ours, seconds) for seconds in (1.0, 2.0)))[0]}\n"
-    assert only_slower(table("c", _results(ours, 2.0)["c"]) + slower)
-    assert not only_slower(table("c", _results(ours, 1.0)["c"]))
+    subject: dict[str, object] = {"status": "timed", "wall_s": {"min": 1.0, "median": 1.0, "spread": 0.0}}
+    subject["agreement"] = ""
+    slower = f"\n{regressions(*(_results(subject, seconds) for seconds in (1.0, 2.0)))[0]}\n"
+    assert only_slower(table("c", _results(subject, 2.0)["c"]) + slower)
+    assert not only_slower(table("c", _results(subject, 1.0)["c"]))
     assert not only_slower("old.json is not a results file of bench.run: KeyError('cases')")
     for bad in ({"status": "disagrees", "agreement": "by 1"}, {"status": "failed", "reason": "no memory"}):
         assert not only_slower(table("c", _results(bad, None)["c"]) + slower)
 
 
-def _results(ours: dict[str, object], seconds: float | None) -> dict[str, Any]:
+def _results(subject: dict[str, object], seconds: float | None) -> dict[str, Any]:
     """Records of a benchmark case with one provider."""
     time_s = {} if seconds is None else {"wall_s": {"min": seconds, "median": seconds, "spread": 0.0}}
     case = {"what": "a case", "clock": "wall", "threads": 1, "rounds": 1}
-    return {"c": case | {"providers": {"ours": ours | time_s}}}
+    return {"c": case | {"providers": {"subject": subject | time_s}}}
 
 
 def test_nothing_stands_there_that_is_not_executed() -> None:
