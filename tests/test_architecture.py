@@ -94,6 +94,13 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     assert architecture.imported_names(path) == {"a.b", "d.e", "importlib", "g.h"}
 
 
+def test_imports_of_the_package_are_absolute() -> None:
+    """A relative import would be missing from the graph."""
+    for module, path in architecture.package_files().items():
+        nodes = ast.walk(ast.parse(path.read_text()))
+        assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes), module
+
+
 def test_nothing_imports_a_command() -> None:
     commands = {f"clsp_fast.{name}" for name in architecture.COMMANDS}
     for module, imported in architecture.import_graph().items():
