@@ -32,7 +32,8 @@ lint: .venv/.test
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp tests/fuzz/*.cpp)
 	$(BIN)/codespell bench clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
 
-# Runs all tests of the frontend and the engine under each sanitizer; `make test` runs a part of them.
+# Runs the tests of the extension under each sanitizer (address, undefined, thread), except those that compute with torch;
+# `make test` runs a part of them.
 sanitize: .venv/.test
 	CLSP_SANITIZE_LONG=1 CLSP_FUZZ=6000 $(BIN)/python -m pytest -n 2 tests/test_sanitize.py
 

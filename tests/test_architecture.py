@@ -159,9 +159,9 @@ def test_bench_imports_no_test(path: Path) -> None:
     assert not distributions(path) & {"tests", *(test.stem for test in TESTS)}
 
 
-def test_the_package_does_not_know_bench() -> None:
+def test_the_package_does_not_know_bench_and_tests() -> None:
     for path in MODULES:
-        assert "bench" not in distributions(path), path
+        assert not distributions(path) & {"bench", "tests", "conftest"}, path
 
 
 def test_the_engine_knows_neither_python_nor_torch() -> None:
