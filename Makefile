@@ -1,10 +1,10 @@
-# make train: speech and captions in, a trained model out.   make test: everything CI checks.
-# make bench: throughput beside other libraries', within ten minutes; ARGS='--json --plot' records it.
-# Each target makes .venv and installs what it needs; nothing but python3, make and a C++ compiler is assumed.
+# make train: trains a model, without ARGS on the demo corpus.   make test: everything CI checks.
+# make bench: throughput beside other libraries, in ten minutes; ARGS='--json --plot' records it.
+# Each target makes .venv and installs what it needs. Only python3, make and a C++ compiler must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt
-# Every run touches __pycache__.
+# Without __pycache__, which every run changes.
 SOURCES += $(shell find csrc clsp_fast kernels -name __pycache__ -prune -o -type f -print)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -14,11 +14,11 @@ train: .venv/.train
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not alone" $(ARGS)
-	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? = 5 ]  # 5: ARGS chose none of them
+	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? = 5 ]  # 5: ARGS selected none of these
 	$(if $(ARGS),,$(BIN)/python tests/machines.py --part)
 
-# The numerical tests as other processors would run them: every instruction set of PyTorch and of our engine,
-# with 1 to 3 threads, and MKL and oneDNN lowered. `make test` runs a part of it.
+# Runs the numerical tests as other processors would: with each instruction set of PyTorch and of the engine, with 1 to
+# 3 threads, and with lower instruction sets for MKL and oneDNN. `make test` runs a part of it.
 test-machines: .venv/.test
 	$(BIN)/python tests/machines.py $(ARGS)
 
@@ -32,11 +32,12 @@ lint: .venv/.test
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp tests/fuzz/*.cpp)
 	$(BIN)/codespell bench clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
 
-# The tests of frontend and engine whole under each sanitizer; `make test` runs a part of them.
+# Runs the tests of the extension under each sanitizer (address, undefined, thread), except those that compute with torch;
+# `make test` runs a part of them.
 sanitize: .venv/.test
 	CLSP_SANITIZE_LONG=1 CLSP_FUZZ=6000 $(BIN)/python -m pytest -n 2 tests/test_sanitize.py
 
-# 6,000 damaged recordings, then libFuzzer (with clang++ only): make fuzz ARGS=600 for ten minutes a target.
+# Reads 6,000 damaged recordings, then runs libFuzzer, which needs clang++. ARGS=600: ten minutes for each target.
 fuzz: .venv/.test
 	CLSP_FUZZ=6000 $(BIN)/python -m pytest -n 2 -m fuzz
 	PYTHON=$(CURDIR)/$(BIN)/python tests/fuzz/run $(ARGS)

@@ -1,8 +1,8 @@
 """Work beside busy processes on the same two CPUs: training steps, extraction of a batch, the loss.
 
-Everything timed here is ours: how long it takes beside others is compared with how long it takes alone. How
-OpenMP's threads wait can only be set when torch is loaded, so each provider is a process of its own:
-`python -m bench.busy_cases WORK`, which does a block of the work for each number of times that it reads.
+All providers are clsp_fast: its time beside busy processes is compared with its time alone. OpenMP reads
+only once, when torch is loaded, how its threads should wait. So each provider is a process of its own,
+`python -m bench.busy_cases WORK`. It reads numbers, one a line, and does the work that many times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CPUS = 2
 CLIPS = 128
 ROOT = Path(__file__).parent.parent
 LIBGOMP = {"GOMP_SPINCOUNT": "300000"}
-"""libgomp's own default. Where the variable is set, clsp_fast leaves the waits as they are."""
+"""The default of libgomp. Where the variable is set, clsp_fast does not change the waits."""
 BUSY = """
 import os, select
 while os.read(0, 1):  # start
@@ -43,16 +43,15 @@ while os.read(0, 1):  # start
             pass
     os.read(0, 1)  # stop
 """
-"""Ends with the process that started it, whose end of the pipe is then closed."""
+"""A busy process. It ends with the process that started it, because the pipe between them is then closed."""
 Work = Callable[[], list[float]]
 
 
-# What the process does that is timed.
+# The work that is timed.
 
 
 def training() -> Work:
-    """A step of the tiny preset on the shapes of the demo corpus, as the trainer takes it, with a batch that
-    is there already; its loss."""
+    """The trainer's step with the tiny preset, on a batch that is in memory; returns the loss."""
     config = TRAIN_PRESETS["tiny"]
     torch.manual_seed(0)
     model = CLSP(config.model)
@@ -75,7 +74,7 @@ def training() -> Work:
 
 
 def training_batch(vocabulary: int, tokens: int = 40) -> Batch:
-    """Noise: clips of 2 to 3 s, captions of 8 to 40 tokens."""
+    """Noise in the shapes of the demo corpus: clips of 2 to 3 s, captions of 8 to 40 tokens."""
     generator = torch.Generator().manual_seed(0)
     sizes_B1 = torch.linspace(8, tokens, CLIPS).long()[:, None]
     mask_BL = (torch.arange(tokens) < sizes_B1).long()
@@ -92,14 +91,14 @@ def training_batch(vocabulary: int, tokens: int = 40) -> Batch:
 
 
 def extraction() -> Work:
-    """Features of a batch of files; the sum of each clip's first frame, as all of them take torch as long."""
+    """Features of a batch of files; returns the sum of the first frames, as a sum over all takes long."""
     made = recordings(CLIPS, 2.0, 3.0)
     return lambda: [float(features.extract_files(made.paths, num_threads=CPUS).values[:, 0].double().sum())]
 
 
 def contrast() -> Work:
-    """The loss of 1,024 clips, forward and backward; its value and the norms of the gradients."""
-    call = loss_cases.ours(loss_cases.batch(1024, 1))
+    """The loss of 1,024 clips, forward and backward; returns its value and the norms of the gradients."""
+    call = loss_cases.fused(loss_cases.batch(1024, 1))
 
     def norms() -> list[float]:
         result = [float(x.norm()) for x in call()]
@@ -113,7 +112,7 @@ WORK = {"training": training, "extraction": extraction, "contrast": contrast}
 
 
 def serve(name: str) -> None:
-    """Reads numbers, one a line; does the work so often, and prints the last result."""
+    """Reads numbers, one a line; for each does the work that many times and prints the last result."""
     torch.set_num_threads(CPUS)
     call = WORK[name]()
     for line in sys.stdin:
@@ -127,7 +126,7 @@ def serve(name: str) -> None:
 
 @contextlib.contextmanager
 def on_two_cpus() -> Iterator[None]:
-    """Processes that are started meanwhile have two CPUs."""
+    """Processes that start inside have two CPUs."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:CPUS])
     try:
@@ -150,7 +149,7 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
 
 
 class Neighbours:
-    """Three processes, of which some keep a CPU busy each."""
+    """Three processes; as many as asked for keep one CPU busy each."""
 
     def __init__(self) -> None:
         self._processes = [start(["-c", BUSY], {}) for _ in range(3)]
@@ -167,7 +166,7 @@ class Neighbours:
 
 @dataclass
 class Beside:
-    """The call that is timed: a block of work beside so many busy processes."""
+    """The timed call: a block of work beside `count` busy processes."""
 
     neighbours: Neighbours
     count: int
@@ -186,7 +185,7 @@ class Beside:
         return result
 
     def settle(self) -> None:
-        """As long as it takes to notice who else is there."""
+        """Works once, untimed, so that clsp_fast notices the busy processes."""
         self.neighbours.keep_busy(self.count)
         self._run(self.calls)
 
@@ -200,7 +199,7 @@ class Beside:
 
 
 def expected(work: str, calls: int) -> list[float]:
-    """The same work here, with the same number of threads."""
+    """The result of the same work in this process, with the same number of threads."""
     call = WORK[work]()
     return [call() for _ in range(calls)][-1]
 

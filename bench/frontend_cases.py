@@ -1,7 +1,7 @@
 """The audio frontend: log-mel features, decoding, resampling, and all of it from a file.
 
-Peers that compute the same definition are held to it closely. Others (asrfront, kaldi-native-fbank with 120
-bins, librosa, transformers) do the same work towards other numbers, and are held to a correlation.
+Peers with the same definition must give nearly the same numbers. Others (asrfront, kaldi-native-fbank with
+120 bins, librosa, transformers) do the same work with another definition; their numbers must correlate.
 """
 
 from __future__ import annotations
@@ -29,30 +29,32 @@ from clsp_fast import features
 SECONDS = 10
 CLIPS = 64
 FRAMES = 100 * SECONDS
-# Of a frame: real FFT of 512 points (2.5 n log2 n), mean, pre-emphasis and window, power, mel, logarithms.
+# One frame: real FFT of 512 points (2.5 n log2 n), mean, pre-emphasis and window, power, mel, logarithms.
 FRAME_FLOPS = 2.5 * 512 * 9 + 4 * 400 + 3 * 257 + 2 * 480 + 20 * 128
 
-# Float32 against float64, on log energies from -16 to 5. lhotse's own error is 2e-4 to 2e-3.
+# Float32 against float64, on log energies from -16 to 5. The error of lhotse is 2e-4 to 2e-3.
 same_features = close(5e-3, rms=1e-4)
 
 
-def like_features(expected: Any, got: Any) -> tuple[bool, str]:
-    """For other definitions: correlation over frames and bins of each clip, each bin's mean set aside.
+def like_features(expected: Any, result: Any) -> tuple[bool, str]:
+    """For other definitions: correlation over the frames and bins of each clip, without each bin's mean.
 
-    The mean differs by scale and pre-emphasis, the number of frames by what is done at the edges, the place
-    of frames by less than one hop, and bins are interpolated where there are not 128.
+    Other definitions differ in scale and pre-emphasis, which move the mean; in the treatment of the edges,
+    which adds or drops frames and shifts them by less than one hop; and in the number of bins, which are
+    interpolated to 128.
     """
     if np.ndim(expected) == 2:
-        expected, got = [expected], [got]
-    found = []
-    for a, b in zip(expected, np.asarray(got, np.float64), strict=True):
+        expected, result = [expected], [result]
+    correlations = []
+    for a, b in zip(expected, np.asarray(result, np.float64), strict=True):
         if abs(len(a) - len(b)) > 3:
             return False, f"{len(b)} frames, expected {len(a)}"
         if a.shape[1] != b.shape[1]:
             to, of = (np.linspace(0, 1, x.shape[1]) for x in (a, b))
             b = np.stack([np.interp(to, of, row) for row in b])
-        found.append(max(_correlation(a, b), _correlation(a[1:], b)))
-    return min(found) >= 0.9, f"correlation {min(found):.3f} (at least 0.9), other definition"
+        correlations.append(max(_correlation(a, b), _correlation(a[1:], b)))
+    lowest = min(correlations)
+    return lowest >= 0.9, f"correlation {lowest:.3f} (at least 0.9), other definition"
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -82,7 +84,7 @@ def fbank_case(seconds: int, goals: dict[str, float]) -> Case:
         inputs=partial(speech, seconds),
         expected=features.reference,
         gate=same_features,
-        providers=(Provider("clsp_fast", peers.ours), *FBANK_PEERS),
+        providers=(Provider("clsp_fast", peers.clsp), *FBANK_PEERS),
         goals=goals,
         amount=seconds,
         unit="audio seconds",
@@ -92,7 +94,7 @@ def fbank_case(seconds: int, goals: dict[str, float]) -> Case:
 
 
 def batch_case(threads: int, goals: dict[str, float], **settings: Any) -> Case:
-    lone = Provider("clsp_fast, 1 thread", partial(peers.ours_batch, threads=1))
+    one_thread = Provider("clsp_fast, 1 thread", partial(peers.clsp_batch, threads=1))
     asrfront = partial(peers.asrfront_batch, threads=threads)
     return Case(
         name=f"fbank-batch-{threads}-thread{'s' * (threads > 1)}",
@@ -102,8 +104,8 @@ def batch_case(threads: int, goals: dict[str, float], **settings: Any) -> Case:
         expected=lambda waves: np.stack([features.reference(wave) for wave in waves]),
         gate=same_features,
         providers=(
-            Provider("clsp_fast", partial(peers.ours_batch, threads=threads)),
-            *([lone] if threads > 1 else []),
+            Provider("clsp_fast", partial(peers.clsp_batch, threads=threads)),
+            *([one_thread] if threads > 1 else []),
             Provider("asrfront", asrfront, "asrfront", like_features, ASRFRONT_NOTE),
             Provider("lhotse", peers.lhotse_batch, "lhotse"),
             Provider("torchaudio", peers.torchaudio_batch, "torchaudio"),
@@ -127,10 +129,10 @@ def decode_case(kind: str, goals: dict[str, float]) -> Case:
         what=f"{kind} file of {SECONDS} s at 16 kHz to float32",
         inputs=partial(recording, kind, RATE_HZ, SECONDS),
         expected=lambda file: soundfile.read(file.path, dtype="float32")[0],
-        # libsndfile's MP3 rounds otherwise when it is read in blocks.
+        # libsndfile rounds MP3 differently when it is read in blocks.
         gate=close(1e-7) if kind == "mp3" else equal,
         providers=(
-            Provider("clsp_fast", peers.ours_decode),
+            Provider("clsp_fast", peers.clsp_decode),
             Provider("soundfile", peers.soundfile_decode, "soundfile"),
             Provider("librosa", peers.librosa_decode, "librosa"),
             *([] if kind == "ogg" else others),
@@ -150,10 +152,10 @@ def resample_case(rate_hz: int, goals: dict[str, float]) -> Case:
         what=f"{SECONDS} s from {rate_hz} to 16000 Hz",
         inputs=lambda: Waveform(speech(SECONDS, rate_hz), rate_hz),
         expected=resampled,
-        # At 44.1 kHz lhotse and torchaudio round their 160 phases to float32 before they make the kernel.
+        # At 44.1 kHz lhotse and torchaudio round the 160 phases to float32 before they compute the filter.
         gate=close(1e-5 if rate_hz == 44100 else 1e-6),
         providers=(
-            Provider("clsp_fast", peers.ours_resample),
+            Provider("clsp_fast", peers.clsp_resample),
             Provider("lhotse", peers.lhotse_resample, "lhotse"),
             Provider("torchaudio", peers.torchaudio_resample, "torchaudio"),
             Provider("soxr HQ", peers.soxr_resample, "soxr", steeper, "steeper filter"),
@@ -167,7 +169,7 @@ def resample_case(rate_hz: int, goals: dict[str, float]) -> Case:
 
 
 def file_features(file: Recording) -> np.ndarray:
-    """Decoded by libsndfile; the rest in float64."""
+    """Features in float64 of samples that libsndfile decodes."""
     samples, rate_hz = soundfile.read(file.path)
     return features.reference(resampled(Waveform(samples, rate_hz)) if rate_hz != RATE_HZ else samples)
 
@@ -181,7 +183,7 @@ def file_case(kind: str, rate_hz: int, goals: dict[str, float]) -> Case:
         expected=file_features,
         gate=same_features,
         providers=(
-            Provider("clsp_fast", peers.ours_file),
+            Provider("clsp_fast", peers.clsp_file),
             Provider("soundfile + lhotse", peers.recipe_file, "lhotse", note="the recipe's parts"),
             Provider("asrfront", peers.asrfront_file, "asrfront", like_features, ASRFRONT_NOTE),
         ),
@@ -194,7 +196,7 @@ def file_case(kind: str, rate_hz: int, goals: dict[str, float]) -> Case:
 
 
 def recipe_batch(files: Recordings) -> np.ndarray:
-    """Padded with zeros before framing, and behind its frames with log(1e-10)."""
+    """What lhotse gives: clips padded with zeros before framing, rows padded with log(1e-10) after it."""
     waves = [soundfile.read(path)[0] for path in files.paths]
     longest, zero = max(map(len, waves)), features.FbankConfig(tail="zero")
     rows = [features.reference(wave, zero, padded_samples=longest) for wave in waves]
@@ -211,9 +213,9 @@ RECIPE_BATCH = Case(
     expected=recipe_batch,
     gate=same_features,
     providers=(
-        Provider("OnTheFlyFeatures(ClspFbank())", peers.ours_on_the_fly, "lhotse"),
+        Provider("OnTheFlyFeatures(ClspFbank())", peers.clsp_on_the_fly, "lhotse"),
         Provider("OnTheFlyFeatures(Fbank(...))", peers.lhotse_on_the_fly, "lhotse"),
-        Provider("features.extract_files", peers.ours_files, note="without lhotse"),
+        Provider("features.extract_files", peers.clsp_files, note="without lhotse"),
     ),
     amount=32 * 7.0,
     unit="audio seconds",

@@ -1,4 +1,4 @@
-"""Inputs of the frontend cases, made on the spot from a seed, and what is expected of them."""
+"""Inputs of the frontend cases, made from a seed, and the reference of resampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUBTYPES = {"s16": "PCM_16", "s24": "PCM_24", "s32": "PCM_32", "f32": "FLOAT"}
 
 
 def speech(seconds: float, rate_hz: int = RATE_HZ, seed: int = 0) -> np.ndarray:
-    """Mono float32 like speech: voiced syllables of a moving pitch, unvoiced ones, and pauses."""
+    """Mono float32 that resembles speech: voiced syllables with a moving pitch, unvoiced ones, pauses."""
     rng = np.random.default_rng(seed)
     time_s = np.arange(round(seconds * rate_hz)) / rate_hz
     pitch_hz = 120 + 30 * np.sin(2 * np.pi * 0.4 * time_s + seed)
@@ -29,7 +29,7 @@ def speech(seconds: float, rate_hz: int = RATE_HZ, seed: int = 0) -> np.ndarray:
 
 @dataclass
 class Recording:
-    """A file in a folder that lives as long as this."""
+    """A file in a folder that is deleted with this object."""
 
     path: str
     rate_hz: int
@@ -46,7 +46,7 @@ def recording(kind: str, rate_hz: int, seconds: float = 10.0) -> Recording:
 
 @dataclass
 class Recordings:
-    """Files in a folder that lives as long as this."""
+    """Files in a folder that is deleted with this object."""
 
     paths: list[str]
     folder: tempfile.TemporaryDirectory = field(repr=False)  # type: ignore[type-arg]

@@ -1,4 +1,4 @@
-"""How each library does what the frontend cases time: inputs in, the timed call out."""
+"""What the frontend cases time: a function for each library and task, from the inputs to the timed call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clsp_fast import audio, features
 # Features of one clip.
 
 
-def ours(wave: np.ndarray) -> Call:
+def clsp(wave: np.ndarray) -> Call:
     return lambda: features.extract(wave, num_threads=1).values[0]
 
 
@@ -105,7 +105,7 @@ def transformers(wave: np.ndarray) -> Call:
 # A batch.
 
 
-def ours_batch(waves: list[np.ndarray], threads: int) -> Call:
+def clsp_batch(waves: list[np.ndarray], threads: int) -> Call:
     return lambda: features.extract(waves, num_threads=threads).values
 
 
@@ -126,10 +126,10 @@ def torchaudio_batch(waves: list[np.ndarray]) -> Call:
     return lambda: torch.nn.utils.rnn.pad_sequence([call() for call in calls], batch_first=True)
 
 
-# Decoding, at the file's own rate.
+# Decoding, at the rate of the file.
 
 
-def ours_decode(file: Recording) -> Call:
+def clsp_decode(file: Recording) -> Call:
     return lambda: audio.load(file.path, sample_rate=file.rate_hz)
 
 
@@ -152,7 +152,7 @@ def librosa_decode(file: Recording) -> Call:
 # Resampling.
 
 
-def ours_resample(waveform: Waveform) -> Call:
+def clsp_resample(waveform: Waveform) -> Call:
     return lambda: audio.resample(waveform.samples, from_hz=waveform.rate_hz, to_hz=RATE_HZ)
 
 
@@ -190,7 +190,7 @@ def librosa_resample(waveform: Waveform) -> Call:
 # From a file to features.
 
 
-def ours_file(file: Recording) -> Call:
+def clsp_file(file: Recording) -> Call:
     return lambda: features.extract_files([file.path], num_threads=1).values[0]
 
 
@@ -218,11 +218,11 @@ def asrfront_file(file: Recording) -> Call:
 def lhotse_cuts(files: Recordings) -> Any:
     from lhotse import CutSet, MonoCut, Recording
 
-    found = (Recording.from_file(path) for path in files.paths)
-    return CutSet.from_cuts(MonoCut(r.id, 0.0, r.duration, 0, recording=r) for r in found)
+    opened = (Recording.from_file(path) for path in files.paths)
+    return CutSet.from_cuts(MonoCut(r.id, 0.0, r.duration, 0, recording=r) for r in opened)
 
 
-def ours_on_the_fly(files: Recordings) -> Call:
+def clsp_on_the_fly(files: Recordings) -> Call:
     from lhotse.dataset import OnTheFlyFeatures
 
     from clsp_fast.lhotse import ClspFbank
@@ -238,6 +238,6 @@ def lhotse_on_the_fly(files: Recordings) -> Call:
     return lambda: strategy(cuts)[0]
 
 
-def ours_files(files: Recordings) -> Call:
+def clsp_files(files: Recordings) -> Call:
     config = features.FbankConfig(tail="zero")
     return lambda: features.extract_files(files.paths, config=config, num_threads=1).values

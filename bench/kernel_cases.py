@@ -1,4 +1,4 @@
-"""What can be said of GPU kernels without a GPU: what they compile to, and bounds of their time by count."""
+"""What is known of the GPU kernels without a GPU: what they compile to, and lower bounds of their time."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def budgets(path: Path = BUDGETS) -> list[tuple[str, ...]]:
         ("kernel", "target", "registers", "spills", "shared KB", "matrix instructions")
     ]
     for variant, kernels in json.loads(path.read_text())["kernels"].items():
-        for name, found in kernels.items():
-            shared = f"{found['shared_bytes'] / 1024:.0f}"
-            matrix = ", ".join(found["mma"]) or "none"
+        for name, budget in kernels.items():
+            shared = f"{budget['shared_bytes'] / 1024:.0f}"
+            matrix = ", ".join(budget["mma"]) or "none"
             rows.append(
-                (name, f"sm_{variant}", str(found["registers"]), str(found["spills"]), shared, matrix)
+                (name, f"sm_{variant}", str(budget["registers"]), str(budget["spills"]), shared, matrix)
             )
     return rows
 
 
 def bounds() -> list[tuple[str, ...]]:
-    """Least time of each GPU case: its FLOPs at the cards' peak, or its bytes at their bandwidth."""
+    """Lower bound of each GPU case's time: FLOPs at the card's peak, or bytes at its bandwidth."""
     rows: list[tuple[str, ...]] = [("case", "GFLOP", "MB", *(f"{card}, at least" for card in CARDS))]
     cases = [c for c in (*loss_cases.CASES, *similarity_cases.CASES) if c.device == "cuda"]
     for case in cases:
@@ -43,7 +43,7 @@ def bounds() -> list[tuple[str, ...]]:
 
 
 def bound_s(case: Case, peak_tflops: float, memory_tbps: float) -> float:
-    """Seconds that a call takes at least."""
+    """A lower bound of the seconds that a call takes."""
     return max(case.flops / (peak_tflops * 1e12), case.bytes / (memory_tbps * 1e12))
 
 

@@ -22,14 +22,14 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Embeddings of M clips and of K captions of each, texts j K .. j K + K - 1 of clip j."""
+    """Embeddings of M clips with K captions each; texts j K to j K + K - 1 describe clip j."""
 
     audio_MD: Tensor
     text_ND: Tensor
     scale: Tensor
     captions: int
     bias: Tensor | None = None
-    """Of the sigmoid kind."""
+    """Only for the sigmoid kind."""
 
     @property
     def owner_N(self) -> Tensor:
@@ -56,14 +56,14 @@ def exact(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits_RN = scale * x_MD[rows] @ y_ND.T
         row_M[rows] = logits_RN.logsumexp(1)
         column_N = torch.logaddexp(column_N, logits_RN.logsumexp(0))
-    own_N = scale * (x_MD[owner_N] * y_ND).sum(1)
-    loss = ((row_M.sum() - own_N.sum() / given.captions) / m + (column_N - own_N).mean()) / 2
+    positive_N = scale * (x_MD[owner_N] * y_ND).sum(1)
+    loss = ((row_M.sum() - positive_N.sum() / given.captions) / m + (column_N - positive_N).mean()) / 2
     dx_MD, dy_ND = torch.empty_like(x_MD), torch.zeros_like(y_ND)
     for rows in blocks:
         logits_RN = scale * x_MD[rows] @ y_ND.T
-        own_RN = (rows[:, None] == owner_N).double()
-        row_RN = ((logits_RN - row_M[rows, None]).exp() - own_RN / given.captions) / m
-        grad_RN = (row_RN + ((logits_RN - column_N).exp() - own_RN) / n) / 2
+        positive_RN = (rows[:, None] == owner_N).double()
+        row_RN = ((logits_RN - row_M[rows, None]).exp() - positive_RN / given.captions) / m
+        grad_RN = (row_RN + ((logits_RN - column_N).exp() - positive_RN) / n) / 2
         dx_MD[rows] = scale * grad_RN @ y_ND
         dy_ND += scale * grad_RN.T @ x_MD[rows]
     return loss, dx_MD, dy_ND, (x_MD * dx_MD).sum() / scale
@@ -85,9 +85,9 @@ def exact_sigmoid(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     dx_MD, dy_ND = torch.empty_like(x_MD), torch.zeros_like(y_ND)
     for rows in torch.arange(len(x_MD), device=x_MD.device).split(1024):
         logits_RN = scale * x_MD[rows] @ y_ND.T + bias
-        own_RN = (rows[:, None] == owner_N).double()
-        loss += (F.softplus(logits_RN) - own_RN * logits_RN).sum() / pairs
-        grad_RN = (logits_RN.sigmoid() - own_RN) / pairs
+        positive_RN = (rows[:, None] == owner_N).double()
+        loss += (F.softplus(logits_RN) - positive_RN * logits_RN).sum() / pairs
+        grad_RN = (logits_RN.sigmoid() - positive_RN) / pairs
         d_bias += grad_RN.sum()
         dx_MD[rows] = scale * grad_RN @ y_ND
         dy_ND += scale * grad_RN.T @ x_MD[rows]
@@ -108,7 +108,7 @@ def gradients(given: Batch, loss: Loss, *, cast: bool = False, scale: bool = Tru
     return call
 
 
-def ours(given: Batch, **settings: Any) -> Call:
+def fused(given: Batch, **settings: Any) -> Call:
     owner_N = given.owner_N if given.captions > 1 else None
     return gradients(given, partial(contrastive_loss, text_owner=owner_N, **settings))
 
@@ -118,7 +118,7 @@ def reference(given: Batch) -> Call:
     return gradients(given, partial(contrastive_loss_reference, text_owner=owner_N))
 
 
-def ours_sigmoid(given: Batch) -> Call:
+def fused_sigmoid(given: Batch) -> Call:
     return gradients(given, partial(contrastive_loss, kind="sigmoid", logit_bias=given.bias))
 
 
@@ -127,13 +127,13 @@ def reference_sigmoid(given: Batch) -> Call:
     return gradients(given, partial(contrastive_loss_reference, kind="sigmoid", logit_bias=given.bias))
 
 
-def ours_one_caption(given: Batch) -> Call:
+def fused_one_caption(given: Batch) -> Call:
     first = Batch(given.audio_MD, given.text_ND.detach()[:: given.captions].requires_grad_(), given.scale, 1)
-    return ours(first)
+    return fused(first)
 
 
 def targets(given: Batch) -> Tensor:
-    """What clips are classified as: a text, or a distribution over texts."""
+    """The target of each clip's cross-entropy: a text, or a distribution over texts."""
     if given.captions == 1:
         return given.owner_N
     clips_M1 = torch.arange(len(given.audio_MD), device=given.audio_MD.device)[:, None]
@@ -141,7 +141,7 @@ def targets(given: Batch) -> Tensor:
 
 
 def dense(given: Batch, products: int, *, cast: bool = False) -> Call:
-    """Two cross-entropies of M x N logits, from one product, or from one each."""
+    """Two cross-entropies of M x N logits, from one product for both or one for each."""
     targets_M, owner_N = targets(given), given.owner_N
 
     def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
@@ -210,11 +210,11 @@ def siglip_kernel(given: Batch) -> Call:
 
 
 def without_scale(gate: Gate) -> Gate:
-    return lambda expected, got: gate(expected[:3], got)
+    return lambda expected, result: gate(expected[:3], result)
 
 
-def another_loss(expected: Any, got: Any) -> tuple[bool, str]:
-    return bool(torch.isfinite(got[0])), "of one caption a clip: for the time only"
+def another_loss(expected: Any, result: Any) -> tuple[bool, str]:
+    return bool(torch.isfinite(result[0])), "of one caption a clip: for the time only"
 
 
 def loss_case(
@@ -245,15 +245,18 @@ def loss_case(
         chunks = partial(linear_cross_entropy, chunked=True)
         peers.append(Provider("F.linear_cross_entropy, chunked", chunks))
     if captions > 1:
-        peers.append(Provider("clsp_fast, one caption", ours_one_caption, gate=another_loss))
+        peers.append(Provider("clsp_fast, one caption", fused_one_caption, gate=another_loss))
     if device == "cuda":
         rounded = relative(5e-2)  # TF32, or bfloat16 before the subtraction
         peers.append(Provider("memeff", memeff, "memeff", without_scale(rounded)))
         peers.append(Provider("Inf-CL", inf_cl, "inf-cl", rounded))
     labels = ["loss", *["cuda"] * (device == "cuda"), str(clips), *["two-captions"] * (captions == 2)]
-    own, limit = partial(ours), ""
+    subject, limit = partial(fused), ""
     if workspace_mb is not None:
-        own, limit = partial(ours, workspace_bytes=workspace_mb << 20), f", workspace of {workspace_mb} MB"
+        subject, limit = (
+            partial(fused, workspace_bytes=workspace_mb << 20),
+            f", workspace of {workspace_mb} MB",
+        )
         labels.append(f"{workspace_mb}mb")
     return Case(
         name="-".join([*labels, *["bf16"] * half]),
@@ -262,11 +265,11 @@ def loss_case(
         inputs=partial(batch, clips, captions, dtype, device),
         expected=exact,
         gate=gate,
-        providers=(Provider("clsp_fast", own), *(peers if dense_fits else ())),
+        providers=(Provider("clsp_fast", subject), *(peers if dense_fits else ())),
         goals=goals or {},
         amount=clips,
         unit="clips",
-        # Forward one product, backward two: what cannot be left out. Recomputing logits adds one.
+        # One product forward and two backward are necessary; recomputing logits adds one.
         flops=3 * 2.0 * clips * texts * DIM,
         bytes=(2 if half else 4) * 2 * DIM * (clips + texts),
         threads=2,
@@ -296,7 +299,7 @@ def sigmoid_case(
         inputs=partial(sigmoid_batch, clips, dtype, device),
         expected=exact_sigmoid,
         gate=relative(1e-2 if half else 3e-5),
-        providers=(Provider("clsp_fast", ours_sigmoid), *peers),
+        providers=(Provider("clsp_fast", fused_sigmoid), *peers),
         amount=clips,
         unit="clips",
         flops=3 * 2.0 * clips**2 * DIM,
@@ -318,7 +321,7 @@ CASES = (
     loss_case(8192, goals={RECIPE: 2.2}, optional=True),
     loss_case(8192, goals={RECIPE: 1.8}, workspace_mb=16, optional=True),
     loss_case(16384, optional=True, dense_fits=False),
-    # Gradients of 64 MB each, and 600 or 64 MB beside them.
+    # Two gradients of 64 MB each, and 600 or 64 MB beside them.
     loss_case(32768, optional=True, dense_fits=False, memory_goal=2 * 4 * DIM * 32768 + 600 * 2**20),
     loss_case(
         32768,

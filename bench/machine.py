@@ -1,4 +1,4 @@
-"""The machine line: what a figure has to be read with. No host names, no paths."""
+"""Describes the machine and the commit that a figure belongs to, without host names and paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def describe() -> dict[str, Any]:
-    """CPU, instruction sets that matter, cores, GPU, versions of what everything runs on."""
+    """CPU, relevant instruction sets, cores, memory, GPU, and versions of Python and the main packages."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
@@ -47,7 +47,7 @@ def short_name(machine: dict[str, Any]) -> str:
 
 
 def line(machine: dict[str, Any]) -> str:
-    """One line for people."""
+    """The description as one line of text."""
     flags = ", ".join(machine["flags"])
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     size = f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['gpu'] or 'no GPU'}"
@@ -55,7 +55,7 @@ def line(machine: dict[str, Any]) -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """Commit of the working tree, and whether code differs from it; ("unknown", True) outside git."""
+    """The commit of the working tree, and whether the code differs from it; ("unknown", True) outside git."""
     try:
         hash_ = _git("rev-parse", "--short=12", "HEAD")
         return hash_, bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE))
@@ -64,7 +64,7 @@ def commit() -> tuple[str, bool]:
 
 
 def is_ancestor(commit: str, root: Path = ROOT) -> bool | None:
-    """Whether HEAD's history has a commit; None where git, the history or the commit is not there."""
+    """Whether a commit is in HEAD's history; None without git, without the whole history or the commit."""
     try:
         if _git("rev-parse", "--is-shallow-repository", root=root) != "false":
             return None

@@ -1,8 +1,8 @@
 """What a benchmark case is, how providers are checked against each other, and how they are timed.
 
-A case is data: inputs, what is expected of them, and providers. The first provider is ours. Each provider's
-result has to pass the case's gate before anything is timed. Timing goes in interleaved rounds (A B C A B C),
-so that a slow phase of the machine slows all of them; ratios are taken within rounds.
+A case is data: inputs, their expected result, and providers. The first provider is the subject, clsp_fast;
+the others are its peers. A provider is timed only if its result passes the case's gate. Providers take turns
+in each round (A B C A B C), so that a slow phase of the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 Call = Callable[[], Any]
-# (expected, got) -> whether they agree, and how closely, in words.
+# (expected, result) -> whether they agree, and how closely, in words.
 Gate = Callable[[Any, Any], tuple[bool, str]]
 
 LEAST_BLOCK_S = 0.02
@@ -36,11 +36,11 @@ class Provider:
 
     name: str
     prepare: Callable[[Any], Call]
-    """The case's inputs -> the call that is timed. Imports what it needs: an ImportError means missing."""
+    """The case's inputs -> the call that is timed. It imports the library; ImportError means "missing"."""
     package: str = ""
     """Distribution whose version is reported."""
     gate: Gate | None = None
-    """For a provider whose definition differs from the case's; None: the case's gate."""
+    """Replaces the case's gate for a provider whose definition differs."""
     note: str = ""
     """How its definition or work differs."""
 
@@ -51,44 +51,44 @@ class Case:
 
     name: str
     area: str
-    """Table that it belongs to."""
+    """The table that the case belongs to."""
     what: str
     """Inputs and shapes, in words."""
     inputs: Callable[[], Any]
-    """Seeded: equal for every provider and run."""
+    """Makes the inputs from a seed: equal for every provider and run."""
     expected: Callable[[Any], Any]
-    """The inputs' result by a reference."""
+    """Inputs -> the result of a reference."""
     gate: Gate
     providers: Sequence[Provider]
-    """Ours first."""
+    """The subject, clsp_fast, comes first."""
     goals: Mapping[str, float] = field(default_factory=dict)
-    """Provider -> how many times its time ours should at least be faster by."""
+    """Peer -> its time should be at least this many times that of the subject."""
     limits: Mapping[str, float] = field(default_factory=dict)
-    """Provider, ours under other conditions -> how many times our time it may take at most, in the median of
-    the rounds."""
+    """Provider -> it may take at most this many times the subject's time, in the median of the rounds. For
+    clsp_fast itself under other conditions."""
     before: Callable[[Any], None] | None = None
-    """What is done with a provider's call before each of its rounds, untimed."""
+    """Called with a provider's call before each of its rounds; not timed."""
     amount: float = 1.0
     """Units of work of one call."""
     unit: str = "calls"
     flops: float = 0.0
-    """Of one call, by count."""
+    """Floating-point operations of one call, by count."""
     bytes: float = 0.0
-    """Read and written by one call at least: inputs and outputs once."""
+    """Bytes that one call reads and writes at least: inputs and outputs once."""
     threads: int = 1
     device: str = "cpu"
     memory: bool = False
-    """Whether peak memory is of interest: a fresh process for each provider."""
+    """Whether to measure peak memory, in a fresh process for each provider."""
     memory_goal: float = 0.0
-    """Most bytes ours should take beyond what it starts with; 0: no goal."""
+    """The subject should add at most this many bytes to its process; 0: no goal."""
     figures: Callable[[Any], dict[str, float]] | None = None
-    """What to read from a call's result besides its time: name -> value, of which the median is kept."""
+    """Call's result -> named values; the median of each over the rounds is kept."""
     optional: bool = False
-    """Left out unless named: too slow or too large for the default set."""
+    """Runs only when it is named: too slow or too large for the default set."""
 
     @property
     def clock(self) -> str:
-        """CPU time of all threads for one thread, wall time for several: there, waiting counts."""
+        """CPU time for one thread; wall time for several, because their waits count."""
         return "cpu" if self.threads == 1 and self.device == "cpu" else "wall"
 
 
@@ -100,50 +100,50 @@ class Report:
     area: str
     what: str
     rows: Callable[[], list[tuple[str, ...]]]
-    """Header and rows; FileNotFoundError says what there is not."""
+    """Header and rows; FileNotFoundError names a file that is not there."""
     optional: bool = False
 
 
 # Gates.
 
 
-def close(most: float, rms: float = math.inf) -> Gate:
+def close(limit: float, rms: float = math.inf) -> Gate:
     """Same shape; largest and root mean square difference within limits."""
 
-    def gate(expected: Any, got: Any) -> tuple[bool, str]:
+    def gate(expected: Any, result: Any) -> tuple[bool, str]:
         worst, mean = 0.0, 0.0
-        for a, b in zip(_arrays(expected), _arrays(got), strict=True):
+        for a, b in zip(_arrays(expected), _arrays(result), strict=True):
             if a.shape != b.shape:
                 return False, f"shape {b.shape}, expected {a.shape}"
             difference = np.abs(b.astype(np.float64) - a)
-            # numpy's maximum, as NaN has to win.
+            # numpy's maximum keeps NaN; Python's may not.
             worst = float(np.maximum(worst, difference.max(initial=0.0)))
             mean = float(np.maximum(mean, np.sqrt((difference**2).mean()))) if difference.size else mean
-        agrees = worst <= most and mean <= rms
-        limit = f"{most:.1e}" + (f" / {rms:.1e}" if math.isfinite(rms) else "")
-        return agrees, f"max {worst:.1e}, rms {mean:.1e} (at most {limit})"
+        agrees = worst <= limit and mean <= rms
+        limits = f"{limit:.1e}" + (f" / {rms:.1e}" if math.isfinite(rms) else "")
+        return agrees, f"max {worst:.1e}, rms {mean:.1e} (at most {limits})"
 
     return gate
 
 
-def relative(most: float) -> Gate:
-    """Same shapes; norm of the difference over the norm, of each array."""
+def relative(limit: float) -> Gate:
+    """Same shapes; for each array, the norm of the difference over the norm of what is expected."""
 
-    def gate(expected: Any, got: Any) -> tuple[bool, str]:
+    def gate(expected: Any, result: Any) -> tuple[bool, str]:
         worst = 0.0
-        for a, b in zip(_arrays(expected), _arrays(got), strict=True):
+        for a, b in zip(_arrays(expected), _arrays(result), strict=True):
             if a.shape != b.shape:
                 return False, f"shape {b.shape}, expected {a.shape}"
             difference = np.linalg.norm(b.astype(np.float64) - a)
             worst = float(np.maximum(worst, difference / max(np.linalg.norm(a.astype(np.float64)), 1e-30)))
-        return worst <= most, f"relative {worst:.1e} (at most {most:.1e})"
+        return worst <= limit, f"relative {worst:.1e} (at most {limit:.1e})"
 
     return gate
 
 
-def equal(expected: Any, got: Any) -> tuple[bool, str]:
+def equal(expected: Any, result: Any) -> tuple[bool, str]:
     """The same bits."""
-    pairs = list(zip(_arrays(expected), _arrays(got), strict=True))
+    pairs = list(zip(_arrays(expected), _arrays(result), strict=True))
     same = all(np.array_equal(a, b) for a, b in pairs)
     return same, "equal" if same else "differs"
 
@@ -151,11 +151,11 @@ def equal(expected: Any, got: Any) -> tuple[bool, str]:
 def correlated(least: float) -> Gate:
     """For another definition of the same thing: correlation of two signals of the same length."""
 
-    def gate(expected: Any, got: Any) -> tuple[bool, str]:
-        if np.shape(expected) != np.shape(got):
-            return False, f"shape {np.shape(got)}, expected {np.shape(expected)}"
-        found = float(np.corrcoef(np.ravel(expected), np.ravel(got))[0, 1])
-        return found >= least, f"correlation {found:.4f} (at least {least})"
+    def gate(expected: Any, result: Any) -> tuple[bool, str]:
+        if np.shape(expected) != np.shape(result):
+            return False, f"shape {np.shape(result)}, expected {np.shape(expected)}"
+        correlation = float(np.corrcoef(np.ravel(expected), np.ravel(result))[0, 1])
+        return correlation >= least, f"correlation {correlation:.4f} (at least {least})"
 
     return gate
 
@@ -192,14 +192,17 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
         if figures[name]:
             keys = figures[name][0]
             record["providers"][name]["figures"] = {
-                key: statistics.median(found[key] for found in figures[name]) for key in keys
+                key: statistics.median(values[key] for values in figures[name]) for key in keys
             }
     _compare(case, record, times)
     return record
 
 
 def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[str, Call], dict[str, float]]:
-    """The calls of the providers that are there and agree, and seconds of the first; notes others' status."""
+    """Calls of the providers that are installed and agree, and seconds of each first call.
+
+    Every provider's status goes to `results`.
+    """
     expected = case.expected(inputs)
     calls, first_s = {}, {}
     for provider in case.providers:
@@ -210,12 +213,12 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[st
         try:
             call = provider.prepare(inputs)
             start = time.perf_counter()
-            got = call()
+            result = call()
             first_s[provider.name] = time.perf_counter() - start
-            agrees, how = (provider.gate or case.gate)(expected, got)
+            agrees, how = (provider.gate or case.gate)(expected, result)
         except ImportError as error:
             row |= {"status": "missing", "reason": one_line(str(error))}
-        except Exception as error:  # of any library: it is named, and the others are timed
+        except Exception as error:  # a peer that fails is reported, and the others are timed
             row |= {"status": "failed", "reason": one_line(repr(error))}
         else:
             row |= {"status": "timed" if agrees else "disagrees", "agreement": how}
@@ -225,7 +228,7 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[st
 
 
 def one_line(text: str) -> str:
-    """What is written to results: one line, without the folders of this machine."""
+    """The first line of an error, without the folders of this machine, as it is written to results."""
     first = (text.splitlines() or [""])[0]
     return re.sub(r"(?<![\w.])/[^\s'\"()]*/", "", first)[:200]
 
@@ -265,7 +268,10 @@ def _interleave(
 
 
 def _repeats(call: Call, first_s: float) -> int:
-    """Calls of a block; the first call, which may have loaded things, is believed if it was a long one."""
+    """Number of calls in a block.
+
+    The first call may have loaded libraries, so a second one is timed, unless the first took long anyway.
+    """
     if first_s > 50 * LEAST_BLOCK_S:
         return 1
     start = time.perf_counter()
@@ -293,19 +299,19 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 def _compare(
     case: Case, record: dict[str, Any], times: Mapping[str, tuple[list[float], list[float]]]
 ) -> None:
-    """Adds every provider's time over ours: of the minima, which goals are judged by, and within rounds."""
-    ours = case.providers[0].name
+    """Adds every peer's time over the subject's: of the minima, for goals, and within rounds, for limits."""
+    subject = case.providers[0].name
     column = 0 if case.clock == "cpu" else 1
     for name, row in record["providers"].items():
         if name in case.goals:
             row["goal"] = case.goals[name]
         if name in case.limits:
             row["limit"] = case.limits[name]
-        if ours not in times or name not in times or name == ours:
+        if subject not in times or name not in times or name == subject:
             continue
-        mine, theirs = times[ours][column], times[name][column]
-        row["ratio"] = min(theirs) / min(mine)
-        row["round_ratio"] = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+        subject_s, peer_s = times[subject][column], times[name][column]
+        row["ratio"] = min(peer_s) / min(subject_s)
+        row["round_ratio"] = statistics.median(b / a for a, b in zip(subject_s, peer_s, strict=True))
         if name in case.goals:
             row["reached"] = row["ratio"] >= case.goals[name]
         if name in case.limits:
@@ -313,15 +319,15 @@ def _compare(
 
 
 def peak_memory(case: Case, provider: Provider) -> int:
-    """Bytes that two calls add to the process' memory at most, outputs and what is kept for reuse included.
+    """Bytes that two calls add to the memory of the process at its peak, outputs and caches included.
 
-    To be run in a fresh process: memory that others gave back to the allocator would hide what a call takes.
+    Runs in a fresh process: a call could reuse memory that earlier work gave back to the allocator.
 
     Raises:
-        OSError: this system does not tell.
+        OSError: this system does not report its memory.
     """
     torch.set_num_threads(case.threads)
-    importlib.import_module("torch._dynamo")  # 140 MB: with the first optimizer, or the first custom operator
+    importlib.import_module("torch._dynamo")  # 140 MB, which a first optimizer or operator would load
     inputs = case.inputs()
     call = provider.prepare(inputs)
     if case.device == "cuda":

@@ -32,7 +32,7 @@ TOKENS = 48
 
 @dataclass(frozen=True)
 class Ragged:
-    """A batch of clips of 2 to 8 s and of captions, and the model's weights by a seed."""
+    """A batch of clips of 2 to 8 s with captions; the model's weights come from a seed."""
 
     preset: str
     features_BTF: Tensor
@@ -148,12 +148,12 @@ def text_tower(given: Ragged) -> Roberta:
     return Roberta(MODEL_PRESETS[given.preset].text).eval()
 
 
-def our_text(given: Ragged) -> Call:
+def clsp_text(given: Ragged) -> Call:
     tower = text_tower(given)
 
     def call() -> Tensor:
         with torch.inference_mode():
-            return real(tower.hidden(given.token_ids_BL, given.mask_BL), given)
+            return without_padding(tower.hidden(given.token_ids_BL, given.mask_BL), given)
 
     return call
 
@@ -171,13 +171,13 @@ def transformers_text(given: Ragged) -> Call:
     def call() -> Tensor:
         with torch.inference_mode():
             hidden = tower(input_ids=given.token_ids_BL, attention_mask=given.mask_BL).last_hidden_state
-            return real(hidden, given)
+            return without_padding(hidden, given)
 
     return call
 
 
-def real(hidden_BLC: Tensor, given: Ragged) -> Tensor:
-    """Without what stands at padding, which nobody reads."""
+def without_padding(hidden_BLC: Tensor, given: Ragged) -> Tensor:
+    """Zeros at padding, where the values have no meaning."""
     return hidden_BLC * given.mask_BL[:, :, None]
 
 
@@ -187,10 +187,10 @@ def text_case(preset: str) -> Case:
         area="model",
         what=f"text tower, {CLIPS} captions of 8 to {TOKENS} tokens, preset {preset}",
         inputs=partial(ragged, preset),
-        expected=lambda given: our_text(given)(),
+        expected=lambda given: clsp_text(given)(),
         gate=relative(1e-5),
         providers=(
-            Provider("clsp_fast", our_text),
+            Provider("clsp_fast", clsp_text),
             Provider("transformers RobertaModel", transformers_text, "transformers"),
         ),
         amount=CLIPS,
@@ -204,7 +204,7 @@ def text_case(preset: str) -> Case:
 
 @dataclass(frozen=True)
 class Recordings:
-    """A manifest with files beside it, in a folder that lives as long as this."""
+    """A manifest with its files, in a folder that is deleted with this object."""
 
     folder: tempfile.TemporaryDirectory  # type: ignore[type-arg]
 
@@ -226,7 +226,7 @@ def recordings(count: int = 300) -> Recordings:
 
 
 def short_run(given: Recordings, steps: int = 24) -> Callable[[], dict[str, float]]:
-    """The last log record of a run: its throughput, and the share of time for which it waited for data."""
+    """The timed call is a run; it returns the last log record, with throughput and time spent on waiting."""
     preset = TRAIN_PRESETS["tiny"]
     data = DataConfig(manifest=given.path / "train.jsonl", batch_clips=64, buckets=4)
     every = {"log_every": steps, "validate_every": 10 * steps, "save_every": 10 * steps}
@@ -244,8 +244,8 @@ def short_run(given: Recordings, steps: int = 24) -> Callable[[], dict[str, floa
     return call
 
 
-def learns(expected: Any, got: dict[str, float]) -> tuple[bool, str]:
-    return bool(np.isfinite(got["loss"])), f"loss {got['loss']:.3f}"
+def learns(expected: Any, record: dict[str, float]) -> tuple[bool, str]:
+    return bool(np.isfinite(record["loss"])), f"loss {record['loss']:.3f}"
 
 
 TRAIN = Case(
@@ -257,7 +257,7 @@ TRAIN = Case(
     gate=learns,
     providers=(Provider("clsp_fast", short_run),),
     threads=2,
-    figures=lambda got: {name: got[name] for name in ("audio_s_per_s", "data_wait", "peak_memory_mib")},
+    figures=lambda record: {name: record[name] for name in ("audio_s_per_s", "data_wait", "peak_memory_mib")},
 )
 
 CASES = (

@@ -1,7 +1,9 @@
-"""Redraws the README's tables and the plots of docs/ from bench/results: `python -m bench.plot [--check]`.
+"""Redraws tables and plots from bench/results: `python -m bench.plot [--check]`.
 
-A table stands between `<!-- bench:AREA -->` and `<!-- /bench -->`, and shows the newest results of that area.
-With --check, results also have to name commits of this history, where there is one to look in.
+The tables are in README.md and docs/benchmarks.md, the plots in docs/. A table stands between
+`<!-- bench:AREA CASE ... -->` and `<!-- /bench -->`. It shows the newest results of that area: the cases that
+are named, or all of them with a caption. With --check, the commits that the results name must be in the
+history of HEAD, if there is a history to look in.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from bench import machine
 from clsp_fast import console
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
+PAGES = ("README.md", "docs/benchmarks.md")
+BLOCK = re.compile(r"<!-- bench:(\w+)((?: [\w.-]+)*) -->\n(.*?)<!-- /bench -->", re.DOTALL)
 COLOURS = (
     *("#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#1f78b4"),
     *("#666666", "#8c2d04", "#17becf", "#000000", "#a6cee3", "#b15928"),
@@ -37,13 +40,16 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         help="write nothing; exit code 1 if out of date, or measured at a commit that is not in this history",
     )
     check = parser.parse_args(arguments).check
-    readme = root / "README.md"
-    files = {readme: render_readme(readme.read_text(), root / "bench/results")}
-    for area in areas(readme.read_text()):
-        document, cases = newest(root / "bench/results", area)
-        if all("providers" not in case for case in cases.values()):
+    files: dict[Path, str] = {}
+    for page in (root / name for name in PAGES):
+        if not page.exists():
             continue
-        files[root / f"docs/bench-{area}.svg"] = plot(document, cases)
+        text = page.read_text()
+        files[page] = render(text, root / "bench/results")
+        for area in areas(text):
+            document, cases = newest(root / "bench/results", area)
+            if any("providers" in case for case in cases.values()):
+                files[root / f"docs/bench-{area}.svg"] = plot(document, cases)
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{path.relative_to(root)} {'does not follow from bench/results' if check else 'redrawn'}")
@@ -54,35 +60,47 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
 
 
 def _foreign_commits(root: Path) -> list[str]:
-    """Says which commits that results name are no ancestors of HEAD, and returns them; those that git cannot
-    judge are said, too, but not returned."""
+    """Prints and returns the commits that results name although HEAD's history does not hold them.
+
+    A commit that git cannot judge is printed as a warning and not returned.
+    """
     named: dict[str, set[str]] = {}
     for path in sorted((root / "bench/results").glob("*.json")):
         for case in json.loads(path.read_text())["cases"].values():
             named.setdefault(case["commit"], set()).add(path.name)
-    found = []
+    foreign = []
     for commit, files in named.items():
         is_ancestor = machine.is_ancestor(commit, root)
         if is_ancestor is None:
             print(f"warning: no history here to look for commit {commit} of {', '.join(files)} in")
         elif not is_ancestor:
             print(f"commit {commit} of {', '.join(files)} is not in the history of HEAD: measure again")
-            found.append(commit)
-    return found
+            foreign.append(commit)
+    return foreign
 
 
-def areas(readme: str) -> list[str]:
-    """The areas that the README has a table of."""
-    return [match[1] for match in BLOCK.finditer(readme)]
+def areas(page: str) -> list[str]:
+    """The areas that a page has a table of."""
+    return [match[1] for match in BLOCK.finditer(page)]
 
 
-def render_readme(readme: str, results: Path) -> str:
-    """The README with its tables made anew."""
+def render(page: str, results: Path) -> str:
+    """The page with its tables drawn from the results.
 
-    def render(match: re.Match[str]) -> str:
-        return f"<!-- bench:{match[1]} -->\n{markdown(*newest(results, match[1]))}\n<!-- /bench -->"
+    Raises:
+        SystemExit: an area has no results, or the newest ones lack a case that the page names.
+    """
 
-    return BLOCK.sub(render, readme)
+    def draw(match: re.Match[str]) -> str:
+        area, names = match[1], match[2].split()
+        document, cases = newest(results, area)
+        if missing := [name for name in names if name not in cases]:
+            raise SystemExit(f"the newest results of {area!r} have no case {', '.join(missing)}")
+        table = markdown({name: cases[name] for name in names or cases})
+        below = "" if names else f"\n\n{caption(document, cases)}"
+        return f"<!-- bench:{area}{match[2]} -->\n{table}{below}\n<!-- /bench -->"
+
+    return BLOCK.sub(draw, page)
 
 
 def newest(results: Path, area: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,24 +117,24 @@ def newest(results: Path, area: str) -> tuple[dict[str, Any], dict[str, Any]]:
     raise SystemExit(f"{results} has no results of {area!r}: run `python -m bench.run {area} --json`")
 
 
-def markdown(document: dict[str, Any], cases: dict[str, Any]) -> str:
-    """The table of an area: our time, and by how much it is shorter than each peer's."""
+def markdown(cases: dict[str, Any]) -> str:
+    """A table of cases: the time of clsp_fast, and how many times longer each peer takes."""
     if any("rows" in case for case in cases.values()):
         return "\n\n".join(_plain(case) for case in cases.values() if "rows" in case)
     lines = ["| | clsp_fast | time of others over ours |", "|---|---|---|"]
     for case in cases.values():
         rows = case["providers"]
-        ours = next(iter(rows))
-        if "cpu_s" not in rows[ours]:
-            lines.append(f"| {case['what']} | {rows[ours]['status']} | |")
+        subject = next(iter(rows.values()))
+        if "cpu_s" not in subject:
+            lines.append(f"| {case['what']} | {subject['status']} | |")
             continue
-        best_s = rows[ours][f"{case['clock']}_s"]["min"]
+        best_s = subject[f"{case['clock']}_s"]["min"]
         rate = _rate(case["amount"] / best_s, case["unit"])
         threads = f", {case['threads']} threads" if case["threads"] > 1 else ""
-        memory = _memory(rows[ours])
         peers = ", ".join(_peer(name, row) for name, row in rows.items() if "ratio" in row)
-        lines.append(f"| {case['what']}{threads} | {_digits(best_s * 1e3)} ms{rate}{memory} | {peers} |")
-    return "\n".join([*lines, "", caption(document, cases)])
+        time = f"{_digits(best_s * 1e3)} ms{rate}{_memory(subject)}"
+        lines.append(f"| {case['what']}{threads} | {time} | {peers} |")
+    return "\n".join(lines)
 
 
 def _plain(case: dict[str, Any]) -> str:
@@ -144,7 +162,7 @@ def _peer(name: str, row: dict[str, Any]) -> str:
 
 
 def caption(document: dict[str, Any], cases: dict[str, Any]) -> str:
-    """Machine, versions, commit, rounds and spread: what the figures have to be read with."""
+    """Machine, versions, commit, number of rounds and spread of a table's figures."""
     commits = sorted({c["commit"] + " with changes" * c["dirty"] for c in cases.values()})
     every = [(case, row) for case in cases.values() for row in case["providers"].values()]
     spreads = sorted(r[f"{c['clock']}_s"]["spread"] for c, r in every if r["status"] == "timed")
@@ -157,27 +175,27 @@ def caption(document: dict[str, Any], cases: dict[str, Any]) -> str:
     text = (
         f"{made_with}. Commit {', '.join(commits)}, "
         f"{document['date']}; n = {', '.join(map(str, rounds))} interleaved rounds, minimum CPU time of one "
-        f"thread, wall time of several. Distance of the quartiles over the median: in the middle "
+        f"thread or wall time of several. Distance of the quartiles over the median: usually "
         f"{spreads[len(spreads) // 2]:.0%}, at most {spreads[-1]:.0%}."
     )
-    return text + (f" Not there to compare with: {', '.join(sorted(missing))}." if missing else "")
+    return text + (f" Not installed, so not compared: {', '.join(sorted(missing))}." if missing else "")
 
 
 def plot(document: dict[str, Any], cases: dict[str, Any]) -> str:
-    """An SVG of every peer's time over ours, on a logarithmic axis."""
+    """An SVG of every peer's time over that of clsp_fast, on a logarithmic axis."""
     rows = [
         (name, {p: r["ratio"] for p, r in c["providers"].items() if "ratio" in r})
         for name, c in cases.items()
     ]
     peers = sorted({peer for _, ratios in rows for peer in ratios})
     colour = {peer: COLOURS[i % len(COLOURS)] for i, peer in enumerate(peers)}
-    most = max([10.0, *(ratio for _, ratios in rows for ratio in ratios.values())])
-    least = min([0.5, *(ratio for _, ratios in rows for ratio in ratios.values())])
+    highest = max([10.0, *(ratio for _, ratios in rows for ratio in ratios.values())])
+    lowest = min([0.5, *(ratio for _, ratios in rows for ratio in ratios.values())])
     left, width, top, pitch = 210, 560, 36 + 18 * math.ceil(len(peers) / 4), 22
     height = top + pitch * len(rows) + 40
 
     def x(ratio: float) -> float:
-        return left + width * math.log(ratio / least) / math.log(most / least)
+        return left + width * math.log(ratio / lowest) / math.log(highest / lowest)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} {height}" '
@@ -189,7 +207,7 @@ def plot(document: dict[str, Any], cases: dict[str, Any]) -> str:
         parts.append(f'<circle cx="{at_x}" cy="{at_y - 4}" r="5" fill="{colour[peer]}"/>')
         parts.append(f'<text x="{at_x + 10}" y="{at_y}">{escape(peer)}</text>')
     for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500):
-        if least <= tick <= most:
+        if lowest <= tick <= highest:
             line = f'x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top - 8}" y2="{height - 34}"'
             parts.append(f'<line {line} stroke="{"#000000" if tick == 1 else "#dddddd"}"/>')
             parts.append(f'<text x="{x(tick):.1f}" y="{height - 20}" text-anchor="middle">{tick:g}</text>')

@@ -22,14 +22,14 @@ from clsp_fast import console
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9
 WORSE = 1.10
-"""Ours counts as slower than before from this factor on, after what slowed the peers down as well."""
+"""clsp_fast counts as slower than before from this factor on, relative to its peers in the same two runs."""
 
 
 @console.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 1 if ours disagrees, fails, or became slower."""
+    """Command line; returns the exit code: 1 if clsp_fast disagrees, fails, or became slower."""
     options = _parse(arguments)
-    warnings.simplefilter("ignore")  # peers warn about how they are used here; nothing follows from it
+    warnings.simplefilter("ignore")  # peers warn about how they are used here
     if options.memory_of:
         case, provider = options.memory_of
         print(peak_memory(CASES[case], next(p for p in CASES[case].providers if p.name == provider)))
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = measure(case, options.rounds)
         records[case.name] = record
         print(f"\n{table(case.name, record)}\n{time.perf_counter() - start:.0f} s", flush=True)
-        ours = next(iter(record.get("providers", {}).values()), {})
-        failed |= ours.get("status", "timed") != "timed"
+        subject = next(iter(record.get("providers", {}).values()), {})
+        failed |= subject.get("status", "timed") != "timed"
     if options.json:
         path = default_path(computer) if options.json == "default" else Path(options.json)
         write(path, computer, records)
@@ -83,10 +83,10 @@ def measure(case: Case | Report, rounds: int) -> dict[str, Any]:
             row["package"] = f"{provider.package} {machine.version(provider.package)}"
         if case.memory and row["status"] == "timed":
             row |= _peak_in_a_fresh_process(case.name, provider.name)
-    ours = record["providers"].get(case.providers[0].name, {})
-    if case.memory_goal and ours.get("peak_bytes"):
-        ours["memory_goal"] = case.memory_goal
-        ours["memory_reached"] = ours["peak_bytes"] <= case.memory_goal
+    subject = record["providers"].get(case.providers[0].name, {})
+    if case.memory_goal and subject.get("peak_bytes"):
+        subject["memory_goal"] = case.memory_goal
+        subject["memory_reached"] = subject["peak_bytes"] <= case.memory_goal
     return record
 
 
@@ -105,7 +105,7 @@ def table(name: str, record: dict[str, Any]) -> str:
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with aligned columns, the first and the last to the left."""
+    """Lines of aligned columns; the first and the last column are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -146,25 +146,25 @@ def duration(seconds: float) -> str:
 
 
 def regressions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Cases of both in which ours became slower than the peers that were timed beside it did."""
-    found = []
+    """The cases of both runs in which clsp_fast became slower by more than its peers did, one line each."""
+    lines = []
     for name in sorted(name for name in before.keys() & after.keys() if "clock" in after[name]):
         old, new = before[name]["providers"], after[name]["providers"]
         key = f"{after[name]['clock']}_s"
         change = {
             p: new[p][key]["min"] / old[p][key]["min"] for p in new if key in new[p] and key in old.get(p, {})
         }
-        ours = next(iter(new), "")
-        if ours not in change:
+        subject = next(iter(new), "")
+        if subject not in change:
             continue
-        peers = [math.log(value) for provider, value in change.items() if provider != ours]
-        slower = change[ours] / math.exp(sum(peers) / max(len(peers), 1))
+        peers = [math.log(value) for provider, value in change.items() if provider != subject]
+        slower = change[subject] / math.exp(sum(peers) / max(len(peers), 1))
         if slower > WORSE:
-            found.append(
+            lines.append(
                 f"{name}: {slower:.2f}x the time of before, relative to {len(peers)} peers "
-                f"({duration(old[ours][key]['min'])} -> {duration(new[ours][key]['min'])})"
+                f"({duration(old[subject][key]['min'])} -> {duration(new[subject][key]['min'])})"
             )
-    return found
+    return lines
 
 
 def default_path(computer: dict[str, Any]) -> Path:
@@ -173,7 +173,7 @@ def default_path(computer: dict[str, Any]) -> Path:
 
 
 def write(path: Path, computer: dict[str, Any], records: dict[str, Any]) -> None:
-    """Writes results; cases that the file already has, from the same machine, are replaced."""
+    """Writes results. A file of the same machine keeps its other cases; a file of another one is replaced."""
     if path.exists():
         old = _read(path)
         records = old["cases"] | records if old["machine"] == computer else records
@@ -183,7 +183,7 @@ def write(path: Path, computer: dict[str, Any], records: dict[str, Any]) -> None
 
 
 def _peak_in_a_fresh_process(case: str, provider: str) -> dict[str, Any]:
-    """What to add to a provider's row: peak_bytes, or memory_failed with the last line of the error."""
+    """peak_bytes for a provider's row, or memory_failed with the last line of the error."""
     command = [sys.executable, "-m", "bench.run", "--memory-of", case, provider]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if done.returncode:
@@ -207,7 +207,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--against", type=Path, help="older results: say what became slower, exit code 1 if any"
     )
     parser.add_argument(
-        "--plot", action="store_true", help="redraw plots and README tables from bench/results"
+        "--plot", action="store_true", help="redraw the tables and plots of README.md and docs/"
     )
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -19,12 +19,12 @@ QUERIES = 1000
 K = 10
 
 
-# Ranks. One caption a clip, so that text i belongs to clip i.
+# Ranks. With one caption a clip, text i describes clip i.
 
 
 def pairs(count: int, device: str = "cpu") -> Batch:
     given = batch(count, 1, device=device)
-    # Close enough to chance that ranks spread.
+    # Much noise, so that ranks are not all 0.
     noise_ND = F.normalize(
         torch.randn(given.text_ND.shape, generator=torch.Generator().manual_seed(1)), dim=1
     )
@@ -33,27 +33,27 @@ def pairs(count: int, device: str = "cpu") -> Batch:
 
 
 def counted(given: Batch) -> tuple[Tensor, Tensor]:
-    """Ranks in float64 by counting what scores more."""
+    """Ranks in float64: how many items have a higher score than the query's item."""
     audio_MD, text_ND = given.audio_MD.double(), given.text_ND.double()
-    own = (audio_MD * text_ND).sum(1)
-    index = torch.arange(len(own), device=own.device)
+    target = (audio_MD * text_ND).sum(1)
+    index = torch.arange(len(target), device=target.device)
 
     def ranks(queries: Tensor, items: Tensor) -> Tensor:
-        blocks = [(queries[i] @ items.T > own[i, None]) & (i[:, None] != index) for i in index.split(1024)]
+        blocks = [(queries[i] @ items.T > target[i, None]) & (i[:, None] != index) for i in index.split(1024)]
         return torch.cat([block.sum(1) for block in blocks])
 
     return ranks(audio_MD, text_ND), ranks(text_ND, audio_MD)
 
 
-def same_ranks(expected: Any, got: Any) -> tuple[bool, str]:
-    """Equal but for scores that float32 cannot tell apart: one place in a thousand ranks."""
-    moved = [(a.to(b.device) - b).abs() for a, b in zip(expected, got, strict=True)]
+def same_ranks(expected: Any, result: Any) -> tuple[bool, str]:
+    """Equal, except where float32 cannot tell two scores apart: 2 % of the ranks, by 2 places at most."""
+    moved = [(a.to(b.device) - b).abs() for a, b in zip(expected, result, strict=True)]
     worst = int(max(m.max() for m in moved))
     share = float(torch.stack([(m > 0).float().mean() for m in moved]).max())
     return worst <= 2 and share <= 0.02, f"{share:.2%} of ranks differ, by {worst} at most"
 
 
-def our_ranks(given: Batch) -> Call:
+def clsp_ranks(given: Batch) -> Call:
     return lambda: tuple(similarity.ranks(given.audio_MD, given.text_ND))
 
 
@@ -64,29 +64,29 @@ def one_product(given: Batch) -> Call:
 def argsort_twice(given: Batch) -> Call:
     def call() -> tuple[Tensor, ...]:
         scores_MN = given.audio_MD @ given.text_ND.T
-        own_M1 = torch.arange(len(scores_MN), device=scores_MN.device)[:, None]
+        target_M1 = torch.arange(len(scores_MN), device=scores_MN.device)[:, None]
         orders = (scores.argsort(dim=1, descending=True) for scores in (scores_MN, scores_MN.T))
-        return tuple((order == own_M1).int().argmax(1) for order in orders)
+        return tuple((order == target_M1).int().argmax(1) for order in orders)
 
     return call
 
 
 def chunked_count(given: Batch, rows: int = 4096) -> Call:
-    """A product each way in blocks, and a count of what scores more than the diagonal."""
+    """In blocks of one product each way: how many scores of a row exceed the one on the diagonal."""
 
     def ranks(queries: Tensor, items: Tensor) -> Tensor:
-        found = []
+        blocks = []
         for start in range(0, len(queries), rows):
             scores = queries[start : start + rows] @ items.T
-            own = scores.diagonal(start).clone()
-            found.append((scores > own[:, None]).sum(1))
-        return torch.cat(found)
+            target = scores.diagonal(start).clone()
+            blocks.append((scores > target[:, None]).sum(1))
+        return torch.cat(blocks)
 
     return lambda: (ranks(given.audio_MD, given.text_ND), ranks(given.text_ND, given.audio_MD))
 
 
-def no_ranks(expected: Any, got: Any) -> tuple[bool, str]:
-    return got.shape == (len(expected[0]), len(expected[1])), "scores only, no ranks"
+def no_ranks(expected: Any, result: Any) -> tuple[bool, str]:
+    return result.shape == (len(expected[0]), len(expected[1])), "scores only, no ranks"
 
 
 def ranks_case(count: int, device: str = "cpu", **settings: Any) -> Case:
@@ -98,7 +98,7 @@ def ranks_case(count: int, device: str = "cpu", **settings: Any) -> Case:
         expected=counted,
         gate=same_ranks,
         providers=(
-            Provider("clsp_fast", our_ranks),
+            Provider("clsp_fast", clsp_ranks),
             Provider("one product", one_product, gate=no_ranks, note="the product alone"),
             Provider("argsort twice", argsort_twice, note="the recipe's form"),
             Provider("chunked count", chunked_count, note="open_clip's form"),
@@ -131,33 +131,33 @@ def search(rows: int, device: str = "cpu") -> Search:
     return Search(queries_QD.to(device), database_ND.to(device))
 
 
-def best(given: Search) -> tuple[Tensor, Tensor]:
-    """In float64, by blocks of queries."""
+def exact_topk(given: Search) -> tuple[Tensor, Tensor]:
+    """Neighbours in float64, in blocks of queries."""
     database_DN = given.database_ND.double().T
     blocks = [(block.double() @ database_DN).topk(K) for block in given.queries_QD.split(100)]
     return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
 
 
-def same_neighbours(expected: Any, got: Any) -> tuple[bool, str]:
-    """Scores to float32's accuracy, and the same rows but where scores are that close."""
-    scores, rows = (torch.as_tensor(x).cpu() for x in got)
+def same_neighbours(expected: Any, result: Any) -> tuple[bool, str]:
+    """Scores to the accuracy of float32, and the same rows except where scores are as close as that."""
+    scores, rows = (torch.as_tensor(x).cpu() for x in result)
     error = float((scores.double() - expected[0].cpu()).abs().max())
     share = float((rows != expected[1].cpu()).float().mean())
     return error <= 1e-5 and share <= 0.005, f"scores to {error:.1e}, {share:.2%} of rows differ"
 
 
-def our_topk(given: Search) -> Call:
+def clsp_topk(given: Search) -> Call:
     return lambda: similarity.topk(given.queries_QD, given.database_ND, K)
 
 
 def torch_topk(given: Search, rows: int = 16384) -> Call:
     def call() -> tuple[Tensor, Tensor]:
-        found = []
+        chunks = []
         for start in range(0, len(given.database_ND), rows):
-            chunk = (given.queries_QD @ given.database_ND[start : start + rows].T).topk(K)
-            found.append((chunk.values, chunk.indices + start))
-        scores, order = torch.cat([values for values, _ in found], 1).topk(K)
-        return scores, torch.cat([indices for _, indices in found], 1).gather(1, order)
+            best = (given.queries_QD @ given.database_ND[start : start + rows].T).topk(K)
+            chunks.append((best.values, best.indices + start))
+        scores, order = torch.cat([values for values, _ in chunks], 1).topk(K)
+        return scores, torch.cat([indices for _, indices in chunks], 1).gather(1, order)
 
     return call
 
@@ -176,9 +176,9 @@ def sentence_transformers(given: Search) -> Call:
     from sentence_transformers.util import dot_score, semantic_search
 
     def call() -> tuple[np.ndarray, np.ndarray]:
-        found = semantic_search(given.queries_QD, given.database_ND, top_k=K, score_function=dot_score)
-        scores = np.array([[hit["score"] for hit in hits] for hits in found])
-        return scores, np.array([[hit["corpus_id"] for hit in hits] for hits in found])
+        answers = semantic_search(given.queries_QD, given.database_ND, top_k=K, score_function=dot_score)
+        scores = np.array([[hit["score"] for hit in hits] for hits in answers])
+        return scores, np.array([[hit["corpus_id"] for hit in hits] for hits in answers])
 
     return call
 
@@ -189,10 +189,10 @@ def topk_case(rows: int, device: str = "cpu", **settings: Any) -> Case:
         area="similarity",
         what=f"{K} best of {rows} rows for {QUERIES} queries, D = {DIM}",
         inputs=partial(search, rows, device),
-        expected=best,
+        expected=exact_topk,
         gate=same_neighbours,
         providers=(
-            Provider("clsp_fast", our_topk),
+            Provider("clsp_fast", clsp_topk),
             Provider("torch.topk in chunks", torch_topk),
             Provider("faiss IndexFlatIP", faiss_flat, "faiss-cpu", note="index made before, on the CPU"),
             Provider("sentence-transformers", sentence_transformers, "sentence-transformers"),

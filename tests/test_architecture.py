@@ -1,4 +1,4 @@
-"""Which module may import which, what importing costs, and sizes that keep the code readable."""
+"""Which module may import which, what an import costs, and sizes that keep the code readable."""
 
 from __future__ import annotations
 
@@ -6,79 +6,47 @@ import ast
 import re
 import subprocess
 import sys
+from itertools import chain, takewhile
 from pathlib import Path
+from xml.etree import ElementTree
 
+import architecture
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "clsp_fast"
-COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "export", "caption"}
-ROOMS = {"contrastive", "towers", "data", "training", "evaluation", "demo", "sndfile", "storage"}
-
-# What a room, or a module of the top level, may import of the others. Commands may import all but commands.
+ROOT, PACKAGE = architecture.ROOT, architecture.PACKAGE
+# What a box of the picture may import. "basics" import nothing, so everything may import them; commands and
+# `import clsp_fast` may import every box below them.
 ALLOWED = {
-    # The commands are imported there when somebody asks for one.
-    "__init__": {"audio", "config", "features", "loss", "metrics", "similarity", "model"}
-    | {"convert", "embed", "evaluate", "export", "score", "search"},
-    "_C": set(),
-    "checks": set(),
-    "contention": set(),
-    "metrics": set(),
-    "config": {"checks"},
-    "storage": {"checks", "config"},
-    "console": {"storage"},
-    "tokenizer": {"config", "storage"},
-    "sndfile": {"storage"},
-    "audio": {"_C", "sndfile"},
-    "features": {"_C", "audio"},
-    "parity": {"audio", "console", "features"},
-    "lhotse": {"features"},
-    "batches": {"audio", "config", "console", "contention", "features", "storage"},
-    "contrastive": {"_C"},
-    "loss": {"contrastive", "kernels"},
-    "similarity": {"_C", "kernels"},
+    "contrastive": {"engine", "kernels"},
+    "config": set(),
+    "storage": {"config"},
     "towers": {"config", "kernels"},
-    "model": {"audio", "batches", "config", "contention", "storage", "tokenizer", "towers"},
+    "loss": {"contrastive", "engine", "kernels"},
+    "audio": {"config", "engine", "storage"},
+    "console": {"storage"},
+    "demo": {"audio", "config", "storage"},
+    "features": {"audio", "config", "console", "engine"},
     "data": {"audio", "config", "console", "features", "storage"},
-    "evaluation": {"audio", "checks", "config", "contention", "data", "metrics", "model", "similarity"}
-    | {"storage"},
-    "demo": {"storage"},
-    "training": {"config", "console", "contention", "data", "demo", "evaluation", "loss", "model"}
-    | {"similarity", "storage", "tokenizer", "towers"},
+    "model": {"audio", "config", "console", "features", "storage", "towers"},
+    "evaluation": {"audio", "config", "console", "data", "loss", "model", "storage"},
+    "training": {"config", "console", "data", "demo", "evaluation", "loss", "model", "storage", "towers"},
 }
+HELPER = "tests/architecture.py"
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-MODULES = sorted(PACKAGE.rglob("*.py"))
-
-
-def room(path: Path) -> str:
-    """The room of a file of the package, or its own name if it lies at the top."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def imports(path: Path) -> set[str]:
-    """Rooms and modules of the top level that a file of the package imports, anywhere in it, but its own."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "clsp_fast":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clsp_fast."):
-            found.add(str(node.module).split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("clsp_fast.")}
-    return found - {room(path)}
+MODULES = list(architecture.package_files().values())
 
 
 def distributions(path: Path) -> set[str]:
-    """First names of all that a file imports, anywhere in it."""
-    found = set()
+    """The first names of everything that a file imports, anywhere in it."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            names.add(node.module.split(".")[0])
+    return names
 
 
 def test_every_file_is_looked_at() -> None:
@@ -87,26 +55,113 @@ def test_every_file_is_looked_at() -> None:
         seen = {str(path.relative_to(ROOT)) for path in (*MODULES, *KERNELS, *BENCH, *TESTS)}
         assert {name for name in tracked.stdout.split() if (ROOT / name).exists()} <= seen
     assert len(MODULES) >= 60
-    assert {room(path) for path in MODULES if len(path.relative_to(PACKAGE).parts) > 1} == ROOMS
+    assert len({path.parent for path in MODULES}) >= 8
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_modules_import_only_what_they_may(path: Path) -> None:
-    name = room(path)
-    if name in COMMANDS:
-        assert not imports(path) & COMMANDS, f"{name} imports a command"
-    else:
-        assert imports(path) <= ALLOWED[name], f"{name} imports {imports(path) - ALLOWED[name]}"
+def test_every_module_has_its_box() -> None:
+    for module in architecture.package_files():
+        box = architecture.box_of(module)
+        assert box in set(chain(*architecture.LAYERS)), f"{module}: add {box} to BOXES or LAYERS of {HELPER}"
+
+
+@pytest.mark.parametrize("box", list(chain(*architecture.LAYERS)))
+def test_boxes_import_only_what_they_may(box: str) -> None:
+    below = set(chain(*takewhile(lambda layer: box not in layer, architecture.LAYERS)))
+    imported = architecture.box_graph()[box]
+    assert imported <= below, f"{box} imports {imported - below}: no lower layer of {HELPER}"
+    if box not in ("commands", "package"):
+        allowed = ALLOWED.get(box, set()) | {"basics"}
+        assert imported <= allowed, f"{box} imports {imported - allowed}, which ALLOWED does not list"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    circle = architecture.cycle(architecture.import_graph())
+    assert not circle, " -> ".join([*circle, circle[0]])
+
+
+def test_a_circle_and_arrows_that_follow_from_others_are_found() -> None:
+    assert architecture.cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    graph: dict[str, set[str]] = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
+    assert architecture.cycle(graph) == []
+    assert architecture.arrows(graph) == [("a", "b"), ("b", "c")]
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import a.b as c\ndef f():\n    from d import e\nimport importlib\nimportlib.import_module('g.h')\n"
+    )
+    assert architecture.imported_names(path) == {"a.b", "d.e", "importlib", "g.h"}
+
+
+def test_imports_of_the_package_are_absolute() -> None:
+    """A relative import would be missing from the graph."""
+    for module, path in architecture.package_files().items():
+        nodes = ast.walk(ast.parse(path.read_text()))
+        assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes), module
+
+
+def test_nothing_imports_a_command() -> None:
+    commands = {f"clsp_fast.{name}" for name in architecture.COMMANDS}
+    for module, imported in architecture.import_graph().items():
+        if module != "clsp_fast":
+            assert not imported & commands, f"{module} imports {imported & commands}"
+
+
+def test_the_picture_shows_the_imports() -> None:
+    drawn = architecture.draw()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    same = architecture.PICTURE.read_text() == drawn
+    assert same, "docs/architecture.svg is out of date: run `python tests/architecture.py`"
+
+
+def listed_modules() -> list[str]:
+    """What docs/architecture.md has a line for: Python files, rooms, and files of csrc/ without suffix."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    return re.findall(r"^- `([^`]+)`: \S", text, re.MULTILINE)
+
+
+def test_every_module_has_a_line_in_the_docs() -> None:
+    modules = {
+        f"{path.parent.relative_to(ROOT)}/" if path.name == "__init__.py" else str(path.relative_to(ROOT))
+        for path in (*MODULES, *KERNELS, *BENCH)
+    } - {"clsp_fast/"} | {"clsp_fast/__init__.py"}
+    modules |= {f"csrc/{p.stem}" for p in (ROOT / "csrc").iterdir() if p.suffix in (".h", ".cpp")}
+    listed = listed_modules()
+    missing, extra = sorted(modules - {*listed}), sorted({*listed} - modules)
+    assert not missing, (
+        f"docs/architecture.md has no line that begins with: {', '.join(f'- `{m}`:' for m in missing)}"
+    )
+    assert not extra, f"docs/architecture.md lists what does not exist: {', '.join(extra)}"
+    assert len(listed) == len(set(listed)), "docs/architecture.md lists a module twice"
+
+
+def test_what_the_docs_say_to_touch_exists() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    paths = set(re.findall(r"`((?:clsp_fast|csrc|kernels|bench|docs|tests)/[\w./]+\.\w+)`", text))
+    assert len(paths) > 60
+    gone = [path for path in sorted(paths) if "NAME" not in path and not (ROOT / path).exists()]
+    assert not gone, f"docs/architecture.md names files that do not exist: {', '.join(gone)}"
+    # `path`: `name`, or `name` of `path`: the file defines the name.
+    named = re.findall(r"`([\w/]+\.(?:py|cpp))`: (?:the loop of )?((?:`\w+`(?: and )?)+)", text)
+    named += [(path, names) for names, path in re.findall(r"((?:`\w+`(?: or )?)+) of `([\w/]+\.py)`", text)]
+    assert len(named) >= 5
+    for path, names in named:
+        source = (ROOT / path).read_text()
+        for name in re.findall(r"\w+", re.sub(r"\b(and|or)\b", "", names)):
+            assert re.search(rf"^(def |class |\w.* )?{name}\b", source, re.M), (
+                f"docs/architecture.md: {path} defines no {name}"
+            )
 
 
 @pytest.mark.parametrize("path", BENCH, ids=lambda path: path.stem)
 def test_bench_imports_no_test(path: Path) -> None:
-    assert not distributions(path) & {"tests", "conftest", "numerics"}
+    assert not distributions(path) & {"tests", *(test.stem for test in TESTS)}
 
 
-def test_the_package_does_not_know_bench() -> None:
+def test_the_package_does_not_know_bench_and_tests() -> None:
     for path in MODULES:
-        assert "bench" not in distributions(path), path
+        assert not distributions(path) & {"bench", "tests", "conftest"}, path
 
 
 def test_the_engine_knows_neither_python_nor_torch() -> None:
@@ -159,13 +214,13 @@ def test_importing_is_cheap() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(5)
     ]
-    told = [run.stdout.split() for run in runs]
-    assert [heavy for _, *heavy in told] == [[]] * 5
-    assert min(float(seconds) for seconds, *_ in told) < 0.3
+    printed = [run.stdout.split() for run in runs]
+    assert [heavy for _, *heavy in printed] == [[]] * 5
+    assert min(float(seconds) for seconds, *_ in printed) < 0.3
 
 
 def test_using_a_saved_model_does_not_import_the_compiler(model_folder: Path) -> None:
-    # It takes more than a second, which is more than everything else that a search of one sentence does.
+    # Its import takes more than a second, longer than the rest of a search for one sentence.
     code = (
         "import sys, numpy, clsp_fast; model = clsp_fast.CLSP.from_pretrained(sys.argv[1]);"
         "model.encode_text(['A calm voice.']); model.encode_audio([numpy.ones(16000, 'f4')]);"
@@ -180,11 +235,11 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef]:
 
 
 def test_functions_stay_small() -> None:
-    for paths, most in (([*MODULES, *BENCH, *TESTS], 80), (KERNELS, 120)):
+    for paths, limit in (([*MODULES, *BENCH, *TESTS], 80), (KERNELS, 120)):
         for path in paths:
             for function in functions(ast.parse(path.read_text())):
                 lines = (function.end_lineno or 0) - function.lineno + 1
-                assert lines <= most, f"{path.name}: {function.name} has {lines} lines"
+                assert lines <= limit, f"{path.name}: {function.name} has {lines} lines"
 
 
 def test_every_module_and_public_function_is_documented() -> None:

@@ -1,4 +1,4 @@
-"""The benchmark itself: nothing is timed that disagrees, nothing is claimed that was not recorded."""
+"""The benchmark: nothing is timed that disagrees, and the docs claim nothing that was not recorded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.measure import Case, Provider, close, correlated, equal, peak_memory,
 from clsp_fast import features
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.filterwarnings("ignore")  # peers' own, of how the bench uses them
+pytestmark = pytest.mark.filterwarnings("ignore")  # peers warn about how the bench uses them
 
 
 def spend(seconds: float, result: Any = 1.0, calls: list[str] | None = None, name: str = "") -> Any:
@@ -99,13 +99,13 @@ def test_the_gate_for_other_definitions_refuses_other_features(spoil: Callable[[
 # Running.
 
 
-def test_who_disagrees_fails_or_is_missing_is_named_and_not_timed() -> None:
+def test_providers_that_disagree_fail_or_are_missing_are_named_and_not_timed() -> None:
     def failing(_: Any) -> Any:
         raise RuntimeError("broken")
 
     record = run_case(
         case_of(
-            Provider("ours", spend(0.001)),
+            Provider("subject", spend(0.001)),
             Provider("wrong", spend(0.001, 2.0)),
             Provider("broken", failing),
             Provider("peer", missing),
@@ -114,7 +114,7 @@ def test_who_disagrees_fails_or_is_missing_is_named_and_not_timed() -> None:
     )
     rows = record["providers"]
     assert [row["status"] for row in rows.values()] == ["timed", "disagrees", "failed", "missing"]
-    assert [name for name, row in rows.items() if "wall_s" in row] == ["ours"]
+    assert [name for name, row in rows.items() if "wall_s" in row] == ["subject"]
     printed = run.table("made-up", record)
     assert "DISAGREES, not timed: max 1.0e+00" in printed
     assert "missing: No module named 'peer'" in printed
@@ -126,14 +126,14 @@ def test_results_hold_no_folder_of_the_machine() -> None:
             "cannot import name 'x' from 'peer' (/home/me/lib/peer/__init__.py) in and/or\nmore"
         )
 
-    record = run_case(case_of(Provider("ours", spend(0)), Provider("peer", failing)), rounds=1)
+    record = run_case(case_of(Provider("subject", spend(0)), Provider("peer", failing)), rounds=1)
     reason = record["providers"]["peer"]["reason"]
     assert reason == "cannot import name 'x' from 'peer' (__init__.py) in and/or"
 
 
-def test_nothing_is_compared_when_ours_disagrees() -> None:
-    record = run_case(case_of(Provider("ours", spend(0, 2.0)), Provider("peer", spend(0.001))), rounds=1)
-    assert record["providers"]["ours"]["status"] == "disagrees"
+def test_nothing_is_compared_when_the_subject_disagrees() -> None:
+    record = run_case(case_of(Provider("subject", spend(0, 2.0)), Provider("peer", spend(0.001))), rounds=1)
+    assert record["providers"]["subject"]["status"] == "disagrees"
     assert "ratio" not in record["providers"]["peer"]
 
 
@@ -145,7 +145,7 @@ def test_rounds_are_interleaved() -> None:
 
 
 def test_ratios_and_goals_follow_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"ours": [0.04, 0.02, 0.02], "b": [0.06, 0.06, 0.08], "c": [0.06, 0.06, 0.06]}
+    seconds = {"subject": [0.04, 0.02, 0.02], "b": [0.06, 0.06, 0.08], "c": [0.06, 0.06, 0.06]}
     scripts = {name: iter(values) for name, values in seconds.items()}
 
     def scripted(call: Callable[[], Any], repeats: int, device: str) -> tuple[float, float, Any]:
@@ -167,8 +167,8 @@ def test_ratios_and_goals_follow_the_times(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_one_thread_is_judged_by_cpu_time() -> None:
     assert case_of(threads=1).clock == "cpu"
-    record = run_case(case_of(Provider("ours", spend(0.05)), threads=1), rounds=1)
-    row = record["providers"]["ours"]
+    record = run_case(case_of(Provider("subject", spend(0.05)), threads=1), rounds=1)
+    row = record["providers"]["subject"]
     assert row["wall_s"]["min"] > 0.05 > row["cpu_s"]["min"]
 
 
@@ -178,13 +178,13 @@ def test_summary() -> None:
 
 def test_figures_are_medians() -> None:
     values = iter([9.0, 9.0, 1.0, 2.0, 3.0])
-    provider = Provider("ours", lambda _: lambda: time.sleep(0.021) or next(values))
+    provider = Provider("subject", lambda _: lambda: time.sleep(0.021) or next(values))
     settings = {"gate": lambda *_: (True, ""), "figures": lambda value: {"value": value}}
     record = run_case(case_of(provider, **settings), rounds=3)
-    assert record["providers"]["ours"]["figures"] == {"value": 2.0}
+    assert record["providers"]["subject"]["figures"] == {"value": 2.0}
 
 
-def test_peak_memory_counts_what_a_call_takes() -> None:
+def test_peak_memory_counts_the_memory_of_a_call() -> None:
     size = 64 << 20
     small, large = (Provider(str(n), lambda _, n=n: lambda: float(np.ones(n // 8).sum())) for n in (8, size))
     assert peak_memory(case_of(large), large) > 0.9 * size
@@ -252,10 +252,10 @@ def results_of(**seconds: float) -> dict[str, Any]:
 
 
 def test_a_slower_machine_is_no_regression() -> None:
-    old = results_of(ours=1.0, peer=2.0, other=4.0)
-    assert run.regressions(old, results_of(ours=2.0, peer=4.0, other=8.0)) == []
-    assert run.regressions(old, results_of(ours=1.0, peer=2.0, other=4.0, new=1.0)) == []
-    (line,) = run.regressions(old, results_of(ours=1.5, peer=2.0, other=4.0))
+    old = results_of(subject=1.0, peer=2.0, other=4.0)
+    assert run.regressions(old, results_of(subject=2.0, peer=4.0, other=8.0)) == []
+    assert run.regressions(old, results_of(subject=1.0, peer=2.0, other=4.0, new=1.0)) == []
+    (line,) = run.regressions(old, results_of(subject=1.5, peer=2.0, other=4.0))
     assert line.startswith("case: 1.50x")
     assert run.regressions(old, {"another": old["case"]}) == []
 
@@ -287,16 +287,16 @@ def test_files_are_named_after_the_processor(cpu: str, name: str) -> None:
 def test_the_exact_loss_is_that_of_autograd() -> None:
     for captions in (1, 2):
         given = loss_cases.batch(37, captions, torch.float64)
-        for mine, theirs in zip(loss_cases.exact(given), loss_cases.reference(given)(), strict=True):
-            assert torch.allclose(mine, theirs.double(), rtol=1e-6, atol=1e-9)
+        for exact, autograd in zip(loss_cases.exact(given), loss_cases.reference(given)(), strict=True):
+            assert torch.allclose(exact, autograd.double(), rtol=1e-6, atol=1e-9)
 
 
 def test_the_exact_sigmoid_loss_is_that_of_autograd() -> None:
     given = loss_cases.sigmoid_batch(37, torch.float64)
-    for mine, theirs in zip(
+    for exact, autograd in zip(
         loss_cases.exact_sigmoid(given), loss_cases.reference_sigmoid(given)(), strict=True
     ):
-        assert torch.allclose(mine, theirs.double(), rtol=1e-6, atol=1e-9)
+        assert torch.allclose(exact, autograd.double(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("captions", [1, 2])
@@ -332,36 +332,56 @@ def test_goals_name_providers() -> None:
             assert len(names) == len(case.providers), case.name
 
 
-def test_kernel_budgets_are_read_where_they_are(tmp_path: Path) -> None:
+def test_kernel_budgets_are_read_from_their_file(tmp_path: Path) -> None:
     path = tmp_path / "budgets.json"
     with pytest.raises(FileNotFoundError):
         kernel_cases.budgets(path)
-    found = {"registers": 171, "spills": 0, "shared_bytes": 147456, "mma": ["HGMMA.64x256x16"]}
-    path.write_text(json.dumps({"triton": "3.9.0", "kernels": {"90 bf16": {"lse": found}}}))
+    budget = {"registers": 171, "spills": 0, "shared_bytes": 147456, "mma": ["HGMMA.64x256x16"]}
+    path.write_text(json.dumps({"triton": "3.9.0", "kernels": {"90 bf16": {"lse": budget}}}))
     assert kernel_cases.budgets(path)[1] == ("lse", "sm_90 bf16", "171", "0", "144", "HGMMA.64x256x16")
 
 
-# What the README says.
+# What the docs say.
 
 
-def test_the_readme_and_the_plots_follow_from_the_committed_results(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert plot.areas((ROOT / "README.md").read_text())
+def test_tables_and_plots_follow_from_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
+    for page in plot.PAGES:
+        assert plot.areas((ROOT / page).read_text()) == ["frontend", "loss", "similarity"], page
     assert plot.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_figure_that_was_not_recorded_is_found(tmp_path: Path) -> None:
+def table_rows(page: str, area: str) -> list[str]:
+    """The rows of an area's table on a page, without the header."""
+    block = next(m for m in plot.BLOCK.finditer((ROOT / page).read_text()) if m[1] == area)
+    return [line for line in block[3].splitlines() if line.startswith("| ")][1:]
+
+
+@pytest.mark.parametrize("area", ["frontend", "loss", "similarity"])
+def test_the_readme_shows_three_rows_of_the_whole_table(area: str) -> None:
+    few, all_rows = (table_rows(page, area) for page in plot.PAGES)
+    assert len(few) == 3 < len(all_rows)
+    assert {*few} <= {*all_rows}
+    _, cases = plot.newest(ROOT / "bench/results", area)
+    assert len(all_rows) == len(cases)
+
+
+def test_a_case_without_results_is_refused() -> None:
+    with pytest.raises(SystemExit, match="the newest results of 'loss' have no case loss-7"):
+        plot.render("<!-- bench:loss loss-1024 loss-7 -->\n<!-- /bench -->", ROOT / "bench/results")
+
+
+@pytest.mark.parametrize("page", plot.PAGES)
+def test_a_figure_that_was_not_recorded_is_found(page: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
-    readme, area = (ROOT / "README.md").read_text(), plot.areas((ROOT / "README.md").read_text())[0]
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(readme)
+    for name in plot.PAGES:
+        shutil.copy(ROOT / name, tmp_path / name)
     assert plot.main(["--check"], root=tmp_path) == 1  # no plot yet
     assert plot.main([], root=tmp_path) == 0
     assert plot.main(["--check"], root=tmp_path) == 0
-    begin = readme.index(f"<!-- bench:{area} -->")
-    at = next(i for i in range(begin, len(readme)) if readme[i : i + 2] == "**")
-    (tmp_path / "README.md").write_text(readme[: at + 2] + "9" + readme[at + 2 :])
+    text = (tmp_path / page).read_text()
+    at = text.index("**", text.index(f"<!-- bench:{plot.areas(text)[0]}"))
+    (tmp_path / page).write_text(text[: at + 2] + "9" + text[at + 2 :])
     assert plot.main(["--check"], root=tmp_path) == 1
 
 
@@ -372,7 +392,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no history, or the commit is not in it, nothing can be said."""
+    """Without a history, or without the commit in it, the check only warns."""
     repository = tmp_path / "repository"
     results = repository / "bench/results/r.json"
     results.parent.mkdir(parents=True)
@@ -409,9 +429,9 @@ def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.Captu
     assert (code, told[:8]) == (0, "warning:")
 
 
-def test_memory_that_could_not_be_measured_is_said() -> None:
-    record = run.measure(case_of(Provider("ours", spend(0)), memory=True), rounds=1)  # no case of that name
-    row = record["providers"]["ours"]
+def test_memory_that_could_not_be_measured_is_reported() -> None:
+    record = run.measure(case_of(Provider("subject", spend(0)), memory=True), rounds=1)  # not a known case
+    row = record["providers"]["subject"]
     assert "peak_bytes" not in row
     assert "KeyError: 'made-up'" in row["memory_failed"]
     assert "memory: failed: KeyError: 'made-up'" in run.table("made-up", record)

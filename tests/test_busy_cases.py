@@ -1,4 +1,4 @@
-"""The benchmark beside busy processes: the same results there, and how its limits are judged."""
+"""The benchmark beside busy processes: results stay the same, and limits are judged by the rounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_limits_are_judged_by_the_median_of_the_rounds(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets the CPUs of a process")
-def test_a_block_beside_busy_processes_gives_what_it_gives_here() -> None:
+def test_a_block_beside_busy_processes_gives_the_same_result() -> None:
     case = busy_cases.busy_case("contrast", "one call a block", calls=1)
     record = run_case(replace(case, providers=case.providers[:2], limits={}, goals={}), rounds=1)
     assert {row["status"] for row in record["providers"].values()} == {"timed"}
@@ -51,7 +51,7 @@ def cpu_s(pid: int) -> float:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc")
-def test_neighbours_are_busy_when_told_and_end_with_their_owner() -> None:
+def test_neighbours_are_busy_when_told_and_end_with_their_object() -> None:
     neighbours = busy_cases.Neighbours()
     processes = list(neighbours._processes)
 

@@ -1,6 +1,9 @@
-"""Every command and block of code of the README is executed as it stands, on a model of the demo's preset and
-on recordings of a fraction of a second. Two are not: of `make test` and `make bench` only a dry run is made
-(`make -n`), which shows that they would run the right commands; `make train` runs with few steps."""
+"""Every command and block of code of the README and the pages behind it is executed, on a model of the demo's
+preset and on recordings of a fraction of a second.
+
+Some are not executed in full: `make test` and `make bench` run with `make -n`, which shows that they would
+run the right commands, `pip install` with `--dry-run`, and `make train` with few steps.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from test_console import COMMANDS, options_of, torchruns_options
 
+from bench import plot
 from bench.run import regressions, table
 from clsp_fast import train
 from clsp_fast.config import TRAIN_PRESETS
@@ -37,14 +41,14 @@ Clips = Callable[[Path, int], list[Path]]
 
 
 class Document:
-    """What a Markdown text lets its reader type."""
+    """The commands and the code of a Markdown text."""
 
     def __init__(self, text: str) -> None:
         self.blocks: list[tuple[str, str]] = re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         self.spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
         self.lists = [self._commands(block) for block in self.code("sh")]
-        # Between backticks, a command has a module or a target; the rest are names, options and values.
+        # Between backticks, what has a module or a target is a command; the rest are names and options.
         self.inline = [s for s in self.spans if re.match(r"(python|torchrun)\b.*-m |make \w+$", s)]
 
     def code(self, language: str) -> list[str]:
@@ -56,8 +60,10 @@ class Document:
         return [line for line in lines if line]
 
     def strays(self) -> list[str]:
-        """What looks like a command or like code and is none of `lists`, `inline` and the python and JSON
-        blocks, which are executed. Blocks without a language are output."""
+        """What looks like a command or code but is not executed.
+
+        Executed are `lists`, `inline`, and blocks of python and JSON. Blocks without a language are output.
+        """
         others = [span for span in self.spans if span not in self.inline]
         words = r"-m (clsp_fast|bench)|^(clsp-\w+|pip|make|python|sh|bash|git|\$) "
         strange = [text for name, text in self.blocks if name not in ("", "sh", "python", "json")]
@@ -67,7 +73,13 @@ class Document:
         return [span for span in others if re.search(words, span)] + strange + typed
 
 
-README = Document((ROOT / "README.md").read_text())
+README_TEXT = (ROOT / "README.md").read_text()
+README = Document(README_TEXT)
+ARCHITECTURE = Document((ROOT / "docs/architecture.md").read_text())
+PAGES = {
+    name: Document((ROOT / "docs" / name).read_text()) for name in ("guide.md", "demo.md", "benchmarks.md")
+}
+INLINE = list(dict.fromkeys(chain(README.inline, *(page.inline for page in PAGES.values()))))
 
 
 def write_rows(path: str, rows: list[dict[str, object]]) -> None:
@@ -75,7 +87,7 @@ def write_rows(path: str, rows: list[dict[str, object]]) -> None:
 
 
 def lay_out(make_clips: Clips) -> None:
-    """What the README's commands read, in the current folder, under the names that it gives them."""
+    """Creates the files that the commands read, in the current folder."""
     clips = make_clips(Path("clips"), 16)
     for name in ("a.wav", "b.flac", "c.mp3"):
         wave, rate = soundfile.read(clips[0])
@@ -92,7 +104,7 @@ def lay_out(make_clips: Clips) -> None:
             for i, path in enumerate(clips)
         ],
     )
-    with Path("m.jsonl").open("a") as file:  # the manifest's line that the README shows
+    with Path("m.jsonl").open("a") as file:  # the line of a manifest that the README shows
         file.write("".join(README.code("json")))
     shutil.copy("m.jsonl", "v.jsonl")
     shutil.copy("m.jsonl", "test.jsonl")
@@ -135,13 +147,15 @@ def lay_out(make_clips: Clips) -> None:
 
 
 def only_slower(told: str) -> bool:
-    """Whether bench.run ended with 1 for this reason alone: ours is slower than when the older results were
-    written, as it may be on another machine. It also does when ours disagrees or fails."""
+    """Whether bench.run ended with 1 only because clsp_fast is slower than in the older results.
+
+    That may happen on another machine. It must not end with 1 because a result disagrees or a case fails.
+    """
     return "x the time of before" in told and not re.search(r"DISAGREES|\bfailed\b", told)
 
 
 class Shell:
-    """Runs commands of the README in a folder, with this Python as `python`, on the CPU."""
+    """Runs commands in a folder, with this Python as `python`, on the CPU."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ran = folder, list[str]()
@@ -160,7 +174,11 @@ class Shell:
 
     def run(self, command: str) -> None:
         """One command, to its end; an AssertionError with its output if it fails."""
-        special = {"make": self._make, "python -m clsp_fast.train small": self._interrupted}
+        special = {
+            "make": self._make,
+            "pip install": self._install,
+            "python -m clsp_fast.train small": self._interrupted,
+        }
         run = next((run for start, run in special.items() if command.startswith(start)), self._whole)
         run(command)
         self.ran.append(command)
@@ -198,6 +216,15 @@ class Shell:
             self._whole(
                 " ".join([*make, target, f"ARGS='{arguments} --data.batch-clips 8 --data.buckets 1'"])
             )
+
+    def _install(self, command: str) -> None:
+        """As far as pip goes with --dry-run, which warns of an extra that does not exist."""
+        target = re.fullmatch(r"pip install '?\.((?:\[[\w,-]+\])?)'?", command)
+        assert target, command
+        dry = "-m pip install --dry-run --no-deps --no-build-isolation --disable-pip-version-check"
+        told = self._whole(f"python {dry} '{ROOT}{target[1]}' 2>&1")
+        assert "Would install clsp_fast" in told
+        assert "does not provide the extra" not in told, told
 
     def _interrupted(self, command: str) -> None:
         """A run of many hours: Ctrl-C, once it trains, saves it."""
@@ -261,17 +288,18 @@ def test_every_command_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     lay_out(make_clips)
     shell = Shell(tmp_path)
-    makes, training, use = README.lists
-    # The second list needs nothing of the first: both at a time, on two cores.
-    first = [*makes, "python readme.py", *use]
-    second = [*training, *(c for c in dict.fromkeys(README.inline) if c not in makes)]
+    setup, training, use = README.lists
+    behind = list(chain(*chain(*(page.lists for page in PAGES.values()))))
+    # The second list needs nothing of the first, so both run at the same time, on two cores.
+    first = [*setup, "python readme.py", *use]
+    second = [*training, *behind, *(command for command in INLINE if command not in setup)]
     Path("readme.py").write_text(PYTHON)
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(shell.run_all, commands) for commands in (first, second)]
         for done in both:
             done.result()
-    assert set(shell.ran) >= {*chain(*README.lists), *README.inline}
-    assert len(shell.ran) > 18
+    assert set(shell.ran) >= {*chain(*README.lists), *behind, *INLINE}
+    assert len(shell.ran) > 20
 
     steps = [record["step"] for record in log.read_log(Path("runs/b/log.jsonl")) if record["kind"] == "train"]
     assert steps == [2]
@@ -283,26 +311,28 @@ def test_every_command_runs_as_it_stands(
     assert "<audio controls" in open_in_browser(Path("answers.html").absolute())
 
 
-def test_what_ends_the_benchmark_is_told_apart() -> None:
-    ours: dict[str, object] = {"status": "timed", "wall_s": {"min": 1.0, "median": 1.0, "spread": 0.0}}
-    ours["agreement"] = ""
-    slower = f"\n{regressions(*(_results(ours, seconds) for seconds in (1.0, 2.0)))[0]}\n"
-    assert only_slower(table("c", _results(ours, 2.0)["c"]) + slower)
-    assert not only_slower(table("c", _results(ours, 1.0)["c"]))
+def test_a_slower_benchmark_is_distinguished_from_a_failed_one() -> None:
+    subject: dict[str, object] = {"status": "timed", "wall_s": {"min": 1.0, "median": 1.0, "spread": 0.0}}
+    subject["agreement"] = ""
+    slower = f"\n{regressions(*(_results(subject, seconds) for seconds in (1.0, 2.0)))[0]}\n"
+    assert only_slower(table("c", _results(subject, 2.0)["c"]) + slower)
+    assert not only_slower(table("c", _results(subject, 1.0)["c"]))
     assert not only_slower("old.json is not a results file of bench.run: KeyError('cases')")
     for bad in ({"status": "disagrees", "agreement": "by 1"}, {"status": "failed", "reason": "no memory"}):
         assert not only_slower(table("c", _results(bad, None)["c"]) + slower)
 
 
-def _results(ours: dict[str, object], seconds: float | None) -> dict[str, Any]:
+def _results(subject: dict[str, object], seconds: float | None) -> dict[str, Any]:
     """Records of a benchmark case with one provider."""
     time_s = {} if seconds is None else {"wall_s": {"min": seconds, "median": seconds, "spread": 0.0}}
     case = {"what": "a case", "clock": "wall", "threads": 1, "rounds": 1}
-    return {"c": case | {"providers": {"ours": ours | time_s}}}
+    return {"c": case | {"providers": {"subject": subject | time_s}}}
 
 
 def test_nothing_stands_there_that_is_not_executed() -> None:
-    assert README.strays() == []
+    for page in (README, *PAGES.values()):
+        assert page.strays() == []
+        assert page is README or (page.code("python"), page.code("json")) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -322,7 +352,7 @@ def test_what_would_not_be_executed_is_found(text: str) -> None:
 
 
 def test_a_new_command_is_executed() -> None:
-    """It is among those that the test above runs; a fourth list makes that test fail."""
+    """A new command is among those that the test above runs. A fourth list of the README makes it fail."""
     new = Document("As `python -m clsp_fast.embed x y` does.\n```sh\nls  # files\n\nmake x\n```\n")
     assert (new.lists, new.inline) == ([["ls", "make x"]], ["python -m clsp_fast.embed x y"])
 
@@ -331,7 +361,8 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setenv("COLUMNS", "200")
     known = torchruns_options().union(*(options_of(command, capsys) for command in COMMANDS))
     known |= {"--check-parity", "--list", "--against", "--json", "--plot"}  # of commands that are run above
-    named = {flag for span in README.spans for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", span)}
+    spans = chain(README.spans, *(page.spans for page in PAGES.values()), ARCHITECTURE.spans)
+    named = {flag for span in spans for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", span)}
     assert len(named) > 15
     assert named <= known
 
@@ -341,7 +372,54 @@ def test_without_arguments_it_is_the_demo() -> None:
     assert TRAIN_PRESETS["tiny"].data.manifest is None
 
 
-def test_the_preset_sizes_are_those_of_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert "724,244,405" in text
-    assert set(re.findall(r"\b(tiny|small|base|xlarge)\b", text)) == set(TRAIN_PRESETS)
+def test_the_presets_are_those_of_the_docs() -> None:
+    guide = (ROOT / "docs/guide.md").read_text()
+    assert "724,244,405" in guide
+    assert "724,244,405" in README_TEXT
+    for text in (guide, README_TEXT):
+        assert set(re.findall(r"\b(tiny|small|base|xlarge)\b", text)) == set(TRAIN_PRESETS)
+
+
+def test_the_first_screen_states_recorded_numbers() -> None:
+    """The two measured numbers of the README, and the machine that they are of."""
+    screen = README_TEXT[: README_TEXT.index("## Install")]
+    results = ROOT / "bench/results"
+    frontend, features = plot.newest(results, "frontend")
+    loss, losses = plot.newest(results, "loss")
+    assert all("Xeon" in document["machine"]["cpu"] for document in (frontend, loss))
+    rows = features["file-16k-s16"]["providers"]
+    assert f"{rows['soundfile + lhotse']['ratio']:.3g} times as fast**" in screen
+    assert f"takes {rows['clsp_fast']['cpu_s']['min'] * 1e3:.3g} ms" in screen
+    rows = losses["loss-8192-16mb"]["providers"]
+    peer = rows["the recipe's and open_clip's form"]
+    memory = [round(row["peak_bytes"] / 2**20) for row in (rows["clsp_fast"], peer)]
+    assert f"{peer['ratio']:.3g} times as fast, and {memory[0]} MiB instead of {memory[1]}**" in screen
+    assert f"take {rows['clsp_fast']['wall_s']['min'] * 1e3:.3g} ms" in screen
+    rounds = {features["file-16k-s16"]["rounds"], losses["loss-8192-16mb"]["rounds"]}
+    assert f"n = {rounds.pop()}" in screen
+    assert not rounds
+
+
+def test_the_readme_takes_its_results_from_the_page_of_the_demo() -> None:
+    results = README_TEXT[README_TEXT.index("## Results") : README_TEXT.index("## What is guaranteed")]
+    numbers = re.findall(r"\b0\.\d{3}\b", results)
+    assert len(numbers) >= 6
+    page = (ROOT / "docs/demo.md").read_text()
+    assert [number for number in numbers if number not in page] == []
+
+
+def test_the_readme_is_short_and_names_every_extra() -> None:
+    assert len(README_TEXT.splitlines()) <= 130
+    project = (ROOT / "pyproject.toml").read_text()
+    tables = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[project\.", project, re.M | re.S)
+    assert tables is not None
+    extras = re.findall(r"^([a-z][a-z-]*) = \[", tables[1], re.M)
+    assert len(extras) >= 10
+    install = README_TEXT[README_TEXT.index("Extras:") : README_TEXT.index("```python")]
+    assert set(re.findall(r"`([a-z-]+)`", install)) == set(extras)
+
+
+def test_links_lead_to_files() -> None:
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+            assert "://" in link or (path.parent / link).exists(), f"{path.name}: {link}"

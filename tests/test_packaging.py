@@ -31,7 +31,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git tracks, so that nothing of a developer's tree leaks into the packages."""
+    """A copy of the files that git tracks, so that no other file of the working tree enters."""
     target = tmp_path_factory.mktemp("source") / "clsp_fast"
     names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     for name in names:
@@ -67,7 +67,7 @@ def packages(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def site(target: Path, *what: str | Path) -> Path:
-    """An empty environment that sees this one's packages except clsp_fast, with `what` installed."""
+    """A folder with `what` installed, for PYTHONPATH; other packages come from this environment."""
     target.mkdir()
     run(
         sys.executable,
@@ -136,9 +136,9 @@ def test_an_editable_install_follows_the_tree(source: Path, tmp_path: Path) -> N
     run(sys.executable, "-c", code, tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv/bin/python"
     (purelib,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    # The packages of this environment, after its own: torch and numpy need not be installed again.
-    (own,) = {str(Path(p)) for p in sys.path if p.endswith("site-packages")}
-    (purelib / "parent.pth").write_text(own + "\n")
+    # The new environment also sees the packages of this one, so that torch need not be installed again.
+    site_packages = [path for path in sys.path if path.endswith("site-packages")]
+    (purelib / "parent.pth").write_text("".join(f"{path}\n" for path in site_packages))
     run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", source, cwd=tmp_path)
     assert run(python, "-c", CHECK, cwd=tmp_path).startswith(str(source))
     (source / "clsp_fast/_marker.py").write_text("VALUE = 3\n")
