@@ -307,6 +307,7 @@ def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) 
     assert sum(kept.values()) < workspace + 64 * 8000
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
 @pytest.mark.parametrize(
     ("workspace", "copies", "options"),
