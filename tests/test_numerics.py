@@ -50,7 +50,6 @@ def test_infinities_must_be_equal_and_nan_never_is() -> None:
 JUDGES = re.compile(r"allclose|assert_close|approx|\bnumerics\b")
 # Files that mention a judgement of rounding, but whose results no other processor can change.
 ELSEWHERE = {
-    "test_architecture.py": "reads sources, and computes nothing",
     "test_bench.py": "given times, and losses of the bench in float64, to 1e-6",
     "data/test_loader.py": "durations, shares and sums in Python's own numbers",
 }
