@@ -31,8 +31,8 @@ def frames_after_front(frames: Frames) -> Frames:
 
 
 def standardise(features: Tensor) -> Tensor:
-    """Log-mel scaled to about mean 0 and deviation 1 over speech in general. All clips are scaled alike, so
-    their differences of level are kept."""
+    """Log-mel scaled to about mean 0 and deviation 1 over speech in general. The constants are the same for
+    all clips, so differences of level between clips are kept."""
     return (features - LOG_MEL_MEAN) / LOG_MEL_DEVIATION
 
 
@@ -97,9 +97,8 @@ class Conv2dSubsampling(nn.Module):
 class Conv1dSubsampling(nn.Module):
     """One convolution over time with the mel bins as channels, SwooshR, linear, BiasNorm.
 
-    Output frame t depends on the same input frames as after the convolutions of Conv2dSubsampling. The cost
-    is a small part of theirs. This front is for models that train in minutes on a CPU; it is not in the
-    reference.
+    Output frame t depends on the input frames 2t .. 2t + 8, as after the convolutions of Conv2dSubsampling.
+    This front costs much less. It is for models that train in minutes on a CPU, and is not in the reference.
     """
 
     def __init__(self, config: ModelConfig) -> None:

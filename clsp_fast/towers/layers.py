@@ -44,9 +44,9 @@ def frames_in_graph(lengths_N: Tensor) -> int:
     """The largest length, at least 2, as a size in an exported graph.
 
     The exporter treats the result as a new symbol. If this size were computed from the number of input frames
-    by floor divisions, the exporter would have to compare it with other such sizes. It would then build into
-    the graph what is true only of its example input, such as an odd number of frames. Because of the minimum
-    of 2, the exporter need not consider broadcasting of this size.
+    by floor divisions, the exporter would have to compare it with other computed sizes. It would then build
+    into the graph what is true only of its example input, such as an odd number of frames. Because of the
+    minimum of 2, the exporter need not consider broadcasting of this size.
     """
     frames = cast(int, lengths_N.max().clamp(min=2).item())
     torch._check(frames >= 2)  # type: ignore[no-untyped-call]
