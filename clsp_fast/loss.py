@@ -1,13 +1,13 @@
 """The contrastive losses of CLSP as functions of embeddings.
 
-A loss is made in three steps. `check_problem` checks the arguments. An engine,
-`clsp_fast.contrastive.negatives` on the CPU or `clsp_fast.kernels.contrastive` on CUDA, sums over all
-negative pairs, which is the dense work. `clsp_fast.contrastive.positives` adds the positive pairs, which are
-few, in float64. docs/derivation.md derives the formulas.
+A loss is computed in three parts. `check_problem` checks the arguments. An engine sums over the M N - N
+negative pairs: `clsp_fast.contrastive.negatives` on the CPU, `clsp_fast.kernels.contrastive` on CUDA.
+`clsp_fast.contrastive.positives` adds the N positive pairs in float64. docs/derivation.md derives the
+formulas.
 
 The relative error of a float32 gradient is at most (8 + 2 logit_scale) eps, with eps = 2^-23: 8.1e-6 at a
-scale of 30 and 2.5e-5 at 100. Where terms of opposite sign cancel, as they may in the gradient of the scale,
-this is the error relative to the terms.
+scale of 30 and 2.5e-5 at 100. The gradient of the scale is a sum in which terms of opposite sign may cancel.
+There, the bound applies to the error divided by the sum of the terms' absolute values.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts of one clip.
 """
@@ -45,7 +45,8 @@ def contrastive_loss_reference(
 ) -> Tensor:
     """The dense definition of `contrastive_loss`, in plain torch: M x N logits, any floating dtype, autograd.
 
-    Args, returns and errors are those of `contrastive_loss`; the last three are accepted and ignored.
+    Arguments, result and errors are those of `contrastive_loss`. `implementation`, `workspace_bytes` and
+    `compute_dtype` are ignored.
     """
     del implementation, workspace_bytes, compute_dtype
     problem = check_problem(
@@ -79,40 +80,40 @@ def contrastive_loss(
     workspace_bytes: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Two-sided contrastive loss for any number of captions a clip, in memory that does not grow with M x N.
+    """Two-sided contrastive loss for any number of captions per clip. Its memory does not grow with M x N.
 
-    With s_ij = logit_scale <audio_i, text_j> + logit_bias, T_i the texts owned by audio i and w_ij their
-    weights normalised over T_i, `kind="softmax"` is the mean of two terms,
-    mean_i (lse_j s_ij - sum_{j in T_i} w_ij s_ij), over audio that has a caption of positive weight, and
-    mean_j (lse_i s_ij - s_{owner(j), j}). `kind="sigmoid"` is the mean of -log sigmoid(+-s_ij) over all
-    pairs.
+    The logits are s_ij = logit_scale <audio_i, text_j> + logit_bias. T_i is the set of texts that describe
+    audio i, and w_ij are their weights, divided by their sum over T_i.
+    `kind="softmax"` is the mean of two terms. mean_i (lse_j s_ij - sum_{j in T_i} w_ij s_ij) runs over the
+    audio rows that have a caption of positive weight, and mean_j (lse_i s_ij - s_{owner(j), j}) over all
+    texts. `kind="sigmoid"` is a mean over all pairs: of -log sigmoid(s_ij) for positive pairs, and of
+    -log sigmoid(-s_ij) for negative pairs.
 
     Args:
-        audio_MD: floating, (M, D), usually of unit norm.
-        text_ND: floating, (N, D), of the same device and dtype.
+        audio_MD: floating (M, D); rows usually have unit norm.
+        text_ND: floating (N, D), same dtype and device.
         logit_scale: scalar tensor or float, the multiplier itself (not its logarithm); may require gradient.
-        text_owner: int64 (N,), text j describes audio text_owner[j]; default arange(N), which needs N <= M.
-        weights: floating (N,), non-negative caption weights of the audio->text targets, normalised per audio;
-            softmax only. Text->audio counts every text once.
-        logit_bias: scalar added to all logits; it changes the sigmoid kind only.
+        text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
+        weights: floating (N,), finite and non-negative; softmax only. They are the caption weights of the
+            audio->text targets, and are normalised per audio. In text->audio, every text counts once.
+        logit_bias: scalar added to all logits. In the softmax kind it cancels.
         label_smoothing: in [0, 1): share of each target that is spread evenly over all candidates (with
             kind="sigmoid", over the two outcomes of a pair).
         kind: "softmax" (CLIP, CLSP) or "sigmoid" (SigLIP).
-        normalize: whether to bring all rows to unit norm first.
-        group: process group over which the batch is spread. Every rank then returns the loss of the
-            concatenated batch, and gradients averaged over the ranks (what DDP does) equal those of a single
-            process. Every rank needs a clip and a text, and `text_owner` counts the clips of its rank.
-            `clsp_fast.contrastive.gather` says what the ranks send each other.
-        implementation: "cpu" and "triton" are the engines (the latter for CUDA tensors, or for any under
-            TRITON_INTERPRET=1); "reference" is the dense definition; "auto" takes the engine of the tensors'
-            device, or the definition where there is none.
-        workspace_bytes: bound of the memory beside arguments, results, and float32 copies of embeddings that
-            have 16 bits or are normalised here. The CPU engine keeps the logits that fit for the backward
-            pass and computes the others again; CUDA keeps none. Default: 256 MiB on the CPU, 512 MiB on CUDA.
-            The CPU engine needs 15 MB at D = 512, whatever the bound.
-        compute_dtype: dtype of the matrix products on CUDA, default that of the embeddings. Tensor cores are
-            fast in bfloat16. Rows that `normalize` made are rounded to it. Sums and gradients are float32
-            (float64) in any case, and on the CPU so are the products; positive pairs are float64.
+        normalize: whether to scale all rows to unit norm first.
+        group: process group over which the batch is spread. Every rank needs a clip and a text, and returns
+            the loss of the concatenated batch. The average of the ranks' gradients, which DDP computes, is
+            that of a single process. `text_owner` holds indices of this rank's clips.
+        implementation: "cpu" and "triton" are the engines. "triton" needs CUDA tensors, or any tensors with
+            TRITON_INTERPRET=1. "reference" is the dense definition. "auto" takes the engine of the tensors'
+            device, or the definition if no engine supports the tensors.
+        workspace_bytes: bound of temporary memory, without the float32 copies of embeddings that have 16 bits
+            or are normalised here. The CPU engine keeps as many logits as fit for the backward pass and
+            recomputes the others; CUDA recomputes all. Default: 256 MiB on the CPU, 512 MiB on CUDA. The CPU
+            engine uses 15 MB at D = 512 even if the bound is smaller.
+        compute_dtype: dtype of the operands of matrix products on CUDA; default: that of the embeddings.
+            bfloat16 is fast on tensor cores. Rows are rounded to this dtype after `normalize`. The CPU engine
+            ignores it. Sums are in float32 (float64 for float64 embeddings), positive pairs in float64.
 
     Returns:
         Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU engine's results
@@ -121,7 +122,7 @@ def contrastive_loss(
     Raises:
         ValueError: a shape, range or name is wrong; the message names the argument.
         TypeError: an argument has the wrong type or dtype.
-        ImportError: implementation="triton" without triton.
+        ImportError: implementation="triton", and triton is not installed.
 
     Source: arXiv 2601.03065 (multi-positive targets 1/2 + 1/2); arXiv 2103.00020; arXiv 2303.15343 (sigmoid).
     """
@@ -150,10 +151,10 @@ class LossAndGradients(NamedTuple):
 
     Attributes:
         loss: scalar.
-        audio_MD: gradient by the audio embeddings.
-        text_ND: gradient by the text embeddings.
-        logit_scale: gradient by the multiplier, a scalar.
-        logit_bias: gradient by the bias; None where none was given.
+        audio_MD: gradient with respect to the audio embeddings.
+        text_ND: gradient with respect to the text embeddings.
+        logit_scale: gradient with respect to the multiplier, a scalar.
+        logit_bias: gradient with respect to the bias; None if no bias was given.
     """
 
     loss: Tensor
@@ -171,13 +172,14 @@ def loss_and_grad(
     logit_bias: Tensor | float | None = None,
     **options: Any,
 ) -> LossAndGradients:
-    """`contrastive_loss` and its gradients in one call, detached, for training with cached embeddings.
+    """`contrastive_loss` and its gradients in one call, detached, for training with a gradient cache.
 
-    Embed a large batch in parts without gradient, and call this on the whole batch. Then embed each part a
-    second time and call `embeddings.backward(gradient of the part)`: the towers need the memory of one part.
+    Embed a large batch in parts without gradient, and call this function on all embeddings. Then embed each
+    part a second time, with gradient, and call `embeddings.backward(gradient)` with the part's rows of the
+    gradient. So the towers need memory for one part only.
 
     Arguments and errors are those of `contrastive_loss`; `options` are its other keywords. With `group`,
-    averaging these gradients over the ranks gives the gradients of the whole batch.
+    the average of these gradients over the ranks is the gradient of the whole batch.
 
     Source: arXiv 2101.06983 (gradient cache).
     """
@@ -190,22 +192,22 @@ def loss_and_grad(
             for x in (logit_scale, logit_bias)
             if x is not None
         ]
-        # Autograd refuses to save tensors that were made in inference mode, but not copies of them.
+        # Autograd cannot save tensors that were made in inference mode, but it can save copies of them.
         inputs = [
             (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             for x in (audio_MD, text_ND, *scalars)
         ]
         loss = contrastive_loss(*inputs[:3], logit_bias=inputs[3] if len(inputs) > 3 else None, **options)
         gradients = torch.autograd.grad(loss, inputs)
-    by_audio, by_text, by_scale, *by_bias = gradients
-    return LossAndGradients(loss.detach(), by_audio, by_text, by_scale, by_bias[0] if by_bias else None)
+    d_audio, d_text, d_scale, *d_bias = gradients
+    return LossAndGradients(loss.detach(), d_audio, d_text, d_scale, d_bias[0] if d_bias else None)
 
 
 def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Contrasts each clip with K texts of its own: text 0 describes it, texts 1..K-1 are near misses.
+    """Contrasts each clip with K texts: text 0 describes the clip, texts 1..K-1 are its hard negatives.
 
-    mean_i (lse_k s_ik - s_i0), s_ik = logit_scale <audio_i, text_ik>. The recipe's third stage adds 0.2 times
-    this loss.
+    The loss is mean_i (lse_k s_ik - s_i0), with s_ik = logit_scale <audio_i, text_ik>. The third stage of the
+    CLSP recipe adds 0.2 times this loss.
 
     Args:
         audio_BD: floating (B, D).
@@ -237,7 +239,7 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
     dtype = torch.promote_types(audio_BD.dtype, torch.float32)
     with torch.autocast(audio_BD.device.type, enabled=False):
         logits_BK = logit_scale * torch.einsum("bd,bkd->bk", audio_BD.to(dtype), text_BKD.to(dtype))
-    # lse - s_0 would lose the digits of a small loss.
+    # The same loss as lse_k s_ik - s_i0, in which a small loss would lose its digits.
     return F.softplus(logits_BK[:, 1:].logsumexp(1) - logits_BK[:, 0], threshold=40.0).mean()
 
 
@@ -265,7 +267,7 @@ def _dense_loss(problem: Problem) -> Tensor:
 
 
 def _all_ranks(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Audio, texts, owners and weights of the whole batch; owners count the clips of all ranks."""
+    """Audio, texts, owners and weights of the whole batch; owners are indices of all ranks' clips."""
     audio_MD, text_ND, owner_N, weights = problem.audio_MD, problem.text_ND, problem.owner_N, problem.weights
     if problem.group is None:
         return audio_MD, text_ND, owner_N, weights
@@ -278,7 +280,7 @@ def _all_ranks(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]
 def _fused_loss(
     problem: Problem, engine: Engine, compute_dtype: torch.dtype, workspace_bytes: int | None
 ) -> Tensor:
-    """The loss from an engine's sums over negative pairs and from positive pairs in float64."""
+    """The loss from an engine's sums over negative pairs and from the float64 positive pairs."""
     pairs, positives = make_pairs(problem)
     operands = pairs.against_all_texts()
     if problem.kind == "sigmoid":

@@ -1,9 +1,9 @@
 """Retrieval ranks and nearest neighbours from embeddings, in tiles: the similarity matrix never exists.
 
-On CUDA the kernels of `clsp_fast.kernels.rank` compute and compare scores. On the CPU the extension does so
-for float32 and 16-bit embeddings; `ranks_reference` and `topk_reference`, in plain torch, take all others.
-The extension computes every score as one chain of multiply-adds. So equal rows have equal scores, and no
-result depends on the number of threads.
+On CUDA, the kernels of `clsp_fast.kernels.rank` compute and compare scores. On the CPU, the C++ extension
+does so for float32 and 16-bit embeddings. All other cases run in plain torch: `ranks_reference` and
+`topk_reference`. The extension adds the D products of a score in one fixed order. So equal rows have equal
+scores, and no result depends on the number of threads.
 
 Shape suffixes: M audio rows, N text rows or database rows, Q queries, D joint dimension, R rows and C columns
 of one tile, K neighbours.
@@ -27,12 +27,12 @@ MOST_NEIGHBOURS = 1024
 
 _TILE_ROWS = 1024
 _CHUNK_ROWS = 16_384
-# Multiply-adds in one call of the extension. It takes some seconds; Ctrl-C works only between calls.
+# Multiply-adds in one call of the extension: some seconds of work. Ctrl-C has an effect only between calls.
 _WORK_AT_ONCE = 2**37
 
 
 class Ranks(NamedTuple):
-    """0-based rank of each query's best positive; -1 where a query has none.
+    """0-based rank of each query's best positive; -1 if a query has no positive.
 
     Attributes:
         audio_to_text: int64 (M,).
@@ -44,10 +44,11 @@ class Ranks(NamedTuple):
 
 
 def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None) -> Ranks:
-    """Rank of the best positive of every clip among texts, and of every text's clip among clips.
+    """For each clip, the rank of its best text among all texts; for each text, the rank of its clip.
 
-    rank = #(score > target) + #(score = target and index < target's index); a clip's other positives are not
-    counted against it. All-equal embeddings therefore give the index order. Scores are float32 or wider.
+    The target is the score of a query's best positive. rank = #(score > target) + #(score = target and
+    index < target's index), without the clip's other positives. So items of equal score rank in the order of
+    their index. Scores are float32 (float64 for float64 embeddings).
 
     Args:
         audio_MD: floating (M, D).
@@ -56,7 +57,7 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
 
     Raises:
         TypeError: embeddings are not floating or differ in dtype or device, or text_owner is not int64.
-        ValueError: shapes or owners do not fit together, or a value is not finite.
+        ValueError: shapes differ, an owner is out of range, or a value is not finite.
     """
     owner_N = _check_ranks(audio_MD, text_ND, text_owner)
     kernels = _kernels(audio_MD, text_ND)
@@ -69,7 +70,7 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
 
 
 def ranks_reference(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor) -> Ranks:
-    """`ranks` in plain torch, for arguments that are checked: the tests' oracle, and the fallback."""
+    """`ranks` in plain torch, for checked arguments: the tests' oracle, and the fallback."""
     audio_order = torch.arange(len(audio_MD), device=audio_MD.device)
     return Ranks(
         _ranks_one_way(audio_MD, text_ND, audio_order, text_owner),
@@ -80,7 +81,7 @@ def ranks_reference(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor) ->
 def _ranks_one_way(
     queries_QD: Tensor, items_ND: Tensor, query_label_Q: Tensor, item_label_N: Tensor
 ) -> Tensor:
-    """Ranks of the best item whose label equals the query's."""
+    """Rank of each query's best positive. A positive is an item whose label equals the query's."""
     index_N = torch.arange(len(items_ND), device=items_ND.device)
     tiles = []
     for start in range(0, len(queries_QD), _TILE_ROWS):
@@ -94,9 +95,9 @@ def _ranks_one_way(
 
 
 def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
-    """Finds the best positives first. No other positive can be ahead of the best, so that one pass over the
-    tiles counts both directions without looking at owners."""
-    audio, text, threads = _rows_of(audio_MD), _rows_of(text_ND), torch.get_num_threads()
+    """`ranks` by the extension. It finds the best positive of each query first. No other positive can be
+    ahead of it, so one pass over the tiles counts both directions and need not exclude positives."""
+    audio, text, threads = _numpy_rows(audio_MD), _numpy_rows(text_ND), torch.get_num_threads()
     owner = owner_N.numpy().astype(np.int32)
     text_score, audio_score, audio_index = _C.rank_targets(audio, text, owner, num_threads=threads)
     ahead_M, ahead_N = np.zeros(len(audio), np.int64), np.zeros(len(text), np.int64)
@@ -124,17 +125,17 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
     memory-mapped file may be larger than memory.
 
     Args:
-        queries_QD: floating (Q, D). database_ND: (N, D), a floating tensor, numpy array or memmap. Each chunk
-        is converted to the dtype and
-            device of the scores.
-        k: neighbours, at least 1 and at most 1,024 and N.
+        queries_QD: floating (Q, D).
+        database_ND: (N, D), a floating tensor, numpy array or memmap. Each chunk is converted to the dtype
+            and device of the scores.
+        k: number of neighbours, from 1 to min(1024, N).
 
     Returns:
         scores (Q, k), float32 or wider, and row numbers (Q, k), int64; on the queries' device.
 
     Raises:
-        TypeError: a dtype that is not floating, or k not an integer.
-        ValueError: shapes or k do not fit together, or a value is not finite.
+        TypeError: a dtype is not floating, or k is not an integer.
+        ValueError: shapes differ, k is out of range, a value is not finite, or inner products overflow.
     """
     _check_topk(queries_QD, database_ND, k)
     kernels = _kernels(queries_QD, database_ND)
@@ -148,7 +149,7 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
 
 
 def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
-    """`topk` in plain torch, for arguments that are checked: the tests' oracle, and the fallback."""
+    """`topk` in plain torch, for checked arguments: the tests' oracle, and the fallback."""
     scores_QK = queries_QD.new_empty(len(queries_QD), 0)
     index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
     for start in range(0, len(database_ND), _CHUNK_ROWS):
@@ -169,17 +170,17 @@ def _best(scores_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = scores_RC.shape[1]
     values_RK, index_RK = scores_RC.topk(min(k + 1, columns), dim=1)
     if columns > k:
-        # Of several scores equal to the k-th, torch may choose any. A sort decides, and few rows need it.
-        (unsure,) = (values_RK[:, k - 1] == values_RK[:, k]).nonzero(as_tuple=True)
+        # If several scores equal the k-th, torch may return any of them. Only these few rows are sorted.
+        (tied,) = (values_RK[:, k - 1] == values_RK[:, k]).nonzero(as_tuple=True)
         values_RK, index_RK = values_RK[:, :k], index_RK[:, :k]
-        index_RK[unsure] = scores_RC[unsure].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        index_RK[tied] = scores_RC[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     index_RK = index_RK.sort(dim=1).values
     values_RK, order_RK = scores_RC.gather(1, index_RK).sort(dim=1, descending=True, stable=True)
     return values_RK, index_RK.gather(1, order_RK)
 
 
 def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
-    queries, threads = _rows_of(queries_QD), torch.get_num_threads()
+    queries, threads = _numpy_rows(queries_QD), torch.get_num_threads()
     scores = np.full((len(queries), k), -np.inf, np.float32)
     index = np.full((len(queries), k), -1, np.int64)
     step = max(1, min(_CHUNK_ROWS, _WORK_AT_ONCE // max(1, queries.size)))
@@ -194,13 +195,13 @@ def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Ten
 
 
 def _float32_rows(rows: Database) -> NDArray[np.float32]:
-    """Contiguous float32 rows; not copied if they are contiguous float32 already, also in a mapped file."""
+    """Contiguous float32 rows. If the rows are so already, even in a mapped file, they are not copied."""
     if isinstance(rows, np.ndarray) and rows.dtype == np.float32:
         return _aligned(rows)
-    return _rows_of(_as_tensor(rows).to("cpu", torch.float32))
+    return _numpy_rows(_as_tensor(rows).to("cpu", torch.float32))
 
 
-def _rows_of(x: Tensor) -> NDArray[np.float32]:
+def _numpy_rows(x: Tensor) -> NDArray[np.float32]:
     return _aligned(x.numpy())
 
 
@@ -213,12 +214,12 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _fits_engine(*tensors: Tensor) -> bool:
-    """Whether the extension takes these tensors: float32 on the CPU, with a column or more."""
+    """Whether the extension supports these tensors: float32 on the CPU, with at least one column."""
     return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] > 0 for x in tensors)
 
 
 def _kernels(*tensors: Database) -> Any:
-    """The module of GPU kernels; None for tensors that it does not take, and without Triton."""
+    """The module of GPU kernels; None if it does not support the tensors or Triton is not installed."""
     if not all(isinstance(x, Tensor) and x.is_cuda and x.dtype != torch.float64 for x in tensors):
         return None
     try:
@@ -231,12 +232,12 @@ def _kernels(*tensors: Database) -> Any:
 
 
 def _as_tensor(rows: Database) -> Tensor:
-    # A copy, because torch refuses read-only memory, such as a file that is mapped for reading.
+    # A copy, because torch does not support read-only memory, such as a file that is mapped for reading.
     return torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows.detach()
 
 
 def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -> Tensor:
-    """The owners, given or default."""
+    """Checks the arguments of `ranks` and returns the owners, given or default."""
     if not audio_MD.is_floating_point() or (audio_MD.dtype, audio_MD.device) != (
         text_ND.dtype,
         text_ND.device,
@@ -259,12 +260,12 @@ def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -
     if owner_N.shape != (n,) or (n and not 0 <= int(owner_N.min()) <= int(owner_N.max()) < m):
         raise ValueError(f"text_owner must hold {n} indices in 0..{m - 1}")
     if not (_is_finite(audio_MD) and _is_finite(text_ND)):
-        raise ValueError("audio_MD and text_ND must be finite: NaN compares as neither better nor worse")
+        raise ValueError("audio_MD and text_ND must be finite, got NaN or infinity")
     return owner_N
 
 
 def _is_finite(x: Tensor) -> bool:
-    # A sum is several times cheaper than a check of each value, and not finite if a value is not.
+    # If the sum is finite, so are all values, and a sum is several times cheaper than a check of each value.
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 

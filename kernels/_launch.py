@@ -1,9 +1,9 @@
-"""What all kernels share: where they run, tile sizes, operands, and the code that computes a tile of scores.
+"""The code that all kernels share: supported devices, tile sizes, operands, and the scores of a tile.
 
 Shape suffixes: M, N rows of the two operands, D joint dimension.
 
 Every similarity kernel computes s = <x_i, y_j> tile by tile; kernels differ in what they do with a tile.
-`score_tile` is the common part. It reads its operands through tensor-memory-accelerator (TMA) descriptors
+`score_tile` computes a tile. It reads its operands through tensor-memory-accelerator (TMA) descriptors
 where the card has them (compute capability 9 and later), and through pointers elsewhere.
 """
 
@@ -25,9 +25,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OPTIONS = {"enable_fp_fusion": True}
 """Options of every launch. Fusion is stated because its default differs between releases of triton."""
 SIZES = ["first_row", "M", "N", "tiles_m", "tiles_n"]
-"""Arguments whose values must not cause a compilation: the last batch of an epoch has other sizes."""
+"""Arguments whose values must not be compiled in: the last batch of an epoch has other sizes."""
 GROUP = tl.constexpr(8)
-"""How many row tiles share the column tiles that they load, in `tile_position`."""
+"""Number of row tiles that read a column tile one after the other; see `tile_position`."""
 _ALIGNMENT_BYTES = 16
 
 
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     """Launch configuration of a similarity kernel.
 
     Attributes:
-        rows, columns: scores in a tile.
+        rows, columns: the size of a tile of scores.
         depth: elements of a row that one step of the product loads.
         num_warps, num_stages: as in triton.
     """
@@ -47,7 +47,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Target -> bytes of an element -> tile. Targets are 80: A100; 89: cards with 99 KB of shared memory a block
+# Target -> bytes of an element -> tile. Targets are 80: A100; 89: cards with 99 KB of shared memory per block
 # (4090, L40S, 5090); 90: H100 and H200; 100: B200. budgets.json holds what each tile compiles to.
 TILES = {
     80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 32, 8, 3)},
@@ -55,7 +55,7 @@ TILES = {
     90: {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
     100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
 }
-# In the interpreter a tile is a numpy array: small ones keep ragged cases with several tiles cheap.
+# In the interpreter a tile is a numpy array. With small tiles, tests of several tiles and edges are cheap.
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
 
 # Three TF32 products for one fp32 product: a relative error of 1e-6, where one TF32 product has 1e-3. They
@@ -64,7 +64,7 @@ FLOAT32_DOTS = "tf32x3"
 
 
 def supports(device: torch.device) -> bool:
-    """Whether kernels run on a device: from compute capability 8.0 on, and anywhere when interpreted."""
+    """Whether kernels run on a device: NVIDIA, compute capability 8.0 or later; interpreted, on any."""
     if INTERPRETED:
         return True
     if device.type != "cuda" or torch.version.hip is not None:
@@ -84,7 +84,7 @@ def target_of(device: torch.device) -> int:
             f"got device {device}"
         )
     if INTERPRETED:
-        return 90  # its kernels load through descriptors and through pointers
+        return 90  # so that tests cover loads through descriptors and pointers
     major, minor = torch.cuda.get_device_capability(device)
     if major in (9, 10) or (major, minor) == (8, 0):
         return major * 10
@@ -97,14 +97,14 @@ def has_descriptors(target: int) -> bool:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes x's card the current one: Triton launches on the current device, wherever the arguments are."""
+    """Makes x's card the current device: Triton launches there, even if the arguments are on another card."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, in a layout that every kernel can read: unit stride, each row aligned to 16 bytes.
 
-    x is copied if it has another layout: O(M D), beside the O(M N D) of the kernel.
+    If x has another layout, it is copied. The copy takes O(M D), the kernel O(M N D).
     """
     x_MD = x_MD.to(dtype)
     step = _ALIGNMENT_BYTES // dtype.itemsize
@@ -118,7 +118,7 @@ def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def score_arguments(x_MD: Tensor, y_ND: Tensor, tile: Tile | None = None) -> dict[str, Any]:
-    """The arguments that every similarity kernel has, for operands that `operand` returned."""
+    """The arguments that all similarity kernels have. x and y must be results of `operand`."""
     target = target_of(x_MD.device)
     if tile is None:
         tile = INTERPRETED_TILE if INTERPRETED else TILES[target][x_MD.dtype.itemsize]
@@ -155,9 +155,9 @@ def score_constants(tile: Tile, target: int, dtype: torch.dtype, depth: int) -> 
 
 
 def panel_rows(rows: int, row_bytes: int, workspace_bytes: int, step: int) -> int:
-    """Rows of a panel: a multiple of `step`, the same for all panels, that fits the workspace.
+    """Number of rows of each panel: a multiple of `step` that fits into the workspace.
 
-    It is one step if even that does not fit.
+    If `step` rows do not fit, it is `step`. Only the last panel may have fewer rows.
     """
     largest = max(step, workspace_bytes // row_bytes // step * step)
     panels = -(-rows // largest)
@@ -230,7 +230,7 @@ def mask_positives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constex
     column_N = column + tl.arange(0, BN)
     owner_N = tl.load(owner + column_N, mask=column_N < N, other=-1) - row
     owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
-    # Most tiles hold no positive and no edge. One branch spares all their elements the comparison.
+    # Most tiles have no positive and no edge. They skip the comparison of all elements by one branch.
     if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
         inside = (row + row_M < M)[:, None] & (column_N < N)[None, :]
         s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))

@@ -1,4 +1,4 @@
-"""What the softmax and the sigmoid kind share: logits, checks, and gradients from panels of G = dL/ds.
+"""The code that both kinds of loss share: logits, checks, and gradients from panels of G = dL/ds.
 
 The two gradient products are derived in docs/derivation.md, section 3.
 
@@ -26,20 +26,20 @@ from ._launch import (
 )
 
 DEFAULT_WORKSPACE_BYTES = 512 << 20
-"""Fits 8,192 rows of G at N = 32,768, with two bytes an element."""
+"""Fits 7,900 rows of G in a 16-bit dtype, with their fp32 products, at N = 32,768 and D = 512."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _FLOAT16_LARGEST = 2.0**14
-"""What the largest incoming gradient becomes in fp16; an element of G is at most twice as large."""
+"""In fp16, the largest incoming gradient is scaled to this. An element of G is at most twice as large."""
 COMBINED_TILES = 8
-"""Tiles whose partial sums one step adds."""
+"""Number of tiles whose partial sums one step of a loop adds."""
 COMBINED_LANES = 128
-"""Rows or columns whose partial sums one program adds."""
+"""Number of rows or columns whose partial sums one program adds."""
 
 
 @triton.jit
 def logits(score, scale, bias, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Base-2 logits of a tile of scores; -inf where there is no negative pair."""
+    """Base-2 logits of a tile of scores; -inf where the pair is not negative."""
     s = score * (tl.load(scale) * LOG2_E) + tl.load(bias) * LOG2_E
     return mask_positives(s, owner, row, column, M, N, BM, BN)
 
@@ -53,7 +53,7 @@ def check_operands(
     compute_dtype: torch.dtype | None,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype, int]:
-    """The operators' arguments, checked: scalars become fp32 tensors on the embeddings' device."""
+    """Checks the arguments and returns the operators' arguments, scalars as fp32 tensors on the device."""
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1] or audio.shape[1] == 0:
         raise ValueError(
             "audio_MD and text_ND must be matrices with the same, positive number of columns, "
@@ -61,7 +61,7 @@ def check_operands(
         )
     if audio.dtype != text.dtype or audio.dtype not in DTYPES or (compute_dtype or audio.dtype) not in DTYPES:
         raise TypeError(
-            "audio_MD and text_ND must share a dtype, and that and compute_dtype be bfloat16, float16 or "
+            "audio_MD and text_ND must share a dtype; it and compute_dtype must be bfloat16, float16 or "
             f"float32, got {audio.dtype}, {text.dtype} and {compute_dtype}"
         )
     if owner.dtype != torch.int64 or owner.shape != text.shape[:1]:
@@ -98,18 +98,18 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def input_gradients(ctx: Any, operator: Callable[..., Any], *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Calls a backward operator; None for an input that needs no gradient."""
+    """The gradients that a backward operator computes; None for an input that needs no gradient."""
     needs = ctx.needs_input_grad[:4]
-    by_input = operator(
+    d_inputs = operator(
         *ctx.saved_tensors, *gradients, ctx.compute_dtype, ctx.workspace_bytes, needs[0], needs[1]
     )
-    return *(g if need else None for g, need in zip(by_input, needs, strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(d_inputs, needs, strict=True)), None, None, None
 
 
 def empty_gradients(
     audio: Tensor, text: Tensor, scale: Tensor, needs_audio: bool, needs_text: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten results of a backward operator. An embedding that needs no gradient gets no elements."""
+    """Uninitialised results of a backward operator. The gradient of an embedding that needs none is empty."""
     d_audio, d_text = (
         x.new_empty(x.shape if needed else 0) for x, needed in ((audio, needs_audio), (text, needs_text))
     )
@@ -117,9 +117,9 @@ def empty_gradients(
 
 
 def gain_of(dtype: torch.dtype, *gradients: Tensor) -> Tensor:
-    """The factor by which G is stored: 1, except in fp16.
+    """The factor by which G is multiplied before it is stored: 1, except in fp16.
 
-    There it makes the largest element at most 2^15: small elements would fall below the range of fp16.
+    In fp16 it makes the largest element at most 2^15, because small elements would underflow without it.
     """
     one = gradients[0].new_ones(())
     if dtype != torch.float16:
@@ -139,10 +139,10 @@ def products(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient products dX = scale G Y and dY = scale G^T X, and dscale = sum <X, G Y>.
+    """The gradient products dX = scale G Y and dY = scale G^T X, and d_scale = sum <X, G Y>.
 
-    `write` fills a panel, some rows of G times `gain`. A panel and its fp32 product with Y, D values a row,
-    fit into `workspace_bytes`.
+    `write` fills a panel: some rows of G, multiplied by `gain`. A panel and its fp32 product with Y (D values
+    per row) fit into `workspace_bytes`.
     """
     m, n = len(audio), len(text)
     d_audio = audio.new_zeros(audio.shape if needs_audio else 0)
@@ -162,7 +162,7 @@ def products(
                 grid, position = tile_grid(arguments, first, stop)
                 write(buffer, grid, arguments | position, x, y)
                 panel = buffer[: stop - first, :n]
-                # Either product gives dscale. This one has to, unless only the text needs a gradient.
+                # d_scale follows from either product: from this one, unless only the text needs a gradient.
                 if needs_audio or not needs_text:
                     product = _add_product(None, panel, y)
                     if needs_audio:
@@ -176,12 +176,12 @@ def products(
 
 
 def _sum(product: Tensor) -> Tensor:
-    """Sums rows in fp32 and these sums in float64. A float64 sum of all would copy the matrix to float64."""
+    """Sums each row in fp32, then the rows' sums in float64. A float64 sum of all would copy the matrix."""
     return product.sum(1).sum(dtype=torch.float64)
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total += a b, or a b where there is no total yet. The sum is in fp32 for operands of any dtype."""
+    """total += a b, or a b if total is None. Sums are in fp32 for operands of any dtype."""
     if a.dtype == torch.float32 or not a.is_cuda:
         a, b = a.float(), b.float()
         return a @ b if total is None else total.addmm_(a, b)

@@ -1,11 +1,11 @@
-"""What each kernel compiles to for each target, measured without a card: budgets.json and README.md's tables.
+"""Measures what each kernel compiles to for each target, without a card: budgets.json, README.md's tables.
 
     python -m clsp_fast.kernels.budgets measure --targets 90 --dtypes bf16    prints measurements as JSON
-    python -m clsp_fast.kernels.budgets write kernels    renews kernels/budgets.json and kernels/README.md
+    python -m clsp_fast.kernels.budgets write kernels    rewrites kernels/budgets.json and kernels/README.md
 
 The compiler of the triton package compiles each kernel ahead of time, and its disassembler reads the result.
-D is 512 and strides are multiples of 16, as in training; k is the largest of the kernel. Counts are of
-instructions in the code, not of executions.
+D is 512 and strides are multiples of 16, as in training; k is the largest that the kernel supports. Counts
+are numbers of instructions in the code, not of executions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure(
 
 
 def source(kernel: Any, target: int, dtype: str) -> tuple[ASTSource, dict[str, Any]]:
-    """What the launchers compile for D = 512, and the options of the compilation."""
+    """The source that the launchers compile for D = 512, and the options of the compilation."""
     tiles = {
         rank.KERNELS["rank"]: rank.RANK_TILES[target],
         rank.KERNELS["topk"]: rank.TOPK_TILES,
@@ -117,15 +117,20 @@ def _inspect(compiled: Any) -> dict[str, Any]:
 # Dense peak TFLOP/s in bf16 and memory TB/s of the data sheets (A100 80 GB, H100 and B200 SXM).
 _CARDS = {"A100": (312, 2.0), "H100": (989, 3.35), "B200": (2250, 8.0)}
 _ROWS = 32_768
-# Operator -> equation, products of M x N x D multiply-adds, bytes of traffic an element of M x N, and bytes
-# of memory as text.
+# Operator -> equation, number of products of M N D multiply-adds, bytes of memory traffic per element of
+# M x N, and the traffic as text.
 _OPS = {
-    "negative_lse, forward": ("log sum exp over owner[j] != i, both ways", 1, 0, "16 a tile's row or column"),
+    "negative_lse, forward": (
+        "log-sum-exp over owner[j] != i, rows and columns",
+        1,
+        0,
+        "16 per tile row, column",
+    ),
     "negative_lse, backward": ("G = d_i P_ij + d_j Q_ij; dX = scale G Y; dY = scale G^T X", 3, 6, "6 M N"),
-    "negative_softplus, forward": ("sum log(1 + exp s_ij) over owner[j] != i", 1, 0, "8 a tile's row"),
+    "negative_softplus, forward": ("sum log(1 + exp s_ij) over owner[j] != i", 1, 0, "8 per tile row"),
     "negative_softplus, backward": ("G = d_i sigmoid(s_ij); dX, dY as above", 3, 6, "6 M N"),
-    "rank_counts": ("#(s > target) + #(ties before it), both ways", 1, 0, "8 a tile's row or column"),
-    "topk": ("the k largest s_ij of each row", 1, 0, "16 a candidate"),
+    "rank_counts": ("#(s > target) + #(ties before it), rows and columns", 1, 0, "8 per tile row, column"),
+    "topk": ("the k largest s_ij of each row", 1, 0, "16 per candidate"),
 }
 
 
@@ -133,10 +138,10 @@ def table(budgets: dict[str, Any]) -> str:
     """The generated part of README.md."""
     lines = [
         _BEGIN,
-        "Lower bounds are computed, not measured: the larger of FLOPs over dense bf16 peak and bytes over "
-        f"memory bandwidth, M = N = {_ROWS:,}, D = {DEPTH}, bf16.",
+        "Bounds are lower bounds of the time, computed and not measured: FLOPs / dense bf16 peak or bytes / "
+        f"memory bandwidth, whichever is larger, for M = N = {_ROWS:,}, D = {DEPTH} in bf16.",
         "",
-        "| op | equation | FLOPs | bytes beyond inputs | deterministic | "
+        "| op | equation | FLOPs | bytes of traffic beyond inputs | deterministic | "
         + " | ".join(f"{card} bound" for card in _CARDS)
         + " |",
         "|" + "---|" * (5 + len(_CARDS)),
@@ -151,9 +156,9 @@ def table(budgets: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, *(f'{1e3 * bound:.2f} ms' for bound in bounds)])} |")
     lines += [
         "",
-        f"Compiled by triton {budgets['triton']}, D = {DEPTH}; spills are local loads and stores, counts are "
-        "of instructions in the code. Target 89 stands for cards with 99 KB of shared memory a block. A row "
-        "names every dtype of which it is true.",
+        f"Compiled by triton {budgets['triton']}, D = {DEPTH}; spills are local loads and stores. Counts are "
+        "numbers of instructions in the code. Target 89 stands for cards with 99 KB of shared memory per "
+        "block. A row is true for every dtype that it names.",
         "",
         "| kernel | target | dtype | registers | spills | shared KB | matrix instruction | TMA loads | "
         "16-byte async copies | exp2 |",
@@ -176,7 +181,7 @@ def table(budgets: dict[str, Any]) -> str:
 
 
 def with_table(readme: str, budgets: dict[str, Any]) -> str:
-    """A README.md with its generated part renewed."""
+    """The text of README.md with a new generated part."""
     before, rest = readme.split(_BEGIN)
     return before + table(budgets) + rest.split(_END)[1]
 

@@ -1,22 +1,22 @@
-"""Log-sum-exp and softplus sums over the negative pairs of a contrastive batch, never M x N in memory.
+"""Log-sum-exp and softplus sums over the negative pairs of a contrastive batch, without M x N memory.
 
     s_ij = scale <x_i, y_j> + bias,   negative pairs: owner[j] != i
     negative_lse:       row_i = log sum_j exp s_ij,  column_j = log sum_i exp s_ij      (softmax kind)
     negative_softplus:  row_i = sum_j log(1 + exp s_ij)                                 (sigmoid kind)
 
-docs/derivation.md derives them. The loss adds positive pairs outside, in float64: no kernel reads a label
-other than "does not count", and none subtracts a target from a rounded probability.
+docs/derivation.md derives them. The kernels leave out positive pairs; the loss adds these in float64. So no
+kernel subtracts a target from a rounded probability.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, J columns of a narrow tile, T tiles, L lanes.
 
 Forward, 2 M N D FLOPs: a kernel reduces a tile of logits to one (peak, sum) for each row and column, with one
-exp2 an element; a second kernel combines those of all tiles in a fixed order. Backward, 6 M N D FLOPs: a
-kernel writes a panel, some rows of G = dL/ds, in the inputs' dtype, and two library products give dX = scale
-G Y and dY = scale G^T X. Memory beyond inputs and outputs: `workspace_bytes`, O(M + N) kept for the backward
-pass, and the N x D sums of dY in fp32. There are no atomics: the same call gives the same bits, and the
-workspace does not change the forward's.
+exp2 per element. A second kernel combines these pairs of all tiles in a fixed order. Backward, 6 M N D FLOPs:
+a kernel writes a panel, some rows of G = dL/ds, in `compute_dtype`. Two library products give dX = scale G Y
+and dY = scale G^T X. Memory beyond inputs and outputs: `workspace_bytes`, O(M + N) kept for the backward
+pass, and the N x D sums of dY in fp32. No kernel uses atomics, so the same call gives the same bits. The
+workspace does not change the bits of the forward pass.
 
-Logits and results are in base-2 units inside (times log2 e), because the hardware's exponential is exp2.
+Inside the kernels, logits and log-sum-exps are in base 2 (times log2 e), because the hardware computes exp2.
 Source: arXiv 2103.00020 (loss), 2303.15343 (sigmoid), online softmax arXiv 1805.02867.
 """
 
@@ -58,13 +58,13 @@ from .sigmoid import negative_softplus, negative_softplus_reference
 __all__ = ["negative_lse", "negative_lse_reference", "negative_softplus", "negative_softplus_reference"]
 
 _LN_2 = math.log(2.0)
-# Columns of the narrow tiles in which the rare exact paths work: wide ones would spill registers.
+# Columns of the narrow tiles that the rare exact paths use: with wider ones, registers would spill.
 _PART = tl.constexpr(32)
-# A column's sum below this, relative to the tile's peak, is computed again relative to the column's. Above
-# it, a term that underflowed to zero was less than 2^-30 of the sum, and those of 128 rows together less than
-# 2^-23.
+# If a column's sum, relative to the tile's peak, is below this, it is recomputed relative to the column's
+# peak. Above this, a term that underflowed to zero was less than 2^-30 of the sum, and the terms of 128 rows
+# together less than 2^-23.
 _STARVED = tl.constexpr(2.0**-96)
-# Where a tile's normalisers are this close in base 2, exp2(s - low) (a_i + b_j) replaces two exponentials.
+# If a tile's normalisers are this close in base 2, exp2(s - low) (a_i + b_j) replaces two exponentials.
 _CLOSE = tl.constexpr(60.0)
 
 
@@ -113,9 +113,9 @@ def _lse_kernel(
 ):
     """Partial (peak, sum) of one tile's rows and columns: row_* (tiles_n, panel rows), column_* (tiles_m, N).
 
-    The peak of a row is its maximum. The peak of all columns is the tile's maximum, so that their sums reuse
-    the rows' exponentials. If a column's sum is next to nothing, all columns of the tile are computed again,
-    each relative to its maximum.
+    The peak of a row is its maximum. All columns have the tile's maximum as their peak, so that their sums
+    reuse the rows' exponentials. If a column's sum is below _STARVED, the sums of all columns of the tile are
+    recomputed, each relative to the maximum of its column.
     """
     tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
     row = first_row + tile_m * BM
@@ -137,7 +137,7 @@ def _lse_kernel(
     tl.store(column_peak + column_at + j_N, tl.zeros([BN], tl.float32) + peak, mask=j_N < N)
     tl.store(column_sum + column_at + j_N, sum_N, mask=j_N < N)
 
-    # If the only row of a tile is a column's positive, the column's sum here is rightly 0.
+    # If the tile has one row, and it is the positive of a column, the column's sum is 0 and correct.
     paired_N = (tl.load(owner + j_N, mask=j_N < N, other=-1) != row) | (row < M - 1)
     starved_N = (sum_N < _STARVED) & (j_N < N) & paired_N
     if tl.max(starved_N.to(tl.int32), 0) > 0:
@@ -180,7 +180,7 @@ def _combine_kernel(
         at = t_T.to(tl.int64)[:, None] * stride + i_L[None, :]
         inside = (t_T < T)[:, None] & inside_L[None, :]
         s = tl.load(sums + at, mask=inside, other=0.0)
-        # The peak of an empty sum means nothing: beside it, the terms of other tiles might underflow.
+        # The peak of a sum of 0 is left out: relative to it, the terms of other tiles might underflow.
         p = tl.where(s > 0, tl.load(peak + at, mask=inside, other=float("-inf")), float("-inf"))
         next_L = tl.maximum(peak_L, tl.max(p, 0))
         shift_L = tl.where(next_L == float("-inf"), 0.0, next_L)
@@ -195,7 +195,7 @@ def _combine_kernel(
 
 @triton.jit
 def _normaliser(lse, d, i, length):
-    """Log-sum-exp and incoming gradient of rows or columns; +inf and 0 where there is no negative."""
+    """Log-sum-exp and incoming gradient of rows or columns; +inf and 0 for those without a negative pair."""
     lse = tl.load(lse + i, mask=i < length, other=float("-inf"))
     d = tl.load(d + i, mask=i < length, other=0.0)
     empty = lse == float("-inf")
@@ -250,8 +250,8 @@ def _panel_kernel(
         )
         s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
         e = tl.exp2(s - low)
-        # Loaded again after the product, because there are not registers enough to hold them during it. A
-        # factor exp2(low - lse) is at least 2^-60, so e is at most 2^60 times a probability.
+        # Loaded again, because there are too few registers to keep these during the product. A factor
+        # exp2(low - lse) is at least 2^-60, so e is at most 2^60 times a probability.
         lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
         lse_N, d_N = _normaliser(column_lse, d_column, j_N, N)
         g = e * ((d_M * tl.exp2(low - lse_M))[:, None] + (d_N * tl.exp2(low - lse_N))[None, :])
@@ -277,9 +277,9 @@ CONSTANTS = {"FIRST": False, "LAST": True, "BT": COMBINED_TILES, "BL": COMBINED_
 
 
 def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool, last: bool) -> None:
-    """Launches `_combine_kernel`: over the first dimension of `peak` and `sums`, tiles, into `out`.
+    """Launches `_combine_kernel`, which combines `peak` and `sums` (tiles, length) over the tiles into `out`.
 
-    Their second dimension may be longer than `out`; what is beyond is ignored.
+    Their second dimension may be longer than `out`; the rest is ignored.
     """
     length = len(out)
     _combine_kernel[(triton.cdiv(length, COMBINED_LANES),)](
@@ -369,7 +369,7 @@ def _negative_lse_backward(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by audio, text, scale and bias, from the gradients by the base-2 results."""
+    """Gradients of audio, text, scale and bias, from the gradients of the base-2 results."""
     # A base-2 result is a natural logarithm divided by ln 2.
     d_row, d_column = (d.contiguous() / _LN_2 for d in (d_row, d_column))
     gain = gain_of(compute_dtype, d_row, d_column)
@@ -396,10 +396,10 @@ def _negative_lse_backward(
     d_audio, d_text, d_scale = products(
         audio, text, scale, gain, write, compute_dtype, workspace_bytes, needs_audio, needs_text
     )
-    finite = (
+    d_bias_terms = (
         torch.where(lse.isneginf(), 0.0, d).sum() for lse, d in ((row_lse, d_row), (column_lse, d_column))
     )
-    return d_audio, d_text, d_scale, sum(finite, scale.new_zeros(()))
+    return d_audio, d_text, d_scale, sum(d_bias_terms, scale.new_zeros(()))
 
 
 @_negative_lse_backward.register_fake
@@ -426,26 +426,26 @@ def negative_lse(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the negative pairs of every row and of every column of the logits.
 
-    s_ij = logit_scale <audio_i, text_j> + logit_bias; pair (i, j) is negative where text_owner[j] != i.
+    s_ij = logit_scale <audio_i, text_j> + logit_bias; pair (i, j) is negative if text_owner_N[j] != i.
 
     Args:
         audio_MD: bfloat16, float16 or float32, (M, D); M may be 0.
         text_ND: (N, D), same dtype and device; N may be 0.
         logit_scale: scalar, the multiplier itself; may require gradient.
-        text_owner_N: int64 (N,), same device. A value outside 0..M-1 makes all pairs of its text negative.
+        text_owner_N: int64 (N,), same device. A text whose value is outside 0..M-1 has negative pairs only.
         logit_bias: scalar added to all logits; may require gradient.
-        compute_dtype: dtype of the matrix products, default the inputs'; sums and gradients stay fp32. In
-            float32, a logit takes three TF32 products (relative error 1e-6), and the two gradient products
-            follow torch's float32 precision setting.
+        compute_dtype: dtype of the operands of matrix products; default: that of the inputs. Sums are in
+            fp32. If it is float32, a logit takes three TF32 products (relative error 1e-6), and the two
+            gradient products follow torch's float32 precision setting.
         workspace_bytes: bound of the memory for partial sums, for panels of G and for products with them,
             default 512 MiB. A panel has at least eight rows of tiles in the forward pass and one in the
-            backward pass, whatever the bound.
+            backward pass, even if these exceed the bound.
 
     Returns:
-        float32 (M,) and (N,), natural logarithms; -inf where a row or column has no negative pair.
+        float32 (M,) and (N,), natural logarithms; -inf if a row or column has no negative pair.
 
     Raises:
-        ValueError: a shape does not fit, or there is no kernel for the device.
+        ValueError: a shape is wrong, or the device is not supported.
         TypeError: a dtype is not supported.
     """
     operands = check_operands(

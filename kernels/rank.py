@@ -1,20 +1,21 @@
-"""Retrieval ranks in both directions from one score tile, and the k nearest rows; never M x N in memory.
+"""Retrieval ranks in both directions, and the k nearest rows, without M x N memory.
 
     s_ij = <x_i, y_j>; text j describes audio owner[j]
-    target of a query: its best positive, the first of equal ones
+    target of a query: its best positive; of equally good ones, the first
     rank = #(s > target) + #(s = target, index < target's index), over pairs that are not positive
 
 Shape suffixes: M audio rows, N text or database rows, Q queries, D joint dimension, K neighbours, T tiles.
 
 Ranks, 2 M N D FLOPs: one kernel is launched twice. The first launch writes the scores of positive pairs and
-skips tiles that have none; the second compares every other score with them. Both launches are of one binary,
-so that equal scores are equal in every bit. Counts are integers; partial counts are added in a fixed order,
+skips tiles that have none. The second compares every other score with them. Both launches run the same
+binary, so a pair has the same score, bit by bit, in both. Each tile's counts are integers, and are added
 without atomics.
 
-Neighbours, 2 Q N D FLOPs: each program keeps the K best of its query rows over a run of database tiles. A
-tile costs one comparison an element unless it holds something better than the worst kept.
+Neighbours, 2 Q N D FLOPs: each program keeps the K best rows of its queries over a run of database tiles. A
+tile costs one comparison per element, unless it holds a better score than the worst of those kept.
 
-Bytes beyond inputs and results: 64 MB of counts, O(Q K) candidates a run. The same call gives the same bits.
+Memory beyond inputs and results: 64 MB of counts, O(Q K) candidates per run. The same call gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ from ._launch import (
 )
 
 MOST_NEIGHBOURS = 32
-"""The largest k of the kernel; plain torch sorts for larger ones."""
+"""The largest k of the kernel. For a larger k, plain torch sorts the scores."""
 
-# With 256 columns, target 90 would spill registers in the comparisons of a tile that holds positives.
+# With 256 columns, target 90 would spill registers when it compares a tile that has positives.
 RANK_TILES = TILES | {90: TILES[90] | {2: Tile(128, 128, 64, 8, 4)}}
 TOPK_TILES = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)}
-"""Bytes of an element -> tile of `_topk_kernel`: registers hold the tile and the neighbours kept."""
+"""Bytes of an element -> tile of `_topk_kernel`. Registers must hold the tile and the neighbours kept."""
 
 _WORKSPACE_BYTES = 64 << 20
 _CHUNK_ROWS = 1 << 20
-# Enough programs to fill a large card twice. A constant, so that results do not depend on the card.
+# Enough programs to fill a large card twice. It is a constant, so that results do not depend on the card.
 _PROGRAMS = 264
 _SORTED_ROWS = 16_384
 
@@ -95,7 +96,7 @@ def _below(x):
     return step.to(tl.float32, bitcast=True)
 
 
-# `phase` must not be specialised on its value: both launches must be of one binary.
+# `phase` must not be specialised on its value, because both launches must run the same binary.
 @triton.jit(do_not_specialize=[*SIZES, "phase"])
 def _rank_kernel(
     x,
@@ -130,7 +131,7 @@ def _rank_kernel(
     i_M = row + row_M
     j_N = column + tl.arange(0, BN)
     owner_N = tl.load(owner + j_N, mask=j_N < N, other=-1)
-    # Row of a text's clip, counted from the tile's first.
+    # The row of each text's clip, relative to the tile's first row.
     clip_N = tl.minimum(tl.maximum(owner_N, -1), M).to(tl.int32) - row
     positives = tl.max(((clip_N >= 0) & (clip_N < BM)).to(tl.int32), 0) > 0
     if (phase == 1) | positives:
@@ -150,7 +151,7 @@ def _rank_kernel(
                 ties = (s == target_N[None, :]) & (row_M[:, None] < clip_N[None, :])
                 count_N = tl.sum(((s > target_N[None, :]) | ties).to(tl.int32), 0)
             else:
-                # No target lies in this tile, so that either all ties of a row or column count, or none does.
+                # No target is in this tile. So of a row or column, either all ties count or none does.
                 target_M = tl.where(at_M > column, _below(target_M), target_M)
                 target_N = tl.where(clip_N > 0, _below(target_N), target_N)
                 count_M = tl.sum((s > target_M[:, None]).to(tl.int32), 1)
@@ -182,11 +183,11 @@ def _topk_kernel(
     UPCAST: tl.constexpr,
     K: tl.constexpr,
 ):
-    """The K best of BM queries over a run of `run` database tiles, unordered: (runs, padded queries, K)."""
+    """The K best, unordered, of BM queries over a run of `run` database tiles: (runs, padded queries, K)."""
     row = tl.program_id(0) % tiles_m * BM
     part = tl.program_id(0) // tiles_m
     kept = tl.full([BM, K], float("-inf"), tl.float32)
-    # Free places have different negative indices, so that exactly one place is replaced at a time.
+    # Free places have distinct negative indices, so that exactly one place is replaced at a time.
     kept_index = tl.zeros([BM, K], tl.int32) - 1 - tl.arange(0, K)[None, :]
     floor_M = tl.full([BM], float("-inf"), tl.float32)
     for tile in range(part * run, tl.minimum(part * run + run, tiles_n)):
@@ -197,7 +198,7 @@ def _topk_kernel(
         top_M = tl.max(s, 1)
         while tl.max((top_M > floor_M).to(tl.int32), 0) > 0:
             at_M = tl.min(tl.where(s == top_M[:, None], j_N[None, :], 2147483647), 1)
-            # Replaces the worst kept, the last of equal ones: the new element has the highest index of all.
+            # Replaces the worst one kept; of equal ones, the last. The index of the new one is the highest.
             worst = kept == floor_M[:, None]
             last_M = tl.max(tl.where(worst, kept_index, -2147483648), 1)
             place = worst & (kept_index == last_M[:, None]) & (top_M > floor_M)[:, None]
@@ -227,11 +228,11 @@ def _rank_counts(audio: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Te
     pair = audio.new_full((n,), torch.inf, dtype=torch.float32)
     order = torch.arange(n, dtype=torch.int32, device=owner.device)
     with on_device(audio):
-        # The first launch reads no target. The arguments must have the types of the second launch all the
-        # same: other types would make another binary.
+        # The first launch does not read the targets. `pair` and `order` stand in for them, because arguments
+        # of other types would select another binary.
         _launch_panels(x, y, owner, pair, 0, rows, columns, pair, order)
         owned = (owner >= 0) & (owner < m)
-        # One row more, for the texts that no clip owns.
+        # One extra row, for the texts that have no clip.
         clip = torch.where(owned, owner, m)
         target = pair.new_full((m + 1,), -torch.inf).scatter_reduce(0, clip, pair, "amax")
         best = torch.where(pair == target[clip], clip, m)
@@ -289,7 +290,7 @@ def _launch_panels(
 
 @torch.library.custom_op("clsp_fast::topk_chunk", mutates_args=())
 def _topk_chunk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores (Q, k), float32, and row numbers, int64, of the k best. Needs a query and k rows at least."""
+    """Scores (Q, k), float32, and row numbers, int64, of the k best. Needs at least one query and k rows."""
     with on_device(queries):
         x, y = operand(queries, queries.dtype), operand(database, queries.dtype)
         tile = INTERPRETED_TILE if INTERPRETED else TOPK_TILES[x.itemsize]
@@ -321,18 +322,18 @@ def _merged(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank of the best positive of every audio row among texts, and of every text's clip among clips.
+    """For each audio row, the rank of its best text among all texts; for each text, the rank of its clip.
 
     Args:
         audio_MD: bfloat16, float16 or float32, (M, D), finite.
         text_ND: (N, D), same dtype and device, finite.
-        text_owner_N: int64 (N,): text j describes audio text_owner[j]; outside 0..M-1, none.
+        text_owner_N: int64 (N,): text j describes audio text_owner_N[j], or none if this is outside 0..M-1.
 
     Returns:
-        int64 (M,) and (N,): 0-based ranks, -1 where a query has no positive.
+        int64 (M,) and (N,): 0-based ranks, -1 if a query has no positive.
 
     Raises:
-        ValueError: a shape does not fit, or there is no kernel for the device.
+        ValueError: a shape is wrong, or the device is not supported.
         TypeError: a dtype is not supported.
     """
     _check(audio_MD, text_ND)
@@ -345,20 +346,20 @@ def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tupl
 
 
 def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k database rows of the largest inner product with each query, best first, equal ones by row number.
+    """The k database rows of largest inner product with each query, best first, equal ones by row number.
 
     Args:
         queries_QD: bfloat16, float16 or float32, (Q, D), finite.
-        database_ND: (N, D), of any of these dtypes, same device, finite. Scores are of the wider of both
-            dtypes; the database is converted to it in chunks.
+        database_ND: (N, D), in any of these dtypes, same device, finite. Both are converted to the wider of
+            their dtypes, the database in chunks.
         k: 1..N; above `MOST_NEIGHBOURS`, plain torch sorts the scores.
 
     Returns:
         Scores (Q, k), float32, and row numbers (Q, k), int64.
 
     Raises:
-        ValueError: shapes or k do not fit, a database row is not finite, scores overflow, or the device has
-            no kernel.
+        ValueError: shapes differ, k is out of range, a database row is not finite, scores overflow, or the
+            device is not supported.
         TypeError: a dtype is not supported.
     """
     dtype = torch.promote_types(queries_QD.dtype, database_ND.dtype)
@@ -372,9 +373,9 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
     index = torch.empty_like(scores, dtype=torch.int64)
     for first in range(0, len(database_ND) if len(queries_QD) else 0, _CHUNK_ROWS):
         chunk = database_ND[first : first + _CHUNK_ROWS]
-        # A sum needs no memory, and it is not finite if a value is not.
+        # If the sum is finite, so are all values. Unlike a check of each value, a sum needs no memory.
         if not bool(chunk.sum(dtype=torch.float32).isfinite()) and not bool(chunk.isfinite().all()):
-            raise ValueError(f"database_ND must be finite, got NaN or infinity in a row from {first} on")
+            raise ValueError(f"database_ND must be finite, got NaN or infinity in row {first} or later")
         chunk_scores, rows = _topk_chunk(queries_QD, chunk, min(k, len(chunk)))
         rows = torch.where(rows < 0, rows, rows + first)  # free places stay negative
         scores, index = _merged(torch.cat([scores, chunk_scores], 1), torch.cat([index, rows], 1), k)
@@ -391,6 +392,6 @@ def _check(x: Tensor, y: Tensor) -> None:
         )
     if x.dtype != y.dtype or x.dtype not in DTYPES or x.device != y.device:
         raise TypeError(
-            "both sides must be bfloat16, float16 or float32 and on one device, "
+            "both sides must share a dtype (bfloat16, float16 or float32) and a device, "
             f"got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
         )

@@ -1,9 +1,9 @@
-"""Softplus sums over the negative pairs of a contrastive batch (sigmoid kind), never M x N in memory.
+"""Softplus sums over the negative pairs of a contrastive batch (sigmoid kind), without M x N memory.
 
     s_ij = scale <x_i, y_j> + bias,   row_i = sum over j with owner[j] != i of log(1 + exp s_ij)
     G_ij = dL/ds_ij = dL/drow_i sigmoid(s_ij)
 
-docs/derivation.md derives them.
+docs/derivation.md derives the formulas.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, T tiles, L lanes.
 
@@ -89,7 +89,7 @@ def _softplus_kernel(
     column = tile_n * BN
     score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
     s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
-    # log(1 + e) = 2 atanh(z) with z = e / (2 + e) <= 1/3, which keeps the digits of a tiny e.
+    # log(1 + e) = 2 atanh(z) with z = e / (2 + e) <= 1/3. This form keeps the digits of a tiny e.
     e = tl.exp2(-tl.abs(s))
     z = e / (2.0 + e)
     q = z * z
@@ -101,7 +101,7 @@ def _softplus_kernel(
 
 @triton.jit(do_not_specialize=["T", "length", "stride"])
 def _add_kernel(sums, out, T, length, stride, BT: tl.constexpr, BL: tl.constexpr):
-    """Sums over T tiles in an order that depends on T alone; a library's sum may order them by the width."""
+    """Sums over T tiles in an order that depends on T alone. torch.sum may order them by the width."""
     i_L = tl.program_id(0) * BL + tl.arange(0, BL)
     inside_L = i_L < length
     sum_L = tl.zeros([BL], tl.float32)
@@ -209,7 +209,7 @@ def _negative_softplus_backward(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by audio, text, scale and bias."""
+    """Gradients of audio, text, scale and bias."""
     gain = gain_of(compute_dtype, d_row)
     d_row = d_row.contiguous() * gain
     d_bias = scale.new_zeros((), dtype=torch.float64)

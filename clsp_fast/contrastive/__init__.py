@@ -1,1 +1,1 @@
-"""The parts of `clsp_fast.loss`: the checked problem, engines, negative and positive pairs, several ranks."""
+"""The parts of `clsp_fast.loss`: argument checks, engines, negative and positive pairs, several ranks."""

@@ -1,7 +1,7 @@
-"""The two functions that an engine of the contrastive loss has, and the choice of an engine.
+"""The interface of the engines of the contrastive loss, and the choice of an engine.
 
-An engine sums over the negative pairs of a batch, 2 M N D operations forward and 4 M N D to 6 M N D
-backward. It knows pairs that do not count, but no labels and no loss.
+An engine sums over the negative pairs of a batch: 2 M N D operations forward, 4 M N D to 6 M N D backward.
+Targets and positive pairs are left to `clsp_fast.contrastive.positives`.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension.
 """
@@ -23,8 +23,8 @@ Implementation = Literal["auto", "cpu", "triton", "reference"]
 class Engine(Protocol):
     """`clsp_fast.contrastive.negatives` on the CPU, `clsp_fast.kernels.contrastive` on CUDA.
 
-    s_ij = logit_scale <audio_i, text_j> + logit_bias; pair (i, j) is negative where text_owner_N[j] != i. An
-    owner outside 0..M-1 makes all pairs of its text negative. Results are differentiable once in all floating
+    s_ij = logit_scale <audio_i, text_j> + logit_bias; pair (i, j) is negative if text_owner_N[j] != i. A text
+    whose owner is outside 0..M-1 has negative pairs only. Results are differentiable once in all floating
     arguments.
     """
 
@@ -39,7 +39,7 @@ class Engine(Protocol):
         compute_dtype: torch.dtype | None = None,
         workspace_bytes: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp over the negative pairs of every row (M,) and column (N,); -inf where there is none."""
+        """Log-sum-exp over the negative pairs of every row (M,) and column (N,); -inf if there are none."""
 
     def negative_softplus(
         self,
@@ -56,11 +56,11 @@ class Engine(Protocol):
 
 
 def choose_engine(implementation: Implementation, embeddings: Tensor) -> Engine | None:
-    """The engine for embeddings of this device and dtype; None for the dense definition.
+    """The engine for embeddings of this device and dtype; None means the dense definition.
 
     Raises:
-        ValueError: the name is unknown, or means an engine of another device.
-        ImportError: implementation="triton" without triton.
+        ValueError: the implementation is unknown, or does not run on the device.
+        ImportError: implementation="triton", and triton is not installed.
     """
     device = embeddings.device.type
     if implementation not in ("auto", "cpu", "triton", "reference"):
@@ -71,10 +71,10 @@ def choose_engine(implementation: Implementation, embeddings: Tensor) -> Engine 
         raise ValueError(f'implementation="cpu" needs tensors on the CPU, got {device}')
     if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f'implementation="triton" needs CUDA tensors, got {device}; TRITON_INTERPRET=1 takes any'
+            f'implementation="triton" needs CUDA tensors, got {device}; or set TRITON_INTERPRET=1'
         )
-    has_dtype = embeddings.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if implementation == "cpu" or (implementation == "auto" and device == "cpu" and has_dtype):
+    cpu_dtype = embeddings.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if implementation == "cpu" or (implementation == "auto" and device == "cpu" and cpu_dtype):
         return negatives
     if implementation == "reference" or (implementation == "auto" and device != "cuda"):
         return None
@@ -85,14 +85,14 @@ def choose_engine(implementation: Implementation, embeddings: Tensor) -> Engine 
             fix = "implementation='triton' needs the extra: pip install 'clsp_fast[triton]'"
             raise ImportError(fix) from error
         return None
-    fits = embeddings.dtype != torch.float64 and launch.supports(embeddings.device)
-    if implementation == "auto" and not fits:
+    supported = embeddings.dtype != torch.float64 and launch.supports(embeddings.device)
+    if implementation == "auto" and not supported:
         return None
     return cast(Engine, importlib.import_module("clsp_fast.kernels.contrastive"))
 
 
 def check_options(compute_dtype: torch.dtype | None, workspace_bytes: int | None) -> None:
-    """Checks what every engine is told beside its operands, also where an engine ignores it.
+    """Checks the engines' options, including those that the chosen engine ignores.
 
     Raises:
         ValueError: workspace_bytes is negative.

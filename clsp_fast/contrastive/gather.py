@@ -1,13 +1,13 @@
 """A contrastive batch that is spread over the ranks of a process group.
 
-Every rank keeps its audio and sees all texts; logits and audio never travel. One of W ranks, with N texts
-over all ranks, receives N D elements of text in the caller's dtype, N owners and, for the softmax kind, W N
-column sums. The backward pass reduce-scatters N D + W N elements in float32. The texts are gathered in one
-step, not passed around in a ring: 32,768 texts of 512 bfloat16 numbers are 32 MiB. A ring would hide their
-transfer, but launch W times as many kernels on smaller tiles.
+Every rank keeps its audio and gathers the texts of all ranks. Audio is sent only for the dense definition,
+logits never. With W ranks and N texts in all, a rank receives N D elements of text in the caller's dtype, N
+owners and, for the softmax kind, W N column sums. The backward pass reduce-scatters N D + W N elements in
+float32. The texts are gathered in one step, not passed around in a ring: 32,768 texts of 512 bfloat16 numbers
+are 32 MiB. A ring would hide their transfer, but launch W times as many kernels on smaller tiles.
 
-Every rank's loss is that of the whole batch, so the backward pass of a gathered tensor sums the gradients of
-all ranks by a shard. That is world_size times the gradient; averaging over the ranks undoes it.
+Every rank computes the loss of the whole batch. The backward pass of a gathered tensor sums the gradients of
+these W losses, which is W times the gradient. The average over the ranks, which DDP takes, is the gradient.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, W ranks.
 """
@@ -28,11 +28,11 @@ class Shards:
     """How a batch is spread over the ranks.
 
     Attributes:
-        group: the ranks; None for a batch in one place.
-        clips: audio rows of each rank.
-        texts: text rows of each rank.
-        rank: the number of this process in these lists.
-        dtype: embeddings travel in it.
+        group: the ranks; None if the batch is not spread.
+        clips: number of audio rows of each rank.
+        texts: number of text rows of each rank.
+        rank: index of this process in `clips` and `texts`.
+        dtype: the dtype in which embeddings are sent.
     """
 
     group: dist.ProcessGroup | None
@@ -50,7 +50,7 @@ class Shards:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Shards:
-        """Tells all ranks the sizes of all shards. It is the only exchange for which the host waits."""
+        """Exchanges the shards' sizes between the ranks. The host waits for no other exchange."""
         if group is None:
             return cls(None, [clips], [texts], 0, dtype)
         local = torch.tensor([clips, texts], device=device)
@@ -81,7 +81,7 @@ class Shards:
         return _gather(audio_MD, self.clips, self.group, self.dtype) if self.group is not None else audio_MD
 
     def all_of_texts(self, x_N: Tensor) -> Tensor:
-        """One number for each text, of all ranks' texts, in rank order."""
+        """`x_N`, one number per text, gathered for the texts of all ranks, in rank order."""
         return _gather(x_N, self.texts, self.group, x_N.dtype) if self.group is not None else x_N
 
     def sum(self, x: Tensor) -> Tensor:
@@ -91,24 +91,24 @@ class Shards:
         return _gather(x[None], [1] * len(self.clips), self.group, x.dtype).sum(0)
 
     def lse_over_ranks(self, column_N: Tensor) -> Tensor:
-        """Log-sum-exp of this rank's texts over the rows of all ranks.
+        """For each text of this rank, the log-sum-exp over the audio of all ranks.
 
-        `column_N` is the log-sum-exp of all ranks' texts over the rows of this rank.
+        `column_N` holds, for each text of all ranks, the log-sum-exp over the audio of this rank.
         """
         if self.group is None:
             return column_N
         column_WN = _gather(column_N[None], [1] * len(self.clips), self.group, column_N.dtype)
         local_WN = torch.split(column_WN, self.texts, dim=1)[self.rank]
-        # Where no rank has a negative pair, the gradient of log-sum-exp would be NaN.
+        # If no rank has a negative pair of a text, the gradient of log-sum-exp would be NaN.
         empty_N = local_WN.isneginf().all(0)
         return local_WN.masked_fill(empty_N, 0.0).logsumexp(0).masked_fill(empty_N, -torch.inf)
 
 
 class _GatherRows(torch.autograd.Function):
-    """The rows of all ranks in rank order; the backward pass sums every rank's gradients by the local rows.
+    """The rows of all ranks, in rank order. The backward pass sums all ranks' gradients for the local rows.
 
-    Rows travel in `dtype`. It must hold them without loss, as 16 bits hold rows that were widened from 16
-    bits.
+    Rows are sent in `dtype`, which must represent them exactly. A 16-bit dtype does so for rows that were
+    converted from it to float32.
     """
 
     @staticmethod
@@ -124,7 +124,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        # 16 bits are too few for sums of gradients.
+        # A sum of gradients in 16 bits would lose too many digits.
         wide = gradients[0].to(torch.promote_types(gradients[0].dtype, torch.float32)).contiguous()
         local = wide.new_empty(max(ctx.sizes), *wide.shape[1:])
         shards = [_pad(shard, len(local)) for shard in torch.split(wide, ctx.sizes)]

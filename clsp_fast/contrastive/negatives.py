@@ -1,12 +1,12 @@
-"""The CPU engine: sums over the negative pairs of a contrastive batch, as kernels/contrastive.py on CUDA.
+"""The CPU engine: sums over the negative pairs of a contrastive batch. For CUDA, see kernels/contrastive.py.
 
     s_ij = logit_scale <audio_i, text_j> + logit_bias over pairs with text_owner[j] != i
 
 csrc/contrastive.h computes the sums, and docs/derivation.md derives them. The forward pass takes 2 M N D
-operations. The backward pass takes 4 M N D, and 2 M N D more for logits that were not kept. As many rows of
-logits are kept as `workspace_bytes` holds beside the memory of a pass (15 MB at D = 512), and none where no
-gradient is needed. Everything has the precision of the embeddings, float32 or float64, and an order of
-additions that depends neither on the number of threads nor on the workspace.
+operations. The backward pass takes 4 M N D, and up to 2 M N D more to recompute logits that were not kept. If
+a gradient is needed, the forward pass keeps the rows of logits that fit into `workspace_bytes` together with
+the memory of a pass (15 MB at D = 512). Everything is computed in the dtype of the embeddings, float32 or
+float64. The order of additions depends neither on the number of threads nor on the workspace.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension.
 """
@@ -36,24 +36,24 @@ def negative_lse(
     compute_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the negative pairs of every row and every column; -inf where there is none.
+    """Log-sum-exp over the negative pairs of every row and every column; -inf if there are none.
 
     Args:
-        audio_MD: float32 or float64 (M, D) on the CPU; M may be 0. `contrastive_loss` widens 16-bit
-        embeddings,
-            so that gradients of positive and negative pairs are added before they are rounded.
+        audio_MD: float32 or float64 (M, D) on the CPU; M may be 0. `contrastive_loss` converts 16-bit
+            embeddings to float32, so that gradients of positive and negative pairs are added before they are
+            rounded to 16 bits.
         text_ND: (N, D), same dtype; N may be 0.
         logit_scale: scalar.
-        text_owner_N: int64 (N,). A value outside 0..M-1 makes all pairs of its text negative.
+        text_owner_N: int64 (N,). A text whose value is outside 0..M-1 has negative pairs only.
         logit_bias: scalar added to all logits.
-        compute_dtype: ignored, because products on the CPU have the embeddings' dtype.
-        workspace_bytes: bound of the memory beside arguments and results, default 256 MiB.
+        compute_dtype: ignored, because the CPU computes products in the embeddings' dtype.
+        workspace_bytes: bound of the memory for all but arguments and results, default 256 MiB.
 
     Returns:
         (M,) and (N,), same dtype; differentiable once in all floating arguments.
 
     Raises:
-        TypeError: embeddings of other dtypes.
+        TypeError: the embeddings have another dtype.
     """
     del compute_dtype
     row_M, column_N, _ = _sum(
@@ -90,7 +90,7 @@ def _sum(
     kind: str,
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls the operator. Logits are kept only if there will be a backward pass."""
+    """Calls the operator. Logits are kept only if a gradient is needed."""
     if audio_MD.dtype not in (torch.float32, torch.float64) or text_ND.dtype != audio_MD.dtype:
         raise TypeError(
             "audio_MD and text_ND must both be float32 or both float64, "
@@ -110,7 +110,7 @@ def _sum(
 
 
 def _kept_logits(m: int, n: int, d: int, elements: int) -> int:
-    """The largest number of logits, in whole rows of tiles, that leaves room for the memory of a pass."""
+    """Number of logits to keep: as many rows of tiles as `elements` holds beside the memory of a pass."""
     if m == 0 or n == 0:
         return 0
     tile_rows, tile_columns, panel_rows, panel_columns = _C.LOGIT_TILES
@@ -139,11 +139,11 @@ def _sum_negatives(
     kind: str,
     kept: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of rows and of columns (no columns for the sigmoid kind), and logits for the backward pass."""
+    """Row sums, column sums (empty for the sigmoid kind), and the logits kept for the backward pass."""
     sums: tuple[Tensor, Tensor, Tensor] = _make_sums(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, kind, kept
     )
-    if 0 in (len(audio_MD), len(text_ND)):  # the extension refuses a side without rows
+    if 0 in (len(audio_MD), len(text_ND)):  # the extension needs at least one row of each
         for empty_sum in sums:
             empty_sum.fill_(-math.inf if kind == "softmax" else 0.0)
         return sums
@@ -184,11 +184,11 @@ def _sum_negatives_backward(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by audio, text, scale and bias, each in the dtype of its argument.
+    """Gradients with respect to audio, text, scale and bias, each in the dtype of its argument.
 
-    An embedding that needs no gradient gets no elements, and its product is left out.
+    The gradient of an embedding that needs none is empty, and its product is not computed.
     """
-    by_input: tuple[Tensor, Tensor, Tensor, Tensor] = _make_gradients(
+    d_inputs: tuple[Tensor, Tensor, Tensor, Tensor] = _make_gradients(
         audio_MD,
         text_ND,
         logit_scale,
@@ -201,11 +201,11 @@ def _sum_negatives_backward(
         needs_audio,
         needs_text,
     )
-    d_audio_MD, d_text_ND, d_scale, d_bias = by_input
+    d_audio_MD, d_text_ND, d_scale, d_bias = d_inputs
     if 0 in (len(audio_MD), len(text_ND)):
-        for gradient in by_input:
+        for gradient in d_inputs:
             gradient.zero_()
-        return by_input
+        return d_inputs
     scale, bias = _C.sum_negatives_backward(
         *_extension_arguments(kind, audio_MD, text_ND, logit_scale, text_owner_N, logit_bias),
         tuple(x.numpy() for x in sums),
@@ -232,7 +232,7 @@ def _make_gradients(
     needs_audio: bool,
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # One product is needed for the gradient by the scale, even if no embedding needs a gradient.
+    # The gradient of the scale needs one of the products, even if no embedding needs a gradient.
     return (
         audio_MD.new_empty(audio_MD.shape if needs_audio or not needs_text else 0),
         text_ND.new_empty(text_ND.shape if needs_text else 0),
@@ -254,11 +254,11 @@ def _backward(ctx: Any, d_row_M: Tensor | None, d_column_N: Tensor | None, _: Te
         for sums, gradient in ((row_M, d_row_M), (column_N, d_column_N))
     ]
     needs = ctx.needs_input_grad[:2]
-    by_audio, by_text, by_scale, by_bias = _sum_negatives_backward(
+    d_audio, d_text, d_scale, d_bias = _sum_negatives_backward(
         *inputs, ctx.kind, [row_M, column_N], gradients, kept, *needs
     )
-    by_audio, by_text = (x if need else None for x, need in zip((by_audio, by_text), needs, strict=True))
-    return by_audio, by_text, by_scale, None, by_bias, None, None
+    d_audio, d_text = (x if need else None for x, need in zip((d_audio, d_text), needs, strict=True))
+    return d_audio, d_text, d_scale, None, d_bias, None, None
 
 
 _sum_negatives.register_autograd(_backward, setup_context=_setup_context)

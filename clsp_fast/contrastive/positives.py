@@ -1,17 +1,17 @@
-"""From sums over negative pairs to a contrastive loss: what the positive pairs add, in O((M + N) D).
+"""The contrastive loss from sums over negative pairs: adds the positive pairs, in O((M + N) D).
 
-docs/derivation.md, section 2, derives the formulas. With T_i the texts of audio i that have a share w_ij > 0
-of its target, accepted_i the log-sum-exp of s_ij over T_i and rejected_i that over all other texts, the loss
-of a row is
+docs/derivation.md, section 2, derives the formulas. T_i is the set of texts that have a share w_ij > 0 of
+the target of audio i. accepted_i is the log-sum-exp of s_ij over T_i, and rejected_i the log-sum-exp over all
+other texts. The loss of row i is
 
     lse_j s_ij - sum_j w_ij s_ij = softplus(rejected_i - accepted_i) + sum_j w_ij (accepted_i - s_ij)
 
-No term is negative, and the second is exactly 0 where T_i is one text. So a small loss is never the
-difference of large numbers: it keeps its digits, and so do its gradients, for any number of texts and any
-weights. The loss of a text is the case of one positive, softplus(rejected_j - s).
+Neither term is negative, and the second is exactly 0 if T_i is a single text. So a small loss is never the
+difference of large numbers. It keeps its digits, and so do its gradients, for any number of texts and any
+weights. A text j has one positive, with logit s. Its loss is softplus(rejected_j - s).
 
-Products of positive pairs, and what is computed from them, are float64. Embeddings, their gradients and sums
-over negative pairs are in the dtype of the computation.
+Logits of positive pairs, and all that is computed from them, are float64. Embeddings, their gradients and
+sums over negative pairs are in `Problem.dtype`.
 
 Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 """
@@ -38,14 +38,14 @@ from clsp_fast.contrastive.sums import (
 
 
 class Pairs(NamedTuple):
-    """What logits s_ij = scale <audio_i, text_j> + bias are made of, in the dtype of the computation.
+    """The operands of the logits s_ij = scale <audio_i, text_j> + bias, in `Problem.dtype`.
 
     Attributes:
-        problem: what the caller asked for.
-        audio_MD: this rank's audio, of unit norm if the problem says so.
-        text_ND: this rank's texts, likewise.
+        problem: the checked arguments.
+        audio_MD: this rank's audio, normalised if `problem.normalize` is true.
+        text_ND: this rank's texts, normalised if `problem.normalize` is true.
         scale: scalar.
-        bias: scalar; 0 for the softmax kind, where it cancels and would only take digits from the logits.
+        bias: scalar; 0 for the softmax kind, where a bias cancels and would only cost digits of the logits.
         shards: how much of the batch each rank has.
     """
 
@@ -57,7 +57,7 @@ class Pairs(NamedTuple):
     shards: Shards
 
     def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This rank's audio, all ranks' texts, the scale, and owners counting from this rank's first clip."""
+        """This rank's audio, all ranks' texts, the scale, and owners relative to this rank's first clip."""
         first = self.shards.first_clip
         owner_N = self.shards.all_of_texts(self.problem.owner_N + first) - first
         return self.audio_MD, self.shards.all_texts(self.text_ND), self.scale, owner_N
@@ -78,17 +78,17 @@ class Positives(NamedTuple):
 
 
 def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
-    """The embeddings in the dtype of the computation, and the logits of their positive pairs.
+    """The embeddings in `Problem.dtype`, and the logits of their positive pairs.
 
-    Use the embeddings in the pairs for everything else: `dots` then adds the gradients of the positive pairs
-    to theirs in place.
+    Compute the rest of the loss from the embeddings in `Pairs`. The backward pass of `dots` then adds the
+    gradients of the positive pairs in place to the gradients of the rest.
     """
     audio_MD, text_ND, dtype = problem.audio_MD, problem.text_ND, problem.dtype
-    # 16-bit embeddings travel as they are; rows that are normalised here no longer fit into 16 bits.
-    travels = dtype if problem.normalize else audio_MD.dtype
-    shards = Shards.agree(problem.group, len(audio_MD), len(text_ND), audio_MD.device, travels)
+    # 16-bit embeddings are sent as they are. 16 bits cannot represent rows that are normalised here.
+    sent_dtype = dtype if problem.normalize else audio_MD.dtype
+    shards = Shards.agree(problem.group, len(audio_MD), len(text_ND), audio_MD.device, sent_dtype)
     raw = (audio_MD.detach(), text_ND.detach()) if problem.normalize else None
-    # Gradients of positive and negative pairs nearly cancel: they are added before they are rounded.
+    # Gradients of positive and negative pairs nearly cancel, so they are added before rounding to 16 bits.
     if problem.normalize:
         audio_MD, text_ND = normalise(audio_MD, dtype), normalise(text_ND, dtype)
     else:
@@ -101,7 +101,7 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
         mean_audio_D = shards.sum(audio_MD.sum(0)) / shards.total_clips
     owner_N = None if problem.one_caption_each else problem.owner_N
     products = dots(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D, raw)
-    # All results of `dots` require a gradient if one input does; embeddings that need none must not.
+    # All results of `dots` require a gradient if any input does. Embeddings that need none are not replaced.
     audio_MD = products.audio_MD if audio_MD.requires_grad else audio_MD
     text_ND = products.text_ND if text_ND.requires_grad else text_ND
     return Pairs(problem, audio_MD, text_ND, scale, bias, shards), Positives(
@@ -122,8 +122,8 @@ def softmax_loss(pairs: Pairs, positives: Positives, row_M: Tensor, column_N: Te
     """The loss with kind="softmax".
 
     Args:
-        pairs: the embeddings.
-        positives: their positive pairs; with means if there is smoothing.
+        pairs: the embeddings and the checked arguments.
+        positives: the logits of positive pairs, and mean logits if there is smoothing.
         row_M: log-sum-exp of each audio row's negatives.
         column_N: log-sum-exp of the negatives of each text of this rank, over the rows of all ranks.
     """
@@ -147,22 +147,22 @@ def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor) -> Tensor:
     shards = pairs.shards
     loss = total(sums_M) + total(softplus(-positives.pair_N))
     if positives.mean_M is not None:
-        of_all = total(positives.mean_M) * shards.total_texts
-        loss = loss + pairs.problem.smoothing * (total(positives.pair_N) - of_all / 2)
+        sum_of_logits = total(positives.mean_M) * shards.total_texts
+        loss = loss + pairs.problem.smoothing * (total(positives.pair_N) - sum_of_logits / 2)
     return shards.sum(loss) / (shards.total_clips * shards.total_texts)
 
 
 def _row_losses(
     row_M: Tensor, pair_N: Tensor, owner_N: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three numbers for each audio: lse_j s_ij - sum_j w_ij s_ij, its target sum_j w_ij s_ij, and 1.
+    """For each audio row: the loss lse_j s_ij - sum_j w_ij s_ij, the target logit sum_j w_ij s_ij, and 1.
 
-    All three are 0 for an audio that has no caption of positive weight.
+    All three are 0 for a row that has no caption of positive weight.
     """
     clips = len(row_M)
     share_N, captioned_M = _shares(weights, owner_N, clips, pair_N)
     if weights is not None:
-        # A caption of weight 0 counts as a wrong text of its clip.
+        # A caption of weight 0 counts as a negative of its clip.
         index_M = torch.arange(clips, device=owner_N.device)
         row_M = lse_by_owner(
             torch.cat([row_M.to(pair_N.dtype), pair_N]),
@@ -171,7 +171,7 @@ def _row_losses(
             clips,
         )
     accepted_M = lse_by_owner(pair_N, share_N > 0, owner_N, clips)
-    # Otherwise inf - inf for a clip that has neither captions nor negatives.
+    # Without this, a clip that has neither captions nor negatives would compute inf - inf.
     accepted_M = torch.where(captioned_M, accepted_M, 0.0)
     rows_M = softplus(row_M - accepted_M) + cross_entropy_by_owner(pair_N, share_N, owner_N, clips)
     targets_M = sum_by_owner(share_N * pair_N, owner_N, clips)
@@ -179,11 +179,11 @@ def _row_losses(
 
 
 def _shares(weights: Tensor | None, owner_N: Tensor, clips: int, like_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (N,) that add up to 1 over the texts of an audio, and whether an audio has any weight (M,)."""
+    """Weights (N,) divided by their sum over each audio's texts, and whether that sum is positive (M,)."""
     if weights is None:
         weight_N = torch.ones_like(like_N)
     else:
-        # Divided by the largest weight of the audio, so that no sum of finite weights is infinite.
+        # Weights are first divided by the audio's largest: a sum of finite weights could overflow.
         wide_N = weights.to(like_N.dtype)
         largest_M = wide_N.new_zeros(clips).scatter_reduce(0, owner_N, wide_N, "amax")
         weight_N = wide_N / torch.where(largest_M > 0, largest_M, 1.0)[owner_N]

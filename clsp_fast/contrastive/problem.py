@@ -1,4 +1,4 @@
-"""What a contrastive loss is asked for: the arguments of `contrastive_loss`, checked once.
+"""The arguments of `contrastive_loss`, checked once.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension.
 """
@@ -17,21 +17,21 @@ Kind = Literal["softmax", "sigmoid"]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The checked arguments of `contrastive_loss`; `check_problem` makes it.
+    """The checked arguments of `contrastive_loss`, as `check_problem` returns them.
 
     Attributes:
-        audio_MD: embeddings of this rank's clips, as the caller has them.
+        audio_MD: embeddings of this rank's clips, as the caller passed them.
         text_ND: embeddings of this rank's texts, in the same dtype.
         scale: the multiplier of the logits.
-        bias: what is added to the logits.
+        bias: the number added to all logits.
         owner_N: int64, the audio row that each text describes.
-        weights: caption weights (N,); None where all captions of a clip count the same.
+        weights: caption weights (N,); None if all captions of a clip have the same weight.
         smoothing: share of each target that is spread evenly over all candidates.
         kind: "softmax" or "sigmoid".
-        normalize: whether rows are brought to unit norm first.
-        group: the ranks over which the batch is spread; None for a batch in one place.
-        one_caption_each: whether text j is the only text of audio j, for every j. It saves work and changes
-            no result.
+        normalize: whether rows are scaled to unit norm first.
+        group: the ranks over which the batch is spread; None if it is not spread.
+        one_caption_each: whether text j is the only text of audio j, for every j. This saves work; results
+            are the same.
     """
 
     audio_MD: Tensor
@@ -126,7 +126,7 @@ def _check_weights(weights: Tensor, n: int, kind: Kind, device: torch.device) ->
 
 
 def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device) -> Tensor:
-    """The owners, given or default."""
+    """Checks the owners and returns them, given or default."""
     if text_owner is None:
         if n > m:
             raise ValueError(f"text_owner must be given when there are more texts ({n}) than clips ({m})")
@@ -140,7 +140,7 @@ def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device
 
 
 def _require(condition: Tensor, message: str) -> None:
-    """Raises ValueError unless the condition holds. On CUDA the host does not wait: a later kernel fails."""
+    """Raises ValueError if the condition is false. On CUDA the host does not wait; a later call raises."""
     if condition.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not bool(condition):

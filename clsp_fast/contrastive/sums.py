@@ -1,10 +1,10 @@
 """Differentiable sums over embeddings and captions, in a fixed order of additions.
 
-Neither the number of threads nor a race between the blocks of a GPU changes a bit. torch does not promise
-that for its matrix-vector products, long sums, softplus and accumulating index_put on the CPU, and for
-index_add on CUDA.
+Results have the same bits for any number of threads, and on CUDA in every run. torch does not promise that
+for matrix-vector products, long sums, softplus and accumulating index_put on the CPU, nor for index_add on
+CUDA.
 
-Shape suffixes: M audio rows, N text rows, B rows of either, P rows of a part, D joint dimension.
+Shape suffixes: M audio rows, N text rows, B rows of either side, P rows of a part, D joint dimension.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 _ROWS_AT_ONCE = 512
 _SHORT = 1024
-"""torch computes with one thread on up to so many numbers."""
+"""torch uses a single thread for tensors of up to this many elements."""
 _LEAST_NORM = 1e-12
-"""That of `torch.nn.functional.normalize`."""
+"""The default `eps` of `torch.nn.functional.normalize`."""
 
 
 class Dots(NamedTuple):
@@ -27,9 +27,9 @@ class Dots(NamedTuple):
 
     Attributes:
         audio_MD, text_ND: the embeddings.
-        pair_N: product of each text and its audio.
-        mean_M: product of each audio with the mean text; None where no mean was given.
-        mean_N: product of each text with the mean audio; None where no mean was given.
+        pair_N: product of each text with its audio.
+        mean_M: product of each audio with the mean text; None if no mean was given.
+        mean_N: product of each text with the mean audio; None if no mean was given.
     """
 
     audio_MD: Tensor
@@ -47,18 +47,18 @@ def dots(
     mean_audio_D: Tensor | None,
     raw: tuple[Tensor, Tensor] | None = None,
 ) -> Dots:
-    """<audio_MD[owner_N[j]], text_ND[j]> of each text, and products with the means that are given.
+    """<audio_MD[owner_N[j]], text_ND[j]> of each text, and the products of all rows with the given means.
 
     Without `owner_N`, text j belongs to audio j, and the audio is not copied.
 
-    The products of pairs are computed in float64. If two captions fit their clip equally well, the gradients
-    are as small as the difference of the two products, and float32 sums would leave no digit of it. `raw` are
-    the rows from which the embeddings were normalised: products of these also keep what rounding took from
-    the unit rows.
+    The products of pairs are computed in float64. If two captions fit their clip almost equally well, the
+    gradients are proportional to the difference of their products. Float32 would keep no digit of it.
+    `raw` holds the rows before normalisation. Products computed from them are free of the rounding errors of
+    the normalised rows.
 
-    Use the returned embeddings for everything else. Their gradients then pass through here, where the
-    gradients of the dots are added in place: no second matrix of gradients of that size exists. Nothing but
-    the loss may use the returned embeddings, so that nothing else holds the gradients that are changed.
+    Compute the rest of the loss from the returned embeddings. The backward pass then adds the gradients of
+    the products in place to the gradients of the rest. This saves a second matrix of that size. Only the loss
+    may use the returned embeddings, because a gradient that other code holds would be changed too.
     """
     return Dots(*_Dots.apply(audio_MD, text_ND, owner_N, mean_text_D, mean_audio_D, raw))  # type: ignore[no-untyped-call]
 
@@ -66,7 +66,7 @@ def dots(
 def normalise(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of unit norm in `dtype`, as `torch.nn.functional.normalize`.
 
-    Only the result is kept for the backward pass, which changes the incoming gradient in place.
+    The backward pass needs only the result and the norms. It overwrites the incoming gradient.
     """
     return cast(Tensor, _Normalise.apply(x_BD, dtype))  # type: ignore[no-untyped-call]
 
@@ -77,17 +77,17 @@ def sum_by_owner(x_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
 
 
 def of_owner(x_M: Tensor, owner_N: Tensor) -> Tensor:
-    """The number of the owner of each text, (N,)."""
+    """x_M[owner_N] (N,): for each text, the number of its owner."""
     return cast(Tensor, _OfOwner.apply(x_M, owner_N))  # type: ignore[no-untyped-call]
 
 
 def lse_by_owner(x_N: Tensor, counts_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
-    """Log-sum-exp (rows,) of each owner's numbers, where counts_N, bool, is true; -inf where it never is."""
+    """Log-sum-exp (rows,) of each owner's numbers whose counts_N (bool) is true; -inf if there are none."""
     return cast(Tensor, _LseByOwner.apply(x_N, counts_N, owner_N, rows))  # type: ignore[no-untyped-call]
 
 
 def cross_entropy_by_owner(x_N: Tensor, share_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
-    """sum_j share_j (lse - x_j) over those of each owner's numbers that have a positive share, (rows,).
+    """sum_j share_j (lse - x_j) over each owner's numbers j of positive share, (rows,).
 
     lse is the log-sum-exp of these numbers. The shares of an owner must add up to 1. For a single number, the
     result and its gradient are exactly 0.
@@ -96,9 +96,9 @@ def cross_entropy_by_owner(x_N: Tensor, share_N: Tensor, owner_N: Tensor, rows: 
 
 
 def softplus(x_B: Tensor) -> Tensor:
-    """log(1 + exp x) of each number, accurate to the last digits, however small it is."""
+    """log(1 + exp x) of each number. Even a tiny result has full relative accuracy."""
     if x_B.is_cuda or len(x_B) <= _SHORT:
-        # Above the threshold torch returns x, which is exact in float64 from 40 on.
+        # Above the threshold, torch returns x for softplus(x). At 40 this is exact even in float64.
         return torch.nn.functional.softplus(x_B, threshold=40.0)
     return cast(Tensor, _Softplus.apply(x_B))  # type: ignore[no-untyped-call]
 
@@ -122,7 +122,7 @@ def _add_to_owners(total: Tensor, owner_N: Tensor, x: Tensor) -> None:
         total.index_add_(0, owner_N, x)
 
 
-def _of_texts(audio_MD: Tensor, owner_N: Tensor | None, part: slice) -> Tensor:
+def _audio_of_texts(audio_MD: Tensor, owner_N: Tensor | None, part: slice) -> Tensor:
     """The audio of each text of a part. It may be a view: do not change it."""
     return audio_MD[part] if owner_N is None else audio_MD.index_select(0, owner_N[part])
 
@@ -142,13 +142,13 @@ class _Dots(torch.autograd.Function):
         parts = _parts(len(text_ND))
         if raw is None:
             pairs = [
-                _of_texts(audio_MD, owner_N, p).to(torch.float64, copy=True).mul_(text_ND[p]).sum(1)
+                _audio_of_texts(audio_MD, owner_N, p).to(torch.float64, copy=True).mul_(text_ND[p]).sum(1)
                 for p in parts
             ]
         else:
-            pairs = [_cosines(_of_texts(raw[0], owner_N, p), raw[1][p]) for p in parts]
+            pairs = [_cosines(_audio_of_texts(raw[0], owner_N, p), raw[1][p]) for p in parts]
         pair_N = torch.cat(pairs)
-        means = (_with_vector(audio_MD, mean_text_D), _with_vector(text_ND, mean_audio_D))
+        means = (_dot_rows(audio_MD, mean_text_D), _dot_rows(text_ND, mean_audio_D))
         return audio_MD.view_as(audio_MD), text_ND.view_as(text_ND), pair_N, *means
 
     @staticmethod
@@ -165,27 +165,27 @@ class _Dots(torch.autograd.Function):
         for p in _parts(len(text_ND)):
             d_pair_P1 = d_pair_N[p, None].to(text_ND.dtype)
             if needs_text:
-                d_text_ND[p].addcmul_(d_pair_P1, _of_texts(audio_MD, owner_N, p))
+                d_text_ND[p].addcmul_(d_pair_P1, _audio_of_texts(audio_MD, owner_N, p))
             if needs_audio and owner_N is None:
-                d_audio_MD[p].add_(d_pair_P1 * text_ND[p])  # rounds as with owners; addcmul_ would not
+                d_audio_MD[p].add_(d_pair_P1 * text_ND[p])  # same rounding as with owners, unlike addcmul_
             elif needs_audio:
                 _add_to_owners(d_audio_MD, owner_N[p], d_pair_P1 * text_ND[p])
         d_mean_text_D = _vector_gradient(audio_MD, mean_text_D, d_mean_M, d_audio_MD if needs_audio else None)
         d_mean_audio_D = _vector_gradient(text_ND, mean_audio_D, d_mean_N, d_text_ND if needs_text else None)
-        by_input = (d_audio_MD if needs_audio else None, d_text_ND if needs_text else None)
-        return *by_input, None, d_mean_text_D, d_mean_audio_D, None
+        d_inputs = (d_audio_MD if needs_audio else None, d_text_ND if needs_text else None)
+        return *d_inputs, None, d_mean_text_D, d_mean_audio_D, None
 
 
 def _cosines(a_PD: Tensor, b_PD: Tensor) -> Tensor:
-    """<a, b> of rows that `normalise` would make of a and b, in float64 (P,)."""
-    # The first must be a copy even of float64 rows, because it is changed in place.
+    """Inner products (P,) of the rows of a and b after normalisation, in float64."""
+    # a_PD is changed in place, so even float64 rows are copied.
     a_PD, b_PD = a_PD.to(torch.float64, copy=True), b_PD.double()
     norm_P = torch.linalg.vector_norm(a_PD, dim=1).clamp_(min=_LEAST_NORM)
     norm_P *= torch.linalg.vector_norm(b_PD, dim=1).clamp_(min=_LEAST_NORM)
     return a_PD.mul_(b_PD).sum(1).div_(norm_P)
 
 
-def _with_vector(x_BD: Tensor, vector_D: Tensor | None) -> Tensor | None:
+def _dot_rows(x_BD: Tensor, vector_D: Tensor | None) -> Tensor | None:
     if vector_D is None:
         return None
     return torch.cat([(x_BD[p] * vector_D).sum(1) for p in _parts(len(x_BD))])
@@ -194,7 +194,7 @@ def _with_vector(x_BD: Tensor, vector_D: Tensor | None) -> Tensor | None:
 def _vector_gradient(
     x_BD: Tensor, vector_D: Tensor | None, d_dots_B: Tensor | None, d_x_BD: Tensor | None
 ) -> Tensor | None:
-    """The gradient by the vector. The gradient by the rows is added to d_x_BD."""
+    """The gradient of the vector of `_dot_rows`. The gradient of the rows is added to d_x_BD."""
     if vector_D is None or d_dots_B is None:
         return None
     d_vector_D = torch.zeros_like(vector_D)
@@ -274,13 +274,13 @@ class _OfOwner(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """Softmax over those of each owner's numbers that count.
+    """Softmax over each owner's numbers whose counts_N is true.
 
     Attributes:
-        peak_M: the largest number; -inf where none counts.
-        rest_M: sum of exp(number - peak) over all numbers but the peak.
-        share_N: the softmax; 0 where a number does not count.
-        is_peak_N: whether a number is the peak of its owner: one of equal ones.
+        peak_M: the largest of these numbers; -inf if there are none.
+        rest_M: sum of exp(number - peak) over the others of these numbers.
+        share_N: the softmax; 0 where counts_N is false.
+        is_peak_N: true for one number of each owner: the last that equals the peak.
     """
 
     peak_M: Tensor
@@ -316,10 +316,10 @@ class _LseByOwner(torch.autograd.Function):
 
 
 class _CrossEntropyByOwner(torch.autograd.Function):
-    """sum_j share_j ((peak - x_j) + log(1 + rest)): no term is negative, so that nothing cancels.
+    """sum_j share_j ((peak - x_j) + log(1 + rest)). No term is negative, so nothing cancels.
 
-    The gradient is softmax - share. The gradient of the peak is computed as minus the sum of the others:
-    where its softmax and its share are both almost 1, their difference would have no digits.
+    The gradient is softmax - share. If both are almost 1, as they can be for the peak, their difference has
+    no correct digits. So the gradient of the peak is computed as minus the sum of the other gradients.
     """
 
     @staticmethod
@@ -327,10 +327,10 @@ class _CrossEntropyByOwner(torch.autograd.Function):
         counts_N = share_N > 0
         softmax = _softmax_by_owner(x_N, counts_N, owner_N, rows)
         others_N = torch.where(softmax.is_peak_N, 0.0, softmax.share_N - share_N)
-        of_peak_M = sum_by_owner(others_N, owner_N, rows).neg_()
-        slope_N = torch.where(softmax.is_peak_N, of_peak_M[owner_N], others_N)
-        lse_M = torch.where(softmax.peak_M.isneginf(), 0.0, softmax.peak_M)
-        below_N = (lse_M[owner_N] - x_N) + softmax.rest_M.log1p()[owner_N]
+        peak_slope_M = sum_by_owner(others_N, owner_N, rows).neg_()
+        slope_N = torch.where(softmax.is_peak_N, peak_slope_M[owner_N], others_N)
+        peak_M = torch.where(softmax.peak_M.isneginf(), 0.0, softmax.peak_M)
+        below_N = (peak_M[owner_N] - x_N) + softmax.rest_M.log1p()[owner_N]
         ctx.save_for_backward(slope_N, below_N if ctx.needs_input_grad[1] else None, owner_N)
         return sum_by_owner(torch.where(counts_N, share_N * below_N, 0.0), owner_N, rows)
 

@@ -18,25 +18,26 @@ from clsp_fast.towers.layers import BiasNorm, Ragged, drop_channels, swoosh_l, s
 
 Frames = TypeVar("Frames", int, Tensor)
 
-# The value at which the schedule of the reference ends.
+# The final value of the reference's schedule.
 CONVNEXT_SKIP_RATE = 0.015
-# Rough mean and deviation of log-mel over speech. They bring it to the scale that fresh weights expect.
+# Approximate mean and standard deviation of log-mel over speech. The initial weights are made for features of
+# mean 0 and deviation 1.
 LOG_MEL_MEAN, LOG_MEL_DEVIATION = -8.0, 4.0
 
 
 def frames_after_front(frames: Frames) -> Frames:
-    """Number of frames at 50 Hz after the front, of 9 or more at 100 Hz."""
+    """Number of frames at 50 Hz after the front, for 9 or more `frames` at 100 Hz."""
     return (frames - 7) // 2
 
 
 def standardise(features: Tensor) -> Tensor:
-    """Log-mel scaled to mean 0 and deviation 1 over speech in general. Differences of level between clips are
-    kept."""
+    """Log-mel scaled to about mean 0 and deviation 1 over speech in general. The constants are the same for
+    all clips, so differences of level between clips are kept."""
     return (features - LOG_MEL_MEAN) / LOG_MEL_DEVIATION
 
 
 def make_front(config: ModelConfig) -> nn.Module:
-    """The front that `config.embed_channels` describes: three convolutions over images, or one over time."""
+    """The front that `config.embed_channels` describes: three 2-d convolutions, or one over time."""
     return Conv2dSubsampling(config) if len(config.embed_channels) == 3 else Conv1dSubsampling(config)
 
 
@@ -60,15 +61,15 @@ class ConvNeXt(nn.Module):
 class Conv2dSubsampling(nn.Module):
     """Log-mel (N, T, F) at 100 Hz -> (N, (T - 7) // 2, C) at 50 Hz.
 
-    In the convolutions, output frame t reads the input frames 2t .. 2t + 8. The ConvNeXt layer then reads
-    three output frames to either side, so up to input frame 2t + 14. This is the only place where a clip can
-    see frames beyond its end.
+    Through the convolutions, output frame t depends on the input frames 2t .. 2t + 8. Through the ConvNeXt
+    layer it also depends on three output frames to either side, so on frames up to 2t + 14. In the front,
+    only this layer can make a clip's result depend on frames beyond its end.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         first, second, third = config.embed_channels
-        # The numbers are those of the reference's Sequential, whose other entries have no parameters.
+        # The keys are indices in the reference's Sequential, whose other entries have no parameters.
         self.conv = nn.ModuleDict(
             {
                 "0": nn.Conv2d(1, first, 3, padding=(0, 1)),
@@ -96,8 +97,8 @@ class Conv2dSubsampling(nn.Module):
 class Conv1dSubsampling(nn.Module):
     """One convolution over time with the mel bins as channels, SwooshR, linear, BiasNorm.
 
-    Output frame t reads the same input frames as in the convolutions of Conv2dSubsampling, at a small part of
-    their cost. It is for models that train in minutes on a CPU, and is not in the reference.
+    Output frame t depends on the input frames 2t .. 2t + 8, as after the convolutions of Conv2dSubsampling.
+    This front costs much less. It is for models that train in minutes on a CPU, and is not in the reference.
     """
 
     def __init__(self, config: ModelConfig) -> None:

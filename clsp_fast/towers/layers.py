@@ -1,6 +1,6 @@
 """Layers that several parts of the towers share: padding, dropout, activations, norms and pooling.
 
-For the backward pass, the activations and `BiasNorm` keep only their input and at most two numbers a frame.
+For the backward pass, the activations and `BiasNorm` keep only their input and at most two numbers per frame.
 Semantics: Yao et al., arXiv 2310.11230, section 3; checked against the reference implementation in float64.
 
 Shape suffixes: N clips, T frames, C channels, 1 a broadcast dimension.
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Ragged(NamedTuple):
-    """Which frames of a batch are padding. A batch of clips of equal length has None instead.
+    """Which frames of a batch are padding. For a batch of clips of equal length, None is used instead.
 
     `alone` selects the semantics of padding; see `clsp_fast.towers.zipformer`.
     """
@@ -28,7 +28,7 @@ class Ragged(NamedTuple):
     alone: bool
 
     def downsampled(self, factor: int) -> Ragged:
-        """The same clips at `factor` times fewer frames. A group is padding if its first frame is."""
+        """The same clips after downsampling. A group of `factor` frames is padding if its first frame is."""
         lengths_N = downsampled_lengths(self.lengths_N, factor)
         if torch.compiler.is_exporting():
             return make_ragged(lengths_N, frames_in_graph(lengths_N), alone=self.alone)
@@ -41,12 +41,12 @@ def make_ragged(lengths_N: Tensor, frames: int, *, alone: bool) -> Ragged:
 
 
 def frames_in_graph(lengths_N: Tensor) -> int:
-    """The longest of the lengths, at least 2, as a size of an exported graph.
+    """The largest length, at least 2, as a size in an exported graph.
 
-    The exporter treats the result as a new unknown. If this size were instead computed from the number of
-    input frames by floor divisions, the exporter would have to compare it with other such sizes, and would
-    make a rule of what is true for its example only (such as an odd number of frames). The minimum of 2 tells
-    the exporter that this size never broadcasts.
+    The exporter treats the result as a new symbol. If this size were computed from the number of input frames
+    by floor divisions, the exporter would have to compare it with other computed sizes. It would then build
+    into the graph what is true only of its example input, such as an odd number of frames. Because of the
+    minimum of 2, the exporter need not consider broadcasting of this size.
     """
     frames = cast(int, lengths_N.max().clamp(min=2).item())
     torch._check(frames >= 2)  # type: ignore[no-untyped-call]
@@ -148,13 +148,15 @@ class BiasNorm(nn.Module):
 class RunningNorm(nn.Module):
     """Standardises each channel with the mean and deviation of earlier batches.
 
-    Unlike batch normalisation, it computes the same in training and at inference, and no embedding depends on
-    the others of its batch. Without it, pooled vectors that share a large constant start as one narrow cone
-    of embeddings, and contrastive training needs hundreds of steps to spread them.
+    Unlike batch normalisation, it computes the same in training and at inference, and an embedding does not
+    depend on the other clips of its batch. Pooled vectors share a large constant. Without this layer, the
+    embeddings therefore start in one narrow cone, and contrastive training needs hundreds of steps to spread
+    them.
 
     In training, `forward` records the batch's moments in `batch_moments` (2, C): the mean and the mean
-    square. If a batch comes in several parts, they are averaged over the parts. `update_running` then takes
-    them into the running moments. While `record_moments` is False, nothing is recorded.
+    square. If a batch comes in several parts, the moments are averaged over all rows of the parts. After the
+    batch, `update_running` averages them into the running moments. While `record_moments` is False, nothing
+    is recorded.
     """
 
     mean: Tensor
@@ -172,7 +174,7 @@ class RunningNorm(nn.Module):
     def forward(self, x_NC: Tensor) -> Tensor:
         if self.training and self.record_moments:
             self._record(x_NC.detach().to(self.mean.dtype))
-        # The floor keeps rounding errors out of channels that hardly vary.
+        # The minimum keeps the rounding errors of channels that hardly vary from being amplified.
         variance = torch.maximum(self.power - self.mean.square(), 1e-4 * self.power + 1e-6)
         return (x_NC - self.mean) * variance.rsqrt()
 
@@ -186,8 +188,8 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update_running(self) -> None:
-        """Takes the recorded moments into the running ones: the average of all batches at first, later of
-        about the last 50."""
+        """Updates the running moments with the recorded ones. They are an average over all batches at first,
+        later over about the last 50."""
         if self.batch_moments is not None:
             self.batches += 1
             weight = (1 / self.batches).clamp(min=0.02)
@@ -222,6 +224,6 @@ def _means(x_NTC: Tensor, spans: list[tuple[Tensor, Tensor]]) -> Tensor:
     inside = [(time_T >= start[:, None]) & (time_T < stop[:, None]) for start, stop in spans]
     count = torch.stack([stop - start for start, stop in spans], dim=1).clamp(min=1)
     weights = torch.stack(inside, dim=1).to(x_NTC.dtype) / count[:, :, None].to(x_NTC.dtype)
-    # The deviation is a small difference of two such means, which 16 bits would round away.
+    # The deviation is computed from a small difference of two such means, which 16 bits would round to 0.
     with torch.autocast(x_NTC.device.type, enabled=False):
         return weights @ x_NTC

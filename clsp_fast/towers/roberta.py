@@ -19,12 +19,12 @@ from clsp_fast.config import TextConfig
 from clsp_fast.towers.layers import checkpointed
 
 _MIN_SAVED_TOKENS = 1024
-"""Computing less padding than this costs less than the kernel launches of a second call."""
+"""A split that saves fewer padding tokens than this saves less than the launches of a second call cost."""
 
 
 def _table(rows: int, channels: int) -> nn.Embedding:
-    """An embedding. On the meta device it has no initial values: to draw them, torch would import its
-    compiler, which takes longer than reading a small model."""
+    """An embedding table. On the meta device its initial values are not drawn: torch would import its
+    compiler for that, which takes longer than reading a small model."""
     weight = torch.empty(rows, channels)
     return nn.Embedding(rows, channels, _weight=weight if weight.is_meta else None)
 
@@ -99,18 +99,18 @@ class RobertaLayer(nn.Module):
 
 
 def split_by_length(lengths_N: Tensor) -> list[Tensor]:
-    """Which captions to compute together: all of them, or first the shorter and then the longer ones, if that
+    """Groups captions to compute together: all in one group, or the shorter and the longer ones apart if that
     saves enough padding to pay for a second call.
 
     Args:
         lengths_N: int64 (N,), tokens, on the CPU.
 
     Returns:
-        One or two tensors of row numbers (int64), shortest caption first.
+        One or two tensors of row numbers (int64), from the shortest caption to the longest.
     """
     sorted_N, order_N = lengths_N.sort(stable=True)
     shorter_N = torch.arange(1, len(lengths_N) + 1)
-    # Entry i: tokens with padding, if the i + 1 shortest captions are computed apart from the others.
+    # Entry i: number of tokens, with padding, if the i + 1 shortest captions are computed apart.
     tokens_N = shorter_N * sorted_N + (len(lengths_N) - shorter_N) * sorted_N[-1]
     cut = int(tokens_N.argmin()) + 1
     saved = int(tokens_N[-1] - tokens_N[cut - 1])
@@ -122,8 +122,8 @@ def split_by_length(lengths_N: Tensor) -> list[Tensor]:
 class Roberta(nn.Module):
     """Token ids -> one vector per caption.
 
-    With pooling "cls" it is RobertaModel's pooler_output; with "mean" there is no pooler, and it is the mean
-    over the caption's tokens.
+    With pooling "cls", the vector is RobertaModel's pooler_output. With pooling "mean", it is the mean over
+    the caption's tokens, and there is no pooler.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -136,7 +136,7 @@ class Roberta(nn.Module):
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
 
     def hidden(self, token_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:
-        """Last hidden states (N, L, C); those of padding are meaningless."""
+        """Hidden states (N, L, C) of the last layer; those at padding are meaningless."""
         keys_N11L: Tensor | None = attention_mask_NL[:, None, None, :] != 0
         # Attention without a mask is faster. Reading the mask is free on the CPU, but synchronises a GPU.
         readable = attention_mask_NL.device.type == "cpu" and not torch.compiler.is_exporting()
@@ -148,7 +148,7 @@ class Roberta(nn.Module):
         return cast(Tensor, x)
 
     def forward(self, token_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:
-        """Pooled (N, C) of token ids (N, L) and their mask (N, L; 1 = token, 0 = padding), both int64."""
+        """Vectors (N, C) of token ids (N, L) with their mask (N, L; 1 = token, 0 = padding), both int64."""
         x_NLC = self.hidden(token_ids_NL, attention_mask_NL)
         if hasattr(self, "pooler"):
             return torch.tanh(self.pooler["dense"](x_NLC[:, 0]))
@@ -160,9 +160,10 @@ class Roberta(nn.Module):
 def initialise(tower: Roberta) -> None:
     """Initial values for training from scratch, in place.
 
-    Weights are normal(0, 0.02) and biases 0, as in RoBERTa, but the last matrix of each residual branch is
-    zero. The tower then starts as its token embeddings, and short runs learn words before they learn to
-    combine them. A tower without layers cannot use word order, so its positions start at zero.
+    Weights are drawn from normal(0, 0.02) and biases are 0, as in RoBERTa. Unlike in RoBERTa, the last matrix
+    of each residual branch is zero, so the layers at first only pass on the embeddings. Short training runs
+    then learn words before combinations of words. A tower without layers cannot use word order, so its
+    position embeddings start at zero.
     """
     for name, module in tower.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

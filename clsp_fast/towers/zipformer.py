@@ -1,14 +1,14 @@
 """The encoder of the speech tower, a Zipformer, batch-first.
 
 Semantics and state_dict names are those of Zipformer2 in icefall (Yao et al., arXiv 2310.11230; CLSP recipe).
-In evaluation mode both compute the same. Balancer and Whiten, which only change gradients in training, are
-left out.
+In evaluation mode both compute the same. Balancer and Whiten only change gradients in training, and are left
+out.
 
-Padding. `Ragged` says which frames of a batch are beyond a clip's end. With `alone=True`, every clip gets
-what the reference computes for it in a batch of one: the ConvNeXt layer of the front sees zeros beyond the
-end, and every downsampling repeats the last frame of the clip. With `alone=False`, a clip gets the
-reference's numbers for the padded batch, where these two layers see the padding. Everywhere else, padding is
-masked.
+Padding. `Ragged` says which frames of a batch are beyond a clip's end. With `alone=True`, every clip has the
+result that the reference computes for it in a batch of one: the input of the front's ConvNeXt layer is zero
+beyond the end, and every downsampling repeats the last frame of the clip. With `alone=False`, a clip has the
+reference's result for the padded batch, where these two layers use the padding as input. All other layers
+mask it.
 
 Shape suffixes: N clips, T frames, C channels, H heads, D dimensions of a head, R = 2T-1 relative offsets,
 K frames of a group, 1 a broadcast dimension.
@@ -29,7 +29,7 @@ from clsp_fast.config import ModelConfig, StackConfig
 from clsp_fast.towers.front import Conv1dSubsampling
 from clsp_fast.towers.layers import BiasNorm, Ragged, checkpointed, drop_channels, swoosh_l, swoosh_r
 
-# The values at which the schedules of the reference end. The CLSP recipe trains with them from the start.
+# The final values of the reference's schedules. The CLSP recipe trains with them from the start.
 FEATURE_MASK_RATE = 0.125
 POSITION_DROPOUT = 0.15
 LAYER_SKIP_RATE = 0.035
@@ -59,7 +59,7 @@ def _offset_table(pos_dim: int, reach: int, dtype: torch.dtype, device: torch.de
 def position_encoding(pos_dim: int, frames: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Relative position encoding (2 frames - 1, pos_dim). Row r encodes the offset key - query =
     r - frames + 1."""
-    if torch.compiler.is_exporting():  # slicing a cached table would fix the number of frames
+    if torch.compiler.is_exporting():  # a slice of a cached table would fix the number of frames
         return _encode_offsets(pos_dim, frames, dtype, device)
     reach = max(256, 1 << (frames - 1).bit_length())
     return _offset_table(pos_dim, reach, dtype, device)[reach - frames : reach + frames - 1]
@@ -85,14 +85,14 @@ class AttentionWeights(nn.Module):
         score_NHTT = score.view(clips, self.heads, frames, frames)
         if pad_NT is not None:
             score_NHTT = score_NHTT.masked_fill_(pad_NT[:, None, None, :], -math.inf)
-        # Without a dtype, autocast would compute it in float32, and cast it for each of its three uses.
+        # Without a dtype, autocast would compute the softmax in float32 and cast it for each of three uses.
         return score_NHTT.softmax(dim=3, dtype=score_NHTT.dtype)
 
 
 def _by_key(by_offset_NHTR: Tensor) -> Tensor:
-    """Scores by relative offset as scores by key: a view (N H, T, T).
+    """Scores for each key, (N H, T, T), from scores for each relative offset: a view.
 
-    Row i of the input holds the offsets -(T-1) .. T-1, so key j is in its column T-1-i+j.
+    Row i of the input holds the offsets -(T-1) .. T-1, so key j is in column T-1-i+j.
     """
     clips, heads, frames, offsets = by_offset_NHTR.shape
     if torch.compiler.is_exporting():  # ONNX has no strided views
@@ -163,8 +163,8 @@ class ConvModule(nn.Module):
         if pad_NT is not None:
             x = x.masked_fill(pad_NT[:, :, None], 0.0)
         conv = self.depthwise_conv
-        # (N, T, C) is the memory layout of a channels-last image of height 1. As such it needs no transposed
-        # copy, and the kernel is much faster.
+        # (N, T, C) is the memory layout of a channels-last image of height 1. A convolution of images
+        # needs no transposed copy of x, and its kernel is much faster.
         image = F.conv2d(
             x.transpose(1, 2)[:, :, None],
             conv.weight[:, :, None],
@@ -178,7 +178,7 @@ class ConvModule(nn.Module):
 class Bypass(nn.Module):
     """original + (x - original) * bypass_scale, with one scale per channel.
 
-    In training, a share `skip_rate` of the clips gets `original` alone.
+    In training, the result of a share `skip_rate` of the clips is `original`.
     """
 
     def __init__(self, channels: int, *, skip_rate: float = 0.0) -> None:
@@ -190,7 +190,7 @@ class Bypass(nn.Module):
         scale: Tensor = self.bypass_scale
         if self.training and self.skip_rate > 0:
             scale = scale * (torch.rand(len(x_NTC), 1, 1, device=scale.device) >= self.skip_rate)
-        dtype = original_NTC.dtype  # under autocast, x may have another
+        dtype = original_NTC.dtype  # under autocast, that of x may differ
         return original_NTC.lerp(x_NTC.to(dtype), scale.to(dtype))
 
 
@@ -265,7 +265,7 @@ class Downsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x_NTC: Tensor, ragged: Ragged | None) -> tuple[Tensor, Ragged | None]:
-        """The groups' means, and which of them are padding."""
+        """The means of the groups, and which groups are padding."""
         clips, frames, channels = x_NTC.shape
         factor = len(self.bias)
         slow = None if ragged is None else ragged.downsampled(factor)
@@ -284,7 +284,7 @@ class Downsample(nn.Module):
 
 
 class DownsampledStack(nn.Module):
-    """A stack at a lower frame rate, whose output is combined with its input by `out_combiner`."""
+    """A stack at a lower frame rate. `out_combiner` combines its output with the input."""
 
     def __init__(self, config: ModelConfig, stack: StackConfig) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ class DownsampledStack(nn.Module):
     def forward(self, x_NTC: Tensor, ragged: Ragged | None, mask_N1C: Tensor | None) -> Tensor:
         slow = self.encoder(*self.downsample(x_NTC, ragged), mask_N1C)
         if torch.compiler.is_exporting():
-            # By index: for a slice, the exporter would compare its end with the number of frames.
+            # Not by a slice: the exporter would compare its end with the number of frames.
             group_T = torch.arange(x_NTC.shape[1], device=slow.device) // self.factor
             fast = slow.index_select(1, group_T)
         else:
@@ -305,7 +305,7 @@ class DownsampledStack(nn.Module):
 
 
 class Zipformer(nn.Module):
-    """Stacks at several frame rates. The output is as wide as the widest of them."""
+    """Stacks at several frame rates. The output has the channels of the widest stack."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -334,8 +334,8 @@ class Zipformer(nn.Module):
     def _feature_masks(self, x_NTC: Tensor) -> list[Tensor | None]:
         """For each stack a mask (N, 1, C) of zeros and ones, or None outside training.
 
-        Each clip has two random draws: the first keeps or drops all maskable channels, the second only the
-        upper half of them.
+        Each clip has two random draws. The first keeps or drops all channels from `unmasked_dim` on, the
+        second only the upper half of these.
         """
         if not self.training or not self.regularize:
             return [None] * len(self.stacks)
@@ -352,7 +352,7 @@ class Zipformer(nn.Module):
 
 
 def _with_channels(x_NTC: Tensor, channels: int) -> Tensor:
-    """The first `channels` channels; if there are fewer, zeros are appended."""
+    """The first `channels` channels. If x has fewer, zeros are appended."""
     missing = channels - x_NTC.shape[2]
     return x_NTC[..., :channels].contiguous() if missing <= 0 else F.pad(x_NTC, (0, missing))
 
@@ -376,10 +376,10 @@ _INITIAL_SCALE = {
 def initialise(*towers: nn.Module) -> None:
     """Initial values for training from scratch, in place, as in the reference.
 
-    Linear layers and convolutions start from torch's default. Those that end a residual branch are scaled
-    down to 0.01 .. 0.1 of it, so that a layer starts near the identity; the projection to queries and keys is
-    scaled by query_dim^-1/4. Norms start with log_scale 1 and a bias near 0, bypass scales with 0.5, and the
-    frames of a downsampling with equal weights.
+    Linear layers and convolutions have torch's default values. The last one of each residual branch and the
+    projection of positions are then multiplied by 0.01 .. 0.1, so that a layer starts near the identity. The
+    projection to queries and keys is multiplied by query_dim^-1/4. Norms start with log_scale 1 and a bias
+    near 0, bypass scales with 0.5, and the frames of a downsampling with equal weights.
     """
     modules = [pair for tower in towers for pair in tower.named_modules()]
     for name, module in modules:
