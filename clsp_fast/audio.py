@@ -57,7 +57,7 @@ class AudioError(Exception):
     """A recording that cannot be used.
 
     Attributes:
-        path: the file, or a description of the source if it is no file.
+        path: the file, or a description of the source if it is not a file.
         reason: one of `AudioErrorReason`.
         detail: the reason in words, with the fix if there is one.
     """

@@ -247,7 +247,7 @@ def _blocks(items: list[Any], max_bytes: int = 64 * 2**20) -> Iterator[list[int]
 
 
 def _size_in_bytes(item: Any) -> int:
-    """Rough size of a recording as 16-bit audio. 0 for a file that cannot be opened: it fails later."""
+    """Rough size of a recording as 16-bit audio. 0 if a file cannot be opened: its error comes later."""
     if hasattr(item, "shape"):
         return 2 * int(item.shape[0]) if len(item.shape) else 0
     if isinstance(item, Segment):

@@ -33,7 +33,7 @@ __all__ = [
 
 
 LongAudio: TypeAlias = Literal["whole", "window", "error"]
-"""What is done with a recording longer than a window: embed it as one, average its windows, or refuse it."""
+"""What is done with a recording longer than a window: embed it whole, average its windows, or refuse it."""
 
 MAX_LAYERS = 1000
 """Most layers and stacks of a tower. Without limits, a hostile file could describe an endless model."""
@@ -346,8 +346,8 @@ class Batching:
     batch_seconds: float = 120.0
     """Most seconds of audio, padding included, that go through the model at once."""
     long_audio: LongAudio = "whole"
-    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
-    squared), average its windows, or refuse it."""
+    """What is done with a recording longer than window_s: embed it in one piece (memory grows with its
+    length squared), average its windows' embeddings, or refuse it."""
     window_s: float = 30.0
     """Length of a window in seconds."""
     slack_seconds: float = 0.1
@@ -508,8 +508,8 @@ class EncodeConfig(Batching, ModelChoice):
     # `CLSP.encode_audio` has another default. Commands get files of any length, and an hour of audio embedded
     # in one piece would not fit in memory.
     long_audio: LongAudio = "window"
-    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
-    squared), average its windows, or refuse it."""
+    """What is done with a recording longer than window_s: embed it in one piece (memory grows with its
+    length squared), average its windows' embeddings, or refuse it."""
 
     def __post_init__(self) -> None:
         Batching.__post_init__(self)

@@ -153,7 +153,7 @@ def _without_wrapping(name: str) -> str:
 
 
 def average_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of the tensors of several checkpoints. Integer tensors are those of the last one.
+    """The mean of the tensors of several checkpoints. Integer tensors are taken from the last one.
 
     Raises:
         ValueError: a checkpoint has other names or shapes than the first.
@@ -171,7 +171,7 @@ def average_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def match_keys(state_dict: Mapping[str, Any], model: CLSP) -> KeyReport:
-    """Compares the names of a reference checkpoint with those of a model."""
+    """Compares the tensor names of a reference checkpoint with those of a model."""
     names, wanted = set(unwrap(state_dict)), set(model.state_dict())
     ignored = names & set(IGNORED_KEYS)
     groups = (names & wanted, wanted - names, names - wanted - ignored, ignored)
@@ -292,7 +292,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise
         except Exception as error:  # the errors of damaged and hostile files have no common base
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{path} is no checkpoint that holds only tensors: {reason[0]:.200}") from error
+            raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason[0]:.200}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
     return dict(content)
@@ -303,7 +303,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint: {error}") from error
 
 
 def _file_in(folder: Path) -> Path:

@@ -115,7 +115,7 @@ def _move_files(temporary: Path, out: Path) -> None:
     """Moves the finished files. Separate weights are moved before the graph that needs them."""
     for path in sorted(temporary.iterdir(), reverse=True):
         if path.name.endswith(".onnx.data"):
-            # The graph of an earlier export would read the new weights.
+            # Otherwise the graph of an earlier export would read the new weights.
             (out / path.name.removesuffix(".data")).unlink(missing_ok=True)
         path.replace(out / path.name)
 

@@ -93,7 +93,7 @@ def bootstrap(
         figures: computes metrics from counts (R, N), the number of times that each item was drawn. It returns
             {name: value for each resample (R,)}, NaN where a metric is not defined. It is called with a few
             resamples at a time, so that memory does not grow with their number.
-        groups: int64 (N,); items of one group are drawn together, as several captions of a clip must be.
+        groups: int64 (N,); items of one group are drawn together. Several captions of a clip form a group.
             `arange(N)` draws each item independently.
         resamples: number of resamples.
         seed: seed of the draws.

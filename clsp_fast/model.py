@@ -212,10 +212,10 @@ class CLSP(nn.Module):
         if self.config.audio_pooling == "mean":
             pooled = pool_mean(hidden_BTC, hidden_lengths_B)
         else:
-            of_hidden = pool_statistics(hidden_BTC, hidden_lengths_B)
+            hidden_statistics = pool_statistics(hidden_BTC, hidden_lengths_B)
             features_BTF = standardise(features_BTF.to(self.device, self.dtype))
-            of_features = pool_statistics(features_BTF, lengths_B.to(self.device, non_blocking=True))
-            pooled = torch.cat([of_hidden, of_features], dim=1)
+            feature_statistics = pool_statistics(features_BTF, lengths_B.to(self.device, non_blocking=True))
+            pooled = torch.cat([hidden_statistics, feature_statistics], dim=1)
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:
@@ -297,8 +297,8 @@ class CLSP(nn.Module):
         """Embed recordings, without gradient and in evaluation mode.
 
         Args:
-            audio: B recordings (paths, or whatever else `features.extract_files` takes), or B mono waveforms
-                (numpy arrays or tensors of shape (samples,)).
+            audio: B recordings (paths, or other sources that `features.extract_files` accepts), or B mono
+                waveforms (numpy arrays or tensors of shape (samples,)).
             sample_rate: rate of the waveforms in Hz; None: 16000. The rate of a file is in its header.
             batch_seconds: most seconds of audio, padding included, that go through the model at once; this
                 bounds its memory. A longer clip forms a batch of its own.

@@ -142,11 +142,11 @@ class Tokenizer:
         try:
             return cls(Engine.from_str(*texts) if in_one_file else _roberta_engine(*texts))
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path} is no tokenizer: it is neither UTF-8 nor UTF-16") from error
+            raise ValueError(f"{path} is not a tokenizer: it is neither UTF-8 nor UTF-16") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception for a malformed file
-            raise ValueError(f"{path} is no tokenizer: {error}") from error
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one tokenizer.json."""

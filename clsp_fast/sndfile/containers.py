@@ -171,8 +171,8 @@ def _read(file: IO[bytes], offset: int, count: int) -> bytes:
 
 def _extent(begin: int, stated: int, size: int, at: int = 0, layout: str = "<q", bias: int = 0) -> Extent:
     """The extent of sound that has `stated` bytes according to the header, in a file of `size` bytes."""
-    least = _LEAST_STREAM_SIZE[struct.calcsize(layout)] if layout != ">I" else _LEAST_AIFF_STREAM_SIZE
-    end = None if stated <= 0 or stated >= max(least - bias, size - begin + 1) else begin + stated
+    huge = _LEAST_STREAM_SIZE[struct.calcsize(layout)] if layout != ">I" else _LEAST_AIFF_STREAM_SIZE
+    end = None if stated <= 0 or stated >= max(huge - bias, size - begin + 1) else begin + stated
     present = size if end is None else min(end, size)
     return Extent(begin, end, present, at, layout, bias)
 
@@ -212,13 +212,13 @@ def _chunk_extent(file: IO[bytes], size: int, layout: _Layout) -> Extent | None:
                 return _extent_with_extra(extent, content + stated, size)
         elif tag in layout.data_tags:
             head_bytes = layout.data_head_bytes
-            begin, sound = content + head_bytes, stated - head_bytes
-            empty = (sound == 0 and head_bytes > 0) or stated == 0
+            begin, sound_bytes = content + head_bytes, stated - head_bytes
+            empty = (sound_bytes == 0 and head_bytes > 0) or stated == 0
             if empty and _only_chunks_follow(file, size, content + stated, layout):
                 extent = Extent(content, content, content)
             else:
                 bias = head_bytes + layout.counted_head_bytes
-                extent = _extent(begin, sound, size, at + layout.size_at, layout.size_layout, bias)
+                extent = _extent(begin, sound_bytes, size, at + layout.size_at, layout.size_layout, bias)
                 if extent.end is None and begin + aiff_bytes > size:
                     extent = replace(extent, extra_end=begin + aiff_bytes)
     return extent

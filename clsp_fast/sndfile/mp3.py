@@ -98,7 +98,7 @@ def split_recordings(file: IO[bytes]) -> list[list[bytes | memoryview]] | None:
     """The recordings of an MP3 file, each as the parts of a file whose first frame states its length.
 
     Returns:
-        None if libsndfile reads the file as it is: it holds one recording, whose length is stated.
+        None if the file has one recording and states its length. libsndfile can read such a file.
 
     Raises:
         DecodeError: there are so many other bytes before a recording that a decoder would not reach it.
