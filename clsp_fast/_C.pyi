@@ -34,11 +34,11 @@ def load_batch(
     isa: str = "auto",
 ) -> list[_Float32 | tuple[str, str]]: ...
 
-# Reads only the header: (offset, channels, rate, frames), where frames is None if a FLAC header does not say;
-# (offset,) if another decoder has to read the recording at this offset; or (reason, message).
+# Reads only the header. Returns (offset, channels, rate, frames), where frames is None if a FLAC header does
+# not state it; (offset,) if another decoder has to read the recording at this offset; or (reason, message).
 def probe(source: Any) -> tuple[int, int, int, int | None] | tuple[int] | tuple[str, str]: ...
 
-# Checks and resamples what another decoder has decoded.
+# Checks and resamples the output of another decoder.
 def finish(waveform: _Float32, *, sample_rate_hz: int, policy: LoadPolicy) -> _Float32 | tuple[str, str]: ...
 
 # (first frame, number of frames) of a part, or (reason, message).
@@ -67,7 +67,8 @@ def fbank_batch(
 def rank_targets(
     audio: _Float32, text: _Float32, owner: NDArray[np.int32], *, num_threads: int, isa: str = "auto"
 ) -> tuple[_Float32, _Float32, NDArray[np.int32]]:
-    """(score of each text, best score of each audio, its text); infinity and -1 for an audio without text."""
+    """Text j describes audio owner[j]. Returns (score of each text with its audio, best score of each audio
+    with its texts, index of that text). An audio without text gets infinity and -1."""
 
 def count_ahead(
     audio: _Float32,
@@ -80,7 +81,10 @@ def count_ahead(
     text_ahead: NDArray[np.int64],
     num_threads: int,
     isa: str = "auto",
-) -> None: ...
+) -> None:
+    """Adds to audio_ahead and text_ahead the number of items with a higher score than the target's, or with
+    the same score and a smaller index. `text` begins at `first_text` of all texts."""
+
 def update_best(
     queries: _Float32,
     rows: _Float32,
@@ -91,14 +95,14 @@ def update_best(
     num_threads: int,
     isa: str = "auto",
 ) -> int | None:
-    """Updates scores and index (Q, K) with rows; returns the first row that is not finite, or None."""
+    """Updates the best scores and indices (Q, K) with rows. Returns the first non-finite row, or None."""
 
-# Rows and columns of a tile, rows and columns of a panel.
+# Rows and columns of a tile; rows and columns of a panel.
 LOGIT_TILES: tuple[int, int, int, int]
 
-# The owners are int64; all other arrays are float32, or all are float64; all are C-contiguous. `out` and
-# `d_out` are (rows, columns): the sums and their gradients. `kept` holds the logits of the first rows of
-# tiles, as many as fit. The results do not depend on the number of threads, bit for bit.
+# `owner` is int64. The other arrays are all float32 or all float64. All are C-contiguous. `out` holds the
+# sums (of rows, of columns), and `d_out` their gradients. `kept` is filled with the logits of the first rows
+# of tiles; its size limits their number. The results do not depend on the number of threads, bit for bit.
 def sum_negatives(
     kind: str,
     audio: NDArray[Any],
@@ -128,7 +132,7 @@ def sum_negatives_backward(
     num_threads: int,
     isa: str = "auto",
 ) -> tuple[float, float]:
-    """Fills d_audio and d_text, one of which may be empty; returns the gradients by scale and bias."""
+    """Fills d_audio and d_text; one of them may be empty. Returns the gradients for scale and bias."""
 
 def resampled_size(samples: int, from_hz: int, to_hz: int) -> int: ...
 def frame_count(samples: int) -> int: ...

@@ -1,9 +1,9 @@
-"""Contrastive language-speech pre-training (CLSP, arXiv 2601.03065): train, load and use, fast and lean.
+"""Trains, loads and uses models of contrastive language-speech pre-training (CLSP, arXiv 2601.03065).
 
-One embedding space for speech and for free-text descriptions of how something is said. The public names are
-`CLSP`, the modules `audio`, `features`, `loss`, `similarity` and `metrics`, and the commands `convert`,
-`embed`, `evaluate`, `export`, `score` and `search`; each is imported on first use, so `import clsp_fast`
-costs little more than its extension.
+A model embeds speech, and text that describes how something is said, in one joint space. The public names are
+`CLSP`, the modules `audio`, `config`, `features`, `loss`, `similarity` and `metrics`, and the commands
+`convert`, `embed`, `evaluate`, `export`, `score` and `search`. Each is imported when it is first used, so
+`import clsp_fast` loads little more than the compiled extension.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Beside a checkout that holds no built extension this finds the installed copy's `_C` (and `kernels`).
+# In a checkout without a built extension, this finds `_C` and `kernels` of the installed package.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def _check_extension() -> None:
-    """Raises ImportError, naming the fix, if the compiled extension is missing or of another version."""
+    """Raises ImportError, naming the fix, if the compiled extension is missing or has another version."""
     fix = "run `pip install .` again in the source tree"
     try:
         extension = importlib.import_module("clsp_fast._C")

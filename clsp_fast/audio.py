@@ -1,9 +1,9 @@
-"""Loads any recording as finite mono float32 at the model's rate, or says why not in an `AudioError`.
+"""Loads recordings as finite mono float32 at the model's rate. `AudioError` says why one cannot be used.
 
 The extension decodes WAV and FLAC files in threads, without the GIL, and reads only the bytes of the
-requested part. libsndfile decodes every other format, in blocks, so that no header can make it allocate.
-Resampling uses the reference's filter (torchaudio's `sinc_interp_hann`: width 6, rolloff 0.99), because the
-model was trained with it.
+requested part. libsndfile decodes all other formats, in blocks of fixed size: a wrong length in a header
+cannot make it allocate much memory. Resampling uses the reference's filter (torchaudio's `sinc_interp_hann`:
+width 6, rolloff 0.99), because the model was trained with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from clsp_fast import _C, sndfile
 
-_NO_NAME = "cannot be the name of a file: it contains half a surrogate pair, which is no character"
+_NOT_ENCODABLE = "cannot be the name of a file: it contains half a surrogate pair, which is no character"
 
 Waveform: TypeAlias = NDArray[np.float32]
 Source: TypeAlias = Any
@@ -41,7 +41,7 @@ class AudioErrorReason(str, Enum):
     FORMAT = "format"  # not audio, an unsupported encoding, or a damaged header
     CHANNELS = "channels"  # too many, or the requested one is missing
     RATE = "rate"  # sample rate outside the limits
-    SEGMENT = "segment"  # the requested part starts behind the end
+    SEGMENT = "segment"  # the requested part starts after the end
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
     TRUNCATED = "truncated"  # shorter than its header states, or than the requested part needs
@@ -57,7 +57,7 @@ class AudioError(Exception):
     """A recording that cannot be used.
 
     Attributes:
-        path: the file, or a description of the source if it is no file.
+        path: the file, or a description of the source if it is not a file.
         reason: one of `AudioErrorReason`.
         detail: the reason in words, with the fix if there is one.
     """
@@ -79,12 +79,12 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioLimits:
-    """Recordings outside these limits are refused. The defaults are generous, but bound memory and time."""
+    """Recordings outside these limits are refused. The defaults are generous, yet bound memory and time."""
 
     min_s: float = 0.005
-    """Shortest length in seconds; 5 ms is one frame of features."""
+    """Shortest loaded part, in seconds; 5 ms is one frame of features."""
     max_s: float = 3600.0
-    """Longest length in seconds of the loaded part; the file may be longer."""
+    """Longest loaded part, in seconds; the file may be longer."""
     min_rate_hz: int = 1000
     """Lowest sample rate in Hz."""
     max_rate_hz: int = 192_000
@@ -94,7 +94,7 @@ class AudioLimits:
     max_amplitude: float = 16.0
     """Largest absolute sample. Full scale is 1; far larger samples show that the scale is wrong."""
     slack_s: float = 0.1
-    """How far a segment may reach behind the end, in seconds, before it counts as truncated."""
+    """A segment may reach this many seconds past the end; if it reaches further, it counts as truncated."""
 
     def __post_init__(self) -> None:
         got = f"got {self}"
@@ -111,7 +111,7 @@ DEFAULT_LIMITS = AudioLimits()
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a recording, accepted wherever a recording is."""
+    """A part of a recording. It is accepted wherever a recording is accepted."""
 
     source: Source
     """A path, bytes, file object or waveform."""
@@ -134,14 +134,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class _Request:
-    """A checked source."""
+    """A source of a checked type, and the part to load."""
 
     data: Any
     """A path (str), a buffer, or a waveform."""
     segment: Segment
     label: str
     rate_hz: int | None = None
-    """Rate of a waveform; None: a file."""
+    """Sample rate of a waveform; None for a file."""
 
     @property
     def part(self) -> tuple[float, float | None, int | None]:
@@ -163,7 +163,7 @@ def load(
 ) -> Waveform:
     """Loads a recording, or a part of it, as mono float32.
 
-    Integer encodings map to [-1, 1); float ones are kept as they are. Nothing is clipped or dithered.
+    Integer samples are scaled to [-1, 1); float samples are not changed. Nothing is clipped or dithered.
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from its current position), a waveform
@@ -172,7 +172,7 @@ def load(
         start_s: where to start, in seconds.
         duration_s: how much to load, in seconds; None: up to the end.
         channel: which channel, counted from 0; None: the mean over channels.
-        source_rate: rate of a waveform in Hz; None: `sample_rate`. Files state their rate.
+        source_rate: rate of a waveform in Hz; None: `sample_rate`. The rate of a file is in its header.
         limits: recordings outside them are refused.
 
     Returns:
@@ -188,8 +188,8 @@ def load(
     else:
         source = Segment(source, start_s, duration_s, channel)
     request = _parse(source, sample_rate if source_rate is None else source_rate)
-    fits = source_rate is None or request.rate_hz is not None
-    _require(fits, "source_rate is for waveforms: a file states its rate")
+    allowed = source_rate is None or request.rate_hz is not None
+    _require(allowed, "source_rate is for waveforms: a file states its rate")
     (result,) = _load_requests([request], sample_rate, limits, 1)
     if isinstance(result, AudioError):
         raise result
@@ -203,7 +203,7 @@ def load_batch(
     limits: AudioLimits = DEFAULT_LIMITS,
     num_threads: int | None = None,
 ) -> list[Waveform | AudioError]:
-    """Loads many recordings in threads. For a recording that cannot be used, its error is returned.
+    """Loads many recordings in threads. If a recording cannot be used, its error is returned in its place.
 
     Args:
         sources: as for `load`; waveforms must already be at `sample_rate`.
@@ -244,10 +244,10 @@ def resample(waveform: Source, *, from_hz: int, to_hz: int) -> Waveform:
 
 
 def as_waveform(value: Any, name: str) -> Waveform:
-    """A numpy array or torch tensor as aligned, C-contiguous float32 (samples,), copied if needed.
+    """Converts a numpy array or torch tensor to aligned, C-contiguous float32 (samples,); copies if needed.
 
     Raises:
-        ValueError, TypeError: it has another shape or no floating dtype; the message calls it `name`.
+        ValueError, TypeError: another shape, or no floating dtype. The message calls the argument `name`.
     """
     if hasattr(value, "detach"):  # a tensor, recognised without importing torch
         value = value.detach().cpu()
@@ -260,7 +260,7 @@ def as_waveform(value: Any, name: str) -> Waveform:
         )
     if value.ndim != 1:
         raise ValueError(
-            f"{name} must have shape (samples,), got {value.shape}; choose a channel or take their mean"
+            f"{name} must have shape (samples,), got {value.shape}; choose a channel or average the channels"
         )
     # The extension needs aligned samples. A view into the bytes of a file may not be aligned.
     return np.require(value, np.float32, ["C", "A"])
@@ -305,7 +305,7 @@ def _parse(segment: Segment, waveform_rate_hz: int) -> _Request:
 
 
 def label(source: Source) -> str:
-    """The name of a recording in errors: its path, or a description if it has none."""
+    """The name of a recording in error messages: its path, or a description such as "<bytes>"."""
     source = source.source if isinstance(source, Segment) else source
     if isinstance(source, str | os.PathLike):
         return os.fsdecode(source)
@@ -314,7 +314,7 @@ def label(source: Source) -> str:
     return "<bytes>" if isinstance(source, bytes | bytearray | memoryview) else "<waveform>"
 
 
-def _can_be_a_name(path: str) -> bool:
+def _is_encodable(path: str) -> bool:
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -338,8 +338,8 @@ def _load_requests(
     for_extension: list[int] = []
     others: list[int] = []
     for i, request in enumerate(requests):
-        if isinstance(request.data, str) and not _can_be_a_name(request.data):
-            results[i] = request.fail(AudioErrorReason.OPEN, _NO_NAME)
+        if isinstance(request.data, str) and not _is_encodable(request.data):
+            results[i] = request.fail(AudioErrorReason.OPEN, _NOT_ENCODABLE)
         else:
             (for_extension if request.rate_hz is None else others).append(i)
     items = [(requests[i].data, *requests[i].part) for i in for_extension]
@@ -363,7 +363,7 @@ def _load_requests(
 
 
 def _load_other(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> Waveform | AudioError:
-    """Loads waveforms, and files in formats that libsndfile decodes: all but WAV and FLAC."""
+    """Loads a waveform, or a file that libsndfile decodes because the extension does not."""
     try:
         if request.rate_hz is not None:
             rate_hz = request.rate_hz
@@ -382,7 +382,7 @@ def _load_other(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -
 def _select(
     request: _Request, policy: _C.LoadPolicy, channels: int, rate_hz: int, frames: int
 ) -> tuple[int, int]:
-    """First frame and number of frames of the requested part, checked against the policy."""
+    """First frame and number of frames of the requested part. Raises AudioError if the policy forbids it."""
     first, second = _C.select_section(channels, rate_hz, frames, *request.part, policy)
     if isinstance(first, str):
         raise request.fail(first, cast(str, second))
@@ -403,7 +403,7 @@ def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tu
         first, count = _select(request, policy, stream.channels, rate_hz, claimed)
         if missing and segment.duration_s is None:
             raise request.fail(AudioErrorReason.TRUNCATED, missing)
-        # If the length is unknown, one frame more shows whether the file is longer than the limit.
+        # If the length is unknown, one extra frame shows whether the file is longer than the limit.
         mono, end, problem = sndfile.read_mono(stream, first, count + (not known), segment.channel)
     if problem or (known and len(mono) < count):
         promised = f" of {count}" if known else ""
@@ -411,14 +411,14 @@ def _decode(request: _Request, limits: AudioLimits, policy: _C.LoadPolicy) -> tu
         raise request.fail(AudioErrorReason.TRUNCATED, detail)
     if not known:
         _, count = _select(request, policy, stream.channels, rate_hz, end)
-    # A part may reach a little behind the end of a file, but not if the file itself is cut.
+    # A part may reach a little past the end of a file, unless the file itself is truncated.
     if missing and count < math.floor(cast(float, segment.duration_s) * rate_hz + 0.5):
         raise request.fail(AudioErrorReason.TRUNCATED, missing)
     return mono[:count], rate_hz
 
 
 def _probe(request: _Request) -> tuple[int, int, int, int | None] | tuple[int]:
-    """The header of a file, as the extension reads it: see `_C.probe`."""
+    """The header of a file, read by the extension; see `_C.probe`."""
     probed = _C.probe(request.data)
     if isinstance(probed[0], str):
         raise request.fail(*probed)
@@ -434,10 +434,10 @@ class AudioInfo:
     channels: int
     """Number of channels."""
     frames: int | None
-    """Samples of each channel; None: the header does not state them. For joined FLAC files, which `load`
-    refuses, the samples of the first file."""
+    """Samples of each channel; None: the header does not state them. Of FLAC files that were joined into one,
+    only the first is counted; `load` refuses them."""
     exact: bool
-    """True: the header states the frames; False: they are estimated from the bit rate."""
+    """True: the header states `frames`. False: `frames` is estimated from the bit rate."""
 
 
 def info(source: Source) -> AudioInfo:
@@ -453,8 +453,8 @@ def info(source: Source) -> AudioInfo:
     request = _parse(Segment(source), 16000)
     if request.rate_hz is not None:
         raise TypeError("source must be a file, not a waveform, which has no header")
-    if isinstance(request.data, str) and not _can_be_a_name(request.data):
-        raise request.fail(AudioErrorReason.OPEN, _NO_NAME)
+    if isinstance(request.data, str) and not _is_encodable(request.data):
+        raise request.fail(AudioErrorReason.OPEN, _NOT_ENCODABLE)
     probed = _probe(request)
     if len(probed) == 4:
         _, channels, rate_hz, frames = probed

@@ -1,7 +1,7 @@
-"""Recordings of any kind -> embeddings, in batches of clips of similar length, within a bound of memory.
+"""Embeds recordings in batches of clips of similar length. The memory in use is bounded.
 
-Shape suffixes: N recordings, W rows (a recording, or a window of a long one), B rows of one batch, T frames,
-F mel bins, D joint dimension.
+A row is a whole recording, or one window of a long recording. Shape suffixes: N recordings, W rows, B rows of
+one batch, T frames, F mel bins, D joint dimension.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ MIN_FRAMES = 9
 FRAMES_PER_S = 100
 
 _UNCOMPRESSED = frozenset({".wav", ".flac", ".aif", ".aiff", ".au", ".caf", ".rf64", ".w64"})
-# Speech in Opus has about 16 kbit/s, and as 16-bit samples 256. If a file is compressed less than that, its
-# block holds fewer recordings than possible, which costs little. If the factor were too small, a block would
-# not fit in memory.
+# Ratio of decoded to compressed size. Opus codes speech with about 16 kbit/s; decoded to 16-bit samples it
+# has 256 kbit/s. If files are compressed less, a block holds fewer recordings than would fit, which costs
+# little time. If this ratio were too small, a block could need too much memory.
 _COMPRESSION = 16
 
 
 class Rows(NamedTuple):
-    """One batch. Row b holds features (T, F), of which `lengths_B[b]` frames are valid; they are those of
-    recording `item_B[b]` from its frame `start_B[b]` on."""
+    """One batch. The first `lengths_B[b]` frames of row b are features of recording `item_B[b]`, from frame
+    `start_B[b]` on. The rest of the row counts as padding."""
 
     item_B: Tensor
     start_B: Tensor
@@ -58,16 +58,16 @@ def embed_recordings(
 ) -> Tensor:
     """Embeddings (N, D) of recordings or waveforms.
 
-    A long recording that is split into windows gets the mean of their embeddings, weighted by length and
-    scaled to unit norm.
+    A long recording that is split into windows gets the mean of the windows' embeddings, weighted by length
+    and scaled to unit norm.
 
     Args:
         encode: features (B, T, F) and lengths (B,) -> (B, D).
         items: recordings as `features.extract_files` takes them, or waveforms.
         batching: size of the batches, and what is done with long recordings.
-        sample_rate: rate of the waveforms in Hz; None: 16000. Files contain their rate.
-        errors: receives the error of each recording that cannot be used, whose row is NaN; None: the first
-            error is raised.
+        sample_rate: rate of the waveforms in Hz; None: 16000. The rate of a file is in its header.
+        errors: a dictionary that receives the error of each recording that cannot be used. The row of such a
+            recording is NaN. None: the first error is raised.
         progress: True: progress is shown on standard error; a function: called with the number of recordings
             embedded since its last call.
 
@@ -98,8 +98,8 @@ def embed_recordings(
 def _join_windows(
     item_W: Tensor, start_W: Tensor, lengths_W: Tensor, embedded_WD: Tensor, *, count: int
 ) -> Tensor:
-    """One embedding per recording. Its windows are added in the order of time, so that the sum does not
-    depend on how they were batched."""
+    """Computes one embedding per recording. The windows of a recording are added in the order of time, so
+    that the sum does not depend on how they were batched."""
     result_ND = embedded_WD.new_full((count, embedded_WD.shape[1]), torch.nan)
     windows_N = torch.bincount(item_W, minlength=count)
     (single_W,) = (windows_N[item_W] == 1).nonzero(as_tuple=True)
@@ -117,8 +117,8 @@ def _join_windows(
 def feature_batches(
     items: list[Any], batching: Batching, sample_rate: int | None = None, errors: Errors | None = None
 ) -> Iterator[Rows]:
-    """Batches of rows of similar length. While the model works on one block of recordings, a thread decodes
-    the next."""
+    """Batches of rows of similar length. While the model embeds one block of recordings, a thread decodes
+    the next block."""
     blocks = _blocks(items)
 
     def extract_next() -> tuple[list[int], features.Features] | None:
@@ -139,15 +139,15 @@ def feature_batches(
 def _extract_waveforms(
     items: list[Any], block: list[int], sample_rate: int | None, errors: Errors | None
 ) -> tuple[list[int], features.Features]:
-    """Features of a block of waveforms, and the positions of those that can be used."""
+    """Positions and features of those waveforms of a block that can be used."""
     for i in block:
         if (error := _amplitude_error(items[i], i)) is not None:
             if errors is None:
                 raise error
             errors[i] = error
     if errors is not None:
-        fewest = 80 * (sample_rate or features.SAMPLE_RATE_HZ) / features.SAMPLE_RATE_HZ
-        for i in (i for i in block if len(items[i]) < fewest):
+        min_samples = 80 * (sample_rate or features.SAMPLE_RATE_HZ) / features.SAMPLE_RATE_HZ
+        for i in (i for i in block if len(items[i]) < min_samples):
             errors[i] = AudioError(_name(items[i], i), AudioErrorReason.TOO_SHORT, "is shorter than 5 ms")
         block = [i for i in block if i not in errors]
     return block, features.extract([items[i] for i in block], sample_rate=sample_rate)
@@ -156,7 +156,7 @@ def _extract_waveforms(
 def _extract_recordings(
     items: list[Any], block: list[int], limits: AudioLimits, errors: Errors | None
 ) -> tuple[list[int], features.Features]:
-    """Features of a block of recordings, and the positions of those that can be used."""
+    """Positions and features of those recordings of a block that can be used."""
     extracted = features.extract_files(
         [items[i] for i in block], on_error="raise" if errors is None else "skip", limits=limits
     )
@@ -166,10 +166,10 @@ def _extract_recordings(
 
 
 def _amplitude_error(item: Any, position: int) -> AudioError | None:
-    """The error of a waveform that is far outside [-1, 1]; the limit is that of files. None: it is not."""
+    """The error of a waveform with samples far outside [-1, 1], or None. Files have the same limit."""
     samples = as_waveform(item, f"audio[{position}]")
     limit = DEFAULT_LIMITS.max_amplitude
-    if samples.size == 0 or max(samples.max(), -samples.min()) <= limit:  # false for NaN
+    if samples.size == 0 or max(samples.max(), -samples.min()) <= limit:  # false if there is a NaN
         return None
     samples = np.abs(samples)
     loud = samples[np.isfinite(samples) & (samples > limit)]
@@ -213,16 +213,16 @@ def _rows(
 
 
 def _spans(frames: int, batching: Batching) -> list[tuple[int, int]] | str:
-    """(start, stop) of the windows of a recording, or what is wrong with its length."""
+    """(start, stop) of each window of a recording, or the reason why its length is refused."""
     if frames < MIN_FRAMES:
-        return f"has {frames} frames of 10 ms, less than the {MIN_FRAMES} that the model needs"
+        return f"has {frames} frames of 10 ms, but the model needs {MIN_FRAMES}"
     window = round(FRAMES_PER_S * batching.window_s)
     if frames <= window or batching.long_audio == "whole":
         return [(0, frames)]
     if batching.long_audio == "error":
         seconds, limit = frames / FRAMES_PER_S, batching.window_s
         return f'is {seconds:.1f} s long, over {limit:g} s; long_audio="window" splits it'
-    # A rest that is too short to be a window is added to the last one.
+    # A remainder shorter than MIN_FRAMES is added to the last window.
     starts = [start for start in range(0, frames, window) if frames - start >= MIN_FRAMES]
     return list(zip(starts, [*starts[1:], frames], strict=True))
 
@@ -230,7 +230,7 @@ def _spans(frames: int, batching: Batching) -> list[tuple[int, int]] | str:
 def _blocks(items: list[Any], max_bytes: int = 64 * 2**20) -> Iterator[list[int]]:
     """Positions of recordings of similar size, largest first, in blocks whose features fit in memory.
 
-    A recording's length is not known before it is decoded; its size in bytes is near enough here.
+    The length of a recording is not known before it is decoded, so it is estimated from the size in bytes.
     """
     arrays = [hasattr(item, "shape") for item in items]
     if any(arrays) and not all(arrays):
@@ -247,7 +247,7 @@ def _blocks(items: list[Any], max_bytes: int = 64 * 2**20) -> Iterator[list[int]
 
 
 def _size_in_bytes(item: Any) -> int:
-    """Rough size of a recording as 16-bit audio. A file that cannot be opened is reported when it is read."""
+    """Rough size of a recording as 16-bit audio. 0 if a file cannot be opened: its error comes later."""
     if hasattr(item, "shape"):
         return 2 * int(item.shape[0]) if len(item.shape) else 0
     if isinstance(item, Segment):
@@ -261,6 +261,6 @@ def _size_in_bytes(item: Any) -> int:
 
 
 def _name(item: Any, position: int) -> str:
-    """How an error calls a recording: its path, or its position."""
+    """The name of a recording in error messages: its path, or its position."""
     source = item.source if isinstance(item, Segment) else item
     return str(source) if isinstance(source, (str, os.PathLike)) else f"audio[{position}]"

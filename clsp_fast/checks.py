@@ -1,4 +1,4 @@
-"""Checks of arguments, and lists and differences of values as one line of an error."""
+"""Checks arguments, and writes lists and differences of values as one line of an error message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _shortened(text: str, longest: int = _LONGEST_ITEM) -> str:
 
 
 def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> str:
-    """The items as one line of a screen; if not all fit, as "2 of 1,431: a, b, ...".
+    """Joins the items to one line of `width` characters. If not all fit: "2 of 1,431: a, b, ...".
 
     At least one item is shown. An item of over `width` characters is cut.
     """
@@ -43,7 +43,7 @@ def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> 
 
 
 def listed_groups(groups: Mapping[str, Sequence[str]]) -> str:
-    """Several named lists as one line of a screen. Empty lists are left out; a list named "" has no label."""
+    """Joins several named lists to one line. Empty lists are left out; a list named "" has no label."""
     filled = {name: items for name, items in groups.items() if items}
     width = 120 // max(1, len(filled))
     parts = [(f"{name}: " if name else "") + listed(items, width=width) for name, items in filled.items()]
@@ -68,8 +68,8 @@ def _by_path(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
 
 
 def reject_unknown_keys(cls: type[Any], values: Mapping[str, Any]) -> None:
-    """Raises ValueError if `cls` lacks a key. The message names the first such key, and the key with the
-    nearest spelling or all keys of `cls`."""
+    """Raises ValueError if a key is not a field of `cls`. The message names the first such key and the field
+    with the nearest spelling, or all fields if none is near."""
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:

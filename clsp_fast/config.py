@@ -33,16 +33,16 @@ __all__ = [
 
 
 LongAudio: TypeAlias = Literal["whole", "window", "error"]
-"""What is done with a recording longer than a window: embed it as one, average its windows, or refuse it."""
+"""What is done with a recording longer than a window: embed it whole, average its windows, or refuse it."""
 
 MAX_LAYERS = 1000
-"""Most layers and stacks of a tower. The limits keep a hostile file from asking for a model without end."""
+"""Most layers and stacks of a tower. Without limits, a hostile file could describe an endless model."""
 MAX_SIZE = 2**24
-"""Largest number of channels, heads, tokens or whatever else a tower counts."""
+"""Largest value of the other sizes of a tower: channels, heads, tokens and so on."""
 
 
 def _is_size(value: object) -> bool:
-    """Whether it is an integer in [1, MAX_SIZE]."""
+    """Whether the value is an integer in [1, MAX_SIZE]."""
     return isinstance(value, int) and is_positive(value) and value <= MAX_SIZE
 
 
@@ -65,7 +65,7 @@ class TextConfig:
     attention_probs_dropout_prob: float = 0.1
     """Dropout of the attention weights, while training."""
     max_position_embeddings: int = 514
-    """Rows of the position embedding; captions may have up to this minus pad_token_id minus 1 tokens."""
+    """Rows of the position embedding. The longest caption has pad_token_id + 1 tokens fewer than this."""
     type_vocab_size: int = 1
     """Rows of the token type embedding; only row 0 is used."""
     layer_norm_eps: float = 1e-5
@@ -106,7 +106,7 @@ class TextConfig:
 
     @property
     def max_tokens(self) -> int:
-        """Longest caption in tokens, special ones included; positions count from pad_token_id + 1."""
+        """Tokens of the longest caption, special ones included. Its positions start at pad_token_id + 1."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class TextConfig:
 
 
 class StackConfig(NamedTuple):
-    """One stack of the speech tower, with every per-stack tuple of `ModelConfig` resolved."""
+    """One stack of the speech tower: its entries of the per-stack tuples of `ModelConfig`."""
 
     downsampling: int
     num_layers: int
@@ -159,15 +159,15 @@ class ModelConfig:
     feature_dim: int = 128
     """Mel bins of the input features."""
     downsampling_factor: tuple[int, ...] = (1, 2, 4, 8, 4, 2, 1)
-    """Frame-rate divisor of each stack, relative to the 50 Hz that leave the convolutional front."""
+    """Factor by which each stack divides the convolutional front's frame rate, 50 Hz."""
     num_encoder_layers: tuple[int, ...] = (1, 2, 3, 4, 1, 1, 1)
     """Layers of each stack."""
     feedforward_dim: tuple[int, ...] = (3840,)
-    """Width of each stack's middle feed-forward module; the first has 3/4 and the third 5/4 of it."""
+    """Width of the second feed-forward module of a layer. The first has 3/4 and the third 5/4 of it."""
     encoder_dim: tuple[int, ...] = (1280,)
     """Channels of each stack."""
     encoder_unmasked_dim: tuple[int, ...] = (768,)
-    """Channels that the feature mask of training never drops."""
+    """Channels that the feature mask never drops. The mask is used while training."""
     cnn_module_kernel: tuple[int, ...] = (31, 31, 15, 15, 15, 31, 31)
     """Odd kernel length of the depthwise convolutions."""
     num_heads: tuple[int, ...] = (8,)
@@ -191,16 +191,17 @@ class ModelConfig:
     embed_channels: tuple[int, ...] = (8, 32, 128)
     """Three: channels of the front's 2-D convolutions (the paper). One: a cheap convolution over time."""
     audio_pooling: Literal["mean", "statistics"] = "mean"
-    """"mean" over time (the paper), or "statistics" of the tower's output and of the log-mel: mean,
-    deviation, change from frame to frame, change from half to half."""
+    """"mean": mean of the tower's output over time (the paper). "statistics": of the tower's output and of
+    the log-mel, the mean, standard deviation, mean change from frame to frame, and change from the first half
+    to the second."""
     heads: Literal["mlp", "linear"] = "mlp"
     """Projection heads: "mlp" (the paper's four layers), or "linear" (running standardisation and one layer).
-    With "linear", small models need a fraction of the steps, and the embedding of a short prompt is close to
-    the sum of its words."""
+    With "linear", small models need far fewer steps, and the embedding of a short prompt is close to the sum
+    of its words' embeddings."""
     dropout: float = 0.1
     """Dropout of the speech tower's feed-forward modules, its front and the heads, while training."""
     regularize: bool = True
-    """Feature mask, layer skip, ConvNeXt skip and position dropout of the recipe, while training."""
+    """Use the feature mask, layer skip, ConvNeXt skip and position dropout of the recipe while training."""
 
     def __post_init__(self) -> None:
         count = len(self.downsampling_factor)
@@ -335,23 +336,23 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     ),
     "xlarge": ModelConfig(),
 }
-"""Named models. "xlarge" is the paper's (724,244,405 parameters); "base" has a speech tower of about 90 M."""
+"""Named models. "xlarge" is the paper's: 724,244,405 parameters. The speech tower of "base" has 90 M."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How recordings become batches of a trained model. `CLSP.encode_audio` has the same defaults."""
+    """How recordings are batched for a trained model. `CLSP.encode_audio` has the same defaults."""
 
     batch_seconds: float = 120.0
     """Most seconds of audio, padding included, that go through the model at once."""
     long_audio: LongAudio = "whole"
-    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
-    squared), average its windows, or refuse it."""
+    """What is done with a recording longer than window_s: embed it in one piece (memory grows with its
+    length squared), average its windows' embeddings, or refuse it."""
     window_s: float = 30.0
     """Length of a window in seconds."""
     slack_seconds: float = 0.1
-    """How far a clip of a manifest may reach behind the end of its recording before it counts as
-    truncated."""
+    """A clip of a manifest may reach this many seconds past the end of its recording. If it reaches further,
+    it counts as truncated."""
 
     def __post_init__(self) -> None:
         require(self.batch_seconds > 0, "batch_seconds", "positive", self.batch_seconds)
@@ -366,19 +367,19 @@ class DataConfig:
     """Which clips are read, and how they become batches."""
 
     manifest: Path | None = None
-    """Training clips: a JSONL manifest or lhotse cuts (.jsonl, .jsonl.gz). None: the demo corpus, made on the
-    spot."""
+    """Training clips: a JSONL manifest or lhotse cuts (.jsonl, .jsonl.gz). None: the demo corpus, which is
+    made first."""
     validation: Path | None = None
-    """Clips for the retrieval figures during training. None with a manifest: no validation."""
+    """Clips for the retrieval metrics during training. None: no validation. The demo has its own clips."""
     test: Path | None = None
     """Clips for the final results table. None: the validation clips."""
     zeroshot: Path | None = None
-    """JSON of zero-shot tasks, {tag: {label: [prompts]}}: the label is compared with the clip's tag of that
-    name."""
+    """JSON file of zero-shot tasks, {tag: {label: [prompts]}}. The label that the model predicts for a clip
+    is compared with the clip's value of the tag."""
     tokenizer: Path | None = None
     """tokenizer.json or a RoBERTa folder. None: a byte-level BPE trained on the training captions."""
     batch_seconds: float = 800.0
-    """Audio per rank and step, in seconds, counted with padding: clips x upper bound of their duration
+    """Seconds of audio per rank and step, padding included: number of clips x longest duration of their
     bucket."""
     batch_clips: int = 1024
     """At most this many clips per rank and step."""
@@ -389,23 +390,22 @@ class DataConfig:
     max_seconds: float = 30.0
     """Longer clips are left out, and counted."""
     slack_seconds: float = Batching.slack_seconds
-    """How far a clip may reach behind the end of its recording before it counts as truncated. Lengths that
-    were taken from the header of an MP3 can be a third of a second too long."""
+    """A clip may reach this many seconds past the end of its recording. If it reaches further, it counts as
+    truncated. Durations taken from MP3 headers can be a third of a second too long."""
     tail: Literal["reflect", "zero"] = "reflect"
-    """How the last frame is completed: "reflect" as at inference, "zero" as the reference recipe trains."""
+    """How the last frame is completed: "reflect" as at inference, "zero" as in the reference's training."""
     augment: float = 0.0
-    """Strength of log-mel augmentation (equaliser, noise floor, band limit): 0 none, 1 as the demo uses
-    it."""
+    """Strength of log-mel augmentation (equaliser, noise floor, band limit): 0 none, 1 as in the demo."""
     threads: int = 0
-    """Threads that decode and extract features; 0: one for each core, at most 16; the ranks of a machine
+    """Threads that decode and extract features; 0: one for each core, at most 16. The ranks of a machine
     share its cores."""
     prefetch: int = 4
     """Batches prepared ahead."""
     cache_mb: int = 1024
-    """Features of clips already seen are kept in memory up to this many MiB; 0: never."""
+    """Memory in MiB in which features are kept, so that a clip is decoded only once; 0: none."""
     max_bad_share: float = 0.01
-    """Training stops, with the list, when more than this share of the clips (and more than 10), over all
-    ranks, cannot be read."""
+    """Training stops and lists the unreadable clips when they are more than 10 and more than this share of
+    all clips. The clips of all ranks are counted."""
     demo_clips: int = 3000
     """Training clips of the demo corpus."""
 
@@ -432,8 +432,9 @@ class OptimConfig:
     """The optimiser and its schedule. Each stage has its own warm-up and decay."""
 
     algorithm: Literal["adamw", "scaled_adam"] = "adamw"
-    """"scaled_adam": the reference recipe's optimiser. Its steps are relative to the size of each tensor.
-    It clips gradients by the norms of earlier steps (clip_norm is not used), and has no weight decay."""
+    """"scaled_adam": the reference recipe's optimiser. It scales the step of a tensor with
+    the tensor's root mean square, and clips gradients by the norms of earlier steps. It has no weight decay,
+    and clip_norm is not used."""
     schedule: Literal["cosine", "eden"] = "cosine"
     """"eden": the reference recipe's schedule. It falls with steps and epochs, and does not depend on the
     length of the run."""
@@ -452,14 +453,14 @@ class OptimConfig:
     final_lr_share: float = 0.05
     """The cosine ends at this share of the peak."""
     warmup_steps: int = 500
-    """Steps of linear warm-up; with the cosine at most a tenth of the stage, with Eden from half the rate."""
+    """Steps of linear warm-up. Cosine: at most a tenth of the stage. Eden: starts at half the rate."""
     weight_decay: float = 0.01
-    """Decoupled decay of matrices and filters of the speech tower and the heads; never of vectors or
-    embeddings."""
+    """Decoupled weight decay of matrices and filters of the speech tower and the heads. Vectors and the text
+    tower have none."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of the moment estimates."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Largest global norm of the gradients; larger gradients are scaled down to it."""
     average_steps: int = 0
     """The weights are averaged over about this many steps, and the average is validated, evaluated and saved
     as the model. It needs memory for a copy of the weights. 0: no average."""
@@ -487,7 +488,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """A trained model, and where and how exactly it computes."""
+    """A trained model, its device and its precision."""
 
     model: str = "runs/demo/model"
     """Folder of the model, or the name of a repository on the Hugging Face hub."""
@@ -504,11 +505,11 @@ class ModelChoice:
 class EncodeConfig(Batching, ModelChoice):
     """A model, and how it embeds recordings: the options of every command that uses a trained model."""
 
-    # Another default than the method's: a command meets files of any length, and an hour of audio embedded in
-    # one piece would not fit in memory.
+    # `CLSP.encode_audio` has another default. Commands get files of any length, and an hour of audio embedded
+    # in one piece would not fit in memory.
     long_audio: LongAudio = "window"
-    """What is done with a recording longer than window_s: embed it as one (memory grows with its length
-    squared), average its windows, or refuse it."""
+    """What is done with a recording longer than window_s: embed it in one piece (memory grows with its
+    length squared), average its windows' embeddings, or refuse it."""
 
     def __post_init__(self) -> None:
         Batching.__post_init__(self)
@@ -522,7 +523,7 @@ class EncodeConfig(Batching, ModelChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run: stage 1 (one fine caption a clip), then stage 2 (two captions a clip)."""
+    """One training run: stage 1 (one fine-grained caption a clip), then stage 2 (two captions a clip)."""
 
     run: Path = Path("runs/demo")
     """Folder of the run: config.json, log.jsonl, checkpoints, results, model/. The same command resumes
@@ -538,20 +539,20 @@ class TrainConfig:
     stage2_steps: int = 4_000
     """Steps with a global and a fine-grained caption, or two fine-grained ones; 0 skips the stage."""
     init: Path | None = None
-    """Folder of a saved model to start from. Its configuration must be `model`, and is the default of the
-    command line's --model flags."""
+    """Folder of a saved model to start from. Its configuration must equal `model`; on the command line it is
+    the default of the --model flags."""
     seed: int = 42
-    """Everything random is a function of this, the step and the rank."""
+    """All random numbers depend only on this seed, the step and the rank."""
     device: str = "auto"
     """"auto": the CUDA device of this rank if there is one, else the CPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the towers; weights and loss stay in float32."""
     micro_seconds: float = 0.0
     """Most seconds of audio, with padding, that go through the towers at once. The loss still compares the
-    whole batch, but the memory is that of one part. Takes about a third more time. 0: all at once."""
+    whole batch, but the towers need memory for one part only. About a third slower. 0: all at once."""
     recompute_layers: bool = False
-    """Layers keep only their input for the backward pass, and are computed a second time in it. For long
-    clips and large models; takes about a third more time."""
+    """Activation checkpointing: layers keep only their input, and are computed again in the backward pass.
+    For long clips and large models; takes about a third more time."""
     max_logit_scale: float = 100.0
     """The learned logit_scale is clamped to [1, this] after each step."""
     log_every: int = 20
@@ -600,7 +601,7 @@ class TrainConfig:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a configuration as JSON types."""
+    """Converts a value of a configuration to JSON types."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

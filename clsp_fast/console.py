@@ -1,7 +1,7 @@
 """What all commands share: a progress line, and robust standard streams.
 
 A command can print any name in any encoding, runs without standard streams, reports a full disk in one line,
-and ends quietly when the reader of its output has gone away.
+and ends quietly when the reader of its output has closed the pipe.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class Progress:
 def command(main: Callable[..., Result]) -> Callable[..., Result]:
     """Decorator of a command's `main`.
 
-    The command can print any name (`robust_streams`). If the reader of its output has gone away, as with
-    `... | head`, it ends quietly with exit code 1. If standard output is a file on a full disk, it ends with
-    one line and exit code 1; output that standard error cannot take is lost.
+    The command can print any name (`robust_streams`). If the reader of its output has closed the pipe, as
+    in `... | head`, it ends quietly with exit code 1. If standard output is a file on a full disk, it ends
+    with one line and exit code 1. If standard error is on a full disk, its output is lost.
 
-    Any print can fail in these ways. The flush of Python's buffer at exit can, too, and nothing can catch
-    that error; therefore the buffer is flushed here.
+    Any print can fail in these ways. When Python flushes its buffer at exit, it can fail too, and nothing can
+    catch that error. Therefore the buffer is flushed here.
     """
     spec = main.__globals__.get("__spec__")
     prefix = "" if spec is None else f"{spec.name.removesuffix('.__main__')}: "
@@ -96,12 +96,12 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
             except files.DiskFull as error:
                 sys.exit(f"{prefix}{error}")
             except (BrokenPipeError, SystemExit) as error:
-                # If a command turned an OSError into a message and an exit, it is the context of the exit.
+                # A command may turn an OSError into sys.exit(message). Then the OSError is its __context__.
                 cause = error.__context__ if isinstance(error, SystemExit) else error
                 if not isinstance(cause, BrokenPipeError):
                     raise
                 broken = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
-                if not broken:  # another pipe broke
+                if not broken:  # another pipe is broken
                     raise
                 for stream in broken:
                     _discard(stream)
@@ -113,8 +113,8 @@ def command(main: Callable[..., Result]) -> Callable[..., Result]:
 class _Stream:
     """A standard stream that handles a full disk.
 
-    Standard output raises `files.DiskFull` from any print. Output that standard error cannot take is lost,
-    since no work should end because of a line about it.
+    When the disk is full, a print to standard output raises `files.DiskFull`. A print to standard error is
+    lost, because a message about the work must not end the work.
     """
 
     def __init__(self, stream: TextIO, *, optional: bool) -> None:
@@ -184,12 +184,12 @@ def _discard(stream: TextIO) -> None:
 
 
 def robust_streams() -> None:
-    """Makes standard output and standard error write characters that their encoding lacks as escapes, as
-    \\xe9.
+    """Makes standard output and standard error write escapes, such as \\xe9, for characters that their
+    encoding lacks.
 
     The names of recordings can contain any character, and a terminal or pipe that takes only ASCII must not
     end the command that prints them. In the C locale Python writes the bytes of names unchanged
-    ("surrogateescape"). That is kept for UTF-8, but with ASCII every other letter would still fail.
+    ("surrogateescape"). That is kept for UTF-8. With ASCII it is replaced, because other letters would fail.
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure, errors = getattr(stream, "reconfigure", None), getattr(stream, "errors", None)
@@ -202,7 +202,7 @@ def robust_streams() -> None:
 def _reader_is_gone(stream: TextIO | None) -> bool:
     if stream is None:
         return False
-    with contextlib.suppress(OSError, ValueError):  # closed, or no file
+    with contextlib.suppress(OSError, ValueError):  # the stream is closed, or has no descriptor
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         return any(event & select.POLLERR for _, event in poll.poll(0))

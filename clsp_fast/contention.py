@@ -1,16 +1,16 @@
-"""Shorter waits between torch's threads while other processes want the same CPUs.
+"""Shortens the waits of torch's threads while other processes use the same CPUs.
 
 torch runs an operator on a team of OpenMP threads, one for each CPU. The OpenMP of torch's wheels is GCC's
 libgomp. A thread that has finished its part spins for 300,000 rounds, some milliseconds, before it sleeps. On
 a quiet machine this is right: the next operator comes after 0.05 ms, and waking a sleeping thread takes
-longer. Beside a busy process, one thread of the team has no CPU, and the threads that spin while they wait
-for it keep it from getting one. A training step then takes three to five times as long.
+longer. If another process is busy, one thread of the team gets no CPU. The other threads spin while they wait
+for it, and so they keep the CPUs from it. A training step then takes three to five times as long.
 
 While there are more OpenMP threads than CPUs, libgomp spins for only 100 rounds (see GOMP_SPINCOUNT in its
-manual). So while other processes take CPUs from this one, this module keeps spare teams of threads. They
-sleep; they exist only to be counted. The teams that work keep their size, so that no result changes by a bit.
-GOMP_SPINCOUNT itself is read only once, when torch is loaded, and no value suits both a quiet and a busy
-machine; docs/log.md has the measurements.
+manual). Therefore this module keeps spare teams of threads while other processes take CPUs from this one.
+Spare threads sleep; they only raise libgomp's count. The working teams keep their size, so no result changes
+by a bit. Setting GOMP_SPINCOUNT is no solution: it is read only once, when torch is loaded, and no value
+suits both a quiet and a busy machine. docs/log.md has the measurements.
 
 With another OpenMP than libgomp, or without Linux's /proc, nothing changes.
 """
@@ -28,24 +28,25 @@ from pathlib import Path
 import torch
 
 PERIOD_S = 0.5
-"""The CPUs are observed for so long before the waits are changed."""
+"""Seconds between two checks of the use of the CPUs."""
 
 CONTENDED = 0.25
-"""Waits are short while other processes use so many CPUs and threads of this process wait for so many CPUs.
+"""Waits are short while other processes use at least this many CPUs, and threads of this process lack at
+least this many CPUs.
 
-Beside one busy process, both numbers were at least 0.5. On a quiet machine the trainer's loader makes threads
-wait for up to 0.7 CPUs, and long waits are right then: hence the first condition. The second condition leaves
-out processes that use only idle CPUs."""
+With one other busy process, both numbers were at least 0.5. The first condition is needed because the
+trainer's own loader makes threads wait for up to 0.7 CPUs on a quiet machine, where long waits are right. The
+second condition is needed because other processes may use only idle CPUs."""
 
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _MAX_TEAMS = 64
 _PARALLEL_ELEMENTS = 1 << 16
-"""torch divides an operator on so many elements among several threads."""
+"""torch runs an operator on this many elements on several threads."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """CPU times that the kernel has counted up to now."""
+    """CPU times that the kernel has counted so far."""
 
     others_s: float
     """Seconds that other processes ran on the CPUs that this process may use."""
@@ -57,28 +58,25 @@ def usage(proc: Path = Path("/proc")) -> Usage:
     """Reads the CPU times from /proc.
 
     Args:
-        proc: the folder in which the kernel shows its counts.
+        proc: the folder in which the kernel publishes them.
 
     Raises:
-        OSError, ValueError: this system does not show them.
+        OSError, ValueError: this system does not publish them.
     """
     others_s = _used_s((proc / "stat").read_text(), _cpus()) - time.process_time()
     waited_s = {}
     for thread in (proc / "self/task").iterdir():
         try:
             _, nanoseconds, _ = (thread / "schedstat").read_text().split()
-        except (
-            FileNotFoundError,
-            ProcessLookupError,
-        ):  # the thread has ended, or there is no schedstat
-            continue
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread has ended, or there is no schedstat
         waited_s[thread.name] = int(nanoseconds) * 1e-9
     return Usage(others_s, waited_s)
 
 
 def _used_s(stat: str, cpus: Set[int]) -> float:
-    """Seconds that anything ran on these CPUs: processes here, and on a virtual machine also its neighbours,
-    whose share the kernel calls steal."""
+    """Seconds that these CPUs were in use. On a virtual machine this includes the time that other virtual
+    machines used them, which the kernel calls steal."""
     ticks, missing = 0, {f"cpu{number}" for number in cpus}
     for line in stat.splitlines():
         name, *counts = line.split()
@@ -120,7 +118,7 @@ class Watch:
     def adapt_waits(self) -> None:
         """Makes waits short or long, depending on how contended the CPUs were since the last call.
 
-        Returns at once if that was less than `PERIOD_S` ago. Does nothing if the user has set how threads
+        Does nothing if the last check was less than `PERIOD_S` ago, or if the user has set how threads
         wait. If the system allows no more threads, waits stay long from then on.
         """
         if self._no_more_threads:
@@ -182,17 +180,17 @@ class Watch:
 def _start_spare_team(release: threading.Event) -> None:
     """Starts an OpenMP team and keeps it until `release`.
 
-    libgomp keeps the team of a thread that has run in parallel for as long as that thread lives.
+    When a thread has run a parallel operator, libgomp keeps its team until the thread ends.
     """
     torch.zeros(_PARALLEL_ELEMENTS).add_(1)
     release.wait()
 
 
 def _teams_needed(threads: int, cpus: int) -> int:
-    """How many spare teams make more threads than CPUs, together with the working team.
+    """Number of spare teams with which there are more threads than CPUs. The working team counts, too.
 
-    0 if an operator runs on one thread, which waits for no other. libgomp does not count the thread that
-    leads a spare team.
+    libgomp does not count the thread that leads a spare team. 0 if operators run on one thread, which waits
+    for no other, or if more than `_MAX_TEAMS` teams would be needed.
     """
     if threads < 2:
         return 0

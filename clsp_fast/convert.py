@@ -1,4 +1,4 @@
-"""Checkpoints of the reference recipe (icefall, CLSP) -> models of this library.
+"""Converts checkpoints of the reference recipe (icefall, CLSP) to models of this library.
 
 python -m clsp_fast.convert reference --checkpoint epoch-1.pt --out model/ [--config c.json] [--tokenizer dir]
 python -m clsp_fast.convert reference --speech spear.pt --text roberta-base/ --out model/
@@ -28,13 +28,13 @@ from clsp_fast.storage import files, textfile
 from clsp_fast.tokenizer import Tokenizer
 
 SPEECH = ("encoder_embed.", "encoder.")
-"""Beginnings of the tensor names of the speech tower."""
+"""Prefixes of the tensor names of the speech tower."""
 TEXT = ("text_encoder.",)
-"""Beginning of the tensor names of the text tower."""
+"""Prefix of the tensor names of the text tower."""
 IGNORED_KEYS = ("text_encoder.embeddings.position_ids", "text_encoder.embeddings.token_type_ids")
 """Buffers in old Hugging Face checkpoints that no forward pass needs."""
 
-# Names of a checkpoint in a folder; the first one that exists is taken.
+# File names of a checkpoint in a folder. The first file that exists is read.
 _FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "pretrained.pt")
 _WRAPPERS = ("model", "state_dict")
 # What DDP, torch.compile, FSDP and activation checkpointing insert into tensor names, in any order and
@@ -43,8 +43,8 @@ _WRAPPING = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 
 
 class KeyReport(NamedTuple):
-    """Keys of a checkpoint, compared with those of a model. `missing` are the model's, `extra` are unknown to
-    it, and `ignored` are not needed."""
+    """Keys of a checkpoint, compared with those of a model. `missing`: only the model has them. `extra`: only
+    the checkpoint has them. `ignored`: only the checkpoint has them, and they are not needed."""
 
     matched: list[str]
     missing: list[str]
@@ -80,7 +80,7 @@ def reference_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _require_known(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    """ValueError if there are keys, but none describes a model: it is probably the wrong file."""
+    """ValueError if there are keys, but none describes a model. Then it is probably the wrong file."""
     if values and not set(values) & set(known):
         got, expected = listed(sorted(map(str, values))), listed(known)
         raise ValueError(f"{what} must have keys of the model ({expected}), got only others ({got})")
@@ -123,7 +123,7 @@ def unwrap(checkpoint: Mapping[str, Any], *, averaged: bool = False) -> dict[str
         averaged: take the running average "model_avg" that icefall saves with the weights, as float32.
 
     Raises:
-        ValueError: it has other values than tensors, two tensors of one name, or no average.
+        ValueError: it has values that are not tensors, two tensors of the same name, or no average.
     """
     if averaged and "model_avg" not in checkpoint:
         raise ValueError('checkpoint must have "model_avg" for averaged weights, it has none')
@@ -140,7 +140,7 @@ def unwrap(checkpoint: Mapping[str, Any], *, averaged: bool = False) -> dict[str
     twice = [name for name, count in Counter(bare.values()).items() if count > 1]
     if twice:
         raise ValueError(
-            f"checkpoint must name each tensor once, without wrappers it has twice: {listed(twice)}"
+            f"checkpoint must name each tensor once, but without wrappers names are equal: {listed(twice)}"
         )
     tensors = {bare[str(key)]: value for key, value in inner.items()}
     if averaged:  # icefall saves the average in float64
@@ -153,7 +153,7 @@ def _without_wrapping(name: str) -> str:
 
 
 def average_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of the tensors of several checkpoints. Integer tensors are those of the last one.
+    """The mean of the tensors of several checkpoints. Integer tensors are taken from the last one.
 
     Raises:
         ValueError: a checkpoint has other names or shapes than the first.
@@ -171,7 +171,7 @@ def average_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def match_keys(state_dict: Mapping[str, Any], model: CLSP) -> KeyReport:
-    """Compares the names of a reference checkpoint with those of a model."""
+    """Compares the tensor names of a reference checkpoint with those of a model."""
     names, wanted = set(unwrap(state_dict)), set(model.state_dict())
     ignored = names & set(IGNORED_KEYS)
     groups = (names & wanted, wanted - names, names - wanted - ignored, ignored)
@@ -219,7 +219,7 @@ def _require_fit(what: str, problems: Mapping[str, Sequence[str]]) -> None:
 def _mismatches(
     expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], names: Sequence[str]
 ) -> list[str]:
-    """What is wrong with the tensors of these names. Quantised ones, for example, have integer dtypes."""
+    """Tensors of these names with a wrong shape or dtype. Quantised tensors, for example, have integers."""
     problems = []
     for name in names:
         want, got = expected[name], tensors[name]
@@ -242,7 +242,7 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
         tower: `SPEECH` or `TEXT`.
 
     Returns:
-        The keys, compared; `ignored` are those of other parts of the checkpoint.
+        The compared keys. `ignored` are the keys of other parts of the checkpoint.
 
     Raises:
         ValueError: the checkpoint does not have the tower, or its tower does not fit or has more tensors,
@@ -258,7 +258,7 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
     tensors = unwrap(state_dict)
     prefix = next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
     if prefix is None:
-        raise ValueError(f"checkpoint must have the tower whose tensor is called {anchor}, it has none")
+        raise ValueError(f"checkpoint must have the tower: no name of a tensor ends with {anchor}")
     bare = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     matched, missing = sorted(expected.keys() & bare.keys()), sorted(expected.keys() - bare.keys())
     buffers = {key.removeprefix(strip) for key in IGNORED_KEYS}
@@ -275,7 +275,7 @@ def load_tower(model: CLSP, state_dict: Mapping[str, Any], tower: tuple[str, ...
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Content of a .safetensors or .pt file, or of a folder with one or with shards and their index. Pickles
+    """Reads a .safetensors or .pt file, or a folder with such a file or with shards and their index. Pickles
     are read with weights_only=True, so that no code in them runs."""
     if path.is_dir():
         path = _file_in(path)
@@ -292,7 +292,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise
         except Exception as error:  # the errors of damaged and hostile files have no common base
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{path} is no checkpoint of weights alone: {reason[0]:.200}") from error
+            raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason[0]:.200}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
     return dict(content)
@@ -303,7 +303,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint: {error}") from error
 
 
 def _file_in(folder: Path) -> Path:
@@ -356,13 +356,13 @@ def reference(
 
     Args:
         out: folder to write.
-        checkpoint: .pt or .safetensors file, or a folder with one; of several, the mean.
+        checkpoint: .pt or .safetensors file, or a folder with one. Several checkpoints are averaged.
         speech: checkpoint that the speech tower starts from (SPEAR), instead of `checkpoint`.
         text: checkpoint that the text tower starts from (RoBERTa), instead of `checkpoint`.
         config: JSON file with the reference's keys; without it, config.json in the checkpoint's folder, or
             else the paper's model.
-        tokenizer: tokenizer.json, or a folder with it or with vocab.json and merges.txt; without it, that of
-            the checkpoint's or the text tower's folder.
+        tokenizer: tokenizer.json, or a folder with it or with vocab.json and merges.txt; without it, the
+            tokenizer in the folder of the checkpoint or text tower, if there is one.
         averaged: take the running average in checkpoints ("model_avg") instead of the last weights.
     """
     towers = {tower: path for tower, path in ((SPEECH, speech), (TEXT, text)) if path is not None}
@@ -386,7 +386,7 @@ def reference(
 
 
 def _configuration(config: Path | None, folder: Path | None, text: Path | None) -> ModelConfig:
-    """The configuration in this file, or else in the one beside the checkpoints, or else the paper's."""
+    """The configuration in `config`, or else in config.json beside the checkpoints, or else the paper's."""
     beside = [path / "config.json" for path in (folder, text) if path is not None]
     file = config or next((path for path in beside if path.is_file()), None)
     if file is None:
@@ -402,7 +402,7 @@ def _configuration(config: Path | None, folder: Path | None, text: Path | None) 
 
 
 def _tokenizer(path: Path | None, folder: Path | None) -> Tokenizer | None:
-    """The tokenizer of this path, or else the one in the folder; None if there is none."""
+    """The tokenizer at `path`; without it, in the folder; None if there is none."""
     if path is None and folder is not None and folder.is_dir():
         complete = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}]
         names = {file.name for file in folder.iterdir()}

@@ -1,9 +1,9 @@
-"""A model as ONNX, for runtimes without torch: `python -m clsp_fast.export [MODEL] [--out FOLDER]`.
+"""Exports a model to ONNX, for runtimes without torch: `python -m clsp_fast.export [MODEL] [--out FOLDER]`.
 
 audio.onnx takes features (B, T, F) float32, the log-mel of `features.extract`, and lengths (B,) int64 in
-frames; text.onnx takes token_ids and attention_mask (B, L) int64. Each gives embeddings (B, D) float32, unit
-norm; B, L and T >= 9 are free, and a clip's or caption's embedding does not depend on its batch. The metadata
-of both name the model and its logit_scale. tokenizer.json is copied beside them.
+frames; text.onnx takes token_ids and attention_mask (B, L) int64. Each gives unit-norm embeddings (B, D)
+float32. B, L and T >= 9 are dynamic. The embedding of a clip or caption does not depend on its batch. The
+metadata of both files hold the model's fingerprint and logit_scale. tokenizer.json is written beside them.
 Shape suffixes: B clips or captions, T frames, F mel bins, L tokens, D joint dimension.
 """
 
@@ -32,9 +32,9 @@ from clsp_fast.towers.layers import frames_in_graph, make_ragged
 TOLERANCE = 1e-4
 """Largest accepted difference between an embedding of a graph and one of the model."""
 
-# Sizes of the batches with which the graphs are checked. For audio.onnx they are (clips, frames): the fewest
-# frames, and even, odd and prime numbers, because a graph may be right for one parity or one remainder only.
-# For text.onnx they are captions and, less 8, tokens.
+# Sizes of the batches with which the graphs are checked: (clips, frames) for audio.onnx, and (captions,
+# tokens + 8) for text.onnx. They include the fewest frames, and even, odd and prime numbers, because a graph
+# may be right for one parity or one remainder only.
 _CHECKED_SIZES = ((1, 9), (2, 10), (1, 11), (3, 13), (2, 31), (5, 64), (3, 77), (1, 128), (2, 211), (2, 520))
 _INPUTS = {"audio.onnx": ("features", "lengths"), "text.onnx": ("token_ids", "attention_mask")}
 
@@ -49,7 +49,7 @@ class _AudioTower(nn.Module):
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         front_lengths = frames_after_front(lengths)
         frames = frames_in_graph(front_lengths)
-        # The frames that the front reads to give `frames`. If there are fewer, the last one is
+        # The front needs 2 * frames + 7 frames of features. If there are fewer, the last one is
         # repeated as padding.
         index_T = torch.arange(2 * frames + 7).clamp(max=features.shape[1] - 1)
         ragged = make_ragged(front_lengths, frames, alone=True)
@@ -81,7 +81,7 @@ def export(model: CLSP, out: Path) -> dict[str, float]:
         out: folder; weights over 2 GB get separate files beside the graphs.
 
     Returns:
-        For each graph's file, the largest difference between embeddings of the graph and of the model.
+        {name of a graph's file: largest difference between embeddings of the graph and of the model}.
 
     Raises:
         ImportError: the extra [onnx] is not installed.
@@ -115,7 +115,7 @@ def _move_files(temporary: Path, out: Path) -> None:
     """Moves the finished files. Separate weights are moved before the graph that needs them."""
     for path in sorted(temporary.iterdir(), reverse=True):
         if path.name.endswith(".onnx.data"):
-            # The graph of an earlier export would read the new weights.
+            # Otherwise the graph of an earlier export would read the new weights.
             (out / path.name.removesuffix(".data")).unlink(missing_ok=True)
         path.replace(out / path.name)
 
@@ -148,8 +148,8 @@ def _write_graph(
     axes = tuple({axis: size.__name__ for axis, size in shape.items()} for shape in shapes)
     try:
         with _quiet_exporter():
-            # torch.onnx.export would call torch.export as well, but it fixes a size that cannot stay free,
-            # without an error.
+            # torch.export raises an error if a size cannot stay dynamic. If torch.onnx.export called it, that
+            # size would silently become a constant.
             program = torch.export.export(tower, example, dynamic_shapes=shapes, strict=False)
             graph: Any = torch.onnx.export(
                 program,
@@ -163,7 +163,7 @@ def _write_graph(
             graph.save(path)
     except OSError:  # an error of the disk, whose message is clear
         raise
-    except Exception as error:  # the exporter's errors are of any class
+    except Exception as error:  # the exporter raises errors of any class
         raise ValueError(f"torch cannot write {path.name}: {_first_line(error)}") from error
 
 
@@ -186,7 +186,7 @@ def _largest_difference(model: CLSP, path: Path) -> float:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are in the exception as well
+    options.log_severity_level = 4  # errors are raised as well
     names, largest = _INPUTS[path.name], 0.0
     encode = model.encode_features if path.name == "audio.onnx" else model.encode_tokens
     try:
@@ -205,7 +205,7 @@ def _largest_difference(model: CLSP, path: Path) -> float:
             largest = max(largest, difference)
     except ValueError:
         raise
-    except Exception as error:  # onnxruntime's errors have no common base but this
+    except Exception as error:  # onnxruntime's errors have no other common base
         raise ValueError(f"onnxruntime cannot run {path.name}: {_first_line(error)}") from error
     return largest
 

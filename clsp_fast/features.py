@@ -34,9 +34,9 @@ class FbankConfig:
     """How clips are framed. Everything else is fixed, because the published models were trained with it."""
 
     tail: Literal["reflect", "zero"] = "reflect"
-    """What the frames see behind a clip's last sample. "reflect": the clip's mirror image, as in the
-    reference's inference. "zero": zeros up to the length of the batch's longest clip, then the mirror image
-    of clip and zeros, as in its training."""
+    """How a clip continues after its last sample, for frames that reach past it. "reflect": with its mirror
+    image, as in the reference's inference. "zero": with zeros up to the length of the batch's longest clip,
+    then with the mirror image of clip and zeros, as in the reference's training."""
 
     def __post_init__(self) -> None:
         if self.tail not in ("reflect", "zero"):
@@ -47,7 +47,7 @@ CLSP_FBANK = FbankConfig()
 
 
 def frame_count(samples: int) -> int:
-    """Frames of a clip of `samples` at 16 kHz: floor((samples + 80) / 160)."""
+    """Number of frames of a clip at 16 kHz: floor((samples + 80) / 160)."""
     return _C.frame_count(samples)
 
 
@@ -64,11 +64,11 @@ class Features:
     """A padded batch of features."""
 
     values: torch.Tensor
-    """(B, T, 128) float32, natural log; `PADDING_VALUE` behind each clip's last frame."""
+    """(B, T, 128) float32, natural log; `PADDING_VALUE` after each clip's last frame."""
     lengths: torch.Tensor
     """(B,) int64, frames of each clip."""
     kept: torch.Tensor
-    """(B,) int64, position in the input of each clip in the batch."""
+    """(B,) int64: for each clip of the batch, its position in the input."""
     errors: tuple[tuple[int, AudioError], ...] = ()
     """(position in the input, error) of each clip that was left out."""
 
@@ -89,13 +89,12 @@ def extract(
         config: how clips are framed.
         num_threads: how many threads; None: `audio.default_num_threads()`. The results do not depend on it.
         sample_rate: rate of the waveforms in Hz; None: 16000. Other rates are resampled.
-        out: (B, at least T, 128) float32, contiguous, on the CPU. It is written and returned as `values`. If
-        it
-            is None and CUDA is in use, the new batch is page-locked.
+        out: (B, at least T, 128) float32, contiguous, on the CPU. It is written and returned as `values`.
+            None: a new batch, page-locked if CUDA is in use.
 
     Returns:
-        `Features`; T = floor((samples + 80) / 160) of the longest clip. Exactly the frames that cover a NaN
-        sample become NaN.
+        `Features`; T = floor((samples + 80) / 160) of the longest clip. A frame is NaN exactly if it covers a
+        NaN sample.
 
     Raises:
         AudioError: a clip has less than 80 samples at 16 kHz (reason too_short).
@@ -166,7 +165,7 @@ def extract_files(
 def reference(
     waveform: Waveform, config: FbankConfig = CLSP_FBANK, *, padded_samples: int | None = None
 ) -> NDArray[np.float64]:
-    """The features of one clip in float64 numpy; `extract` is tested against them.
+    """Computes the features of one clip in float64 numpy. The tests compare `extract` with it.
 
     Args:
         waveform: (samples,) at 16 kHz.
@@ -190,7 +189,7 @@ def reference(
 
 
 def _too_short(label: str, samples: int) -> AudioError:
-    detail = f"has {samples} samples at 16 kHz, less than the {_MIN_SAMPLES} of one frame"
+    detail = f"has {samples} samples at 16 kHz, but one frame needs {_MIN_SAMPLES}"
     return AudioError(label, AudioErrorReason.TOO_SHORT, detail)
 
 
@@ -228,10 +227,12 @@ def _fbank(
 
 
 def _new_batch(shape: tuple[int, int, int]) -> torch.Tensor:
-    """Uninitialised memory. It is page-locked if CUDA is in use, so that the copy to the GPU can overlap."""
+    """Uninitialised memory. It is page-locked if CUDA is in use, so that it can be copied to the GPU during
+    other work."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.empty(shape, dtype=torch.float32, pin_memory=True)
-    # numpy, unlike torch, asks for huge pages. First writing to small pages takes as long as the features.
+    # numpy asks the system for huge pages, torch does not. With small pages, the first write to this memory
+    # would take as long as the computation of the features.
     return torch.from_numpy(np.empty(shape, np.float32))
 
 
@@ -248,5 +249,5 @@ def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
 
 
 if __name__ == "__main__":
-    # The parity module imports this module; running it avoids an import cycle.
+    # The parity module imports this module. An import of it at the top of this file would be a cycle.
     runpy.run_module("clsp_fast.parity", run_name="__main__")

@@ -23,18 +23,18 @@ try:
 except ImportError as error:
     raise ImportError(f"clsp_fast.lhotse needs lhotse ({error}): pip install 'clsp_fast[lhotse]'") from error
 
-_LEAST_ENERGY = 1e-10  # lhotse's EPSILON; its padding value is the logarithm of this
+_LEAST_ENERGY = 1e-10  # lhotse's EPSILON; lhotse pads features with its logarithm
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClspFbankConfig:
-    """Settings. Only `tail` and `num_threads` can be chosen; manifests and lhotse read the fixed ones
-    here."""
+    """Settings of the extractor. Only `tail` and `num_threads` can be chosen. The others are fixed; they are
+    fields because lhotse reads them here and writes them into manifests."""
 
     tail: Literal["zero", "reflect"] = "zero"
-    """What the frames see behind a clip of a batch. "zero": zeros up to the longest clip, as in lhotse's
-    batches. "reflect": the clip's mirror image, so that features do not depend on the batch. A single clip is
-    always reflected."""
+    """How a clip of a batch continues after its end, for frames that reach past it. "zero": with zeros up to
+    the longest clip, as in lhotse's batches. "reflect": with its mirror image, so that features do not depend
+    on the batch. A single clip is always reflected."""
     num_threads: int | None = None
     """Threads for a batch; None: `audio.default_num_threads()`, which is 1 in a DataLoader worker."""
     sampling_rate: int = features.SAMPLE_RATE_HZ
@@ -49,7 +49,7 @@ class ClspFbankConfig:
         for name in ("sampling_rate", "num_filters", "frame_shift"):
             value, fixed = getattr(self, name), getattr(ClspFbankConfig, name)
             if value != fixed:
-                raise ValueError(f"{name} must be {fixed}: it is what CLSP was trained on, got {value}")
+                raise ValueError(f"{name} must be {fixed}, as in the training of CLSP, got {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary; `from_dict` is the inverse."""
@@ -88,7 +88,7 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
             (frames, 128) float32: a tensor for a tensor, an array for an array.
 
         Raises:
-            AudioError: the clip has less than 80 samples.
+            AudioError: the clip has fewer than 80 samples.
             ValueError, TypeError: another rate, more than one channel, or no floating dtype.
         """
         self._check_rate(sampling_rate)
@@ -96,7 +96,7 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
         return values.to(samples.device) if isinstance(samples, torch.Tensor) else values.numpy()
 
     def extract_batch(self, samples: Any, sampling_rate: int, lengths: Any = None) -> Any:
-        """Features of a batch, in one call of the engine.
+        """Features of a batch, in one call of the extension.
 
         Args:
             samples: a list of clips, each as for `extract`; or a batch (B, samples) or (B, 1, samples); or
@@ -142,8 +142,8 @@ class ClspFbank(FeatureExtractor):  # type: ignore[misc]
     def mix(
         features_a: NDArray[np.float32], features_b: NDArray[np.float32], energy_scaling_factor_b: float
     ) -> NDArray[np.float32]:
-        """Features of the sum of two signals. Their phases are assumed unrelated, so their energies add
-        up."""
+        """Features of the sum of two signals. Their phases are assumed to be unrelated, so that their
+        energies add up."""
         energy = np.exp(features_a) + energy_scaling_factor_b * np.exp(features_b)
         mixed: NDArray[np.float32] = np.log(np.maximum(energy, _LEAST_ENERGY))
         return mixed

@@ -1,7 +1,7 @@
-"""Figures of retrieval, classification and agreement with people, and their intervals, as pure functions.
+"""Metrics of retrieval and classification, correlation with human ratings, and confidence intervals.
 
-Intervals are percentiles of bootstrap resamples (Efron, 1979). A resample says how often each item was drawn.
-Each figure is computed from such counts, for many resamples at once.
+Intervals are percentiles over bootstrap resamples (Efron, 1979). A resample is given by counts: how often
+each item was drawn. Each metric is computed from such counts, for many resamples at once.
 Shape suffixes: N items, R resamples, G groups of equal values, B rows of a block.
 """
 
@@ -24,8 +24,8 @@ _COUNTS_AT_ONCE = 2**22
 def retrieval(ranks: Tensor) -> dict[str, float]:
     """Recall and mean reciprocal rank of one retrieval direction.
 
-    MRR@10 is the mean of 1 / (rank + 1) over all queries; ranks above 9 count as 0. With one relevant item it
-    is the "mAP@10" of the literature on this task.
+    MRR@10 is the mean of 1 / (rank + 1) over all queries; ranks above 9 count as 0. With one relevant item a
+    query, it is the "mAP@10" of the literature on this task.
 
     Args:
         ranks: integer (Q,), 0-based rank of each query's best positive. A negative rank means that the query
@@ -73,7 +73,7 @@ def unweighted_average_recall(predicted: Sequence[str], labels: Sequence[str]) -
 
 
 def confusion(predicted: Sequence[str], labels: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """Counts (len(names), len(names)): row the label, column the prediction."""
+    """Counts (len(names), len(names)): rows are labels, columns are predictions."""
     index = {name: i for i, name in enumerate(names)}
     counts = np.zeros((len(names), len(names)), np.int64)
     np.add.at(counts, ([index[label] for label in labels], [index[name] for name in predicted]), 1)
@@ -87,13 +87,13 @@ def bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """95 % intervals of figures.
+    """95 % confidence intervals of metrics.
 
     Args:
-        figures: a function of how often each item was drawn (R, N), which returns name -> figure of each
-            resample (R,), NaN where the figure is not defined. It gets a few resamples at a time, so that
-            memory does not grow with their number.
-        groups: int64 (N,); items of one group are drawn together, as several captions of a clip must be.
+        figures: computes metrics from counts (R, N), the number of times that each item was drawn. It returns
+            {name: value for each resample (R,)}, NaN where a metric is not defined. It is called with a few
+            resamples at a time, so that memory does not grow with their number.
+        groups: int64 (N,); items of one group are drawn together. Several captions of a clip form a group.
             `arange(N)` draws each item independently.
         resamples: number of resamples.
         seed: seed of the draws.
@@ -106,7 +106,7 @@ def bootstrap(
 
 
 def draws(groups: NDArray[np.int64], *, resamples: int, seed: int) -> Iterator[Array]:
-    """Yields some resamples at a time: how often each item was drawn, float64 (R, N)."""
+    """Yields the counts of some resamples at a time: how often each item was drawn, float64 (R, N)."""
     names, group_N = np.unique(groups, return_inverse=True)
     share, random = np.full(len(names), 1 / len(names)), np.random.default_rng(seed)
     at_once = max(1, _COUNTS_AT_ONCE // len(groups))
@@ -116,7 +116,7 @@ def draws(groups: NDArray[np.int64], *, resamples: int, seed: int) -> Iterator[A
 
 
 def interval(figures_R: Array) -> Interval:
-    """The middle 95 % of the resamples in which the figure is defined; NaN if there is none."""
+    """Bounds of the middle 95 % of the resamples in which the metric is defined; NaN if there is none."""
     defined = figures_R[~np.isnan(figures_R)]
     if not len(defined):
         return float("nan"), float("nan")
@@ -125,9 +125,9 @@ def interval(figures_R: Array) -> Interval:
 
 
 def resampled_retrieval(ranks: Tensor, counts_RN: Array) -> dict[str, Array]:
-    """The figures of `retrieval` for each resample; column i of the counts is query i."""
-    known = (ranks >= 0).numpy()
-    rank_N, counts_RN = ranks.numpy()[known].astype(np.float64), counts_RN[:, known]
+    """The metrics of `retrieval` for each resample; column i of the counts is query i."""
+    valid = (ranks >= 0).numpy()
+    rank_N, counts_RN = ranks.numpy()[valid].astype(np.float64), counts_RN[:, valid]
     # A resample may have drawn no query that has a positive.
     total_R = np.where(counts_RN.any(1), counts_RN.sum(1), np.nan)
     figures = {f"R@{k}": counts_RN @ (rank_N < k) / total_R for k in (1, 5, 10)}
@@ -156,7 +156,7 @@ def resampled_classification(
 
 
 def pearson(x_N: Array, y_N: Array, counts_RN: Array | None = None) -> Array:
-    """Pearson's correlation of each resample (R,); without counts, of the data (1,). NaN: a side is constant.
+    """Pearson's correlation of each resample (R,); without counts, of the data (1,). NaN: x or y is constant.
 
     Raises:
         ValueError: lengths differ, are below 2, or a value is not finite.
@@ -205,7 +205,7 @@ def _pearson(x_RN: Array, y_RN: Array, counts_RN: Array) -> Array:
     total_R = counts_RN.sum(1, keepdims=True)
     x_RN, y_RN = (v - (counts_RN * v).sum(1, keepdims=True) / total_R for v in (x_RN, y_RN))
     xy_R, xx_R, yy_R = ((counts_RN * v).sum(1) for v in (x_RN * y_RN, x_RN * x_RN, y_RN * y_RN))
-    # Rounding leaves a tiny variance of a constant side; it counts as 0.
+    # Because of rounding, a constant x or y can have a tiny variance. It counts as 0.
     tiny = 1e-24 * total_R[:, 0] * np.maximum(1.0, max(np.square(x_RN).max(), np.square(y_RN).max()))
     scale_R = np.sqrt(xx_R * yy_R)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -213,7 +213,7 @@ def _pearson(x_RN: Array, y_RN: Array, counts_RN: Array) -> Array:
 
 
 def _ranks(x_N: Array, counts_RN: Array) -> Array:
-    """Mean rank (R, N) of each item in each resample."""
+    """Rank (R, N) of each item in each resample. Equal values have their mean rank."""
     values_G, group_N = np.unique(x_N, return_inverse=True)
     starts_G = np.searchsorted(np.sort(x_N), values_G)
     drawn_RG = np.add.reduceat(counts_RN[:, x_N.argsort(kind="stable")], starts_G, axis=1)

@@ -126,8 +126,8 @@ class CLSP(nn.Module):
         return [module for module in self.modules() if isinstance(module, RunningNorm)]
 
     def recompute_layers(self, on: bool) -> None:
-        """Whether the towers' layers keep only their input for the backward pass, and are computed a second
-        time in it."""
+        """Switches activation checkpointing on or off. With it, the towers' layers keep only their inputs for
+        the backward pass, which computes the layers a second time."""
         for module in self.modules():
             if isinstance(module, (zipformer.ZipformerStack, roberta.Roberta)):
                 module.recompute = on
@@ -150,8 +150,8 @@ class CLSP(nn.Module):
         attention_mask: Tensor,
         padding: Padding = "alone",
     ) -> ClspOutput:
-        """Both embeddings of a batch, with gradient: arguments as in `encode_features` and
-        `encode_tokens`."""
+        """Embeds the clips and captions of a batch, with gradients. The arguments are those of
+        `encode_features` and `encode_tokens`."""
         audio = self.encode_features(features, lengths, padding=padding)
         return ClspOutput(audio, self.encode_tokens(token_ids, attention_mask), self.logit_scale)
 
@@ -160,11 +160,11 @@ class CLSP(nn.Module):
 
         Args:
             features: (B, T, F) floating point; frames beyond a clip's length are padding.
-            lengths: (B,) int64, frames of each clip, 9 <= length <= T. Lengths on a GPU cost a
-                synchronisation.
-            padding: "alone": every clip gets what the reference computes for it in a batch of one, so neither
-                the other clips nor the padding's values matter; "batch": every clip gets the reference's
-                numbers for this padded batch.
+            lengths: (B,) int64, frames of each clip, 9 <= length <= T. Lengths on a GPU are copied to the
+                CPU, which waits for the GPU.
+            padding: "alone": every clip gets the embedding that the reference computes for it in a batch of
+                one, so the other clips and the padding's values have no influence. "batch": every clip gets
+                the embedding that the reference computes for it in this padded batch.
 
         Returns:
             (B, D) unit-norm embeddings, float32 or wider.
@@ -197,7 +197,7 @@ class CLSP(nn.Module):
     def run_encoder(
         self, features_BTF: Tensor, lengths_B: Tensor, ragged: Ragged | None
     ) -> tuple[Tensor, Tensor]:
-        """`encode_frames` without its checks. `lengths_B` and `ragged` are those after the front."""
+        """`encode_frames` without its checks. `lengths_B` and `ragged` count frames after the front."""
         x = self.encoder(self.encoder_embed(features_BTF, ragged), ragged)
         lengths_B = downsampled_lengths(lengths_B, self.config.output_downsampling_factor)
         if hasattr(self, "encoder_downsample"):
@@ -212,10 +212,10 @@ class CLSP(nn.Module):
         if self.config.audio_pooling == "mean":
             pooled = pool_mean(hidden_BTC, hidden_lengths_B)
         else:
-            of_hidden = pool_statistics(hidden_BTC, hidden_lengths_B)
+            hidden_statistics = pool_statistics(hidden_BTC, hidden_lengths_B)
             features_BTF = standardise(features_BTF.to(self.device, self.dtype))
-            of_features = pool_statistics(features_BTF, lengths_B.to(self.device, non_blocking=True))
-            pooled = torch.cat([of_hidden, of_features], dim=1)
+            feature_statistics = pool_statistics(features_BTF, lengths_B.to(self.device, non_blocking=True))
+            pooled = torch.cat([hidden_statistics, feature_statistics], dim=1)
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
     def _check_features(self, features: Tensor, lengths: Tensor, padding: str) -> None:
@@ -297,26 +297,26 @@ class CLSP(nn.Module):
         """Embed recordings, without gradient and in evaluation mode.
 
         Args:
-            audio: B recordings (paths, or whatever else `features.extract_files` takes), or B mono waveforms
-                (numpy arrays or tensors of shape (samples,)).
-            sample_rate: rate of the waveforms in Hz; None: 16000. Files contain their rate.
+            audio: B recordings (paths, or other sources that `features.extract_files` accepts), or B mono
+                waveforms (numpy arrays or tensors of shape (samples,)).
+            sample_rate: rate of the waveforms in Hz; None: 16000. The rate of a file is in its header.
             batch_seconds: most seconds of audio, padding included, that go through the model at once; this
-                bounds its memory. A longer clip goes alone.
-            long_audio: what is done with a clip longer than `window_s`. "whole": embed it in one piece, which
-                needs memory that grows with its length squared; "window": the mean of the embeddings of its
-                windows of that length, weighted by their lengths and scaled to unit norm; "error": refuse it.
-                The commands have "window" as their default (see `EncodeConfig`).
+                bounds its memory. A longer clip forms a batch of its own.
+            long_audio: what is done with a clip longer than `window_s`. "whole": embed it in one piece;
+                the memory grows with its length squared. "window": split it into windows of `window_s`, and
+                average their embeddings, weighted by length and scaled to unit norm. "error": refuse it. The
+                default of the commands is "window" (see `EncodeConfig`).
             window_s: seconds; 30, as in the paper's training.
-            slack_seconds: how far a `Segment` may reach behind the end of its recording before it counts as
-                truncated.
-            errors: a dictionary that receives the error of each recording that cannot be used, by position;
-                its row is NaN. None: the first error is raised.
+            slack_seconds: a `Segment` may reach this many seconds past the end of its recording; if it
+                reaches further, it counts as truncated.
+            errors: a dictionary that receives the error of each recording that cannot be used, by position.
+                The row of such a recording is NaN. None: the first error is raised.
             progress: True: progress is shown on standard error; a function: called with the number of
                 recordings embedded since its last call.
 
         Returns:
-            (B, D) unit-norm embeddings in the order given, on the model's device. A clip's embedding depends
-            on no other clip: alone or in any batch it is the same up to rounding.
+            (B, D) unit-norm embeddings in the order given, on the model's device. A clip's embedding does
+            not depend on the other clips, except for rounding.
 
         Raises:
             TypeError: one path or waveform instead of a list, or recordings and waveforms mixed.
@@ -432,8 +432,8 @@ class CLSP(nn.Module):
         tokenizer = Tokenizer.from_file(file) if file.exists() else None
         with torch.device("meta"):
             model = cls(config, tokenizer)
-        # load_state_dict evaluates the property `logit_scale`. To compute an exponential on the meta device,
-        # torch would import its compiler.
+        # load_state_dict evaluates the property `logit_scale`, an exponential. On the meta device torch would
+        # import its compiler for it. Therefore this parameter is on the CPU.
         model._parameters["logit_scale"] = nn.Parameter(torch.zeros(()))
         model.load_state_dict(model_folder.read_weights(path, model.state_dict()), strict=True, assign=True)
         return model.to(device=device, dtype=dtype).eval()
@@ -448,7 +448,7 @@ class CLSP(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the architecture, the weights with their dtypes, and the tokenizer.
 
-        Stored embeddings and results name the model that made them by it.
+        Stored embeddings and results use it as the name of the model that made them.
         """
         return model_folder.fingerprint(self.config, self.state_dict(), self._tokenizer_json)
 
@@ -462,7 +462,7 @@ class CLSP(nn.Module):
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            # Not inference_mode: a layer that is trained on top could not take its tensors as inputs.
+            # inference_mode is not used: a layer that is trained on top cannot take tensors made in it.
             with torch.no_grad():
                 yield
         finally:
@@ -471,7 +471,7 @@ class CLSP(nn.Module):
 
 
 def load_model(choice: ModelChoice, device: torch.device) -> CLSP:
-    """The model that a command was asked to use, on this device and in the precision chosen."""
+    """Reads the model of a command's options, in the chosen precision, onto the device."""
     dtype = torch.bfloat16 if choice.precision == "bf16" else torch.float32
     return CLSP.from_pretrained(choice.model, device=device, dtype=dtype)
 

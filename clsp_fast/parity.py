@@ -22,9 +22,9 @@ _DIFFERS = "DIFFERS"
 
 
 def check() -> int:
-    """Compares our features, lhotse's and torchaudio's with the float64 reference, on clips like speech.
+    """Compares our features, lhotse's and torchaudio's with the float64 reference, on speech-like clips.
 
-    Prints a table and a verdict. A library that is not installed or cannot be imported is named, and does not
+    Prints a table and a verdict. A library that is not installed or cannot be imported is named. It does not
     count as a difference.
 
     Returns:
@@ -38,7 +38,7 @@ def check() -> int:
             verdicts[name] = _verdict(name, compute, clips)
         except ImportError as error:
             verdicts[name] = f"is not installed ({error})"
-        except (OSError, RuntimeError, AttributeError) as error:  # it was built for another torch
+        except (OSError, RuntimeError, AttributeError) as error:  # often it was built for another torch
             verdicts[name] = f"is broken here ({error!r})"
     print("; ".join(f"{name} {verdict}" for name, verdict in verdicts.items()))
     return int(_DIFFERS in verdicts.values())
@@ -52,7 +52,7 @@ def _verdict(
 
 
 def _voices() -> list[Waveform]:
-    """Clips like speech: a voice of moving pitch with noise; hissing; a voice with digital silence."""
+    """Three speech-like clips: a voice of varying pitch with noise, a hiss, a voice with digital silence."""
     rng = np.random.default_rng(0)
     time_s = np.arange(5 * SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ
     phase = 2 * np.pi * np.cumsum(130 + 40 * np.sin(3 * time_s)) / SAMPLE_RATE_HZ
@@ -106,7 +106,7 @@ def _print_line(name: str, tail: Tail, clips: list[Waveform], features: list[_Fr
     peak = np.exp(truth).max(axis=1, keepdims=True)
     energy = float((np.abs(np.exp(values) - np.exp(truth)) / peak).max())
     print(f"{name:16s} {tail:8s} {worst:10.2e} {rms:10.2e} {energy:14.2e}")
-    # Rounding is 1e-6 of a frame's peak. In quiet bins it changes the logarithm by a few thousandths.
+    # float32 rounds to about 1e-6 of a frame's peak. In quiet bins that changes the logarithm by a few 1e-3.
     return worst <= 5e-3 and rms <= 1e-4 and energy <= 1e-5
 
 

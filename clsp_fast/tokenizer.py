@@ -20,15 +20,15 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _REQUIRED_TOKENS = ("<s>", "<pad>", "</s>")
 _PROBE = "A calm voice"
 _MAX_BYTES = 2**28
-"""Largest file of a tokenizer that is read. A vocabulary of 250,000 tokens has 2**24 bytes."""
+"""Largest tokenizer file that is read. The file of a vocabulary of 250,000 tokens has about 2**24 bytes."""
 
 
 class Tokenizer:
     """Captions -> token ids between <s> and </s>. The alphabet is bytes, so any text can be encoded.
 
     Args:
-        engine: a tokenizer whose vocabulary has <s>, <pad> and </s>. If it adds nothing to a caption, it gets
-            RoBERTa's template. Its padding, truncation and BPE dropout are switched off.
+        engine: a tokenizer whose vocabulary has <s>, <pad> and </s>. If it adds no tokens to a caption, it
+            gets RoBERTa's template. Its padding, truncation and BPE dropout are switched off.
 
     Raises:
         ValueError: it lacks one of the three tokens, or puts other tokens around a caption.
@@ -58,7 +58,7 @@ class Tokenizer:
             expected = f"<s> ({self.bos_id}) and </s> ({self.eos_id})"
             raise ValueError(
                 f"tokenizer must put a caption between {expected}, it gives {tokens[:1]} ... {tokens[-1:]} "
-                f"(ids {framed[:1]} ... {framed[-1:]}); use RoBERTa's, or remove its post_processor"
+                f"(ids {framed[:1]} ... {framed[-1:]}); give it RoBERTa's post_processor, or none"
             )
 
     def check_fits(self, config: TextConfig) -> None:
@@ -83,7 +83,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special tokens included."""
+        """Largest token id, special tokens included, plus 1."""
         return max(self._engine.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -142,11 +142,11 @@ class Tokenizer:
         try:
             return cls(Engine.from_str(*texts) if in_one_file else _roberta_engine(*texts))
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path} is no tokenizer: it is neither UTF-8 nor UTF-16") from error
+            raise ValueError(f"{path} is not a tokenizer: it is neither UTF-8 nor UTF-16") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception for a malformed file
-            raise ValueError(f"{path} is no tokenizer: {error}") from error
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one tokenizer.json."""

@@ -92,7 +92,7 @@ def test_weights(name: str, model_folder: Path, tmp_path: Path) -> None:
     file.write_bytes(SAFETENSORS[name])
     (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
     refused(lambda: CLSP.from_pretrained(tmp_path), r"model\.safetensors (is damaged|does not fit)")
-    refused(lambda: convert.read_checkpoint(file), r"model\.safetensors is no checkpoint")
+    refused(lambda: convert.read_checkpoint(file), r"model\.safetensors is not a checkpoint")
 
 
 @pytest.mark.parametrize("name", JSON)
@@ -100,7 +100,7 @@ def test_json(name: str, model_folder: Path, tmp_path: Path) -> None:
     for file in ("config.json", "tokenizer.json", "model.safetensors.index.json", "tasks.json"):
         (tmp_path / file).write_text(JSON[name], encoding="latin-1")
     refused(lambda: read_config(tmp_path), r"config\.json")
-    refused(lambda: Tokenizer.from_file(tmp_path), "no tokenizer|cannot be read|config")
+    refused(lambda: Tokenizer.from_file(tmp_path), "not a tokenizer|cannot be read|config")
     refused(lambda: convert.read_checkpoint(tmp_path), r"index\.json")
     for short in (True, False):
         refused(lambda short=short: read_tasks(tmp_path / "tasks.json", short=short), r"tasks\.json")

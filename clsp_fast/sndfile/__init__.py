@@ -1,7 +1,7 @@
-"""Decodes the formats that the extension does not, through libsndfile.
+"""Decodes, through libsndfile, the formats that the extension does not decode.
 
-Sound is decoded in blocks, so that no header can make it allocate. libsndfile trusts wrong and missing
-lengths; all that works around this is here.
+Sound is decoded in blocks of fixed size: a wrong length in a header cannot make it allocate much memory.
+libsndfile trusts wrong lengths, and guesses missing ones. This package corrects both.
 """
 
 from clsp_fast.sndfile.errors import DecodeError

@@ -1,8 +1,8 @@
-"""Where the sound of a file begins and ends, as its header states it, and what the file holds of it.
+"""Finds where the sound of a file begins and ends according to the header, and whether the file is truncated.
 
-libsndfile reads a file that is cut as if it were a shorter one, and in some containers it decodes the bytes
-behind the sound, too. To prevent both, the header is compared with the file first. The extension reads FLAC
-and most WAV files itself; only WAV files in other encodings get here.
+libsndfile reads a truncated file without an error. In some containers it also decodes the bytes after the
+sound. To prevent both, the header is compared with the file first. The extension itself reads FLAC and most
+WAV files; only WAV files in other encodings get here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _LONGEST_SEARCH = 1 << 20
 _BLOCK_BYTES = 1 << 20
 _LONGEST_HEAD = 64
 _MOST_CHUNKS = 65536
-# A writer that cannot go back to the header states a huge size, which means "up to the end of the file".
-# These are the smallest huge sizes in fields of 8 and 4 bytes. SoX rounds 0x7FFFF000, in AIFF 0x7F000000,
-# down to whole frames.
+# A writer that cannot seek back to the header states a huge size, which means "up to the end of the file".
+# These are the smallest sizes that count as huge, in fields of 8 and 4 bytes. SoX writes 0x7FFFF000, or
+# 0x7F000000 in AIFF, rounded down to whole frames.
 _LEAST_STREAM_SIZE = {8: 0x7FFFFF00, 4: 0x7FFF0000}
 _LEAST_AIFF_STREAM_SIZE = 0x7EFF0000
-# In these containers libsndfile decodes all bytes behind the sound as sound, even a pad byte.
+# In these containers libsndfile decodes all bytes after the sound as sound, even a pad byte.
 _READ_TOO_FAR = (b"RIFF", b"riff", b"NIST", b".snd", b"FORM")
 _AIFF_PCM = (b"NONE", b"twos", b"sowt", b"raw ", b"in24", b"in32", b"fl32", b"FL32", b"fl64", b"FL64")
 _NIST_FIELD = re.compile(rb"^(\w+) -[a-z0-9]+ (\S+)", re.MULTILINE)
@@ -33,13 +33,13 @@ class Extent:
     """Where the sound of a file is.
 
     Attributes:
-        begin: offset of its first byte.
-        end: offset behind its last byte, as the header states it; None: up to the end of the file.
-        present_end: offset behind the last byte that the file holds.
-        size_at: offset of the field that states the size.
-        size_layout: how that field is written, for `struct`.
-        size_bias: bytes that the field counts besides the sound.
-        extra_end: the end of chunks behind the sound that are needed to decode it.
+        begin: offset of the first byte of sound.
+        end: offset after the last byte of sound, according to the header; None: the end of the file.
+        present_end: offset after the last byte of sound in the file.
+        size_at: offset of the field that states the size; 0 if there is none.
+        size_layout: format of this field, for `struct`.
+        size_bias: bytes that this field counts besides the sound.
+        extra_end: offset that the file must reach according to other chunks; 0 if they require none.
         several: whether a second chunk of sound follows.
     """
 
@@ -60,14 +60,14 @@ class Extent:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a container of chunks is written."""
+    """The format of a container that consists of chunks."""
 
     first: int
     """Offset of the first chunk."""
     size_at: int
-    """Offset of the size in a chunk's head."""
+    """Offset of the size within a chunk's head."""
     size_layout: str
-    """How the size is written, for `struct`."""
+    """Format of the size, for `struct`."""
     head_bytes: int
     """Length of a chunk's head."""
     counted_head_bytes: int
@@ -105,8 +105,8 @@ def find_extent(file: IO[bytes], size: int) -> Extent | None:
 def has_second_file(file: IO[bytes], size: int, extent: Extent) -> bool:
     """Whether a second file of the same container follows the first, as after `cat a.au b.au`.
 
-    This searches for a whole header, since text or samples do not look like one by chance. It begins where
-    the sound ends; if the header does not state the end, where the sound begins.
+    A whole header is searched for, because text or samples do not look like a whole header by chance. The
+    search begins at the end of the sound; if the header does not state the end, at its beginning.
     """
     begin = extent.begin if extent.end is None else extent.end
     end = size if extent.end is None else min(size, begin + _LONGEST_SEARCH)
@@ -121,7 +121,7 @@ def has_second_file(file: IO[bytes], size: int, extent: Extent) -> bool:
 
 
 def _second_header(head: bytes) -> re.Pattern[bytes]:
-    """Matches the header of another file of the same container as the one that begins with `head`."""
+    """A pattern of headers of the same container as that of the file that begins with `head`."""
     magic = head[:4]
     if magic == b".snd":  # sound from byte 24 .. 65535 on, size, encoding 1 .. 27
         return re.compile(rb"\.snd\0\0(?:\0[\x18-\xff]|[^\0].).{4}\0\0\0[\x01-\x1b]", re.DOTALL)
@@ -135,7 +135,7 @@ def _second_header(head: bytes) -> re.Pattern[bytes]:
 
 
 def with_size(file: IO[bytes], extent: Extent) -> Iterator[bytes]:
-    """The parts of the file, with a header that states the size that the file holds."""
+    """Yields the parts of the file. The size in the header is replaced by the real size of the sound."""
     stated = struct.pack(extent.size_layout, extent.present_end - extent.begin + extent.size_bias)
     yield _read(file, 0, extent.size_at)
     yield stated
@@ -143,7 +143,7 @@ def with_size(file: IO[bytes], extent: Extent) -> Iterator[bytes]:
 
 
 def blocks(file: IO[bytes], begin: int, end: int | None = None) -> Iterator[bytes]:
-    """The bytes [begin, end) of a file in blocks of bounded size; up to the end of the file for None.
+    """The bytes [begin, end) of a file in blocks of bounded size. None: up to the end of the file.
 
     Raises:
         EOFError: the file ends before `end`.
@@ -160,7 +160,7 @@ def blocks(file: IO[bytes], begin: int, end: int | None = None) -> Iterator[byte
 
 
 def reads_too_far(head: bytes) -> bool:
-    """Whether libsndfile decodes the bytes behind the sound of a file that begins with `head`."""
+    """Whether libsndfile also decodes the bytes after the sound of a file that begins with `head`."""
     return head.startswith(_READ_TOO_FAR)
 
 
@@ -170,9 +170,9 @@ def _read(file: IO[bytes], offset: int, count: int) -> bytes:
 
 
 def _extent(begin: int, stated: int, size: int, at: int = 0, layout: str = "<q", bias: int = 0) -> Extent:
-    """Sound from `begin` on that takes `stated` bytes according to the header, in a file of `size` bytes."""
-    least = _LEAST_STREAM_SIZE[struct.calcsize(layout)] if layout != ">I" else _LEAST_AIFF_STREAM_SIZE
-    end = None if stated <= 0 or stated >= max(least - bias, size - begin + 1) else begin + stated
+    """The extent of sound that has `stated` bytes according to the header, in a file of `size` bytes."""
+    huge = _LEAST_STREAM_SIZE[struct.calcsize(layout)] if layout != ">I" else _LEAST_AIFF_STREAM_SIZE
+    end = None if stated <= 0 or stated >= max(huge - bias, size - begin + 1) else begin + stated
     present = size if end is None else min(end, size)
     return Extent(begin, end, present, at, layout, bias)
 
@@ -207,25 +207,25 @@ def _chunk_extent(file: IO[bytes], size: int, layout: _Layout) -> Extent | None:
         if extent is not None and (extent.end is None or extent.end > extent.begin):
             if tag in layout.data_tags and stated > layout.data_head_bytes:
                 return replace(extent, several=True)
-            # In CAF, the sizes of the packets follow compressed sound.
+            # In CAF, a chunk with the sizes of the packets follows compressed sound.
             if layout.size_layout == ">q" and tag == b"pakt":
                 return _extent_with_extra(extent, content + stated, size)
         elif tag in layout.data_tags:
             head_bytes = layout.data_head_bytes
-            begin, sound = content + head_bytes, stated - head_bytes
-            empty = (sound == 0 and head_bytes > 0) or stated == 0
+            begin, sound_bytes = content + head_bytes, stated - head_bytes
+            empty = (sound_bytes == 0 and head_bytes > 0) or stated == 0
             if empty and _only_chunks_follow(file, size, content + stated, layout):
                 extent = Extent(content, content, content)
             else:
                 bias = head_bytes + layout.counted_head_bytes
-                extent = _extent(begin, sound, size, at + layout.size_at, layout.size_layout, bias)
+                extent = _extent(begin, sound_bytes, size, at + layout.size_at, layout.size_layout, bias)
                 if extent.end is None and begin + aiff_bytes > size:
                     extent = replace(extent, extra_end=begin + aiff_bytes)
     return extent
 
 
 def _aiff_sound_bytes(comm: bytes) -> int:
-    """Size of the sound according to AIFF's COMM chunk; 0 if that does not state it, as in a stream."""
+    """Size of the sound according to AIFF's COMM chunk; 0 if it is not stated, as in a streamed file."""
     if len(comm) < 18:
         return 0
     channels, frames, bits = struct.unpack_from(">hIh", comm)
@@ -254,16 +254,16 @@ def _chunks(file: IO[bytes], size: int, layout: _Layout) -> Iterator[tuple[bytes
         if stated < 0:
             return
         at = content + stated
-        odd = -at % layout.align if layout.align > 2 else stated % layout.align
+        padding = -at % layout.align if layout.align > 2 else stated % layout.align
         # Some writers leave the pad byte out.
         if (
-            odd == 1
+            padding == 1
             and layout.align == 2
             and _is_tag(_read(file, at, 4))
             and not _is_tag(_read(file, at + 1, 4))
         ):
-            odd = 0
-        at += odd
+            padding = 0
+        at += padding
 
 
 def _is_tag(tag: bytes) -> bool:
@@ -271,7 +271,7 @@ def _is_tag(tag: bytes) -> bool:
 
 
 def _only_chunks_follow(file: IO[bytes], size: int, offset: int, layout: _Layout) -> bool:
-    """Whether there is nothing behind `offset`, or only whole chunks up to the end of the file."""
+    """Whether nothing follows at `offset`, or only whole chunks up to the end of the file."""
     if offset >= size:
         return True
     at = offset

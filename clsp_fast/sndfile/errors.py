@@ -1,4 +1,4 @@
-"""The error of a file that libsndfile cannot decode, or would decode wrongly."""
+"""The error of a file that libsndfile cannot decode, or would decode incorrectly."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """MP3 files: their ID3 tags, their frames, and the recordings that follow one another in a file.
 
-Where no frame states the length, libsndfile estimates it from the first frames and stops there, which is far
-off if the bit rate varies. Of joined files it reads only the first. `split_recordings` therefore finds every
-recording and puts a frame that states its length in front of it.
+If no frame states the length, libsndfile estimates it from the first frames, and stops decoding there. The
+estimate is far off if the bit rate varies. If several recordings follow one another, libsndfile reads only
+the first. Therefore `split_recordings` finds every recording, and puts a frame that states its length in
+front of it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _KBPS = (  # MPEG-2 and 2.5, MPEG-1
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
-# A layer III header with a valid version and rate, and with a bit rate that is stated.
+# A layer III header with a valid version and sample rate, and with a bit rate other than "free".
 _KBPS_AND_RATE = b"".join(rb"\x%x0-\x%xb" % (kbps, kbps) for kbps in range(1, 15))
 _HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][%s]." % _KBPS_AND_RATE, re.DOTALL)
 _LONGEST_GAP = 1 << 16
-"""Decoders stop if no frame follows within so many bytes."""
+"""Decoders stop if no frame follows within this many bytes."""
 _MANY_FRAMES = 10
 _ID3V1_BYTES = 128
 _ID3_HEAD_BYTES = 10
@@ -32,7 +33,7 @@ _ID3_FOOTER = 0x10
 
 
 class StatedLength(NamedTuple):
-    """What the first frame of a recording states about the frames that follow; 0 for what it leaves out."""
+    """What the first frame of a recording states about the frames that follow; 0: not stated."""
 
     frames: int
     bytes: int
@@ -53,7 +54,7 @@ def check_tag(file: IO[bytes], offset: int) -> None:
     if offset > size or (size < _ID3_HEAD_BYTES and file.read(3) == b"ID3"):
         raise DecodeError("the file ends within its ID3 tag", "truncated")
     if offset == size > 0:
-        raise DecodeError("the file ends behind its ID3 tag, before any sound", "truncated")
+        raise DecodeError("the file ends after its ID3 tag, before any sound", "truncated")
 
 
 def is_tagged_mpeg(file: IO[bytes], offset: int) -> bool:
@@ -97,10 +98,10 @@ def split_recordings(file: IO[bytes]) -> list[list[bytes | memoryview]] | None:
     """The recordings of an MP3 file, each as the parts of a file whose first frame states its length.
 
     Returns:
-        None if libsndfile reads the file as it is: it holds one recording, whose length is stated.
+        None if the file has one recording and states its length. libsndfile can read such a file.
 
     Raises:
-        DecodeError: a recording begins so far behind other bytes that a decoder would not reach it.
+        DecodeError: there are so many other bytes before a recording that a decoder would not reach it.
     """
     first = _audio_offset(file)
     file.seek(first)
@@ -109,7 +110,7 @@ def split_recordings(file: IO[bytes]) -> list[list[bytes | memoryview]] | None:
         return None
     stated = _stated_length(head)
     size = file.seek(0, os.SEEK_END) - first
-    # Most files state their length, and at most a short tag follows: they need not be read.
+    # Most files state their length, with at most a short tag after the sound. They need not be read whole.
     if stated and 0 <= size - stated.bytes <= _ID3V1_BYTES:
         return None
     file.seek(first)
@@ -126,13 +127,13 @@ def split_recordings(file: IO[bytes]) -> list[list[bytes | memoryview]] | None:
 
 
 def _audio_offset(file: IO[bytes]) -> int:
-    """Where the first frame should be: behind the ID3v2 tag, if there is one."""
+    """Where the first frame should be: after the ID3v2 tag, if there is one."""
     file.seek(0)
     return id3_bytes(file.read(10))
 
 
 def id3_bytes(head: bytes | memoryview) -> int:
-    """Length of the ID3v2 tag that `head` begins; 0 if it begins none."""
+    """Length of the ID3v2 tag at the beginning of `head`; 0 if there is none."""
     if len(head) < _ID3_HEAD_BYTES or head[:3] != b"ID3":
         return 0
     size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
@@ -140,7 +141,7 @@ def id3_bytes(head: bytes | memoryview) -> int:
 
 
 def frame_bytes(head: bytes | memoryview) -> int:
-    """Length of the layer III frame that `head` begins; 0 if it begins none (ISO 11172-3, 2.4.2.3)."""
+    """Length of the layer III frame at the beginning of `head` (ISO 11172-3, 2.4.2.3); 0 if there is none."""
     if len(head) < 4 or not is_mpeg(head):
         return 0
     version, layer, rate, kbps = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 2 & 3, head[2] >> 4
@@ -155,13 +156,13 @@ def length_frame(audio: memoryview) -> bytes:
     """A frame that states how many frames `audio` has, as encoders write it (the Xing header).
 
     The regular expression skips bytes that are no frame, which is faster than a loop over bytes. The count
-    ends at a gap of over `_LONGEST_GAP` bytes, where a decoder stops, too.
+    ends at a gap of over `_LONGEST_GAP` bytes, because a decoder stops there.
     """
     frames, at = 0, 0
     while match := _HEADER.search(audio, at, at + _LONGEST_GAP):
         at = match.start() + frame_bytes(audio[match.start() : match.end()])
         frames += at <= len(audio)
-    # The header of the first frame with bit rate 9 (enough room), without padding and checksum.
+    # The first frame's header, without padding and checksum. Bit rate index 9 leaves room for the body.
     head = bytes([0xFF, audio[1] | 1, 9 << 4 | audio[2] & 0x0C, audio[3]])
     body = head + bytes(_side_bytes(head)) + b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big")
     return body.ljust(frame_bytes(head), b"\0")
@@ -178,7 +179,7 @@ def _stated_length(frame: bytes | memoryview) -> StatedLength | None:
     if not frame_bytes(frame):
         return None
     side_bytes = _side_bytes(frame)
-    # Where there is a checksum, some encoders write the tag behind it, others as if it were not there.
+    # In a frame with a checksum, some encoders leave room for it before the tag; others do not.
     for at in (4 + side_bytes, 6 + side_bytes):
         tag = bytes(frame[at : at + 16])
         if len(tag) == 16 and tag.startswith((b"Xing", b"Info")):
@@ -202,9 +203,9 @@ def _recording_spans(audio: memoryview) -> list[tuple[int, int]]:
     A recording begins at a frame that states a length, at a frame of another kind, and where many more frames
     follow than were stated.
     """
-    begins, at, frames, in_step = [0], 0, 0, True
+    begins, at, frames, contiguous = [0], 0, 0, True
     kind, stated = _kind(audio), _stated_length(audio[:64])
-    while (begin := _next_frame(audio, at, kind if in_step else None)) is not None:
+    while (begin := _next_frame(audio, at, kind if contiguous else None)) is not None:
         head = audio[begin : begin + 64]
         stated_here = _stated_length(head)
         exceeded = stated is not None and frames == stated.frames > 0 and _many_frames_follow(audio, begin)
@@ -214,19 +215,19 @@ def _recording_spans(audio: memoryview) -> list[tuple[int, int]]:
         frames += stated_here is None
         at = begin + frame_bytes(head)
         # If no frame follows, this frame may be cut, and the next recording may begin within its length.
-        in_step = at >= len(audio) or _HEADER.match(audio, at) is not None
-        at = at if in_step else begin + 4
+        contiguous = at >= len(audio) or _HEADER.match(audio, at) is not None
+        at = at if contiguous else begin + 4
     return list(zip(begins, [*begins[1:], len(audio)], strict=True))
 
 
 def _next_frame(audio: memoryview, at: int, kind: _Kind | None) -> int | None:
-    """Where the next frame begins at or behind `at`; None if there is none. Tags and other bytes are skipped.
+    """Where the next frame begins, at `at` or later; None if there is none. Tags and other bytes are skipped.
 
-    Four bytes that look like a header can be chance. They count if they stand exactly at `at` and are of
-    `kind`, or if another frame of their kind, or the end of the file, follows them.
+    Other bytes can look like a frame by chance. A frame counts if it is exactly at `at` and of `kind`, or if
+    another frame of its kind or the end of the file follows it.
 
     Raises:
-        DecodeError: the frame begins so far behind other bytes that a decoder would not reach it.
+        DecodeError: there are so many other bytes before the frame that a decoder would not reach it.
     """
     gap_at = at
     while at < len(audio):
@@ -247,7 +248,7 @@ def _next_frame(audio: memoryview, at: int, kind: _Kind | None) -> int | None:
         gap = begin - gap_at
         if goes_on and gap > _LONGEST_GAP:
             fix = f"split them, or {CONVERT}"
-            raise DecodeError(f"a second recording follows behind {gap} bytes of something else; {fix}")
+            raise DecodeError(f"a second recording follows after {gap} bytes that are not MP3; {fix}")
         if goes_on or (len(following) < 4 and gap <= _LONGEST_GAP):
             return begin
         at = begin + 1
@@ -255,7 +256,7 @@ def _next_frame(audio: memoryview, at: int, kind: _Kind | None) -> int | None:
 
 
 def _many_frames_follow(audio: memoryview, at: int) -> bool:
-    """Whether more frames follow than the miscounted end of a recording would have."""
+    """Whether at least `_MANY_FRAMES` frames follow. Fewer can belong to a recording that states too few."""
     for _ in range(_MANY_FRAMES):
         size = frame_bytes(audio[at : at + 4])
         if size == 0:

@@ -1,7 +1,7 @@
 """The recordings that follow one another in an Ogg file (RFC 3533), and whether each is complete.
 
-libsndfile reads only the first recording, reads one without its end as if it were shorter, and cannot read
-FLAC in Ogg.
+libsndfile reads only the first recording. It reads a truncated one without an error, and cannot read FLAC in
+Ogg.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import IO
 _HEAD = struct.Struct("<4sBBqIIIB")
 _FIRST, _LAST = 2, 4
 LONGEST_HEAD = _HEAD.size + 255
-"""The longest that the head of a page can be, in bytes."""
+"""Largest size of the head of a page, in bytes."""
 _BLOCK_BYTES = 1 << 20
 _FLAC_HEAD = b"\x7fFLAC"
 _AUDIO = (b"\x01vorbis", b"OpusHead", b"Speex   ", _FLAC_HEAD)
@@ -21,7 +21,7 @@ _AUDIO = (b"\x01vorbis", b"OpusHead", b"Speex   ", _FLAC_HEAD)
 
 @dataclass
 class Recording:
-    """A logical stream.
+    """One logical stream.
 
     Attributes:
         head: the first 8 bytes of its first packet.
@@ -46,17 +46,17 @@ class MultiplexedError(Exception):
 
 
 def recordings(file: IO[bytes], size: int) -> list[Recording]:
-    """The audio streams of a file of `size` bytes, in their order.
+    """The audio streams of a file of `size` bytes, in the order of the file.
 
     Raises:
-        MultiplexedError: two of them run at the same time.
+        MultiplexedError: two streams run at the same time.
     """
     audio: list[Recording] = []
     by_serial: dict[int, Recording] = {}
     at, headers_only = 0, True
     while (page := _next_page(file, size, at)) is not None:
         at, flags, samples, serial, body_at, end = page
-        if end > size:  # the page is cut, and its stream with it
+        if end > size:  # the page is truncated, and so is its stream
             if serial in by_serial:
                 by_serial[serial].ended = False
             break
@@ -82,7 +82,7 @@ def recordings(file: IO[bytes], size: int) -> list[Recording]:
 def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int, int, int] | None:
     """(offset, flags, granule position, serial number, offset of the content, end) of the next page.
 
-    Of a page whose head is cut, the end lies behind the end of the file.
+    If the head of the page is truncated, the returned end is size + 1.
     """
     file.seek(at)
     head = file.read(LONGEST_HEAD)
@@ -103,7 +103,7 @@ def _next_page(file: IO[bytes], size: int, at: int) -> tuple[int, int, int, int,
 
 
 def _find_page(file: IO[bytes], at: int) -> int | None:
-    """Where the next page begins, at any distance behind `at`; None if there is none."""
+    """Where the next page begins, at `at` or anywhere after it; None if there is none."""
     while True:
         file.seek(at)
         block = file.read(_BLOCK_BYTES)
@@ -115,7 +115,7 @@ def _find_page(file: IO[bytes], at: int) -> int | None:
 
 
 def copy(file: IO[bytes], recording: Recording) -> bytes:
-    """One stream as a file: its pages, or a native FLAC file if it is FLAC."""
+    """The content of a file with this stream alone: its pages, or native FLAC if it is FLAC."""
     pages = []
     for offset, count in recording.pages:
         file.seek(offset)
@@ -124,10 +124,11 @@ def copy(file: IO[bytes], recording: Recording) -> bytes:
 
 
 def _native_flac(pages: list[bytes], recording: Recording) -> bytes:
-    """The native FLAC file: the packets are its blocks and frames. The first 9 bytes belong to Ogg."""
+    """The content of a native FLAC file: the joined contents of the pages, without Ogg's first 9 bytes."""
     content = [page[_HEAD.size + page[26] :] for page in pages]
     native = bytearray(b"".join(content)[9:])
-    # A writer that cannot go back leaves out the length, 36 bits of these 8 bytes. The pages state it.
+    # A writer that cannot seek back leaves the length 0. It is the lowest 36 bits of these 8 bytes. The pages
+    # state it, too.
     if len(native) >= 26 and recording.ended:
         (fields,) = struct.unpack_from(">Q", native, 18)
         if fields & ((1 << 36) - 1) == 0 and 0 < recording.samples < 1 << 36:

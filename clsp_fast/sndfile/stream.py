@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from soundfile import SoundFile
 
 UNKNOWN_LENGTH = 1 << 62
-"""`frames` of a stream is at least this where its file does not state its length."""
+"""Value of `Stream.frames` if the file does not state its length."""
 
 _BLOCK_SAMPLES = 1 << 18
 _MAGIC = (
@@ -61,13 +61,13 @@ class Stream:
     Attributes:
         parts: the recordings.
         sizes: frames of each recording.
-        missing: what the file lacks of what its header states, as a sentence; empty if nothing.
+        missing: what is missing in the file compared with its header, in words; empty if nothing.
     """
 
     def __init__(self, parts: Sequence[SoundFile], missing: str = "", sound_bytes: int | None = None) -> None:
         self.parts, self.missing = parts, missing
         self.sizes = [min(int(part.frames), UNKNOWN_LENGTH) for part in parts]
-        if sound_bytes is not None:  # libsndfile would decode the bytes behind the sound as sound
+        if sound_bytes is not None:  # libsndfile would decode the bytes after the sound as sound
             frame_bytes = _SAMPLE_BYTES[parts[0].subtype] * parts[0].channels
             self.sizes[0] = min(self.sizes[0], sound_bytes // frame_bytes)
         first = parts[0]
@@ -80,14 +80,14 @@ class Stream:
 
 
 class _Recordings(NamedTuple):
-    """What a file holds, prepared for libsndfile."""
+    """The recordings of a file, prepared for libsndfile."""
 
     files: list[IO[bytes]]
     """One file for each recording."""
     missing: str = ""
     """As in `Stream`."""
     sound_bytes: int | None = None
-    """Bytes of sound, where libsndfile would read on behind them."""
+    """Number of bytes of sound, if libsndfile would also decode the bytes after them."""
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def open_stream(
                 mp3.require_frames(file, 2)
                 raise DecodeError("cannot be decoded: no two MP3 frames follow one another") from error
             raise DecodeError(f"cannot be decoded: {error.error_string}") from error
-        # In encodings that work in blocks, libsndfile invents the rest of a block that is cut.
+        # In block-based encodings, libsndfile makes up the rest of a truncated block.
         if missing and not all(part.subtype in _SEEKABLE for part in opened):
             raise DecodeError(missing, "truncated")
         kinds = {(part.samplerate, part.channels) for part in opened}
@@ -191,9 +191,9 @@ def _read_part(
 
 
 def check_magic(head: bytes) -> None:
-    """Raises DecodeError, with the fix, unless a file that begins with `head` is in a format for libsndfile.
+    """Raises DecodeError, with the fix, if the file that begins with `head` has no format for libsndfile.
 
-    libsndfile by itself takes some text files for audio.
+    Without this check, libsndfile would decode some text files as audio.
     """
     if head.startswith(_MAGIC) or mp3.is_mpeg(head):
         return
@@ -204,16 +204,16 @@ def check_magic(head: bytes) -> None:
 
 
 def _begins_with_recording(file: IO[bytes]) -> bool:
-    """Whether a recording begins at the start of the file, where junk may have been removed."""
+    """Whether the file begins with a recording. Other bytes may have been removed before it."""
     head = file.read(16)
     if not mp3.is_mpeg(head):
         return head.startswith(_MAGIC)
     file.seek(mp3.frame_bytes(head))
-    return mp3.frame_bytes(head) > 0 and mp3.frame_bytes(file.read(4)) > 0  # one frame may be chance
+    return mp3.frame_bytes(head) > 0 and mp3.frame_bytes(file.read(4)) > 0  # one frame may be there by chance
 
 
 def _recordings(file: IO[bytes], guess: bool) -> _Recordings:
-    """What a file holds, with wrong and missing lengths corrected, so that libsndfile reads all the sound."""
+    """Prepares the recordings of a file. Wrong and missing lengths are corrected for libsndfile."""
     head = file.read(4) if file.seek(0) == 0 else b""
     size = file.seek(0, os.SEEK_END)
     if head.startswith(b"OggS"):
@@ -254,7 +254,7 @@ def _ogg_recordings(file: IO[bytes], size: int) -> _Recordings:
     missing = (
         "" if complete else "the last page of the Ogg stream is missing; decode and encode what is there"
     )
-    # The header goes on in the second page, and not even that begins.
+    # The header continues in the second page. If this page is missing, too, nothing can be decoded.
     if missing and len(recordings[-1].pages) == 1 and size - sum(recordings[-1].pages[0]) < ogg.LONGEST_HEAD:
         raise DecodeError("the Ogg stream ends within its header")
     if len(recordings) == 1 and not recordings[0].is_flac:
@@ -283,8 +283,8 @@ def _subtype(file: IO[bytes]) -> str:
 
 
 def _open_file(data: str | bytes | bytearray | memoryview) -> IO[bytes]:
-    """A file with a descriptor. From a descriptor, libsndfile judges by content and not by a name's suffix,
-    and it calls no Python code to read."""
+    """A file with a descriptor. If libsndfile gets a descriptor, it finds the format by content and not by
+    the suffix of a name, and it calls no Python code to read."""
     return Path(data).open("rb", buffering=0) if isinstance(data, str) else _memory_file([data])
 
 
@@ -303,7 +303,7 @@ def _memory_file(parts: Iterable[bytes | bytearray | memoryview]) -> IO[bytes]:
 
 
 def _copy_of(file: IO[bytes]) -> IO[bytes]:
-    """A second handle of the file, at its beginning, that can be closed alone."""
+    """A second handle of the file, at its beginning. It can be closed without closing the first."""
     file.seek(0)
     return os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
 
