@@ -30,7 +30,7 @@ void fbank_batch(const std::vector<Clip>& clips, float* out, std::size_t rows, i
                  Isa isa) {
   const std::size_t clip_size = checked_multiply(rows, kBins);
   checked_multiply(clips.size(), clip_size);
-  // Starting a thread takes about 15 us, so each gets at least 100 us of work: 4 s of audio.
+  // Starting a thread takes about 15 us, so each thread gets at least 100 us of work: 4 s of audio.
   constexpr std::size_t kSamplesPerThread = 4 * kSampleRate;
   std::size_t samples = 0;
   for (const Clip& clip : clips) samples += clip.samples.size();

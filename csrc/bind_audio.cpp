@@ -195,8 +195,7 @@ FloatArray povey_window() {
 
 void bind_audio(py::module_& m) {
   using py::arg;
-  clsp::fft_plan();  // computed at import: a process forked during the computation would wait
-                     // forever
+  clsp::fft_plan();  // at import, because a process forked during its computation would hang
 
   py::class_<clsp::LoadPolicy>(m, "LoadPolicy")
       .def(py::init([](int sample_rate_hz, double min_s, double max_s, double slack_s,

@@ -37,7 +37,7 @@ inline constexpr std::size_t kChain = 128;
 
 // One exponential serves both a row and a column if all peaks of the tile are this close to the
 // largest peak, or all normalisers to the middle between the lowest and the highest. The arguments
-// of its largest terms are then about 16 at most, which are rounded by 5e-7 at most.
+// of its largest terms are then about 16 at most, so their rounding error is 5e-7 at most.
 template <class T>
 constexpr T kClose = 16;
 
@@ -163,7 +163,6 @@ CLSP_INLINE void pack_audio(const Pass<T>& pass, std::size_t task) {
   }
 }
 
-// Packs kTaskRows rows of the panel's text.
 template <class M, class T>
 CLSP_INLINE void pack_text(const Pass<T>& pass, std::size_t task) {
   const std::size_t first = task * kTaskRows;

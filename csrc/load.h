@@ -18,7 +18,6 @@ struct LoadPolicy {
   float max_amplitude;
 };
 
-// The part of a recording to load.
 struct Part {
   double start_s = 0.0;
   double duration_s = -1.0;  // negative: up to the end
@@ -44,7 +43,6 @@ Loaded load(const LoadRequest& request, const LoadPolicy& policy, Isa isa);
 // Checks and resamples samples from another decoder.
 Loaded finish(Span<const float> samples, int sample_rate_hz, const LoadPolicy& policy, Isa isa);
 
-// What the header of a file states.
 struct Header {
   int channels, sample_rate_hz;
   std::uint64_t frames;

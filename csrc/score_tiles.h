@@ -45,7 +45,6 @@ struct TaskGrid {
   std::size_t tasks() const { return groups * segments; }
 };
 
-// The rows and the first column of one task.
 struct TaskRange {
   std::size_t group, first_column, first_row, end_row;
 
