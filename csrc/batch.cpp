@@ -30,12 +30,13 @@ void fbank_batch(const std::vector<Clip>& clips, float* out, std::size_t rows, i
                  Isa isa) {
   const std::size_t clip_size = checked_multiply(rows, kBins);
   checked_multiply(clips.size(), clip_size);
-  // Starting a thread takes some 15 us, so every thread gets at least 100 us of work: 4 s of audio.
+  // Starting a thread takes about 15 us, so each thread gets at least 100 us of work: 4 s of audio.
   constexpr std::size_t kSamplesPerThread = 4 * kSampleRate;
   std::size_t samples = 0;
   for (const Clip& clip : clips) samples += clip.samples.size();
-  const auto useful = static_cast<int>(std::min<std::size_t>(samples / kSamplesPerThread, 1024));
-  for_each(clips.size(), std::min(threads, useful), [&](std::size_t i) {
+  const auto max_threads =
+      static_cast<int>(std::min<std::size_t>(samples / kSamplesPerThread, 1024));
+  for_each(clips.size(), std::min(threads, max_threads), [&](std::size_t i) {
     float* const begin = out + i * clip_size;
     const std::size_t used = frame_count(clips[i].samples.size()) * kBins;
     if (used != 0) fbank(clips[i], begin, isa);

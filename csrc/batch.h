@@ -18,8 +18,8 @@ std::vector<Loaded> load_batch(const std::vector<LoadRequest>& requests, const L
 std::vector<Samples> resample_batch(const std::vector<Span<const float>>& waveforms, int from_hz,
                                     int to_hz, int threads, Isa isa);
 
-// Writes features into out (clips.size(), rows, kBins), and kPaddingValue behind the last frame of
-// each clip.
+// Writes features into out (clips.size(), rows, kBins). Rows after a clip's last frame get
+// kPaddingValue.
 void fbank_batch(const std::vector<Clip>& clips, float* out, std::size_t rows, int threads,
                  Isa isa);
 

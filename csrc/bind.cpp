@@ -1,4 +1,3 @@
-// The extension module.
 #include "bind.h"
 
 #ifdef CLSP_PLANTED_BUGS
@@ -6,7 +5,7 @@
 #endif
 
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
-  clsp::best_isa();  // a wrong CLSP_SIMD must stop the import, not a later call
+  clsp::best_isa();  // throws for a wrong CLSP_SIMD: at import, not in a later call
   m.attr("__version__") = CLSP_VERSION;
   m.def("instruction_sets", &clsp::instruction_sets);
   clsp_python::bind_audio(m);

@@ -1,5 +1,5 @@
-// What the files that know Python share. They check arguments, release the GIL, call the engine and
-// return arrays; they hold no loop over samples or embeddings.
+// Shared by the bind_* files. A binding checks its arguments, releases the GIL, calls the engine
+// and returns arrays. It has no loop over samples or embeddings.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -24,7 +24,7 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using FloatArray = Array<float>;
 
-// The elements of a C-contiguous array of T, writable unless T is const.
+// Returns the elements of a C-contiguous array of T, which must be writable unless T is const.
 template <class T>
 clsp::Span<T> parse_vector(const py::array& array, std::size_t size, const char* name) {
   if (!Array<std::remove_const_t<T>>::check_(array) ||

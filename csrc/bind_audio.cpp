@@ -1,4 +1,3 @@
-// Loading, resampling and features.
 #include <optional>
 
 #include "batch.h"
@@ -22,7 +21,7 @@ clsp::Span<const float> view(const FloatArray& array) {
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
-// Gives the samples to numpy without a copy.
+// Makes a numpy array that owns the samples, without a copy.
 FloatArray to_array(clsp::Samples samples) {
   auto owner = std::make_unique<clsp::Samples>(std::move(samples));
   const float* data = owner->data();
@@ -32,7 +31,7 @@ FloatArray to_array(clsp::Samples samples) {
   return FloatArray({size}, data, capsule);
 }
 
-// float32 array, or (reason, message).
+// Returns a float32 array, or (reason, message) if loading failed.
 py::object to_object(clsp::Loaded loaded) {
   if (loaded.reason.empty()) return to_array(std::move(loaded.samples));
   return py::make_tuple(loaded.reason, loaded.message);
@@ -43,25 +42,26 @@ clsp::Part parse_part(double start_s, std::optional<double> duration_s,
   return {start_s, duration_s.value_or(-1.0), channel.value_or(-1)};
 }
 
-// Requests, and the views that keep the Python buffers alive from which they read.
+// The requests read from `buffers`, which keeps the Python objects alive.
 struct Requests {
   std::vector<clsp::LoadRequest> items;
-  std::vector<py::buffer_info> held;
+  std::vector<py::buffer_info> buffers;
 };
 
-// `data`: a path, or a buffer, whose view is added to `held`.
+// Sets the path or the bytes of a request. `data` is a path, or a buffer, which is added to
+// `buffers`.
 void set_data(clsp::LoadRequest* request, const py::object& data,
-              std::vector<py::buffer_info>* held) {
+              std::vector<py::buffer_info>* buffers) {
   if (py::isinstance<py::bytes>(data) || !py::isinstance<py::str>(data)) {
-    held->push_back(data.cast<py::buffer>().request());
-    const py::buffer_info& info = held->back();
+    buffers->push_back(data.cast<py::buffer>().request());
+    const py::buffer_info& info = buffers->back();
     if (info.ndim > 1 || (info.ndim == 1 && info.strides[0] != info.itemsize)) {
       throw py::value_error("bytes must be contiguous");
     }
     request->bytes = {static_cast<const std::uint8_t*>(info.ptr),
                       static_cast<std::size_t>(info.size * info.itemsize)};
   } else {
-    // The bytes of the name in the file system, whatever the locale.
+    // The encoding of Python's own file functions, which need not be UTF-8.
     const auto name = py::reinterpret_steal<py::bytes>(PyUnicode_EncodeFSDefault(data.ptr()));
     if (!name) throw py::error_already_set();
     request->path = name.cast<std::string>();
@@ -78,7 +78,7 @@ Requests parse_requests(const py::list& sources) {
     clsp::LoadRequest request;
     request.part = parse_part(fields[1].cast<double>(), fields[2].cast<std::optional<double>>(),
                               fields[3].cast<std::optional<int>>());
-    set_data(&request, fields[0], &requests.held);
+    set_data(&request, fields[0], &requests.buffers);
     requests.items.push_back(std::move(request));
   }
   return requests;
@@ -98,12 +98,12 @@ py::list load_batch(const py::list& sources, const clsp::LoadPolicy& policy, int
   return out;
 }
 
-// (offset, channels, rate, frames); (offset,) if another decoder has to read it; or (reason,
-// message).
+// Returns (offset, channels, rate, frames), where frames is None if the header does not state them;
+// (offset,) if another decoder has to read the recording; or (reason, message) on failure.
 py::tuple probe(const py::object& source) {
   clsp::LoadRequest request;
-  std::vector<py::buffer_info> held;
-  set_data(&request, source, &held);
+  std::vector<py::buffer_info> buffers;
+  set_data(&request, source, &buffers);
   try {
     const clsp::Probed probed = [&] {
       const py::gil_scoped_release release;
@@ -144,11 +144,11 @@ py::tuple select_section(int channels, int sample_rate_hz, std::uint64_t frames,
 py::list resample_batch(const py::list& waveforms, int from_hz, int to_hz, int num_threads,
                         const std::string& isa_name) {
   const clsp::Isa isa = clsp::parse_isa(isa_name);
-  std::vector<FloatArray> held;
+  std::vector<FloatArray> inputs;
   std::vector<clsp::Span<const float>> views;
   for (const py::handle& item : waveforms) {
-    held.push_back(check_waveform(item));
-    views.push_back(view(held.back()));
+    inputs.push_back(check_waveform(item));
+    views.push_back(view(inputs.back()));
   }
   std::vector<clsp::Samples> resampled;
   {
@@ -168,11 +168,11 @@ void fbank_batch(const py::list& waveforms, const py::array& out, std::size_t pa
     throw py::value_error("out must be a writable float32 array (len(waveforms), rows, 128)");
   }
   const auto rows = static_cast<std::size_t>(out.shape(1));
-  std::vector<FloatArray> held;
+  std::vector<FloatArray> inputs;
   std::vector<clsp::Clip> clips;
   for (const py::handle& item : waveforms) {
-    held.push_back(check_waveform(item));
-    const clsp::Span<const float> samples = view(held.back());
+    inputs.push_back(check_waveform(item));
+    const clsp::Span<const float> samples = view(inputs.back());
     if (clsp::frame_count(samples.size()) > rows) throw py::value_error("out has too few rows");
     clips.push_back({samples, std::max(samples.size(), padded_size)});
   }
@@ -195,7 +195,7 @@ FloatArray povey_window() {
 
 void bind_audio(py::module_& m) {
   using py::arg;
-  clsp::fft_plan();  // made at import, so that no fork() happens while it is half made
+  clsp::fft_plan();  // at import, because a process forked during its computation would hang
 
   py::class_<clsp::LoadPolicy>(m, "LoadPolicy")
       .def(py::init([](int sample_rate_hz, double min_s, double max_s, double slack_s,

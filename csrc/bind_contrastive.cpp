@@ -1,4 +1,3 @@
-// Sums over the negative pairs of the contrastive loss.
 #include <utility>
 
 #include "bind.h"
@@ -26,12 +25,13 @@ clsp::Negatives<T> parse_negatives(const std::string& kind, const Array<T>& audi
 
 template <class T, class U>
 clsp::PerRowAndColumn<U> parse_sums(const clsp::Negatives<T>& pairs, const py::tuple& sums) {
-  const bool both = pairs.kind == clsp::NegativesKind::kSoftmax;
-  return {parse_vector<U>(sums[0].cast<py::array>(), pairs.audio.rows, "row sums"),
-          parse_vector<U>(sums[1].cast<py::array>(), both ? pairs.text.rows : 0, "column sums")};
+  const bool has_columns = pairs.kind == clsp::NegativesKind::kSoftmax;
+  return {
+      parse_vector<U>(sums[0].cast<py::array>(), pairs.audio.rows, "row sums"),
+      parse_vector<U>(sums[1].cast<py::array>(), has_columns ? pairs.text.rows : 0, "column sums")};
 }
 
-// A gradient with the size of its matrix, or null for an array without elements.
+// Returns the elements of a gradient, which has the size of `matrix`, or null if it is empty.
 template <class T>
 T* parse_gradient(const py::array& gradient, const Array<T>& matrix, const char* name) {
   if (gradient.size() == 0) return nullptr;
@@ -60,14 +60,14 @@ std::pair<double, double> sum_negatives_backward(const std::string& kind, const 
   const auto sums = parse_sums<T, const T>(pairs, out),
              d_sums = parse_sums<T, const T>(pairs, d_out);
   const auto logits = parse_vector<const T>(kept, static_cast<std::size_t>(kept.size()), "kept");
-  T* const by_audio = parse_gradient<T>(d_audio, audio, "d_audio");
-  T* const by_text = parse_gradient<T>(d_text, text, "d_text");
-  if (by_audio == nullptr && by_text == nullptr) {
+  T* const audio_gradient = parse_gradient<T>(d_audio, audio, "d_audio");
+  T* const text_gradient = parse_gradient<T>(d_text, text, "d_text");
+  if (audio_gradient == nullptr && text_gradient == nullptr) {
     throw py::value_error("d_audio or d_text must have elements");
   }
   const py::gil_scoped_release release;
   const clsp::ScalarGradients scalars =
-      clsp::sum_negatives_backward(pairs, sums, d_sums, logits, by_audio, by_text);
+      clsp::sum_negatives_backward(pairs, sums, d_sums, logits, audio_gradient, text_gradient);
   return {scalars.scale, scalars.bias};
 }
 

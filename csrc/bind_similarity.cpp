@@ -1,4 +1,3 @@
-// Ranks and nearest neighbours.
 #include <optional>
 
 #include "bind.h"
@@ -26,25 +25,26 @@ py::tuple rank_targets(const FloatArray& audio_array, const FloatArray& text_arr
 }
 
 void count_ahead(const FloatArray& audio_array, const FloatArray& text_array,
-                 std::size_t first_text, const py::tuple& audio_targets,
-                 const py::tuple& text_targets, const py::array& audio_ahead,
+                 std::size_t first_text, const py::tuple& audio_target_arrays,
+                 const py::tuple& text_target_arrays, const py::array& audio_ahead,
                  const py::array& text_ahead, int num_threads, const std::string& isa_name) {
   const clsp::Isa isa = clsp::parse_isa(isa_name);
   const auto [audio, text] = parse_matrices(audio_array, "audio", text_array, "text");
-  const auto targets = [](const py::tuple& pair, std::size_t size, const char* name) {
+  const auto parse_targets = [](const py::tuple& pair, std::size_t size, const char* name) {
     return clsp::Targets{parse_vector<const float>(pair[0].cast<py::array>(), size, name),
                          parse_vector<const std::int32_t>(pair[1].cast<py::array>(), size, name)};
   };
-  const clsp::Targets of_audio = targets(audio_targets, audio.rows, "audio_targets");
-  const clsp::Targets of_text = targets(text_targets, text.rows, "text_targets");
+  const clsp::Targets audio_targets =
+      parse_targets(audio_target_arrays, audio.rows, "audio_targets");
+  const clsp::Targets text_targets = parse_targets(text_target_arrays, text.rows, "text_targets");
   const auto audio_span = parse_vector<std::int64_t>(audio_ahead, audio.rows, "audio_ahead");
   const auto text_span = parse_vector<std::int64_t>(text_ahead, text.rows, "text_ahead");
   const py::gil_scoped_release release;
-  clsp::count_ahead(audio, text, first_text, of_audio, of_text, audio_span, text_span, num_threads,
-                    isa);
+  clsp::count_ahead(audio, text, first_text, audio_targets, text_targets, audio_span, text_span,
+                    num_threads, isa);
 }
 
-// The first row that is not finite, or None.
+// Returns the first of `rows` that is not finite, or None.
 std::optional<std::size_t> update_best(const FloatArray& query_array, const FloatArray& row_array,
                                        std::size_t first_row, const py::array& scores,
                                        const py::array& index, int num_threads,
@@ -57,9 +57,9 @@ std::optional<std::size_t> update_best(const FloatArray& query_array, const Floa
   const auto score_span = parse_vector<float>(scores, size, "scores");
   const auto index_span = parse_vector<std::int64_t>(index, size, "index");
   const py::gil_scoped_release release;
-  const std::size_t bad =
+  const std::size_t bad_row =
       clsp::update_best(queries, rows, first_row, k, score_span, index_span, num_threads, isa);
-  return bad == clsp::kNoRow ? std::nullopt : std::make_optional(bad);
+  return bad_row == clsp::kNoRow ? std::nullopt : std::make_optional(bad_row);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
-// Memory: views of it, arrays that are not cleared when they are made, and sizes that cannot wrap
-// around.
+// Views of memory, uninitialised arrays, and sizes that are checked for overflow.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +11,7 @@
 
 namespace clsp {
 
-// A view of `size` elements that somebody else owns.
+// A view of `size` elements, which it does not own.
 template <class T>
 class Span {
  public:
@@ -46,7 +45,7 @@ inline std::size_t checked_size(std::uint64_t value) {
   return static_cast<std::size_t>(value);
 }
 
-// A float array of changing size. It is not cleared, because every caller writes all of it.
+// A resizable float array. It is not initialised, because every caller writes all of it.
 class Samples {
  public:
   Samples() = default;
@@ -55,7 +54,7 @@ class Samples {
     data_.reset(static_cast<float*>(std::malloc(checked_multiply(size, sizeof(float)))));
     if (!data_) throw std::bad_alloc();
   }
-  // Keeps the samples that fit; added ones are not cleared.
+  // Keeps the first samples; added samples are not initialised.
   void resize(std::size_t size) {
     if (size == 0) {
       data_.reset();
@@ -80,7 +79,7 @@ class Samples {
   std::size_t size_ = 0;
 };
 
-// An array of fixed size that begins at a cache line. It is not cleared.
+// An array of fixed size, aligned to a cache line and not initialised.
 template <class T>
 class Buffer {
  public:

@@ -10,7 +10,7 @@
 namespace clsp {
 namespace {
 
-// Fewer multiply-adds than this take less time than starting a thread.
+// A product of fewer multiply-adds takes less time than starting a thread.
 constexpr std::size_t kSmallProduct = std::size_t{1} << 23;
 
 template <class T>
@@ -49,14 +49,14 @@ struct Task {
   }
 };
 
-// Runs a step, which has `count` tasks.
+// Runs the `count` tasks of a step.
 template <class T>
 void run_step(const Pass<T>& pass, Step step, std::size_t count) {
   const Task<T> task{pass, step};
   pass.pool.for_each(count, [&](std::size_t i) { dispatch(pass.pairs.isa, task, i); });
 }
 
-// Packs the operands of every panel, and calls `work` for it.
+// For each panel, packs its operands and calls work().
 template <class T, class F>
 void for_each_panel(Pass<T>& pass, const F& work) {
   const std::size_t all_rows = pass.pairs.audio.rows, all_columns = pass.pairs.text.rows;
@@ -73,7 +73,7 @@ void for_each_panel(Pass<T>& pass, const F& work) {
   }
 }
 
-// Writes the logarithms of sum * exp(peak).
+// Writes log(sum * exp(peak)).
 template <class T>
 void write_log_sums(std::size_t count, const T* peak, const T* sum, T* out) {
   std::transform(peak, peak + count, sum, out, [](T m, T s) { return m + std::log(s); });
@@ -92,8 +92,8 @@ double dot(const T* a, const T* b, std::size_t size) {
   return sum;
 }
 
-// Turns the product of G with the other embeddings into the gradient of these: multiplies it by the
-// scale. Returns the sum of <embedding, product> over all rows.
+// Multiplies `product` (G text, or G^T audio) by the scale, which makes it the gradient of
+// `embeddings`. Returns the sum of <embedding, product> over all rows, before the scale.
 template <class T>
 double scale_gradient(ThreadPool& pool, T scale, const Matrix<T>& embeddings, T* product) {
   const std::size_t depth = embeddings.depth;
@@ -111,7 +111,7 @@ double scale_gradient(ThreadPool& pool, T scale, const Matrix<T>& embeddings, T*
   return sum;
 }
 
-// How many rows of tiles fit `size` kept logits.
+// The number of whole rows of tiles in `size` kept logits.
 template <class T>
 std::size_t kept_row_tiles(const Negatives<T>& pairs, std::size_t size) {
   return size / (divide_up(pairs.text.rows, kTileColumns) * kTileLogits);
@@ -149,7 +149,7 @@ ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColum
                                        T* d_audio, T* d_text) {
   Workspace<T> workspace(pairs, true);
   ThreadPool pool(threads_for(pairs));
-  // Pass has one type for both passes; this one only reads the kept logits.
+  // Pass holds a pointer through which the forward pass writes; here the kept logits are only read.
   Pass<T> pass{pairs,
                workspace,
                pool,
@@ -170,8 +170,7 @@ ScalarGradients sum_negatives_backward(const Negatives<T>& pairs, PerRowAndColum
     if (d_audio != nullptr) run_step(pass, Step::kAddAudio, divide_up(pass.rows, kTaskRows));
     if (d_text != nullptr) run_step(pass, Step::kAddText, divide_up(pass.columns, kTaskRows));
   });
-  // sum_ij G_ij <audio_i, text_j>, summed over the rows of either side, is the gradient by the
-  // scale.
+  // Either sum is the gradient by the scale, sum_ij G_ij <audio_i, text_j>.
   double scale = 0;
   if (d_text != nullptr) scale = scale_gradient(pool, pairs.scale, pairs.text, d_text);
   if (d_audio != nullptr) scale = scale_gradient(pool, pairs.scale, pairs.audio, d_audio);

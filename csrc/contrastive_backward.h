@@ -1,4 +1,4 @@
-// The backward pass: G, the gradient by the logits, tile by tile, and its products with the
+// The backward pass computes G, the gradient by the logits, tile by tile, and multiplies it by the
 // embeddings.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace clsp {
 
-// For every row and column of a tile: the normaliser to subtract from its logits, and the gradient
-// by it. Both are 0 for rows and columns beyond the matrix.
+// For every row and column of a tile: the normaliser (log-sum-exp), which is subtracted from the
+// logits, and the gradient of the loss by it. Both are 0 beyond the edge of the matrix.
 template <class T>
 struct Normalisers {
   alignas(64) T row_shift[kTileRows], d_row[kTileRows];
@@ -28,8 +28,8 @@ struct Normalisers {
     }
   }
 
-  // Writes the middle between the lowest and the highest shift. Returns whether all shifts are so
-  // close to it that one exponential serves rows and columns.
+  // Writes the middle between the lowest and the highest shift. Returns whether all shifts are
+  // within kClose of it.
   bool find_middle(const Tile<T>& tile, T& middle) const {
     const auto row = std::minmax_element(row_shift, row_shift + tile.rows);
     const auto column = std::minmax_element(column_shift, column_shift + tile.columns);
@@ -40,8 +40,8 @@ struct Normalisers {
   }
 };
 
-// Writes G of a tile, and its sum. Same: the shift of every column is that of its row.
-template <class M, bool Same, class T>
+// Writes G of a tile, and the sum of G. SameShift: all rows and columns have the same shift.
+template <class M, bool SameShift, class T>
 CLSP_INLINE void write_softmax_gradient(const Pass<T>& pass, const Tile<T>& tile,
                                         const Normalisers<T>& n) {
   using V = typename M::Vector;
@@ -52,7 +52,7 @@ CLSP_INLINE void write_softmax_gradient(const Pass<T>& pass, const Tile<T>& tile
       const V s = load<V>(tile.logits + r * kTileColumns + c), d_column = load<V>(n.d_column + c);
       const V e = exp_lanes(s - shift);
       V g;
-      if constexpr (Same) {
+      if constexpr (SameShift) {
         g = e * (d_row + d_column);
       } else {
         g = d_row * e + d_column * exp_lanes(s - load<V>(n.column_shift + c));
@@ -74,9 +74,9 @@ CLSP_INLINE void softmax_gradient(const Pass<T>& pass, const Tile<T>& tile) {
     write_softmax_gradient<M, false>(pass, tile, n);
     return;
   }
-  // exp(s - shift) = exp(s - middle) exp(middle - shift): the second factor goes into d_row and
-  // d_column. Beyond the tile's rows and columns it must not overflow, because infinity times 0 is
-  // NaN.
+  // exp(s - shift) = exp(s - middle) exp(middle - shift). The second factor goes into d_row and
+  // d_column. These are 0 beyond the tile's rows and columns, where shift = middle keeps the factor
+  // finite, because infinity times 0 is NaN.
   std::fill(n.row_shift + tile.rows, n.row_shift + kTileRows, middle);
   std::fill(n.column_shift + tile.columns, n.column_shift + kTileColumns, middle);
   for (std::size_t r = 0; r < tile.rows; r += M::kLanes) {
@@ -118,7 +118,8 @@ CLSP_INLINE void differentiate_tile(const Pass<T>& pass, const Tile<T>& tile) {
   }
 }
 
-// Writes a micro-tile to a matrix, or adds it, as far as there are rows and columns.
+// Writes a micro-tile to `out`, or adds it. Ignores what exceeds the `rows` and `columns` that are
+// left in the matrix.
 template <class M, class T>
 CLSP_INLINE void write_product(const M& m, T* out, std::size_t stride, std::size_t rows,
                                std::size_t columns, bool add) {

@@ -1,5 +1,5 @@
-// The forward pass: a peak (maximum) and a sum relative to it for every row and column of a tile,
-// then those of a panel added to those of the panels before it.
+// The forward pass computes the peak (maximum) and the sum of exp(s - peak) of every row and column
+// of a tile. It then adds the results of each panel to those of the panels before it.
 #pragma once
 
 #include "contrastive_tiles.h"
@@ -7,14 +7,14 @@
 
 namespace clsp {
 
-// What to subtract from logits with this peak. For a peak of -infinity it is 0: their exponentials
-// are then 0, not NaN.
+// Returns what to subtract from logits with this peak: the peak, or 0 if the peak is -infinity,
+// because exp(-infinity - 0) is 0 but exp(-infinity + infinity) is NaN.
 template <class T, class V>
 CLSP_INLINE V shift_of(const V& peak) {
   return peak == -kInfinity<T> ? V{} : peak;
 }
 
-// Adds the partial (part_peak, part_sum) to (peak, sum), which stand for sum * exp(peak).
+// Adds (part_peak, part_sum) to (peak, sum). Each pair stands for the number sum * exp(peak).
 template <class T, class V>
 CLSP_INLINE void add_partial(T* peak, T* sum, const T* part_peak, const T* part_sum) {
   const V a = load<V>(peak), b = load<V>(part_peak);
@@ -23,7 +23,8 @@ CLSP_INLINE void add_partial(T* peak, T* sum, const T* part_peak, const T* part_
   store(peak, m);
 }
 
-// Writes the peaks of a tile's rows and columns. Returns whether all are close to the largest.
+// Writes the peaks of a tile's rows and columns. Returns whether all are within kClose of the
+// largest.
 template <class M, class T>
 CLSP_INLINE bool find_peaks(const Tile<T>& tile, T* row_peak, T* column_peak) {
   using V = typename M::Vector;
@@ -43,8 +44,8 @@ CLSP_INLINE bool find_peaks(const Tile<T>& tile, T* row_peak, T* column_peak) {
          std::all_of(column_peak, column_peak + tile.columns, close);
 }
 
-// Writes the sums of exponentials relative to the peaks. Same: all peaks are equal.
-template <class M, bool Same, class T>
+// Writes the sum of exp(s - peak) of every row and column. SamePeak: all peaks are equal.
+template <class M, bool SamePeak, class T>
 CLSP_INLINE void sum_exponentials(const Tile<T>& tile, const T* row_peak, const T* column_peak,
                                   T* row_sum, T* column_sum) {
   using V = typename M::Vector;
@@ -57,7 +58,7 @@ CLSP_INLINE void sum_exponentials(const Tile<T>& tile, const T* row_peak, const 
       const V s = load<V>(tile.logits + r * kTileColumns + c), e = exp_lanes(s - shift);
       sum += e;
       V of_column = e;
-      if constexpr (!Same) {
+      if constexpr (!SamePeak) {
         of_column = exp_lanes(s - shift_of<T>(load<V>(column_peak + c)));
       }
       store(column_sum + c, load<V>(column_sum + c) + of_column);
@@ -112,7 +113,7 @@ CLSP_INLINE void sum_tile(const Pass<T>& pass, const Tile<T>& tile) {
   }
 }
 
-// Adds the partial results of a panel to those of all rows and columns, tile by tile.
+// Adds the results of a panel's tiles to those of the panels before it.
 template <class M, class T>
 CLSP_INLINE void add_panel(const Pass<T>& pass) {
   using V = typename M::Vector;

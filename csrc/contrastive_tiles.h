@@ -1,8 +1,8 @@
-// What the forward and the backward pass of contrastive.cpp share: the memory they work in, and the
-// logits of one tile.
+// Shared by the forward and the backward pass of contrastive.cpp: memory, packing, and the logits
+// of a tile.
 //
-// Each function here and in contrastive_forward.h and contrastive_backward.h does one task of one
-// thread. M is the micro-tile it uses, which determines the element type and the size of vectors.
+// The functions here, in contrastive_forward.h and in contrastive_backward.h run within one task. M
+// is the type of the micro-tile, which determines the element type and the size of vectors.
 #pragma once
 
 #include <array>
@@ -15,42 +15,42 @@
 namespace clsp {
 
 inline constexpr std::size_t kTileLogits = kTileRows * kTileColumns;
-// Most rows and columns of tiles in a panel.
+// The largest number of rows and columns of tiles in a panel.
 inline constexpr std::size_t kPanelRowTiles = kPanelRows / kTileRows;
 inline constexpr std::size_t kPanelColumnTiles = kPanelColumns / kTileColumns;
-// Rows of audio, or of text, that one task packs, or whose gradient it adds to.
+// The rows of audio or text in one task that packs them or adds to their gradient.
 inline constexpr std::size_t kTaskRows = kTileRows;
 
-// The sums fill 24 of 32 vector registers, or 12 of 16; the others hold their operands.
+// The sums fill 24 of 32 vector registers, or 12 of 16; the other registers hold the operands.
 template <class T, std::size_t Bytes>
 using LogitMicroTile = MicroTile<T, Bytes, Bytes == 64 ? 12 : 6, 2>;
 
-// A multiple of the columns of every micro-tile: depths are rounded up to it.
+// Depths are rounded up to a multiple of this, and so of the columns of every micro-tile.
 inline constexpr std::size_t kDepthMultiple = 32;
 
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// Products in one chain of additions. A chain of 512 would round a logit of 100 by up to 1e-5.
+// A logit is the sum of chains of this many products. In one chain of 512 products, a logit of 100
+// would have a rounding error of up to 1e-5.
 inline constexpr std::size_t kChain = 128;
 
-// If all peaks of a tile are this close to the largest, or all normalisers to the middle between
-// the lowest and the highest, one exponential serves a row and a column: its argument is small
-// enough to be rounded by no more than 5e-7.
+// One exponential serves both a row and a column if all peaks of the tile are this close to the
+// largest peak, or all normalisers to the middle between the lowest and the highest. The arguments
+// of its largest terms are then about 16 at most, so their rounding error is 5e-7 at most.
 template <class T>
 constexpr T kClose = 16;
 
-// The memory that a pass works in.
 template <class T>
 struct Workspace {
-  std::size_t depth;  // of the operands packed by columns
+  std::size_t depth;  // of the operands packed by columns: a multiple of kDepthMultiple
   Buffer<T> audio_by_rows, audio_by_columns, text_by_rows, text_by_columns;
-  Buffer<T> logits;                   // of a panel, tile by tile; later G
+  Buffer<T> logits;                   // of a panel, tile by tile; the backward pass writes G here
   Buffer<T> row_peak, row_sum;        // of every row, over the panels so far
   Buffer<T> column_peak, column_sum;  // of every column, over the panels so far
-  // Of one panel. Of its rows, for each column of tiles:
+  // Of one panel: results of its rows in each column of tiles, and of its columns in each row of
+  // tiles.
   Buffer<T> partial_row_peak, partial_row_sum;
-  // Of its columns, for each row of tiles:
   Buffer<T> partial_column_peak, partial_column_sum;
   std::array<double, kPanelColumnTiles * kPanelRowTiles> gradient_sum;  // of each tile of a panel
 
@@ -79,17 +79,16 @@ struct Workspace {
   }
 };
 
-// One tile of a panel.
 template <class T>
 struct Tile {
-  std::size_t row_tile, column_tile;    // its number among the panel's rows and columns of tiles
-  std::size_t first_row, first_column;  // of the panel
-  std::size_t rows, columns;            // that exist: fewer at the edges of the matrix
+  std::size_t row_tile, column_tile;    // position in the panel, in tiles
+  std::size_t first_row, first_column;  // position in the panel, in logits
+  std::size_t rows, columns;            // within the matrix: fewer at its edges
   T* logits;
-  T* gradient;  // where G replaces the logits, unless these are kept
+  T* gradient;  // G; in the memory of the logits, unless they are kept
 };
 
-// What the tasks of a pass read and write.
+// The data that all tasks of a pass share.
 template <class T>
 struct Pass {
   const Negatives<T>& pairs;
@@ -110,14 +109,14 @@ struct Pass {
     return first_row / kTileRows + row_tile < kept_row_tiles;
   }
 
-  // Where a tile is in the workspace. The tiles of a column follow each other: together they are
-  // one matrix with rows of kTileColumns elements.
+  // The memory of a tile in the workspace. The tiles of one column of tiles follow each other:
+  // together they are one matrix with rows of kTileColumns elements.
   T* tile_workspace(std::size_t row_tile, std::size_t column_tile) const {
     return workspace.logits.data() + column_tile * Workspace<T>::panel_rows(pairs) * kTileColumns +
            row_tile * kTileLogits;
   }
 
-  // Tile number `i` of the panel, column by column.
+  // Tile number `i` of the panel. Tiles are numbered column by column.
   Tile<T> tile(std::size_t i) const {
     const std::size_t row_tile = i % row_tiles(), column_tile = i / row_tiles();
     const std::size_t row = row_tile * kTileRows, column = column_tile * kTileColumns;
@@ -140,7 +139,7 @@ struct Pass {
   }
 };
 
-// Packs rows of the panel, from `first` on, for the products of the backward pass.
+// Packs `matrix`, the panel's rows from `first` on, for the products of the backward pass.
 template <class M, class T>
 CLSP_INLINE void pack_panel_columns(const Pass<T>& pass, const Matrix<T>& matrix, std::size_t first,
                                     Buffer<T>& out) {
@@ -149,8 +148,8 @@ CLSP_INLINE void pack_panel_columns(const Pass<T>& pass, const Matrix<T>& matrix
                    first % kTileColumns * M::kColumns);
 }
 
-// Packs kTaskRows rows of the panel's audio: multiplied by the scale for the logits, unless these
-// are kept; and by columns for the backward pass.
+// Packs kTaskRows rows of the panel's audio. Logits that are not kept need them by rows, multiplied
+// by the scale; the backward pass needs them by columns.
 template <class M, class T>
 CLSP_INLINE void pack_audio(const Pass<T>& pass, std::size_t task) {
   const std::size_t first = task * kTaskRows;
@@ -164,7 +163,6 @@ CLSP_INLINE void pack_audio(const Pass<T>& pass, std::size_t task) {
   }
 }
 
-// Packs kTaskRows rows of the panel's text.
 template <class M, class T>
 CLSP_INLINE void pack_text(const Pass<T>& pass, std::size_t task) {
   const std::size_t first = task * kTaskRows;
@@ -185,8 +183,8 @@ CLSP_INLINE void mask_positives(const Pass<T>& pass, const Tile<T>& tile) {
   }
 }
 
-// Logits of a tile; -infinity for positive pairs, and in columns without a text up to the end of
-// the last micro-tile.
+// Computes the logits of a tile. They are -infinity for positive pairs, and for columns after the
+// last text up to the end of the micro-tile.
 template <class M, class T>
 CLSP_INLINE void compute_logits(const Pass<T>& pass, const Tile<T>& tile) {
   using V = typename M::Vector;

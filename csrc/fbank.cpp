@@ -12,9 +12,9 @@ namespace {
 
 #include "fbank_tables.inc"
 
-constexpr float kLeak = 0.03f;  // 1 - the pre-emphasis coefficient
-constexpr float kFloor = 1.1920929e-07f;
-constexpr int kBlock = 80;  // frames begin and end on multiples of 80 samples
+constexpr float kOneMinusEmphasis = 0.03f;  // the pre-emphasis coefficient is 0.97
+constexpr float kEnergyFloor = 1.1920929e-07f;
+constexpr int kBlock = 80;  // frames begin and end at multiples of 80 samples
 constexpr int kBlocksPerFrame = kWindow / kBlock;
 
 // Samples that L consecutive frames cover.
@@ -25,25 +25,25 @@ template <int L>
 struct Workspace {
   using V = typename Lanes<L>::Float;
   V even[FftPlan::kComplex];  // first samples, then powers in the order of position_of()
-  V odd[FftPlan::kComplex];   // first samples, then energies
-  V mean;                     // 0.03 x the mean of each frame, as pre-emphasis leaves it
+  V odd[FftPlan::kComplex];   // first samples, then energies of the mel filters
+  V scaled_mean;              // 0.03 x the mean of each frame
   alignas(64) float emphasised[kSpan<L>];
   float gathered[kSpan<L> + 1];
 };
 
-// Sample `index` of the clip with its zeros, mirrored at both ends without end.
+// Sample `index` of the zero-padded clip, which is mirrored again and again at both ends.
 float framed_sample(const Clip& clip, std::ptrdiff_t index) {
   const auto size = static_cast<std::ptrdiff_t>(clip.padded_size);
   std::ptrdiff_t i = index % (2 * size);
   if (i < 0) i += 2 * size;
   if (i >= size) i = 2 * size - 1 - i;
-  const auto inside = static_cast<std::size_t>(i);
-  return inside < clip.samples.size() ? clip.samples[inside] : 0.0f;
+  const auto mirrored = static_cast<std::size_t>(i);
+  return mirrored < clip.samples.size() ? clip.samples[mirrored] : 0.0f;
 }
 
-// Pointer to the samples of `frames` frames, of which `first` is the first; source[-1] is the
-// sample before them. Samples are copied only for groups of frames at an edge of the clip. L frames
-// are always readable; samples behind the last of `frames` have no meaning.
+// Returns a pointer to the samples of `frames` frames from frame `first` on; element -1 is the
+// sample before them. Copies samples only for frames at an edge of the clip. L frames are always
+// readable, but samples after the last of `frames` have no meaning.
 template <int L>
 const float* group_source(const Clip& clip, std::size_t first, std::size_t frames,
                           Workspace<L>& w) {
@@ -51,19 +51,19 @@ const float* group_source(const Clip& clip, std::size_t first, std::size_t frame
   const auto begin = static_cast<std::ptrdiff_t>(first * kHop) - kLeft;
   if (begin >= 1 && begin + kSpan<L> <= size) return clip.samples.data() + begin;
   const auto end = begin + static_cast<std::ptrdiff_t>((frames - 1) * kHop) + kWindow;
-  const std::ptrdiff_t inside = std::max<std::ptrdiff_t>(begin - 1, 0);
+  const std::ptrdiff_t inside_begin = std::max<std::ptrdiff_t>(begin - 1, 0);
   const std::ptrdiff_t inside_end = std::min(size, end);
   float* out = w.gathered;
-  for (std::ptrdiff_t i = begin - 1; i < inside; ++i) *out++ = framed_sample(clip, i);
-  out = std::copy(clip.samples.data() + inside, clip.samples.data() + inside_end, out);
+  for (std::ptrdiff_t i = begin - 1; i < inside_begin; ++i) *out++ = framed_sample(clip, i);
+  out = std::copy(clip.samples.data() + inside_begin, clip.samples.data() + inside_end, out);
   for (std::ptrdiff_t i = inside_end; i < end; ++i) *out++ = framed_sample(clip, i);
   std::fill(out, w.gathered + kSpan<L> + 1, 0.0f);
   return w.gathered + 1;
 }
 
-// Removing the mean and pre-emphasis commute up to a factor:
-// (x[i] - mean) - 0.97 (x[i-1] - mean) = (x[i] - 0.97 x[i-1]) - 0.03 mean,
-// so pre-emphasis is done once for each sample, and sums over blocks of 80 give the means.
+// The reference subtracts each frame's mean before pre-emphasis. Pre-emphasis may also come first:
+// (x[i] - mean) - 0.97 (x[i-1] - mean) = (x[i] - 0.97 x[i-1]) - 0.03 mean.
+// It is then computed once for each sample. Sums over blocks of 80 samples give the means.
 template <int L>
 CLSP_INLINE void emphasise(const float* source, Workspace<L>& w) {
   using V = typename Workspace<L>::V;
@@ -72,19 +72,19 @@ CLSP_INLINE void emphasise(const float* source, Workspace<L>& w) {
   for (int b = 0; b < kBlocks; ++b) {
     V sum{};
     for (int i = b * kBlock; i < (b + 1) * kBlock; i += L) {
-      const V x = load<V>(source + i), before = load<V>(source + i - 1);
+      const V x = load<V>(source + i), previous = load<V>(source + i - 1);
       sum += x;
-      // x - 0.97 before, in an order that rounds less: samples close to each other subtract
-      // exactly, and the rounding error of 0.03 x before is 33 times smaller than that of 0.97 x
-      // before.
-      store(w.emphasised + i, (x - before) + before * kLeak);
+      // This order of x - 0.97 previous rounds less: the difference of samples close to each other
+      // is exact, and the rounding error of 0.03 previous is about 32 times smaller than that of
+      // 0.97 previous.
+      store(w.emphasised + i, (x - previous) + previous * kOneMinusEmphasis);
     }
     sums[b] = horizontal_sum(sum);
   }
   for (int lane = 0; lane < L; ++lane) {
     float total = 0.0f;
     for (int b = 0; b < kBlocksPerFrame; ++b) total += sums[lane * (kHop / kBlock) + b];
-    w.mean[lane] = total * (kLeak / kWindow);
+    w.scaled_mean[lane] = total * (kOneMinusEmphasis / kWindow);
   }
 }
 
@@ -93,12 +93,12 @@ CLSP_INLINE void put_sample(Workspace<L>& w, int i, const typename Workspace<L>:
   // Half the window: power_spectrum() returns |2 X|^2.
   const float window = 0.5f * kPoveyWindow[i];
   auto* const half = i % 2 ? w.odd : w.even;
-  half[i / 2] = x * window - w.mean * window;
+  half[i / 2] = x * window - w.scaled_mean * window;
 }
 
 // Turns L rows, one for each frame, into windowed columns, one for each sample. Frame l + 1 starts
-// 160 samples after frame l, so column i + 160 is column i moved by one lane: only a third of the
-// tiles need a transpose.
+// 160 samples after frame l, so column i + 160 is column i moved by one lane. Only the first 160 of
+// 400 columns need a transpose.
 template <int L>
 CLSP_INLINE void window_columns(Workspace<L>& w) {
   using V = typename Workspace<L>::V;
@@ -118,8 +118,8 @@ CLSP_INLINE void window_columns(Workspace<L>& w) {
       }
     }
   }
-  // The window is 0 here, but 0 times NaN is NaN, and this pre-emphasised sample depends on the
-  // sample before the frame, which may be NaN.
+  // The window is 0 here. But this pre-emphasised sample depends on the sample before the frame. If
+  // that is NaN, so is the product with 0, although the frame itself may be valid.
   w.even[0] = V{};
 }
 
@@ -129,7 +129,8 @@ constexpr std::array<int, kBins> first_weights() {
   return first;
 }
 
-// The energy of filter M: the weighted sum of FFT bins kMelFirst[M] and kMelFirst[M] + 1 + I...
+// Writes the energy of filter M: the weighted sum of FFT bins kMelFirst[M] and all
+// kMelFirst[M] + 1 + I.
 template <int M, int L, int... I>
 CLSP_INLINE void mel_filter(Workspace<L>& w, std::integer_sequence<int, I...>) {
   constexpr int kFirst = kMelFirst[M];
@@ -137,21 +138,21 @@ CLSP_INLINE void mel_filter(Workspace<L>& w, std::integer_sequence<int, I...>) {
   auto energy = w.even[position_of(kFirst)] * kWeights[0];
   ((energy += w.even[position_of(kFirst + 1 + I)] * kWeights[1 + I]), ...);
   // A filter without bins gives 0, or NaN if the rest of the frame is NaN.
-  w.odd[M] = kMelCount[M] == 0 ? w.mean - w.mean : energy;
+  w.odd[M] = kMelCount[M] == 0 ? w.scaled_mean - w.scaled_mean : energy;
 }
 
-// Unrolled over all filters: loop lengths, indices and weights become constants of the code, and
-// neighbouring filters load the powers that both use once.
+// Unrolled over all filters: loop lengths, indices and weights become compile-time constants, and
+// the powers that two neighbouring filters share are loaded once.
 template <int L, int... M>
 CLSP_INLINE void mel_filters(Workspace<L>& w, std::integer_sequence<int, M...>) {
   (mel_filter<M>(w, std::make_integer_sequence<int, std::max(kMelCount[M] - 1, 0)>{}), ...);
 }
 
-// Logarithms of the energies, stored as rows of `count` frames.
+// Stores the logarithms of the energies: one row for each of `count` frames.
 template <int L>
 CLSP_INLINE void store_logarithms(const Workspace<L>& w, float* rows, std::size_t count) {
   using V = typename Workspace<L>::V;
-  const V floor = broadcast<V>(kFloor);
+  const V floor = broadcast<V>(kEnergyFloor);
   for (int m = 0; m < kBins; m += L) {
     V tile[L];
 #pragma GCC unroll 16

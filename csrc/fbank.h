@@ -18,9 +18,9 @@ constexpr float kPaddingValue = -23.025850929940457f;  // log(1e-10), far below 
 
 inline std::size_t frame_count(std::size_t samples) { return (samples + kHop / 2) / kHop; }
 
-// One clip as the framing sees it: `samples`, then zeros up to `padded_size`, then the mirror image
-// of both. The reference sets padded_size to samples.size() in inference, and to the size of the
-// batch's longest clip in training.
+// Frames are cut from `samples`, followed by zeros up to `padded_size`, all mirrored at both ends.
+// The reference sets padded_size to samples.size() in inference, and to the size of the batch's
+// longest clip in training.
 struct Clip {
   Span<const float> samples;
   std::size_t padded_size;

@@ -1,11 +1,11 @@
 // Power spectrum of 512 real samples, one frame in each vector lane.
 //
-// The 512 real samples are read as 256 complex ones z[j] = x[2j] + i x[2j+1]; their transform is
-// three in-place decimation-in-frequency passes of radix 8, 8 and 4, and the real spectrum is
-// X[k] = E[k] + w^k O[k], w = exp(-2 pi i / 512), with E and O the transforms of the even and odd
-// samples. Frequencies leave the passes in digit-reversed order; since every lane has the same
-// order, this costs nothing but an index. All passes work in the memory of the samples: for 16
-// lanes it is 32 KB, the whole first-level cache of most processors.
+// The 512 real samples are read as 256 complex samples z[j] = x[2j] + i x[2j+1]. Their transform Z
+// takes three decimation-in-frequency passes of radix 8, 8 and 4. The real spectrum is
+// X[k] = E[k] + w^k O[k], where w = exp(-2 pi i / 512), and E and O are the transforms of the even
+// and odd samples. The passes leave the frequencies in digit-reversed order, which is the same in
+// every lane: position_of() gives the index. All passes work in place, because the samples of 16
+// lanes take 32 KB, the whole first-level cache of most processors.
 #pragma once
 
 #include "simd.h"
@@ -22,7 +22,8 @@ struct FftPlan {
   Twiddle split[33][4];  // exp(-2 pi i (k + 64 r) / 512)
 };
 
-// Where the passes leave frequency k; k, k + 64, k + 128 and k + 192 are neighbours.
+// The index of frequency k after the passes. Frequencies k, k + 64, k + 128 and k + 192 are
+// neighbours.
 constexpr int position_of(int k) { return k % 8 * 32 + k / 8 % 8 * 4 + k / 64; }
 
 const FftPlan& fft_plan();
@@ -47,7 +48,7 @@ CLSP_INLINE Complex<V> operator*(const Complex<V>& a, const FftPlan::Twiddle& t)
   return {a.re * t.re - a.im * t.im, a.re * t.im + a.im * t.re};
 }
 
-// -i (a - b), which a radix-4 butterfly needs.
+// -i (a - b)
 template <class V>
 CLSP_INLINE Complex<V> minus_i_difference(const Complex<V>& a, const Complex<V>& b) {
   return {a.im - b.im, b.re - a.re};
@@ -64,17 +65,17 @@ CLSP_INLINE void butterfly4(const Complex<V>* in, Complex<V>* out, int out_step)
   out[3 * out_step] = left - turned;
 }
 
-// out[r] = sum_j in[j] exp(-2 pi i j r / 8), where in[Live] .. in[7] are 0 and are not read.
-template <int Live, class V>
+// out[r] = sum_j in[j] exp(-2 pi i j r / 8). in[NonZero] .. in[7] are 0 and are not read.
+template <int NonZero, class V>
 CLSP_INLINE void butterfly8(const Complex<V>* in, Complex<V>* out) {
-  static_assert(Live >= 6 && Live <= 8);
+  static_assert(NonZero >= 6 && NonZero <= 8);
   constexpr float kHalfRoot = 0.70710678118654752f;
   Complex<V> sum2 = in[2], turned2 = {in[2].im, -in[2].re}, sum3 = in[3], d3 = in[3];
-  if constexpr (Live > 6) {
+  if constexpr (NonZero > 6) {
     sum2 = in[2] + in[6];
     turned2 = minus_i_difference(in[2], in[6]);
   }
-  if constexpr (Live > 7) {
+  if constexpr (NonZero > 7) {
     sum3 = in[3] + in[7];
     d3 = in[3] - in[7];
   }
@@ -89,12 +90,12 @@ CLSP_INLINE void butterfly8(const Complex<V>* in, Complex<V>* out) {
 }
 
 // The radix-8 butterfly of points 0, Q, ..., 7 Q, with the twiddles of the pass.
-template <int Q, int Live, class V>
+template <int Q, int NonZero, class V>
 CLSP_INLINE void step8(V* re, V* im, const FftPlan::Twiddle* twiddles) {
   Complex<V> in[8], out[8];
 #pragma GCC unroll 8
-  for (int q = 0; q < Live; ++q) in[q] = {re[q * Q], im[q * Q]};
-  butterfly8<Live>(in, out);
+  for (int q = 0; q < NonZero; ++q) in[q] = {re[q * Q], im[q * Q]};
+  butterfly8<NonZero>(in, out);
 #pragma GCC unroll 8
   for (int q = 0; q < 8; ++q) {
     const Complex<V> y = q == 0 ? out[0] : out[q] * twiddles[q];
@@ -103,7 +104,7 @@ CLSP_INLINE void step8(V* re, V* im, const FftPlan::Twiddle* twiddles) {
   }
 }
 
-// |2 X[k]|^2 and |2 X[256 - k]|^2 from Z[k], Z[256 - k] and w^k.
+// Computes |2 X[k]|^2 and |2 X[256 - k]|^2 from Z[k], Z[256 - k] and w^k.
 template <class V>
 CLSP_INLINE void split_powers(const Complex<V>& z, const Complex<V>& mirrored,
                               const FftPlan::Twiddle& twiddle, V& power, V& mirrored_power) {
@@ -122,12 +123,12 @@ CLSP_INLINE void last_butterfly(const V* re, const V* im, int block, Complex<V>*
   butterfly4(in, out, 1);
 }
 
-// The radix-4 pass and the split in one. Block k holds frequencies k + 64 r; their mirror images,
-// frequencies (64 - k) + 64 (3 - r), are in block 64 - k. Powers go to `re`.
+// Does the radix-4 pass and split_powers() together. Block k holds frequencies k + 64 r. Their
+// mirror images, frequencies (64 - k) + 64 (3 - r), are in block 64 - k. Writes the powers to `re`.
 template <class V>
 CLSP_INLINE void last_pass(V* re, V* im, const FftPlan& plan) {
   Complex<V> z[4], mirrored[4];
-  last_butterfly(re, im, 0, z);  // a block that mirrors itself; frequency 0 is not needed
+  last_butterfly(re, im, 0, z);  // block 0 is its own mirror image; frequency 0 is not needed
   split_powers(z[1], z[3], plan.split[0][1], re[1], re[3]);
   split_powers(z[2], z[2], plan.split[0][2], re[2], re[2]);
   for (int k = 1; k <= 32; ++k) {
@@ -142,9 +143,9 @@ CLSP_INLINE void last_pass(V* re, V* im, const FftPlan& plan) {
   }
 }
 
-// From 200 even samples in re[0 .. 199] and 200 odd ones in im[0 .. 199], followed by zeros that
-// need not be stored, to |2 X[k]|^2 at re[position_of(k)] for k = 1 .. 255. Overwrites im. The
-// factor 2 is left to the caller, who halves the window, which is exact.
+// Reads 200 even samples from re[0 .. 199] and 200 odd samples from im[0 .. 199]; the zeros after
+// them need not be stored. Writes |2 X[k]|^2 to re[position_of(k)] for k = 1 .. 255, and overwrites
+// im. The caller removes the factor 2: it halves the window, which is exact.
 template <class V>
 CLSP_INLINE void power_spectrum(V* re, V* im, const FftPlan& plan) {
   for (int j = 0; j < 8; ++j) step8<32, 7>(re + j, im + j, plan.first[j]);

@@ -12,7 +12,7 @@ namespace clsp {
 namespace {
 
 constexpr std::uint8_t kStreamInfoBytes = 34;
-constexpr std::size_t kWindow = std::size_t{1} << 16;
+constexpr std::size_t kWindowBytes = std::size_t{1} << 16;
 
 std::uint32_t big_endian(const std::uint8_t* p, int bytes) {
   std::uint32_t value = 0;
@@ -20,7 +20,7 @@ std::uint32_t big_endian(const std::uint8_t* p, int bytes) {
   return value;
 }
 
-// The part of the file from one offset on that is in memory; it grows as bytes are asked for.
+// The bytes of the file from offset() on that are in memory. Reads more bytes when they are needed.
 class Window {
  public:
   explicit Window(const ByteSource& source) : source_(source) {}
@@ -35,9 +35,9 @@ class Window {
     offset_ = offset;
   }
 
-  // At least `wanted` bytes, or fewer at the end of the file; kFlacGuard more are readable. Reads
-  // `at_once` bytes at a time.
-  Span<const std::uint8_t> bytes(std::size_t wanted, std::size_t at_once = kWindow) {
+  // Returns at least `wanted` bytes, or fewer at the end of the file. kFlacGuard more bytes are
+  // readable. When bytes are missing, reads until at least `at_once` bytes are in memory.
+  Span<const std::uint8_t> bytes(std::size_t wanted, std::size_t at_once = kWindowBytes) {
     if (size_ < wanted && !complete()) {
       const std::uint64_t left = source_.size() - offset_;
       const auto target =
@@ -63,7 +63,6 @@ class Window {
   std::size_t first_ = 0, size_ = 0;
 };
 
-// Reads the frames of a stream, one after the other.
 class FrameReader {
  public:
   FrameReader(const ByteSource& source, const FlacInfo& info, Isa isa)
@@ -71,12 +70,12 @@ class FrameReader {
     go_to({info.data_offset, 0, std::nullopt});
   }
 
-  // The first sample of the next frame, counted from the start of the stream.
+  // Where the next frame begins: the number of samples before it, and its offset in the file.
   std::uint64_t position() const { return next_.position; }
   std::uint64_t offset() const { return next_.offset; }
   const FlacFrameDecoder& decoder() const { return decoder_; }
 
-  // Whether nothing follows, or only an ID3v1 tag.
+  // Whether the file ends here, or after an ID3v1 tag.
   bool at_end() {
     const Span<const std::uint8_t> rest = window_.bytes(kTagBytes + 1);
     return rest.size() == 0 ||
@@ -142,7 +141,7 @@ class FrameReader {
       if (header.fixed_block && info_.min_block != info_.max_block) return;
       const Place place = bisect(header, target);
       go_to(place);
-      decode_next();  // bits in the middle of a frame may look like the start of one
+      decode_next();  // throws if bytes in the middle of a frame only look like a header
       go_to(place);
     } catch (const FlacDamage&) {
       go_to(start);
@@ -164,12 +163,12 @@ class FrameReader {
     window_.move_to(place.offset);
   }
 
-  // A frame at or before sample `target`, at most kWindow bytes before the last such frame.
-  // `first`: the header of the next frame.
+  // Finds a frame that begins at or before sample `target`, at most kWindowBytes bytes before the
+  // last such frame. `first`: the header of the next frame.
   Place bisect(const FlacFrameHeader& first, std::uint64_t target) {
     Place best{next_.offset, 0, first.number};
     std::uint64_t end = file_bytes_;
-    while (end - best.offset > kWindow) {
+    while (end - best.offset > kWindowBytes) {
       const std::uint64_t middle = best.offset + (end - best.offset) / 2;
       const std::optional<Place> place = find_frame(middle, end, first);
       if (place && place->position > best.position && place->position <= target) {
@@ -216,7 +215,7 @@ class FrameReader {
   FlacFrameDecoder decoder_;
   std::uint64_t file_bytes_;
   Place next_{};
-  std::size_t frame_bytes_ = std::size_t{1} << 13;  // read at once: 1.5 x the largest frame so far
+  std::size_t frame_bytes_ = std::size_t{1} << 13;  // read first: 1.5 x the largest frame so far
 };
 
 }  // namespace
@@ -225,7 +224,7 @@ FlacInfo parse_flac(const ByteSource& source, std::uint64_t offset) {
   offset += 4;
   FlacInfo info{};
   std::uint8_t head[4];
-  // The cap bounds the time for a file that is full of empty blocks.
+  // The limit bounds the time for a file that is full of empty blocks.
   for (int blocks = 0; blocks < 65536; ++blocks) {
     const bool cut = source.read(offset, head, sizeof head) < sizeof head;
     if (cut && blocks > 0) throw AudioFailure("truncated", "the file ends within its metadata");
@@ -259,7 +258,8 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
   FrameReader frames(source, info, isa);
   if (first > 0) frames.seek(first);
   const std::uint64_t last = first + count;
-  // Memory for two samples per byte of the file at once, and for more when more is decoded.
+  // Allocates two samples for each byte of the file, and more only when more are decoded, because
+  // the header may state a wrong length.
   FlacPart part{Samples(checked_size(std::min(count, 2 * source.size()))), 0};
   std::uint64_t done = 0;
   const auto fail = [&](const std::string& why) {
@@ -291,7 +291,6 @@ FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64
          ")");
   }
   if (info.frames != 0 && done < count) fail("the file ends");
-  // A header that states fewer samples than the frames hold is as wrong as one that states more.
   if (last == info.frames && (frames.position() != last || frames.another_frame_follows())) {
     throw AudioFailure("format", "the FLAC header states " + std::to_string(info.frames) +
                                      " samples, but more follow; decode and encode it again");

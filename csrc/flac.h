@@ -1,5 +1,5 @@
-// FLAC streams (RFC 9639): parsed and decoded to mono float32, reading only the frames that are
-// asked for.
+// Parses FLAC streams (RFC 9639) and decodes them to mono float32. Reads only the frames that are
+// needed.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct FlacInfo {
   int sample_rate_hz;
   int bits;                  // per sample, 4 .. 32
   int min_block, max_block;  // in samples
-  std::uint64_t frames;      // samples of each channel; 0: not stated
+  std::uint64_t frames;      // samples of each channel; 0 if the header does not state it
   std::uint64_t data_offset;
 };
 
@@ -28,11 +28,12 @@ struct FlacPart {
   std::uint64_t end;  // the sample where decoding stopped, counted from the start of the stream
 };
 
-// Decodes samples [first, first + count) of one channel, or of the mean over channels if `channel`
-// is negative, to [-1, 1). Checks the checksums and the number of every frame that it reads. Memory
-// grows with what is decoded, whatever the header says. A stream of unknown length may end before
-// first + count. Throws AudioFailure("truncated") if a frame is damaged, or missing from a stream
-// of stated length; AudioFailure("format") if frames or another stream follow the stated end.
+// Decodes samples [first, first + count) to [-1, 1): those of one channel, or their mean over
+// channels if `channel` is negative. Checks the checksums and the number of every frame that it
+// reads. The length in the header does not determine how much memory is allocated. A stream of
+// unknown length may end before first + count. Throws AudioFailure("truncated") if a frame is
+// damaged or missing, or if a stream ends before its stated length. Throws AudioFailure("format")
+// if frames or another stream follow the stated end.
 FlacPart decode_flac(const ByteSource& source, const FlacInfo& info, std::uint64_t first,
                      std::uint64_t count, int channel, Isa isa);
 

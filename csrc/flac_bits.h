@@ -1,5 +1,5 @@
-// The innermost part of the FLAC decoder, which takes nearly all of its time: a bit reader that
-// holds up to 63 bits in a register, and the loop that reads residuals and predicts samples.
+// The inner loops of the FLAC decoder, which take nearly all of its time: a bit reader that holds
+// up to 63 bits in a register, and the loop that reads residuals and predicts samples.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ CLSP_INLINE std::uint64_t load_big_endian(const std::uint8_t* p) {
   return value;
 }
 
-// Behind the end of the frame it reads the guard, and behind that it throws FlacDamage.
+// Up to 16 bytes after `end` are read (see kFlacGuard). After that, fill() throws FlacDamage.
 class FlacBits {
  public:
   FlacBits(const std::uint8_t* begin, const std::uint8_t* end)
@@ -65,20 +65,22 @@ class FlacBits {
   const std::uint8_t* position() const { return next_ - (count_ >> 3); }
   [[noreturn]] void damaged(const char* what) const { throw FlacDamage(what, position() > end_); }
 
-  // Reads a residual of Rice parameter k if its whole code is in the register, as it nearly always
-  // is after fill(); otherwise reads nothing and returns false. A copy of the reader on which only
-  // fill() and short_code() are called stays in registers.
+  // Reads a residual with Rice parameter k if its whole code is in bits_, which is nearly always so
+  // after fill(). Otherwise reads nothing and returns false. The compiler keeps a copy of the
+  // reader in registers if only fill() and short_code() are called on it.
   CLSP_INLINE bool short_code(unsigned k, std::int64_t& residual) {
     const unsigned zeros = bits_ == 0 ? 64 : static_cast<unsigned>(__builtin_clzll(bits_));
     if (__builtin_expect(zeros + k >= count_, 0)) return false;
-    // The one bit that ends the zeros is still above the k bits, where it counts as 2^k.
-    const std::uint64_t shifted = bits_ << zeros, ahead = std::uint64_t{1} << k;
-    residual = unfold((std::uint64_t{zeros} << k) + (shifted >> (63 - k)) - ahead);
+    // The top bit of `shifted` is the 1 that ends the zeros. It stands above the k bits, where its
+    // value is 2^k, which must be subtracted.
+    const std::uint64_t shifted = bits_ << zeros, top_bit = std::uint64_t{1} << k;
+    residual = unfold((std::uint64_t{zeros} << k) + (shifted >> (63 - k)) - top_bit);
     bits_ = shifted << (k + 1);
     count_ -= zeros + k + 1;
     return true;
   }
 
+  // Reads a residual with Rice parameter k and a code of any length.
   std::int64_t long_code(unsigned k) {
     const std::uint64_t high = unary();
     if (high >> (32 - k) != 0) damaged("a residual has more than 32 bits");
@@ -95,23 +97,23 @@ class FlacBits {
     return static_cast<std::int64_t>(folded >> 1 ^ (0 - (folded & 1)));
   }
 
-  // The next bits, from the top. Below the counted ones are bits that fill() reads a second time.
+  // The next bits, from the top. Only count_ bits are in use; fill() reads those below them again.
   std::uint64_t bits_ = 0;
   std::uint64_t count_ = 0;  // 0 .. 63
   const std::uint8_t* next_;
-  const std::uint8_t* last_;  // the reader gets here only if the frame continues behind its end
+  const std::uint8_t* last_;  // next_ exceeds it only if the frame does not end before end_
   const std::uint8_t* end_;
 };
 
-// x[i] = residual + (sum_j weights[j] x[i - 1 - j] >> shift). Weights from the order on are 0.
+// x[i] = residual + (sum_j weights[j] x[i - 1 - j] >> shift), where weights[j] = 0 for j >= order.
 struct FlacPredictor {
   std::int64_t weights[32] = {};
   int shift = 0;
 };
 
-// 64 bits hold every sum of a valid stream: 32 products of 15 and 33 bits, and a residual of 32
-// bits shifted by up to 15. A damaged stream may overflow them, so the arithmetic is unsigned,
-// which wraps.
+// Every sum of a valid stream fits 64 bits: 32 products of 15 and 33 bits, and a residual of 32
+// bits shifted by up to 15. A damaged stream may overflow, so the arithmetic is unsigned, which
+// wraps.
 template <int N, class Sample>
 CLSP_INLINE Sample predict(const FlacPredictor& predictor, const Sample* x, std::int64_t residual) {
   auto sum = static_cast<std::uint64_t>(residual) << predictor.shift;

@@ -10,11 +10,11 @@
 namespace clsp {
 namespace {
 
-// Fuzzers ignore checksums: a mutated input would hardly ever have the right ones.
+// Fuzzing ignores checksums, because a mutated input almost never has correct ones.
 #ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
-constexpr bool kVerify = false;
+constexpr bool kVerifyChecksums = false;
 #else
-constexpr bool kVerify = true;
+constexpr bool kVerifyChecksums = true;
 #endif
 
 constexpr std::array<std::uint8_t, 256> crc8_table() {
@@ -83,7 +83,7 @@ std::size_t parse_block(unsigned code, const std::uint8_t*& p) {
   return block + 1;
 }
 
-// 0: the header of the stream states it.
+// Returns 0 if the frame does not state its rate, because the header of the stream does.
 int parse_rate(unsigned code, const std::uint8_t*& p) {
   constexpr int kRates[12] = {0,     88200, 176400, 192000, 8000,  16000,
                               22050, 24000, 32000,  44100,  48000, 96000};
@@ -95,7 +95,7 @@ int parse_rate(unsigned code, const std::uint8_t*& p) {
   return code == 13 ? rate : 10 * rate;
 }
 
-// One partition of 32-bit samples, with a loop over the first N weights.
+// Decodes one partition of 32-bit samples with the first N weights.
 template <int N>
 struct PartitionWork {
   FlacBits& bits;
@@ -113,8 +113,8 @@ void decode_partition(FlacBits& bits, unsigned k, const FlacPredictor& predictor
   dispatch_bit_instructions(isa, PartitionWork<N>{bits, k, predictor, x, count});
 }
 
-// The N of the loop that serves an order.
-constexpr int loop_order(int order) {
+// Rounds an order up to an N for which PartitionWork is compiled.
+constexpr int compiled_order(int order) {
   return order <= 12 ? order : order <= 16 ? 16 : order <= 24 ? 24 : 32;
 }
 
@@ -122,7 +122,7 @@ template <int... Order>
 void decode_order(std::integer_sequence<int, Order...>, int order, FlacBits& bits, unsigned k,
                   const FlacPredictor& predictor, Isa isa, std::int32_t* x, std::size_t count) {
   static constexpr decltype(&decode_partition<0>) kDecoders[] = {
-      decode_partition<loop_order(Order)>...};
+      decode_partition<compiled_order(Order)>...};
   kDecoders[order](bits, k, predictor, isa, x, count);
 }
 
@@ -206,7 +206,7 @@ void decode_subframe(FlacBits& bits, int width, Isa isa, Sample* x, std::size_t 
   }
 }
 
-// Replaces the two channels of a frame by left and right. A damaged frame may overflow, so the
+// Replaces the two channels of a frame with left and right. A damaged frame may overflow, so the
 // arithmetic is unsigned, which wraps.
 template <class Sample>
 void restore(FlacFrameHeader::Stereo stereo, std::int32_t* first, std::int32_t* second,
@@ -252,7 +252,7 @@ FlacFrameHeader parse_flac_header(Span<const std::uint8_t> bytes, const FlacInfo
   for (const std::uint8_t* q = head; q != p; ++q) crc = kCrc8[crc ^ *q];
   header.bytes = static_cast<std::size_t>(p + 1 - head);
   if (header.bytes > bytes.size()) throw FlacDamage("its header is cut", true);
-  if (kVerify && crc != *p) throw FlacDamage("the checksum of its header is wrong");
+  if (kVerifyChecksums && crc != *p) throw FlacDamage("the checksum of its header is wrong");
   const int channels = assignment < 8 ? static_cast<int>(assignment) + 1 : 2;
   const int width = size_code == 0 ? info.bits : static_cast<int>(kBits[size_code]);
   if (channels != info.channels || width != info.bits ||
@@ -284,7 +284,7 @@ std::size_t FlacFrameDecoder::decode(Span<const std::uint8_t> bytes,
   bits.align_to_byte();
   const std::uint8_t* const end = bits.position();
   if (bytes.end() - end < 2) throw FlacDamage("its frame is cut", true);
-  if (kVerify && crc16(bytes.data(), end) != static_cast<unsigned>(end[0] << 8 | end[1])) {
+  if (kVerifyChecksums && crc16(bytes.data(), end) != static_cast<unsigned>(end[0] << 8 | end[1])) {
     throw FlacDamage("its checksum is wrong");
   }
   if (header.stereo != FlacFrameHeader::kIndependent) restore_stereo(header);

@@ -1,4 +1,4 @@
-// One frame of a FLAC stream (RFC 9639, section 9) from bytes in memory.
+// Decodes one frame of a FLAC stream (RFC 9639, section 9) from bytes in memory.
 #pragma once
 
 #include <cstddef>
@@ -17,16 +17,15 @@ struct FlacFrameHeader {
 
   std::size_t block;     // samples of each channel
   Stereo stereo;         // how the two channels were decorrelated
-  bool fixed_block;      // `number` counts frames, otherwise samples
+  bool fixed_block;      // if true, `number` counts frames; otherwise it counts samples
   std::uint64_t number;  // of this frame, or of its first sample
-  std::size_t bytes;     // of the header itself
+  std::size_t bytes;     // the size of the header itself
 };
 
-// Bytes that must be readable behind those of a frame; their values do not matter.
+// This many bytes must be readable after those of a frame. Their values do not matter.
 inline constexpr std::size_t kFlacGuard = 32;
 
-// The size of the longest frame header.
-inline constexpr std::size_t kFlacHeaderBytes = 16;
+inline constexpr std::size_t kFlacHeaderBytes = 16;  // of the longest frame header
 
 // A damaged frame. Thrown and caught within the decoder.
 struct FlacDamage : std::exception {
@@ -34,28 +33,28 @@ struct FlacDamage : std::exception {
   const char* what() const noexcept override { return what_is_wrong; }
 
   const char* what_is_wrong;
-  bool at_end;  // the bytes ended too early: with more bytes the frame may be whole
+  bool at_end;  // the bytes ended within the frame: with more bytes, decoding may succeed
 };
 
-// Throws FlacDamage unless `bytes` begin with a header that has the right checksum and agrees with
-// the header of the stream.
+// Throws FlacDamage if `bytes` do not begin with a frame header, or if its checksum is wrong, or if
+// it contradicts the header of the stream.
 FlacFrameHeader parse_flac_header(Span<const std::uint8_t> bytes, const FlacInfo& info);
 
-// Decodes frames, one after the other, into the same buffers.
+// Decodes frames one after the other. Every frame overwrites the previous one.
 class FlacFrameDecoder {
  public:
   FlacFrameDecoder(const FlacInfo& info, Isa isa);
 
-  // Decodes the frame at the start of `bytes`; kFlacGuard more bytes must be readable behind them.
+  // Decodes the frame at the start of `bytes`, after which kFlacGuard more bytes must be readable.
   // Returns its length in bytes. Throws FlacDamage.
   std::size_t decode(Span<const std::uint8_t> bytes, const FlacFrameHeader& header);
 
   // Writes samples [first, first + mono.size()) of the last frame: one channel, or the mean over
-  // channels where `channel` is negative.
+  // channels if `channel` is negative.
   void convert(std::size_t first, int channel, Span<float> mono) const;
 
  private:
-  // The predictor reads this many values before a channel's first sample; they do not matter.
+  // The predictor reads this many values before a channel's first sample, with weights of 0.
   static constexpr std::size_t kHistory = 32;
 
   std::int32_t* channel(int c) { return samples_.data() + c * stride_ + kHistory; }

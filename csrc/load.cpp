@@ -37,7 +37,7 @@ void check_header(const Header& header, int channel, const LoadPolicy& policy) {
   }
 }
 
-// Whether all samples are within [-limit, limit]; NaN is not.
+// Sets `within` to whether all samples are within [-limit, limit]. NaN is not.
 struct LimitWork {
   Span<const float> samples;
   float limit;
@@ -64,14 +64,14 @@ void check_samples(Span<const float> samples, const LoadPolicy& policy, Isa isa)
                                       number(policy.max_amplitude) + " is accepted: rescale it");
 }
 
-// Checks samples and resamples them. `bounded`: the encoding holds only samples within [-1, 1].
+// Checks samples and resamples them. `bounded`: see is_bounded().
 Samples check_and_resample(Samples samples, int sample_rate_hz, bool bounded,
                            const LoadPolicy& policy, Isa isa) {
   if (!bounded || policy.max_amplitude < 1.0f) check_samples(samples.view(), policy, isa);
   if (sample_rate_hz == policy.sample_rate_hz) return samples;
   Samples out(resampled_size(samples.size(), sample_rate_hz, policy.sample_rate_hz));
   resample(*resample_plan(sample_rate_hz, policy.sample_rate_hz), samples.view(), out.span(), isa);
-  check_samples(out.view(), policy, isa);  // the filter overshoots at steps
+  check_samples(out.view(), policy, isa);  // the filter overshoots at steps of the waveform
   return out;
 }
 
@@ -94,10 +94,10 @@ Samples load_flac(const ByteSource& source, std::uint64_t offset, const Part& pa
                   const LoadPolicy& policy, Isa isa) {
   const FlacInfo info = parse_flac(source, offset);
   Header header{info.channels, info.sample_rate_hz, info.frames};
-  const bool known = info.frames != 0;
+  const bool length_known = info.frames != 0;
   Part wanted = part;
-  if (!known) {
-    // The length is known only when the end has been decoded. Until then, assume that the file is
+  if (!length_known) {
+    // The length is known only after the end has been decoded. Until then, assume that the file is
     // long enough for the part.
     if (part.duration_s < 0) wanted.duration_s = policy.max_s;
     const double rate = info.sample_rate_hz;
@@ -105,20 +105,20 @@ Samples load_flac(const ByteSource& source, std::uint64_t offset, const Part& pa
                     static_cast<std::uint64_t>(std::min(wanted.duration_s * rate, 0x1p62)) + 2;
   }
   Section section = select_section(header, wanted, policy);
-  // If the length is unknown, one more sample tells a file of the maximal length from a longer one.
-  const std::uint64_t count = section.count + (known ? 0 : 1);
+  // One more sample shows whether a file of unknown length exceeds the limit.
+  const std::uint64_t count = section.count + (length_known ? 0 : 1);
   FlacPart decoded = decode_flac(source, info, section.first, count, part.channel, isa);
-  if (!known) {
+  if (!length_known) {
     header.frames = decoded.end;
     section = select_section(header, part, policy);
     decoded.samples.resize(checked_size(section.count));
   }
-  // Not bounded: the predictor of a damaged frame may exceed the range of its samples.
+  // Not bounded: the predictor may exceed the range of the samples if a frame is damaged.
   return check_and_resample(std::move(decoded.samples), info.sample_rate_hz, false, policy, isa);
 }
 
-// The frames of `part`. A file that ends before its stated length gives only parts that are
-// complete.
+// The frames of `part`. Throws AudioFailure("truncated") if the file ends before the end of the
+// part.
 Section select_wav_section(const WavInfo& info, const Part& part, const LoadPolicy& policy) {
   const auto refuse = [&] {
     throw AudioFailure("truncated", "the file ends after " + std::to_string(info.present_frames) +
@@ -126,13 +126,13 @@ Section select_wav_section(const WavInfo& info, const Part& part, const LoadPoli
                                         " samples that its header states");
   };
   const Header header{info.channels, info.sample_rate_hz, info.frames};
-  const bool cut = info.present_frames < info.frames;
-  if (cut && part.duration_s < 0) {
+  const bool truncated = info.present_frames < info.frames;
+  if (truncated && part.duration_s < 0) {
     check_header(header, part.channel, policy);
     refuse();
   }
   const Section section = select_section(header, part, policy);
-  if (cut && section.first + section.count > info.present_frames) refuse();
+  if (truncated && section.first + section.count > info.present_frames) refuse();
   return section;
 }
 

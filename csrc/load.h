@@ -1,4 +1,4 @@
-// Loading one recording: which part of it is read, decoding, checks, and resampling.
+// Loads one recording: selects the part to read, decodes it, checks it and resamples it.
 #pragma once
 
 #include <optional>
@@ -10,42 +10,39 @@
 
 namespace clsp {
 
-// What is accepted, and the sample rate of the result.
+// What is accepted. A requested part may end up to slack_s after the end of its recording.
 struct LoadPolicy {
-  int sample_rate_hz;
+  int sample_rate_hz;  // of the result
   double min_s, max_s, slack_s;
   int min_rate_hz, max_rate_hz, max_channels;
   float max_amplitude;
 };
 
-// The part of a recording to load.
 struct Part {
   double start_s = 0.0;
   double duration_s = -1.0;  // negative: up to the end
   int channel = -1;          // negative: the mean over channels
 };
 
-// A recording: `path`, or `bytes` if that is empty.
+// The recording is the file at `path`, or `bytes` if `path` is empty.
 struct LoadRequest {
   std::string path;
   Span<const std::uint8_t> bytes;
   Part part;
 };
 
-// Samples, or the reason why there are none.
 struct Loaded {
   Samples samples;
-  std::string reason, message;  // `reason` is empty if there are samples
+  std::string reason, message;  // why there are no samples; `reason` is empty if there are
 };
 
-// Decodes a WAV or FLAC recording to mono at the policy's rate. Does not throw AudioFailure, but
-// returns its reason, which is kOtherFormat if another decoder may know the format.
+// Decodes a WAV or FLAC recording to mono at the policy's rate. Returns the reason of a failure
+// instead of throwing AudioFailure.
 Loaded load(const LoadRequest& request, const LoadPolicy& policy, Isa isa);
 
-// What follows decoding: checks `samples` and resamples them. For samples from other decoders.
+// Checks and resamples samples from another decoder.
 Loaded finish(Span<const float> samples, int sample_rate_hz, const LoadPolicy& policy, Isa isa);
 
-// What the header of a file states.
 struct Header {
   int channels, sample_rate_hz;
   std::uint64_t frames;

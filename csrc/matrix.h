@@ -1,4 +1,4 @@
-// Matrices as the caller has them, and packed for the micro-kernel of micro_tile.h.
+// Row-major matrices, and their packing for the micro-kernel of micro_tile.h.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace clsp {
 inline std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 inline std::size_t round_up(std::size_t a, std::size_t b) { return divide_up(a, b) * b; }
 
-// A row-major matrix whose rows follow each other without gaps.
+// A view of a row-major matrix without gaps between its rows.
 template <class T>
 struct Matrix {
   const T* data;

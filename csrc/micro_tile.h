@@ -1,8 +1,7 @@
-// The micro-kernel of matrix products: one micro-tile, whose sums stay in registers.
+// The micro-kernel of matrix products. It computes one micro-tile, whose sums stay in registers.
 //
-// Each element of a product is one chain of multiply-adds over k, from k = 0 on, whatever surrounds
-// it. The same two rows therefore have the same product, bit for bit, in every micro-tile, beside
-// any other rows and in any thread.
+// Each element of a product is one chain of multiply-adds over k, from k = 0 on. The product of two
+// rows is therefore the same, bit for bit, in every micro-tile of the same instruction set.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +19,8 @@ struct alignas(64) MicroTile {
   T sums[kRows][kColumns];
 };
 
-// The packed operand comes from the second-level cache: it is prefetched this many k before its
-// use.
+// The packed operand lies in the second-level cache. It is prefetched this many steps of k before
+// it is used.
 inline constexpr std::size_t kPrefetchDistance = 12;
 
 // tile.sums[r][c] = sum over k of a[r * row_step + k * depth_step] b[k * kColumns + c]

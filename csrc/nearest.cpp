@@ -24,10 +24,11 @@ bool is_better(const Neighbour& a, const Neighbour& b) {
   return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
-// Candidates for the best k of each query of a group, among the rows of one task.
+// The rows of one task that may be among the best k of a query, for each query of a group.
 class Candidates {
  public:
-  // `thresholds`: of the group's `count` queries, the k-th best score among all earlier rows.
+  // `thresholds`: the k-th best score among all earlier rows, for each of the group's `count`
+  // queries. The group is padded to `padded` queries, for which no row becomes a candidate.
   Candidates(std::size_t k, const float* thresholds, std::size_t count, std::size_t padded)
       : threshold(padded, kInfinity), k_(k), capacity_(2 * k + 32), neighbours_(count) {
     std::copy_n(thresholds, count, threshold.begin());
@@ -45,7 +46,7 @@ class Candidates {
     neighbours.resize(k_);
   }
 
-  // Updates the best k of each query: (count, k), from the group's first query on.
+  // Updates the best k of each query. Both arrays are (count, k), for the queries of the group.
   void merge_into(float* scores, std::int64_t* index) {
     for (std::vector<Neighbour>& neighbours : neighbours_) {
       for (std::size_t n = 0; n < k_ && index[n] >= 0; ++n) {
@@ -91,7 +92,7 @@ struct SelectTask {
   std::size_t first_row, k;
   Span<float> scores;
   Span<std::int64_t> index;
-  const std::vector<float>& thresholds;  // of each query: the k-th best score of all earlier rows
+  const std::vector<float>& thresholds;  // for each query, the k-th best score of all earlier rows
   const TaskGrid& grid;
   std::vector<std::mutex>& group_mutex;
   std::atomic<std::size_t>& bad_row;
@@ -110,7 +111,7 @@ struct SelectTask {
       const std::size_t count = std::min(T::kRows, rows.rows - i);
       for (std::size_t p = 0; p < strips.count; ++p) {
         multiply(blocks[i], depth, 1, strips[p], depth, tile);
-        if (p == 0) {  // if a row is not finite, none of its scores is: one query shows it
+        if (p == 0) {  // a row that is not finite has no finite score: one query is enough
           for (std::size_t r = 0; r < count; ++r) {
             if (!std::isfinite(tile.sums[r][0])) check_row(i + r);
           }
@@ -131,7 +132,7 @@ struct SelectTask {
     candidates.merge_into(&scores[first * k], &index[first * k]);
   }
 
-  // Notes a row that is not finite, unless an earlier one is known.
+  // Writes `row` to bad_row if it is not finite and comes before the bad row found so far.
   void check_row(std::size_t row) const {
     const float* values = rows.row(row);
     const auto finite = [](float x) { return std::isfinite(x); };

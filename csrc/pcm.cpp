@@ -48,14 +48,14 @@ CLSP_INLINE float s24_sample(const std::uint8_t* p) {
   return static_cast<float>(static_cast<std::int32_t>(top)) / 2147483648.0f;
 }
 
-// Eight samples from the first 24 of 32 bytes.
+// Decodes eight samples from the first 24 of 32 readable bytes.
 CLSP_INLINE Lanes<8>::Float s24_samples(const std::uint8_t* p) {
   using Bytes = std::uint8_t __attribute__((vector_size(32)));
   using Int = Lanes<8>::Int;
   Int words;
   std::memcpy(&words, p, sizeof words);
-  // Moves four samples to each half, then each sample to the upper three bytes of a word; the shift
-  // extends its sign.
+  // Moves four samples to each half, then each sample to the upper three bytes of a word. The shift
+  // extends the sign.
   const auto halves = bits_of<Bytes>(shuffle<0, 1, 2, 3, 3, 4, 5, 6>(words, words));
   const auto spread =
       shuffle<0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11,  //

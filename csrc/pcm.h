@@ -18,7 +18,7 @@ bool is_bounded(SampleFormat format);
 // Decodes samples.size() little-endian samples: integers to [-1, 1), floats unchanged.
 void decode_samples(SampleFormat format, const std::uint8_t* bytes, Span<float> samples, Isa isa);
 
-// One channel of interleaved frames, or the mean over channels where `channel` is negative.
+// Writes one channel of interleaved frames, or the mean over channels if `channel` is negative.
 void mix_to_mono(Span<const float> frames, int channels, int channel, Span<float> mono, Isa isa);
 
 }  // namespace clsp

@@ -1,5 +1,5 @@
-// Intended bugs, which exist only in sanitizer builds: a sanitizer that does not report them would
-// not report other bugs either.
+// Bugs on purpose, compiled only in sanitizer builds. The tests check that the sanitizers report
+// them.
 #pragma once
 
 #include <atomic>
@@ -10,9 +10,8 @@
 
 namespace clsp {
 
-// `kind` is "heap" (reads behind an allocation), "overflow" (of a signed integer) or "race" (two
-// threads write one variable). The result depends on the bug, so that the compiler cannot remove
-// it.
+// `kind` is "heap" (reads past an allocation), "overflow" (of a signed integer) or "race" (two
+// threads write one variable). The result depends on the bug, so the compiler cannot remove it.
 inline int planted_bug(const std::string& kind) {
   volatile int value = 2147483600;
   if (kind == "heap") {

@@ -14,8 +14,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Scores of the texts of one strip with their audio. They come from the same micro-tiles as all
-// other scores, so that they are equal bit for bit.
+// Computes the score of each text of a strip with its audio. The micro-kernel is that of
+// count_ahead(), so that both get the same bits for the same pair.
 struct TargetsTask {
   const Matrix<float>& audio;
   const Matrix<float>& text;
@@ -70,8 +70,8 @@ struct ColumnCounts {
   ColumnView from(std::size_t c) { return {&target[c], &index[c], &ahead[c]}; }
 };
 
-// Counts in one row of a tile. The lanes of `ahead` together count for the row; every column has a
-// count too.
+// Adds the scores in one row of a tile to the counts. The sum over the lanes of `ahead` is the
+// count of the row; columns.ahead has one count for each column.
 template <std::size_t Bytes>
 CLSP_INLINE void count_row(const float* scores, std::int32_t row, std::int32_t first_column,
                            float target, std::int32_t index, std::int32_t* ahead,
@@ -119,7 +119,7 @@ struct CountTask {
       }
       for (std::size_t r = 0; r < count; ++r) {
         const std::int64_t sum = std::accumulate(ahead[r], ahead[r] + T::kLanes, std::int64_t{0});
-        // Other tasks count for the same row. Whole numbers have the same sum in any order.
+        // Other tasks add to the same row. The order does not matter for integers.
         __atomic_fetch_add(&audio_ahead[i + r], sum, __ATOMIC_RELAXED);
       }
     }

@@ -1,5 +1,5 @@
-// Ranks in both directions, counted in the tile of scores. No result depends on the number of
-// threads.
+// Ranks from audio to text and from text to audio. Scores are computed and compared tile by tile.
+// Results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace clsp {
 
-// For every query the item that it should find: the score of this target, and its index among the
-// items. A query without a target has infinity and -1.
+// The score and the index of each query's target, which is the item that the query should find. A
+// query without a target has infinity and -1.
 struct Targets {
   Span<const float> score;
   Span<const std::int32_t> index;
@@ -24,8 +24,8 @@ void rank_targets(const Matrix<float>& audio, const Matrix<float>& text,
                   Span<std::int32_t> audio_index, int threads, Isa isa);
 
 // Adds to each query's count the number of items ahead of its target: those with a higher score,
-// and those with the same score and a smaller index. `text`, text_targets and text_ahead are the
-// part of all texts that starts at `first_text`.
+// and those with the same score and a smaller index. `text`, text_targets and text_ahead are a part
+// of all texts, which begins at text `first_text`.
 void count_ahead(const Matrix<float>& audio, const Matrix<float>& text, std::size_t first_text,
                  const Targets& audio_targets, const Targets& text_targets,
                  Span<std::int64_t> audio_ahead, Span<std::int64_t> text_ahead, int threads,

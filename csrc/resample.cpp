@@ -26,7 +26,7 @@ void check_rates(int from_hz, int to_hz) {
   }
 }
 
-// The filter at t, in zero crossings from its centre.
+// The filter at a distance of t zero crossings from its centre.
 double windowed_sinc(double t) {
   if (std::abs(t) >= kZeroCrossings) return 0.0;
   const double window = std::cos(kPi * t / (2.0 * kZeroCrossings));
@@ -66,11 +66,13 @@ float output(const float* h, int taps, std::int64_t begin, Span<const float> in)
   return sum;
 }
 
-// How the outputs are distributed over the lanes: each lane takes a stretch of `periods` x n
-// outputs, so that all lanes are at the same phase and use the same coefficients.
+// Each lane computes a stretch of `periods` x n successive outputs. All lanes are then at the same
+// phase and use the same coefficients.
 struct Layout {
-  int periods;                            // 0: a stretch of one period would be too long
-  std::int64_t columns, inputs, outputs;  // of a stretch; columns: inputs and the last taps
+  int periods;           // 0: a stretch of one period would be too long
+  std::int64_t columns;  // the inputs that a stretch reads
+  std::int64_t inputs;   // from the start of a stretch to the start of the next
+  std::int64_t outputs;  // of a stretch
 };
 
 Layout choose_layout(const ResamplePlan& plan) {
@@ -92,7 +94,7 @@ struct ResampleBuffers {
     V lanes;  // one element of each lane's stretch
   };
   std::vector<Column> in, out;
-  std::int64_t row;             // columns, rounded up to tiles
+  std::int64_t row;             // columns, rounded up to whole tiles
   std::vector<float> gathered;  // (L, row), for stretches that reach beyond an end of the input
 
   explicit ResampleBuffers(const Layout& layout) : row((layout.columns + L - 1) / L * L) {
@@ -101,8 +103,8 @@ struct ResampleBuffers {
   }
 };
 
-// Reads the stretches that begin at `begin`, `begin` + step, ... into columns, zeros beyond the
-// ends.
+// Reads the stretches that begin at `begin`, `begin` + step, ... into columns. Beyond the ends of
+// the input there are zeros.
 template <int L>
 CLSP_INLINE void read_columns(Span<const float> in, std::int64_t begin, std::int64_t step,
                               ResampleBuffers<L>& b) {
@@ -135,7 +137,7 @@ CLSP_INLINE void read_columns(Span<const float> in, std::int64_t begin, std::int
   }
 }
 
-// `Count` outputs of all lanes: output u has its taps at h + u * h_step and its inputs at
+// Computes `Count` outputs of all lanes. Output u has its taps at h + u * h_step and its inputs at
 // x + u * x_step.
 template <int Count, class Column>
 CLSP_INLINE void filter(const float* h, std::int64_t h_step, const Column* x, std::int64_t x_step,
@@ -167,7 +169,7 @@ CLSP_INLINE void filter_columns(const ResamplePlan& plan, int periods, ResampleB
   }
 }
 
-// Writes each lane's stretch of outputs; what exceeds `out` is dropped.
+// Writes each lane's stretch of outputs. Drops outputs beyond the end of `out`.
 template <int L>
 CLSP_INLINE void write_stretches(ResampleBuffers<L>& b, std::int64_t outputs, std::int64_t begin,
                                  Span<float> out) {
@@ -219,7 +221,7 @@ struct ResampleWork {
   }
 };
 
-// One output after the other, for rates with too many phases for a stretch.
+// For rates with too many phases for a stretch.
 void resample_one_by_one(const ResamplePlan& plan, Span<const float> in, Span<float> out) {
   const auto phases = static_cast<std::size_t>(plan.step_out);
   const auto taps = static_cast<std::size_t>(plan.taps);
@@ -240,8 +242,7 @@ constexpr std::size_t kMaxCachedPlans = 8;
 std::mutex cache_mutex;
 std::list<CachedPlan> cached_plans;  // the most recently used first
 
-// Locks the mutex around a fork(): a child that is forked while another thread holds it would wait
-// for ever.
+// Locks the mutex during a fork(). If another thread held it, the child would wait forever.
 const int fork_handlers = ::pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); },
                                            [] { cache_mutex.unlock(); });
 
@@ -250,10 +251,10 @@ const int fork_handlers = ::pthread_atfork([] { cache_mutex.lock(); }, [] { cach
 std::shared_ptr<const ResamplePlan> resample_plan(int from_hz, int to_hz) {
   check_rates(from_hz, to_hz);
   const std::lock_guard<std::mutex> lock(cache_mutex);
-  const auto fits = [=](const CachedPlan& cached) {
+  const auto has_rates = [=](const CachedPlan& cached) {
     return cached.from_hz == from_hz && cached.to_hz == to_hz;
   };
-  const auto cached = std::find_if(cached_plans.begin(), cached_plans.end(), fits);
+  const auto cached = std::find_if(cached_plans.begin(), cached_plans.end(), has_rates);
   if (cached != cached_plans.end()) {
     cached_plans.splice(cached_plans.begin(), cached_plans, cached);
   } else {

@@ -15,7 +15,7 @@ namespace clsp {
 constexpr int kMaxRateHz = 1000000;
 
 struct ResamplePlan {
-  std::int64_t step_in, step_out;   // o and n: the rates, divided by their common divisor
+  std::int64_t step_in, step_out;   // o and n: the rates, divided by their greatest common divisor
   int taps;                         // of each phase; the last ones of a phase may be 0
   std::vector<std::int64_t> first;  // (n,): input of the phase's first tap, relative to m * o
   std::vector<float> coefficients;  // (n, taps)

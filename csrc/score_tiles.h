@@ -1,5 +1,5 @@
-// What ranks and nearest neighbours share: scores <row, column> in micro-tiles. The matrix of all
-// scores never exists, and a score does not depend on where it is computed.
+// Shared by rank.cpp and nearest.cpp: scores <row, column> in micro-tiles. The matrix of all scores
+// is never stored. A score does not depend on the tile in which it is computed.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace clsp {
 
-// The sums fill 24 of 32 vector registers, or 12 of 16; the others hold their operands.
+// The sums fill 24 of 32 vector registers, or 12 of 16; the other registers hold the operands.
 constexpr std::size_t score_tile_rows(std::size_t bytes) { return bytes == 64 ? 8 : 6; }
 constexpr std::size_t score_tile_vectors(std::size_t bytes) { return bytes == 64 ? 3 : 2; }
 constexpr std::size_t score_tile_columns(Isa isa) {
@@ -21,14 +21,14 @@ constexpr std::size_t score_tile_columns(Isa isa) {
 template <std::size_t Bytes>
 using ScoreTile = MicroTile<float, Bytes, score_tile_rows(Bytes), score_tile_vectors(Bytes)>;
 
-// How the scores are divided into tasks: a task is one segment of rows times one group of columns.
+// Divides the scores into tasks. A task is one segment of rows times one group of columns.
 struct TaskGrid {
   std::size_t group_columns, segment_rows, groups, segments;
 
   TaskGrid(std::size_t columns, std::size_t rows, std::size_t depth, int threads, Isa isa) {
     // The columns of a group stay in a core's second-level cache while rows stream past them.
     constexpr std::size_t kGroupBytes = 512 * 1024;
-    // A segment has a multiple of the rows of every micro-tile.
+    // kRowStep is a multiple of the rows of every micro-tile.
     constexpr std::size_t kMaxSegmentRows = 8 * 1024, kRowStep = 24;
     // Several tasks for each thread, so that no thread waits long for the last one.
     constexpr std::size_t kTasksPerThread = 8;
@@ -45,7 +45,6 @@ struct TaskGrid {
   std::size_t tasks() const { return groups * segments; }
 };
 
-// The rows and the first column of one task.
 struct TaskRange {
   std::size_t group, first_column, first_row, end_row;
 
@@ -56,8 +55,8 @@ struct TaskRange {
         end_row(std::min(rows, first_row + grid.segment_rows)) {}
 };
 
-// A group of columns, packed into strips as wide as a micro-tile. Missing columns are NaN: so are
-// their scores, which are then neither greater than nor equal to anything.
+// A group of columns, packed into strips as wide as a micro-tile. Missing columns are NaN, so their
+// scores are NaN, for which > and == are false.
 template <std::size_t Bytes>
 struct ColumnStrips {
   static constexpr std::size_t kColumns = ScoreTile<Bytes>::kColumns;

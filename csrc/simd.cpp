@@ -11,7 +11,7 @@ namespace clsp {
 namespace {
 
 #ifdef CLSP_X86
-// Every processor with AVX2 has them, but a virtual machine may hide them.
+// Every processor with AVX2 has these instructions, but a virtual machine may hide them.
 bool has_bit_instructions() {
   unsigned a, b, c, d;
   constexpr unsigned kLzcnt = 1u << 5;

@@ -1,8 +1,8 @@
-// The one place that names instruction sets (detection is in simd.cpp).
+// Vectors and dispatch. Only this file and simd.cpp, which detects them, name instruction sets.
 //
-// Numerical code is a template over the number of bytes of a vector, written with the compiler's
-// vector extensions and always inlined. The dispatch functions at the end of this file compile it
-// once for each instruction set and choose among the copies when the program runs.
+// Numerical code is a template over the size of a vector in bytes. It is written with the
+// compiler's vector extensions and always inlined. The dispatch functions at the end of this file
+// compile it once for each instruction set and choose one copy at run time.
 #pragma once
 
 #include <cstddef>
@@ -20,24 +20,23 @@ namespace clsp {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The widest instruction set in use: all that the processor has, or what the environment variable
-// CLSP_SIMD names, as if the processor had nothing wider. AVX2 includes FMA and the bit
-// instructions (BMI, BMI2, LZCNT). Throws std::invalid_argument if CLSP_SIMD names an unknown set
-// or one that the processor lacks.
+// The widest instruction set that may be used: the one that the environment variable CLSP_SIMD
+// names, or the widest that the processor has. AVX2 includes FMA and the bit instructions (BMI,
+// BMI2, LZCNT). Throws std::invalid_argument if CLSP_SIMD names an unknown set or one that the
+// processor lacks.
 Isa best_isa();
 
 // Names of the sets up to best_isa(), the narrowest first.
 std::vector<std::string> instruction_sets();
 
-// The set of that name; "auto" is best_isa(). Throws std::invalid_argument for a name that is
-// neither "auto" nor among instruction_sets().
+// "auto" is best_isa(). Throws std::invalid_argument for a name that is neither "auto" nor among
+// instruction_sets().
 Isa parse_isa(const std::string& name);
 
 constexpr std::size_t vector_bytes(Isa isa) {
   return isa == Isa::kAvx512 ? 64 : isa == Isa::kAvx2 ? 32 : 16;
 }
 
-// Vectors of L elements, and what is done with them.
 template <int L>
 struct Lanes {
   typedef float Float __attribute__((vector_size(L * sizeof(float))));
@@ -64,8 +63,8 @@ CLSP_INLINE V broadcast(float x) {
   return V{} + x;
 }
 
-// broadcast() for any element type, which keeps -0 too. It does not replace broadcast(), because
-// GCC 12 makes the filterbank a quarter slower with it.
+// broadcast() for any element type. It keeps -0, too. It does not replace broadcast(), because GCC
+// 12 then compiles a filterbank that is a quarter slower.
 template <class V, class T>
 CLSP_INLINE V splat(T x) {
   return x - V{};
@@ -187,8 +186,7 @@ CLSP_INLINE void transpose(V* rows) {
   if constexpr (L >= 16) exchange_blocks<8>(rows);
 }
 
-// Dispatch: dispatch() calls work.run<Bytes>(arguments...), compiled for `isa`; Bytes is the size
-// of its vectors.
+// dispatch() calls work.run<Bytes>(arguments...), compiled for `isa`. Bytes is vector_bytes(isa).
 
 template <class Work, class... Arguments>
 void run_baseline(const Work& work, Arguments... arguments) {
@@ -223,7 +221,7 @@ void dispatch(Isa isa, const Work& work, Arguments... arguments) {
   run_baseline(work, arguments...);
 }
 
-// The same with vectors of at most 32 bytes.
+// dispatch() with vectors of at most 32 bytes.
 template <class Work>
 void dispatch_up_to_32_bytes(Isa isa, const Work& work) {
 #ifdef CLSP_X86
@@ -233,8 +231,7 @@ void dispatch_up_to_32_bytes(Isa isa, const Work& work) {
   run_baseline(work);
 }
 
-// For code without vectors: calls work.run(), compiled with the bit instructions where `isa` has
-// them.
+// For code without vectors: calls work.run(), compiled with the bit instructions if `isa` has them.
 template <class Work>
 void dispatch_bit_instructions(Isa isa, const Work& work) {
 #ifdef CLSP_X86

@@ -1,4 +1,4 @@
-// Exponentials and logarithms of whole vectors, from arithmetic that every instruction set has.
+// Exponentials and logarithms of vectors, from arithmetic that every instruction set has.
 #pragma once
 
 #include <cmath>
@@ -64,7 +64,7 @@ CLSP_INLINE V each_lane(V v, const F& f) {
   return v;
 }
 
-// exp and log1p for float and double. Double serves to check gradients, where speed does not
+// exp and log1p for float and double. Double is for checks of gradients, where speed does not
 // matter.
 template <class V>
 CLSP_INLINE V exp_lanes(const V& x) {

@@ -71,7 +71,7 @@ class MemorySource : public ByteSource {
   Span<const std::uint8_t> bytes_;
 };
 
-// The size of the ID3v2 tag with this head, or 0 if it is not the head of one.
+// Returns the size of the ID3v2 tag that begins with `head`, or 0 if `head` begins no such tag.
 std::uint64_t id3_bytes(const std::uint8_t* head) {
   if (std::memcmp(head, "ID3", 3) != 0) return 0;
   const bool footer = (head[5] & 0x10) != 0;
@@ -80,8 +80,8 @@ std::uint64_t id3_bytes(const std::uint8_t* head) {
   return std::uint64_t{kId3HeadBytes} + size + (footer ? kId3HeadBytes : 0);
 }
 
-// The offset of the first byte from `offset` on that is not zero, or of the end. Looks at kMaxZeros
-// bytes.
+// Returns the offset of the first byte at or after `offset` that is not zero, or of the end of the
+// file. Stops after kMaxZeros zeros.
 std::uint64_t skip_zeros(const ByteSource& source, std::uint64_t offset) {
   std::array<std::uint8_t, 4096> block;
   for (const std::uint64_t last = offset + kMaxZeros; offset < last;) {

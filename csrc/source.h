@@ -1,5 +1,4 @@
-// The bytes of one recording, from a file or from memory; which format they have; and why a
-// recording cannot be used.
+// Reads the bytes of a recording from a file or from memory, and recognises their format.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +11,7 @@
 
 namespace clsp {
 
-// A recording that cannot be used. `reason` is one of the values of
+// Thrown if a recording cannot be used. `reason` is one of the values of
 // clsp_fast.audio.AudioErrorReason, or kOtherFormat.
 class AudioFailure : public std::runtime_error {
  public:
@@ -24,7 +23,7 @@ class AudioFailure : public std::runtime_error {
   const char* reason_;
 };
 
-// The reason if this engine does not know the format, but another decoder may know it.
+// The reason if this engine cannot decode the format. Another decoder may be able to.
 inline constexpr char kOtherFormat[] = "other_format";
 
 // Random access to the bytes of one recording.
@@ -32,7 +31,7 @@ class ByteSource {
  public:
   virtual ~ByteSource() = default;
   virtual std::uint64_t size() const = 0;
-  // Reads `count` bytes at `offset`, or fewer at the end. Returns how many.
+  // Reads `count` bytes at `offset`, or fewer at the end. Returns the number of bytes read.
   virtual std::size_t read(std::uint64_t offset, std::uint8_t* bytes, std::size_t count) const = 0;
 };
 
@@ -49,7 +48,7 @@ struct Content {
   std::uint64_t offset;  // where the recording begins in its file
 };
 
-// Finds the recording behind ID3v2 tags, a byte order mark and zero bytes: a file that was cut from
+// Finds the recording after ID3v2 tags, a byte order mark and zero bytes. A file that was cut from
 // a stream or put together by hand may begin with them. FLAC in Ogg is kOther.
 Content find_content(const ByteSource& source);
 

@@ -17,7 +17,7 @@ ThreadPool::ThreadPool(int threads) {
     helpers_.reserve(static_cast<std::size_t>(threads - 1));
     for (int i = 1; i < threads; ++i) helpers_.emplace_back([this] { run_helper(); });
   } catch (const std::exception&) {
-    // The system has no more threads or memory: the threads that started do the work.
+    // The system has no more threads or memory. The threads that started do the work.
   }
 }
 
@@ -41,8 +41,8 @@ void ThreadPool::for_each(std::size_t count, const std::function<void(std::size_
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
-// Holds the lock except during the calls. Taking it costs a fraction of a microsecond; a call takes
-// thousands of times as long.
+// Holds the lock except during the calls. To take the lock costs a fraction of a microsecond; a
+// call takes thousands of times as long.
 void ThreadPool::take_work(std::unique_lock<std::mutex>& lock) {
   while (next_ < count_) {
     const std::size_t i = next_++;

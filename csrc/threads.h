@@ -1,8 +1,8 @@
-// How the engine distributes work over threads.
+// Distributes work over threads.
 //
-// Threads live as long as one call into the engine, so nothing is left behind that a fork() could
-// break or that an exiting interpreter would have to end. Threads that wait between the calls were
-// measured to save 10 us a call (docs/log.md).
+// Threads end with the call into the engine that started them. A fork() between calls therefore
+// cannot break them, and an exiting interpreter need not stop them. Threads that stay between calls
+// would save about 10 us a call (docs/log.md).
 #pragma once
 
 #include <condition_variable>
@@ -15,25 +15,25 @@
 
 namespace clsp {
 
-// Calls work(0) .. work(count - 1), each once, from at most `threads` threads, and returns when all
-// calls are done; rethrows the first exception.
+// Calls work(0) .. work(count - 1), each once, from at most `threads` threads. Returns when all
+// calls are done. Rethrows the first exception.
 void for_each(std::size_t count, int threads, const std::function<void(std::size_t)>& work);
 
 // Threads for several steps of work, one step after the other.
 //
-// A step ends when all of its calls are done, not when all threads have taken part. On a busy
-// machine, a thread that gets no CPU therefore delays a step only if it loses the CPU in the middle
-// of a call. Threads that wait sleep, which leaves the CPU to the others.
+// A step ends when all of its calls are done, even if some threads made none of them. On a busy
+// machine, a thread therefore delays a step only if it loses the CPU in the middle of a call.
+// Waiting threads sleep, which leaves the CPU to the others.
 class ThreadPool {
  public:
-  // Starts threads - 1 threads; the calling thread works too. Goes on with fewer threads if the
-  // system has no more to give.
+  // Starts threads - 1 threads; the calling thread works too. Starts fewer threads if the system
+  // has no more.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // One step: as the function above. Only the thread that made the pool may call it.
+  // Runs one step, like clsp::for_each(). Only the thread that made the pool may call it.
   void for_each(std::size_t count, const std::function<void(std::size_t)>& work);
 
  private:

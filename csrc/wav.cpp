@@ -22,7 +22,7 @@ std::uint32_t half_word(const std::uint8_t* p) {
 }
 
 constexpr std::uint32_t kPcm = 1, kFloat = 3, kAlawTag = 6, kMulawTag = 7, kExtensible = 0xFFFE;
-// What follows the encoding in the GUID of an extensible header.
+// The GUID of an extensible header has these bytes after the encoding.
 constexpr std::uint8_t kGuidTail[14] = {0, 0, 0, 0, 0x10, 0, 0x80, 0, 0, 0xAA, 0, 0x38, 0x9B, 0x71};
 
 std::optional<SampleFormat> sample_format(std::uint32_t tag, std::uint32_t bits) {
@@ -55,8 +55,8 @@ WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint64
   if (channels == 0) throw AudioFailure("channels", "the WAV header says 0 channels");
   const std::optional<SampleFormat> format = sample_format(tag, bits);
   if (!format) throw AudioFailure(kOtherFormat, "");
-  // Frame sizes are often wrong, so channels and bits decide. But 24 bits in 4 bytes are ambiguous:
-  // the header does not say which three bytes are used.
+  // Frame sizes in headers are often wrong, so channels and bits decide. But 24 bits in 4 bytes are
+  // ambiguous: the header does not say which three bytes are used.
   if (*format == SampleFormat::kS24 && frame_bytes == 4 * channels) {
     throw AudioFailure("format", "the WAV header contradicts itself: samples of " +
                                      std::to_string(bits) + " bits in " +
@@ -70,7 +70,6 @@ WavInfo parse_format(const ByteSource& source, std::uint64_t offset, std::uint64
   return info;
 }
 
-// Tags of chunks that hold no samples.
 bool is_metadata(const std::uint8_t* tag) {
   static const char* const kTags[] = {
       "LIST", "JUNK", "junk", "PAD ", "FLLR", "fact", "PEAK", "bext", "iXML", "axml",
@@ -122,19 +121,19 @@ class ChunkReader {
   std::uint64_t offset() const { return offset_; }
 
  private:
-  // Whether a pad byte follows the chunk of odd size. The format demands one, but some writers
-  // leave it out, and in some files it is not zero. If both readings give a tag, the chunk sizes
-  // decide.
+  // Whether `head` begins with the pad byte of a chunk of odd size. The format requires it, but
+  // some writers omit it, and in some files it is not zero. If a printable tag begins both at
+  // head[0] and at head[1], the chunk sizes decide.
   bool is_padded(const std::uint8_t* head) const {
     if (is_known(head + 1)) return true;
     if (is_known(head)) return false;
     if (!is_printable(head)) return true;
     if (!is_printable(head + 1)) return false;
-    return ends_well(offset_ + 1, word(head + 5)) || !ends_well(offset_, word(head + 4));
+    return has_valid_end(offset_ + 1, word(head + 5)) || !has_valid_end(offset_, word(head + 4));
   }
 
   // Whether another chunk begins, or the file ends, where the chunk at `offset` ends.
-  bool ends_well(std::uint64_t offset, std::uint32_t size) const {
+  bool has_valid_end(std::uint64_t offset, std::uint32_t size) const {
     const std::uint64_t end = offset + 8 + size;
     std::uint8_t next[5];
     const std::size_t got = source_.read(end, next, sizeof next);
@@ -148,7 +147,7 @@ class ChunkReader {
   bool odd_;
 };
 
-// Whether the file continues with chunks, not with samples.
+// Whether chunks, not samples, begin at `offset`.
 bool chunks_follow(const ByteSource& source, std::uint64_t offset) {
   ChunkReader chunks(source, offset);
   for (int read = 0; read < kMaxChunks; ++read) {
@@ -174,8 +173,8 @@ bool more_data_follows(const ByteSource& source, std::uint64_t offset, bool odd)
   return false;
 }
 
-// Whether a second file begins in [offset, end), as after `cat a.wav b.wav`. Among samples, only a
-// header that a chunk follows counts: a few bytes may be samples.
+// Whether a second file begins in [offset, end), as after `cat a.wav b.wav`. If `among_samples`, a
+// header counts only if a known chunk follows it, because samples may look like a header.
 bool another_file_follows(const ByteSource& source, std::uint64_t offset, std::uint64_t end,
                           bool among_samples) {
   constexpr std::size_t kBlockBytes = std::size_t{1} << 18, kHeadBytes = 16;
@@ -210,31 +209,32 @@ void refuse_second_file(const ByteSource& source, std::uint64_t begin, std::uint
                      "for instance with `sox a.wav b.wav out.wav`");
 }
 
-// Sizes that mean "up to the end" if the file holds less. 0x7FFFF000, rounded down to whole frames,
-// is what SoX writes to a pipe. `step`: the bytes of a frame.
-bool is_stream_size(std::uint64_t size, std::uint64_t step) {
-  return size >= 0x7FFFFF00 || (size <= 0x7FFFF000 && size + step > 0x7FFFF000);
+// Sizes that mean "up to the end" if the file holds less. SoX writes 0x7FFFF000, rounded down to
+// whole frames, to a pipe.
+bool is_stream_size(std::uint64_t size, std::uint64_t frame_bytes) {
+  return size >= 0x7FFFFF00 || (size <= 0x7FFFF000 && size + frame_bytes > 0x7FFFF000);
 }
 
 // Writes to `info` where the samples of a "data" chunk are and how many there are. Returns false if
-// the chunk is empty. `long_size`: the size that an RF64 or BW64 header states, or 0.
+// the chunk is empty. `long_size`: the chunk's size in the header of an RF64 or BW64 file, or 0.
 bool locate_samples(const ByteSource& source, const Chunk& chunk, std::uint64_t long_size,
                     WavInfo* info) {
-  constexpr std::uint64_t kReach = std::uint64_t{1} << 20;  // bytes that are searched
-  const std::uint64_t step =
+  constexpr std::uint64_t kSearchBytes = std::uint64_t{1} << 20;
+  const std::uint64_t frame_bytes =
       std::uint64_t{static_cast<unsigned>(info->channels)} * sample_bytes(info->format);
   const std::uint64_t rest = source.size() - chunk.begin;
   const bool is_long = chunk.size == 0xFFFFFFFF && long_size != 0;
   const std::uint64_t size = is_long ? long_size : chunk.size;
-  const bool unknown = is_long ? size >> 63 != 0 : is_stream_size(size, step);
+  const bool unknown = is_long ? size >> 63 != 0 : is_stream_size(size, frame_bytes);
   bool stream = unknown && size > rest;
   if (size == 0) stream = rest != 0 && !chunks_follow(source, chunk.begin);
   const std::uint64_t begin = chunk.begin + std::min(size, rest);
-  if (!stream) refuse_second_file(source, begin, std::min(source.size(), begin + kReach), false);
+  if (!stream)
+    refuse_second_file(source, begin, std::min(source.size(), begin + kSearchBytes), false);
   info->data_offset = chunk.begin;
   info->stream = stream;
-  info->frames = (stream ? rest : size) / step;
-  info->present_frames = std::min(rest / step, info->frames);
+  info->frames = (stream ? rest : size) / frame_bytes;
+  info->present_frames = std::min(rest / frame_bytes, info->frames);
   if (size != 0 && size < rest && more_data_follows(source, begin, size % 2 == 1)) {
     throw AudioFailure(
         "format",
@@ -276,23 +276,24 @@ void decode_wav(const ByteSource& source, const WavInfo& info, std::uint64_t fir
                 Span<float> mono, Isa isa) {
   constexpr std::size_t kBlockBytes = std::size_t{1} << 15;  // stays in the first-level cache
   const auto channels = static_cast<std::size_t>(info.channels);
-  const std::size_t step = channels * sample_bytes(info.format);
-  const std::size_t block = std::min(std::max<std::size_t>(1, kBlockBytes / step), mono.size());
+  const std::size_t frame_bytes = channels * sample_bytes(info.format);
+  const std::size_t block =
+      std::min(std::max<std::size_t>(1, kBlockBytes / frame_bytes), mono.size());
   if (info.stream) {
     // The header does not say where the samples end, so a second file may begin anywhere among
     // them.
     constexpr std::uint64_t kLongestHead = 64;
-    const std::uint64_t begin = info.data_offset + first * step;
-    const std::uint64_t end = begin + mono.size() * step + kLongestHead;
-    refuse_second_file(source, begin - std::min(kLongestHead, first * step),
+    const std::uint64_t begin = info.data_offset + first * frame_bytes;
+    const std::uint64_t end = begin + mono.size() * frame_bytes + kLongestHead;
+    refuse_second_file(source, begin - std::min(kLongestHead, first * frame_bytes),
                        std::min(end, source.size()), true);
   }
-  std::vector<std::uint8_t> bytes(step * block);
+  std::vector<std::uint8_t> bytes(frame_bytes * block);
   Samples interleaved(channels == 1 ? 0 : channels * block);
   for (std::size_t done = 0; done < mono.size(); done += block) {
     const std::size_t frames = std::min(block, mono.size() - done);
-    const std::uint64_t offset = info.data_offset + (first + done) * step;
-    if (source.read(offset, bytes.data(), frames * step) != frames * step) {
+    const std::uint64_t offset = info.data_offset + (first + done) * frame_bytes;
+    if (source.read(offset, bytes.data(), frames * frame_bytes) != frames * frame_bytes) {
       throw AudioFailure("truncated", "the file became shorter while it was read");
     }
     const Span<float> out = mono.subspan(done, frames);

@@ -2,7 +2,7 @@
 // finite, in range and not empty; a failure must have one of the fixed reasons.
 //
 // The first kRequestBytes of an input choose the part and the policy; a recording follows. In this
-// build the FLAC decoder ignores checksums: a mutated input would hardly ever have the right ones.
+// build the FLAC decoder ignores checksums, because a mutated input almost never has correct ones.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -37,9 +37,9 @@ void check(const clsp::Loaded& loaded, const clsp::LoadPolicy& policy) {
     return;
   }
   const auto samples = loaded.samples.view();
-  require(samples.size() > 0, "samples come out");
+  require(samples.size() > 0, "a loaded recording has samples");
   require(static_cast<double>(samples.size()) <= policy.max_s * policy.sample_rate_hz + 1,
-          "no more samples than the limit come out");
+          "a loaded recording is not longer than max_s");
   for (const float x : samples) {
     require(std::abs(x) <= policy.max_amplitude, "samples are finite and in range");
   }
@@ -53,7 +53,7 @@ void check(const clsp::Loaded& loaded, const clsp::LoadPolicy& policy) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   if (size < kRequestBytes) return 0;
-  // Short limits keep an input fast. Most inputs have the rate of the policy and are not resampled.
+  // Short limits keep each run fast. Most inputs have the rate of the policy and are not resampled.
   const clsp::LoadPolicy policy{
       data[3] % 4 == 0 ? 8000 : 16000, 0.005, 20.0, 0.1, 1000, 192000, 64, 16.0f};
   const std::vector<std::uint8_t> recording(data + kRequestBytes, data + size);

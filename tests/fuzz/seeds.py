@@ -1,4 +1,4 @@
-"""Writes the first inputs of the fuzz target: python tests/fuzz/seeds.py FOLDER wav|flac|all."""
+"""Writes the seed corpus of the fuzz target: python tests/fuzz/seeds.py FOLDER wav|flac|all."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SUBTYPES = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ALAW", "
 REQUESTS = (bytes(4), bytes([0, 0, 1, 0]), bytes([133, 0, 0, 1]), bytes([128, 135, 5, 2]))
 
 
-def wav(kind: str, subtype: str, channels: int, rate: int) -> bytes:
+def wav(container: str, subtype: str, channels: int, rate: int) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, tones(900, channels), rate, format=kind, subtype=subtype)
+    soundfile.write(file, tones(900, channels), rate, format=container, subtype=subtype)
     return file.getvalue()
 
 
