@@ -64,7 +64,7 @@ ERRORS = {
     5: "text.wav",
     6: 'either "caption" or "other"',
     7: 'either "caption" or "other"',
-    8: '"audio" must be a string',
+    8: '"audio" must be a non-empty text',
     9: '"caption" must be a non-empty text',
     10: '"caption" must be',
     11: "Expecting value",

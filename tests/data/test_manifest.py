@@ -75,7 +75,7 @@ BAD = [
     ({"type": "MixedCut", "id": "m", "tracks": []}, "MixedCut"),
     ({"type": "MonoCut", "recording": {"sources": [{"type": "url"}]}}, 'type "file"'),
     ({"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}]}}, "no captions"),
-    ({"type": "MonoCut", "recording": {"sources": {"type": "file"}}}, "form"),
+    ({"type": "MonoCut", "recording": {"sources": {"type": "file"}}}, "not a line of a manifest"),
     (
         {
             "type": "MonoCut",
@@ -94,9 +94,9 @@ BAD = [
     ),
     (
         {"type": "MonoCut", "recording": {"sources": [{"type": "file"}]}, "supervisions": [{"text": "a"}]},
-        "form",
+        "not a line of a manifest",
     ),
-    ({"type": "MonoCut", "recording": {"sources": ["a.wav"]}}, "form"),
+    ({"type": "MonoCut", "recording": {"sources": ["a.wav"]}}, "not a line of a manifest"),
     (
         {"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}], "transforms": [{}]}},
         "transforms may contain only Resample",
@@ -230,6 +230,6 @@ def test_a_list_of_paths_is_no_manifest_and_the_fix_is_told(tmp_path: Path) -> N
     for text in ("a.wav\nb.wav\n", f"{tmp_path}/there\n", "my file.wav\n"):
         (tmp_path / "list.txt").write_text(text)
         with pytest.raises(
-            ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths: embed"
+            ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths \(embed"
         ):
             read_manifest(tmp_path / "list.txt")
