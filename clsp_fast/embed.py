@@ -1,9 +1,9 @@
 """Embeddings of many recordings: `python -m clsp_fast.embed SOURCE FOLDER --model MODEL`.
 
-SOURCE is a manifest (.jsonl), a folder, a list with one path a line, or - for a list or manifest on standard
-input. Files of a folder that are no recordings by their suffix are left out and counted; a list may name any
-file. After a run was killed, the same command continues it; under torchrun, the processes share the work. The
-exit code is 0 if every recording was embedded, 3 if some could not be: index.jsonl says which and why.
+SOURCE is a manifest (.jsonl), a folder, a list with one path per line, or - for a list or manifest on
+standard input. In a folder, files without an audio suffix are left out and counted; a list may name any file.
+To continue a killed run, give the same command again. Under torchrun, the processes share the work. The exit
+code is 0 if every recording was embedded, and 3 if not: index.jsonl says which recordings failed and why.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class EmbedConfig(EncodeConfig):
     """What is embedded, and where it is written."""
 
     source: str
-    """Manifest (.jsonl, .jsonl.gz), folder, list with one path a line, or - for standard input."""
+    """Manifest (.jsonl, .jsonl.gz), folder, list with one path per line, or - for standard input."""
     out: Path
-    """Folder to write. If an earlier run of the same command did not finish it, this run does."""
+    """Folder to write. If an earlier run of the same command was not finished, this run continues it."""
     shard_format: Literal["npy", "safetensors"] = "npy"
     """Format of the shards."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -92,9 +92,8 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
         another model, other settings or another list. FolderInUse: another process writes to the folder.
         ConnectionError: another process of this run ended, or took too long.
     """
-    # Processes wait for each other only at the end, and some take much longer than others. With the limit of
-    # training, whose processes meet in every step, those that finish first would give up. The limit is not
-    # there for processes that died: then torchrun ends the others.
+    # Processes wait for each other only at the end, and some finish hours before others. With the short time
+    # limit of training they would give up. A long limit is safe: if a process dies, torchrun ends the others.
     with files.naming_full_disk(config.out), Ranks.join(config.device, wait_hours=config.wait_hours) as ranks:
         require(
             config.source != "-" or ranks.world == 1, "source", "a file or folder with several processes", "-"
@@ -114,8 +113,8 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
         )
         with ranks.exclusive(config.out):
             job = _Job(config.out, header, clips, config.source)
-            # The first process makes the list for all. If each made its list, a process that starts later
-            # would miss the units that others have finished by then, and the shares would not fit together.
+            # The first process lists the units to do, for all processes. If each process listed them, a late
+            # one would not list the units that others have already finished, and the shares would not match.
             todo = ranks.gather(job.begin() if ranks.first else [])[0]
             units = todo[ranks.rank :: ranks.world]
             progress = Progress(
@@ -134,12 +133,12 @@ def _await_others(ranks: Ranks, config: EmbedConfig) -> None:
     except RuntimeError as error:
         raise ConnectionError(
             f"another process ended, or needed over {config.wait_hours:g} hours more than this one "
-            f"(--wait-hours); the same command continues with what is left: {error}"
+            f"(--wait-hours); the same command continues the work: {error}"
         ) from error
 
 
 def _record(clip: Clip) -> dict[str, Any]:
-    """What a clip's line of the index says before the clip is embedded."""
+    """The part of a clip's line in the index that is known before the clip is embedded."""
     record: dict[str, Any] = {"id": clip.id, "audio": clip.audio}
     if clip.start_s:
         record["start_s"] = clip.start_s
@@ -150,7 +149,7 @@ def _record(clip: Clip) -> dict[str, Any]:
 
 
 class _Job:
-    """The work, in units. Each writes a shard, then its part of the index, which marks the unit as done."""
+    """The work in units. A unit writes a shard, then its part of the index. With both, the unit is done."""
 
     def __init__(self, out: Path, header: EmbeddingHeader, clips: list[Clip], source: str) -> None:
         self._out, self._header, self._clips, self._source = out, header, clips, source
@@ -249,7 +248,7 @@ class _Job:
         files.write_text(self._part(unit), "".join(lines))
 
     def finish(self) -> Counter[str]:
-        """Joins the parts of the index, removes leftovers of killed runs; returns the failures by reason."""
+        """Joins the parts of the index, removes leftovers of killed runs. Returns the failures by reason."""
         units = range(-(-len(self._clips) // self._header.shard_rows))
         failures: Counter[str] = Counter()
 

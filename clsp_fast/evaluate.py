@@ -1,7 +1,8 @@
 """How good a model is: `python -m clsp_fast.evaluate retrieval | zeroshot | similarity SOURCE --model MODEL`.
 
-Each writes results.json, prints a table with 95 % bootstrap intervals, and draws a picture if matplotlib is
-installed. If some recordings cannot be used, the figures are of the others and the exit code is 3.
+Each command writes results.json, prints a table with 95 % bootstrap intervals, and draws a picture if
+matplotlib is installed. If some recordings cannot be used, the figures are for the others, and the exit code
+is 3.
 Shape suffixes: M clips, N captions or pairs, D joint dimension.
 """
 
@@ -38,7 +39,7 @@ Results = Figures
 @dataclass(frozen=True, kw_only=True)
 class _Config(EncodeConfig):
     source: Path
-    """Manifest, or what --layout says."""
+    """Manifest, or a corpus with the layout --layout."""
     out: Path = Path("evaluation")
     """Folder for results.json and the picture."""
     resamples: int = 1000
@@ -61,9 +62,9 @@ class RetrievalConfig(_Config):
     """Retrieval in both directions."""
 
     captions: Literal["global", "fine", "both"] = "both"
-    """Kinds of captions: a clip's first global one, its longest fine-grained one."""
+    """Kinds of captions. A clip's caption is its first global one, or its longest fine-grained one."""
     all_captions: bool = False
-    """Use every caption of a clip instead of one; each is a right answer."""
+    """Use all captions of a clip instead of one; each is a right answer."""
     layout: str = "manifest"
     """How the source is laid out: manifest or paraspeechcaps."""
 
@@ -86,11 +87,11 @@ class ZeroshotConfig(_Config):
     """JSON file of tasks; see clsp_fast/evaluation/tasks.py for its form."""
     layout: str | None = None
     """How the source is laid out: manifest, ravdess, crema-d, iemocap, paraspeechcaps. None: a file is a
-    manifest, and the task says what a folder is."""
+    manifest, and a folder has the layout of the task."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.task), "task", "one task or more", "none")
+        require(bool(self.task), "task", "at least one task", "none")
         known = self.layout is None or self.layout in corpora.LAYOUTS
         require(known, "layout", "one of " + ", ".join(corpora.LAYOUTS), self.layout)
 
@@ -138,11 +139,11 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     """Zero-shot classification figures.
 
     Returns:
-        As in results.json: "zeroshot": {task: `zeroshot_figures` with intervals, and "left_out": how many
-        clips take no part, by their tag}.
+        As in results.json: "zeroshot": {task: `zeroshot_figures` with intervals, and "left_out": value of the
+        tag -> number of clips without a label of the task}.
 
     Raises:
-        FileNotFoundError, ValueError: no such source, task or model, or no clip that takes part.
+        FileNotFoundError, ValueError: no such source, task or model, or no clip has a label.
     """
     known = read_tasks() | ({} if config.task_file is None else read_tasks(config.task_file))
     for name in config.task:
@@ -151,7 +152,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     clips = corpora.read_corpus(config.source, _layout(config, tasks), {task.field for task in tasks})
     labelled = [clip for clip in clips if any(task.label_of(clip) for task in tasks)]
     fields = ", ".join(sorted({task.field for task in tasks}))
-    require(bool(labelled), "source", f"clips with a label of the tasks under {fields}", config.source)
+    require(bool(labelled), "source", f"clips with a label of the tasks in the tags {fields}", config.source)
     model = _model(config, model)
     audio_MD, kept, bad = figures.embed_audio(model, labelled, config)
     results = _results("zeroshot", model, len(kept), bad)
@@ -164,8 +165,8 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
 
 
 def _layout(config: ZeroshotConfig, tasks: Sequence[Task]) -> str:
-    """The layout that all tasks share: --layout, or what the source and the tasks say."""
-    # A file is a manifest, except for ParaSpeechCaps, which is a file too: there a manifest is named .jsonl.
+    """The layout of the source: --layout, or the one that follows from the source and all tasks."""
+    # A file is read as a manifest. ParaSpeechCaps is a file too: for its tasks, only .jsonl means a manifest.
     is_file, is_jsonl = paths.is_file(config.source), ".jsonl" in config.source.suffixes
     layouts = {
         config.layout
@@ -189,7 +190,7 @@ def _classify(task: Task, audio_MD: Tensor, clips: list[Clip], model: CLSP, conf
 
 
 def similarity(config: SimilarityConfig, *, model: CLSP | None = None) -> Results:
-    """Correlation of the cosine of clip and caption with the mean rating that people gave the pair.
+    """Correlation between the cosine of clip and caption and the mean rating that people gave the pair.
 
     Returns:
         As in results.json: "similarity": {"all" and each category: {"n" pairs, "ratings", "raters",
@@ -201,7 +202,7 @@ def similarity(config: SimilarityConfig, *, model: CLSP | None = None) -> Result
     ratings: dict[tuple[str, str, str], list[tuple[str, float]]] = defaultdict(list)
     for rating in read_ratings(config.source):
         ratings[rating.clip, rating.caption, rating.category].append((rating.rater, rating.value))
-    require(bool(ratings), "source", "a table with a rating or more", str(config.source))
+    require(bool(ratings), "source", "a table with at least one rating", str(config.source))
     names = list(dict.fromkeys(clip for clip, _, _ in ratings))
     no_captions = Captions((), ())
     clips = [

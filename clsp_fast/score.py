@@ -1,12 +1,12 @@
 """How well clips fit descriptions, or each other: `python -m clsp_fast.score PAIRS.jsonl SCORES.jsonl`.
 
 A line of PAIRS has "audio" and either "caption" or "other", a second recording; further keys are kept. SCORES
-has the same lines with "line" (its number), "model" (how its hash begins), and "score" (the cosine of the two
-embeddings) or "error". A line of PAIRS must not have one of these four keys. NaN and Infinity, which are not
-JSON, become null.
-Both files may be -, for standard input and output. Relative paths are relative to PAIRS, or to the working
-directory if PAIRS is -. After a run was killed, the same command continues it. The exit code is 0 if every
-line has a score, 3 if not.
+has the same lines with three more keys: "line" (the line's number), "model" (the beginning of the model's
+hash), and either "score" (the cosine of the two embeddings) or "error". PAIRS must not have any of these
+keys. NaN and Infinity, which are not JSON, become null.
+Both files may be -, for standard input and output. Relative paths are relative to the folder of PAIRS, or to
+the working directory if PAIRS is -. To continue a killed run, give the same command again. The exit code is 0
+if every line has a score, and 3 if not.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ScoreConfig(EncodeConfig):
     pairs: str
     """JSONL file, or - for standard input."""
     scores: str
-    """JSONL file to write, or - for standard output. If an earlier run did not finish it, this run continues
+    """JSONL file to write, or - for standard output. If an earlier run was not finished, this run continues
     it."""
     shard: str = "1/1"
     """"i/n": only every n-th line, starting with the i-th. n processes with i = 1 .. n score all lines."""
@@ -76,7 +76,7 @@ class ScoreConfig(EncodeConfig):
 
 
 class ScoreResult(NamedTuple):
-    """Number of lines that this call wrote, of lines without a score, and of lines from earlier calls."""
+    """Numbers of lines: written by this call, without a score in all calls, and written by earlier calls."""
 
     rows: int
     failed: int
@@ -91,8 +91,8 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         model: a loaded model to use instead of `config.model`.
 
     Raises:
-        FileNotFoundError: no such file or model. ValueError: the file of scores has those of other pairs or
-        another model. FolderInUse: another process writes to the file.
+        FileNotFoundError: no such file or model. ValueError: the file of scores was begun with other pairs
+        or another model. FolderInUse: another process writes to the file.
     """
     for name, stream in (("pairs", sys.stdin), ("scores", sys.stdout)):
         require(
@@ -104,13 +104,13 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
     ):
         ranks = stack.enter_context(Ranks.join(config.device))
         require(ranks.world == 1, "processes", "1; under torchrun, give each its --shard", ranks.world)
-        standard = config.pairs == "-"
-        source = sys.stdin.buffer if standard else Path(config.pairs)
+        from_stdin = config.pairs == "-"
+        source = sys.stdin.buffer if from_stdin else Path(config.pairs)
         pairs = stack.enter_context(textfile.open_text(source, _EXPECTED))
         _check_kind(pairs, config.pairs)
-        base = Path() if standard else Path(config.pairs).parent
+        base = Path() if from_stdin else Path(config.pairs).parent
         model = load_model(config, ranks.device) if model is None else model
-        made_by = model.fingerprint()[:16]
+        model_hash = model.fingerprint()[:16]
         todo, before, failed = _lines(pairs.file, config.shard), 0, 0
         if config.scores == "-":
             out: IO[bytes] = sys.stdout.buffer
@@ -119,11 +119,11 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
             path.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(path.open("a+b"))
             lock_file(out, path)
-            before, failed = _resume(out, todo, made_by, path)
+            before, failed = _resume(out, todo, model_hash, path)
         progress, rows = Progress(None, "lines"), 0
         while lines := list(itertools.islice(todo, config.rows_at_once)):
             results = _score_lines(lines, model, config, base)
-            records = [_record(line, made_by, result) for line, result in zip(lines, results, strict=True)]
+            records = [_record(line, model_hash, result) for line, result in zip(lines, results, strict=True)]
             out.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
             out.flush()
             if config.scores != "-":
@@ -154,16 +154,16 @@ def score_rows(
         [base / from_text(path) for path in paths], errors=errors, **config.batching
     )
     audio_ND, text_MD = audio_ND.float().cpu(), model.encode_text(captions).float().cpu()
-    clip, text = ({name: i for i, name in enumerate(names)} for names in (paths, captions))
+    clip_row, text_row = ({name: i for i, name in enumerate(names)} for names in (paths, captions))
     for number, row in enumerate(rows):
         if results[number]:
             continue
-        sides = [clip[row[key]] for key in ("audio", "other") if key in row]
+        sides = [clip_row[row[key]] for key in ("audio", "other") if key in row]
         bad = [errors[side] for side in sides if side in errors]
         if bad:
             results[number] = str(bad[0])
         else:
-            other_D = text_MD[text[row["caption"]]] if "caption" in row else audio_ND[sides[1]]
+            other_D = text_MD[text_row[row["caption"]]] if "caption" in row else audio_ND[sides[1]]
             results[number] = float(torch.dot(audio_ND[sides[0]], other_D))
     return results
 
@@ -175,7 +175,7 @@ def _what_is_wrong(row: Row) -> str:
         value = row.get(key)
         text = isinstance(value, str) and value.strip() and "\0" not in value
         if not text or not _encodable(str(value), path=key != "caption"):
-            return f'"{key}" must be a string with something in it, got {value!a:.100}'
+            return f'"{key}" must be a non-empty text, got {value!a:.100}'
     return ""
 
 
@@ -190,9 +190,9 @@ def _encodable(value: str, *, path: bool) -> bool:
 def _check_kind(pairs: Text, name: str) -> None:
     """ValueError if the file begins like a table, a list, or another kind of manifest."""
     kind = text_kinds.kind_of_text(pairs.head)
-    begun = [line for line in pairs.head.splitlines() if line.strip()]
-    if not kind and begun and not any(line.lstrip().startswith("{") for line in begun):
-        kind = f"no file of JSON lines: it begins with {begun[0]!a:.60}"
+    first_lines = [line for line in pairs.head.splitlines() if line.strip()]
+    if not kind and first_lines and not any(line.lstrip().startswith("{") for line in first_lines):
+        kind = f"no file of JSON lines: it begins with {first_lines[0]!a:.60}"
     if kind:
         raise ValueError(f"{name} is {kind}; expected {_EXPECTED}")
 
@@ -208,16 +208,16 @@ def _lines(file: TextIO, shard: str) -> Iterator[_Line]:
             require(whole, "a line", f"shorter than {embedding_folder.LONGEST_LINE} bytes", "a longer one")
             row = textfile.json_object(text)
             reserved = [key for key in _WRITTEN_KEYS if key in row]
-            others = f"others than {', '.join(_WRITTEN_KEYS)}, which are written here"
-            require(not reserved, "keys", others, reserved)
+            expected = f"other than {', '.join(_WRITTEN_KEYS)}, which the output has"
+            require(not reserved, "keys", expected, reserved)
             yield _Line(number, row, "")
         except ValueError as error:
             yield _Line(number, {}, str(error))
 
 
-def _resume(file: IO[bytes], todo: Iterator[_Line], made_by: str, path: Path) -> tuple[int, int]:
-    """Skips the lines that are scored already, and cuts off an unfinished one. Returns how many are scored,
-    and how many of them failed."""
+def _resume(file: IO[bytes], todo: Iterator[_Line], model_hash: str, path: Path) -> tuple[int, int]:
+    """Skips in `todo` the lines that `file` has, and cuts an incomplete last line off. Returns how many lines
+    `file` has, and how many of them have an error."""
     file.seek(0)
     done, failed, size = 0, 0, 0
     while (text := file.readline()).endswith(b"\n"):
@@ -228,9 +228,9 @@ def _resume(file: IO[bytes], todo: Iterator[_Line], made_by: str, path: Path) ->
         line = next(todo, None)
         pair = {key: value for key, value in record.items() if key not in _WRITTEN_KEYS}
         if line is None or (record.get("line"), pair) != (line.number, line.row):
-            raise ValueError(f"{path}, line {done + 1}, is not of these pairs; choose another file")
-        if record.get("model") != made_by:
-            raise ValueError(f"{path} was begun with the model {record.get('model')}, not {made_by}")
+            raise ValueError(f"{path}, line {done + 1}, does not belong to these pairs; choose another file")
+        if record.get("model") != model_hash:
+            raise ValueError(f"{path} was begun with the model {record.get('model')}, not {model_hash}")
         done, failed, size = done + 1, failed + ("error" in record), size + len(text)
     file.truncate(size)
     return done, failed
@@ -243,9 +243,9 @@ def _score_lines(
     return (line.problem or next(scores) for line in lines)
 
 
-def _record(line: _Line, made_by: str, result: float | str) -> Row:
+def _record(line: _Line, model_hash: str, result: float | str) -> Row:
     outcome: Row = {"error": result} if isinstance(result, str) else {"score": result}
-    return line.row | {"line": line.number, "model": made_by} | outcome
+    return line.row | {"line": line.number, "model": model_hash} | outcome
 
 
 @console.command

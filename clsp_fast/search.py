@@ -1,8 +1,8 @@
 """Search by description or by example: `python -m clsp_fast.search FOLDER --text "A woman whispers."`.
 
-FOLDER is what `clsp_fast.embed` wrote with the same model. The search is exact unless --index names an index
-of faiss; under torchrun each process searches a part of the shards. --html writes a page with players. The
-page contains the recordings (16 kHz, at most 30 s each), so that it can be sent to others.
+FOLDER was written by `clsp_fast.embed` with the same model. The search is exact unless --index names a faiss
+index. Under torchrun, each process searches a part of the shards. --html writes a page with players. The page
+contains the recordings (16 kHz, at most 30 s each), so it can be sent to others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from clsp_fast.storage.ranks import Ranks
 from clsp_fast.storage.textfile import is_text
 
 _PLAYED_S = 30
-_TRAINED_ON = 2**18
+_TRAINING_ROWS = 2**18
 _FIX = "; remove it, and the same command builds it again, or give another --index-file"
 
 _STYLE = """body{font:16px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}
@@ -52,9 +52,9 @@ class SearchConfig(EncodeConfig):
     text: tuple[str, ...] = ()
     """Descriptions to search for."""
     clip: tuple[str, ...] = ()
-    """Recordings; what sounds like them is searched for."""
+    """Recordings. The search finds recordings that sound like them."""
     k: int = 10
-    """Answers a query, at most 1,024."""
+    """Number of answers per query, at most 1,024."""
     index: str = "exact"
     """"exact", or "faiss:" and a factory string, such as faiss:HNSW32 (needs the extra [faiss])."""
     index_file: Path | None = None
@@ -64,7 +64,7 @@ class SearchConfig(EncodeConfig):
     html: Path | None = None
     """Also write a page with players."""
     json: bool = False
-    """Print one JSON object a query instead of a table."""
+    """Print one JSON object per query instead of a table."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,8 +72,8 @@ class SearchConfig(EncodeConfig):
         require(1 <= self.k <= similarity.MOST_NEIGHBOURS, "k", "in [1, 1024]", self.k)
         known = self.index == "exact" or (self.index.startswith("faiss:") and len(self.index) > 6)
         require(known, "index", '"exact" or "faiss:<factory string>"', self.index)
-        needs = self.index_file is None or self.index != "exact"
-        require(needs, "index_file", "given with --index faiss:... alone", self.index_file)
+        fits = self.index_file is None or self.index != "exact"
+        require(fits, "index_file", "given only with --index faiss:...", self.index_file)
 
 
 class Hit(NamedTuple):
@@ -96,7 +96,7 @@ class Result(NamedTuple):
 
 
 def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
-    """Answers queries from a folder of embeddings, texts first.
+    """Answers queries from a folder of embeddings, first texts and then clips.
 
     Args:
         config: where to search, and for what.
@@ -148,8 +148,8 @@ def _check_made_by(embeddings: Embeddings, model: CLSP, path: Path) -> None:
 
 
 def _as_text(query: str) -> str:
-    """A description from the command line, read as UTF-8. Python reads it in the encoding of the locale, and
-    turns bytes that do not fit into surrogates."""
+    """Decodes a description from the command line as UTF-8. Python decodes it in the locale's encoding
+    and replaces bytes that do not fit by surrogates."""
     if is_text(query):
         return query
     try:
@@ -195,19 +195,19 @@ def _faiss(
         import faiss
     except ImportError as error:
         raise ImportError("--index faiss:... needs the extra: pip install 'clsp_fast[faiss]'") from error
-    kept_index = None if file is None else _KeptIndex(file, factory, embeddings)
+    index_file = None if file is None else _IndexFile(file, factory, embeddings)
     try:
-        if kept_index is not None and kept_index.exists():
+        if index_file is not None and index_file.exists():
             index = faiss.read_index(str(file))
         else:
             index = faiss.index_factory(embeddings.header.dim, factory, faiss.METRIC_INNER_PRODUCT)
             rows = (np.ascontiguousarray(shard, np.float32) for shard in embeddings.shards if len(shard))
             if not index.is_trained:
-                index.train(_first_rows(embeddings.shards, _TRAINED_ON))
+                index.train(_first_rows(embeddings.shards, _TRAINING_ROWS))
             for shard in rows:
                 index.add(shard)
-            if kept_index is not None:
-                kept_index.write(lambda path: faiss.write_index(index, str(path)))
+            if index_file is not None:
+                index_file.write(lambda path: faiss.write_index(index, str(path)))
     except RuntimeError as error:
         where = factory if file is None else f"{factory}, {file}"
         raise ValueError(f"index: faiss refuses {where}: {str(error).splitlines()[-1]}") from error
@@ -223,33 +223,33 @@ def _faiss(
     return torch.from_numpy(scores_QK), torch.from_numpy(np.where(position_QK < 0, -1, number_QK))
 
 
-class _KeptIndex:
-    """The file of an index, and `<file>.json`, its label, which says what the index was built from. Without
-    the label, an index of other embeddings would give wrong answers unnoticed."""
+class _IndexFile:
+    """The file of an index, and its label, `<file>.json`, which says what the index was built from. Without
+    a label, nobody would notice that an index of other embeddings gives wrong answers."""
 
     def __init__(self, file: Path, factory: str, embeddings: Embeddings) -> None:
         self._file, self._label = file, file.with_name(file.name + ".json")
         self._expected = {"factory": factory, "embeddings": embeddings.digest()}
 
     def exists(self) -> bool:
-        """Whether there is one; ValueError if it is of another folder or another factory string."""
+        """Whether the file exists. ValueError if its label has other embeddings or another factory."""
         if not self._file.exists():
             return False
         try:
             label = parse_object(self._label.read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{self._label} does not say what {self._file.name} is of: {error}{_FIX}"
+                f"{self._label} does not say what {self._file.name} was built from: {error}{_FIX}"
             ) from error
         if label.get("embeddings") != self._expected["embeddings"]:
-            raise ValueError(f"{self._file} was built of other embeddings than the folder has now{_FIX}")
+            raise ValueError(f"{self._file} was built from other embeddings than the folder has now{_FIX}")
         if label.get("factory") != self._expected["factory"]:
             was, now = label.get("factory"), self._expected["factory"]
             raise ValueError(f"{self._file} was built as {was!a}, not {now!a}{_FIX}")
         return True
 
     def write(self, write_to: Callable[[Path], None]) -> None:
-        # The label comes first: a label without an index does no harm, an index without a label would.
+        # The label is written first, because after a crash a label without an index does no harm.
         files.write_text(self._label, json.dumps(self._expected) + "\n")
         files.replace_file(self._file, write_to)
 
@@ -292,7 +292,7 @@ def _title(hit: Hit) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replaces control characters, which would act on the terminal, and what is not text by escapes."""
+    """Replaces unprintable characters by escapes, because control characters would act on the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -1,8 +1,8 @@
 """Training: `python -m clsp_fast.train [PRESET | CONFIG.json] [--flags]`; under torchrun, on several
 processes.
 
-Without arguments it makes a demo corpus and trains the tiny preset on it. Running the same command again
-resumes.
+Without arguments it makes a demo corpus and trains the tiny preset on it. To resume a run, give the same
+command again.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from clsp_fast.training.run import Interrupted, Run, fit, load_checkpoint, resto
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains the model that `config` describes. A run that is already in the run folder is resumed, or, if it
-    is finished, evaluated.
+    """Trains the model that `config` describes. If the run folder already holds a run, resumes it; a finished
+    run is only evaluated.
 
     Returns:
         The results of the finished run, as in results.json: for each set of clips its figures, as
         `evaluation.figures.evaluate_clips` returns them. Only the first rank has them; the others return {}.
 
     Raises:
-        DataError: the data cannot be trained on. ValueError: the run folder holds another model, or a file is
-        not what its flag says. FloatingPointError: too many steps in a row were not finite. Interrupted: a
-        signal came; the state was saved. files.FolderInUse: another process has the run folder.
+        DataError: the data cannot be trained on. ValueError: the run folder holds another model, or a file
+        does not fit its flag. FloatingPointError: too many steps in a row were not finite. Interrupted: a
+        signal came; the state was saved. files.FolderInUse: another process uses the run folder.
     """
     with (
         files.naming_full_disk(config.run),
@@ -91,14 +91,14 @@ def open_run(config: TrainConfig, ranks: Ranks) -> Iterator[Run]:
 
 
 def claim_folder(config: TrainConfig) -> None:
-    """Writes the run's config.json; ValueError if the folder holds a run with another model."""
+    """Writes the run's config.json. ValueError if the folder holds a run with another model, seed or init."""
     path = config.run / "config.json"
     if path.exists() and checkpoint.exists(config.run / "checkpoints"):
         before = TrainConfig.from_dict(json.loads(path.read_text()))
         for name in ("model", "seed", "init"):
             if getattr(before, name) != getattr(config, name):
                 raise ValueError(
-                    f"{config.run} holds a run with another {name}; give another --run-dir, or delete it"
+                    f"{config.run} holds a run with another {name}; choose another --run-dir, or delete it"
                 )
         if before != config:
             text = listed(differences(config, before), separator="; ")
@@ -109,7 +109,7 @@ def claim_folder(config: TrainConfig) -> None:
 
 
 def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:
-    """A new model, initialised from the seed, or the saved one that `config.init` names."""
+    """A new model that is initialised from the seed, or the saved model that `config.init` names."""
     if config.init is None:
         torch.manual_seed(config.seed)
         return CLSP(config.model, tokenizer=corpus.tokenizer)
@@ -117,7 +117,9 @@ def build_model(config: TrainConfig, corpus: Corpus) -> CLSP:
     if model.config != config.model:
         lines = [f"model.{line}" for line in differences(config.model, model.config)]
         text = listed(lines, separator="; ")
-        raise ValueError(f"the model in --init {config.init} is another: {text}; leave these out")
+        raise ValueError(
+            f"the settings differ from the model in --init {config.init}: {text}; leave these out"
+        )
     model.tokenizer = corpus.tokenizer
     return model
 
@@ -151,9 +153,9 @@ def finish(run: Run) -> dict[str, Any]:
     log.say(f"model: {folder / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")
     if corpus.is_demo:
         log.say(
-            "The demo corpus is synthetic speech: these figures say that the software works, not how well the"
+            "The demo corpus is synthetic speech. These figures show that the software works. They do not"
         )
-        log.say("paper's model does.")
+        log.say("show how good the paper's model is.")
     return results
 
 

@@ -64,8 +64,8 @@ ERRORS = {
     5: "text.wav",
     6: 'either "caption" or "other"',
     7: 'either "caption" or "other"',
-    8: '"audio" must be a string',
-    9: '"caption" must be a string with something in it',
+    8: '"audio" must be a non-empty text',
+    9: '"caption" must be a non-empty text',
     10: '"caption" must be',
     11: "Expecting value",
     12: "nested too deeply",
@@ -119,7 +119,7 @@ def test_keys_that_would_be_overwritten_are_errors_of_their_lines(
     *bad, good = read(tmp_path / "scores.jsonl")
     assert "score" in good
     for key, line in zip(("model", "line", "score", "error"), bad, strict=True):
-        assert f"which are written here, got ['{key}']" in line["error"]
+        assert f"which the output has, got ['{key}']" in line["error"]
 
 
 def test_an_unfinished_file_is_continued(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
@@ -143,13 +143,13 @@ def test_scores_of_other_pairs_or_models_are_not_continued(
     before = out.read_bytes()
     with pytest.raises(ValueError, match=r"was begun with the model \w{16}, not \w{16}"):
         run(pairs, out, model_folder, precision="bf16")
-    with pytest.raises(ValueError, match="line 2, is not of these pairs"):
+    with pytest.raises(ValueError, match="line 2, does not belong to these pairs"):
         run(pairs, out, model_folder, shard="1/2")
     pairs.write_text(pairs.read_text().replace('"mine": [1]', '"mine": [2]'))
-    with pytest.raises(ValueError, match="line 2, is not of these pairs"):
+    with pytest.raises(ValueError, match="line 2, does not belong to these pairs"):
         run(pairs, out, model_folder)
     pairs.write_text("")
-    with pytest.raises(ValueError, match="line 1, is not of these pairs"):
+    with pytest.raises(ValueError, match="line 1, does not belong to these pairs"):
         run(pairs, out, model_folder)
     assert out.read_bytes() == before
     out.write_text("[]\n")

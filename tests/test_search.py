@@ -129,7 +129,7 @@ def test_an_index_of_other_embeddings_is_refused(folder: Path, model_folder: Pat
     model = CLSP(MODEL_PRESETS["tiny"], CLSP.from_pretrained(model_folder).tokenizer)
     model.save_pretrained(tmp_path / "model")
     embed(EmbedConfig(source=source, out=tmp_path / "out", model=str(tmp_path / "model"), device="cpu"))
-    with pytest.raises(ValueError, match=rf"flat\.index was built of other embeddings .* now; {fix}"):
+    with pytest.raises(ValueError, match=rf"flat\.index was built from other embeddings .* now; {fix}"):
         run(tmp_path / "out", tmp_path / "model", **flat)
 
     # The same model and list, but the recordings have changed.

@@ -131,7 +131,7 @@ def test_bad_clips_are_counted_over_ranks_and_stop_all_of_them(clips: Path, tmp_
     assert met[4] == 137
     *steps, message = first["over"]
     assert steps == list(range(met.index(137)))
-    assert "137 of 1000 clips cannot be read, over data.max_bad_share 0.136" in message
+    assert "137 of 1000 clips cannot be read, more than data.max_bad_share 0.136" in message
     assert "c863 (" in message
 
 
@@ -175,7 +175,7 @@ def test_other_batches_begin_a_new_epoch(
 def test_without_a_readable_clip_the_run_ends_with_the_list(clips: Path, tmp_path: Path) -> None:
     rows = (clips / "many.jsonl").read_text().splitlines(keepends=True)[-3:]
     (clips / "none.jsonl").write_text("".join(rows))
-    with pytest.raises(DataError, match=r"step 0: not one readable clip was found; .*c999 \(open\)"):
+    with pytest.raises(DataError, match=r"step 0: a rank found no readable clip; .*c999 \(open\)"):
         train.train(run_config(clips, tmp_path / "run", steps=3, data={"manifest": clips / "none.jsonl"}))
 
 

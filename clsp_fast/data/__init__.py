@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `python -m clsp_fast.data` must be the first to import __main__, or Python warns.
+    # __main__ is imported on use: if it were imported here first, `python -m clsp_fast.data` would warn.
     if name == "main":
         return importlib.import_module("clsp_fast.data.__main__").main
     raise AttributeError(f"module 'clsp_fast.data' has no attribute {name!r}")

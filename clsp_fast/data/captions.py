@@ -11,18 +11,18 @@ _STREAM_TASK, _STREAM_CLIP = 1, 2
 
 
 class Captions(NamedTuple):
-    """All captions of one clip; either tuple may be empty, not both."""
+    """All captions of one clip. A clip for training has captions of at least one kind."""
 
     global_captions: tuple[str, ...]
     fine_captions: tuple[str, ...]
 
 
 def stage1(clips: Sequence[Captions], ids: Sequence[int], *, seed: int, step: int) -> list[list[str]]:
-    """One fine-grained caption a clip; a clip without one gives a global caption.
+    """One fine-grained caption per clip, or a global one if the clip has no fine-grained captions.
 
     Args:
         clips: captions of the B clips of a batch.
-        ids: B integers that identify the clips: a clip's draw does not depend on its neighbours.
+        ids: B integers that identify the clips. A clip's draw depends on its id, not on the other clips.
         seed: seed of the run.
         step: step of the run.
 
@@ -37,12 +37,12 @@ def stage1(clips: Sequence[Captions], ids: Sequence[int], *, seed: int, step: in
 
 
 def stage2(clips: Sequence[Captions], ids: Sequence[int], *, seed: int, step: int) -> list[list[str]]:
-    """Two captions a clip: two fine-grained ones, or one global and one fine-grained, as one draw decides for
-    the whole batch.
+    """Two captions per clip: either two fine-grained ones, or a global and a fine-grained one. One draw
+    decides this for the whole batch.
 
-    Two fine-grained ones have the probability min(0.05 + 0.45 step / 10,000, 0.5), where `step` counts from
-    the start of the stage (arXiv 2601.03065). A clip without two fine-grained captions gives one of each kind
-    instead; a clip with captions of one kind gives two of them; a clip with one caption gives it twice.
+    The probability of two fine-grained captions is min(0.05 + 0.45 step / 10,000, 0.5), where `step` counts
+    from the start of the stage (arXiv 2601.03065). A clip with both kinds but only one fine-grained caption
+    always gives one of each kind. A clip with captions of one kind gives two of them, or its only one twice.
 
     Args, Returns: as `stage1`, with two lists of B texts.
     """

@@ -1,6 +1,6 @@
-"""A clip, and the checks of what a line of a manifest says about it.
+"""A clip, and checks of the values that a manifest's line gives for it.
 
-Each check raises ValueError that names the key, what was expected and what came.
+Each check raises a ValueError that names the key, the expected value and the given one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from clsp_fast.data.captions import Captions
 from clsp_fast.storage.textfile import is_text, shown
 
 LONGEST_NAME = 2**15
-"""Characters of the longest path. A line of an index must have room for it twice, as JSON escapes."""
+"""Characters of the longest path. A line of an embedding index must hold it twice, in JSON escapes."""
 _GLOBAL_KEYS = ("global_captions", "short_captions")
 _FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
 
@@ -29,12 +29,12 @@ class Clip:
         audio: path of the file.
         start_s: offset in the file, seconds.
         duration_s: length in seconds; None: to the end of the file.
-        channel: channel to take; None: the mean of all.
+        channel: channel to read; None: the mean of all channels.
         captions: global and fine-grained captions.
-        tags: labels such as speaker and gender; what zero-shot tasks compare with.
+        tags: labels such as speaker and gender. Zero-shot tasks take the true labels from here.
         claims: for each kind of caption ("global", "fine"), what each caption asserts (tag -> value), in the
-            order of `captions`; empty where unknown. With it, evaluation knows every clip that a caption is
-            true of.
+            order of `captions`; empty where unknown. From the claims, evaluation finds all clips that a
+            caption is true of.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Clip:
 
 
 def is_path(value: object) -> TypeGuard[str]:
-    """Whether a file could have this name. Names need not be UTF-8."""
+    """Whether a file could have this path. Paths need not be UTF-8."""
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
         return False
     if value.isascii():
@@ -78,7 +78,7 @@ def _strings(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f'"{key}" holds an empty caption')
         if not all(is_text(v) for v in values):
             what = "half a surrogate pair, or bytes that are not UTF-8"
-            raise ValueError(f'"{key}" holds {what}, which is no text')
+            raise ValueError(f'"{key}" holds {what}, which is not text')
         if values:
             return tuple(v.strip() for v in values)
     return ()
@@ -89,8 +89,8 @@ def seconds_of(row: Mapping[str, Any], key: str, default: float | None) -> Any:
     value = row.get(key)
     if value is None:
         return default
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and "duration" in key):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and "duration" in key):
         raise ValueError(
             f'"{key}" must be seconds{" > 0" if "duration" in key else " >= 0"}, got {shown(value)}'
         )
@@ -98,7 +98,7 @@ def seconds_of(row: Mapping[str, Any], key: str, default: float | None) -> Any:
 
 
 def channel_of(value: object) -> int | None:
-    """The number of a channel; None: the mean of all."""
+    """The number of a channel; None: the mean of all channels."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31):
         return value
     raise ValueError(f'"channel" must be an integer in [0, 2147483648), got {shown(value)}')
@@ -112,14 +112,14 @@ def id_of(value: object, default: str) -> str:
 
 
 def tags_of(value: object) -> dict[str, str]:
-    """Tags with their values as text, without those that are null."""
+    """Tags with their values as text. Null values are left out."""
     if not isinstance(value, Mapping):
         raise ValueError('"tags" must be an object')
     return {str(key): str(item) for key, item in value.items() if item is not None}
 
 
 def claims_of(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, str], ...]]:
-    """The claims of each kind of caption, one object a caption."""
+    """The claims of each kind of caption, one object per caption."""
     if not isinstance(value, Mapping):
         raise ValueError('"claims" must be an object')
     claims: dict[str, tuple[Mapping[str, str], ...]] = {}

@@ -15,8 +15,8 @@ _MODEL_RATE_HZ = 16_000
 
 
 def clip_of_cut(row: Mapping[str, Any], folder: Path, default_id: str, need_captions: bool) -> Clip:
-    """The clip of a cut: the file that has the cut's channel, start, duration, and the captions in the first
-    supervision's "custom", or else its text. ValueError says what is wrong with the cut."""
+    """The clip of a cut. Its captions are in the "custom" of the first supervision; if not, the text of that
+    supervision is the caption. ValueError says what is wrong with the cut."""
     kind = row.get("type", "MonoCut")
     if kind not in ("MonoCut", "MultiCut"):
         raise ValueError(
@@ -29,7 +29,7 @@ def clip_of_cut(row: Mapping[str, Any], folder: Path, default_id: str, need_capt
     custom = dict(supervisions[0].get("custom") or {})
     captions = captions_of(custom)
     text = supervisions[0].get("text")
-    # A cut that has captions uses its text for what was said, not for how it was said.
+    # If a cut has captions, its text is a transcript: it says what was spoken, not how.
     if not any(captions) and isinstance(text, str) and text.strip():
         captions = Captions((), (text.strip(),))
     if need_captions and not any(captions):
@@ -40,8 +40,8 @@ def clip_of_cut(row: Mapping[str, Any], folder: Path, default_id: str, need_capt
     source = folder / name
     start, duration = seconds_of(row, "start", 0.0), seconds_of(row, "duration", None)
     total = recording.get("duration")
-    # lhotse computes the length of a resampled recording from its manifest, and may be wrong. So a cut of the
-    # whole recording reads to the end of the file.
+    # lhotse computes the duration of a resampled recording from its manifest, not from the file. It may be
+    # wrong, so a cut of the whole recording is read to the end of the file.
     if recording.get("transforms") and start == 0 and _is_as_long(duration, total):
         duration = None
     tags = {key: str(supervisions[0][key]) for key in ("speaker", "gender") if supervisions[0].get(key)}
@@ -63,30 +63,30 @@ def _is_as_long(duration: float | None, total: object) -> bool:
 
 
 def _refuse_transforms(transforms: Any) -> None:
-    """ValueError unless all transforms resample. Reading resamples anyway, so those need no work."""
+    """ValueError unless each transform is a lossless Resample. It needs no work: reading resamples anyway."""
     fix = "write the audio out first (CutSet.save_audios)"
     for transform in transforms if isinstance(transforms, list) else [transforms]:
         name = transform.get("name") if isinstance(transform, Mapping) else None
         if not isinstance(transform, Mapping) or name != "Resample":
-            raise ValueError(f"recording.transforms is supported only for Resample, got {shown(name)}: {fix}")
+            raise ValueError(f"recording.transforms may contain only Resample, got {shown(name)}: {fix}")
         kwargs = transform.get("kwargs")
         rates = kwargs if isinstance(kwargs, Mapping) else {}
         target_hz, source_hz = (rates.get(f"{key}_sampling_rate") for key in ("target", "source"))
-        # The file still has the high frequencies that a lower rate would have removed.
+        # Resampling to a lower rate removes high frequencies, which the file still has.
         least_hz = min(_MODEL_RATE_HZ, source_hz) if isinstance(source_hz, int) else _MODEL_RATE_HZ
         if isinstance(target_hz, int) and target_hz < least_hz:
             raise ValueError(
-                f"recording.transforms: Resample to {shown(target_hz)} Hz, under {least_hz}, is lossy: {fix}"
+                f"recording.transforms: Resample to {shown(target_hz)} Hz, below {least_hz}, is lossy: {fix}"
             )
 
 
-def _file_of_channel(sources: list[Mapping[str, Any]], stated: object) -> tuple[Any, int | None]:
-    """The file that has the cut's channel, and the channel's place in it (None: all channels of the file).
+def _file_of_channel(sources: list[Mapping[str, Any]], channel: object) -> tuple[Any, int | None]:
+    """The file that has the cut's channel, and the channel's index in this file (None: all its channels).
 
-    lhotse numbers the channels of a recording, which may be spread over several files. A MultiCut has a list
-    of channels.
+    lhotse numbers the channels of a recording, and these may be spread over several files. A MultiCut has a
+    list of channels.
     """
-    wanted = tuple(stated) if isinstance(stated, list) else (channel_of(stated),)
+    wanted = tuple(channel) if isinstance(channel, list) else (channel_of(channel),)
     channels_by_file = [tuple(source.get("channels") or (0,)) for source in sources]
     for source, channels in zip(sources, channels_by_file, strict=True):
         whole = wanted == channels or (wanted == (None,) and len(sources) == 1)
@@ -96,6 +96,6 @@ def _file_of_channel(sources: list[Mapping[str, Any]], stated: object) -> tuple[
             return source["source"], None if whole else channels.index(wanted[0])
     held = shown([*map(list, channels_by_file)])
     raise ValueError(
-        f'"channel" is {shown(stated)}, and the files of recording.sources hold {held}: '
-        "a clip is one channel, or all of one file (MultiCut.to_mono splits a cut)"
+        f'"channel" is {shown(channel)}, and the files of recording.sources hold {held}: '
+        "a clip must be one channel, or all channels of one file (MultiCut.to_mono splits a cut)"
     )

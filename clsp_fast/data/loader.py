@@ -25,8 +25,8 @@ from clsp_fast.features import NUM_MEL_BINS, PADDING_VALUE, FbankConfig, extract
 
 _STREAM_AUGMENT = 21
 _SPARE_ATTEMPTS = 20
-_FORGIVEN_CLIPS = 10
-_MIN_CLIP_S = 0.1  # nine frames: the model takes no fewer
+_TOLERATED_BAD_CLIPS = 10
+_MIN_CLIP_S = 0.1  # nine frames, the fewest that the model accepts
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """Captions -> token_ids and attention_mask, both int64 (N, L)."""
@@ -42,14 +42,14 @@ class Batch:
 
     Attributes:
         step: step of the run.
-        ids: the B clips; empty if no clip was readable.
+        ids: ids of the B clips; empty if no clip was readable.
         features: float32 (B, T, 128), padded with log(1e-10).
         lengths: int64 (B,), frames.
         token_ids: int64 (N, L), N = B in stage 1 and 2 B in stage 2 (first captions, then second captions).
         attention_mask: int64 (N, L), 1 for tokens.
         text_owner: int64 (N,), the clip that each caption describes.
         seconds: audio in the batch, without padding.
-        bad: the clips that were planned for the batch but cannot be read: id -> reason.
+        bad: unreadable clips, planned for this batch or tried as replacements: id -> reason.
     """
 
     step: int
@@ -64,14 +64,14 @@ class Batch:
 
 
 class ClipFeatures:
-    """Log-mel features of clips. A cache in memory keeps as many as fit.
+    """Log-mel features of clips. A cache in memory keeps the features of as many clips as fit.
 
     Args:
         config: threads, limits and size of the cache.
 
     Attributes:
         bad: the unreadable clips so far: id -> reason.
-        details: the same: id -> sentence with the path.
+        details: the same clips: id -> error message with the path.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -83,11 +83,11 @@ class ClipFeatures:
         )
         self._threads = config.threads or default_num_threads()
         # With tail="zero" a clip's last frame depends on its batch, so the cache stays empty.
-        self._room = config.cache_mb << 20 if config.tail == "reflect" else 0
+        self._cache_bytes_left = config.cache_mb << 20 if config.tail == "reflect" else 0
         self._cache: dict[str, Tensor] = {}
 
     def read(self, clips: Sequence[Clip]) -> list[Tensor | None]:
-        """Features float32 (T, 128) of each clip; None, and an entry in `bad`, where it cannot be read."""
+        """Features of each clip, float32 (T, 128). An unreadable clip gives None and an entry in `bad`."""
         features = [self._cache.get(clip.id) for clip in clips]
         missing = [i for i, values in enumerate(features) if values is None and clips[i].id not in self.bad]
         if not missing:
@@ -108,10 +108,10 @@ class ClipFeatures:
         return features
 
     def _cached(self, clip_id: str, values: Tensor) -> Tensor:
-        """The values, which are copied into the cache if they fit."""
+        """The values, copied into the cache if they fit."""
         size = values.numel() * values.element_size()
-        if size <= self._room:
-            self._room -= size
+        if size <= self._cache_bytes_left:
+            self._cache_bytes_left -= size
             self._cache[clip_id] = values = torch.from_numpy(values.numpy().copy())
         return values
 
@@ -130,7 +130,7 @@ class Loader:
         device: where the batches are used; for a CUDA device they are in page-locked memory.
 
     Attributes:
-        plan: clips of each step, a pure function.
+        plan: which clips are in the batch of each step.
         left_out: reason -> number of clips that are left out.
 
     Raises:
@@ -169,7 +169,7 @@ class Loader:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Clips that this rank could not read so far, also those of batches prepared ahead: id -> reason."""
+        """Clips that this rank could not read so far, including batches prepared ahead: id -> reason."""
         return self._features.bad
 
     @cached_property
@@ -188,7 +188,7 @@ class Loader:
         """Continues a run with step `step`, given the `state` that was saved.
 
         If the number of ranks, the clips or the batches have changed, it is unknown which clips of the epoch
-        have not been used, so a new epoch begins.
+        are still unused. Then a new epoch begins.
 
         Returns:
             Whether a new epoch begins with this step.
@@ -237,15 +237,15 @@ class Loader:
         return _page_locked(batch) if self._pin else batch
 
     def check_bad(self, bad: Mapping[str, str]) -> None:
-        """DataError with the list if `bad`, the unreadable clips of all ranks, are too many."""
+        """Raises DataError, with a list, if `bad`, the unreadable clips of all ranks, has too many clips."""
         if self._too_many(bad):
             raise DataError(
-                f"{len(bad)} of {len(self.clips)} clips cannot be read, over data.max_bad_share "
-                f"{self._config.max_bad_share}; {bad_list(bad)}"
+                f"{len(bad)} of {len(self.clips)} clips cannot be read, more than data.max_bad_share "
+                f"{self._config.max_bad_share} allows; {bad_list(bad)}"
             )
 
     def _too_many(self, bad: Mapping[str, str]) -> bool:
-        return len(bad) > max(_FORGIVEN_CLIPS, self._config.max_bad_share * len(self.clips))
+        return len(bad) > max(_TOLERATED_BAD_CLIPS, self._config.max_bad_share * len(self.clips))
 
     def _captions(self, clips: Sequence[Clip], step: int) -> list[list[str]]:
         captions, ids = [clip.captions for clip in clips], [_number(clip.id) for clip in clips]
@@ -254,8 +254,8 @@ class Loader:
         return caption_sampling.stage2(captions, ids, seed=self._seed, step=step - self._stage1_steps)
 
     def _read(self, step: int) -> tuple[list[Clip], list[Tensor], dict[str, str]]:
-        """Clips, features and unreadable clips of a step. Other clips replace the unreadable ones; if none of
-        those is readable either, the batch is smaller."""
+        """Clips, features and unreadable clips of a step. Other clips replace the unreadable ones. If no
+        readable replacement is found, the batch has fewer clips."""
         ids = self.plan.batch(step, self._rank).tolist()
         taken = {int(i) for rank in range(self.plan.world) for i in self.plan.batch(step, rank)}
         good: list[tuple[Clip, Tensor]] = []
@@ -264,7 +264,7 @@ class Loader:
             clip, attempt = self.clips[planned], 0
             while values is None:
                 bad[clip.id] = self.bad[clip.id]
-                # If this rank alone has too many, the run ends before this step, so no replacement is needed.
+                # If this rank alone has too many bad clips, the run ends before this step: none is replaced.
                 if attempt == _SPARE_ATTEMPTS or self._too_many(self.bad):
                     break
                 spare = self.plan.spare(step, self._rank, planned, attempt)
@@ -285,9 +285,9 @@ def bad_list(bad: Mapping[str, str]) -> str:
 
 
 def _page_locked(batch: Batch) -> Batch:
-    """The batch in page-locked memory, from which a card copies while this process works on.
+    """Copies the batch to page-locked memory, from which the GPU copies it while this process continues.
 
-    It is filled in numpy, for the reason that augment.py gives.
+    This code is numpy for the reason that augment.py gives.
     """
     copies: dict[str, Any] = {}
     for name, value in vars(batch).items():
@@ -300,7 +300,7 @@ def _page_locked(batch: Batch) -> Batch:
 def collate(features: Sequence[Tensor]) -> Tensor:
     """Features (T, 128) of several clips, padded to the longest: float32 (B, T, 128).
 
-    In numpy, for the reason that augment.py gives.
+    This code is numpy for the reason that augment.py gives.
     """
     longest = max((len(values) for values in features), default=0)
     batch = np.full((len(features), longest, NUM_MEL_BINS), PADDING_VALUE, np.float32)
@@ -310,30 +310,30 @@ def collate(features: Sequence[Tensor]) -> Tensor:
 
 
 def segment(clip: Clip) -> Segment:
-    """What the frontend reads for a clip."""
+    """The part of a file that the frontend reads for a clip."""
     return Segment(clip.audio, start_s=clip.start_s, duration_s=clip.duration_s, channel=clip.channel)
 
 
 def usable(clips: Sequence[Clip], config: DataConfig) -> tuple[list[Clip], list[float], Counter[str]]:
-    """The clips within the duration limits, their seconds, and the number of the others by reason.
+    """The clips within the duration limits, their seconds, and the number of the other clips by reason.
 
-    If the manifest states no duration, the file's header is asked; if that has none either, data.max_seconds
-    is assumed. Such seconds only help to plan batches, since a header may be wrong: reading takes the whole
-    file.
+    If the manifest gives no duration, it is taken from the file's header. If the header gives none either,
+    data.max_seconds is assumed. A header may be wrong, so these durations only select clips and plan batches:
+    reading takes the whole file.
     """
     with ThreadPoolExecutor(config.threads or default_num_threads()) as pool:
-        probed = list(pool.map(lambda clip: _seconds(clip, config), clips))
+        durations_s = list(pool.map(lambda clip: _seconds(clip, config), clips))
     kept: list[Clip] = []
     seconds: list[float] = []
     left_out: Counter[str] = Counter()
-    for clip, length in zip(clips, probed, strict=True):
-        if length < config.min_seconds:
+    for clip, duration_s in zip(clips, durations_s, strict=True):
+        if duration_s < config.min_seconds:
             left_out["too_short"] += 1
-        elif length > config.max_seconds:
+        elif duration_s > config.max_seconds:
             left_out["too_long"] += 1
         else:
             kept.append(clip)
-            seconds.append(length)
+            seconds.append(duration_s)
     return kept, seconds, left_out
 
 
@@ -341,13 +341,13 @@ def _seconds(clip: Clip, config: DataConfig) -> float:
     if clip.duration_s is not None:
         return clip.duration_s
     try:
-        stated = audio.info(clip.audio)
+        header = audio.info(clip.audio)
     except AudioError:  # the error is reported when the clip is read
         return config.max_seconds
-    if stated.frames is None or stated.sample_rate_hz < 1:
+    if header.frames is None or header.sample_rate_hz < 1:
         return config.max_seconds
-    seconds = stated.frames / stated.sample_rate_hz - clip.start_s
-    return seconds if stated.exact else min(max(seconds, config.min_seconds), config.max_seconds)
+    seconds = header.frames / header.sample_rate_hz - clip.start_s
+    return seconds if header.exact else min(max(seconds, config.min_seconds), config.max_seconds)
 
 
 def _number(text: str) -> int:

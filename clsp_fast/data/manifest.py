@@ -1,4 +1,4 @@
-"""Manifests, lists and folders of recordings -> clips."""
+"""Reads clips from manifests, lists and folders of recordings."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ _KEYS = {
 }
 _MOST_SHOWN = 20
 _LONGEST_LINE = 2**24
-_JUDGED_LINES = 1000
-_EXPECTED = 'a manifest (a JSON object a line: {"audio": "a.wav", "captions": ["A man speaks."]})'
-_EXPECTED_SOURCE = 'a list of recordings (a path a line) or a manifest (lines such as {"audio": "a.wav"})'
+_CHECKED_LINES = 1000
+_EXPECTED = 'a manifest (one JSON object per line: {"audio": "a.wav", "captions": ["A man speaks."]})'
+_EXPECTED_SOURCE = 'a list of recordings (one path per line) or a manifest (lines such as {"audio": "a.wav"})'
 _LIST_OF_PATHS = (
-    "a list of paths: embed takes it if its name does not end in .jsonl; training needs captions, in a JSON "
-    "object a line"
+    "a list of paths (embed reads it if its name does not end in .jsonl; training needs captions, in one "
+    "JSON object per line)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A line without a usable clip: 1-based line number and what is wrong with it."""
+    """A line without a usable clip: its 1-based number, and what is wrong with it."""
 
     line: int
     message: str
@@ -67,14 +67,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The clips of a file, in its order, and what was not read.
+    """The clips of a file, in the order of its lines, and the lines and keys that were not read.
 
     Attributes:
         path: the file.
-        clips: of the good lines.
+        clips: clips of the good lines.
         problems: the other lines.
-        unknown: keys that are not read -> the number of lines that have them. Keys of lhotse's cuts are not
-            counted: most of them serve other purposes.
+        unknown: unknown key -> number of lines that have it. The keys of lhotse cuts are not counted, because
+            most of them serve other purposes.
     """
 
     path: Path
@@ -96,7 +96,7 @@ class Manifest:
             print(f"{self.path}: {line}", file=sys.stderr)
 
     def describe(self) -> str:
-        """A few lines: clips, hours, captions by kind, their lengths, keys that are not read."""
+        """A few lines of text: clips, hours, captions by kind, their lengths, keys that are not read."""
         clips = self.clips
         known = [clip.duration_s for clip in clips if clip.duration_s is not None]
         kinds = Counter(
@@ -126,9 +126,9 @@ def read_manifest(path: Path | str, *, need_captions: bool = True) -> Manifest:
     """Reads a manifest: JSON lines of clips, or of lhotse MonoCuts, plain or gzipped.
 
     A bad line becomes a `Problem`, and the other lines are still read. Relative audio paths are relative to
-    the manifest. Those of lhotse cuts are relative to the working directory, as in lhotse, if the manifest's
-    folder has no such file. Names of files need not be UTF-8: their bytes may stand in the file directly, or
-    as Python writes them to JSON (\\udc80 to \\udcff). Captions must be UTF-8.
+    the manifest's folder. If this folder lacks the file of a lhotse cut, the cut's path is relative to the
+    working directory, as in lhotse. Paths need not be UTF-8: the manifest may contain their bytes, or the
+    escapes that Python writes to JSON for these (\\udc80 to \\udcff). Captions must be UTF-8.
 
     Args:
         path: the file.
@@ -168,12 +168,12 @@ def _read_lines(text: Text, path: Path, need_captions: bool) -> Manifest:
                 raise ValueError(f"a line must be shorter than {_LONGEST_LINE} characters")
             clip = _clip(line, path.parent, f"{path.stem}-{number}", need_captions, unknown)
             if clip.id in line_of_id:
-                raise ValueError(f"id {shown(clip.id)} was used in line {line_of_id[clip.id]} already")
+                raise ValueError(f"id {shown(clip.id)} is already used in line {line_of_id[clip.id]}")
         except (ValueError, RecursionError) as error:
             problems.append(Problem(number, str(error)))
             continue
         except (KeyError, TypeError, AttributeError, OverflowError, IndexError) as error:
-            problems.append(Problem(number, f"not of a manifest's form: {type(error).__name__}: {error}"))
+            problems.append(Problem(number, f"not a line of a manifest: {type(error).__name__}: {error}"))
             continue
         line_of_id[clip.id] = number
         clips.append(clip)
@@ -187,7 +187,7 @@ def _read_lines(text: Text, path: Path, need_captions: bool) -> Manifest:
 
 
 def read_source(source: str, stream: TextIO | None = None) -> tuple[list[Clip], list[Problem]]:
-    """Clips of anything that names recordings. Captions are not needed.
+    """Reads clips from anything that names recordings. Captions are not needed.
 
     Args:
         source: one of
@@ -195,16 +195,16 @@ def read_source(source: str, stream: TextIO | None = None) -> tuple[list[Clip], 
             - a folder; it is searched at any depth, the clips are in the order of their paths, and files that
               are left out are counted on standard error,
             - a recording,
-            - a list: any other file, with one path a line, relative to the working directory,
+            - a list: any other file, with one path per line, relative to the working directory,
             - "-": a list or manifest from `stream`.
-        stream: None: standard input.
+        stream: what "-" is read from; None: standard input.
 
     Returns:
         The clips, and the bad lines of a manifest.
 
     Raises:
-        FileNotFoundError: there is no such file or folder. ValueError: it names no recording, or is neither
-        list nor manifest.
+        FileNotFoundError: there is no such file or folder. ValueError: the source names no recording, or is
+        neither a list nor a manifest.
     """
     path = Path(source)
     if source == "-":
@@ -248,10 +248,10 @@ def _clips_from_text(source: Path | IO[bytes], name: str) -> tuple[list[Clip], l
     if not names:
         raise ValueError(f"{name} names no recording")
     if len(names) == 1 and "\0" in names[0]:
-        raise ValueError(f"{name} holds NUL characters; a list has one path a line (find without -print0)")
-    if not any(_may_be_a_recording(path) for path in names[:_JUDGED_LINES]):
+        raise ValueError(f"{name} holds NUL characters; a list has one path per line (find without -print0)")
+    if not any(_may_be_a_recording(path) for path in names[:_CHECKED_LINES]):
         raise ValueError(
-            f"{name} is no list of recordings: {shown(names[0])} is no file, nor does it end like a recording"
+            f"{name} is not a list of recordings: {shown(names[0])} is no file and has no audio suffix"
         )
     return _clips_of_paths(names), []
 
@@ -266,7 +266,7 @@ def _clips_of_paths(names: list[str]) -> list[Clip]:
 
 
 def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown: Counter[str]) -> Clip:
-    """The clip of one line. Counts its unknown keys in `unknown`; ValueError says what is wrong with it."""
+    """The clip of one line. Counts the line's unknown keys in `unknown`. ValueError says what is wrong."""
     try:
         row = json.loads(text, parse_int=textfile.integer)
     except json.JSONDecodeError as error:
@@ -306,7 +306,7 @@ def _key_hint(row: Mapping[str, Any], wanted: str) -> str:
 
 
 def _audio_hint(row: Mapping[str, Any]) -> str:
-    """What the line has instead of a path, and how to repair it."""
+    """The end of an error message: what the line has instead of a path, and how to repair it."""
     if "audio" not in row:
         return _key_hint(row, "audio")
     audio = row["audio"]

@@ -1,6 +1,6 @@
 """Which clips are in each step's batch on each rank: a pure function of the durations and the step.
 
-A run that resumes therefore needs no state of the sampler.
+So a resumed run needs no state of the sampler except `start`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ _STREAM_ORDER, _STREAM_SPARE = 11, 12
 class BatchPlan:
     """Batches of clips of similar durations. In each epoch every clip is in exactly one batch of one rank.
 
-    In a step all ranks take the same number of clips from the same bucket. Only the batches that hold an
-    epoch's remainder may mix buckets and differ by one clip between ranks: no clip is dropped or repeated.
+    In a step all ranks take the same number of clips from the same bucket. Only the batches of an epoch's
+    remainder may mix buckets, and differ by one clip between ranks. So no clip is dropped or repeated.
 
     Attributes:
         durations_s: float (N,), seconds of each clip.
         batch_seconds: audio per rank and step. Each clip counts as long as the longest of its bucket,
-            because it is padded.
+            because clips are padded.
         batch_clips: at most this many clips per rank and step.
-        buckets: number of buckets; the quantiles of the durations divide them.
+        buckets: number of duration buckets; their borders are quantiles of the durations.
         seed: seed of the run.
         world: number of ranks.
-        start: first step of the first epoch.
+        start: step with which the plan's first epoch begins.
+        bucket: int64 (N,), the bucket of each clip.
+        sizes: for each bucket, the clips of a full batch on all ranks.
 
     Raises:
         ValueError: fewer clips than ranks.
@@ -80,14 +82,14 @@ class BatchPlan:
     def batch(self, step: int, rank: int = 0) -> Ids:
         """Indices of the clips of a rank in a step, int64; `step` counts from the start of the run."""
         epoch, within = divmod(step - self.start, self.steps_per_epoch)
-        # A plan that continues a run after a change must not use an order that the plan before it has used.
-        # That plan had at most `start` epochs, so adding `start` gives other ones.
+        # A plan that continues a run after a change must not repeat an epoch's order from the earlier plan.
+        # The earlier plan numbered its epochs below `start`, so this plan numbers them from `start` on.
         order, sequence = self._epoch(self.start + epoch)
         start, stop = self._cuts[sequence[within]]
         return order[start:stop][rank :: self.world]
 
     def spare(self, step: int, rank: int, clip: int, attempt: int) -> int:
-        """A clip of the same bucket or a shorter one, which may replace the unreadable `clip`. The same
+        """A random clip to replace the unreadable `clip`, from its bucket or one of shorter clips. The same
         arguments give the same clip."""
         pool = np.flatnonzero(self.bucket <= self.bucket[clip])
         draw = np.random.default_rng((self.seed, _STREAM_SPARE, step, rank, clip, attempt))
@@ -105,7 +107,7 @@ class BatchPlan:
             remainder += [bucket] * (int(count) - full * size)
         position = 0
         while position < len(remainder):
-            # The longest clip of a mixed batch decides its size, because longer buckets have smaller batches.
+            # The last clip of a mixed batch is of its longest bucket, which has the smallest batches.
             stop = position + 1
             while stop < len(remainder) and stop + 1 - position <= self.sizes[remainder[stop]]:
                 stop += 1

@@ -1,4 +1,4 @@
-"""Readers of the corpora of the literature: from the folder or file that users have, to clips."""
+"""Reads clips from the published corpora, in the layouts in which they are distributed."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _LONGEST_LINE = 2**20
 
 
 class LeftOut(NamedTuple):
-    """A file or line of a corpus without a clip, and why."""
+    """A file or line that gives no clip, or no clip for some tasks, and the reason."""
 
     name: str
     reason: str
 
 
 def read_corpus(source: Path, layout: str, fields: Iterable[str] = ()) -> list[Clip]:
-    """The clips of a corpus. What is left out is counted by reason on standard error.
+    """The clips of a corpus. Prints to standard error what is left out, counted by reason.
 
     Links to files and folders are followed; each folder is searched once.
 
     Args:
-        source: its folder, or the file of a manifest or of ParaSpeechCaps rows.
+        source: folder of the corpus; for the layouts manifest and paraspeechcaps, a file.
         layout: key of `LAYOUTS`.
-        fields: tags that are needed. Some are in a table that not every copy of the corpus has.
+        fields: tags that are needed. Some of them are in a table that many copies of the corpus lack.
 
     Raises:
         FileNotFoundError: there is no such source, or no table with the fields. ValueError: the source holds
@@ -53,7 +53,7 @@ def read_corpus(source: Path, layout: str, fields: Iterable[str] = ()) -> list[C
             left_out[item.reason].append(item.name)
         elif clips.setdefault(item.id, item) is not item:
             # Some copies of RAVDESS have each recording twice, in two folders.
-            left_out["in a second copy"].append(Path(item.audio).name)
+            left_out["duplicates"].append(Path(item.audio).name)
     if left_out:
         counts = [
             f"{len(names):,} {reason} ({listed(names, width=60)})" for reason, names in left_out.items()
@@ -65,7 +65,7 @@ def read_corpus(source: Path, layout: str, fields: Iterable[str] = ()) -> list[C
 
 
 class _Corpus(NamedTuple):
-    """The files of a corpus in the order of their paths, and what cannot be read."""
+    """The files of a corpus in the order of their paths, and the links and folders that cannot be read."""
 
     files: list[Path]
     left_out: list[LeftOut]
@@ -103,8 +103,8 @@ def _manifest(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     yield from manifest.clips
 
 
-_DEAD_LINKS = "links that lead nowhere"
-_OTHER_NAME = "with a name of another form"
+_DEAD_LINKS = "dead links"
+_OTHER_NAME = "with an unexpected form of name"
 _RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprised")
 
 
@@ -119,7 +119,7 @@ def _ravdess(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
         if codes is None:
             yield LeftOut(path.name, _OTHER_NAME)
         elif codes[1] != "03-01":
-            yield LeftOut(path.name, "sung or with a picture")
+            yield LeftOut(path.name, "sung or with video")
         else:
             gender = "male" if int(codes[3]) % 2 else "female"
             yield _clip(path, emotion=_RAVDESS[int(codes[2]) - 1], gender=gender, speaker=codes[3])
@@ -131,9 +131,8 @@ _CREMA_D = {"ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NE
 def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
     """AudioWAV/NNNN_SSS_EEE_LL.wav and VideoDemographics.csv (Cao et al., 2014).
 
-    One recording has a single letter for its intensity. Age and gender are in the table, which many copies
-    lack. A missing table is an error only if age or gender is needed; otherwise the clips have neither, like
-    those of actors that are not in the table.
+    Age and gender are in the table, which many copies of the corpus lack. A missing table is an error only if
+    age or gender is needed. Otherwise the clips have neither tag, like those of actors missing in the table.
     """
     corpus = _corpus(source)
     need_table = bool(fields & {"age", "gender"})
@@ -147,6 +146,7 @@ def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
         if isinstance(path, LeftOut):
             yield path
             continue
+        # One recording has a single letter for its intensity.
         codes = re.fullmatch(r"(\d{4})_[A-Z]{3}_([A-Z]{3})_[A-Z]{1,2}", path.stem.upper())
         if codes is None:
             yield LeftOut(path.name, _OTHER_NAME)
@@ -155,7 +155,7 @@ def _crema_d(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
         else:
             if need_table and codes[1] not in actors:
                 yield LeftOut(
-                    path.name, "of tasks of age and gender, by an actor whom VideoDemographics.csv lacks"
+                    path.name, "from tasks of age and gender, because VideoDemographics.csv lacks the actor"
                 )
             yield _clip(path, emotion=_CREMA_D[codes[2]], **actors.get(codes[1], {}), speaker=codes[1])
 
@@ -167,8 +167,8 @@ def _actors(source: Path, corpus: _Corpus) -> dict[str, dict[str, str]]:
     above = source.absolute().parent / name
     if not tables and not paths.is_file(above):
         raise FileNotFoundError(
-            f"{source} holds no {name}, which has the actors' age and sex: take it from "
-            "https://github.com/CheyneyComputerScience/CREMA-D and put it into this folder"
+            f"{source} holds no {name}, the table of the actors' age and sex: download it from "
+            "https://github.com/CheyneyComputerScience/CREMA-D into this folder"
         )
     table = tables[0] if tables else above
     files.refuse_pointer(table)
@@ -221,7 +221,7 @@ def _iemocap(source: Path, fields: frozenset[str]) -> Iterator[Clip | LeftOut]:
                 speaker = f"{table.stem[:5]}{turn[2]}"
                 yield _clip(path, emotion=_IEMOCAP.get(turn[3], turn[3]), gender=gender, speaker=speaker)
             elif line.startswith("["):
-                yield LeftOut(table.name, "lines of another form")
+                yield LeftOut(table.name, "lines of an unexpected form")
     yield from (LeftOut(path.name, "in no table of emotions") for path in wav_of_turn.values())
 
 
@@ -229,8 +229,8 @@ def _paraspeechcaps(source: Path, fields: frozenset[str]) -> Iterator[Clip | Lef
     """The dataset's rows as JSON lines (Diwan et al., 2025). Recordings are in the folder of the file, or in
     the subfolder that the row's "source" names. Descriptions become global captions."""
     files.refuse_pointer(source)
-    good, first_problem = 0, ""
-    with textfile.open_text(source, "a file with one row of ParaSpeechCaps a line") as text:
+    good_rows, first_problem = 0, ""
+    with textfile.open_text(source, "a file with one row of ParaSpeechCaps per line") as text:
         for number, line in textfile.lines(text.file, _LONGEST_LINE):
             try:
                 clip = _paraspeechcaps_clip(json.loads(line), source, number)
@@ -238,9 +238,9 @@ def _paraspeechcaps(source: Path, fields: frozenset[str]) -> Iterator[Clip | Lef
                 first_problem = first_problem or f"line {number}: {type(error).__name__}: {error}"
                 yield LeftOut(f"line {number}", "bad rows")
                 continue
-            good += 1
+            good_rows += 1
             yield clip
-    if first_problem and not good:
+    if first_problem and not good_rows:
         raise ValueError(f"{source} holds no row of ParaSpeechCaps; {first_problem}")
 
 
@@ -272,4 +272,4 @@ LAYOUTS: dict[str, Callable[[Path, frozenset[str]], Iterator[Clip | LeftOut]]] =
     "iemocap": _iemocap,
     "paraspeechcaps": _paraspeechcaps,
 }
-"""Name of a layout -> reader, which gets the source and the tags that are needed."""
+"""Name of a layout -> reader, whose arguments are the source and the tags that are needed."""

@@ -1,7 +1,7 @@
 """How good a model is on a set of clips: retrieval, zero-shot labels, agreement with people.
 
-Training and the evaluate command both take their figures from here. They embed the clips in two ways:
-`embed_features` reads features like the training loader, `embed_audio` calls `CLSP.encode_audio`.
+Training embeds the clips with `embed_features`, which reads features like the training loader. The evaluate
+command embeds them with `embed_audio`, which calls `CLSP.encode_audio`.
 Shape suffixes: M clips, N captions or items, L labels, D joint dimension.
 """
 
@@ -63,17 +63,17 @@ def captions_of_kind(clip: Clip, kind: str) -> tuple[str, ...]:
 
 
 def main_caption(clip: Clip, kind: str) -> int:
-    """Index of the caption that stands for a clip, which must have one of this kind: the first global one, or
-    the longest fine-grained one (as in the recipe, the later of two that are equally long)."""
+    """Index of the caption that represents a clip: the first global one, or the longest fine-grained one (the
+    last of equally long ones, as in the recipe). The clip must have a caption of this kind."""
     captions = captions_of_kind(clip, kind)
     return 0 if kind == "global" else max(range(len(captions)), key=lambda i: (len(captions[i]), i))
 
 
 def embed_features(model: CLSP, clips: Sequence[Clip], features: ClipFeatures) -> tuple[Tensor, list[Clip]]:
-    """Embeds clips from features that are read like those of training.
+    """Embeds clips from features, which are read as in training.
 
     Returns:
-        Unit-norm embeddings, float32 (M, D) on the CPU, and the M clips, in another order than before.
+        Unit-norm embeddings, float32 (M, D) on the CPU, and the M clips, in another order than `clips`.
         Unreadable clips are left out and counted in `features.bad`.
 
     Raises:
@@ -94,12 +94,12 @@ def embed_features(model: CLSP, clips: Sequence[Clip], features: ClipFeatures) -
                 parts.append(model.encode_features(values, lengths).float().cpu())
                 contention.adapt_waits()
     if not parts:
-        raise DataError(f"not one evaluation clip is readable: {dict(Counter(features.bad.values()))}")
+        raise DataError(f"no evaluation clip is readable: {dict(Counter(features.bad.values()))}")
     return torch.cat(parts), kept
 
 
 def _batches(read: Sequence[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, Tensor]]]:
-    """Clips in order of length, grouped so that the padded frames of a batch stay within bounds."""
+    """Groups clips, given in order of length, into batches of at most _FRAMES_AT_ONCE padded frames."""
     batch: list[tuple[Clip, Tensor]] = []
     for pair in read:
         if batch and (len(batch) + 1) * len(pair[1]) > _FRAMES_AT_ONCE:
@@ -111,14 +111,14 @@ def _batches(read: Sequence[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, T
 
 
 def features_for(config: DataConfig) -> ClipFeatures:
-    """The reader for `embed_features`. Its features are those of inference, whatever tail training uses."""
+    """The reader for `embed_features`. Its features have the tail of inference."""
     return ClipFeatures(dataclasses.replace(config, tail="reflect"))
 
 
 def embed_audio(
     model: CLSP, clips: Sequence[Clip], config: EncodeConfig
 ) -> tuple[Tensor, list[Clip], dict[str, str]]:
-    """Embeds clips by `CLSP.encode_audio`, which also takes long recordings.
+    """Embeds clips with `CLSP.encode_audio`, which also accepts long recordings.
 
     Returns:
         Unit-norm embeddings, float32 (M, D) on the CPU; the M clips; and why each of the other clips could
@@ -132,13 +132,13 @@ def embed_audio(
     good = [i for i in range(len(clips)) if i not in errors]
     bad = {clips[i].id: str(errors[i]) for i in sorted(errors)}
     if not good:
-        raise ValueError(f"not one recording is readable: {next(iter(bad.values()))}")
+        raise ValueError(f"no recording is readable: {next(iter(bad.values()))}")
     return audio_MD[good].float().cpu(), [clips[i] for i in good], bad
 
 
 def evaluate_clips(model: CLSP, clips: Sequence[Clip], features: ClipFeatures, tasks: Tasks) -> Figures:
-    """`evaluate_embeddings` of the clips' embeddings. Unreadable clips are left out and counted in
-    `features.bad`."""
+    """Embeds clips, and returns `evaluate_embeddings` of the embeddings. Unreadable clips are left out and
+    counted in `features.bad`."""
     audio_MD, kept = embed_features(model, clips, features)
     return evaluate_embeddings(audio_MD, kept, lambda texts: model.encode_text(texts).float().cpu(), tasks)
 
@@ -146,13 +146,13 @@ def evaluate_clips(model: CLSP, clips: Sequence[Clip], features: ClipFeatures, t
 def evaluate_embeddings(
     audio_MD: Tensor, clips: Sequence[Clip], encode_text: EncodeText, tasks: Tasks
 ) -> Figures:
-    """What training reports of a set of clips.
+    """The figures that training reports for a set of clips.
 
     Args:
         audio_MD: unit-norm embeddings of the clips, float (M, D).
         clips: the M clips.
         encode_text: captions -> unit-norm embeddings (N, D).
-        tasks: zero-shot tasks. A clip takes part in those that have a label for it.
+        tasks: zero-shot tasks. Each task uses the clips that have a label for it.
 
     Returns:
         {"n": M, "retrieval": {"global" | "fine": {"n": clips with such a caption} | `retrieval_figures`},
@@ -179,13 +179,13 @@ def evaluate_embeddings(
 
 
 def _true_captions(clips: Sequence[Clip], chosen: Sequence[int], kind: str) -> Tensor | None:
-    """bool (M, M): entry (i, j) says whether all that caption j claims holds for clip i. None: some claims
-    are unknown."""
+    """bool (M, M): entry (i, j) says whether all claims of caption j are true of clip i. None: the claims of
+    a caption are unknown."""
     claims_of_clips = [clip.claims.get(kind, ()) for clip in clips]
     if not all(claims_of_clips):
         return None
     claims = [frozenset(rows[i].items()) for rows, i in zip(claims_of_clips, chosen, strict=True)]
-    # Many captions claim the same, so each distinct set of claims is compared with the clips once.
+    # Many captions have the same claims, so each distinct set is compared with the clips only once.
     columns = {
         claim: torch.tensor([claim <= clip.tags.items() for clip in clips]) for claim in dict.fromkeys(claims)
     }
@@ -207,19 +207,18 @@ def retrieval_figures(
         audio_MD: unit-norm embeddings of M clips.
         text_ND: unit-norm embeddings of their captions.
         owner_N: int64, the clip that each caption describes. None: caption i describes clip i.
-        true_MM: with one caption a clip, bool: caption j is true of clip i. None: unknown.
-        bootstrap: None: no intervals.
+        true_MM: bool, entry (i, j): caption j is true of clip i; for one caption per clip. None: unknown.
+        bootstrap: how intervals are drawn. None: no intervals.
 
     Returns:
         For "audio_to_text" and "text_to_audio": the figures of `metrics.retrieval` and "chance" (R@k of a
         random order).
         With `bootstrap` also "interval", "n" (queries) and "curve" (R@k for k = 1, 2, ...).
-        With `true_MM` also "ceiling" (expected R@k of a model that knows which captions are true of which
-        clips, and guesses among them), "hit@5" (share of queries with a true answer among the first five)
-        and "hit@5_chance".
+        With `true_MM` also "ceiling" (expected R@k of a model that ranks all true answers first, in random
+        order), "hit@5" (share of queries with a true answer among the first five) and "hit@5_chance".
     """
     ranks = similarity.ranks(audio_MD, text_ND, text_owner=owner_N)
-    one_each = owner_N is None
+    one_caption_each = owner_N is None
     owner_N = torch.arange(len(text_ND)) if owner_N is None else owner_N
     captions_M = torch.bincount(owner_N, minlength=len(audio_MD)).tolist()
     figures: Figures = {}
@@ -235,7 +234,7 @@ def retrieval_figures(
         if bootstrap is not None:
             resampled = functools.partial(metrics.resampled_retrieval, rank)
             result["interval"] = bootstrap.intervals(resampled, groups.numpy())
-        result["chance"] = _recall_chance(len(items), None if one_each else answers)
+        result["chance"] = _recall_chance(len(items), None if one_caption_each else answers)
         if bootstrap is not None:
             last = min(len(items), _LONGEST_CURVE)
             result["n"] = len(rank)
@@ -254,7 +253,7 @@ def _recall_chance(items: int, answers: Sequence[int] | None) -> dict[str, float
 
 
 def _true_answers(queries_MD: Tensor, items_MD: Tensor, true_MM: Tensor) -> Figures:
-    """Figures that count every true item as an answer, not only the query's partner."""
+    """Figures that count every true item as a right answer, not only the query's own."""
     count, answers_M = len(queries_MD), true_MM.sum(1)
     _, best = similarity.topk(queries_MD, items_MD, min(5, count))
     return {
@@ -265,8 +264,8 @@ def _true_answers(queries_MD: Tensor, items_MD: Tensor, true_MM: Tensor) -> Figu
 
 
 def hit_chance(total: int, good: int, draws: int) -> float:
-    """Probability that at least one of `good` items is among `draws` items that are drawn from `total` ones
-    without replacement."""
+    """Probability that at least one of `good` items is among `draws` items that are drawn from `total`
+    items without replacement."""
     return 1 - math.comb(total - good, min(draws, total)) / math.comb(total, min(draws, total))
 
 
@@ -278,25 +277,25 @@ def zeroshot_figures(
     *,
     bootstrap: Bootstrap | None = None,
 ) -> Figures:
-    """Zero-shot classification: the label whose prompts' mean embedding is nearest.
+    """Zero-shot classification: predicts the label whose mean prompt embedding is nearest.
 
     Args:
         audio_MD: unit-norm embeddings of M clips.
         labels: the M clips' labels, after merging.
-        task: its prompts, and the labels that count as others.
+        task: labels with their prompts, and the labels to merge.
         encode_text: captions -> unit-norm embeddings (N, D).
-        bootstrap: None: no intervals.
+        bootstrap: how intervals are drawn. None: no intervals.
 
     Returns:
-        "n", "accuracy" (WA), "uar", "chance" (of guessing evenly) and "majority" (share of the most frequent
-        label). With `bootstrap` also "interval", "labels" and "confusion" (rows: labels, columns:
+        "n", "accuracy" (WA), "uar", "chance" (accuracy of random guesses) and "majority" (share of the most
+        frequent label). With `bootstrap` also "interval", "labels" and "confusion" (rows: labels, columns:
         predictions).
     """
     means_LD = torch.stack(
         [F.normalize(encode_text(list(prompts)).mean(0), dim=0) for prompts in task.prompts.values()]
     )
-    prompted = list(task.prompts)
-    nearest = [prompted[i] for i in (audio_MD @ means_LD.cpu().T).argmax(1).tolist()]
+    prompt_labels = list(task.prompts)
+    nearest = [prompt_labels[i] for i in (audio_MD @ means_LD.cpu().T).argmax(1).tolist()]
     predicted = [task.merge.get(label, label) for label in nearest]
     figures: Figures = {
         "n": len(labels),

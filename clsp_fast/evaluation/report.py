@@ -1,4 +1,4 @@
-"""Figures for people and for other programs: tables, a picture, results.json."""
+"""Reports of the figures: tables, a picture, results.json."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _row(
 
 
 def _name(kind: str, direction: str) -> str:
-    """Such as "fine speech->text"."""
+    """The name of a row, such as "fine speech->text"."""
     return f"{kind} {direction.replace('audio', 'speech').replace('_to_', '->')}"
 
 
@@ -144,23 +144,23 @@ def save_picture(results: Figures, path: Path) -> str:
 def _confusion_matrix(axis: Any, title: str, figures: Figures) -> None:
     counts = np.array(figures["confusion"])
     axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), vmin=0, vmax=1, cmap="Blues")
-    places = range(len(counts))
+    positions = range(len(counts))
     axis.set(title=title, xlabel="predicted", ylabel="label")
-    axis.set_xticks(places, figures["labels"], rotation=45, ha="right")
-    axis.set_yticks(places, figures["labels"])
-    for i in places:
-        for j in places:
+    axis.set_xticks(positions, figures["labels"], rotation=45, ha="right")
+    axis.set_yticks(positions, figures["labels"])
+    for i in positions:
+        for j in positions:
             axis.text(j, i, str(counts[i, j]), ha="center", va="center")
 
 
 def write_results(path: Path, config: Mapping[str, Any], results: Figures) -> None:
     """Writes a JSON file with the results and the configuration that led to them."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
-    files.write_text(path, json.dumps({"config": plain} | _without_nan(results), indent=1) + "\n")
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+    files.write_text(path, json.dumps({"config": settings} | _without_nan(results), indent=1) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, become None."""
+    """Replaces NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -2,14 +2,15 @@
 
 A user's file has the same form:
 
-    {"my-task": {"field": "mood",                          # the clips' tag that holds the truth
+    {"my-task": {"field": "mood",                          # the clips' tag that holds the true label
                  "prompts": {"calm": ["A calm voice."], "tense": ["A tense voice.", "Someone tense."]},
-                 "merge": {"relaxed": "calm"},             # in labels and in predictions
-                 "below": {"young": 30, "old": null},      # the tag is a number: label of its range
-                 "layout": "manifest"}}                    # how --source is read, unless --layout says so
+                 "merge": {"relaxed": "calm"},             # "relaxed" counts as "calm"
+                 "below": {"young": 30, "old": null},      # for tags that are numbers: under 30 is "young"
+                 "layout": "manifest"}}                    # how SOURCE is read without --layout
 
-"labels" with a "template" that has {} in it may stand for "prompts". {"tag": {"label": ["prompt"]}} is a
-short form: a task whose field has its name. Training (--data.zeroshot) takes only this form.
+Instead of "prompts", a task may have "labels" and a "template", in which {} stands for the label. The short
+form {"tag": {"label": ["prompt"]}} is a task with the same name and field. Training (--data.zeroshot) accepts
+only the short form.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from clsp_fast.storage import textfile
 _LARGEST_FILE = 2**20
 _LARGEST_SHORT_FILE = 2**24
 _KEYS = {"field", "labels", "template", "prompts", "merge", "below", "layout"}
-_SHORT_FORM = '{tag: {label: ["prompt", ...], ...}, ...}, two labels or more a tag'
+_SHORT_FORM = '{tag: {label: ["prompt", ...], ...}, ...}, with at least two labels per tag'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,12 @@ class Task:
     """A zero-shot task.
 
     Attributes:
-        name: what it is called.
-        field: the tag that holds the truth.
+        name: name of the task.
+        field: the tag that holds the true label.
         prompts: label -> descriptions; their mean embedding stands for the label.
-        merge: label -> the label that it counts as.
-        below: label -> upper bound of its range, in rising order, None for the last; empty: the tag is no
-            number.
+        merge: label -> the label that it counts as, in labels and in predictions.
+        below: label -> upper bound (exclusive) of its range. The bounds rise; the last may be None: no bound.
+            Empty: the tag is not a number.
         layout: key of `LAYOUTS`.
     """
 
@@ -62,7 +63,7 @@ class Task:
     def _problem(self) -> str:
         texts = [text for descriptions in self.prompts.values() for text in descriptions]
         if not all(self.prompts.values()) or not all(isinstance(text, str) for text in texts):
-            return '"prompts" must have a description or more for each label'
+            return '"prompts" must have at least one description for each label'
         names = [self.name, self.field, *self.prompts, *self.merge, *self.below]
         unwritable = [text for text in names + texts if not textfile.is_text(text)]
         if unwritable:
@@ -70,14 +71,16 @@ class Task:
             return f"its names and descriptions must hold text, got {got}"
         for label, target in self.merge.items():
             if not isinstance(target, str) or target not in self.prompts or target in self.merge:
-                return f'"merge" must lead to a label that has prompts and stays, got {label!r}: {target!r}'
+                return (
+                    f'"merge" must map to labels with prompts that are not merged, got {label!r}: {target!r}'
+                )
         if len(self.names) < 2:
-            return f"two labels at least must be left after merging, got {list(self.names)}"
+            return f"at least two labels must be left after merging, got {list(self.names)}"
         bounds = list(self.below.values())
         numbers = [b for b in bounds if isinstance(b, (int, float)) and not isinstance(b, bool)]
         rising = numbers == sorted(set(numbers)) and bounds[:-1] == numbers[: len(bounds) - 1]
         if bounds and (not rising or len(bounds) - len(numbers) > 1 or set(self.below) - set(self.prompts)):
-            return '"below" must give labels with prompts rising bounds, and null at most to the last'
+            return '"below" must map labels with prompts to rising bounds; only the last bound may be null'
         if self.layout not in LAYOUTS:
             return f'"layout" must be one of {", ".join(LAYOUTS)}, got {self.layout!r}'
         return ""
@@ -88,7 +91,7 @@ class Task:
         return [label for label in self.prompts if label not in self.merge]
 
     def label_of(self, clip: Clip) -> str | None:
-        """The clip's label after merging; None if it takes no part."""
+        """The clip's label after merging; None if the clip has no label of this task."""
         value = clip.tags.get(self.field)
         if value is not None and self.below:
             value = self._range_of(value)
@@ -122,10 +125,10 @@ def read_tasks(path: Path | None = None, *, short: bool = False) -> dict[str, Ta
 
     Args:
         path: the file; None: the tasks of the package.
-        short: take only the short form; the file may then have no task.
+        short: accept only the short form. Then the file may be without tasks.
 
     Raises:
-        ValueError: the file is not of the form; the message says where. FileNotFoundError: there is none.
+        ValueError: the file does not have this form; the message says where. FileNotFoundError: no such file.
     """
     path = Path(__file__).with_name("tasks.json") if path is None else path
     most_bytes = _LARGEST_SHORT_FILE if short else _LARGEST_FILE
@@ -137,29 +140,29 @@ def read_tasks(path: Path | None = None, *, short: bool = False) -> dict[str, Ta
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if short:
-        wrong = _not_of_the_short_form(content)
-        if wrong is not None:
-            raise ValueError(f"{path} must hold {_SHORT_FORM}{wrong}")
+        problem = _problem_with_short_form(content)
+        if problem is not None:
+            raise ValueError(f"{path} must hold {_SHORT_FORM}{problem}")
     try:
         if short:
             return tasks_from_prompts(content)
         if not isinstance(content, dict) or not content:
-            raise ValueError("expected an object with a task or more")
+            raise ValueError("expected an object with at least one task")
         return {name: _task(name, value) for name, value in content.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _not_of_the_short_form(content: Any) -> str | None:
-    """None if it is of the short form, otherwise where it is not."""
+def _problem_with_short_form(content: Any) -> str | None:
+    """The end of an error message, which says where the short form is violated; None if it is not."""
     if not isinstance(content, dict):
         return ""
     for tag, labels in content.items():
         if not isinstance(labels, dict) or len(labels) < 2:
-            return f"; {tag!r} does not"
+            return f"; the tag {tag!r} violates this"
         for prompts in labels.values():
             if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
-                return f"; {tag!r} does not"
+                return f"; the tag {tag!r} violates this"
     return None
 
 
@@ -171,7 +174,8 @@ def _task(name: str, value: Any) -> Task:
     unknown = set(value) - _KEYS
     if unknown or "field" not in value or ("prompts" in value) == ("labels" in value):
         known, got = ", ".join(sorted(_KEYS)), listed(sorted(value))
-        raise ValueError(f'task {name!r} must have "field" and "prompts" or "labels", of {known}; got {got}')
+        expected = f'"field", either "prompts" or "labels", and no keys other than {known}'
+        raise ValueError(f"task {name!r} must have {expected}; got {got}")
     if not isinstance(value["field"], str) or not value["field"]:
         raise ValueError(f'task {name!r}: "field" must be the name of a tag, got {value["field"]!r}')
     prompts = value.get("prompts")
@@ -190,6 +194,6 @@ def _task(name: str, value: Any) -> Task:
         label: (texts,) if isinstance(texts, str) else tuple(texts) for label, texts in prompts.items()
     }
     if any(isinstance(text, str) and not text.strip() for texts in prompts.values() for text in texts):
-        raise ValueError(f'task {name!r}: "prompts" must have a description or more for each label')
+        raise ValueError(f'task {name!r}: "prompts" must have at least one description for each label')
     layout = value.get("layout", "manifest")
     return Task(name=name, field=value["field"], layout=layout, **parts | {"prompts": prompts})

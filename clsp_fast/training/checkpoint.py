@@ -1,8 +1,8 @@
 """Checkpoints that survive a crash at any instant.
 
 A checkpoint is a folder `step-<N>` with model.safetensors, optim.safetensors and state.json; state.json holds
-the SHA-256 of the other two. The folder is written as `.step-<N>.tmp`, flushed to the disk and renamed, so a
-folder `step-<N>` is either complete or recognisably damaged.
+the SHA-256 of the other two. The folder is first written as `.step-<N>.tmp`, then flushed to the disk and
+renamed. So a folder `step-<N>` is either complete, or the hashes show that it is damaged.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Checkpoint:
     """A training state.
 
     Attributes:
-        step: steps done.
+        step: number of steps done.
         model: parameters and buffers by name.
         optim: optimiser state by "<parameter>/<key>".
-        state: everything else; plain JSON values.
+        state: everything else, as plain JSON values.
     """
 
     step: int
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes `folder/step-<N>` atomically and removes all but the newest `keep` checkpoints.
+    """Writes `folder/step-<N>` atomically. Then keeps the newest `keep` checkpoints and removes the others.
 
     Raises:
         OSError: the disk is full (`files.DiskFull`) or the folder is not writable; older checkpoints are
@@ -62,8 +62,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
         files.flush(folder)
     # Checkpoints of later steps are damaged, or outdated because the run was resumed from an earlier one.
-    for old in [path for path in _folders(folder) if _step(path) > checkpoint.step]:
-        shutil.rmtree(old)
+    for later in [path for path in _folders(folder) if _step(path) > checkpoint.step]:
+        shutil.rmtree(later)
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
@@ -81,12 +81,12 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Loads the newest checkpoint that is undamaged, and warns of damaged ones; None if there is none."""
+    """Loads the newest undamaged checkpoint and warns of damaged newer ones; None if there is none."""
     for candidate in _folders(folder):
         try:
             return _load(candidate)
         except (OSError, ValueError, KeyError) as error:
-            warnings.warn(f"checkpoint {candidate} is damaged and was passed over: {error}", stacklevel=2)
+            warnings.warn(f"checkpoint {candidate} is damaged and was skipped: {error}", stacklevel=2)
     return None
 
 

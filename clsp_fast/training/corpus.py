@@ -29,13 +29,13 @@ class Corpus:
 
     Attributes:
         train: training clips.
-        validation: clips for the figures during training; may be empty.
-        final_sets: clips that the finished model is evaluated on, by the name of their set.
+        validation: clips that the model is evaluated on during training; may be empty.
+        final_sets: name of a set -> its clips, which the finished model is evaluated on.
         tasks: zero-shot tasks; may be empty.
-        tokenizer: captions to tokens.
-        max_tokens: longer captions are truncated.
+        tokenizer: turns captions into tokens.
+        max_tokens: captions are truncated to this number of tokens.
         is_demo: whether this is the demo corpus.
-        note: text on the training clips, printed before training.
+        note: description of the training clips, printed before training.
     """
 
     train: list[Clip]
@@ -49,7 +49,8 @@ class Corpus:
 
     @classmethod
     def open(cls, config: TrainConfig) -> Corpus:
-        """Reads the manifests, or makes the demo corpus, and the tokenizer.
+        """Reads the manifests, or makes the demo corpus if the configuration names none. Reads or trains the
+        tokenizer.
 
         Raises:
             DataError, ValueError, FileNotFoundError: a manifest, tokenizer or task file is missing or wrong.
@@ -61,9 +62,9 @@ class Corpus:
         for name in ("validation", "test"):
             path: Path | None = getattr(config.data, name)
             if path is not None:
-                listed = _read_manifest(path, config)
-                listed.warn()  # `note` has the warnings about the training clips
-                sets[name], _, left_out = usable(listed.clips, config.data)
+                manifest = _read_manifest(path, config)
+                manifest.warn()  # the training manifest's warnings are printed as part of `note`
+                sets[name], _, left_out = usable(manifest.clips, config.data)
                 if not sets[name]:
                     raise DataError(f"--data.{name} {path}: all clips are left out: {dict(left_out)}")
                 if left_out:
@@ -104,28 +105,28 @@ class Corpus:
         return self.tokenizer.encode_batch(captions, self.max_tokens)
 
     def describe(self) -> str:
-        """Text on the training clips, printed before training."""
+        """The description of the training clips, printed before training."""
         return self.note
 
 
 def _read_manifest(path: Path, config: TrainConfig) -> Manifest:
-    """Reads a manifest and prints its first bad lines on standard error; DataError if there are more than
+    """Reads a manifest and prints its first bad lines to standard error. DataError if more lines are bad than
     data.max_bad_share allows."""
-    listed = read_manifest(path)
-    for problem in listed.problems[:20]:
+    manifest = read_manifest(path)
+    for problem in manifest.problems[:20]:
         print(f"{path}, line {problem.line}: {problem.message}; skipped", file=sys.stderr)
-    count, lines = len(listed.problems), len(listed.problems) + len(listed.clips)
+    count, lines = len(manifest.problems), len(manifest.problems) + len(manifest.clips)
     if count > max(10, config.data.max_bad_share * lines):
         raise DataError(
-            f"{count} of {lines} lines of {path} are bad, over data.max_bad_share "
-            f"{config.data.max_bad_share}; `python -m clsp_fast.data validate {path}` lists them"
+            f"{count} of {lines} lines of {path} are bad, more than data.max_bad_share "
+            f"{config.data.max_bad_share} allows; `python -m clsp_fast.data validate {path}` lists them"
         )
-    return listed
+    return manifest
 
 
 def _tokenizer(clips: Sequence[Clip], config: TrainConfig) -> Tokenizer:
-    """The tokenizer that the run began with; for a new run that of `data.tokenizer` or `init`, or else one
-    that is trained on the captions."""
+    """A resumed run keeps its tokenizer. A new run takes that of `data.tokenizer` or `init`, or trains one on
+    the captions."""
     path = config.run / "tokenizer.json"
     if path.exists() and checkpoint.exists(config.run / "checkpoints"):
         return Tokenizer.from_file(path)
@@ -152,7 +153,7 @@ def _all_captions(clips: Sequence[Clip]) -> list[str]:
 
 
 def _show_progress() -> Callable[[int, int], None]:
-    """Returns the function that `demo.prepare` calls with the number of clips made so far, and of all."""
+    """Returns a callback for `demo.prepare`. Its arguments are the clips made so far and in total."""
     progress = None
 
     def show(made: int, total: int) -> None:

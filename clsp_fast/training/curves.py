@@ -12,7 +12,7 @@ _COLOURS = {"global": "tab:orange", "fine": "tab:blue"}
 
 
 def draw_curves(run: Path) -> str:
-    """Draws `run`/curves.png from its log: loss, retrieval, zero-shot accuracy and speed over steps.
+    """Draws `run`/curves.png from the run's log: loss, retrieval, zero-shot accuracy and speed over steps.
 
     Returns:
         A line that says where the picture is, or why there is none.
@@ -29,7 +29,7 @@ def draw_curves(run: Path) -> str:
     validation = [record for record in records if record["kind"] == "validation"]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, constrained_layout=True)
     _draw_line(axes[0, 0], train, "loss", "training loss")
-    _draw_line(axes[1, 1], train, "audio_s_per_s", "audio seconds a second")
+    _draw_line(axes[1, 1], train, "audio_s_per_s", "audio seconds per second")
     for kind, colour in _COLOURS.items():
         _draw_retrieval(axes[0, 1], validation, kind, "R@10", colour, "-")
         _draw_retrieval(axes[0, 1], validation, kind, "hit@5", colour, "--")
@@ -41,7 +41,7 @@ def draw_curves(run: Path) -> str:
         ]
         axes[1, 0].plot(*zip(*points, strict=True), marker=".", label=tag)
     for axis, title in (
-        (axes[0, 1], "validation retrieval, mean of both ways"),
+        (axes[0, 1], "validation retrieval, mean of both directions"),
         (axes[1, 0], "zero-shot accuracy"),
     ):
         axis.set(title=title, ylim=(0, 1))

@@ -33,9 +33,9 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     Each group has a `scale`: its learning rate relative to the speech tower's.
 
     With AdamW, weight decay applies to the matrices and filters of the speech tower and the heads, but not to
-    vectors, scalars and the text tower: it would shrink the embeddings of rare words faster than training
-    restores them. ScaledAdam has no weight decay. There, parts with the same rate form one group, and the
-    gradients of a group are clipped together.
+    vectors and scalars. It does not apply to the text tower either: there it would shrink the embeddings of
+    rare words faster than training restores them. With ScaledAdam, nothing decays. Parts with the same scale
+    form one group, and the gradients of a group are clipped together.
     """
     scales = {"speech": 1.0, "text": config.text_lr_scale, "head": config.head_lr_scale}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -62,14 +62,14 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 def learning_rate(step: int, steps: int, steps_per_epoch: int, peak: float, config: OptimConfig) -> float:
     """Learning rate of step `step` (from 0) in a stage of `steps` steps: warm-up, then `config.schedule`."""
     if config.schedule == "eden":
-        share = eden(
+        factor = eden(
             step + 1,
             step // steps_per_epoch,
             batches=config.lr_batches,
             epochs=config.lr_epochs,
             warmup=config.warmup_steps,
         )
-        return peak * share
+        return peak * factor
     warmup = min(config.warmup_steps, steps // 10)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -88,8 +88,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def update_average(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     """Adds the weights after `step` steps (from 1) to their running average.
 
-    During the first `steps` steps it is the mean of all weights so far, later an exponential average with a
-    time constant of `steps`. It is kept in the optimiser's state as "average", and so saved in checkpoints.
+    During the first `steps` steps, the average is the mean of all weights so far. Later it is an exponential
+    average with a time constant of `steps` steps. Checkpoints contain it, because it is stored in the
+    optimiser's state, as "average".
     """
     updated = [(p, state) for p, state in optimizer.state.items() if state]
     fresh = [(p, state) for p, state in updated if "average" not in state]
@@ -102,7 +103,7 @@ def update_average(optimizer: torch.optim.Optimizer, step: int, steps: int) -> N
 
 @contextlib.contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """In this context the model has its averaged weights, if there are any. They are swapped, not copied."""
+    """In this context the model has the running averages of its weights, if there are any."""
     pairs = [(p, state) for p, state in optimizer.state.items() if "average" in state]
     _swap(pairs)
     try:
@@ -119,7 +120,7 @@ def _swap(pairs: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimiser's state by name: "<parameter>/<key>", and "@<number of the group>/history".
 
-    torch numbers the parameters; with names, the state stays valid when their order changes.
+    torch's own state_dict numbers the parameters. Names stay valid when the order of the parameters changes.
     """
     tensors = {
         f"{name}/{key}": value
@@ -149,7 +150,7 @@ def load_state_tensors(
     if histories and histories != groups.keys():
         raise ValueError(
             f"the checkpoint has {len(histories)} groups of parameters and this run {len(groups)}: "
-            "give optim.text_lr_scale and optim.head_lr_scale as they were when it was made"
+            "give the optim.text_lr_scale and optim.head_lr_scale that it was made with"
         )
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")

@@ -17,10 +17,10 @@ from clsp_fast.storage import model_folder, textfile
 
 
 def parse(arguments: Sequence[str], *, description: str | None = None) -> TrainConfig:
-    """The configuration that a command line states.
+    """Reads a configuration from a command line.
 
-    The first word names a preset or a recipe file, a JSON file such as a run's config.json (default: tiny).
-    Flags follow it. With --init, the saved model's configuration replaces the one of the preset.
+    The first word names a preset (default: tiny) or a recipe file: a JSON file, such as a run's config.json.
+    Flags follow it. With --init, the saved model's configuration replaces the model section of the preset.
 
     Args:
         arguments: the words after `python -m clsp_fast.train`.
@@ -29,18 +29,18 @@ def parse(arguments: Sequence[str], *, description: str | None = None) -> TrainC
     Raises:
         SystemExit: an unknown preset, flag or key, with the nearest known name; a value out of range; --help.
     """
-    # The option is called --run-dir, because torchrun refuses --run: two of torchrun's options begin with it.
+    # torchrun refuses --run, because two of its own options begin with it. So the option is called --run-dir.
     # Without torchrun, --run is accepted too.
     words = [re.sub(r"^--run(?=$|=)", "--run-dir", word) for word in arguments]
     name = words.pop(0) if words and not words[0].startswith("-") else "tiny"
     if name.endswith(".json"):
-        default, states_model = _read_recipe(name)
+        default, has_model_section = _read_recipe(name)
     else:
-        default, states_model = _preset(name), False
+        default, has_model_section = _preset(name), False
     init: str | Path | None = _init_flag(words)
-    if init is None and not states_model:
+    if init is None and not has_model_section:
         init = default.init
-    if init is not None and init != "None":  # on a command line, "None" stands for no model
+    if init is not None and init != "None":  # on a command line, "None" means no saved model
         default = _with_saved_model(default, init)
     return _apply_flags(default, words, description)
 
@@ -53,7 +53,7 @@ def _preset(name: str) -> TrainConfig:
 
 
 def _read_recipe(name: str) -> tuple[TrainConfig, bool]:
-    """The configuration of a JSON file, and whether the file states the model."""
+    """The configuration of a JSON file, and whether the file has a model section."""
     try:
         text = textfile.read_text(Path(name), "a configuration")
     except (OSError, ValueError) as error:  # its message names the file
@@ -83,11 +83,11 @@ def _with_saved_model(config: TrainConfig, init: str | Path) -> TrainConfig:
 
 
 def _apply_flags(default: TrainConfig, words: list[str], description: str | None) -> TrainConfig:
-    """The configuration with the values that flags state."""
+    """Replaces the values for which there are flags."""
     import tyro
 
-    # In scripts and in config.json the field is called `run`, and its flag --run-dir. Only this subclass
-    # knows the flag's name: config.py would have to import tyro, which would slow down every import.
+    # The field `run` has the flag --run-dir. The flag is named in this subclass and not in config.py, because
+    # config.py would then have to import tyro, which would slow down every import of the package.
     run_dir = Annotated[Path, tyro.conf.arg(name="run-dir")]
     flags = dataclasses.make_dataclass(
         "TrainConfig", [("run", run_dir)], bases=(TrainConfig,), frozen=True, kw_only=True
@@ -101,9 +101,9 @@ def _apply_flags(default: TrainConfig, words: list[str], description: str | None
             description=description,
         )
     except SystemExit as stop:
-        late = [word for word in words if word in TRAIN_PRESETS]
-        if stop.code and late:
-            print(f"A preset comes first: python -m clsp_fast.train {late[0]} --flags", file=sys.stderr)
+        presets = [word for word in words if word in TRAIN_PRESETS]
+        if stop.code and presets:
+            print(f"A preset comes first: python -m clsp_fast.train {presets[0]} --flags", file=sys.stderr)
         raise
     return TrainConfig(**_values(parsed))
 

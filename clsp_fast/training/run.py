@@ -1,5 +1,5 @@
-"""A training run and its loop. Read `fit` first: it names the parts of a step in the order in which they
-happen, and the functions below it are those parts."""
+"""A training run and its loop. Read `fit` first: it calls the parts of a step in the order in which they
+happen. The functions below it are these parts."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Meter:
     """Sums over the steps since the last log line.
 
     Attributes:
-        elapsed_s: time of all steps; logging, validation and checkpoints are not counted.
-        waited_s: part of it in which the loop waited for a batch.
+        elapsed_s: time of all steps, without logging, validation and checkpoints.
+        waited_s: the part of elapsed_s in which the loop waited for batches of applied steps.
         audio_s: seconds of audio trained on.
         clips: clips trained on.
         losses: loss of each applied step.
@@ -65,7 +65,7 @@ class Meter:
         self.norms.append(norm)
 
     def means(self, world: int) -> dict[str, float]:
-        """The figures of a log line; rates are those of all `world` ranks together."""
+        """The figures of a log line; rates per second are for all `world` ranks together."""
         return {
             "loss": sum(self.losses) / max(1, len(self.losses)),
             "gradient_norm": sum(self.norms) / max(1, len(self.norms)),
@@ -78,19 +78,19 @@ class Meter:
 
 @dataclass
 class Run:
-    """What a training run is made of, and how far it is.
+    """The parts of a training run and its progress.
 
     Attributes:
         config: its settings.
         corpus: clips, tokenizer and zero-shot tasks.
         model: the model, on this rank's device.
         optimizer: its optimiser.
-        ranks: this process among the processes of the run.
+        ranks: the rank of this process, and communication with the other ranks.
         log: the run's records and printed lines.
         loader: the batches of this rank.
         first_step: step that this process starts with.
-        bad_clips: clips that a rank could not read, on all ranks the same: id -> reason.
-        bad_steps: steps in a row, up to now, that were not applied.
+        bad_clips: clips that any rank could not read: id -> reason; the same on all ranks.
+        bad_steps: number of steps since the last applied one.
         meter: sums for the next log line.
         signals: numbers of the stop signals that this process has received.
         validation_features: features of the validation clips, read once and kept.
@@ -119,7 +119,7 @@ class Run:
 
 
 def fit(run: Run) -> None:
-    """Takes the steps of both stages, from `run.first_step` on.
+    """Trains from `run.first_step` to the end of both stages.
 
     Raises:
         DataError: too many clips are unreadable. FloatingPointError: too many steps in a row were not finite.
@@ -132,17 +132,17 @@ def fit(run: Run) -> None:
             waited_s = time.perf_counter() - started
             share_bad_clips(run, batch)
             optim.set_learning_rate(optimizer, learning_rate(run, batch.step))
-            # A resumed run repeats this: the random numbers of a step depend on seed, step and rank alone.
+            # The random numbers depend only on seed, step and rank, so a resumed run draws the same ones.
             torch.manual_seed(config.seed * 1_000_003 + batch.step * ranks.world + ranks.rank)
 
             output, loss = forward(model, batch, ranks, config)
             torch.autograd.backward(loss)
             norm = average_and_clip_gradients(model, ranks, config.optim)
 
-            # A step that is not finite on one rank is applied on none.
+            # If the loss or the gradient is not finite on one rank, no rank applies the step.
             finite = math.isfinite(loss.item()) and math.isfinite(norm)
-            stopping, spoiled = ranks.any(bool(run.signals), not finite)
-            if spoiled:
+            stopping, is_bad = ranks.any(bool(run.signals), not finite)
+            if is_bad:
                 record_bad_step(run, batch, loss.item(), norm)
             else:
                 apply_gradients(run, batch.step)
@@ -157,17 +157,17 @@ def fit(run: Run) -> None:
 
 @contextlib.contextmanager
 def stop_signals(received: list[int]) -> Iterator[None]:
-    """SIGINT and SIGTERM append their number to `received`, which the loop looks at once a step. A second
-    SIGINT interrupts at once."""
+    """SIGINT and SIGTERM append their number to `received`, which the loop checks once per step. A SIGINT
+    after an earlier signal raises KeyboardInterrupt immediately."""
 
-    def note(number: int, _frame: FrameType | None) -> None:
+    def receive(number: int, _frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may set handlers; in another one the caller handles signals
+        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may set handlers; in another thread, the caller handles signals
         before = {}
     try:
         yield
@@ -177,10 +177,10 @@ def stop_signals(received: list[int]) -> Iterator[None]:
 
 
 def share_bad_clips(run: Run, batch: Batch) -> None:
-    """Adds the clips that any rank could not read for this step to the bad clips of all ranks.
+    """Collects from all ranks the clips that could not be read for this step, and adds them to `bad_clips`.
 
     Raises:
-        DataError: on all ranks, if too many clips are bad or a rank is left without a clip.
+        DataError: too many clips are bad, or a rank has no readable clip. All ranks raise it.
     """
     new = {clip: reason for clip, reason in batch.bad.items() if clip not in run.bad_clips}
     if not run.ranks.any(bool(new) or not batch.ids)[0]:
@@ -190,11 +190,11 @@ def share_bad_clips(run: Run, batch: Batch) -> None:
         run.bad_clips.update(clips)
     run.loader.check_bad(run.bad_clips)
     if not all(count for _, count in by_rank):
-        raise DataError(f"step {batch.step}: not one readable clip was found; {bad_list(run.bad_clips)}")
+        raise DataError(f"step {batch.step}: a rank found no readable clip; {bad_list(run.bad_clips)}")
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """The speech tower's learning rate; each stage has its peak, warm-up and decay."""
+    """The speech tower's learning rate; each stage has its own peak, warm-up and decay."""
     config, steps_per_epoch = run.config, run.loader.plan.steps_per_epoch
     steps, peak = config.stage1_steps, config.optim.lr
     if step >= steps:
@@ -231,7 +231,7 @@ def record_bad_step(run: Run, batch: Batch, loss: float, norm: float) -> None:
 
 
 def after_step(run: Run, step: int, output: ClspOutput, stopping: bool) -> None:
-    """Logs, validates and saves if it is time to; Interrupted if a signal came on any rank."""
+    """Logs, validates and saves, each when it is due. Raises Interrupted if a signal came on any rank."""
     config, first_rank = run.config, run.ranks.first
     done, is_last = step + 1, step + 1 == run.total_steps
     if done % config.log_every == 0 or is_last:
@@ -247,7 +247,7 @@ def after_step(run: Run, step: int, output: ClspOutput, stopping: bool) -> None:
 
 
 def log_progress(run: Run, step: int, output: ClspOutput) -> None:
-    """Writes one log record and prints one line, unless no step was applied since the last one."""
+    """Writes a log record and prints a line, if a step was applied since the last record."""
     if not run.meter.losses:
         return
     values = run.meter.means(run.ranks.world)
@@ -275,7 +275,7 @@ def _clock(seconds: float) -> str:
 
 
 def batch_recall(output: ClspOutput) -> float:
-    """Share of the clips whose first caption is nearer to them than the first captions of the other clips."""
+    """R@1 within the batch: the share of clips whose own first caption is the nearest one."""
     clips = len(output.audio)
     audio, text = (embeddings.detach().float() for embeddings in (output.audio, output.text[:clips]))
     if not (bool(audio.isfinite().all()) and bool(text.isfinite().all())):
@@ -312,7 +312,7 @@ def load_checkpoint(
     """Loads the newest checkpoint into the model and the optimiser.
 
     Returns:
-        The number of steps done, and what `restore_data` needs: 0 and {} if there is no checkpoint.
+        The number of steps done, and the state for `restore_data`; 0 and {} if there is no checkpoint.
 
     Raises:
         ValueError: the checkpoint belongs to another model or optimiser.
@@ -330,13 +330,13 @@ def load_checkpoint(
 
 
 def restore_data(run: Run, state: dict[str, Any]) -> None:
-    """Restores what a checkpoint says about the data: the bad clips, and where the epoch began."""
+    """Restores the bad clips and the start of the batch plan from the state of a checkpoint."""
     known = {clip.id for clip in run.loader.clips}
     run.bad_clips.update({clip: reason for clip, reason in state.get("bad", {}).items() if clip in known})
     run.loader.check_bad(run.bad_clips)
     run.loader.bad.update(run.bad_clips)
     if "loader" in state and run.loader.resume(run.first_step, state["loader"]):
         run.log.say(
-            f"the batches are not those of the steps so far (ranks: {state['loader']['world']} then, "
+            f"the clips, batches or ranks have changed (ranks: {state['loader']['world']} then, "
             f"{run.ranks.world} now): a new epoch begins after step {run.first_step}"
         )

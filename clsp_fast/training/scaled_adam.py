@@ -1,10 +1,10 @@
 """ScaledAdam, the optimiser of the Zipformer recipes, and Eden, its learning rate schedule.
 
 The size of a tensor is its root mean square. A step moves a tensor in proportion to its size, and the size
-itself is learned separately. Updates run in place over lists of tensors. The numbers that concern a whole
-tensor (norm, size) are computed on the host: this takes one transfer from the device for each step and group,
-and in every fourth step two. The only temporary tensors are square roots of the second moments, of about
-_ELEMENTS_AT_ONCE elements at a time.
+itself is learned separately. Updates run in place over lists of tensors. The numbers per tensor (norm, size)
+are processed on the host. They take one transfer from the device per group and step, and two in every fourth
+step. The only temporary tensors are the square roots of the second moments, of about _ELEMENTS_AT_ONCE
+elements at a time.
 
 Source: Yao et al., arXiv 2310.11230, section 3.5 and appendix; icefall's recipe for its constants.
 """
@@ -18,32 +18,32 @@ import torch
 from torch import Tensor
 
 _ELEMENTS_AT_ONCE = 1 << 24
-# Columns of "sizes": the tensor's size, the second moment of the gradient with respect to the size, and this
-# gradient in the last _PERIOD steps.
-_RMS, _SQUARE, _FIRST = 0, 1, 2
+# Columns of "sizes": the tensor's size, the second moment of the gradient with respect to the size, and, from
+# _SLOPES on, this gradient in the last _PERIOD steps.
+_RMS, _SQUARE, _SLOPES = 0, 1, 2
 _PERIOD = 4
 _NORMS = 100
-"""The clipping threshold follows from the norms of this many steps and holds for as many steps."""
+"""Every _NORMS steps, the clipping threshold is computed from the gradient norms of the last _NORMS steps."""
 
 
 class ScaledAdam(torch.optim.Optimizer):
     """Adam with steps relative to a tensor's size, and with a separate learning rate for the size.
 
     The gradients of a group are clipped to `clipping_scale` times the median of the group's norms in 100
-    steps. In this norm each gradient is multiplied by its tensor's size, so the scale of a tensor has no
-    effect on it. Parameters of one element take Adam's steps at `scalar_lr_scale` times the learning rate.
-    Clipping changes the gradients in place. The bias correction counts the steps of the group, also for a
-    parameter that has no gradient in some of them.
+    steps. For this norm, each gradient is multiplied by the size of its tensor, so the scale of a tensor does
+    not affect the norm. Clipping changes the gradients in place. Parameters of one element take Adam's steps
+    at `scalar_lr_scale` times the learning rate. The bias correction counts all steps of the group, even if a
+    parameter has no gradient in some of them.
 
     Args:
         params: parameters or groups; "lr" of a group is set before each step.
-        lr: learning rate; a tensor changes by about lr of its size a step.
+        lr: learning rate; a tensor changes by about lr times its size in a step.
         betas: decay of the momentum and of the second moment.
         clipping_scale: see above.
         scalar_lr_scale: learning rate of sizes and of parameters of one element, relative to lr.
         eps: added to denominators.
-        rms_range: smallest and largest size. A smaller tensor takes steps as if it had the smallest size, and
-            its size is not learned; no tensor grows beyond the largest size.
+        rms_range: smallest and largest size. A tensor below the smallest size takes steps as if it had that
+            size, and its size is not learned. No tensor grows beyond the largest size.
         scalar_max: before each update, parameters of one element are clamped to -scalar_max .. scalar_max.
 
     The state of a parameter is "delta" (momentum), "exp_avg_sq" (second moment) and, unless it has one
@@ -80,7 +80,8 @@ class ScaledAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
             if present:
-                tensors, scalars = ([p for p in present if (p.numel() > 1) == many] for many in (True, False))
+                tensors = [p for p in present if p.numel() > 1]
+                scalars = [p for p in present if p.numel() <= 1]
                 self._update(group, tensors, scalars)
         return loss
 
@@ -90,15 +91,15 @@ class ScaledAdam(torch.optim.Optimizer):
         history = group.setdefault("history", torch.zeros(2 + _NORMS, dtype=torch.float64))
         step, (beta1, beta2) = int(history[0]), self.betas
         sizes = [self.state[p]["sizes"].cpu() for p in tensors]
-        sizes_P6 = torch.stack(sizes) if sizes else torch.zeros(0, _FIRST + _PERIOD)
+        sizes_P6 = torch.stack(sizes) if sizes else torch.zeros(0, _SLOPES + _PERIOD)
         norm_P, slope_P, scalar_norms = _norms_and_slopes(tensors, scalars)
         norm = float(((norm_P * sizes_P6[:, _RMS]).square().sum() + scalar_norms.square().sum()).sqrt())
-        share = _clip(history, step, norm, self.clipping_scale)
-        if share < 1:
-            torch._foreach_mul_(_gradients([*tensors, *scalars]), share)
+        clip_factor = _clip(history, step, norm, self.clipping_scale)
+        if clip_factor < 1:
+            torch._foreach_mul_(_gradients([*tensors, *scalars]), clip_factor)
         torch._foreach_mul_([self.state[p]["delta"] for p in (*tensors, *scalars)], beta1)
 
-        sizes_P6[:, _FIRST + step % _PERIOD] = slope_P * share
+        sizes_P6[:, _SLOPES + step % _PERIOD] = slope_P * clip_factor
         if tensors and step % _PERIOD == _PERIOD - 1:
             self._learn_sizes(group["lr"], step, tensors, sizes_P6)
         correction = 1 - beta2 ** (step + 1)
@@ -120,24 +121,25 @@ class ScaledAdam(torch.optim.Optimizer):
             return
         state["delta"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
         if parameter.numel() > 1:
-            state["sizes"] = torch.zeros(_FIRST + _PERIOD)
+            state["sizes"] = torch.zeros(_SLOPES + _PERIOD)
             state["sizes"][_RMS] = parameter.square().mean().sqrt()
 
     def _learn_sizes(self, lr: float, step: int, tensors: list[Tensor], sizes_P6: Tensor) -> None:
-        """Adds to the momentum a change of each tensor's size, from the size's last _PERIOD gradients."""
+        """Computes a change of each tensor's size from the size's last _PERIOD gradients, and adds it to the
+        momentum."""
         smallest, largest = self.rms_range
         counts_P = torch.tensor([float(p.numel()) for p in tensors]).sqrt()
         rms_P = torch.stack(torch._foreach_norm(tensors)).cpu() / counts_P
         sizes_P6[:, _RMS] = rms_P
-        slopes_P4 = sizes_P6[:, _FIRST:]
+        slopes_P4 = sizes_P6[:, _SLOPES:]
         beta = self.betas[1] ** _PERIOD
         square_P = sizes_P6[:, _SQUARE].mul_(beta).add_(slopes_P4.square().mean(1), alpha=1 - beta)
         correction = (1 - beta ** ((step + 1) // _PERIOD)) ** 0.5
         change_P = -lr * self.scalar_lr_scale * correction * slopes_P4.sum(1) / (square_P.sqrt() + self.eps)
         change_P = change_P.masked_fill(rms_P < smallest, 0.0).minimum((largest - rms_P) / rms_P)
-        shares = (change_P * (1 - self.betas[0])).tolist()
-        for parameter, share in zip(tensors, shares, strict=True):
-            self.state[parameter]["delta"].add_(parameter, alpha=share)
+        changes = (change_P * (1 - self.betas[0])).tolist()
+        for parameter, change in zip(tensors, changes, strict=True):
+            self.state[parameter]["delta"].add_(parameter, alpha=change)
 
     def _adam(self, parameters: list[Tensor], rates: list[float], correction: float) -> None:
         """Updates second moments, momentum and parameters, in this order; `rates` are negative."""
@@ -156,8 +158,8 @@ class ScaledAdam(torch.optim.Optimizer):
 
 
 def eden(step: int, epoch: float, *, batches: float, epochs: float, warmup: int, start: float = 0.5) -> float:
-    """Eden's factor of the base learning rate at a step (from 0): after a linear warm-up from `start`, it
-    falls as 1 / sqrt(steps) and as 1 / sqrt(epochs)."""
+    """Eden's factor for the base learning rate at a step (from 0). It warms up linearly from `start`, and
+    falls as 1 / sqrt(step) beyond `batches` steps, and as 1 / sqrt(epoch) beyond `epochs` epochs."""
     warm_up = start + (1 - start) * step / warmup if step < warmup else 1.0
     by_batches = ((step**2 + batches**2) / batches**2) ** -0.25
     by_epochs = ((epoch**2 + epochs**2) / epochs**2) ** -0.25
@@ -165,8 +167,8 @@ def eden(step: int, epoch: float, *, batches: float, epochs: float, warmup: int,
 
 
 def _norms_and_slopes(tensors: list[Tensor], scalars: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms of the tensors' gradients, dot products of gradient and tensor, and norms of the scalars'
-    gradients, on the host."""
+    """On the host: norms of the tensors' gradients, dot products of gradient and tensor, and norms of the
+    scalars' gradients."""
     norms = torch._foreach_norm(_gradients([*tensors, *scalars]))
     pairs = zip(_gradients(tensors), tensors, strict=True)
     slopes = [torch.dot(g.flatten(), p.flatten()) for g, p in pairs]
@@ -180,7 +182,7 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _clip(history: Tensor, step: int, norm: float, clipping_scale: float) -> float:
-    """The factor for the gradients. Records the norm in `history`, and every 100 steps the threshold."""
+    """The factor that clips the gradients. Updates the norms and the threshold in `history`."""
     if step == 0:
         return 1.0
     norms = history[2:]
@@ -191,7 +193,7 @@ def _clip(history: Tensor, step: int, norm: float, clipping_scale: float) -> flo
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[slice]:
-    """Slices of the list; each ends with the tensor that brings it to _ELEMENTS_AT_ONCE elements."""
+    """Slices of the list. Each ends as soon as it has _ELEMENTS_AT_ONCE elements."""
     start = elements = 0
     for i, tensor in enumerate(tensors):
         elements += tensor.numel()

@@ -1,8 +1,9 @@
 """The parts of a training step: embeddings, loss, and gradients averaged over the ranks.
 
-With `micro_seconds`, a batch passes the towers in parts, as in gradient caching (arXiv 2101.06983). The
-activations of a part are dropped, and recomputed in the backward pass, so they need the memory of one part.
-The loss still sees the embeddings of all parts: each clip is contrasted with the whole batch.
+With `micro_seconds`, the towers embed a batch in parts, as in gradient caching (arXiv 2101.06983). The
+activations of a part are dropped after the forward pass and recomputed in the backward pass, so they take the
+memory of one part. The loss is computed from the embeddings of all parts, so each clip is contrasted with the
+whole batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
         output.audio.float(),
         output.text.float(),
         output.logit_scale,
-        # With one caption a clip, caption i describes clip i: the loss's default.
+        # With one caption per clip, caption i describes clip i, which is the loss's default.
         text_owner=None
         if len(batch.text_owner) == len(batch.ids)
         else batch.text_owner.to(ranks.device, non_blocking=True),
@@ -49,7 +50,7 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
 
 
 def embed_batch(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
-    """Embeds clips and captions. At most `micro_seconds` of padded audio pass the towers at once; 0: all."""
+    """Embeds clips and captions, at most `micro_seconds` of padded audio at a time (0: the whole batch)."""
     clips, frames = len(batch.lengths), int(batch.lengths.max())
     part_clips = max(1, int(_FRAMES_PER_S * micro_seconds / frames)) if micro_seconds else clips
     if part_clips >= clips:
@@ -86,8 +87,8 @@ def embed_batch(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
 def _embed_seeded(seed: int, model: CLSP, *inputs: Tensor) -> ClspOutput:
     """Embeds a part after setting the seed, so that the recomputation draws the same dropout.
 
-    `checkpoint` cannot ensure that here: it restores the random state of the devices that the inputs are on,
-    and they are still on the host.
+    `checkpoint` cannot ensure this: it restores the random state of the inputs' devices, but the inputs are
+    still on the host.
     """
     torch.manual_seed(seed)
     return _embed(model, *inputs)
@@ -119,7 +120,8 @@ def _without_recording(norms: list[RunningNorm]) -> Iterator[None]:
 
 
 def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
-    """Averages the gradients over the ranks and clips them to `config.clip_norm`; ScaledAdam clips by itself.
+    """Averages the gradients over the ranks. With AdamW, clips them to `config.clip_norm`; ScaledAdam clips
+    in its own step.
 
     Returns:
         The norm of the averaged gradients before clipping.
@@ -134,8 +136,8 @@ def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -
 
 
 def update_running_statistics(model: CLSP, ranks: Ranks) -> None:
-    """Averages the batch's moments over the ranks and takes them into the running moments, so that these stay
-    the same on all ranks."""
+    """Averages the batch's moments over the ranks, then updates the running moments with them. So the running
+    moments stay the same on all ranks."""
     norms = model.running_norms
     ranks.average([norm.batch_moments for norm in norms if norm.batch_moments is not None])
     for norm in norms:

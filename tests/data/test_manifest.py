@@ -75,7 +75,7 @@ BAD = [
     ({"type": "MixedCut", "id": "m", "tracks": []}, "MixedCut"),
     ({"type": "MonoCut", "recording": {"sources": [{"type": "url"}]}}, 'type "file"'),
     ({"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}]}}, "no captions"),
-    ({"type": "MonoCut", "recording": {"sources": {"type": "file"}}}, "form"),
+    ({"type": "MonoCut", "recording": {"sources": {"type": "file"}}}, "not a line of a manifest"),
     (
         {
             "type": "MonoCut",
@@ -94,12 +94,12 @@ BAD = [
     ),
     (
         {"type": "MonoCut", "recording": {"sources": [{"type": "file"}]}, "supervisions": [{"text": "a"}]},
-        "form",
+        "not a line of a manifest",
     ),
-    ({"type": "MonoCut", "recording": {"sources": ["a.wav"]}}, "form"),
+    ({"type": "MonoCut", "recording": {"sources": ["a.wav"]}}, "not a line of a manifest"),
     (
         {"type": "MonoCut", "recording": {"sources": [{"type": "file", "source": "a"}], "transforms": [{}]}},
-        "transforms is supported only for Resample",
+        "transforms may contain only Resample",
     ),
     ({"audio": "a.wav", "captions": ["half \ud83d"]}, "surrogate"),
     ({"audio": "a\ud83d.wav", "captions": ["x"]}, '"audio"'),
@@ -125,7 +125,7 @@ BAD = [
         '"id" must be text',
     ),
     ('{"audio": "a.wav", "captions": ["x"], "start_s": ' + "9" * 400 + "}", ""),
-    (GOOD, "was used in line 1 already"),
+    (GOOD, "is already used in line 1"),
     ({"audio": {"path": "b.wav", "sampling_rate": 16000}, "captions": ["x"]}, """write "audio": 'b.wav'"""),
     ({"audio": ["b.wav"], "captions": ["x"]}, """"audio" must be a path, got ['b.wav']"""),
     ({"audio": "a.wav", "captions": ["x"], "channel": "x" * 100_000}, '"channel" must be an integer'),
@@ -221,7 +221,7 @@ def test_describe_counts(tmp_path: Path) -> None:
 def test_an_id_that_is_long_and_used_twice_is_shortened(tmp_path: Path) -> None:
     row = GOOD | {"id": "i" * 100_000}
     (problem,) = read_manifest(write(tmp_path, row, row)).problems
-    assert problem.message.endswith("... was used in line 1 already")
+    assert problem.message.endswith("... is already used in line 1")
     assert len(problem.message) < 200
 
 
@@ -230,6 +230,6 @@ def test_a_list_of_paths_is_no_manifest_and_the_fix_is_told(tmp_path: Path) -> N
     for text in ("a.wav\nb.wav\n", f"{tmp_path}/there\n", "my file.wav\n"):
         (tmp_path / "list.txt").write_text(text)
         with pytest.raises(
-            ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths: embed"
+            ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths \(embed"
         ):
             read_manifest(tmp_path / "list.txt")

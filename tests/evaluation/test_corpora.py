@@ -174,11 +174,11 @@ def test_crema_d_as_it_is_on_disks(tmp_path: Path, capsys: pytest.CaptureFixture
     told = capsys.readouterr().err
     for part in (
         f"{tmp_path}: left out: ",
-        "2 with a name of another form (._1001_DFA_ANG_XX.wav, notes.wav)",
-        "1 of tasks of age and gender, by an actor whom VideoDemographics.csv lacks (1099_DFA_ANG_XX.wav)",
+        "2 with an unexpected form of name (._1001_DFA_ANG_XX.wav, notes.wav)",
+        "1 from tasks of age and gender, because VideoDemographics.csv lacks the actor (1099_DFA_ANG_XX.wav)",
         "1 of an unknown emotion (1001_DFA_XXX_XX.wav)",
         "1 not WAV (a.mp3)",
-        "1 in a second copy (1040_ITH_SAD_X.wav)",
+        "1 duplicates (1040_ITH_SAD_X.wav)",
     ):
         assert part in told
     assert "a.txt" not in told
@@ -230,9 +230,9 @@ def linked_corpus(tmp_path: Path, layout: str) -> Path:
 @pytest.mark.parametrize(
     ("layout", "left_out"),
     [
-        ("ravdess", "1 with a name of another form (notes.wav)"),
+        ("ravdess", "1 with an unexpected form of name (notes.wav)"),
         ("crema-d", ""),
-        ("iemocap", "1 lines of another form (Ses01F_impro01.txt); 1 in no table of emotions"),
+        ("iemocap", "1 lines of an unexpected form (Ses01F_impro01.txt); 1 in no table of emotions"),
     ],
 )
 def test_links_of_a_corpus_are_followed_and_their_loops_end(
@@ -243,7 +243,7 @@ def test_links_of_a_corpus_are_followed_and_their_loops_end(
     assert Path(clip.audio).is_file()
     told = capsys.readouterr().err
     assert left_out in told
-    assert "1 links that lead nowhere (nowhere)" in told
+    assert "1 dead links (nowhere)" in told
     assert "second copy" not in told
 
 
@@ -257,7 +257,7 @@ def test_dead_links_and_other_formats_of_a_corpus_are_told(
     (tmp_path / "Actor_03").symlink_to("Actor_03")
     assert len(read_corpus(tmp_path, "ravdess")) == 1
     told = capsys.readouterr().err
-    assert "2 links that lead nowhere (Actor_02, Actor_03)" in told
+    assert "2 dead links (Actor_02, Actor_03)" in told
     assert "3 not WAV (" in told
 
 
@@ -273,7 +273,7 @@ def test_a_table_of_turns_that_cannot_be_read_costs_itself_alone(
     (evaluation / "Ses01F_impro05.txt").mkdir()
     assert len(read_corpus(tmp_path, "iemocap")) == 3
     told = capsys.readouterr().err
-    assert "1 links that lead nowhere" in told
+    assert "1 dead links" in told
     assert "2 tables of turns that cannot be read" in told
 
 
