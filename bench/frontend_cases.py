@@ -1,4 +1,4 @@
-"""The audio frontend: log-mel features, decoding, resampling, and all three from a file to features.
+"""The audio frontend: log-mel features, decoding, resampling, and the whole path from a file to features.
 
 Peers with the same definition must give nearly the same numbers. Other peers (asrfront, kaldi-native-fbank
 with 120 bins, librosa, transformers) do the same work by another definition. Their numbers must correlate.

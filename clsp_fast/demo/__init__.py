@@ -1,10 +1,11 @@
-"""The demo corpus: synthetic speech in requested styles, with labels that are measured on the speech.
+"""The demo corpus: synthetic speech in many styles, with labels and captions.
 
 A `pip install` cannot bring a recorded corpus, so the default training data is synthetic. Up to three
-text-to-speech packages speak (`engines`), each with many voices. Pitch, speed, intonation, loudness and voice
-quality are set, measured on the result (`clips`) and put into words (`text`). The labels are those measured.
-If a clip lies between two classes of an attribute, it has no label for the attribute, and its captions do not
-mention it. No caption mentions emotions, laughter, children or old voices: no engine produces them.
+text-to-speech packages speak (`engines`), each with many voices. Pitch, speed, intonation and loudness are
+set, measured on the result (`clips`) and put into words (`text`). Their labels are those measured. The labels
+of sex and voice quality are those requested. If a clip lies between two classes of an attribute, it has no
+label for the attribute, and its captions do not mention it. No caption mentions emotions, laughter, children
+or old voices, because no engine produces them.
 
 A finished folder (`corpus`) holds `train.jsonl`, `validation.jsonl`, `test.jsonl`, `transfer.jsonl` (an
 engine that speaks in no other split), `audio/<split>/<id>.wav` (16 kHz, 16 bit, mono) and `corpus.json`,

@@ -140,8 +140,11 @@ class _Speaker:
         self._rate_gain, self._f0_gain = _Gain(), _Gain()
 
     def styles(self, count: int) -> Iterator[tuple[_Style, _Style | None]]:
-        """`count` styles with equal shares of each label. One in five has a second style, for a clip that
-        changes from the first to the second."""
+        """`count` styles. One in five has a second style, for a clip that changes from one to the other.
+
+        Labels have equal shares, except for quality: 7 normal to 3 whisper to 3 creaky. Whispered and creaky
+        clips have normal liveliness.
+        """
 
         def deck(labels: Sequence[str]) -> list[str]:
             cards = np.resize(self._rng.permutation(np.asarray(labels)), count)

@@ -45,7 +45,7 @@ class DemoConfig:
     seed: int = 0
     """Seed of all random numbers."""
     workers: int | None = None
-    """Processes that run at the same time; None: one for each usable core, at most 16. It changes no clip."""
+    """Number of parallel processes; it changes no clip. None: one for each usable core, at most 16."""
     engines: tuple[str, ...] | None = None
     """Names from engines.ENGINES; None: all whose packages are installed, or "synth" if none is."""
 
