@@ -1,6 +1,6 @@
-# make train: trains a model, without ARGS on the demo corpus.   make test: everything CI checks.
-# make bench: throughput beside other libraries, in ten minutes; ARGS='--json --plot' records it.
-# Each target makes .venv and installs what it needs. Only python3, make and a C++ compiler must be there.
+# make train: trains a model, on the demo corpus if ARGS is empty.   make test: runs every check of CI.
+# make bench: compares throughput with other libraries, in ten minutes; ARGS='--json --plot' records it.
+# Each target makes .venv and installs what it needs. It requires only python3, make and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt
@@ -14,11 +14,11 @@ train: .venv/.train
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not alone" $(ARGS)
-	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? = 5 ]  # 5: ARGS selected none of these
+	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? = 5 ]  # 5: ARGS selects none of these tests
 	$(if $(ARGS),,$(BIN)/python tests/machines.py --part)
 
-# Runs the numerical tests as other processors would: with each instruction set of PyTorch and of the engine, with 1 to
-# 3 threads, and with lower instruction sets for MKL and oneDNN. `make test` runs a part of it.
+# Repeats the numerical tests as on other processors: with each instruction set of PyTorch and of the engine, with 1 to
+# 3 threads, and with lower instruction sets for MKL and oneDNN. `make test` runs a part of this.
 test-machines: .venv/.test
 	$(BIN)/python tests/machines.py $(ARGS)
 
@@ -32,8 +32,8 @@ lint: .venv/.test
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp tests/fuzz/*.cpp)
 	$(BIN)/codespell bench clsp_fast csrc tests docs kernels README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile
 
-# Runs the tests of the extension under each sanitizer (address, undefined, thread), except those that compute with torch;
-# `make test` runs a part of them.
+# Runs the tests of the extension under each sanitizer (address, undefined, thread), except tests that compute with torch.
+# `make test` runs a part of this.
 sanitize: .venv/.test
 	CLSP_SANITIZE_LONG=1 CLSP_FUZZ=6000 $(BIN)/python -m pytest -n 2 tests/test_sanitize.py
 

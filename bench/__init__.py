@@ -1,1 +1,1 @@
-"""Throughput comparisons: `python -m bench.run`. Nothing is timed before it agrees with its reference."""
+"""Throughput comparisons: `python -m bench.run`. Only results that agree with their reference are timed."""

@@ -1,8 +1,9 @@
-"""Work beside busy processes on the same two CPUs: training steps, extraction of a batch, the loss.
+"""Times training steps, feature extraction and the loss while other processes keep the same two CPUs busy.
 
-All providers are clsp_fast: its time beside busy processes is compared with its time alone. OpenMP reads
-only once, when torch is loaded, how its threads should wait. So each provider is a process of its own,
-`python -m bench.busy_cases WORK`. It reads numbers, one a line, and does the work that many times.
+All providers are clsp_fast: its time beside busy processes is compared with its time alone. OpenMP reads the
+settings of its threads' waits only once, when torch is loaded. Therefore each provider runs in a separate
+process, `python -m bench.busy_cases WORK`. For each number on standard input, the process does the work that
+many times.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CPUS = 2
 CLIPS = 128
 ROOT = Path(__file__).parent.parent
 LIBGOMP = {"GOMP_SPINCOUNT": "300000"}
-"""The default of libgomp. Where the variable is set, clsp_fast does not change the waits."""
+"""The default of libgomp. If the variable is set, clsp_fast does not change the waits."""
 BUSY = """
 import os, select
 while os.read(0, 1):  # start
@@ -91,7 +92,7 @@ def training_batch(vocabulary: int, tokens: int = 40) -> Batch:
 
 
 def extraction() -> Work:
-    """Features of a batch of files; returns the sum of the first frames, as a sum over all takes long."""
+    """Features of a batch of files; returns the sum over the first frames, which is quick."""
     made = recordings(CLIPS, 2.0, 3.0)
     return lambda: [float(features.extract_files(made.paths, num_threads=CPUS).values[:, 0].double().sum())]
 
@@ -112,7 +113,7 @@ WORK = {"training": training, "extraction": extraction, "contrast": contrast}
 
 
 def serve(name: str) -> None:
-    """Reads numbers, one a line; for each does the work that many times and prints the last result."""
+    """For each number on standard input, does the work that many times and prints the last result."""
     torch.set_num_threads(CPUS)
     call = WORK[name]()
     for line in sys.stdin:
@@ -126,7 +127,7 @@ def serve(name: str) -> None:
 
 @contextlib.contextmanager
 def on_two_cpus() -> Iterator[None]:
-    """Processes that start inside have two CPUs."""
+    """Processes that are started in this context may use only two CPUs."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:CPUS])
     try:
@@ -149,7 +150,7 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
 
 
 class Neighbours:
-    """Three processes; as many as asked for keep one CPU busy each."""
+    """Three processes. `keep_busy(count)` makes `count` of them keep one CPU busy each."""
 
     def __init__(self) -> None:
         self._processes = [start(["-c", BUSY], {}) for _ in range(3)]
@@ -159,14 +160,14 @@ class Neighbours:
     def keep_busy(self, count: int) -> None:
         for process in self._processes[count : self._busy] or self._processes[self._busy : count]:
             assert process.stdin is not None
-            process.stdin.write(".")
+            process.stdin.write(".")  # stops a busy process, or starts an idle one
             process.stdin.flush()
         self._busy = count
 
 
 @dataclass
 class Beside:
-    """The timed call: a block of work beside `count` busy processes."""
+    """The timed call: `calls` pieces of work beside `count` busy processes."""
 
     neighbours: Neighbours
     count: int
@@ -185,7 +186,7 @@ class Beside:
         return result
 
     def settle(self) -> None:
-        """Works once, untimed, so that clsp_fast notices the busy processes."""
+        """Runs once, untimed, so that clsp_fast adapts to the busy processes."""
         self.neighbours.keep_busy(self.count)
         self._run(self.calls)
 

@@ -1,7 +1,7 @@
-"""The audio frontend: log-mel features, decoding, resampling, and all of it from a file.
+"""The audio frontend: log-mel features, decoding, resampling, and the whole path from a file to features.
 
-Peers with the same definition must give nearly the same numbers. Others (asrfront, kaldi-native-fbank with
-120 bins, librosa, transformers) do the same work with another definition; their numbers must correlate.
+Peers with the same definition must give nearly the same numbers. Other peers (asrfront, kaldi-native-fbank
+with 120 bins, librosa, transformers) do the same work by another definition. Their numbers must correlate.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ same_features = close(5e-3, rms=1e-4)
 
 
 def like_features(expected: Any, result: Any) -> tuple[bool, str]:
-    """For other definitions: correlation over the frames and bins of each clip, without each bin's mean.
+    """For other definitions: the correlation over the frames and bins of each clip.
 
-    Other definitions differ in scale and pre-emphasis, which move the mean; in the treatment of the edges,
-    which adds or drops frames and shifts them by less than one hop; and in the number of bins, which are
-    interpolated to 128.
+    Definitions differ in scale and pre-emphasis, so the mean of each bin is removed. They treat edges
+    differently, so a few frames may be missing or added, and all may be shifted by less than one hop. Another
+    number of bins is interpolated to 128.
     """
     if np.ndim(expected) == 2:
         expected, result = [expected], [result]
@@ -50,8 +50,8 @@ def like_features(expected: Any, result: Any) -> tuple[bool, str]:
         if abs(len(a) - len(b)) > 3:
             return False, f"{len(b)} frames, expected {len(a)}"
         if a.shape[1] != b.shape[1]:
-            to, of = (np.linspace(0, 1, x.shape[1]) for x in (a, b))
-            b = np.stack([np.interp(to, of, row) for row in b])
+            bins_a, bins_b = (np.linspace(0, 1, x.shape[1]) for x in (a, b))
+            b = np.stack([np.interp(bins_a, bins_b, row) for row in b])
         correlations.append(max(_correlation(a, b), _correlation(a[1:], b)))
     lowest = min(correlations)
     return lowest >= 0.9, f"correlation {lowest:.3f} (at least 0.9), other definition"
@@ -196,7 +196,7 @@ def file_case(kind: str, rate_hz: int, goals: dict[str, float]) -> Case:
 
 
 def recipe_batch(files: Recordings) -> np.ndarray:
-    """What lhotse gives: clips padded with zeros before framing, rows padded with log(1e-10) after it."""
+    """The batch that lhotse makes: waveforms are padded with zeros, then feature rows with log(1e-10)."""
     waves = [soundfile.read(path)[0] for path in files.paths]
     longest, zero = max(map(len, waves)), features.FbankConfig(tail="zero")
     rows = [features.reference(wave, zero, padded_samples=longest) for wave in waves]
@@ -225,7 +225,7 @@ RECIPE_BATCH = Case(
 )
 
 
-# The goals of fbank-10s are for AVX-512.
+# The goals of fbank-10s hold for processors with AVX-512.
 CASES = (
     fbank_case(3, {}),
     fbank_case(10, {"asrfront": 2.0, "lhotse": 10.0, "torchaudio": 11.0, "kaldi-native-fbank": 35.0}),
@@ -234,7 +234,7 @@ CASES = (
         1,
         {"asrfront": 1.9, "lhotse": 40.0, "torchaudio": 10.0},
         memory=True,
-        # The output and a tenth of it.
+        # The size of the output, and a tenth more.
         memory_goal=1.1 * 4 * CLIPS * FRAMES * 128,
     ),
     batch_case(2, {"clsp_fast, 1 thread": 1.8}),

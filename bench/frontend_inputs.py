@@ -1,4 +1,4 @@
-"""Inputs of the frontend cases, made from a seed, and the reference of resampling."""
+"""Inputs of the frontend cases, made from a seed, and a reference of the resampler."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Waveform:
 
 
 def resampled(waveform: Waveform) -> np.ndarray:
-    """The definition of `audio.resample` in float64, phase by phase: all taps, zeros outside."""
+    """The definition of `audio.resample` in float64, phase by phase: all taps, and zeros beyond both ends."""
     divisor = np.gcd(waveform.rate_hz, RATE_HZ)
     step, phases = waveform.rate_hz // divisor, RATE_HZ // divisor
     base = min(step, phases) * 0.99
@@ -80,6 +80,7 @@ def resampled(waveform: Waveform) -> np.ndarray:
     output = np.empty(count)
     for phase in range(phases):
         t = np.clip((tap / step - phase / phases) * base, -6, 6)
-        of_phase = output[phase::phases]
-        of_phase[:] = windows[: len(of_phase)] @ (base / step * np.sinc(t) * np.cos(np.pi * t / 12) ** 2)
+        filter_ = base / step * np.sinc(t) * np.cos(np.pi * t / 12) ** 2
+        phase_output = output[phase::phases]
+        phase_output[:] = windows[: len(phase_output)] @ filter_
     return output

@@ -1,4 +1,4 @@
-"""What the frontend cases time: a function for each library and task, from the inputs to the timed call."""
+"""One function for each library and task of the frontend cases, from the inputs to the timed call."""
 
 from __future__ import annotations
 

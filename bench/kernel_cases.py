@@ -1,4 +1,4 @@
-"""What is known of the GPU kernels without a GPU: what they compile to, and lower bounds of their time."""
+"""GPU kernels without a GPU: the resources that they compile to, and lower bounds of their time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench import loss_cases, similarity_cases
 from bench.measure import Case, Report
 
 BUDGETS = Path(__file__).parent.parent / "kernels/budgets.json"
-# Dense bf16 peak in TFLOP/s and memory in TB/s by the data sheets: A100 80 GB, H100 SXM, B200.
+# Dense bf16 peak in TFLOP/s and memory bandwidth in TB/s, from the data sheets: A100 80 GB, H100 SXM, B200.
 CARDS = {"A100": (312.0, 2.0), "H100": (989.0, 3.35), "B200": (2250.0, 8.0)}
 
 
@@ -49,5 +49,5 @@ def bound_s(case: Case, peak_tflops: float, memory_tbps: float) -> float:
 
 CASES = (
     Report("kernel-budgets", "kernels", "what the kernels compile to, from kernels/budgets.json", budgets),
-    Report("kernel-bounds", "kernels", "least time of the GPU cases by count; nothing was timed", bounds),
+    Report("kernel-bounds", "kernels", "lower bounds of the GPU cases' times; nothing was timed", bounds),
 )

@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Embeddings of M clips with K captions each; texts j K to j K + K - 1 describe clip j."""
+    """Embeddings of M clips with K captions each; texts j*K to j*K + K - 1 describe clip j."""
 
     audio_MD: Tensor
     text_ND: Tensor
@@ -70,7 +70,7 @@ def exact(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def sigmoid_batch(clips: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Batch:
-    """The same embeddings; the bias is the one that training starts with (arXiv 2303.15343)."""
+    """The embeddings of `batch`, and the bias with which training starts (arXiv 2303.15343)."""
     bias = torch.tensor(-10.0, device=device, requires_grad=True)
     return replace(batch(clips, 1, dtype, device), bias=bias)
 
@@ -95,7 +95,7 @@ def exact_sigmoid(given: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def gradients(given: Batch, loss: Loss, *, cast: bool = False, scale: bool = True) -> Call:
-    """The timed call of a loss function: its value and the gradients, as `exact` orders them."""
+    """The timed call of a loss function: its value and the gradients, in the order of `exact`."""
 
     def call() -> tuple[Tensor, ...]:
         audio_MD, text_ND = given.audio_MD, given.text_ND
@@ -141,7 +141,7 @@ def targets(given: Batch) -> Tensor:
 
 
 def dense(given: Batch, products: int, *, cast: bool = False) -> Call:
-    """Two cross-entropies of M x N logits, from one product for both or one for each."""
+    """Two cross-entropies of M x N logits. They share one product, or each has its own (`products=2`)."""
     targets_M, owner_N = targets(given), given.owner_N
 
     def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def siglip_kernel(given: Batch) -> Call:
     clips = len(given.audio_MD)
 
     def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
-        # Its loss is the sum over pairs by the number of clips, in the embeddings' dtype.
+        # fused_siglip_loss divides the sum over pairs by the clips once, and has the embeddings' dtype.
         return fused_siglip_loss(audio_MD, text_ND, scale.log(), given.bias).float() / clips
 
     return gradients(given, loss)
@@ -214,7 +214,7 @@ def without_scale(gate: Gate) -> Gate:
 
 
 def another_loss(expected: Any, result: Any) -> tuple[bool, str]:
-    return bool(torch.isfinite(result[0])), "of one caption a clip: for the time only"
+    return bool(torch.isfinite(result[0])), "another loss, with one caption a clip: only its time is compared"
 
 
 def loss_case(
@@ -247,7 +247,7 @@ def loss_case(
     if captions > 1:
         peers.append(Provider("clsp_fast, one caption", fused_one_caption, gate=another_loss))
     if device == "cuda":
-        rounded = relative(5e-2)  # TF32, or bfloat16 before the subtraction
+        rounded = relative(5e-2)  # they use TF32, or round to bfloat16 before the subtraction
         peers.append(Provider("memeff", memeff, "memeff", without_scale(rounded)))
         peers.append(Provider("Inf-CL", inf_cl, "inf-cl", rounded))
     labels = ["loss", *["cuda"] * (device == "cuda"), str(clips), *["two-captions"] * (captions == 2)]
@@ -269,7 +269,7 @@ def loss_case(
         goals=goals or {},
         amount=clips,
         unit="clips",
-        # One product forward and two backward are necessary; recomputing logits adds one.
+        # One product forward and two backward are necessary. Logits that are recomputed do not count.
         flops=3 * 2.0 * clips * texts * DIM,
         bytes=(2 if half else 4) * 2 * DIM * (clips + texts),
         threads=2,
@@ -321,7 +321,7 @@ CASES = (
     loss_case(8192, goals={RECIPE: 2.2}, optional=True),
     loss_case(8192, goals={RECIPE: 1.8}, workspace_mb=16, optional=True),
     loss_case(16384, optional=True, dense_fits=False),
-    # Two gradients of 64 MB each, and 600 or 64 MB beside them.
+    # Memory goals: two gradients of 64 MB each, and 600 or 64 MB more.
     loss_case(32768, optional=True, dense_fits=False, memory_goal=2 * 4 * DIM * 32768 + 600 * 2**20),
     loss_case(
         32768,

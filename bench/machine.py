@@ -64,7 +64,7 @@ def commit() -> tuple[str, bool]:
 
 
 def is_ancestor(commit: str, root: Path = ROOT) -> bool | None:
-    """Whether a commit is in HEAD's history; None without git, without the whole history or the commit."""
+    """Whether a commit is in HEAD's history; None if git, the full history or the commit is missing."""
     try:
         if _git("rev-parse", "--is-shallow-repository", root=root) != "false":
             return None
@@ -77,7 +77,7 @@ def is_ancestor(commit: str, root: Path = ROOT) -> bool | None:
 
 
 def version(package: str) -> str:
-    """Version of a distribution, or "" where there is none."""
+    """Version of a distribution, or "" if it is not installed."""
     try:
         return importlib.metadata.version(package) if package else ""
     except importlib.metadata.PackageNotFoundError:

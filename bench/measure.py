@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 Call = Callable[[], Any]
-# (expected, result) -> whether they agree, and how closely, in words.
+# (expected, result) -> (whether they agree, a text that says how closely)
 Gate = Callable[[Any, Any], tuple[bool, str]]
 
 LEAST_BLOCK_S = 0.02
@@ -36,7 +36,7 @@ class Provider:
 
     name: str
     prepare: Callable[[Any], Call]
-    """The case's inputs -> the call that is timed. It imports the library; ImportError means "missing"."""
+    """The case's inputs -> the timed call. Imports the library; an ImportError gives the status "missing"."""
     package: str = ""
     """Distribution whose version is reported."""
     gate: Gate | None = None
@@ -62,19 +62,19 @@ class Case:
     providers: Sequence[Provider]
     """The subject, clsp_fast, comes first."""
     goals: Mapping[str, float] = field(default_factory=dict)
-    """Peer -> its time should be at least this many times that of the subject."""
+    """Peer -> goal: the peer's time should be at least this many times the subject's time."""
     limits: Mapping[str, float] = field(default_factory=dict)
-    """Provider -> it may take at most this many times the subject's time, in the median of the rounds. For
-    clsp_fast itself under other conditions."""
+    """Provider -> limit: its time should be at most this many times the subject's time, in the median of the
+    rounds. Such a provider is clsp_fast under other conditions."""
     before: Callable[[Any], None] | None = None
     """Called with a provider's call before each of its rounds; not timed."""
     amount: float = 1.0
-    """Units of work of one call."""
+    """How many units of work one call does."""
     unit: str = "calls"
     flops: float = 0.0
-    """Floating-point operations of one call, by count."""
+    """Floating-point operations of one call, by formula."""
     bytes: float = 0.0
-    """Bytes that one call reads and writes at least: inputs and outputs once."""
+    """Fewest bytes that one call reads and writes: each input and output once."""
     threads: int = 1
     device: str = "cpu"
     memory: bool = False
@@ -82,9 +82,9 @@ class Case:
     memory_goal: float = 0.0
     """The subject should add at most this many bytes to its process; 0: no goal."""
     figures: Callable[[Any], dict[str, float]] | None = None
-    """Call's result -> named values; the median of each over the rounds is kept."""
+    """Result of a call -> named values. The median of each value over the rounds is recorded."""
     optional: bool = False
-    """Runs only when it is named: too slow or too large for the default set."""
+    """True: runs only when it is named, because it is too slow or too large for the default set."""
 
     @property
     def clock(self) -> str:
@@ -111,23 +111,24 @@ def close(limit: float, rms: float = math.inf) -> Gate:
     """Same shape; largest and root mean square difference within limits."""
 
     def gate(expected: Any, result: Any) -> tuple[bool, str]:
-        worst, mean = 0.0, 0.0
+        worst, worst_rms = 0.0, 0.0
         for a, b in zip(_arrays(expected), _arrays(result), strict=True):
             if a.shape != b.shape:
                 return False, f"shape {b.shape}, expected {a.shape}"
             difference = np.abs(b.astype(np.float64) - a)
             # numpy's maximum keeps NaN; Python's may not.
             worst = float(np.maximum(worst, difference.max(initial=0.0)))
-            mean = float(np.maximum(mean, np.sqrt((difference**2).mean()))) if difference.size else mean
-        agrees = worst <= limit and mean <= rms
+            if difference.size:
+                worst_rms = float(np.maximum(worst_rms, np.sqrt((difference**2).mean())))
+        agrees = worst <= limit and worst_rms <= rms
         limits = f"{limit:.1e}" + (f" / {rms:.1e}" if math.isfinite(rms) else "")
-        return agrees, f"max {worst:.1e}, rms {mean:.1e} (at most {limits})"
+        return agrees, f"max {worst:.1e}, rms {worst_rms:.1e} (at most {limits})"
 
     return gate
 
 
 def relative(limit: float) -> Gate:
-    """Same shapes; for each array, the norm of the difference over the norm of what is expected."""
+    """Same shapes; for each array, the norm of the difference divided by the norm of the expected array."""
 
     def gate(expected: Any, result: Any) -> tuple[bool, str]:
         worst = 0.0
@@ -149,7 +150,7 @@ def equal(expected: Any, result: Any) -> tuple[bool, str]:
 
 
 def correlated(least: float) -> Gate:
-    """For another definition of the same thing: correlation of two signals of the same length."""
+    """For peers with another definition: the correlation of two signals of the same length."""
 
     def gate(expected: Any, result: Any) -> tuple[bool, str]:
         if np.shape(expected) != np.shape(result):
@@ -171,7 +172,7 @@ def _arrays(value: Any) -> list[np.ndarray]:
 
 
 def run_case(case: Case, rounds: int) -> dict[str, Any]:
-    """Checks and times every provider of a case; the record that is printed and written."""
+    """Checks and times every provider of a case; returns the record that is printed and saved."""
     record: dict[str, Any] = {"area": case.area, "what": case.what, "threads": case.threads}
     record |= {"clock": case.clock, "unit": case.unit, "amount": case.amount}
     record |= {"flops": case.flops, "bytes": case.bytes, "rounds": rounds, "providers": {}}
@@ -181,7 +182,7 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(case.threads)
     try:
         inputs = case.inputs()
-        calls, first_s = _agreeing(case, inputs, record["providers"])
+        calls, first_s = _calls_that_agree(case, inputs, record["providers"])
         with _native_threads(case.threads):
             repeats = {name: _repeats(call, first_s[name]) for name, call in calls.items()}
             times, figures = _interleave(calls, repeats, rounds, case)
@@ -198,10 +199,12 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     return record
 
 
-def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[str, Call], dict[str, float]]:
-    """Calls of the providers that are installed and agree, and seconds of each first call.
+def _calls_that_agree(
+    case: Case, inputs: Any, results: dict[str, Any]
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """Calls of the providers that are installed and agree, and the seconds that each first call took.
 
-    Every provider's status goes to `results`.
+    The status of every provider is written to `results`.
     """
     expected = case.expected(inputs)
     calls, first_s = {}, {}
@@ -228,13 +231,13 @@ def _agreeing(case: Case, inputs: Any, results: dict[str, Any]) -> tuple[dict[st
 
 
 def one_line(text: str) -> str:
-    """The first line of an error, without the folders of this machine, as it is written to results."""
+    """The first line of an error for the results, without the folders of this machine."""
     first = (text.splitlines() or [""])[0]
     return re.sub(r"(?<![\w.])/[^\s'\"()]*/", "", first)[:200]
 
 
 def _native_threads(count: int) -> AbstractContextManager[Any]:
-    """Limits the BLAS and OpenMP pools of the libraries that are loaded by now."""
+    """Limits the threads of BLAS and OpenMP in the libraries that are already loaded."""
     try:
         from threadpoolctl import threadpool_limits
     except ImportError:
@@ -245,7 +248,7 @@ def _native_threads(count: int) -> AbstractContextManager[Any]:
 def _interleave(
     calls: Mapping[str, Call], repeats: Mapping[str, int], rounds: int, case: Case
 ) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, list[dict[str, float]]]]:
-    """CPU and wall seconds a call of every provider in every round; and the case's figures."""
+    """CPU and wall seconds per call, and the case's figures, for every provider and round."""
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     gc.collect()
@@ -270,7 +273,7 @@ def _interleave(
 def _repeats(call: Call, first_s: float) -> int:
     """Number of calls in a block.
 
-    The first call may have loaded libraries, so a second one is timed, unless the first took long anyway.
+    The first call may have loaded libraries, so a second call is timed. After a long first call it is not.
     """
     if first_s > 50 * LEAST_BLOCK_S:
         return 1
@@ -280,7 +283,7 @@ def _repeats(call: Call, first_s: float) -> int:
 
 
 def _time(call: Call, repeats: int, device: str) -> tuple[float, float, Any]:
-    """CPU and wall seconds a call, and the last call's result."""
+    """CPU and wall seconds per call, and the result of the last call."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     cpu, wall = time.process_time(), time.perf_counter()
@@ -291,7 +294,7 @@ def _time(call: Call, repeats: int, device: str) -> tuple[float, float, Any]:
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Minimum, median, and spread: the distance of the quartiles over the median."""
+    """Minimum, median, and spread: the distance of the quartiles divided by the median."""
     low, middle, high = np.percentile(seconds, [25, 50, 75])
     return {"min": min(seconds), "median": float(middle), "spread": float((high - low) / max(middle, 1e-12))}
 
@@ -299,7 +302,8 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 def _compare(
     case: Case, record: dict[str, Any], times: Mapping[str, tuple[list[float], list[float]]]
 ) -> None:
-    """Adds every peer's time over the subject's: of the minima, for goals, and within rounds, for limits."""
+    """Divides every peer's time by the subject's. Goals judge the ratio of the minima, and limits judge the
+    median ratio of the rounds."""
     subject = case.providers[0].name
     column = 0 if case.clock == "cpu" else 1
     for name, row in record["providers"].items():
@@ -319,7 +323,7 @@ def _compare(
 
 
 def peak_memory(case: Case, provider: Provider) -> int:
-    """Bytes that two calls add to the memory of the process at its peak, outputs and caches included.
+    """Bytes by which calls raise the peak memory of the process, outputs and caches included.
 
     Runs in a fresh process: a call could reuse memory that earlier work gave back to the allocator.
 
@@ -327,7 +331,7 @@ def peak_memory(case: Case, provider: Provider) -> int:
         OSError: this system does not report its memory.
     """
     torch.set_num_threads(case.threads)
-    importlib.import_module("torch._dynamo")  # 140 MB, which a first optimizer or operator would load
+    importlib.import_module("torch._dynamo")  # 140 MB that the first optimizer or operator would load
     inputs = case.inputs()
     call = provider.prepare(inputs)
     if case.device == "cuda":
@@ -336,7 +340,7 @@ def peak_memory(case: Case, provider: Provider) -> int:
         call()
         return torch.cuda.max_memory_allocated() - start
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     start = _status_bytes("VmRSS")
     for _ in range(2):
         call()

@@ -226,7 +226,7 @@ def recordings(count: int = 300) -> Recordings:
 
 
 def short_run(given: Recordings, steps: int = 24) -> Callable[[], dict[str, float]]:
-    """The timed call is a run; it returns the last log record, with throughput and time spent on waiting."""
+    """The timed call is a run; it returns its last log record with throughput and time spent waiting."""
     preset = TRAIN_PRESETS["tiny"]
     data = DataConfig(manifest=given.path / "train.jsonl", batch_clips=64, buckets=4)
     every = {"log_every": steps, "validate_every": 10 * steps, "save_every": 10 * steps}
@@ -244,7 +244,7 @@ def short_run(given: Recordings, steps: int = 24) -> Callable[[], dict[str, floa
     return call
 
 
-def learns(expected: Any, record: dict[str, float]) -> tuple[bool, str]:
+def finite_loss(expected: Any, record: dict[str, float]) -> tuple[bool, str]:
     return bool(np.isfinite(record["loss"])), f"loss {record['loss']:.3f}"
 
 
@@ -254,7 +254,7 @@ TRAIN = Case(
     what="24 steps of the tiny preset on 300 files of 2 to 5 s, from nothing to a saved model",
     inputs=recordings,
     expected=lambda given: None,
-    gate=learns,
+    gate=finite_loss,
     providers=(Provider("clsp_fast", short_run),),
     threads=2,
     figures=lambda record: {name: record[name] for name in ("audio_s_per_s", "data_wait", "peak_memory_mib")},

@@ -2,8 +2,8 @@
 
 The tables are in README.md and docs/benchmarks.md, the plots in docs/. A table stands between
 `<!-- bench:AREA CASE ... -->` and `<!-- /bench -->`. It shows the newest results of that area: the cases that
-are named, or all of them with a caption. With --check, the commits that the results name must be in the
-history of HEAD, if there is a history to look in.
+are named, or all cases and a caption. With --check, the commits that the results name must be in the history
+of HEAD, if this history is available.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLOURS = (
 
 @console.command
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
-    """Command line; returns the exit code: with --check, 1 if something would change."""
+    """Command line; returns the exit code: with --check, 1 if something is out of date."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=main.__doc__)
     parser.add_argument(
         "--check",
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
 
 
 def _foreign_commits(root: Path) -> list[str]:
-    """Prints and returns the commits that results name although HEAD's history does not hold them.
+    """Prints and returns the commits that results name but that are not in the history of HEAD.
 
     A commit that git cannot judge is printed as a warning and not returned.
     """
@@ -72,7 +72,7 @@ def _foreign_commits(root: Path) -> list[str]:
     for commit, files in named.items():
         is_ancestor = machine.is_ancestor(commit, root)
         if is_ancestor is None:
-            print(f"warning: no history here to look for commit {commit} of {', '.join(files)} in")
+            print(f"warning: commit {commit} of {', '.join(files)} not checked: no full history here")
         elif not is_ancestor:
             print(f"commit {commit} of {', '.join(files)} is not in the history of HEAD: measure again")
             foreign.append(commit)
@@ -80,7 +80,7 @@ def _foreign_commits(root: Path) -> list[str]:
 
 
 def areas(page: str) -> list[str]:
-    """The areas that a page has a table of."""
+    """The area of each table of a page."""
     return [match[1] for match in BLOCK.finditer(page)]
 
 
@@ -107,7 +107,7 @@ def newest(results: Path, area: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest results file that has cases of an area, and these cases.
 
     Raises:
-        SystemExit: no file has any.
+        SystemExit: no file has cases of the area.
     """
     documents = [(json.loads(path.read_text()), path.name) for path in results.glob("*.json")]
     for document, _ in sorted(documents, key=lambda item: (item[0]["date"], item[1]), reverse=True):
@@ -182,7 +182,7 @@ def caption(document: dict[str, Any], cases: dict[str, Any]) -> str:
 
 
 def plot(document: dict[str, Any], cases: dict[str, Any]) -> str:
-    """An SVG of every peer's time over that of clsp_fast, on a logarithmic axis."""
+    """An SVG of every peer's time divided by that of clsp_fast, on a logarithmic axis."""
     rows = [
         (name, {p: r["ratio"] for p, r in c["providers"].items() if "ratio" in r})
         for name, c in cases.items()

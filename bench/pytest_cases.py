@@ -1,4 +1,4 @@
-"""The cases for pytest-benchmark: `pytest bench --benchmark-only`, with its own files and comparisons."""
+"""Runs the cases with pytest-benchmark: `pytest bench --benchmark-only`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.measure import Case, Provider
 
 
 def tests_of(area: str) -> Callable[..., None]:
-    """A test function over every provider of every case of an area that is not `optional`."""
+    """A test of every provider of every case of an area, without optional cases."""
     cases = [c for c in CASES.values() if isinstance(c, Case) and c.area == area and not c.optional]
     pairs = [
         pytest.param(case, provider, id=f"{case.name}-{provider.name}")

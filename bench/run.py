@@ -1,4 +1,4 @@
-"""Runs benchmark cases: `python -m bench.run [case ...]`; `--list` says which there are."""
+"""Runs benchmark cases: `python -m bench.run [case ...]`; `--list` names them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from clsp_fast import console
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9
 WORSE = 1.10
-"""clsp_fast counts as slower than before from this factor on, relative to its peers in the same two runs."""
+"""clsp_fast counts as slower than before if its time grew by more than this factor relative to its peers'."""
 
 
 @console.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 1 if clsp_fast disagrees, fails, or became slower."""
     options = _parse(arguments)
-    warnings.simplefilter("ignore")  # peers warn about how they are used here
+    warnings.simplefilter("ignore")  # other libraries warn about how they are used here
     if options.memory_of:
         case, provider = options.memory_of
         print(peak_memory(CASES[case], next(p for p in CASES[case].providers if p.name == provider)))
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(case: Case | Report, rounds: int) -> dict[str, Any]:
-    """The record of a case: agreement, times, peak memory, and the commit that it was measured at."""
+    """The record of a case: agreement, times, peak memory, and the commit at which it was measured."""
     commit, dirty = machine.commit()
     if isinstance(case, Report):
         record: dict[str, Any] = {"area": case.area, "what": case.what, "commit": commit, "dirty": dirty}
@@ -146,7 +146,7 @@ def duration(seconds: float) -> str:
 
 
 def regressions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The cases of both runs in which clsp_fast became slower by more than its peers did, one line each."""
+    """One line for each case of both runs in which clsp_fast became slower relative to its peers."""
     lines = []
     for name in sorted(name for name in before.keys() & after.keys() if "clock" in after[name]):
         old, new = before[name]["providers"], after[name]["providers"]
@@ -168,12 +168,12 @@ def regressions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def default_path(computer: dict[str, Any]) -> Path:
-    """Where results are recorded."""
+    """The file to which results are written by default."""
     return RESULTS / f"{machine.short_name(computer)}-{datetime.date.today().isoformat()}.json"
 
 
 def write(path: Path, computer: dict[str, Any], records: dict[str, Any]) -> None:
-    """Writes results. A file of the same machine keeps its other cases; a file of another one is replaced."""
+    """Writes results. A file of the same machine and versions keeps its other cases; else it is replaced."""
     if path.exists():
         old = _read(path)
         records = old["cases"] | records if old["machine"] == computer else records
@@ -195,7 +195,7 @@ def _peak_in_a_fresh_process(case: str, provider: str) -> dict[str, Any]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("case", nargs="*", help="case or area; default: every case that is not `by name`")
-    parser.add_argument("--list", action="store_true", help="say which cases there are, and stop")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases and exit")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"interleaved rounds, default {ROUNDS}")
     parser.add_argument(
         "--json",
@@ -204,7 +204,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="write results; default bench/results/<machine>-<date>.json",
     )
     parser.add_argument(
-        "--against", type=Path, help="older results: say what became slower, exit code 1 if any"
+        "--against", type=Path, help="older results: print what became slower; exit code 1 if anything did"
     )
     parser.add_argument(
         "--plot", action="store_true", help="redraw the tables and plots of README.md and docs/"
@@ -214,7 +214,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = {*CASES, *(case.area for case in CASES.values())}
     unknown = [name for name in options.case if name not in known]
     if unknown:
-        parser.error(f"unknown case {', '.join(unknown)}; `python -m bench.run --list` says which there are")
+        parser.error(f"unknown case {', '.join(unknown)}; `python -m bench.run --list` names all cases")
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.against and not options.against.is_file():

@@ -24,7 +24,7 @@ K = 10
 
 def pairs(count: int, device: str = "cpu") -> Batch:
     given = batch(count, 1, device=device)
-    # Much noise, so that ranks are not all 0.
+    # With so much noise, not all ranks are 0.
     noise_ND = F.normalize(
         torch.randn(given.text_ND.shape, generator=torch.Generator().manual_seed(1)), dim=1
     )
@@ -46,7 +46,7 @@ def counted(given: Batch) -> tuple[Tensor, Tensor]:
 
 
 def same_ranks(expected: Any, result: Any) -> tuple[bool, str]:
-    """Equal, except where float32 cannot tell two scores apart: 2 % of the ranks, by 2 places at most."""
+    """Equal, except that 2 % of the ranks may differ by up to 2: float32 cannot tell some scores apart."""
     moved = [(a.to(b.device) - b).abs() for a, b in zip(expected, result, strict=True)]
     worst = int(max(m.max() for m in moved))
     share = float(torch.stack([(m > 0).float().mean() for m in moved]).max())
@@ -72,7 +72,7 @@ def argsort_twice(given: Batch) -> Call:
 
 
 def chunked_count(given: Batch, rows: int = 4096) -> Call:
-    """In blocks of one product each way: how many scores of a row exceed the one on the diagonal."""
+    """Counts the scores of a row that exceed the score on the diagonal, in blocks of rows."""
 
     def ranks(queries: Tensor, items: Tensor) -> Tensor:
         blocks = []
@@ -139,7 +139,7 @@ def exact_topk(given: Search) -> tuple[Tensor, Tensor]:
 
 
 def same_neighbours(expected: Any, result: Any) -> tuple[bool, str]:
-    """Scores to the accuracy of float32, and the same rows except where scores are as close as that."""
+    """Scores agree to float32 accuracy. Rows agree, except 0.5 %: their scores may be that close."""
     scores, rows = (torch.as_tensor(x).cpu() for x in result)
     error = float((scores.double() - expected[0].cpu()).abs().max())
     share = float((rows != expected[1].cpu()).float().mean())

@@ -61,7 +61,7 @@ def test_an_init_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
-        SystemExit, match=r"--init: .*config\.json: .*a run keeps its model in its folder model"
+        SystemExit, match=r"--init: .*config\.json: .*a run keeps its model in its subfolder model"
     ):
         train.main(["--init", str(tmp_path)])
     with pytest.raises(SystemExit, match="--init: nowhere: no such folder"):

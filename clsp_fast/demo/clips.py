@@ -1,6 +1,6 @@
 """Clips of the demo corpus: a requested style becomes a waveform, its measured labels and its captions.
 
-One process makes the clips of one shard (`run_job`), since engines can crash, and some keep state from one
+A separate process makes each shard (`run_job`), because engines can crash, and some keep state from one
 sentence to the next.
 """
 
@@ -70,12 +70,12 @@ class _Style:
 
 
 def run_job(job_file: str) -> None:
-    """Makes the clips of one shard, or only starts an engine: the entry point of a child process.
+    """Entry point of a child process: makes the clips of one shard, or only starts an engine as a test.
 
     The job file is JSON: {"probe": engine} or {"engine", "split", "clips", "number", "attempt", "seed",
     "audio", "lines"}. Waveforms go to audio/<split>/, and a manifest line for each clip to the file `lines`.
-    If the disk is full, the exit code says so (one of `files.DISK_FULL_CODES`), since there may be no room
-    for a message.
+    If the disk is full, the exit code says so (one of `files.DISK_FULL_CODES`), because there may be
+    no room for a message.
     """
     try:
         _run_job(json.loads(Path(job_file).read_text()))
@@ -107,9 +107,10 @@ def _run_job(job: Mapping[str, Any]) -> None:
 
 
 class _Gain:
-    """Factor from the wanted value to the value to request of an engine, for each voice and manner.
+    """Correction factors: to obtain a value, request this value times the factor from an engine.
 
-    It is a running average over clips. A new voice begins with the average of all voices.
+    There is a factor for each voice and manner. It is a running average over clips. A new voice begins with
+    the average of all voices.
     """
 
     def __init__(self) -> None:
@@ -120,7 +121,7 @@ class _Gain:
         return self._known.get((voice, manner), self._known.get(("", manner), 1.0))
 
     def learn(self, voice: str, manner: str, gain: float) -> None:
-        """Averages in the factor that was right for a clip."""
+        """Updates the averages with the factor that was right for a clip."""
         for key in ((voice, manner), ("", manner)):
             self._known[key] = gain if key not in self._known else 0.6 * self._known[key] + 0.4 * gain
 
@@ -139,8 +140,11 @@ class _Speaker:
         self._rate_gain, self._f0_gain = _Gain(), _Gain()
 
     def styles(self, count: int) -> Iterator[tuple[_Style, _Style | None]]:
-        """`count` styles with equal shares of each label. Every fifth has a second style, for a clip that
-        changes from one to the other."""
+        """`count` styles. One in five has a second style, for a clip that changes from one to the other.
+
+        Labels have equal shares, except for quality: 7 normal to 3 whisper to 3 creaky. Whispered and creaky
+        clips have normal liveliness.
+        """
 
         def deck(labels: Sequence[str]) -> list[str]:
             cards = np.resize(self._rng.permutation(np.asarray(labels)), count)
@@ -210,10 +214,10 @@ class _Speaker:
     def _piece(
         self, style: _Style, voice: Voice, duration_s: float, *, exact: bool
     ) -> tuple[Signal, dict[str, str]]:
-        """One sentence at its level, and the labels that were measured on it.
+        """Speaks one sentence at the level of `style`; returns it with the labels that were measured on it.
 
-        Up to three attempts are made. With `exact` they end when the labels are those of `style`, else when
-        the clip has labels at all.
+        The sentence is spoken up to three times. With `exact`, the attempts end early if speed and pitch have
+        the labels of `style`; otherwise, if they have any label. The last attempt is used.
         """
         rng = self._rng
         f0_hz = float(rng.uniform(*_WANTED_PITCH[style.sex][style.pitch]))
@@ -274,8 +278,7 @@ def _label(value: float, bands: Bands) -> str:
 
 
 def _joined_tags(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
-    """Labels of a clip made of two pieces: labels that both have, and changes that captions have words
-    for."""
+    """Labels of a clip that joins two pieces: shared labels, and changes that captions can express."""
     tags = {}
     for attribute in ATTRIBUTES:
         a, b = before.get(attribute, ""), after.get(attribute, "")

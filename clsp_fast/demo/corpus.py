@@ -22,7 +22,7 @@ from clsp_fast.demo import engines
 from clsp_fast.demo.signal import SAMPLE_RATE_HZ
 from clsp_fast.storage import files
 
-_GENERATOR = 3  # increase it when a change gives other clips for the same configuration
+_GENERATOR = 3  # to be increased when a change of the code changes the clips
 _SHARD_CLIPS = 250
 _STALE_S = 6 * 3600.0
 _SUMMARY = "corpus.json"
@@ -45,7 +45,7 @@ class DemoConfig:
     seed: int = 0
     """Seed of all random numbers."""
     workers: int | None = None
-    """Processes that run at the same time; None: one for each usable core, at most 16. Changes no clip."""
+    """Number of parallel processes; it changes no clip. None: one for each usable core, at most 16."""
     engines: tuple[str, ...] | None = None
     """Names from engines.ENGINES; None: all whose packages are installed, or "synth" if none is."""
 
@@ -97,8 +97,8 @@ def prepare(
 
     Raises:
         ValueError: an engine of `config.engines` is not installed, or `folder` holds other files.
-        RuntimeError: an engine failed twice on the same shard; the message ends with the engine's last
-        output. files.DiskFull: there is no room for the corpus; nothing of it is left behind.
+        RuntimeError: an engine failed twice on the same shard; the message ends with the engine's last line.
+        files.DiskFull: there is no room for the corpus; nothing of it is left behind.
     """
     folder = Path(folder).absolute()
     speakers, missing = _installed_engines(config)
@@ -208,7 +208,7 @@ def _holds_only_a_demo_corpus(folder: Path) -> bool:
 
 
 def _remove_stale_folders(folder: Path) -> None:
-    """Removes folders that killed runs left behind. Younger ones may belong to a run that still works."""
+    """Removes folders that killed runs left behind. Newer ones may belong to a running process."""
     for making in folder.parent.glob(f".{folder.name}.making-*"):
         if time.time() - making.stat().st_mtime > _STALE_S:
             shutil.rmtree(making, ignore_errors=True)
@@ -220,14 +220,13 @@ def _child_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(entry or os.curdir for entry in sys.path),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        # SVOX Pico reads memory before writing to it. With this setting, glibc fills new memory with 0.
+        # SVOX Pico reads memory that it has not written. With this setting, glibc fills new memory with 0.
         "MALLOC_PERTURB_": "255",
     }
 
 
 class _Child:
-    """A process that makes one shard. Engines can crash, and they keep state from one sentence to the
-    next."""
+    """A process that runs `clips.run_job`."""
 
     def __init__(self, job: dict[str, Any], stem: Path) -> None:
         self.lines = stem.with_suffix(".jsonl")
@@ -351,7 +350,7 @@ def _run_shards(
                 failure = child.failure()
                 if job["attempt"]:
                     raise RuntimeError(f"engine {job['engine']} failed twice: {failure}")
-                waiting.append({**job, "attempt": 1})  # with other random numbers it may not crash
+                waiting.append({**job, "attempt": 1})  # with other random numbers, the engine may not crash
             if progress is not None:
                 progress(done + sum(child.made() for child in running), total)
     finally:

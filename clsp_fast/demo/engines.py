@@ -60,7 +60,7 @@ class Voice:
 
 @dataclass(frozen=True, kw_only=True)
 class Manner:
-    """What is requested of an engine. The result is measured afterwards."""
+    """The style that an engine is to speak in. The actual style is measured afterwards."""
 
     f0_hz: float
     syllables_per_s: float
@@ -141,7 +141,7 @@ class Espeak:
     _SYNCHRONOUS = 2
     _PARAMETERS: ClassVar = {"rate": 1, "volume": 2, "pitch": 3, "range": 4}
     _UTF8 = 1
-    _SEMITONE_STEP = 0.0093  # log of the fundamental frequency per unit of the pitch parameter
+    _LOG_F0_PER_UNIT = 0.0093  # change of log F0 for one unit of the pitch parameter
 
     def __init__(self, seed: int) -> None:
         import espeakng_loader
@@ -149,7 +149,7 @@ class Espeak:
         data = Path(espeakng_loader.get_data_path())
         self._variants = data / "voices" / "!v"
         self._library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-        # The built-in path is one of the machine that built the wheel.
+        # The library's built-in path exists only on the machine that built the wheel.
         self._rate_hz = self._library.espeak_Initialize(self._SYNCHRONOUS, 500, str(data).encode(), 0)
         if self._rate_hz <= 0:
             raise RuntimeError(f"espeak-ng could not be initialised with the data in {data}")
@@ -174,7 +174,7 @@ class Espeak:
 
     def voices(self, sex: str, split: Split) -> list[Voice]:
         speakers = self._SPEAKERS[sex, split].split()
-        # espeak-ng silently ignores an unknown variant, and another voice would speak.
+        # For an unknown variant, espeak-ng silently uses another voice.
         present = [s for s in speakers if (self._variants / s).is_file()]
         return [
             Voice(f"{accent}+{speaker}", factor)
@@ -200,7 +200,7 @@ class Espeak:
     def speak(self, text: str, voice: Voice, manner: Manner, rng: np.random.Generator) -> Signal:
         name, stretch = voice.name, voice.formants
         f0_hz, rate = self._calibration(name)
-        pitch = 50 + np.log(manner.f0_hz / f0_hz / stretch) / self._SEMITONE_STEP
+        pitch = 50 + np.log(manner.f0_hz / f0_hz / stretch) / self._LOG_F0_PER_UNIT
         if manner.whisper:
             accent, speaker = name.split("+")
             women = {
@@ -325,7 +325,7 @@ class Hibari:
                 melody = target * (np.maximum(f0, 1) / median) ** spread[manner.liveliness]
                 f0 = np.where(voiced, np.maximum(45, melody), f0).astype(np.float32)
             harmonic, noise, free = (self._warp(e, voice.formants) for e in (harmonic, noise, free))
-            if manner.whisper:  # the noise takes over the harmonic part, except low frequencies
+            if manner.whisper:  # noise replaces the harmonic part, except at low frequencies
                 hertz = np.linspace(0, self._RATE_HZ / 2, self._BINS)
                 slope = np.interp(hertz, [0, 300, 700, 1500, 12000], [-7, -3.5, -1.0, 0.3, 0.8])
                 noise = np.logaddexp(noise, harmonic - 0.8) + slope[:, None].astype(np.float32)
@@ -361,7 +361,7 @@ _STOPS = frozenset("ptkbdgcq") | {"ck", "ch"}
 
 
 class Synth:
-    """Filters pulses and noise with four formants, frame by frame.
+    """Source-filter synthesis: filters pulses and noise with four formants, frame by frame.
 
     The speech is rough, but needs no package, and pitch, speed, melody and length of the vocal tract are
     exactly as requested. A few rules turn letters into phones, and phones into tracks of formants and
@@ -392,7 +392,7 @@ class Synth:
                 rest = rest[max(1, len(unit)) :]
         return phones
 
-    def _score(self, text: str, rate: float, voice: Voice) -> tuple[Signal, Signal, Signal, Signal]:
+    def _frame_tracks(self, text: str, rate: float, voice: Voice) -> tuple[Signal, Signal, Signal, Signal]:
         """Per frame: formants (T, 4) in Hz; amplitudes of voice and noise, centre of the noise (T,)."""
         phones = self._phones(text)
         weights = np.array([1.0 if p in _VOWELS else 0.42 for p in phones])
@@ -410,7 +410,7 @@ class Synth:
         return formants, smooth[:, 3], smooth[:, 4], rows[:, 5]
 
     def speak(self, text: str, voice: Voice, manner: Manner, rng: np.random.Generator) -> Signal:
-        formants, voiced, noisy, centre = self._score(text, manner.syllables_per_s, voice)
+        formants, voiced, noisy, centre = self._frame_tracks(text, manner.syllables_per_s, voice)
         count = len(voiced)
         knots = max(3, round(count / 100 * manner.syllables_per_s))
         accents = np.interp(

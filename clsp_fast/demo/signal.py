@@ -1,4 +1,4 @@
-"""Signal tools of the demo corpus, in numpy: they measure clips and change them.
+"""Measures and changes the waveforms of the demo corpus, in numpy.
 
 Every waveform is a float64 array of shape (samples,) at SAMPLE_RATE_HZ; frames advance by HOP samples.
 Whisper and creak are made here from any engine's voice, so that a voice quality does not reveal the engine.
@@ -29,7 +29,8 @@ def _fft_length(samples: int) -> int:
 
 def resample(x: Signal, ratio: float) -> Signal:
     """Changes the number of samples by `ratio` with one FFT (band-limited, no delay)."""
-    padded = _fft_length(len(x) + 256)  # the periodic interpolation rings into the added silence
+    # The FFT treats x as periodic. The ringing at its ends falls into the added silence.
+    padded = _fft_length(len(x) + 256)
     total = round(padded * ratio)
     spectrum = np.fft.rfft(x, padded)
     kept = np.zeros(total // 2 + 1, np.complex128)
@@ -114,7 +115,7 @@ def active_level_db(x: Signal) -> float:
 
 
 def set_level(x: Signal, level_db: float) -> Signal:
-    """Scales to an active level. Peaks above full scale are compressed; they never wrap."""
+    """Scales to an active level. Peaks above 0.8 are compressed, so that they stay below full scale."""
     y = x * 10 ** ((level_db - active_level_db(x)) / 20)
     knee = 0.8
     over = np.maximum(np.abs(y) - knee, 0.0)
@@ -188,7 +189,7 @@ def creak(x: Signal, pulse_hz: float, rng: np.random.Generator) -> Signal:
     times = onsets[onsets < len(x)].astype(np.int64)
     noise = rng.standard_normal(len(x))
     voiced = np.repeat(f0_track(x) > 0, HOP)
-    voiced = np.pad(voiced, (HOP, len(x)))[: len(x)]  # the value of a pitch frame holds for its middle
+    voiced = np.pad(voiced, (HOP, len(x)))[: len(x)]  # a pitch value belongs to the middle of its frame
     excitation = np.where(voiced, 0.05, 0.7) * noise
     pulses = rng.uniform(0.5, 1.3, len(times)) * np.sqrt(SAMPLE_RATE_HZ / pulse_hz)
     np.add.at(excitation, times, pulses * voiced[times])

@@ -1,8 +1,8 @@
-"""Words of the demo corpus: what its voices say, and the captions and prompts that describe how they say it.
+"""Texts of the demo corpus: the spoken sentences, and the captions and prompts that describe the style.
 
-A clip has `tags`: attribute -> label, for all that is known. A caption has `claims`: attribute -> label, for
-all that it says. `satisfies` compares the two. A label "a>b" means that the attribute changes from a to b in
-the clip. A claim of "a" alone is then wrong, and so is a claim of the opposite change.
+A clip has `tags`: attribute -> label, for all attributes that are known. A caption has `claims`: attribute ->
+label, for all attributes that it mentions. `satisfies` compares the two. The label "a>b" means that the
+attribute changes from a to b in the clip. Then the claim "a" is false, and so is the claim "b>a".
 """
 
 from __future__ import annotations
@@ -254,9 +254,10 @@ def _compose(claims: Mapping[str, str], rng: np.random.Generator) -> str:
 
 
 def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
-    """Up to four attributes that hold for the whole clip, with remarkable or plain labels.
+    """Claims of a global caption: up to four attributes that do not change in the clip.
 
-    A model learns the words of a plain label, as "a clear voice", only from captions with few other claims.
+    Neutral labels are claimed, too. A model learns their words, such as "a clear voice", only from captions
+    with few other claims.
     """
     constant = [a for a in ATTRIBUTES if ">" not in tags.get(a, ">") and a != "sex"]
     chosen = [str(a) for a in rng.permutation(constant)[: int(rng.integers(1, 4))]]
@@ -266,7 +267,7 @@ def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[st
 
 
 def _fine_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
-    """All known labels, without some of the plain ones."""
+    """Claims of a fine-grained caption: all known labels, except some of the neutral ones."""
     known = [a for a in ATTRIBUTES if a in tags]
     return {a: tags[a] for a in known if tags[a] != NEUTRAL.get(a) or rng.random() < 0.85}
 
@@ -296,9 +297,9 @@ def has_change(attribute: str, label: str) -> bool:
 def prompts() -> dict[str, dict[str, list[str]]]:
     """Zero-shot tasks: attribute -> label -> prompt sentences, whose embeddings are averaged.
 
-    The prompts use the words of the captions, but each names a single attribute, as no caption does. A clip
-    whose attribute changes or was not measured has no label in `ATTRIBUTES[attribute]`, and is not part of
-    that task.
+    The prompts use the words of the captions. But each prompt names a single attribute, and captions name
+    several. A task leaves out the clips whose attribute changes or was not measured: these have no label in
+    `ATTRIBUTES[attribute]`.
     """
     tasks: dict[str, dict[str, list[str]]] = {"sex": {}}
     for label in ATTRIBUTES["sex"]:

@@ -1,1 +1,1 @@
-"""Files and folders: written whole or not at all, read with clear errors."""
+"""Reads and writes files and folders: writes are atomic, and errors name the file."""

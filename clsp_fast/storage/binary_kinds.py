@@ -11,14 +11,16 @@ from clsp_fast.storage.folders import CONVERT
 GZIP = b"\x1f\x8b"
 _HOLD_PATHS = "; a list or manifest holds the paths of recordings"
 _UNPACK = "; unpack it first"
-_DECOMPRESS = "; decompress it first: gzip alone is read as it is"
+_DECOMPRESS = "; decompress it first: text may be compressed only once, with gzip"
 
 
 class BinaryKind(NamedTuple):
-    """A kind of file, as parts of an error."""
+    """Two parts of an error message about a binary file."""
 
     name: str
+    """What the file is."""
     fix: str
+    """What the user can do, or empty."""
 
 
 _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
@@ -64,7 +66,7 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x7fELF", "a program", ""),
 )
 """(offset, bytes at this offset, name, fix) of each kind."""
-# Files of these kinds may have no control characters among their first bytes. No path begins like them.
+# A file of these kinds may begin with printable characters only. No path begins with these bytes.
 _BEGIN_AS_TEXT = (b"NIST_1A\n", b"#!AMR", b"%PDF-")
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 
@@ -74,11 +76,11 @@ def kind_of_binary(head: bytes, *, is_utf8: bool) -> BinaryKind | None:
 
     Args:
         head: the file's first bytes.
-        is_utf8: whether it has no sign of UTF-16 or UTF-32, which contain zero bytes.
+        is_utf8: False if the bytes look like UTF-16 or UTF-32, in which text contains zero bytes.
     """
     controls = len(head) - len(head.translate(None, _CONTROLS))
     if not controls and not head.startswith(_BEGIN_AS_TEXT):
-        return None  # a path may begin like "caffeine/" or "FORMS/"
+        return None  # a path such as "caffeine/1.wav" may begin with the magic bytes of a kind
     for at, magic, name, fix in _KINDS:
         if head.startswith(magic, at):
             return BinaryKind(name, fix)
@@ -94,8 +96,8 @@ def kind_of_binary(head: bytes, *, is_utf8: bool) -> BinaryKind | None:
         return BinaryKind("a pickle", "; nothing is unpickled here")
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return BinaryKind("a file of tensors (safetensors)", "")
-    # Lists from find -print0 contain single NUL bytes. Other control characters do not occur in text, but are
-    # about a tenth of random bytes.
+    # `find -print0` writes lists with single NUL bytes, so these do not count. Text contains no other control
+    # characters, but a tenth of random bytes are control characters.
     noise = controls - head.count(0) + 2 * head.count(b"\0\0")
     if is_utf8 and noise > 3 and 20 * noise > len(head):
         return BinaryKind("a binary file of an unknown kind", "")
@@ -103,7 +105,7 @@ def kind_of_binary(head: bytes, *, is_utf8: bool) -> BinaryKind | None:
 
 
 def _is_mpeg(head: bytes) -> bool:
-    """Whether `head` begins with a frame of MP3 or AAC, and not with UTF-16's byte order mark."""
+    """Whether `head` begins with an MP3 or AAC frame, and not with UTF-16's byte order mark."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0 or head.startswith(codecs.BOM_UTF16_LE):
         return False
     known_version, known_rates = head[1] & 0x18 != 0x08, head[2] & 0xF0 != 0xF0 and head[2] & 0x0C != 0x0C

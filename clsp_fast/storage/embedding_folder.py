@@ -1,9 +1,9 @@
 """A folder of embeddings of recordings: what `embed` writes and `search` reads.
 
-Each shard, shard-<s>.npy or .safetensors, is a matrix with a row for each recording that could be embedded.
-The first line of index.jsonl says how the embeddings were made. Then comes a line for each recording, in the
-order of the input: with "shard" and "row" of its embedding, or with "error" and "detail". Line i belongs to
-shard i // shard_rows.
+The first line of index.jsonl says how the embeddings were made. Each further line describes one recording, in
+the order of the input. It holds either "shard" and "row" of the embedding, or "error" and "detail" if the
+recording could not be embedded. Recording i belongs to shard i // shard_rows. A shard is a file
+shard-<s>.npy or shard-<s>.safetensors with a matrix: one row for each recording that could be embedded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clsp_fast.storage.files import replace_file
 
 FORMAT = text_kinds.INDEX_FORMAT
 LONGEST_LINE = 2**20
-"""Most bytes that a line of the index may have."""
+"""Largest size of a line of the index, in bytes."""
 _LONGEST_HEADER = 2**16
 _BLOCK = 2**24
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
@@ -67,7 +67,7 @@ class EmbeddingHeader:
             raise ValueError(f"unknown dtype {self.dtype!r} or shard_format {self.shard_format!r}")
 
     def shard(self, folder: Path, number: int) -> Path:
-        """The file of a shard."""
+        """The path of the shard with this number."""
         return folder / f"shard-{number:06d}.{self.shard_format}"
 
     def to_line(self) -> str:
@@ -119,7 +119,7 @@ class Embeddings:
         ]
 
     def _find_lines(self, file: BinaryIO, at: int) -> tuple[int, list[int]]:
-        """The number of lines from position `at` on, and where the first line of each shard begins."""
+        """Counts the lines from byte `at` on, and finds where the first line of each shard begins."""
         count, offsets = 0, list[int]()
         start = position = at
         while block := file.read(_BLOCK):
@@ -128,7 +128,7 @@ class Embeddings:
             long = np.flatnonzero(np.diff(starts) > LONGEST_LINE)
             if len(long):
                 self._refuse_line(count + int(long[0]))
-            # Every shard_rows-th line begins a shard. The last start belongs to the next block.
+            # Every shard_rows-th line begins a shard. The last line ends in the next block.
             offsets += starts[:-1][-count % self.header.shard_rows :: self.header.shard_rows].tolist()
             count, start, position = count + len(ends), int(starts[-1]), position + len(block)
             if position - start > LONGEST_LINE:
@@ -149,9 +149,13 @@ class Embeddings:
         return [self._record(shard, number, text) for number, text in enumerate(self._texts(shard))]
 
     def line(self, shard: int, row: int) -> dict[str, Any]:
-        """The line of an embedding; ValueError if there is none, or if a line read before it is damaged."""
+        """The index line of an embedding.
+
+        Raises:
+            ValueError: no line names this row, or a line that is read during the search is damaged.
+        """
         texts = self._texts(shard)
-        # Recordings that failed have a line but no row, so row r has line r of the shard or a later one.
+        # A recording that failed has a line but no row. So the line of row r is line r of the shard or later.
         for number in (*range(row, len(texts)), *range(min(row, len(texts)))):
             record = self._record(shard, number, texts[number])
             if record.get("row") == row:
@@ -159,8 +163,11 @@ class Embeddings:
         raise ValueError(f"{self._index} has no line for row {row} of shard {shard}")
 
     def digest(self) -> str:
-        """SHA-256 of the index and of the first row of each shard. It changes with the model, the list, the
-        settings, and when other recordings take the names of the old ones."""
+        """SHA-256 of the index and of the first row of each shard.
+
+        The index depends on the model, the list and the settings. The rows change if other recordings replace
+        the old ones under the same names.
+        """
         digest = hashlib.sha256()
         with self._index.open("rb") as file:
             while block := file.read(_BLOCK):
@@ -184,7 +191,7 @@ class Embeddings:
 
 
 def check_record(record: dict[str, Any], shard: int, rows: int) -> dict[str, Any]:
-    """Returns a line of an index unchanged; ValueError if it does not have the form."""
+    """Returns the record of an index line unchanged; ValueError if a value is missing or wrong."""
     for key in ("id", "audio"):
         if not isinstance(record.get(key), str):
             raise ValueError(f'"{key}" must be a string, got {record.get(key)!r}')
@@ -213,14 +220,15 @@ def write_shard(file: Path, rows_ND: NDArray[Any]) -> None:
 def _save_npy(file: Path, rows_ND: NDArray[Any]) -> None:
     with file.open("wb") as handle:
         np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(rows_ND))
-        handle.write(rows_ND.tobytes())  # numpy's writer loses errno, which tells a full disk.
+        handle.write(rows_ND.tobytes())  # numpy's own writer loses errno, which reveals a full disk
 
 
 def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:
-    """A shard (N, dim), mapped for reading. Whatever the file holds, no memory is allocated for it.
+    """Maps a shard (N, dim) into memory, read-only. A damaged file cannot make it allocate memory.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is not a shard that fits the header.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a shard that fits the header.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
@@ -230,7 +238,7 @@ def read_shard(file: Path, header: EmbeddingHeader) -> NDArray[Any]:
         raise ValueError(f"{file} is not a shard of embeddings: {error}") from error
     dtype = np.dtype(header.dtype)
     if rows > header.shard_rows or file.stat().st_size != offset + rows * header.dim * dtype.itemsize:
-        raise ValueError(f"{file} is not a shard of embeddings: its size is not that of {rows} rows")
+        raise ValueError(f"{file} is not a shard of embeddings: its size does not fit {rows} rows")
     if offset % dtype.itemsize:
         what = f"its rows begin at byte {offset}, not at a multiple of {dtype.itemsize}"
         raise ValueError(f"{file} is not a shard of embeddings: {what}")
@@ -268,7 +276,7 @@ def _safetensors_layout(file: Path, header: EmbeddingHeader) -> tuple[int, int]:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object. ValueError for anything else, also for NaN, infinity and nesting that is too deep."""
+    """Parses a JSON object. ValueError for other JSON, NaN, infinity and nesting that is too deep."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
@@ -279,11 +287,11 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
-    if not math.isfinite(value):  # JSON could not hold it: Python would write Infinity
+    if not math.isfinite(value):  # such as 1e999, which Python would write as Infinity: not JSON
         raise ValueError(f"{digits:.20} is too large for a number")
     return value

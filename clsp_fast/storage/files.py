@@ -1,7 +1,7 @@
-"""Writes files whole or not at all, locks files and folders, and explains full disks.
+"""Writes files atomically, locks files and folders, and reports full disks.
 
-Other modules write through this one, or within `naming_full_disk`, so that every command reports a full disk
-in the same words.
+Other modules write files with these functions, or within `naming_full_disk`, so that every command reports a
+full disk in the same words.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-"""Error codes of a file system that does not support a request, as many network file systems."""
+"""Error codes of a request that the file system does not support. They are common on network file systems."""
 DISK_FULL_CODES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The disk is full, the user's quota is used up, or the file would be larger than the limit."""
 LFS_POINTER = b"version https://git-lfs"
-"""First bytes of the small file that Git LFS puts in place of a large one until that is fetched."""
+"""First bytes of a Git LFS pointer, the small file that replaces a large one until it is fetched."""
 LFS_FIX = 'is a Git LFS pointer, not the file itself; fetch it with "git lfs pull"'
 _NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
@@ -44,7 +44,7 @@ class FolderInUse(RuntimeError):
 
 @contextlib.contextmanager
 def naming_full_disk(path: Path | str | None, size: int | None = None) -> Iterator[None]:
-    """Turns errors about a full disk, quota or file-size limit into `DiskFull`, from whichever library.
+    """Turns any library's error about a full disk, quota or file-size limit into `DiskFull`.
 
     Args:
         path: the file or folder that the block writes; None: standard output. If the error names a file
@@ -69,8 +69,11 @@ def naming_full_disk(path: Path | str | None, size: int | None = None) -> Iterat
 
 
 def _file_elsewhere(error: Exception, path: Path | str | None) -> Path | None:
-    """The file that the error names; None if it is `path`, lies in it, or is a hidden neighbour, which
-    `replace_file` and others write first and then rename to `path`."""
+    """The file that the error names, unless it belongs to `path`; then None.
+
+    A file belongs to `path` if it is `path` or lies in it. The same holds for hidden files and folders beside
+    `path`, because `replace_file` and others write these first and then rename them to `path`.
+    """
     name = error.filename if isinstance(error, OSError) else None
     if not isinstance(name, (str, bytes)) or not name:
         return None
@@ -115,8 +118,10 @@ def _megabytes(count: int) -> str:
 
 
 def _free_bytes(file: Path) -> int | None:
-    """Free space of the file's file system; None if neither the file nor its folder exists, since a folder
-    further up may be on another file system."""
+    """Free space of the file's file system; None if neither the file nor its folder exists.
+
+    A folder further up would not help, because it may be on another file system.
+    """
     for path in (file, file.absolute().parent):
         with contextlib.suppress(OSError):
             return shutil.disk_usage(path).free
@@ -128,13 +133,13 @@ def replace_file(file: Path, write_to: Callable[[Path], None], *, size: int | No
 
     Args:
         file: the file to write; several processes may write the same file.
-        write_to: writes the content to the path that it is given.
-        size: bytes that will be written, for the message about a full disk; None: not known.
+        write_to: writes the content to the temporary path that it receives.
+        size: bytes that `write_to` writes, for the message about a full disk; None: not known.
 
     Raises:
         DiskFull: there is no room; nothing is left behind.
     """
-    # A digest, because a name made from the file's name could be longer than a name may be.
+    # A digest is short. The file's own name with a suffix could be too long for the file system.
     digest = hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]
     temporary = file.with_name(f".{digest}.{os.getpid()}.tmp")
     with naming_full_disk(file, size):
@@ -171,8 +176,8 @@ def flush(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Calls fsync. File systems that do not support it, as many network file systems for folders, are
-    ignored."""
+    """Calls fsync, except where the file system does not support it. Many network file systems do not support
+    it for folders."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -182,7 +187,7 @@ def sync(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks the folder for this process; it is created if needed.
+    """Locks the folder for this process. A folder that does not exist is created.
 
     Raises:
         FolderInUse: another process has locked it.
@@ -202,20 +207,20 @@ def lock_file(file: IO[Any], name: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise FolderInUse(f"{name} is in use by another process; wait for it, or choose another") from None
+        raise FolderInUse(f"{name} is in use by another process; wait for it, or use another path") from None
     except OSError as error:
         if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
             raise
         warnings.warn(
-            f"{name} cannot be locked, its file system has no locks ({error.strerror}): "
+            f"{name} cannot be locked because its file system has no locks ({error.strerror}): "
             "make sure that no other process writes it",
             stacklevel=2,
         )
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ValueError if the file is a Git LFS pointer. If it cannot be read, the caller will report
-    that."""
+    """Raises ValueError if the file is a Git LFS pointer. A file that cannot be read raises nothing here: the
+    caller reports it."""
     try:
         if not path.is_file():  # a pipe would block
             return

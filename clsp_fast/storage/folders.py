@@ -1,4 +1,4 @@
-"""The recordings of a folder, at any depth."""
+"""Finds the recordings of a folder, at any depth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AUDIO_SUFFIXES = frozenset(
         ".wave",
     }
 )
-"""Files of a folder whose names end in one of these, in upper or lower case, are recordings."""
+"""Suffixes of recordings. In names they may be in upper or lower case."""
 CONVERT_SUFFIXES = frozenset(
     {
         ".3gp",
@@ -60,7 +60,7 @@ CONVERT_SUFFIXES = frozenset(
         ".wv",
     }
 )
-"""Names of recordings and films that must be converted before they can be read end in one of these."""
+"""Suffixes of recordings and films that must be converted before they can be read."""
 CONVERT = "convert it, for instance with `ffmpeg -i in -ar 16000 out.flac`"
 _MOST_SHOWN = 10
 _LONGEST_SUFFIX = 12
@@ -73,7 +73,7 @@ class Scan:
     Attributes:
         recordings: sorted paths of recordings. Dead links and unreadable folders are among them, so that the
             decoder reports them.
-        left_out: number of files that are no recordings, by the lower-case suffix of their names.
+        left_out: lower-case suffix -> number of files with this suffix that are not recordings.
         unreadable: folders that cannot be read, each with the reason.
     """
 
@@ -85,7 +85,7 @@ class Scan:
         """Lines about files that were left out and folders that cannot be read."""
         lines = [f"cannot be read: {name}" for name in self.unreadable[:_MOST_SHOWN]]
         if len(self.unreadable) > _MOST_SHOWN:
-            lines.append(f"cannot be read: {len(self.unreadable) - _MOST_SHOWN} folders more")
+            lines.append(f"cannot be read: {len(self.unreadable) - _MOST_SHOWN} more folders")
         if self.left_out:
             count = sum(self.left_out.values())
             kinds = [f"{n} {_shown(suffix)}" for suffix, n in self.left_out.most_common(_MOST_SHOWN)]
@@ -94,7 +94,7 @@ class Scan:
             convert = sorted(self.left_out.keys() & CONVERT_SUFFIXES)
             if convert:
                 line += f"; {', '.join(convert)}: {CONVERT}"
-            lines.append(f"{line}; a list of paths takes files of any name")
+            lines.append(f"{line}; to include files of any name, give a list of paths")
         return lines
 
 
@@ -105,7 +105,7 @@ def _shown(suffix: str) -> str:
 
 
 class Entry(NamedTuple):
-    """An entry of a folder, or a folder that cannot be read, with the reason in `why`."""
+    """A file, a dead link, or a folder that cannot be read; `why` is the reason."""
 
     path: Path
     kind: Literal["file", "dead link", "unreadable folder"]
@@ -115,9 +115,9 @@ class Entry(NamedTuple):
 def walk(folder: AnyPath, *, once: bool = False) -> Iterator[Entry]:
     """The files in a folder at any depth, in no particular order.
 
-    Links to files and folders are followed. A link to a folder that contains it is skipped. Inside a linked
-    folder, a further link is skipped if its target was already searched, so that folders which link to each
-    other do not multiply.
+    Links to files and folders are followed, with two exceptions. A link is skipped if its target contains the
+    link. Inside a linked folder, a link to a folder is skipped if the target was already searched. Otherwise
+    folders that link to each other would be searched again and again.
 
     Args:
         folder: the folder.
@@ -140,7 +140,7 @@ def walk(folder: AnyPath, *, once: bool = False) -> Iterator[Entry]:
         entered.add(identity)
         for entry in entries:
             path, link = current.path / entry.name, entry.is_symlink()
-            if _leads_to_a_folder(entry):
+            if _is_folder(entry):
                 linked, only_once = link or current.linked, once or (link and current.linked)
                 waiting.append(_Folder(path, current.ancestors | {identity}, linked, only_once))
             else:
@@ -170,15 +170,15 @@ class _Folder(NamedTuple):
 
     path: Path
     ancestors: frozenset[tuple[int, int]]
-    """Device and inode of each folder that contains it."""
+    """Device and inode of each folder above this one."""
     linked: bool
-    """Whether a link led to it, or to a folder that contains it."""
+    """Whether this folder, or a folder above it, was reached through a link."""
     only_once: bool
-    """Whether to skip it if it was already searched."""
+    """Whether to skip this folder if it was already searched."""
 
 
-def _leads_to_a_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links, a forbidden target
+    except OSError:  # the link is part of a loop, or its target is forbidden
         return False

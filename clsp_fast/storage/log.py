@@ -1,4 +1,4 @@
-"""What a run records: log.jsonl always, TensorBoard events if asked, and the lines that it prints."""
+"""Records a run in log.jsonl, and as TensorBoard events on request; prints the lines of the first rank."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from clsp_fast.storage import files
 
 
 class RunLog:
-    """Appends records to `<folder>/log.jsonl`. Before that it drops the records of steps that a resumed run
-    will repeat.
+    """Appends records to `<folder>/log.jsonl`.
+
+    A resumed run repeats steps. Their old records are removed first.
 
     Args:
         folder: run folder.
-        first_step: step that this process starts with.
+        first_step: step that this process starts with; records from this step on are removed.
         tensorboard: also write TensorBoard events.
-        active: False on all ranks except the first: they write and print nothing.
+        active: True on the first rank only. The other ranks write and print nothing.
 
     Raises:
-        ImportError: `tensorboard` is asked for and not installed.
+        ImportError: `tensorboard` is True, but TensorBoard is not installed.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class RunLog:
         if not active:
             return
         self._path = folder / "log.jsonl"
-        _keep_before(self._path, first_step)
+        _remove_from(self._path, first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = _tensorboard(folder) if tensorboard else None
 
@@ -47,7 +48,7 @@ class RunLog:
                 with files.naming_full_disk(self._path):
                     self._file.close()
             except files.DiskFull:
-                if kind is None:  # otherwise the first error is the one to report
+                if kind is None:  # otherwise report the error that ended the run
                     raise
             if self._board is not None:
                 self._board.close()
@@ -83,7 +84,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_before(path: Path, step: int) -> None:
+def _remove_from(path: Path, step: int) -> None:
     kept = [record for record in read_log(path) if record["step"] < step]
     files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 

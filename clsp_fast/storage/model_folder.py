@@ -1,5 +1,7 @@
-"""A model's folder: config.json, model.safetensors, README.md and tokenizer.json. Each is written
-atomically."""
+"""A model's folder: config.json, model.safetensors, README.md and tokenizer.json.
+
+Each file is written atomically.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +45,16 @@ print(model.logit_scale * audio @ text.T)
 print(model.classify(["clip.wav"], ["calm", "excited"]))
 ```
 
-Input: mono speech, resampled to 16 kHz, {feature_dim} log-mel bins at 100 Hz. The numbers of a model are
-those of its training data: say here what it was trained and evaluated on, and under which licence.
+Input: mono speech, resampled to 16 kHz, {feature_dim} log-mel bins at 100 Hz. Please add the data that
+this model was trained on, its results, and its licence.
 """
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder itself, or a local copy of the Hugging Face hub repository of that name.
+    """Returns `source` if it is a folder, else a local copy of the Hugging Face hub repository of that name.
 
     Raises:
-        FileNotFoundError: there is neither; the message says what to do.
+        FileNotFoundError: neither exists; the message says what to do.
     """
     path = Path(source)
     if path.is_dir():
@@ -72,14 +74,14 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """ModelConfig of a folder. A FileNotFoundError or ValueError names the file."""
+    """Reads config.json. A FileNotFoundError or ValueError names the file."""
     file = _existing(folder / "config.json")
     files.refuse_pointer(file)
     text = textfile.read_text(file, "a model's configuration")
     try:
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            hint = "; a run keeps its model in its folder model" if (folder / "model").is_dir() else ""
+            hint = "; a run keeps its model in its subfolder model" if (folder / "model").is_dir() else ""
             raise ValueError(f'expected "format": "{FORMAT}"{hint}')
         if content.get("format_version") != FORMAT_VERSION:
             raise ValueError(
@@ -93,7 +95,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a folder, on the CPU, with exactly the names and shapes of `expected`."""
+    """Reads the weights of a folder to the CPU. Names and shapes must be exactly those of `expected`."""
     file = _existing(folder / "model.safetensors")
     files.refuse_pointer(file)
     try:
@@ -105,7 +107,7 @@ def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError, which begins with `what`, unless names and shapes are those of `expected`."""
+    """Raises ValueError if names or shapes are not those of `expected`. The message begins with `what`."""
     wrong = []
     for name in sorted(expected.keys() & tensors.keys()):
         want, got = expected[name], tensors[name]
@@ -123,7 +125,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 def write_model(
     folder: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None
 ) -> None:
-    """Write the folder. Each file replaces the old one atomically; the weights come last.
+    """Writes the folder. Each file replaces the old one atomically; the weights are written last.
 
     Args:
         tokenizer: content of tokenizer.json; None: the model has no tokenizer.

@@ -1,7 +1,7 @@
-"""Questions about paths that never raise.
+"""Checks of paths that never raise an exception.
 
 One path that is too long, forbidden or broken must not end the work on all others. `Path.is_file` and similar
-methods raise for some of these paths, and each version of Python raises for others.
+methods raise for some of these paths; for which ones depends on the version of Python.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def exists(path: AnyPath) -> bool:
 
 
 def from_text(text: str) -> str:
-    """The path that a text names. The text and the names on the disk are UTF-8. If the locale has another
-    encoding, Python would look for another name without this."""
+    """Converts the text of a path to a name that Python finds on the disk.
+
+    Text and names on the disk are UTF-8. If the locale has another encoding, Python would encode the text by
+    the locale and look for another name.
+    """
     if sys.getfilesystemencoding() == "utf-8":
         return text
     try:
@@ -51,7 +54,7 @@ def _status(path: AnyPath) -> os.stat_result | None:
 
 
 def problem(path: AnyPath) -> str:
-    """Why a file cannot be opened for reading, as the end of a sentence; empty if it can be opened."""
+    """Why a file cannot be opened for reading, such as "is missing"; empty if it can be opened."""
     try:
         mode = Path(path).stat().st_mode
         if not stat.S_ISREG(mode):

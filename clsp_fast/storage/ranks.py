@@ -1,4 +1,4 @@
-"""The processes (ranks) of a run and their collective operations; all of them work for one process, too."""
+"""The processes (ranks) of a run and their collective operations, which also work in a single process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Ranks:
     Attributes:
         rank: 0 .. world-1.
         world: number of processes.
-        device: where the model of this process lives.
+        device: device of the model in this process.
         group: the process group; None for a single process.
     """
 
@@ -47,7 +47,7 @@ class Ranks:
         """Joins the processes that torchrun started; without torchrun, the process is alone.
 
         Args:
-            device: as in the configurations.
+            device: "auto", "cpu", "cuda" or "cuda:N".
             wait_hours: how long a process waits for the others, at the start and in collective operations.
 
         Raises:
@@ -61,7 +61,7 @@ class Ranks:
             yield cls(0, 1, where, None)
             return
         # The other ranks wait while the first one makes a corpus or validates, which can take longer than
-        # torch's ten minutes.
+        # torch's default timeout of ten minutes.
         timeout = timedelta(hours=wait_hours)
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
@@ -83,7 +83,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def exclusive(self, folder: Path) -> Iterator[None]:
-        """Locks the folder for this run, on the first rank; files.FolderInUse if another process has it."""
+        """Locks the folder on the first rank, for all ranks; files.FolderInUse if another process has it."""
         with files.lock_folder(folder) if self.first else contextlib.nullcontext():
             yield
 
@@ -140,21 +140,22 @@ class Ranks:
 
 
 def _fresh_store(store: Store, rank: int, world: int) -> Store:
-    """A part of the store that only processes of the same start use.
+    """A part of the store that is used only by the processes that were started together.
 
-    torchrun keeps the store when it restarts processes, so the addresses of dead processes are still in it. A
-    process that reads such an address waits for a dead peer (pytorch/pytorch#135712). Therefore each process
-    writes a new random name into the store. The first rank answers every name it reads with the session, a
-    prefix for new keys, until all other ranks have come to the session. Dead processes cannot come.
+    torchrun keeps the store when it restarts processes, so it still holds the addresses of dead processes. A
+    process that reads such an address waits for a dead peer (pytorch/pytorch#135712). Therefore the processes
+    agree on a session, a new prefix for keys. Each rank except the first writes a new random name into the
+    store. The first rank writes the session under every name that it finds, until all other ranks have joined
+    the session. Names of dead processes do no harm: dead processes cannot join.
     """
     name = uuid.uuid4().hex
     if rank:
         store.set(f"clsp_fast/{rank}", name)
         session = store.get(f"clsp_fast/{name}").decode()
-        store.add(f"{session}/come", 1)
+        store.add(f"{session}/joined", 1)
     else:
         session, answered = f"clsp_fast/{name}", set[bytes]()
-        while store.add(f"{session}/come", 0) < world - 1:
+        while store.add(f"{session}/joined", 0) < world - 1:
             keys = [f"clsp_fast/{other_rank}" for other_rank in range(1, world)]
             names = {store.get(key) for key in keys if store.check([key])}
             for other_name in names - answered:

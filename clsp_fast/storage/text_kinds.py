@@ -14,7 +14,7 @@ from clsp_fast.storage.folders import AUDIO_SUFFIXES, CONVERT_SUFFIXES
 from clsp_fast.storage.textfile import HEAD_BYTES
 
 INDEX_FORMAT = "clsp_fast embeddings"
-"""The value of "format" in the first line of a folder's index of embeddings."""
+"""The value of "format" in the first line of the index of an embedding folder."""
 KEY_SYNONYMS = {
     "audio_file": "audio",
     "audio_filepath": "audio",
@@ -46,17 +46,18 @@ _COLUMNS = KEY_SYNONYMS.keys() | {
     "transcription",
     "utt_id",
 }
-"""Names of columns by which the first line of a table is recognised."""
+"""Column names that mark a line as the header of a table."""
 _JUDGED_LINES = 20
 _LISTS_OF_A_CUT = ("supervisions", "tracks")
-_ONLY_PATHS = "; a list holds the paths alone, one a line"
+_ONLY_PATHS = "; a list holds only paths, one a line"
 
 
 def kind_of_text(head: str) -> str:
     """The kind of a text and how to convert it; empty for a list of paths or a manifest's JSON lines.
 
     Args:
-        head: the beginning of the text. A list of paths can look like a table; it is a list if a path exists.
+        head: the beginning of the text. A list of paths can look like a table. It counts as a list if one of
+            its lines is an existing path.
     """
     lines = _first_lines(head)
     first = lines[0] if lines else ""
@@ -68,7 +69,7 @@ def kind_of_text(head: str) -> str:
         return "a page of HTML or XML"
     if first.startswith("{"):
         return _kind_of_objects(lines)
-    if any(map(_is_there, lines)):
+    if any(map(_is_existing_file, lines)):
         return ""
     return _kind_of_lines(lines)
 
@@ -77,12 +78,12 @@ def looks_like_paths(head: str) -> bool:
     """Whether a text that begins with `head` seems to be a list of paths."""
     lines = _first_lines(head)
     return not any(line.startswith(("{", "[")) for line in lines) and any(
-        _is_audio(line) or _is_there(line) for line in lines
+        _is_audio(line) or _is_existing_file(line) for line in lines
     )
 
 
 def _first_lines(head: str) -> list[str]:
-    """The first lines that are not blank, stripped. The last one is left out if the head may cut it."""
+    """The first lines that are not blank, stripped. The last line is left out if it may be incomplete."""
     lines = re.split(r"[\r\n]+", head)
     if len(lines) > 1 and lines[-1] and len(head) >= HEAD_BYTES // 4:
         lines.pop()
@@ -90,7 +91,7 @@ def _first_lines(head: str) -> list[str]:
 
 
 def _kind_of_objects(lines: list[str]) -> str:
-    # The beginning of an object with simple values and one list of objects, on one line or several.
+    # Matches an object that begins with simple values and then a list of objects. It may span several lines.
     simple = r'"\w+"\s*:\s*(?:"[^"]*"|[^\s"{}\[\],]+)\s*,\s*'
     wrapper = re.match(rf'{{\s*((?:{simple})*)"(\w+)"\s*:\s*\[\s*{{', " ".join(lines))
     if wrapper and '"audio"' not in wrapper[1] and wrapper[2] not in _LISTS_OF_A_CUT:
@@ -100,11 +101,12 @@ def _kind_of_objects(lines: list[str]) -> str:
     try:
         row = json.loads(first)
     except (ValueError, RecursionError):
-        goes_on = first.endswith((",", "[", "{")) and others and not others[0].startswith("{")
-        spread = first == "{" or goes_on
-        return "one JSON object over several lines; write one object a line (jq -c .)" if spread else ""
+        continues = first.endswith((",", "[", "{")) and others and not others[0].startswith("{")
+        several_lines = first == "{" or continues
+        kind = "one JSON object over several lines; write one object a line (jq -c .)"
+        return kind if several_lines else ""
     if row.get("format") == INDEX_FORMAT:
-        return "the index of a folder of embeddings; give what they were made of"
+        return "the index of a folder of embeddings; give the recordings that were embedded"
     if "audio_filepath" in row and "audio" not in row:
         return f"a NeMo manifest: {_rename_fix(row)}"
     if (
@@ -123,8 +125,7 @@ def _rename_fix(row: Mapping[str, Any]) -> str:
 
 
 def _kind_of_lines(lines: list[str]) -> str:
-    """The kind of a text none of whose lines is an existing path; empty if it may still be a list of
-    paths."""
+    """The kind of a text in which no line is an existing path; empty if it may still be a list of paths."""
     if not lines:
         return ""
     first = lines[0]
@@ -171,28 +172,28 @@ def _is_table(lines: list[str], separator: str) -> bool:
     first, count = rows[0], len(rows[0])
     if count < 2:
         return False
-    # If a name ends before the last separator, another column follows.
+    # The line names columns, or another column follows the name of a recording.
     if _is_header(first) or (any(map(_is_audio, first[:-1])) and not _is_audio(first[-1])):
         return True
-    headed = not any(map(_is_audio, first))
-    data = rows[headed:]
+    has_header = not any(map(_is_audio, first))
+    data = rows[has_header:]
     if not data or not all(len(row) == count and any(map(_is_audio, row)) for row in data):
         return False
     # "Smith, John.wav" is one name, unless John.wav exists. Several lines like "sad,b.wav" are a table.
-    in_each = len(data) > 1 and not any(f"{separator} " in line for line in lines)
+    several_rows = len(data) > 1 and not any(f"{separator} " in line for line in lines)
     return (
-        headed
+        has_header
         or separator == "\t"
-        or in_each
-        or any(_is_audio(cell) and _is_there(cell) for row in data for cell in row)
+        or several_rows
+        or any(_is_audio(cell) and _is_existing_file(cell) for row in data for cell in row)
     )
 
 
 def _is_kaldi(lines: list[str]) -> bool:
     """Whether each line is an id, a space and a path or command.
 
-    Names such as "my file.wav" look similar. The first word is an id if the rest is an existing path, or if
-    the words themselves show it.
+    Names such as "my file.wav" look similar. The first word counts as an id if the rest of the line is an
+    existing path, or if the form of all lines shows it.
     """
     parts = [line.split(maxsplit=1) for line in lines]
     ids = {part[0] for part in parts}
@@ -208,11 +209,11 @@ def _is_kaldi(lines: list[str]) -> bool:
     # "utt1 a.wav", but not "01 Intro.wav".
     numbered = all(re.fullmatch(r"(?=\S*[A-Za-z])\S*\d\S*\s+\S+", line) for line in lines)
     rooted = all(name.startswith(("/", "./", "../", "~/")) for name in names)
-    same = all(PurePath(name).stem == part[0] for name, part in zip(names, parts, strict=True))
-    return numbered or rooted or same or "\t" in lines[0] or any(map(_is_there, names))
+    same_stem = all(PurePath(name).stem == part[0] for name, part in zip(names, parts, strict=True))
+    return numbered or rooted or same_stem or "\t" in lines[0] or any(map(_is_existing_file, names))
 
 
-def _is_there(name: str) -> bool:
+def _is_existing_file(name: str) -> bool:
     path = paths.from_text(name)
     return paths.exists(path) and not paths.is_dir(path)
 

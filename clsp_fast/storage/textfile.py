@@ -1,8 +1,8 @@
 """Reads text that users give: manifests, lists, pairs, tables and tasks, from files or standard input.
 
 Editors and other programs write text in many ways. This reader takes UTF-8 with and without a byte order
-mark, UTF-16, UTF-32, any end of line, gzip under any name, and names of files that are not UTF-8. Binary
-files are refused with their kind, judged by their first bytes.
+mark, UTF-16, UTF-32, any line ending, gzip with any suffix, and file names that are not UTF-8. Binary files
+are refused: their first bytes show the kind, which the error names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple, TextIO
 from clsp_fast.storage import binary_kinds, paths
 
 HEAD_BYTES = 4096
-"""The kind of a file is judged by so many bytes."""
+"""Number of bytes at the beginning of a file from which its kind is recognised."""
 _LONGEST_INTEGER = 1000  # Python refuses to convert integers of over 4300 digits
 
 _BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with UTF-16's
@@ -50,7 +50,7 @@ def open_text(source: Path | str | IO[bytes], expected: str, *, newline: str | N
 
     Args:
         source: the file, or the stream.
-        expected: what the text should be, for errors: "a manifest".
+        expected: what the text should be, such as "a manifest", for errors.
         newline: as for `open`; None: each of \\n, \\r\\n and \\r ends a line.
 
     Raises:
@@ -89,7 +89,10 @@ def _check_path(path: Path, expected: str) -> None:
 
 
 class _Prepended(io.RawIOBase):
-    """A stream whose first bytes were already read, from its beginning. Closing it leaves the stream open."""
+    """Gives the bytes of `head`, which were already read from `source`, and then the rest of `source`.
+
+    Closing it leaves `source` open.
+    """
 
     def __init__(self, head: bytes, source: Any) -> None:
         self._head = head
@@ -106,7 +109,10 @@ class _Prepended(io.RawIOBase):
 
 
 def _with_head(source: Any) -> tuple[io.BufferedReader, bytes]:
-    """The stream from its beginning, and its first bytes. A pipe may give them one by one."""
+    """A reader that starts at the beginning of the stream, and the stream's first bytes.
+
+    A pipe may return fewer bytes than requested, so the bytes are read in a loop.
+    """
     head = b""
     while len(head) < HEAD_BYTES and (part := source.read(HEAD_BYTES - len(head))):
         head += part
@@ -137,8 +143,8 @@ def shown(value: object, longest: int = 60) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether the string can be encoded. Half a surrogate pair cannot; JSON may contain one, and names of
-    files that are not UTF-8 become such halves."""
+    """Whether the string can be encoded in UTF-8. Lone surrogates cannot be encoded: they come from JSON
+    escapes, and from file names that are not UTF-8."""
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -146,7 +152,7 @@ def json_object(text: str) -> dict[str, Any]:
     """Parses the JSON object of a line.
 
     NaN, Infinity and numbers beyond a float's range become None. They are not JSON, but Python writes them,
-    and they may be the values of keys that nobody reads.
+    and they may be values of keys that are not used.
 
     Raises:
         ValueError: the line is no JSON object, or nested too deeply.
@@ -197,12 +203,12 @@ def lines(file: TextIO, longest: int) -> Iterator[tuple[int, str]]:
 
 
 def is_whole(text: str, longest: int) -> bool:
-    """Whether `lines` gave the whole of this line."""
+    """Whether `lines` returned this line uncut."""
     return text.endswith("\n") or len(text) < longest
 
 
 def read_text(path: Path, expected: str, *, most_bytes: int = 2**24) -> str:
-    """Reads a small text file as a whole, as `open_text` does.
+    """Reads a small text file as a whole, in any encoding that `open_text` reads.
 
     Raises:
         ValueError: it has more characters than `most_bytes`. Also what `open_text` raises.

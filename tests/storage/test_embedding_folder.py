@@ -177,7 +177,7 @@ HOSTILE = {
     "shard of another": (record(shard=1), '"shard" must be 0'),
     "audio is a number": (record(audio=5), '"audio" must be a string'),
     "start is negative": (record(start_s=-1), '"start_s" must be'),
-    "start is NaN": (record(start_s=float("nan")), "line 2: NaN is no number"),
+    "start is NaN": (record(start_s=float("nan")), "line 2: NaN is not a JSON number"),
     "a number that is infinite": (
         damaged_line(1, '{"id": "a", "audio": "b", "shard": 0, "row": 0, "more": 1e999}'),
         "line 2: 1e999 is too large",
@@ -188,7 +188,7 @@ HOSTILE = {
     ),
     "shard missing": (lambda folder: (folder / "shard-000001.npy").unlink(), "shard-000001.npy is missing"),
     "shard empty": (shard_bytes(b""), "shard-000000.npy is not a shard"),
-    "shard cut": (shard_bytes(npy_with("<f4", (3, 4))[:-1]), "its size is not that of 3 rows"),
+    "shard cut": (shard_bytes(npy_with("<f4", (3, 4))[:-1]), "its size does not fit 3 rows"),
     "shard of objects": (shard_bytes(npy_with("|O", (3, 4))), "expected float32"),
     "shard of many rows": (shard_bytes(npy_with("<f4", (2**62, 4))), "its size"),
     "shard of negative rows": (shard_bytes(npy_with("<f4", (-1, 4))), "is not a shard"),
