@@ -336,7 +336,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     ),
     "xlarge": ModelConfig(),
 }
-"""Named models. "xlarge" is the paper's: 724,244,405 parameters. The speech tower of "base" has 90 M."""
+"""Named models. "xlarge" is the paper's: 724,244,405 parameters. The speech tower of "base" has 93 M."""
 
 
 @dataclass(frozen=True, kw_only=True)

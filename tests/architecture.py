@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clsp_fast"
 PICTURE = ROOT / "docs/architecture.svg"
-COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "export", "caption"}
+COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "export"}
 
 # The boxes of the picture, from the bottom layer to the top one; the number places the middle of a box from
 # left to right. A box imports only from layers below its own.
