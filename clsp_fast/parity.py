@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clsp_fast import console
 from clsp_fast.audio import Waveform
 from clsp_fast.features import NUM_MEL_BINS, SAMPLE_RATE_HZ, FbankConfig, extract, frame_count, reference
 
@@ -108,16 +105,3 @@ def _print_line(name: str, tail: Tail, clips: list[Waveform], features: list[_Fr
     print(f"{name:16s} {tail:8s} {worst:10.2e} {rms:10.2e} {energy:14.2e}")
     # float32 rounds to about 1e-6 of a frame's peak. In quiet bins that changes the logarithm by a few 1e-3.
     return worst <= 5e-3 and rms <= 1e-4 and energy <= 1e-5
-
-
-@console.command
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m clsp_fast.features --check-parity`; exits with 1 if a library differs."""
-    parser = argparse.ArgumentParser(prog="python -m clsp_fast.features", description=check.__doc__)
-    parser.add_argument("--check-parity", action="store_true", required=True)
-    parser.parse_args(arguments)
-    sys.exit(check())
-
-
-if __name__ == "__main__":
-    main()

@@ -82,11 +82,11 @@ def assert_agrees(
     """err(result, expected) <= count x eps x size, for results without a truth that is more exact than both.
 
     Args:
-        result: the result of the code under test. expected: the same result from its definition, from another
-        order of operations, or from a record. count: how many roundings may add up: the operations in a
-        chain, times the factor by which the function
-            multiplies an error of its input. In float64 it may be generous: the error of a wrong formula is
-            far larger.
+        result: the result of the code under test.
+        expected: the same result from its definition, from another order of operations, or from a record.
+        count: how many roundings may add up: the operations in a chain, times the factor by which the
+            function multiplies an error of its input. In float64 it may be generous: the error of a wrong
+            formula is far larger.
         dtype: of numpy or torch, the coarser one of the two results.
         size: as in `assert_as_exact`; default `expected`.
         name: what is judged, for the message.

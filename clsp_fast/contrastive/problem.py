@@ -122,7 +122,7 @@ def _check_weights(weights: Tensor, n: int, kind: Kind, device: torch.device) ->
             f"weights must be floating of shape ({n},) on {device}, "
             f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
         )
-    _require(((weights >= 0) & weights.isfinite()).all(), "weights must be finite and not negative")
+    _require_on_device(((weights >= 0) & weights.isfinite()).all(), "weights must be finite and not negative")
 
 
 def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device) -> Tensor:
@@ -135,11 +135,11 @@ def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device
         raise ValueError(
             f"text_owner must be int64 of shape ({n},), got {text_owner.dtype} {tuple(text_owner.shape)}"
         )
-    _require(((text_owner >= 0) & (text_owner < m)).all(), f"text_owner must lie in 0..{m - 1}")
+    _require_on_device(((text_owner >= 0) & (text_owner < m)).all(), f"text_owner must lie in 0..{m - 1}")
     return text_owner.to(device)
 
 
-def _require(condition: Tensor, message: str) -> None:
+def _require_on_device(condition: Tensor, message: str) -> None:
     """Raises ValueError if the condition is false. On CUDA the host does not wait; a later call raises."""
     if condition.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(condition, message)

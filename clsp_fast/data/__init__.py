@@ -1,20 +1,27 @@
-"""From a manifest to the batches of a training run."""
+"""From a manifest to the batches of a training run.
+
+The names below are imported on use, so that reading a manifest needs neither torch nor the frontend.
+"""
+
+from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clsp_fast.data.loader import (
-    Batch,
-    ClipFeatures,
-    DataError,
-    Encode,
-    Loader,
-    bad_list,
-    collate,
-    segment,
-    usable,
-)
-from clsp_fast.data.validation import validate
+if TYPE_CHECKING:
+    from clsp_fast.data.__main__ import main
+    from clsp_fast.data.loader import (
+        Batch,
+        ClipFeatures,
+        DataError,
+        Encode,
+        Loader,
+        bad_list,
+        collate,
+        segment,
+        usable,
+    )
+    from clsp_fast.data.validation import validate
 
 __all__ = [
     "Batch",
@@ -24,6 +31,7 @@ __all__ = [
     "Loader",
     "bad_list",
     "collate",
+    "main",
     "segment",
     "usable",
     "validate",
@@ -31,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # __main__ is imported on use: if it were imported here first, `python -m clsp_fast.data` would warn.
-    if name == "main":
-        return importlib.import_module("clsp_fast.data.__main__").main
-    raise AttributeError(f"module 'clsp_fast.data' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'clsp_fast.data' has no attribute {name!r}")
+    file = {"main": "__main__", "validate": "validation"}.get(name, "loader")
+    return getattr(importlib.import_module(f"clsp_fast.data.{file}"), name)

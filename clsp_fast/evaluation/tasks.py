@@ -149,6 +149,8 @@ def read_tasks(path: Path | None = None, *, short: bool = False) -> dict[str, Ta
         if not isinstance(content, dict) or not content:
             raise ValueError("expected an object with at least one task")
         return {name: _task(name, value) for name, value in content.items()}
+    except RecursionError:  # a message that quotes a deeply nested value
+        raise ValueError(f"{path}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

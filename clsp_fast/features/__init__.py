@@ -8,7 +8,6 @@ with lhotse's and torchaudio's.
 from __future__ import annotations
 
 import hashlib
-import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -246,8 +245,3 @@ def _check_out(out: torch.Tensor, shape: tuple[int, int, int]) -> None:
             f"out must be contiguous float32 of shape ({shape[0]}, >= {shape[1]}, {shape[2]}) on the CPU "
             f"without gradient, got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
-
-
-if __name__ == "__main__":
-    # The parity module imports this module. An import of it at the top of this file would be a cycle.
-    runpy.run_module("clsp_fast.parity", run_name="__main__")
