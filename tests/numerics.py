@@ -4,7 +4,7 @@ A bound that was measured on one machine fails on the next, where wider vectors,
 fused multiplication round differently. The bounds here follow from arithmetic. They bound the Euclidean norm
 of the whole difference, because the error of a single element is random.
 
-Torch is not imported, so that tests of the extension alone can use this file under a sanitizer.
+This file does not import torch, so that tests of the extension can use it under a sanitizer.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def assert_agrees(
     """err(result, expected) <= count x eps x size, for results without a truth that is more exact than both.
 
     Args:
-        result: the result of the code under test. expected: the same result from its definition, from another
-        order of operations, or from a record. count: how many roundings may add up: the operations in a
-        chain, times the factor by which the function
-            multiplies an error of its input. In float64 it may be generous: the error of a wrong formula is
-            far larger.
-        dtype: of numpy or torch, the coarser one of the two results.
+        result: the result of the code under test.
+        expected: the same result from its definition, from another order of operations, or from a record.
+        count: how many roundings may add up: the operations in a chain, times the factor by which the
+            function multiplies an error of its input. In float64 it may be generous: the error of a wrong
+            formula is far larger.
+        dtype: of numpy or torch, the coarser dtype of the two results.
         size: as in `assert_as_exact`; default `expected`.
         name: what is judged, for the message.
     """
