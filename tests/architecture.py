@@ -18,8 +18,8 @@ PACKAGE = ROOT / "clsp_fast"
 PICTURE = ROOT / "docs/architecture.svg"
 COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "export"}
 
-# The boxes of the picture, from the bottom layer to the top one; the number places the middle of a box from
-# left to right. A box imports only from layers below its own.
+# The boxes of the picture, from the bottom layer to the top one. The number is the x coordinate of a box's
+# middle. A box imports only from layers below its own.
 LAYERS: tuple[dict[str, int], ...] = (
     {"basics": 190, "engine": 510, "kernels": 860},
     {"config": 190},
@@ -32,7 +32,7 @@ LAYERS: tuple[dict[str, int], ...] = (
     {"commands": 480},
     {"package": 480},
 )
-# A box is the room of that name, or these rooms and modules of the top level.
+# Boxes that hold several rooms or modules. Any other box holds the room or module of the same name.
 BOXES = {
     "package": {"__init__"},
     "commands": COMMANDS,
@@ -50,8 +50,8 @@ TITLES = {
     "kernels": "kernels/ (Triton)",
 }
 WIDTHS = {"engine": 380, "commands": 420, "storage": 210, "kernels": 180}
-WIDTH, NARROW = 980, 150  # of the picture, and of a box that WIDTHS does not name
-LINE, GAP = 17, 40  # heights of a line of text, and between two layers
+WIDTH, NARROW = 980, 150  # widths of the picture, and of a box that is not in WIDTHS
+LINE, GAP = 17, 40  # heights of a line of text, and of the gap between two layers
 COLOURS = """
   .ground { fill: #ffffff } .box { fill: #f6f8fa; stroke: #8c959f } .arrow { stroke: #57606a; fill: none }
   .head { fill: #57606a } text { fill: #1f2328; font: 13px sans-serif; text-anchor: middle }
@@ -64,17 +64,17 @@ COLOURS = """
 
 
 def module_name(path: Path) -> str:
-    """The name that a file of the package is imported by: "clsp_fast.data.loader", "clsp_fast.data"."""
+    """The name under which a file of the package is imported: "clsp_fast.data.loader", "clsp_fast.data"."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def package_files() -> dict[str, Path]:
-    """Module -> file, for every Python file of the package, however deep."""
+    """Module -> file, for every Python file of the package and its rooms."""
     return {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported_names(path: Path) -> set[str]:
-    """Every dotted name that a file imports, anywhere in it; `from a import b` gives "a.b"."""
+    """Every dotted name that a file imports, also inside functions; `from a import b` gives "a.b"."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -88,20 +88,20 @@ def imported_names(path: Path) -> set[str]:
 
 @functools.cache
 def import_graph() -> dict[str, set[str]]:
-    """Module -> modules of the package, the extension and kernels that it imports, anywhere in it."""
+    """Module -> the modules, kernels and extension of the package that it imports, also inside functions."""
     files = package_files()
     kernels = {f"clsp_fast.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py")}
     known = {*files, *kernels, "clsp_fast._C"}
     graph = {}
     for module, path in files.items():
         inside = {name for name in imported_names(path) if name.startswith("clsp_fast.")}
-        # A name that is no module is a function or class of the module before it.
+        # A name that is not a module is a function or class of the module named before its last dot.
         graph[module] = {n if n in known else n.rpartition(".")[0] for n in inside} - {module, "clsp_fast"}
     return graph
 
 
 def box_of(module: str) -> str:
-    """The box that a module belongs to: the one that lists it, or its room."""
+    """The box of a module: the box in BOXES that lists it, else the box named after its room or itself."""
     name = [*module.split("."), "__init__"][1]
     return next((box for box, members in BOXES.items() if name in members), name)
 
@@ -139,7 +139,7 @@ def reachable(graph: Mapping[str, set[str]], node: str) -> set[str]:
 
 
 def arrows(graph: Mapping[str, set[str]]) -> list[tuple[str, str]]:
-    """The edges of a graph without cycles that do not follow from others."""
+    """The edges of a graph without cycles that no longer path replaces (its transitive reduction)."""
     return [
         (box, target)
         for box, targets in graph.items()
@@ -149,7 +149,7 @@ def arrows(graph: Mapping[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def contents(box: str) -> list[str]:
-    """The names of the files in a box; headers and sources of csrc/ once."""
+    """The names of the files in a box. A header and a source of csrc/ with the same name count once."""
     if box == "engine":
         return sorted({path.stem for path in (ROOT / "csrc").iterdir() if path.suffix in (".h", ".cpp")})
     if box == "package":
@@ -163,7 +163,7 @@ def contents(box: str) -> list[str]:
 
 
 def title(box: str) -> str:
-    """What stands in bold in a box."""
+    """The bold title of a box."""
     folder = (PACKAGE / box).is_dir()
     return TITLES.get(box, f"{box}/" if folder else box)
 
@@ -180,7 +180,7 @@ Frame = tuple[float, float, float, float]
 
 
 def draw() -> str:
-    """The picture as SVG: layers from bottom to top, and every arrow that does not follow from others."""
+    """The picture as SVG: the layers from bottom to top, and the arrows between boxes."""
     frames: dict[str, Frame] = {}
     top = 16.0
     for layer in reversed(LAYERS):

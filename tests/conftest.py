@@ -1,8 +1,9 @@
-"""What every test shares: golden data, a fixed seed, the number of threads."""
+"""Fixtures of all tests: golden data, a fixed seed, models, clips, a browser, and the device of kernels."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,15 +15,15 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from sample_data import GOLDEN, Golden, MakeClips
 
+from clsp_fast import convert
 from clsp_fast.config import MODEL_PRESETS
 from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
-
-# Without a card, kernels run in Triton's interpreter. It is chosen for good when triton and each kernel are
-# first imported, so here, before any test does; budgets imports every kernel.
+# Without a card, kernels run in Triton's interpreter. Triton and each kernel read the variable when they are
+# first imported, so they are imported here, before any test: budgets imports every kernel.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("clsp_fast.kernels.budgets")
@@ -31,7 +32,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
-    """One seed for each test, and the number of threads as it was before."""
+    """Seeds torch before each test, and restores the number of threads after it."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
@@ -39,14 +40,21 @@ def _repeatable() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], dict[str, torch.Tensor]]:
+def golden() -> Golden:
     """Loads tests/golden/<name>.safetensors."""
     return lambda name: load_file(GOLDEN / f"{name}.safetensors")
 
 
+@pytest.fixture
+def recorded(golden: Golden) -> tuple[CLSP, dict[str, torch.Tensor]]:
+    """A model of the reference recipe, and its recorded inputs and outputs."""
+    config = json.loads((GOLDEN / "golden_a.config.json").read_text())
+    return convert.from_reference(golden("golden_a.weights"), config), golden("golden_a.io")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> CLSP:
-    """An untrained tiny model, not to be changed."""
+    """An untrained tiny model. Tests must not change it."""
     torch.manual_seed(1)
     captions = ["A calm, low-pitched male voice.", "A lively woman speaks fast.", "She whispers."]
     return CLSP(MODEL_PRESETS["tiny"], Tokenizer.train(captions * 5, 300)).eval()
@@ -54,7 +62,7 @@ def tiny() -> CLSP:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained tiny model, as `save_pretrained` writes it: what the commands are given."""
+    """The folder of an untrained tiny model, which tests of commands load."""
     torch.manual_seed(1)
     tokenizer = Tokenizer.train(["A calm, low-pitched male voice.", "She whispers, fast."] * 5, 300)
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -63,8 +71,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_clips() -> Callable[[Path, int], list[Path]]:
-    """Writes recordings of a fraction of a second, each with another noise, into a folder."""
+def make_clips() -> MakeClips:
+    """Writes recordings of a fraction of a second into a folder. Each one holds different noise."""
 
     def make(folder: Path, count: int) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,10 +88,12 @@ def make_clips() -> Callable[[Path, int], list[Path]]:
 
 @pytest.fixture
 def open_in_browser() -> Callable[[Path], str]:
-    """What a real browser makes of a page. Without one the test is skipped, or fails where
-    CLSP_REQUIRE_BROWSER=1 promises one."""
+    """Returns the HTML of a page after a real browser has loaded it.
+
+    Without a browser the test is skipped, or fails if CLSP_REQUIRE_BROWSER=1.
+    """
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next((found for name in names if (found := shutil.which(name))), None)
+    browser = next((path for name in names if (path := shutil.which(name))), None)
 
     def show(file: Path) -> str:
         if browser is None:
@@ -97,7 +107,7 @@ def open_in_browser() -> Callable[[Path], str]:
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """The card; without one the test is skipped, or fails where CLSP_REQUIRE_GPU=1 promises one."""
+    """The card. Without one the test is skipped, or fails if CLSP_REQUIRE_GPU=1."""
     if not torch.cuda.is_available():
         (pytest.fail if os.environ.get("CLSP_REQUIRE_GPU") == "1" else pytest.skip)("needs a CUDA device")
     return torch.device("cuda")
@@ -105,7 +115,7 @@ def cuda() -> torch.device:
 
 @pytest.fixture
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Where kernels run here: the card or, interpreted, the CPU. Uninitialised memory is NaN meanwhile."""
+    """The card, or the CPU with Triton's interpreter. During the test, uninitialised memory is NaN."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Exact(NamedTuple):
-    """In float64, rounded once at the end.
+    """Results in float64, each rounded once at the end.
 
     Attributes:
         loss, audio_MD, text_ND, logit_scale, logit_bias: the loss and its gradients.

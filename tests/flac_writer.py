@@ -1,4 +1,4 @@
-"""Writes FLAC streams bit by bit (RFC 9639), so that tests cover what no encoder produces.
+"""Writes FLAC streams bit by bit (RFC 9639), so that tests cover streams that no encoder produces.
 
 Bits are strings of "0" and "1"; samples are lists of Python integers.
 """
@@ -29,7 +29,7 @@ def crc(data: bytes, polynomial: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class Rice:
-    """How residuals are coded: 2^order partitions, with one parameter or as raw numbers of `raw` bits."""
+    """How residuals are coded: in 2^order partitions, with a Rice parameter or as numbers of `raw` bits."""
 
     parameter: int = 4
     order: int = 0
@@ -81,7 +81,7 @@ def predicted(
     precision: int = 15,
     wasted: int = 0,
 ) -> str:
-    """A subframe with a fixed predictor if `weights` is an order, with a linear one if it is a list."""
+    """A subframe with a fixed predictor if `weights` is an order, with a linear predictor if it is a list."""
     x, width = [v >> wasted for v in x], width - wasted
     fixed = isinstance(weights, int)
     taps = FIXED[weights] if isinstance(weights, int) else list(weights)

@@ -1,4 +1,4 @@
-"""Paths that this user may not look at. Root may look at everything, so the refusal is simulated."""
+"""Simulates paths that the user may not read. Tests may run as root, who may read every path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def refuse_forbidden_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every path with "/forbidden" in it raises PermissionError when it is looked at."""
+    """Makes every access to a path with "/forbidden" in it raise PermissionError."""
     stat, scandir = Path.stat, os.scandir
 
     def refuse(path: object) -> None:

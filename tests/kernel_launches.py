@@ -1,7 +1,7 @@
 """Prints what the launchers would compile on a card. The driver here has targets, but no device.
 
-Each line is the JSON of one launch: its kernel, target and dtype, its signature, constants, alignment and
-options, and what budgets.py measures.
+Each line is the JSON of one launch: the kernel, target and dtype, and the signature, constants, alignment and
+options of two binaries: of the launched one, and of the one that budgets.py measures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from clsp_fast.kernels import _launch, budgets, contrastive, rank
 
 
 class Driver:
-    """What triton needs to choose a binary. It caches binaries by device, so the device is the target."""
+    """The methods that triton needs to choose a binary.
+
+    Triton caches binaries by device number, so the target is the device number.
+    """
 
     target = 0
 
@@ -59,7 +62,7 @@ def launch(target: int, dtype: str) -> None:
     Driver.target = target
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Triton calls it before a compilation. True means that it is done; then nothing is launched."""
+        """Triton calls this before a compilation. The result True stops the launch."""
         report(target, dtype, fn, compile)
         return True
 

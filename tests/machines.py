@@ -1,8 +1,9 @@
-"""Runs the numerical tests as other processors would: `make test-machines`, and `make test` a part of it.
+"""Runs the numerical tests with the code paths of other processors.
 
-PyTorch, MKL, oneDNN and our engine choose their code by the processor. Environment variables make them
-choose as on a lesser one, so that one machine stands for many. Each row of the matrix is one run of pytest.
-A failing row does not stop the others. Rows whose instruction sets this processor lacks are skipped by name.
+`make test-machines` runs the whole matrix, and `make test` a part of it. PyTorch, MKL, oneDNN and our engine
+choose code by the processor's instruction sets. Environment variables restrict them to older sets, so one
+machine can stand for many. Each row of the matrix is one run of pytest. A failing row does not stop the
+others. A row is skipped, with a message, if this processor lacks its instruction sets.
 
     python tests/machines.py [--part] [--jobs 2] [--only aten=avx2 ...] [-- arguments of pytest]
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from clsp_fast import _C
 
 HERE = Path(__file__).parent
-# Files whose tests compare floating-point results; a new one belongs here.
+# All files whose tests compare floating-point results. test_numerics.py finds files that are missing here.
 FILES = [
     "test_audio.py",
     "data/test_augment.py",
@@ -65,7 +66,7 @@ FILES = [
     "test_train.py",
     "towers/test_zipformer.py",
 ]
-# What `make test` runs: the towers, the step and the loss, where a machine's rounding shows most.
+# Files that `make test` runs: towers, step and loss, whose results differ most between processors.
 PART_FILES = [
     "towers/test_front.py",
     "test_loss.py",
@@ -80,20 +81,20 @@ PART_FILES = [
 ]
 # Tests that take long, or that start processes with threads of their own.
 LEFT_OUT = "not slow and not multiproc and not alone and not gpu and not fuzz"
-# Memory is no matter of rounding, and each instruction set touches other pages of the libraries.
+# Tests of memory are left out, because each instruction set loads other pages of the libraries.
 NO_MEMORY = "not memory"
 SETS = ("baseline", "avx2", "avx512")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One machine to stand in for.
+    """A processor whose code paths are taken.
 
     Attributes:
         aten: instruction set of PyTorch's operators; PyTorch calls the baseline "default".
         simd: instruction set of our engine.
         threads: threads of PyTorch, MKL and our engine.
-        other: further environment variables, which lower MKL or oneDNN.
+        other: further environment variables, which restrict MKL or oneDNN.
     """
 
     aten: str
@@ -113,19 +114,19 @@ class Row:
             "CLSP_SIMD": self.simd,
             "OMP_NUM_THREADS": str(self.threads),
             "MKL_NUM_THREADS": str(self.threads),
-            # More threads than cores that wait in a loop would take the cores from those that work.
+            # If threads waited in a loop and there were more of them than cores, they would delay the others.
             "OMP_WAIT_POLICY": "passive",
             **self.other,
         }
 
     def lacking(self) -> str:
-        """The instruction set that this processor lacks, or nothing."""
+        """An instruction set of the row that this processor lacks, or ""."""
         return next((s for s in (self.aten, self.simd) if s not in _C.instruction_sets()), "")
 
 
 MATRIX = [
     *(Row(aten, simd, threads) for aten, simd, threads in itertools.product(SETS, SETS, (1, 2, 3))),
-    # Without AVX, as MKL and oneDNN have it for the oldest and the strictest; then with AVX2.
+    # MKL without AVX and with AVX2, then the same for oneDNN.
     Row("baseline", "baseline", 2, {"MKL_CBWR": "COMPATIBLE"}),
     Row("avx2", "avx2", 2, {"MKL_CBWR": "AVX2"}),
     Row("baseline", "baseline", 2, {"DNNL_MAX_CPU_ISA": "SSE41"}),
@@ -138,7 +139,7 @@ PART = [
 
 
 def run(row: Row, files: list[str], arguments: list[str]) -> tuple[str, float]:
-    """Runs the tests as on another machine; the outcome in a word or two, and seconds."""
+    """Runs the tests of a row. Returns the outcome in words, and the seconds."""
     if lacking := row.lacking():
         return f"skipped: this processor has no {lacking}", 0.0
     start = time.perf_counter()
@@ -156,11 +157,13 @@ def run(row: Row, files: list[str], arguments: list[str]) -> tuple[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Runs the numerical tests as other processors would.")
+    parser = argparse.ArgumentParser(
+        description="Runs the numerical tests with the code paths of other processors."
+    )
     parser.add_argument("--part", action="store_true", help="the rows and files that `make test` runs")
-    parser.add_argument("--only", nargs="+", default=[], help="rows that have each of these words")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name has all of these words")
     parser.add_argument("--jobs", default="2", help="processes of pytest")
-    parser.add_argument("arguments", nargs="*", help="for pytest, behind --")
+    parser.add_argument("arguments", nargs="*", help="arguments for pytest, after --")
     options = parser.parse_args()
     rows = [r for r in (PART if options.part else MATRIX) if set(options.only) <= set(r.name.split())]
     files = PART_FILES if options.part else FILES

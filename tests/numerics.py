@@ -4,7 +4,7 @@ A bound that was measured on one machine fails on the next, where wider vectors,
 fused multiplication round differently. The bounds here follow from arithmetic. They bound the Euclidean norm
 of the whole difference, because the error of a single element is random.
 
-Torch is not imported, so that tests of the extension alone can use this file under a sanitizer.
+This file does not import torch, so that tests of the extension can use it under a sanitizer.
 """
 
 from __future__ import annotations

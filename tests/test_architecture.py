@@ -39,7 +39,7 @@ MODULES = list(architecture.package_files().values())
 
 
 def distributions(path: Path) -> set[str]:
-    """The first names of everything that a file imports, anywhere in it."""
+    """The top-level packages that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -49,7 +49,7 @@ def distributions(path: Path) -> set[str]:
     return names
 
 
-def test_every_file_is_looked_at() -> None:
+def test_every_python_file_is_checked() -> None:
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode == 0:  # a checkout, not an unpacked archive
         seen = {str(path.relative_to(ROOT)) for path in (*MODULES, *KERNELS, *BENCH, *TESTS)}
@@ -68,7 +68,7 @@ def test_every_module_has_its_box() -> None:
 def test_boxes_import_only_what_they_may(box: str) -> None:
     below = set(chain(*takewhile(lambda layer: box not in layer, architecture.LAYERS)))
     imported = architecture.box_graph()[box]
-    assert imported <= below, f"{box} imports {imported - below}: no lower layer of {HELPER}"
+    assert imported <= below, f"{box} imports {imported - below}, which no lower layer of {HELPER} holds"
     if box not in ("commands", "package"):
         allowed = ALLOWED.get(box, set())
         imported = imported - {"basics"}
@@ -76,12 +76,12 @@ def test_boxes_import_only_what_they_may(box: str) -> None:
         assert imported == allowed, f"ALLOWED lists {allowed - imported}, which {box} does not import"
 
 
-def test_no_module_imports_itself_through_others() -> None:
-    circle = architecture.cycle(architecture.import_graph())
-    assert not circle, " -> ".join([*circle, circle[0]])
+def test_imports_form_no_cycle() -> None:
+    cycle = architecture.cycle(architecture.import_graph())
+    assert not cycle, " -> ".join([*cycle, cycle[0]])
 
 
-def test_a_circle_and_arrows_that_follow_from_others_are_found() -> None:
+def test_a_cycle_is_found_and_arrows_that_a_longer_path_replaces_are_left_out() -> None:
     assert architecture.cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
     graph: dict[str, set[str]] = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
     assert architecture.cycle(graph) == []
@@ -118,7 +118,7 @@ def test_the_picture_shows_the_imports() -> None:
 
 
 def listed_modules() -> list[str]:
-    """What docs/architecture.md has a line for: Python files, rooms, and files of csrc/ without suffix."""
+    """Python files, rooms, and files of csrc/ without suffix that have a line in docs/architecture.md."""
     text = (ROOT / "docs/architecture.md").read_text()
     return re.findall(r"^- `([^`]+)`: \S", text, re.MULTILINE)
 
@@ -138,13 +138,13 @@ def test_every_module_has_a_line_in_the_docs() -> None:
     assert len(listed) == len(set(listed)), "docs/architecture.md lists a module twice"
 
 
-def test_what_the_docs_say_to_touch_exists() -> None:
+def test_files_and_names_in_the_docs_exist() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     paths = set(re.findall(r"`((?:clsp_fast|csrc|kernels|bench|docs|tests)/[\w./]+\.\w+)`", text))
     assert len(paths) > 60
     gone = [path for path in sorted(paths) if "NAME" not in path and not (ROOT / path).exists()]
     assert not gone, f"docs/architecture.md names files that do not exist: {', '.join(gone)}"
-    # `path`: `name`, or `name` of `path`: the file defines the name.
+    # Where the docs write "`path`: `name`" or "`name` of `path`", the file defines the name.
     named = re.findall(r"`([\w/]+\.(?:py|cpp))`: (?:the loop of )?((?:`\w+`(?: and )?)+)", text)
     named += [(path, names) for names, path in re.findall(r"((?:`\w+`(?: or )?)+) of `([\w/]+\.py)`", text)]
     assert len(named) >= 5
@@ -161,12 +161,12 @@ def test_bench_imports_no_test(path: Path) -> None:
     assert not distributions(path) & {"tests", *(test.stem for test in TESTS)}
 
 
-def test_the_package_does_not_know_bench_and_tests() -> None:
+def test_the_package_imports_neither_bench_nor_tests() -> None:
     for path in MODULES:
         assert not distributions(path) & {"bench", "tests", "conftest"}, path
 
 
-def test_the_engine_knows_neither_python_nor_torch() -> None:
+def test_the_engine_includes_neither_python_nor_torch() -> None:
     for path in (ROOT / "csrc").iterdir():
         if not path.name.startswith("bind"):
             text = path.read_text()
@@ -175,7 +175,7 @@ def test_the_engine_knows_neither_python_nor_torch() -> None:
         assert "include <torch" not in path.read_text(), path
 
 
-def test_one_place_names_instruction_sets() -> None:
+def test_instruction_sets_are_named_in_one_file() -> None:
     files = [path for path in (ROOT / "csrc").iterdir() if path.stem != "simd"]
     assert len(files) > 30
     for path in files:
@@ -183,7 +183,8 @@ def test_one_place_names_instruction_sets() -> None:
 
 
 def test_kernels_stay_a_namespace_package() -> None:
-    # With an __init__.py, running in the root would shadow the `kernels` distribution and break transformers.
+    # With an __init__.py, Python started in the root would import this folder instead of the distribution
+    # `kernels`, and transformers would break.
     assert not (ROOT / "kernels/__init__.py").exists()
 
 
@@ -197,7 +198,7 @@ def test_kernels_import_only_torch_triton_and_each_other() -> None:
                     assert top in {"torch", "triton"} | sys.stdlib_module_names, f"{path.name}: {name}"
 
 
-def test_what_is_required_is_used() -> None:
+def test_required_packages_are_imported() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     required = re.search(r"^dependencies = \[(.*?)^\]", project, re.M | re.S)
     assert required is not None
@@ -222,7 +223,7 @@ def test_importing_is_cheap() -> None:
 
 
 def test_using_a_saved_model_does_not_import_the_compiler(model_folder: Path) -> None:
-    # Its import takes more than a second, longer than the rest of a search for one sentence.
+    # Importing the compiler takes more than a second, longer than the rest of a search for one sentence.
     code = (
         "import sys, numpy, clsp_fast; model = clsp_fast.CLSP.from_pretrained(sys.argv[1]);"
         "model.encode_text(['A calm voice.']); model.encode_audio([numpy.ones(16000, 'f4')]);"

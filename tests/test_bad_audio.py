@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import time
@@ -12,20 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
+from encoded_audio import RATE, encode_samples
 from peak_memory import peak_memory
 
 from clsp_fast.audio import AudioError, AudioLimits, Segment, load, load_batch
 from clsp_fast.features import extract_files
 
-RATE = 16000
-
 
 def encode(samples: int = 8000, kind: str = "WAV", subtype: str | None = None, channels: int = 1) -> bytes:
     x = 0.2 * np.random.default_rng(samples).standard_normal((samples, channels))
-    file = io.BytesIO()
-    soundfile.write(file, x.clip(-0.9, 0.9), RATE, format=kind, subtype=subtype)
-    return file.getvalue()
+    return encode_samples(x.clip(-0.9, 0.9), kind, subtype)
 
 
 def patch(data: bytes, offset: int, layout: str, *values: float) -> bytes:
@@ -40,7 +35,7 @@ DATA = FLOAT.index(b"data") + 8
 
 
 def flac_with_total(total: int, rate: int | None = None, channels: int | None = None) -> bytes:
-    """FLAC whose STREAMINFO says something else: 20 bits of rate, 3 of channels, 5 of width, 36 of length."""
+    """FLAC with other values in STREAMINFO: 20 bits of rate, 3 of channels, 5 of width, 36 of length."""
     fields = int.from_bytes(FLAC[18:26], "big")
     fields = fields >> 36 << 36 | total
     if rate is not None:
@@ -99,7 +94,7 @@ def test_each_has_its_reason(name: str, tmp_path: Path) -> None:
         assert len(caught.value.detail) > 8
 
 
-def test_places_that_are_no_files(tmp_path: Path) -> None:
+def test_paths_that_are_no_files_cannot_be_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "secret.wav").write_bytes(WAV)
     places = [
@@ -109,9 +104,9 @@ def test_places_that_are_no_files(tmp_path: Path) -> None:
         "/dev/null",
         str(tmp_path / "secret.wav") + "\0x",
     ]
-    got = load_batch(places, num_threads=1)
-    assert [item.reason.value for item in got if isinstance(item, AudioError)] == ["open"] * len(places)
-    assert "No such file" in str(got[0])
+    result = load_batch(places, num_threads=1)
+    assert [item.reason.value for item in result if isinstance(item, AudioError)] == ["open"] * len(places)
+    assert "No such file" in str(result[0])
 
 
 BOMBS: dict[str, tuple[bytes, str]] = {
@@ -136,23 +131,23 @@ BOMBS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_header_bombs_neither_allocate_nor_hang(name: str) -> None:
     data, reason = BOMBS[name]
-    load_batch([WAV], num_threads=1)  # loads what the first use loads
+    load_batch([WAV], num_threads=1)  # the first call also loads libraries and tables
     tracemalloc.start()
     start = time.thread_time()
     try:
         with peak_memory() as resident:
-            got = load_batch([data], num_threads=1)[0]
+            result = load_batch([data], num_threads=1)[0]
         reserved = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert time.thread_time() - start < 1
-    assert reserved < 16e6  # numpy's, touched or not
-    assert resident.bytes < 16e6  # C++'s
+    assert reserved < 16e6  # allocated by numpy, used or not
+    assert resident.bytes < 16e6  # used by C++ and Python
     if reason:
-        assert isinstance(got, AudioError)
-        assert got.reason.value == reason, got
-    elif not isinstance(got, AudioError):  # clamped to what the file holds
-        assert 0 < len(got) <= 8000
+        assert isinstance(result, AudioError)
+        assert result.reason.value == reason, result
+    elif not isinstance(result, AudioError):  # cut to the samples that the file has
+        assert 0 < len(result) <= 8000
 
 
 def test_flac_of_unknown_length_is_accepted(tmp_path: Path) -> None:
@@ -169,9 +164,9 @@ def test_flac_of_unknown_length_is_accepted(tmp_path: Path) -> None:
         (Segment(data, start_s=9.0), AudioLimits(), "segment"),
         (Segment(data, start_s=1e300), AudioLimits(), "segment"),
     ):
-        (got,) = load_batch([segment], limits=limits)
-        assert isinstance(got, AudioError)
-        assert got.reason.value == reason
+        (result,) = load_batch([segment], limits=limits)
+        assert isinstance(result, AudioError)
+        assert result.reason.value == reason
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2), (8000, 1), (48000, 1), (24000, 2)])
@@ -180,11 +175,9 @@ def test_mp3_that_does_not_state_its_length_is_decoded_to_its_end(
     rate: int, channels: int, tagged: bool, tmp_path: Path
 ) -> None:
     """Encoders state the length in the first frame; streams and cut files lack this frame."""
-    file = io.BytesIO()
     loud = 0.2 * np.random.default_rng(0).standard_normal((rate * 3, channels)).clip(-4, 4)
     loud[rate:] *= 1e-3  # so that the bit rate varies
-    soundfile.write(file, loud, rate, format="MP3")
-    data = file.getvalue()
+    data = encode_samples(loud, "MP3", rate=rate)
     bare = data[data.index(data[:2], 40) :]
     assert b"Xing" not in bare
     assert b"Info" not in bare
@@ -227,10 +220,10 @@ def test_good_recordings_of_a_bad_folder_are_not_lost(tmp_path: Path) -> None:
         (tmp_path / f"{i}.bad").write_bytes(data)
     bad = sorted(tmp_path.iterdir())
     paths = [WAV, *bad[:20], FLAC, *bad[20:], tmp_path / "missing", MP3]
-    got = extract_files(paths, on_error="skip", num_threads=2)
-    assert got.kept.tolist() == [0, 21, len(paths) - 1]
-    assert len(got.errors) == len(CASES) + 1
-    assert bool(got.values.isfinite().all())
+    result = extract_files(paths, on_error="skip", num_threads=2)
+    assert result.kept.tolist() == [0, 21, len(paths) - 1]
+    assert len(result.errors) == len(CASES) + 1
+    assert bool(result.values.isfinite().all())
 
 
 Mutation = Callable[[bytearray, np.random.Generator], None]
@@ -285,7 +278,7 @@ SEEDS = [
 
 
 def check_mutants(first: int, count: int) -> None:
-    """No crash, no hang and no other exception. Loaded samples are finite, in range and not empty.
+    """Mutants cause no crash, no hang and no other exception. Loaded samples are finite, in range, not empty.
 
     FLAC has checksums, so a damaged file is refused or gives exactly the original samples.
     """
@@ -295,16 +288,16 @@ def check_mutants(first: int, count: int) -> None:
         data = bytearray(SEEDS[number % len(SEEDS)])
         MUTATIONS[number // len(SEEDS) % len(MUTATIONS)](data, rng)
         start = time.thread_time()
-        (got,) = load_batch([bytes(data)], num_threads=1)
+        (result,) = load_batch([bytes(data)], num_threads=1)
         assert time.thread_time() - start < 1, number
-        if isinstance(got, AudioError):
-            assert got.reason.value not in ("open", "memory"), (number, got)
+        if isinstance(result, AudioError):
+            assert result.reason.value not in ("open", "memory"), (number, result)
             continue
-        assert got.dtype == np.float32
-        assert 80 <= len(got) <= 3600 * RATE, number
-        assert np.abs(got).max() <= 16, number
+        assert result.dtype == np.float32
+        assert 80 <= len(result) <= 3600 * RATE, number
+        assert np.abs(result).max() <= 16, number
         if SEEDS[number % len(SEEDS)].startswith(b"fLaC"):
-            assert np.array_equal(got, whole[number % len(SEEDS)]), number
+            assert np.array_equal(result, whole[number % len(SEEDS)]), number
 
 
 @pytest.mark.parametrize("part", range(4))

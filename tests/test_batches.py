@@ -16,14 +16,8 @@ from torch import Tensor
 
 from clsp_fast import batches, features
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, Segment
-from clsp_fast.config import MODEL_PRESETS, Batching, DataConfig, EncodeConfig
+from clsp_fast.config import Batching, DataConfig, EncodeConfig
 from clsp_fast.model import CLSP
-
-
-@pytest.fixture(scope="module")
-def tiny() -> CLSP:
-    torch.manual_seed(1)
-    return CLSP(MODEL_PRESETS["tiny"]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +70,7 @@ def test_a_long_clip_is_the_weighted_mean_of_its_windows(tiny: CLSP, exact: CLSP
     assert float((tiny.encode_audio([clip])[0] - embedded).abs().max()) > 1e-3  # windows make a difference
 
 
-def test_a_rest_too_short_for_a_window_joins_the_one_before(tiny: CLSP, exact: CLSP) -> None:
+def test_a_rest_too_short_for_a_window_joins_the_window_before_it(tiny: CLSP, exact: CLSP) -> None:
     clip = noise(2.05)
     embedded = tiny.encode_audio([clip], long_audio="window", window_s=1.0)[0]
     frames = features.extract(clip).values[0]
@@ -137,7 +131,7 @@ def test_progress_counts_recordings_not_windows(tiny: CLSP, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_compressed_counts_as_the_audio_that_it_becomes(tmp_path: Path) -> None:
+def test_compressed_files_count_by_their_decoded_size(tmp_path: Path) -> None:
     for suffix in (".wav", ".WAV", ".flac", ".opus", ".mp3"):
         (tmp_path / f"a{suffix}").write_bytes(bytes(1000))
     names = ["a.wav", "a.WAV", "a.flac", "a.opus", "a.mp3"]

@@ -1,4 +1,4 @@
-"""The benchmark: nothing is timed that disagrees, and the docs claim nothing that was not recorded."""
+"""The benchmark times no provider whose result disagrees, and the docs state only recorded numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def case_of(*providers: Provider, **settings: Any) -> Case:
         "expected": lambda _: 1.0,
         "gate": close(0.1),
         "providers": providers,
-        "threads": 2,  # judged by wall time, which sleeping takes
+        "threads": 2,  # the wall time is judged; sleeping takes no CPU time
     }
     return Case(**(given | settings))
 
@@ -172,7 +172,7 @@ def test_one_thread_is_judged_by_cpu_time() -> None:
     assert row["wall_s"]["min"] > 0.05 > row["cpu_s"]["min"]
 
 
-def test_summary() -> None:
+def test_a_summary_has_minimum_median_and_spread() -> None:
     assert summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"min": 1.0, "median": 3.0, "spread": pytest.approx(2 / 3)}
 
 
@@ -391,7 +391,9 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_must_name_a_commit_of_this_history(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without a history, or without the commit in it, the check only warns."""
     repository = tmp_path / "repository"
     results = repository / "bench/results/r.json"
@@ -405,8 +407,8 @@ def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.Captu
         results.write_text(json.dumps({"cases": {"case": {"commit": commit}}}))
 
     name("unknown")
-    code, told = checked()
-    assert (code, told[:8]) == (0, "warning:")
+    code, output = checked()
+    assert (code, output[:8]) == (0, "warning:")
     git(repository, "init", "--quiet")
     for message in ("first", "rewritten"):
         git(repository, "commit", "--quiet", "--allow-empty", "-m", message)
@@ -415,9 +417,9 @@ def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.Captu
     foreign = git(repository, "rev-parse", "--short=12", "HEAD")
     git(repository, "commit", "--quiet", "--amend", "--allow-empty", "-m", "instead")
     name(foreign)
-    code, told = checked()
+    code, output = checked()
     assert code == 1
-    assert f"commit {foreign} of r.json is not in the history of HEAD" in told
+    assert f"commit {foreign} of r.json is not in the history of HEAD" in output
     name("0123456789ab")
     assert checked()[0] == 0
     git(repository, "add", ".")
@@ -425,8 +427,8 @@ def test_results_have_to_be_of_this_history(tmp_path: Path, capsys: pytest.Captu
     git(tmp_path, "clone", "--quiet", "--depth=1", repository.as_uri(), "shallow")
     shallow = tmp_path / "shallow/bench/results/r.json"
     shallow.write_text(results.read_text().replace("0123456789ab", git(repository, "rev-parse", "HEAD~2")))
-    code, told = checked(tmp_path / "shallow")
-    assert (code, told[:8]) == (0, "warning:")
+    code, output = checked(tmp_path / "shallow")
+    assert (code, output[:8]) == (0, "warning:")
 
 
 def test_memory_that_could_not_be_measured_is_reported() -> None:

@@ -1,4 +1,4 @@
-"""The benchmark beside busy processes: results stay the same, and limits are judged by the rounds."""
+"""The benchmark beside busy processes: results stay the same, and limits are compared with the rounds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cpu_s(pid: int) -> float:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc")
-def test_neighbours_are_busy_when_told_and_end_with_their_object() -> None:
+def test_neighbours_are_busy_on_request_and_end_with_their_object() -> None:
     neighbours = busy_cases.Neighbours()
     processes = list(neighbours._processes)
 

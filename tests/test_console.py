@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_data import MakeClips, write_rows
 from torch.distributed.run import get_args_parser
 
 from clsp_fast import batches, console, embed, score, search, train
@@ -220,7 +220,7 @@ def test_full_and_closed_streams(tmp_path: Path, code: str, streams: str, return
 def test_a_full_standard_output_is_named_by_commands(
     tmp_path: Path,
     model_folder: Path,
-    make_clips: Callable[[Path, int], list[Path]],
+    make_clips: MakeClips,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [
@@ -228,9 +228,8 @@ def test_a_full_standard_output_is_named_by_commands(
         for clip in make_clips(tmp_path / "clips", 8)
     ]
     source, model = tmp_path / "m.jsonl", ["--model", str(model_folder), "--device", "cpu"]
-    source.write_text("".join(json.dumps({"id": str(i)} | row) + "\n" for i, row in enumerate(rows)))
-    pairs = tmp_path / "p.jsonl"
-    pairs.write_text("".join(f'{{"audio": "{row["audio"]}", "caption": "A voice."}}\n' for row in rows))
+    write_rows(source, [{"id": str(i)} | row for i, row in enumerate(rows)])
+    pairs = write_rows(tmp_path / "p.jsonl", [{"audio": row["audio"], "caption": "A voice."} for row in rows])
     words = ["tiny", "--data.manifest", str(source), "--data.min-seconds", "0.1", "--stage1-steps", "1"]
     words += ["--stage2-steps", "0", "--model.text.vocab-size", "300", "--device", "cpu"]
     out = str(tmp_path / "out")

@@ -7,15 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sample_data import MakeClips, write_rows
 
 from clsp_fast import console, embed, evaluate, score, search
 from clsp_fast.data import __main__ as data_command
 
-MakeClips = Callable[[Path, int], list[Path]]
 NAME = "caf\udce9 d\u00e9j\u00e0 \u58f0.wav"
 
 
@@ -80,10 +79,10 @@ def test_no_command_fails_because_of_a_name(
     bad = str(tmp_path / "clips" / f"no {NAME}")
     rows = [{"audio": str(path), "captions": ["Une voix calme."], "id": f"\u00e9{i}", "\u00e9": 1}
             for i, path in enumerate((clip, tmp_path / "clips" / NAME, bad))]  # fmt: skip
-    manifest = tmp_path / "caf\u00e9.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"audio": row["audio"], "caption": "\u00e9"}) + "\n" for row in rows))
+    manifest = write_rows(tmp_path / "caf\u00e9.jsonl", rows)
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl", [{"audio": row["audio"], "caption": "\u00e9"} for row in rows]
+    )
     model = ["--model", str(model_folder), "--device", "cpu"]
     out = str(tmp_path / "out \u00e9")
     commands = (

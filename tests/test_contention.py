@@ -1,8 +1,7 @@
-"""Shorter waits while other processes want the CPUs: when they are chosen, and that they are shorter."""
+"""Shorter waits while other processes use the CPUs: when they are chosen, and that they are shorter."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sample_data import write_rows
 
 from clsp_fast import contention, train
 from clsp_fast.config import TRAIN_PRESETS, DataConfig
@@ -67,18 +67,22 @@ def test_threads_of_this_process_and_idle_cpus_are_no_contention(
 
 
 @pytest.mark.parametrize("setting", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_what_the_user_set_stays(observe: Observe, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+def test_settings_of_the_user_are_kept(
+    observe: Observe, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
     monkeypatch.setenv(setting, "active")
     assert observe(BUSY, BUSY) == 0
 
 
-def test_lone_threads_wait_for_nobody(observe: Observe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_thread_needs_no_spare_team(observe: Observe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert observe(BUSY, BUSY) == 0
 
 
 @pytest.mark.parametrize(("threads", "cpus"), [(2, 2), (3, 2), (2, 16), (8, 16), (16, 16), (16, 8)])
-def test_spare_teams_make_more_threads_than_cpus_but_no_more_teams_than_that(threads: int, cpus: int) -> None:
+def test_spare_teams_make_more_threads_than_cpus_with_as_few_teams_as_possible(
+    threads: int, cpus: int
+) -> None:
     teams = contention._teams_needed(threads, cpus)
     counted = threads + teams * (threads - 1)
     assert counted > cpus
@@ -106,7 +110,7 @@ def test_without_counts_of_the_system_nothing_changes() -> None:
 
 
 def stat(folder: Path, text: str) -> Path:
-    """A folder like /proc with this content of `stat`, for a process without threads."""
+    """A folder like /proc, with `text` in its file stat, for a process without threads."""
     (folder / "self/task").mkdir(parents=True)
     (folder / "stat").write_text(text)
     return folder
@@ -154,11 +158,11 @@ def test_a_system_that_allows_no_more_threads_is_asked_once(
 ) -> None:
     """The run goes on, and the teams that did start are ended."""
     monkeypatch.setattr(contention, "_cpus", lambda: set(range(8)))
-    before, asked, start = threading.active_count(), [], threading.Thread.start
+    before, attempts, start = threading.active_count(), [], threading.Thread.start
 
     def second_fails(thread: threading.Thread) -> None:
-        asked.append(thread)
-        if len(asked) == 2:
+        attempts.append(thread)
+        if len(attempts) == 2:
             raise error
         start(thread)
 
@@ -166,11 +170,11 @@ def test_a_system_that_allows_no_more_threads_is_asked_once(
     assert observe(BUSY, BUSY) == 0
     assert threading.active_count() == before
     assert observe(BUSY, BUSY) == 0
-    assert len(asked) == 2
+    assert len(attempts) == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's /proc")
-def test_usage_counts_others_and_not_us() -> None:
+def test_usage_counts_other_processes_only() -> None:
     started, before = time.perf_counter(), contention.usage()
     while time.perf_counter() < started + 0.3:
         pass
@@ -206,8 +210,7 @@ def test_training_adapts_waits_at_every_step(calls: list[str], tmp_path: Path) -
     noise = np.random.default_rng(0).standard_normal(8000) * 0.1
     soundfile.write(tmp_path / "a.wav", noise, 16000)
     rows = [{"id": f"c{i}", "audio": "a.wav", "captions": ["She whispers."]} for i in range(4)]
-    manifest = tmp_path / "train.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = write_rows(tmp_path / "train.jsonl", rows)
     data = DataConfig(manifest=manifest, batch_clips=2, buckets=1)
     config = replace(TRAIN_PRESETS["tiny"], run=tmp_path / "run", data=data, device="cpu")
     train.train(replace(config, stage1_steps=3, stage2_steps=0))
@@ -290,7 +293,7 @@ def test_a_process_may_end_while_spare_teams_start(code: str, status: int) -> No
         assert "terminate" not in done.stderr
 
 
-def test_a_closed_watch_starts_no_more() -> None:
+def test_a_closed_watch_starts_no_more_teams() -> None:
     assert run_to_its_end(
         "watch.close(); print(watch.spare); now[0] = 3.0; watch.adapt_waits(); print(watch.spare)"
     ).stdout == ("1\n0\n0\n")

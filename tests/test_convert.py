@@ -1,14 +1,14 @@
-"""Reference checkpoints: names, wrappers, files, and what does not fit."""
+"""Reference checkpoints: names, wrappers, files, and weights that do not fit."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from sample_data import GOLDEN, LFS_POINTER, Attack, Golden
 from torch import Tensor
 
 from clsp_fast import convert
@@ -16,8 +16,6 @@ from clsp_fast.config import MODEL_PRESETS
 from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
-Golden = Callable[[str], dict[str, Tensor]]
 CONFIG = json.loads((GOLDEN / "golden_a.config.json").read_text())
 
 
@@ -32,7 +30,7 @@ def test_round_trip_is_strict_and_exact(weights: dict[str, Tensor]) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 
-def test_wrappers_prefixes_and_old_buffers_are_dealt_with(weights: dict[str, Tensor]) -> None:
+def test_wrappers_prefixes_and_old_buffers_are_removed(weights: dict[str, Tensor]) -> None:
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     wrapped["module.text_encoder.embeddings.position_ids"] = torch.arange(66)[None]
     checkpoint = {"model": wrapped, "optimizer": {"lr": 0.1}, "epoch": 3}
@@ -167,7 +165,7 @@ def test_command_converts_a_folder_as_it_is(weights: dict[str, Tensor], tmp_path
     assert model.tokenizer is not None
 
 
-def test_averages_kept_beside_the_weights_and_of_several_files(
+def test_averages_of_one_checkpoint_or_of_several_are_converted(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
     average = {name: tensor.double() + 0.25 for name, tensor in weights.items()}
@@ -189,7 +187,7 @@ def test_averages_kept_beside_the_weights_and_of_several_files(
         convert.main([*words, "--checkpoint", str(tmp_path / "a.pt"), str(tmp_path / "c.pt")])
 
 
-def test_towers_start_from_checkpoints_of_their_own(
+def test_each_tower_may_start_from_another_checkpoint(
     weights: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speech = {f"speech.{k}": v for k, v in weights.items() if k.startswith(convert.SPEECH)}
@@ -200,10 +198,10 @@ def test_towers_start_from_checkpoints_of_their_own(
     save_file(text | {"lm_head.bias": torch.zeros(9)}, tmp_path / "roberta/model.safetensors")
     words = ["reference", "--out", str(tmp_path / "m"), "--config", str(GOLDEN / "golden_a.config.json")]
     convert.main([*words, "--speech", str(tmp_path / "spear.pt"), "--text", str(tmp_path / "roberta")])
-    told = capsys.readouterr().out
-    assert "ignored: decoder.weight" in told
-    assert "ignored: lm_head.bias" in told
-    assert "missing: pooler.dense.bias, pooler.dense.weight" in told
+    caught = capsys.readouterr().out
+    assert "ignored: decoder.weight" in caught
+    assert "ignored: lm_head.bias" in caught
+    assert "missing: pooler.dense.bias, pooler.dense.weight" in caught
     state = CLSP.from_pretrained(tmp_path / "m").state_dict()
     for name, tensor in weights.items():
         of_tower = name.startswith(("encoder", "text_encoder.")) and ".pooler." not in name
@@ -232,11 +230,6 @@ def test_a_folder_without_one_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../secret"}}')
     with pytest.raises(ValueError, match="not a file beside it"):
         convert.read_checkpoint(tmp_path)
-
-
-class Attack:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.touch, (Path("attack_ran"),)  # type: ignore[return-value]
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +270,7 @@ PREFIXES += ("_fsdp_wrapped_module.", "module._fsdp_wrapped_module._orig_mod.")
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-def test_what_wrappers_add_to_names_is_removed_in_any_order(
+def test_prefixes_of_wrappers_are_removed_in_any_order(
     weights: dict[str, Tensor], prefix: str, wrapper: str | None
 ) -> None:
     wrapped = {prefix + name: tensor for name, tensor in weights.items()}
@@ -341,14 +334,14 @@ def test_long_lists_of_names_take_one_line(weights: dict[str, Tensor], tmp_path:
         lambda: convert.unwrap({f"key {i}": i for i in range(1000)}),
         lambda: convert.unwrap(weights | {f"module.{name}": x for name, x in weights.items()}),
     ):
-        with pytest.raises(ValueError, match=r"\d of [\d,]+: ") as told:
+        with pytest.raises(ValueError, match=r"\d of [\d,]+: ") as caught:
             attempt()
-        messages.append(str(told.value))
+        messages.append(str(caught.value))
     for tensors in (others, grown):
         save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=r"model\.safetensors does not fit .*\d of \d+: ") as told:
+        with pytest.raises(ValueError, match=r"model\.safetensors does not fit .*\d of \d+: ") as caught:
             CLSP.from_pretrained(tmp_path)
-        messages.append(str(told.value).replace(str(tmp_path), ""))
+        messages.append(str(caught.value).replace(str(tmp_path), ""))
     for message in messages:
         assert len(message) < 400, message
         assert "\n" not in message
@@ -378,7 +371,7 @@ def test_a_git_lfs_pointer_in_place_of_a_file_is_named(
     weights: dict[str, Tensor], tmp_path: Path, name: str
 ) -> None:
     save_file(weights, tmp_path / "good.safetensors")
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    (tmp_path / name).write_text(LFS_POINTER)
     checkpoint = tmp_path / ("good.safetensors" if name == "c.json" else name)
     words = ["reference", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "m")]
     words += ["--config", str(tmp_path / "c.json")] if name == "c.json" else []

@@ -25,6 +25,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
+from sample_data import GOLDEN, MakeClips, write_rows
 from test_console import COMMANDS, options_of, torchruns_options
 
 from bench import plot
@@ -36,8 +37,6 @@ from clsp_fast.storage import log
 from clsp_fast.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
-Clips = Callable[[Path, int], list[Path]]
 
 
 class Document:
@@ -48,7 +47,7 @@ class Document:
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         self.spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
         self.lists = [self._commands(block) for block in self.code("sh")]
-        # Between backticks, what has a module or a target is a command; the rest are names and options.
+        # A text between backticks with a module or a target is a command. Others are names and options.
         self.inline = [s for s in self.spans if re.match(r"(python|torchrun)\b.*-m |make \w+$", s)]
 
     def code(self, language: str) -> list[str]:
@@ -60,7 +59,7 @@ class Document:
         return [line for line in lines if line]
 
     def strays(self) -> list[str]:
-        """What looks like a command or code but is not executed.
+        """Texts that look like a command or code but are not executed.
 
         Executed are `lists`, `inline`, and blocks of python and JSON. Blocks without a language are output.
         """
@@ -82,11 +81,7 @@ PAGES = {
 INLINE = list(dict.fromkeys(chain(README.inline, *(page.inline for page in PAGES.values()))))
 
 
-def write_rows(path: str, rows: list[dict[str, object]]) -> None:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def lay_out(make_clips: Clips) -> None:
+def lay_out(make_clips: MakeClips) -> None:
     """Creates the files that the commands read, in the current folder."""
     clips = make_clips(Path("clips"), 16)
     for name in ("a.wav", "b.flac", "c.mp3"):
@@ -94,7 +89,7 @@ def lay_out(make_clips: Clips) -> None:
         soundfile.write(name, wave, rate)
     shutil.copy(clips[1], "clips/1.wav")
     write_rows(
-        "m.jsonl",
+        Path("m.jsonl"),
         [
             {
                 "audio": str(path),
@@ -108,7 +103,7 @@ def lay_out(make_clips: Clips) -> None:
         file.write("".join(README.code("json")))
     shutil.copy("m.jsonl", "v.jsonl")
     shutil.copy("m.jsonl", "test.jsonl")
-    write_rows("pairs.jsonl", [{"audio": str(path), "caption": "A voice."} for path in clips[:5]])
+    write_rows(Path("pairs.jsonl"), [{"audio": str(path), "caption": "A voice."} for path in clips[:5]])
     for i, path in enumerate(clips):
         target = Path(f"RAVDESS/Actor_{i // 8 + 1:02d}/03-01-{i % 8 + 1:02d}-01-01-01-{i // 8 + 1:02d}.wav")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,12 +141,12 @@ def lay_out(make_clips: Clips) -> None:
         script.chmod(0o755)
 
 
-def only_slower(told: str) -> bool:
+def only_slower(output: str) -> bool:
     """Whether bench.run ended with 1 only because clsp_fast is slower than in the older results.
 
     That may happen on another machine. It must not end with 1 because a result disagrees or a case fails.
     """
-    return "x the time of before" in told and not re.search(r"DISAGREES|\bfailed\b", told)
+    return "x the time of before" in output and not re.search(r"DISAGREES|\bfailed\b", output)
 
 
 class Shell:
@@ -218,16 +213,16 @@ class Shell:
             )
 
     def _install(self, command: str) -> None:
-        """As far as pip goes with --dry-run, which warns of an extra that does not exist."""
+        """Runs pip with --dry-run, which warns of an extra that does not exist."""
         target = re.fullmatch(r"pip install '?\.((?:\[[\w,-]+\])?)'?", command)
         assert target, command
         dry = "-m pip install --dry-run --no-deps --no-build-isolation --disable-pip-version-check"
-        told = self._whole(f"python {dry} '{ROOT}{target[1]}' 2>&1")
-        assert "Would install clsp_fast" in told
-        assert "does not provide the extra" not in told, told
+        output = self._whole(f"python {dry} '{ROOT}{target[1]}' 2>&1")
+        assert "Would install clsp_fast" in output
+        assert "does not provide the extra" not in output, output
 
     def _interrupted(self, command: str) -> None:
-        """A run of many hours: Ctrl-C, once it trains, saves it."""
+        """Starts a run of many hours, and interrupts it as soon as it trains. It must save a checkpoint."""
         process = subprocess.Popen(
             ["bash", "-c", f"exec {command}"],
             cwd=self.folder,
@@ -282,7 +277,7 @@ PYTHON = "\n".join(
 def test_every_command_runs_as_it_stands(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    make_clips: Clips,
+    make_clips: MakeClips,
     open_in_browser: Callable[[Path], str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -290,13 +285,13 @@ def test_every_command_runs_as_it_stands(
     shell = Shell(tmp_path)
     setup, training, use = README.lists
     behind = list(chain(*chain(*(page.lists for page in PAGES.values()))))
-    # The second list needs nothing of the first, so both run at the same time, on two cores.
+    # The two lists do not depend on each other, so they run at the same time, on two cores.
     first = [*setup, "python readme.py", *use]
     second = [*training, *behind, *(command for command in INLINE if command not in setup)]
     Path("readme.py").write_text(PYTHON)
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(shell.run_all, commands) for commands in (first, second)]
-        for done in both:
+        running = [pool.submit(shell.run_all, commands) for commands in (first, second)]
+        for done in running:
             done.result()
     assert set(shell.ran) >= {*chain(*README.lists), *behind, *INLINE}
     assert len(shell.ran) > 20
@@ -329,7 +324,7 @@ def _results(subject: dict[str, object], seconds: float | None) -> dict[str, Any
     return {"c": case | {"providers": {"subject": subject | time_s}}}
 
 
-def test_nothing_stands_there_that_is_not_executed() -> None:
+def test_all_commands_and_code_of_the_docs_are_executed() -> None:
     for page in (README, *PAGES.values()):
         assert page.strays() == []
         assert page is README or (page.code("python"), page.code("json")) == ([], [])
@@ -367,7 +362,7 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert named <= known
 
 
-def test_without_arguments_it_is_the_demo() -> None:
+def test_train_without_arguments_runs_the_demo() -> None:
     assert train.parse([]) == TRAIN_PRESETS["tiny"]
     assert TRAIN_PRESETS["tiny"].data.manifest is None
 
@@ -381,7 +376,7 @@ def test_the_presets_are_those_of_the_docs() -> None:
 
 
 def test_the_first_screen_states_recorded_numbers() -> None:
-    """The two measured numbers of the README, and the machine that they are of."""
+    """The measured numbers of the README, and the machine that measured them."""
     screen = README_TEXT[: README_TEXT.index("## Install")]
     results = ROOT / "bench/results"
     frontend, features = plot.newest(results, "frontend")

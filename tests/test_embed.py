@@ -1,4 +1,4 @@
-"""Bulk embedding: identical after any interruption; errors by recording; folders that do not fit."""
+"""Bulk embedding: the same folder after any interruption, errors by recording, folders of other runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_as_exact, in_float64
+from sample_data import MakeClips
 
 from clsp_fast import embed as command
 from clsp_fast.data.manifest import read_source
@@ -31,8 +32,6 @@ from clsp_fast.storage import embedding_folder
 from clsp_fast.storage.embedding_folder import Embeddings
 from clsp_fast.storage.files import FolderInUse, lock_folder
 from clsp_fast.storage.ranks import Ranks
-
-MakeClips = Callable[[Path, int], list[Path]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,7 +66,7 @@ def test_a_folder_holds_what_encode_audio_gives(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_complete_and_identical(
+def test_a_run_killed_at_any_moment_ends_complete_and_identical(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips
 ) -> None:
     originals = make_clips(tmp_path / "originals", 50)
@@ -102,7 +101,7 @@ def test_killed_at_any_moment_it_ends_complete_and_identical(
     assert killed == uninterrupted
 
 
-def test_a_finished_folder_takes_what_was_added_to_its_list(
+def test_recordings_added_to_the_list_are_added_to_a_finished_folder(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = make_clips(tmp_path / "clips", 11)
@@ -180,7 +179,7 @@ def test_names_that_are_not_utf8_survive(tmp_path: Path, model_folder: Path, mak
     assert run(tmp_path / "clips", tmp_path / "out", model_folder).complete
 
 
-def test_a_full_disk_costs_nothing_that_was_done(
+def test_a_full_disk_loses_no_finished_shard(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_clips(tmp_path / "clips", 9)
@@ -201,7 +200,7 @@ def test_a_full_disk_costs_nothing_that_was_done(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_one_process_at_a_time_has_a_folder(
+def test_only_one_process_at_a_time_writes_to_a_folder(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips
 ) -> None:
     make_clips(tmp_path / "clips", 1)
@@ -244,7 +243,7 @@ def test_an_empty_source_is_no_folder() -> None:
         EmbedConfig(source="", out=Path("embeddings"))
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_says_how_to_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(config: EmbedConfig) -> None:
@@ -257,7 +256,7 @@ def test_an_interrupt_says_how_to_go_on(
     assert "the same command continues" in capsys.readouterr().err
 
 
-def test_the_command_tells_of_failures(
+def test_the_command_reports_failures(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_clips(tmp_path / "clips", 2)
@@ -268,12 +267,12 @@ def test_the_command_tells_of_failures(
     with pytest.raises(SystemExit) as stop:
         command.main([str(tmp_path / "m.jsonl"), str(tmp_path / "two"), *words[2:]])
     assert stop.value.code == 3
-    told = capsys.readouterr()
-    assert "1 bad lines" in told.err
-    assert "line 2: not JSON" in told.err
+    printed = capsys.readouterr()
+    assert "1 bad lines" in printed.err
+    assert "line 2: not JSON" in printed.err
 
 
-def test_the_first_process_alone_says_what_is_left(
+def test_only_the_first_process_decides_what_is_left_to_do(
     tmp_path: Path, model_folder: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Second(Ranks):

@@ -1,4 +1,4 @@
-"""The evaluation commands: figures equal their definitions; what cannot be evaluated is named."""
+"""The evaluation commands: figures equal their definitions, and bad input is named."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sample_data import MakeClips, write_rows
 
 from clsp_fast import evaluate as command
 from clsp_fast import metrics
@@ -28,7 +28,6 @@ from clsp_fast.evaluate import (
 from clsp_fast.evaluation.report import save_picture
 from clsp_fast.model import CLSP
 
-MakeClips = Callable[[Path, int], list[Path]]
 MOODS = ("calm", "tense", "tired")
 
 
@@ -37,17 +36,15 @@ def manifest(tmp_path: Path, make_clips: MakeClips) -> Path:
     """Thirty clips with captions and a mood; one cannot be read, one has a mood that is no label."""
     make_clips(tmp_path / "clips", 30)
     (tmp_path / "clips/00004.wav").write_text("no audio")
-    lines = []
+    rows = []
     for i in range(30):
         row: dict[str, Any] = {"id": f"c{i}", "audio": f"clips/{i:05d}.wav", "tags": {"mood": MOODS[i % 3]}}
         row["global_captions"] = [f"Voice {i}.", f"Speaker {i}."][: 1 + i % 2]
         row["finegrained_captions"] = [f"Voice {i} {'rises ' * k}" for k in (1, 3, 2)][: i % 4]
         if i == 7:
             row["tags"] = {"mood": "unknown"}
-        lines.append(json.dumps(row) + "\n")
-    path = tmp_path / "m.jsonl"
-    path.write_text("".join(lines))
-    return path
+        rows.append(row)
+    return write_rows(tmp_path / "m.jsonl", rows)
 
 
 def config(kind: type[Any], source: Path, model: Path, **options: Any) -> Any:
@@ -152,7 +149,7 @@ def test_a_corpus_in_its_own_folder(tmp_path: Path, make_clips: MakeClips, model
     results = zeroshot(config(ZeroshotConfig, tmp_path / "RAVDESS", model_folder, task=tasks))
     assert [results["zeroshot"][name]["n"] for name in tasks] == [16, 16]
     rows = [{"audio": str(p), "tags": {"gender": "male"}} for p in (tmp_path / "RAVDESS").rglob("*.wav")]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "m.jsonl", rows)
     results = zeroshot(config(ZeroshotConfig, tmp_path / "m.jsonl", model_folder, task=("ravdess-gender",)))
     assert results["zeroshot"]["ravdess-gender"]["majority"] == 1.0
     with pytest.raises(ValueError, match="task must be tasks of one layout"):
@@ -283,9 +280,9 @@ def test_the_commands_write_print_and_draw(
         with pytest.raises(SystemExit) as stop:
             command.main([*words, *options])
         assert stop.value.code in ((0 if words[0] == "similarity" else 3,))
-        told = capsys.readouterr()
-        assert shown in told.out
-        assert f"picture: {tmp_path}/out/{words[0]}.png" in told.out
+        printed = capsys.readouterr()
+        assert shown in printed.out
+        assert f"picture: {tmp_path}/out/{words[0]}.png" in printed.out
         assert (tmp_path / f"out/{words[0]}.png").stat().st_size > 5000
         results = json.loads((tmp_path / "out/results.json").read_text(), parse_constant=pytest.fail)
         assert results["kind"] == words[0]

@@ -1,4 +1,4 @@
-"""ONNX files: the embeddings of the model for batches of any size, and errors of what cannot be exported."""
+"""ONNX files give the embeddings of the model for batches of any size; failed exports are named."""
 
 from __future__ import annotations
 
@@ -268,26 +268,26 @@ def test_no_graph_stands_beside_the_weights_of_another(
             (folder / name).write_text(folder.name)
     replace, seen = Path.replace, []
 
-    def look(path: Path, target: Path) -> Path:
+    def replace_and_look(path: Path, target: Path) -> Path:
         result = replace(path, target)
         pair = [p.read_text() for p in sorted(out.glob("audio*"))]
         seen.append(len(set(pair)))
         return result
 
-    monkeypatch.setattr(Path, "replace", look)
+    monkeypatch.setattr(Path, "replace", replace_and_look)
     export._move_files(new, out)
     assert seen == [1, 1, 1]
     assert {path.read_text() for path in out.iterdir()} == {"new"}
 
 
 @needs_onnx
-def test_a_number_of_frames_that_cannot_stay_free_is_refused(
+def test_a_graph_for_some_numbers_of_frames_only_is_refused(
     tmp_path: Path, tiny: CLSP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def halves(tower: Any, features: Tensor, lengths: Tensor) -> Tensor:
+    def needs_multiples_of_101_frames(tower: Any, features: Tensor, lengths: Tensor) -> Tensor:
         return features.unflatten(1, (-1, 101)).sum((1, 2, 3))
 
-    monkeypatch.setattr(export._AudioTower, "forward", halves)
+    monkeypatch.setattr(export._AudioTower, "forward", needs_multiples_of_101_frames)
     with pytest.raises(ValueError, match=r"torch cannot write audio\.onnx"):
         export.export(tiny, tmp_path)
     assert list(tmp_path.iterdir()) == []

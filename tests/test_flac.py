@@ -10,19 +10,16 @@ import flac_writer as w
 import numpy as np
 import pytest
 import soundfile
+from encoded_audio import RATE, encode_samples
 from flac_writer import Rice
 from numpy.typing import NDArray
 
 from clsp_fast import sndfile
 from clsp_fast.audio import AudioError, AudioLimits, Segment, load, load_batch
 
-RATE = 16000
-
 
 def encode(x: NDArray[np.float64], subtype: str = "PCM_16", level: float = 0.625, rate: int = RATE) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, x, rate, format="FLAC", subtype=subtype, compression_level=level)
-    return file.getvalue()
+    return encode_samples(x, "FLAC", subtype, rate, compression_level=level)
 
 
 def by_libsndfile(data: bytes) -> NDArray[np.float32]:
@@ -309,7 +306,7 @@ def test_streams_that_contradict_themselves_are_refused() -> None:
 
 
 def test_a_frame_may_not_exceed_its_own_range() -> None:
-    """The checksum is right, but no samples of eight bits have such a residual."""
+    """The checksum is right, but no samples of eight bits have so large a residual."""
     x = [0, 1 << 20] * 96
     (result,) = load_batch([w.stream([w.frame([w.predicted(x, 8, 0, Rice(20, wide=True))], 192, 0)], bits=8)])
     assert isinstance(result, AudioError)

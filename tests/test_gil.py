@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
 import subprocess
@@ -15,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
+from encoded_audio import encode_samples, mono_noise
 from numpy.typing import NDArray
 
 from clsp_fast import _C
@@ -24,24 +23,18 @@ from clsp_fast.audio import default_num_threads
 from clsp_fast.features import extract, extract_files
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
-GAIN_OF_TWO = 1.7  # of 2, if both CPUs are free
+GAIN_OF_TWO = 1.7  # at most 2, if both CPUs are free
 Wave = NDArray[np.float32]
-Work = Callable[[int], object]  # the argument tells concurrent callers apart
-Timer = Callable[[int], float]  # seconds that so many workers take if each does the work once
-
-
-def noise(samples: int, seed: int = 0) -> Wave:
-    return (0.1 * np.random.default_rng(seed).standard_normal(samples)).astype(np.float32)
+Work = Callable[[int], object]  # the argument is the number of the caller
+Timer = Callable[[int], float]  # seconds that a number of workers take if each does the work once
 
 
 def wav(samples: int, rate_hz: int, subtype: str) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, noise(samples), rate_hz, format="WAV", subtype=subtype)
-    return file.getvalue()
+    return encode_samples(mono_noise(samples), "WAV", subtype, rate_hz)
 
 
 def fbank_work() -> Work:
-    clips = [noise(160000, i) for i in range(16)]
+    clips = [mono_noise(160000, i) for i in range(16)]
     outs = [torch.empty(16, 1000, 128) for _ in range(2)]
     return lambda caller: extract(clips, num_threads=1, out=outs[caller])
 
@@ -98,7 +91,7 @@ for _ in sys.stdin:
 
 @pytest.fixture(scope="module")
 def processes_timer() -> Iterator[Timer]:
-    """Times processes, which share no GIL: the control, which shows what these CPUs can give now."""
+    """Times processes, which share no GIL. They are the control: the gain that the CPUs allow now."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-W", "ignore", "-c", WORKER]
     with contextlib.ExitStack() as stack:
@@ -168,7 +161,7 @@ def runs_beside(work: Callable[[], object]) -> bool:
 
 
 def test_the_gil_is_released() -> None:
-    waves = [noise(16000 * 60, i) for i in range(8)]
+    waves = [mono_noise(16000 * 60, i) for i in range(8)]
     out = np.empty((8, 6000, 128), np.float32)
     file = wav(16000 * 60, 44100, "PCM_16")
     tries = 20  # on busy CPUs the other thread may wake after the work

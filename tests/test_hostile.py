@@ -1,4 +1,4 @@
-"""Files made to run code, to fill the memory or to hang who reads them: refused by name, soon and cheaply."""
+"""Files made to run code, fill the memory or hang the reader are refused by name, quickly and cheaply."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peak_memory import peak_memory
+from sample_data import Attack
 
 from clsp_fast import convert
 from clsp_fast.data.manifest import read_source
@@ -26,13 +27,6 @@ from clsp_fast.tokenizer import Tokenizer
 
 DEEP = 100_000
 SECONDS, MEGABYTES = 1.0, 200
-
-
-class Attack:
-    """Leaves a file behind when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return Path.touch, (Path("attack_ran"),)
 
 
 def header(content: bytes, size: int | None = None) -> bytes:
@@ -67,7 +61,7 @@ JSON = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _warm(model_folder: Path) -> None:
-    """What is imported on first use is not what a hostile file costs."""
+    """Loads a model first, so that imports do not count as the cost of a hostile file."""
     CLSP.from_pretrained(model_folder)
 
 
@@ -77,7 +71,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def refused(read: Callable[[], object], match: str | None = None) -> None:
-    """Asserts that it raises ValueError in time and memory, and that nothing ran."""
+    """Asserts that `read` raises ValueError within the limits of time and memory, and runs no attack."""
     started = time.process_time()
     with peak_memory() as peak, pytest.raises(ValueError, match=match):
         read()

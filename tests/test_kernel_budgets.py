@@ -20,7 +20,7 @@ COMMITTED = json.loads((FOLDER / "budgets.json").read_text())
 
 
 def run(*arguments: object) -> str:
-    """The output of another process: this one may interpret kernels, and then it cannot compile any."""
+    """The output of another process. This process may interpret kernels, and then it cannot compile them."""
     command = [sys.executable, *map(str, arguments)]
     settings = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
@@ -28,8 +28,8 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-# To compile everything takes minutes. These are all kernels in one dtype of two bytes (both compile to the
-# same) and, in four bytes, the kernel that needs the most registers.
+# Compiling everything takes minutes. CHOSEN has all kernels in one dtype of two bytes, as both such dtypes
+# compile to the same code, and in four bytes the kernel that needs the most registers.
 NARROW = {80: "bf16", 89: "fp16", 90: "bf16", 100: "fp16"}
 CHOSEN = [["--targets", target, "--dtypes", dtype] for target, dtype in NARROW.items()]
 CHOSEN.append(["--dtypes", "fp32", "--kernels", "panel"])

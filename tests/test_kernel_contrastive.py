@@ -91,7 +91,7 @@ class Case:
         """
         truth = self.outputs(reference, torch.float64)
         dense = self.outputs(reference, self.x.dtype)
-        got = self.outputs(kernel, self.x.dtype, **options)
+        results = self.outputs(kernel, self.x.dtype, **options)
         scale = float(self.scale)
         rounding = eps(torch.float32) * (FEW + scale / 2)
         if self.x.dtype != torch.float32:
@@ -101,7 +101,7 @@ class Case:
         d_x, weights = truth[-4], torch.cat(self.weights)
         sizes[-2] = (self.x.double() * d_x).sum(1).abs().sum() / scale + sizes[-2]
         sizes[-1] = weights.abs().sum() + sizes[-1]
-        for result, dense_result, true, size in zip(got, dense, truth, sizes, strict=True):
+        for result, dense_result, true, size in zip(results, dense, truth, sizes, strict=True):
             assert torch.equal(result.isneginf(), true.isneginf())
             errors = [torch.where(true.isfinite(), r - true, 0.0).norm() for r in (result, dense_result)]
             assert errors[0].isfinite()
@@ -155,8 +155,8 @@ def test_owners_of_any_kind(kernel_device: torch.device) -> None:
     }
     for owner in owners.values():
         Case(kernel_device, (35, 70, 16), 50.0, owner=owner).check_both()
-    lonely = Case(kernel_device, (1, 70, 16), 50.0, owner=owners["one clip owns all"])
-    row, column, *gradients = lonely.outputs(negative_lse, torch.float32)
+    single = Case(kernel_device, (1, 70, 16), 50.0, owner=owners["one clip owns all"])
+    row, column, *gradients = single.outputs(negative_lse, torch.float32)
     assert row.isneginf().all()
     assert column.isneginf().all()
     assert not any(g.any() for g in gradients)
@@ -213,8 +213,8 @@ def test_layouts(kernel_device: torch.device) -> None:
     for name, x in layouts.items():
         case = Case(kernel_device, (40, 70, 18), 100.0)
         case.x = x.copy_(plain.x)
-        got = case.outputs(negative_lse, torch.float32)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), name
+        results = case.outputs(negative_lse, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), name
     case.x = plain.x[:1].expand(40, 18)
     case.check_both()
 
@@ -271,7 +271,8 @@ def to_tf32(x: Tensor) -> Tensor:
 def test_gradients_of_good_models_survive_bf16(
     kernel_device: torch.device, noise: float, probability: float, bf16_factor: float, tf32_factor: float
 ) -> None:
-    """The nearer p_ii is to 1, the more digits a rounded p_ii - 1 loses. Positives kept apart lose none.
+    """The nearer p_ii is to 1, the more digits a rounded p_ii - 1 loses. The kernels keep positives apart,
+    and lose none.
 
     The rounded forms are those of other kernels, emulated in float64: the sum of row and column probability
     in bf16, as memeff has it, and scaled embeddings and probabilities in TF32, as Inf-CL has them. A factor
@@ -328,11 +329,11 @@ def test_computing_in_bf16_keeps_fp32_gradients(kernel_device: torch.device) -> 
     case = Case(kernel_device, (40, 70, 33), 20.0)
     truth = case.outputs(negative_lse_reference, torch.float64)
     case.x, case.y = case.x.bfloat16().float(), case.y.bfloat16().float()
-    got = case.outputs(negative_lse, torch.float32, compute_dtype=torch.bfloat16)
+    results = case.outputs(negative_lse, torch.float32, compute_dtype=torch.bfloat16)
     plain = case.outputs(negative_lse, torch.float32)
     # bf16 holds these operands exactly, so that only G is rounded.
-    assert_agrees(got[0], plain[0], count=FEW, dtype=torch.float32)
-    assert FEW * eps(torch.float32) < (got[2] - plain[2]).norm() / truth[2].norm() < eps(torch.bfloat16)
+    assert_agrees(results[0], plain[0], count=FEW, dtype=torch.float32)
+    assert FEW * eps(torch.float32) < (results[2] - plain[2]).norm() / truth[2].norm() < eps(torch.bfloat16)
 
 
 def test_small_gradients_survive_fp16(kernel_device: torch.device) -> None:
@@ -344,8 +345,8 @@ def test_small_gradients_survive_fp16(kernel_device: torch.device) -> None:
         (negative_softplus, negative_softplus_reference),
     ):
         truth = case.outputs(reference, torch.float64)
-        got = case.outputs(kernel, torch.float32, compute_dtype=torch.float16)
-        for gradient, true in list(zip(got, truth, strict=True))[-4:-2]:
+        results = case.outputs(kernel, torch.float32, compute_dtype=torch.float16)
+        for gradient, true in list(zip(results, truth, strict=True))[-4:-2]:
             assert_agrees(gradient, true, count=1, dtype=torch.float16)
 
 

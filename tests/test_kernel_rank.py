@@ -22,8 +22,8 @@ def tied(device: torch.device, m: int, n: int, d: int) -> tuple[Tensor, Tensor]:
 
 def assert_ranks(x: Tensor, y: Tensor, owner: Tensor) -> None:
     expected = rank_counts_reference(x.float(), y.float(), owner)
-    for got, true in zip(rank_counts(x, y, owner), expected, strict=True):
-        assert torch.equal(got, true)
+    for result, true in zip(rank_counts(x, y, owner), expected, strict=True):
+        assert torch.equal(result, true)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,8 +72,8 @@ def test_neighbours_are_those_of_a_sort(
 ) -> None:
     queries, database = tied(kernel_device, *shape)
     k = min(k, len(database))
-    for got, true in zip(topk(queries, database, k), topk_reference(queries, database, k), strict=True):
-        assert torch.equal(got, true)
+    for result, true in zip(topk(queries, database, k), topk_reference(queries, database, k), strict=True):
+        assert torch.equal(result, true)
 
 
 def test_neighbours_in_chunks_runs_and_other_dtypes(
@@ -91,9 +91,8 @@ def test_neighbours_in_chunks_runs_and_other_dtypes(
 
 def test_a_wider_database_is_not_narrowed(kernel_device: torch.device) -> None:
     queries, database = tied(kernel_device, 9, 80, 8)
-    database += (
-        2.0**-14 * torch.arange(80, device=kernel_device)[:, None]
-    )  # bfloat16 and float16 would lose it
+    # bfloat16 and float16 would round these differences away.
+    database += 2.0**-14 * torch.arange(80, device=kernel_device)[:, None]
     expected = topk_reference(queries, database, 7)
     for dtype in (torch.bfloat16, torch.float16):
         assert all(

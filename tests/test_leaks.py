@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from peak_memory import release_freed_memory, status_bytes
 
 from clsp_fast.audio import AudioError, load, resample
 from clsp_fast.features import extract, extract_files
@@ -22,11 +21,8 @@ WAVE = (0.1 * np.random.default_rng(0).standard_normal(1600)).astype(np.float32)
 
 
 def resident_bytes() -> int:
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)  # a leak could hide in memory that earlier tests freed
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    release_freed_memory()
+    return status_bytes("VmRSS")
 
 
 def open_handles() -> int:
@@ -34,7 +30,7 @@ def open_handles() -> int:
 
 
 def growth(call: Callable[[], object], calls: int) -> tuple[int, int]:
-    """How many bytes and handles the process gains in `calls` calls, after a tenth as many to warm up."""
+    """How many bytes and handles the process gains in `calls` calls, after `calls` / 10 calls to warm up."""
     for _ in range(calls // 10):
         call()
     before = resident_bytes(), open_handles()
@@ -68,7 +64,7 @@ def calls(tmp_path: Path) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("name", ["extract", "threads", "files", "refused", "resample", "ogg"])
 def test_no_call_leaves_memory_or_handles(name: str, calls: dict[str, Callable[[], object]]) -> None:
-    # libsndfile takes a hundred times as long as the engine for such a clip.
+    # libsndfile takes a hundred times as long as the engine for this clip.
     grown_bytes, grown_handles = growth(calls[name], CALLS // 10 if name == "ogg" else CALLS)
     assert grown_bytes < 5e6
     assert grown_handles == 0

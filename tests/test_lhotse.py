@@ -56,12 +56,12 @@ def cuts(tmp_path: Path) -> Any:
     return CutSet.from_cuts(cuts_of_recordings)
 
 
-def assert_same(got: Any, expected: Any) -> None:
-    """Compares two float32 implementations. test_features.py compares got with float64."""
-    assert type(got) is type(expected)
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    energies = [np.exp(np.asarray(x, np.float64)) for x in (got, expected)]
+def assert_same(result: Any, expected: Any) -> None:
+    """Compares two float32 implementations. test_features.py compares ClspFbank with float64."""
+    assert type(result) is type(expected)
+    assert result.shape == expected.shape
+    assert result.dtype == expected.dtype
+    energies = [np.exp(np.asarray(x, np.float64)) for x in (result, expected)]
     difference = np.abs(energies[0] - energies[1]) / energies[1].max(axis=-1, keepdims=True)
     # Twice the bound of ENERGY_ROUNDING in test_features.py, because both sides round.
     assert difference.max() < 2 * (2 * (9 + 10) + 16 / 2) * np.finfo(np.float32).eps
@@ -94,13 +94,13 @@ BATCHES = {
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_batch_has_the_values_and_the_form_of_lhotses_fbank(name: str) -> None:
-    got, expected = (x.extract_batch(BATCHES[name], 16000) for x in (ClspFbank(), lhotse_fbank()))
+    result, expected = (x.extract_batch(BATCHES[name], 16000) for x in (ClspFbank(), lhotse_fbank()))
     if isinstance(expected, list):
-        assert isinstance(got, list)
-        for a, b in zip(got, expected, strict=True):
+        assert isinstance(result, list)
+        for a, b in zip(result, expected, strict=True):
             assert_same(a, b)
     else:
-        assert_same(got, expected)
+        assert_same(result, expected)
 
 
 @pytest.mark.parametrize("padded", [24079, 30000])
@@ -109,8 +109,8 @@ def test_a_padded_batch_with_lengths_has_the_values_of_lhotses_fbank(padded: int
     for row, clip in zip(batch, as_list(torch.from_numpy), strict=True):
         row[: len(clip)] = clip
     lengths = torch.tensor(SAMPLES)
-    got, expected = (x.extract_batch(batch, 16000, lengths=lengths) for x in (ClspFbank(), lhotse_fbank()))
-    for a, b in zip(got, expected, strict=True):
+    result, expected = (x.extract_batch(batch, 16000, lengths=lengths) for x in (ClspFbank(), lhotse_fbank()))
+    for a, b in zip(result, expected, strict=True):
         assert_same(a, b)
 
 
@@ -159,13 +159,13 @@ class Recorded:
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_on_the_fly_features_are_those_of_the_recipe(cuts: Any, batched: bool) -> None:
-    got, expected = (
+    result, expected = (
         OnTheFlyFeatures(extractor, use_batch_extract=batched)(cuts)
         for extractor in (ClspFbank(), lhotse_fbank())
     )
-    assert_same(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
-    assert got[0][3, -1, 0].item() == pytest.approx(features.PADDING_VALUE)
+    assert_same(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
+    assert result[0][3, -1, 0].item() == pytest.approx(features.PADDING_VALUE)
 
 
 def test_a_training_dataset_works_with_cut_mix_and_workers(cuts: Any) -> None:
@@ -177,9 +177,9 @@ def test_a_training_dataset_works_with_cut_mix_and_workers(cuts: Any) -> None:
         sampler = SimpleCutSampler(cuts, max_cuts=2, shuffle=False)
         return list(DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=2))
 
-    got, expected = batches(ClspFbank()), batches(lhotse_fbank())
-    assert len(got) == 2
-    for a, b in zip(got, expected, strict=True):
+    result, expected = batches(ClspFbank()), batches(lhotse_fbank())
+    assert len(result) == 2
+    for a, b in zip(result, expected, strict=True):
         assert a["supervisions"]["text"] == b["supervisions"]["text"]
         assert_same(a["inputs"], b["inputs"])
 
@@ -189,16 +189,16 @@ def stored(cuts: Any, extractor: Any, folder: Path) -> Any:
 
 
 def test_stored_features_are_read_and_mixed_like_lhotses(cuts: Any, tmp_path: Path) -> None:
-    got, expected = (
+    result, expected = (
         stored(cuts, extractor, tmp_path / name)
-        for name, extractor in (("got", ClspFbank()), ("expected", lhotse_fbank()))
+        for name, extractor in (("clsp_fast", ClspFbank()), ("lhotse", lhotse_fbank()))
     )
-    got.to_file(tmp_path / "cuts.jsonl.gz")
-    got = CutSet.from_file(tmp_path / "cuts.jsonl.gz").to_eager()
-    assert {cut.features.type for cut in got} == {"clsp-fbank"}
-    for a, b in zip(got, expected, strict=True):
+    result.to_file(tmp_path / "cuts.jsonl.gz")
+    result = CutSet.from_file(tmp_path / "cuts.jsonl.gz").to_eager()
+    assert {cut.features.type for cut in result} == {"clsp-fbank"}
+    for a, b in zip(result, expected, strict=True):
         assert_same(a.load_features(), b.load_features())
-    mixed, expected_mixed = (x[0].mix(x[1], offset_other_by=0.25, snr=5) for x in (got, expected))
+    mixed, expected_mixed = (x[0].mix(x[1], offset_other_by=0.25, snr=5) for x in (result, expected))
     assert_same(mixed.load_features(), expected_mixed.load_features())
 
 
@@ -210,7 +210,7 @@ def test_features_are_stored_in_batches_like_lhotses(cuts: Any, tmp_path: Path, 
             extractor, tmp_path / name, storage_type=lhotse.NumpyFilesWriter, **settings
         )
 
-    for a, b in zip(store(ClspFbank(), "got"), store(lhotse_fbank(), "expected"), strict=True):
+    for a, b in zip(store(ClspFbank(), "clsp_fast"), store(lhotse_fbank(), "lhotse"), strict=True):
         assert_same(a.load_features(), b.load_features())
 
 

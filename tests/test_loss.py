@@ -12,20 +12,17 @@ import torch
 import torch.nn.functional as F
 from numerics import FEW, assert_agrees, assert_as_exact, norm
 from peak_memory import peak_memory
+from sample_data import unit
 from torch import Tensor
 
 from clsp_fast.contrastive import negatives
 from clsp_fast.kernels import contrastive
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
 
-# Roundings in float64 of sums over up to 128 pairs and 512 dimensions; the exponents of terms are logits.
+# Roundings in float64 of sums over up to 128 pairs and 512 dimensions. Exponents of their terms are logits.
 SUMS = 1e3
 # numpy, with which Triton interprets kernels, warns of exponentials that are 0.
 INTERPRETED = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
 
 
 def captions_owner(clips: int, texts: int) -> Tensor:
@@ -312,18 +309,20 @@ def test_keeps_no_more_than_the_workspace_for_the_backward_pass(workspace: int) 
 
 
 @pytest.mark.alone
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak memory of a process")
 @pytest.mark.parametrize(
     ("workspace", "copies", "options"),
     [(16 << 20, 0, {}), (64 << 20, 0, {"label_smoothing": 0.1}), (16 << 20, 1, {"normalize": True})],
 )
 def test_memory_is_gradients_workspace_and_copies(workspace: int, copies: int, options: dict) -> None:
-    # All logits would take 128 MB. Gradients of positive pairs need no memory of their own.
+    # All logits would take 128 MB. Gradients of positive pairs need no further memory.
     inputs = [unit(m, 256, dtype=torch.float32).requires_grad_() for m in (4096, 8192)]
     owner = torch.arange(8192) // 2
     contrastive_loss(inputs[0][:64], inputs[1][:128], 10.0, text_owner=owner[:128], **options).backward()
     peaks = []
-    for _ in range(3):  # the least counts: the allocator's fragments differ by megabytes from call to call
+    for _ in range(
+        3
+    ):  # the smallest peak counts: fragments of the allocator differ by megabytes from call to call
         inputs[0].grad = inputs[1].grad = None
         with peak_memory() as peak:
             loss = contrastive_loss(*inputs, 10.0, text_owner=owner, workspace_bytes=workspace, **options)

@@ -46,7 +46,7 @@ def test_accuracies_by_hand() -> None:
             metrics.unweighted_average_recall(*wrong)
 
 
-def everyone(count: int) -> np.ndarray:
+def each_item_once(count: int) -> np.ndarray:
     return np.ones((1, count))
 
 
@@ -84,9 +84,9 @@ def test_resampled_correlations_are_those_of_the_repeated_items() -> None:
     x, y = rng.integers(0, 6, 300).astype(float), rng.standard_normal(300).round(1)
     y += 0.2 * x
     (drawn,) = metrics.draws(np.arange(300), resamples=4, seed=0)
-    counts = np.concatenate([everyone(300), drawn])
+    counts = np.concatenate([each_item_once(300), drawn])
     figures = {name: figure(x, y, counts) for name, figure in metrics.CORRELATIONS.items()}
-    rounding = 10 * 300 * np.finfo(np.float64).eps  # of sums of 300 terms, in either way
+    rounding = 10 * 300 * np.finfo(np.float64).eps  # of sums of 300 terms, in both computations
     for row, count in enumerate(counts.astype(int)):
         sample = np.repeat(x, count), np.repeat(y, count)
         assert figures["pearson"][row] == pytest.approx(np.corrcoef(*sample)[0, 1], abs=rounding)
@@ -98,7 +98,7 @@ def draw(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate(list(metrics.draws(groups, resamples=resamples, seed=seed)))
 
 
-def test_resamples_draw_groups_whole_and_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resamples_draw_whole_groups_and_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = np.array([0, 0, 1, 2, 2, 2])
     counts = draw(groups, 500, 1)
     assert counts.shape == (500, 6)
@@ -148,7 +148,7 @@ def test_resampled_figures_are_those_of_the_repeated_items() -> None:
         assert classified["uar"][row] == pytest.approx(metrics.unweighted_average_recall(*repeated))
 
 
-def test_what_no_resample_defines_has_no_interval() -> None:
+def test_a_figure_that_no_resample_defines_has_no_interval() -> None:
     ranks = torch.tensor([-1, 3])
     counts = np.array([[1.0, 0.0], [0.0, 1.0]])
     figures = metrics.resampled_retrieval(ranks, counts)

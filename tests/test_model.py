@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import wave
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,22 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import FEW, assert_agrees, assert_as_exact, in_float64
+from sample_data import Golden
 from torch import Tensor
 
-from clsp_fast import convert, features
+from clsp_fast import features
 from clsp_fast.audio import AudioError, AudioErrorReason
 from clsp_fast.config import MODEL_PRESETS, ModelConfig, TextConfig
 from clsp_fast.model import CLSP, ClspOutput
 
-GOLDEN = Path(__file__).parent / "golden"
-Golden = Callable[[str], dict[str, Tensor]]
 CAPTIONS = ["A calm, low-pitched male voice.", "A lively woman speaks fast.", "She whispers."]
-
-
-@pytest.fixture
-def recorded(golden: Golden) -> tuple[CLSP, dict[str, Tensor]]:
-    config = json.loads((GOLDEN / "golden_a.config.json").read_text())
-    return convert.from_reference(golden("golden_a.weights"), config), golden("golden_a.io")
 
 
 def inputs(io: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,11 +68,13 @@ def test_parameter_gradients_match_the_recorded_ones_in_float64(
         assert parameter.grad is not None, name
         gradient = parameter.grad.flatten()
         size = float(truth[f"statistics.{name}"][0])
-        if name.endswith("key.bias"):  # adds the same to all scores of a query, which changes nothing
+        if name.endswith(
+            "key.bias"
+        ):  # it adds the same number to all scores of a query, so its gradient is 0
             assert_agrees(gradient, 0 * gradient, count=1e3, size=whole_norm, name=name)
             continue
-        wave_ = torch.cos(0.37 * torch.arange(len(gradient), dtype=torch.float64))
-        statistics = torch.stack([gradient.norm(), gradient.sum(), (gradient * wave_).sum()])
+        carrier = torch.cos(0.37 * torch.arange(len(gradient), dtype=torch.float64))
+        statistics = torch.stack([gradient.norm(), gradient.sum(), (gradient * carrier).sum()])
         judgement = {"count": TABLE_ROUNDINGS, "dtype": torch.float32, "size": size, "name": name}
         assert_agrees(statistics, truth[f"statistics.{name}"], **judgement)
         if f"gradient.{name}" in truth:
@@ -93,9 +87,9 @@ def test_autocast_trains_every_parameter_and_stays_close(recorded: tuple[CLSP, d
     model, io = recorded
     with torch.autocast("cpu", torch.bfloat16):
         output = model(*inputs(io), padding="batch")
-    for got, name in ((output.audio, "audio_embedding"), (output.text, "text_embedding")):
-        assert got.dtype == torch.float32
-        assert float(F.cosine_similarity(got, io[f"main.out.{name}"]).min().detach()) >= 0.9995
+    for embedded, name in ((output.audio, "audio_embedding"), (output.text, "text_embedding")):
+        assert embedded.dtype == torch.float32
+        assert float(F.cosine_similarity(embedded, io[f"main.out.{name}"]).min().detach()) >= 0.9995
     with torch.autocast("cpu", torch.bfloat16):
         output = model.train()(*inputs(io))
     (output.logit_scale * output.audio @ output.text.T).trace().backward()
@@ -364,7 +358,7 @@ def test_tokens_beyond_the_longest_caption_cost_and_change_nothing(tiny: CLSP) -
     assert seen == [4, 4]
 
 
-def test_captions_of_unlike_lengths_keep_their_order(tiny: CLSP) -> None:
+def test_captions_of_different_lengths_keep_their_order(tiny: CLSP) -> None:
     lengths = torch.tensor([3, 60] * 40)
     mask = (torch.arange(60) < lengths[:, None]).long()
     ids = torch.randint(5, 300, mask.shape).where(mask > 0, 1)

@@ -1,4 +1,4 @@
-"""The judgements of floating-point error, and the variable that stands for a lesser processor."""
+"""numerics.py, the list of files in machines.py, and CLSP_SIMD, which restricts the instruction sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = 2.0**-23
 def test_an_error_may_be_twice_plain_torchs_and_a_few_roundings() -> None:
     truth = np.array([3.0, 4.0])
     plain = truth + np.array([0.0, 1e-3])
-    few = 8 * 5 * EPS  # of numbers whose norm is 5
+    few = 8 * 5 * EPS  # FEW roundings of numbers whose norm is 5
     assert_as_exact(truth + np.array([2e-3 + 0.99 * few, 0.0]), plain, truth)
     with pytest.raises(AssertionError, match=r"weight: error 0\.002, plain torch's 0\.001, bound 0\.002"):
         assert_as_exact(truth + np.array([2e-3 + 1.01 * few, 0.0]), plain, truth, name="weight")
@@ -34,7 +34,7 @@ def test_roundings_are_counted_in_the_dtype_and_the_size() -> None:
             assert_agrees(1 + 11 * eps, 1.0, count=10, dtype=dtype)
 
 
-def test_infinities_must_be_equal_and_nan_never_is() -> None:
+def test_infinities_must_be_equal_and_nan_is_refused() -> None:
     infinite = torch.tensor([1.0, -torch.inf])
     assert error(infinite, infinite) == 0
     assert_agrees(infinite, infinite, count=1, dtype=np.float32)
@@ -47,26 +47,26 @@ def test_infinities_must_be_equal_and_nan_never_is() -> None:
         error(torch.ones(2), torch.ones(2, 1))
 
 
-JUDGES = re.compile(r"allclose|assert_close|approx|\bnumerics\b")
-# Files that mention a judgement of rounding, but whose results no other processor can change.
-ELSEWHERE = {
-    "test_bench.py": "given times, and losses of the bench in float64, to 1e-6",
-    "data/test_loader.py": "durations, shares and sums in Python's own numbers",
+COMPARISONS = re.compile(r"allclose|assert_close|approx|\bnumerics\b")
+# Files that use such a comparison, but whose results are the same on every processor.
+EXCEPTIONS = {
+    "test_bench.py": "compares given times, and float64 losses to 1e-6",
+    "data/test_loader.py": "compares durations, shares and sums of Python numbers",
 }
 
 
-def test_the_matrix_has_every_file_that_judges_rounding() -> None:
+def test_the_matrix_has_every_file_that_compares_floating_point_results() -> None:
     folder = Path(__file__).parent
-    paths = [path for path in folder.rglob("test_*.py") if JUDGES.search(path.read_text())]
-    judging = {str(path.relative_to(folder)) for path in paths}
+    paths = [path for path in folder.rglob("test_*.py") if COMPARISONS.search(path.read_text())]
+    comparing = {str(path.relative_to(folder)) for path in paths}
     assert len(paths) >= 35
-    assert judging - set(ELSEWHERE) <= set(machines.FILES)
-    assert set(ELSEWHERE) <= judging - set(machines.FILES), "an exception that is none any more"
+    assert comparing - set(EXCEPTIONS) <= set(machines.FILES)
+    assert set(EXCEPTIONS) <= comparing - set(machines.FILES), "an exception that is no longer needed"
     assert set(machines.PART_FILES) <= set(machines.FILES)
     assert all((folder / name).exists() for name in machines.FILES)
 
 
-def sets_with(value: str) -> subprocess.CompletedProcess[str]:
+def instruction_sets_with(value: str) -> subprocess.CompletedProcess[str]:
     code = "from clsp_fast import _C; print(*_C.instruction_sets())"
     settings = os.environ | {"CLSP_SIMD": value}
     return subprocess.run(
@@ -74,15 +74,15 @@ def sets_with(value: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_lesser_processor_is_chosen_by_name() -> None:
-    have = sets_with("").stdout.split()
-    for place, name in enumerate(have):
-        assert sets_with(name).stdout.split() == have[: place + 1]
-    assert sets_with("sse9").returncode != 0
-    assert "CLSP_SIMD must be baseline, avx2 or avx512, got 'sse9'" in sets_with("sse9").stderr
+def test_older_instruction_sets_are_chosen_by_name() -> None:
+    names = instruction_sets_with("").stdout.split()
+    for place, name in enumerate(names):
+        assert instruction_sets_with(name).stdout.split() == names[: place + 1]
+    assert instruction_sets_with("sse9").returncode != 0
+    assert "CLSP_SIMD must be baseline, avx2 or avx512, got 'sse9'" in instruction_sets_with("sse9").stderr
 
 
 def test_what_the_processor_lacks_is_refused() -> None:
-    if "avx512" in sets_with("").stdout.split():
+    if "avx512" in instruction_sets_with("").stdout.split():
         pytest.skip("this processor has every instruction set")
-    assert "got 'avx512', which this processor lacks" in sets_with("avx512").stderr
+    assert "got 'avx512', which this processor lacks" in instruction_sets_with("avx512").stderr

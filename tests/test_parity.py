@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of lhotse and its 
 
 @pytest.fixture
 def torchaudio(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A package called torchaudio whose filterbank is our float64 reference."""
+    """A package named torchaudio whose filterbank is the float64 reference of clsp_fast."""
 
     def fbank(waveform: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.from_numpy(features.reference(waveform[0].numpy())).float()

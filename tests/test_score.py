@@ -1,4 +1,4 @@
-"""Scores of pairs: right, in order, resumable, sharded; errors stay in their lines."""
+"""Scores of pairs: right values, in order, resumable, sharded; errors stay in their lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_as_exact, in_float64
+from sample_data import MakeClips, write_rows
 
 from clsp_fast import score as command
 from clsp_fast.model import CLSP
 from clsp_fast.score import ScoreConfig, score
 from clsp_fast.storage import embedding_folder
 
-MakeClips = Callable[[Path, int], list[Path]]
 CAPTIONS = ("A calm voice.", "She whispers, fast.")
 
 
@@ -112,7 +111,7 @@ def test_keys_that_would_be_overwritten_are_errors_of_their_lines(
     (clip,) = make_clips(tmp_path / "clips", 1)
     row = {"audio": str(clip), "caption": CAPTIONS[0]}
     rows = [row | {key: "mine"} for key in ("model", "line", "score", "error")] + [row]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    write_rows(tmp_path / "pairs.jsonl", rows)
     for before in (0, 5):
         result = run(tmp_path / "pairs.jsonl", tmp_path / "scores.jsonl", model_folder)
         assert result == (5 - before, 4, before)
@@ -189,26 +188,26 @@ def test_standard_streams(
     with pytest.raises(SystemExit) as stop:
         command.main(["-", "-", "--model", str(model_folder), "--device", "cpu"])
     assert stop.value.code == 0
-    told = capfdbinary.readouterr()
-    (row,) = [json.loads(line) for line in told.out.splitlines()]
+    printed = capfdbinary.readouterr()
+    (row,) = [json.loads(line) for line in printed.out.splitlines()]
     assert -1 <= row["score"] <= 1
-    assert b"1 lines, 0 failed" in told.err
+    assert b"1 lines, 0 failed" in printed.err
 
 
-def test_a_closed_pipe_ends_it_quietly(pairs: Path, model_folder: Path) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(pairs: Path, model_folder: Path) -> None:
     words = [sys.executable, "-m", "clsp_fast.score", str(pairs), "-", "--model", str(model_folder)]
     process = subprocess.Popen([*words, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
     try:
-        told = process.stderr.read().decode()
+        printed = process.stderr.read().decode()
         assert process.wait() == 1
     finally:
         process.kill()
         process.wait()
         process.stderr.close()
-    assert "Traceback" not in told
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
@@ -227,7 +226,7 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
         ScoreConfig(pairs="a", scores="b", **options)
 
 
-def test_the_command_tells_of_failures(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
+def test_the_command_reports_failures(pairs: Path, tmp_path: Path, model_folder: Path) -> None:
     words = [str(pairs), str(tmp_path / "scores.jsonl"), "--model", str(model_folder), "--device", "cpu"]
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:

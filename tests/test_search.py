@@ -1,4 +1,4 @@
-"""Search over a folder of embeddings: exact, sharded, with faiss; the page; what does not fit."""
+"""Search in a folder of embeddings: exact, sharded, with faiss; the page; folders of other models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from numerics import assert_agrees, assert_as_exact, in_float64
+from sample_data import MakeClips
 
 from clsp_fast import search as command
 from clsp_fast.config import MODEL_PRESETS
@@ -27,7 +28,6 @@ from clsp_fast.model import CLSP
 from clsp_fast.search import Hit, Result, SearchConfig, page, search, table
 from clsp_fast.storage.embedding_folder import Embeddings
 
-MakeClips = Callable[[Path, int], list[Path]]
 TEXTS = ("A calm voice.", "She whispers, fast.")
 
 
@@ -297,7 +297,7 @@ def test_a_browser_shows_the_page(
     assert "<script>" not in shown
 
 
-def test_the_table_smuggles_nothing_into_a_terminal() -> None:
+def test_the_table_sends_no_control_characters_to_a_terminal() -> None:
     text = table([Result("text", EVIL, [Hit(0.5, EVIL, EVIL, 1.0, 2.5, None)])])
     assert "\x1b" not in text
     assert "1-3.5 s" in text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sample_data import LFS_POINTER
 from tokenizers import Tokenizer as Engine
 from tokenizers import models, processors
 
@@ -179,7 +180,7 @@ def test_wrong_arguments_are_named(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch([], 64)[0].shape == (0, 0)
 
 
-BETWEEN = (("</s>", 2), ("<s>", 0))
+ENDS = (("</s>", 2), ("<s>", 0))
 
 
 def template(text: str) -> processors.TemplateProcessing:
@@ -196,14 +197,14 @@ def template(text: str) -> processors.TemplateProcessing:
         processors.ByteLevel(trim_offsets=False),
         template("$A"),
         template("<s> $A </s>"),
-        processors.RobertaProcessing(*BETWEEN, add_prefix_space=False, trim_offsets=False),
-        processors.BertProcessing(*BETWEEN),
+        processors.RobertaProcessing(*ENDS, add_prefix_space=False, trim_offsets=False),
+        processors.BertProcessing(*ENDS),
         processors.Sequence([processors.ByteLevel(), template("<s> $A </s>")]),
         processors.Sequence([processors.ByteLevel()]),
     ],
 )
 @pytest.mark.parametrize("prefix_space", [True, False])
-def test_captions_get_both_ends_whatever_a_file_says_of_them(
+def test_captions_get_start_and_end_tokens_with_any_post_processor(
     tokenizer: Tokenizer, tmp_path: Path, processor: object, prefix_space: bool
 ) -> None:
     content = json.loads(tokenizer.to_json())
@@ -215,8 +216,8 @@ def test_captions_get_both_ends_whatever_a_file_says_of_them(
         engine.post_processor = processor
     engine.save(str(tmp_path / "tokenizer.json"))
     restored = Tokenizer.from_file(tmp_path)
-    for made in (restored, Tokenizer(Engine.from_str(restored.to_json()))):
-        token_ids, mask = made.encode_batch([CORPUS[0]], 64)
+    for loaded in (restored, Tokenizer(Engine.from_str(restored.to_json()))):
+        token_ids, mask = loaded.encode_batch([CORPUS[0]], 64)
         assert token_ids[0].tolist() == [0, *bare, 2]
         assert bool((mask == 1).all())
 
@@ -240,9 +241,9 @@ def test_other_ends_than_those_of_the_text_tower_are_refused(
     engine = Engine.from_str(tokenizer.to_json())
     engine.post_processor = processor
     engine.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.from_file(tmp_path)
-    assert str(tmp_path) in str(told.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_tokenizer_of_berts_kind_is_refused_by_name(tmp_path: Path) -> None:
@@ -271,12 +272,9 @@ def test_dropout_of_merges_stored_in_a_file_has_no_effect(tokenizer: Tokenizer, 
         )
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
 def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text(POINTER)
+    (tmp_path / name).write_text(LFS_POINTER)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(ValueError, match=rf'{name} is a Git LFS pointer.*"git lfs pull"'):
         Tokenizer.from_file(tmp_path)
@@ -302,7 +300,7 @@ def renumbered(tokenizer: Tokenizer, swap: tuple[str, str]) -> Tokenizer:
         (("</s>", "<unk>"), "eos_token_id", 3, 2),
     ],
 )
-def test_ids_are_those_of_the_configuration_wherever_a_tokenizer_comes_in(
+def test_a_tokenizer_whose_ids_differ_from_the_configuration_is_refused_everywhere(
     tokenizer: Tokenizer, tmp_path: Path, swap: tuple[str, str], field: str, token_id: int, expected: int
 ) -> None:
     other = renumbered(tokenizer, swap)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sample_data import write_rows
 
 import clsp_fast
 from clsp_fast import train
@@ -90,8 +91,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "claims": {"global": [{"pitch": label}], "fine": [{"pitch": label}] * 2},
             }
         )
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
-    (root / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[24:]))
+    write_rows(root / "train.jsonl", rows[:24])
+    write_rows(root / "validation.jsonl", rows[24:])
     tasks = {"pitch": {label: [f"a {label} voice"] for label in PITCHES}}
     (root / "tasks.json").write_text(json.dumps(tasks))
     return root
@@ -227,7 +228,7 @@ def test_a_finished_run_is_reported_not_repeated(folder: Path, uninterrupted: Pa
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_continues(
     folder: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     real, number = run_module.forward, signal.Signals[name]
@@ -330,7 +331,7 @@ def test_too_many_bad_clips_stop_the_run_with_their_list(folder: Path, tmp_path:
 def test_a_set_without_a_usable_clip_is_refused_before_training(folder: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     long = [row | {"audio": str(folder / row["audio"]), "duration_s": 31.0} for row in rows]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    write_rows(tmp_path / "long.jsonl", long)
     with pytest.raises(DataError, match=r"--data\.validation .*all clips are left out: .*too_long"):
         train.train(config(folder, tmp_path / "run", data={"validation": tmp_path / "long.jsonl"}))
 
@@ -396,7 +397,7 @@ COMMAND = [sys.executable, "-m", "clsp_fast.train"]
 
 @pytest.mark.multiproc
 @pytest.mark.timeout(600)
-def test_killed_anywhere_the_same_command_ends_the_same(
+def test_a_killed_run_ends_the_same_with_the_same_command(
     folder: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     path = tmp_path / "config.json"

@@ -21,6 +21,7 @@ import pytest
 import soundfile
 import torch
 import torch.multiprocessing as mp
+from sample_data import write_rows
 from test_train import COMMAND, assert_same_run, config, losses
 
 from clsp_fast import train
@@ -47,8 +48,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
             soundfile.write(root / f"{i}.wav", 0.1 * random.standard_normal(5600), 16000)
         else:
             rows[-1]["audio"] = list(BAD_FILES.values())[i % 3]
-    for name, some in (("few", rows[:40]), ("many", rows)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    for name, chosen in (("few", rows[:40]), ("many", rows)):
+        write_rows(root / f"{name}.jsonl", chosen)
     return root
 
 
@@ -125,12 +126,12 @@ def test_bad_clips_are_counted_over_ranks_and_stop_all_of_them(clips: Path, tmp_
     assert skipped["whole"][-1] == {"open": 46, "empty": 45, "format": 46}
     assert skipped["whole"] == skipped["crashed"]
     assert losses(tmp_path / "whole") == losses(tmp_path / "crashed")
-    met = [sum(counts.values()) for counts in skipped["whole"]]
+    counts_by_step = [sum(counts.values()) for counts in skipped["whole"]]
     # An epoch has five steps of 200 clips; 136 bad clips are within the limit of the last run.
-    assert met == sorted(met)
-    assert met[4] == 137
+    assert counts_by_step == sorted(counts_by_step)
+    assert counts_by_step[4] == 137
     *steps, message = first["over"]
-    assert steps == list(range(met.index(137)))
+    assert steps == list(range(counts_by_step.index(137)))
     assert "137 of 1000 clips cannot be read, more than data.max_bad_share 0.136" in message
     assert "c863 (" in message
 
@@ -160,11 +161,11 @@ def test_other_batches_begin_a_new_epoch(
     train.train(run_config(clips, tmp_path / "run", steps=3, data=data))
     real, seen = run_module.forward, []
 
-    def note(model, batch, ranks, settings):
+    def record_ids(model, batch, ranks, settings):
         seen.extend(batch.ids)
         return real(model, batch, ranks, settings)
 
-    monkeypatch.setattr(run_module, "forward", note)
+    monkeypatch.setattr(run_module, "forward", record_ids)
     changed = "has changed since it was started: data.batch_clips is 10, not 8; stage1_steps is 7, not 3"
     with pytest.warns(UserWarning, match=changed):
         train.train(run_config(clips, tmp_path / "run", steps=7, data=data | {"batch_clips": 10}))
@@ -187,7 +188,7 @@ def _poisons_one_rank(rank: int, clips: Path, folder: Path) -> dict[str, Any]:
         seen[f"before {batch.step}"] = {name: x.clone() for name, x in model.state_dict().items()}
         seen[f"clips {batch.step}"] = batch.ids
         output, loss = real(model, batch, ranks, settings)
-        if batch.step == 1 and rank == guilty:
+        if batch.step == 1 and rank == bad_rank:
             # Either the loss is NaN and its gradients are finite, or the other way round.
             loss = loss + (float("nan") if where == "loss" else (model.log_logit_scale * 0).abs().sqrt())
         return output, loss
@@ -195,11 +196,11 @@ def _poisons_one_rank(rank: int, clips: Path, folder: Path) -> dict[str, Any]:
     run_module.forward = forward
     results = {}
     for where in ("loss", "gradient"):
-        for guilty in range(2):
+        for bad_rank in range(2):
             seen.clear()
             data = {"manifest": clips / "few.jsonl", "batch_clips": 4}
-            train.train(run_config(clips, folder / f"{where}{guilty}", steps=4, data=data))
-            results[f"{where}{guilty}"] = dict(seen)
+            train.train(run_config(clips, folder / f"{where}{bad_rank}", steps=4, data=data))
+            results[f"{where}{bad_rank}"] = dict(seen)
     return results
 
 

@@ -1,7 +1,7 @@
 """The speech tower from its formulas, in loops: the oracle for configurations without recorded data.
 
 It shares only the configuration and the parameters' names with clsp_fast. Padding has the semantics "batch",
-the reference's. For one clip without padding, "alone" is the same.
+as in the reference. For one clip without padding, "alone" gives the same.
 """
 
 from __future__ import annotations

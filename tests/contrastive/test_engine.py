@@ -1,4 +1,5 @@
-"""Both engines have the two functions of the protocol with its signature, and the right one is chosen."""
+"""Both engines have the two functions of the protocol, with the same signatures, and the right engine is
+chosen."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from clsp_fast.loss import contrastive_loss
 
 # Shards of different sizes with different numbers of captions; a world of n ranks has the first n.
 CLIPS, TEXTS = [3, 5, 1, 2], [6, 7, 1, 2]
-SPREAD = [
+OPTIONS = [
     {},
     {"label_smoothing": 0.2},
     {"kind": "sigmoid", "logit_bias": -2.0},
@@ -29,8 +29,10 @@ SPREAD = [
 ]
 
 
-def spread_case(data: dict, ranks: range, options: dict, implementation: str, group: object) -> list[Tensor]:
-    """Loss and gradients of the batch of `ranks`; this process holds all of them, or one with `group`."""
+def loss_and_gradients(
+    data: dict, ranks: range, options: dict, implementation: str, group: object
+) -> list[Tensor]:
+    """Loss and gradients of the batch of `ranks`. Without `group`, this process holds the whole batch."""
     options, dtype = dict(options), torch.float32 if implementation == "triton" else torch.float64
     matrix, scale = (data[name].to(dtype, copy=True).requires_grad_() for name in ("matrix", "scale"))
     texts, one_caption = data["text"], options.pop("one_caption", False)
@@ -48,14 +50,14 @@ def spread_case(data: dict, ranks: range, options: dict, implementation: str, gr
     return [loss.detach(), matrix.grad, scale.grad]
 
 
-def travels(rank: int, kind: str) -> list[tuple[str, str, int]]:
-    """(collective, dtype, numbers that a rank sends) of a step on bfloat16 embeddings."""
-    seen, real = [], {name: getattr(dist, name) for name in ("all_gather", "reduce_scatter")}
+def exchanges(rank: int, kind: str) -> list[tuple[str, str, int]]:
+    """(collective, dtype, count of numbers that this rank sends) for each exchange of a step in bfloat16."""
+    sent_by_rank, real = [], {name: getattr(dist, name) for name in ("all_gather", "reduce_scatter")}
 
     def spy(name: str) -> Callable[..., None]:
         def call(out: object, given: object, **options: object) -> None:
             sent = given if isinstance(given, Tensor) else torch.cat(given)
-            seen.append((name, str(sent.dtype), sent.numel()))
+            sent_by_rank.append((name, str(sent.dtype), sent.numel()))
             real[name](out, given, **options)
 
         return call
@@ -66,7 +68,7 @@ def travels(rank: int, kind: str) -> list[tuple[str, str, int]]:
         for name in real:
             patch.setattr(dist, name, spy(name))
         contrastive_loss(audio, text, 10.0, text_owner=owner, kind=kind, group=dist.group.WORLD).backward()
-    return seen
+    return sent_by_rank
 
 
 def _rank_main(rank: int, folder: str) -> None:
@@ -76,14 +78,14 @@ def _rank_main(rank: int, folder: str) -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(CLIPS))
     data = torch.load(f"{folder}/batch.pt", weights_only=True)
-    recorded = {"travels": {kind: travels(rank, kind) for kind in ("softmax", "sigmoid")}}
+    recorded = {"exchanges": {kind: exchanges(rank, kind) for kind in ("softmax", "sigmoid")}}
     for world in range(1, len(CLIPS) + 1):
         group = dist.new_group(list(range(world)))
         if rank >= world:
             continue
-        for case, options in enumerate(SPREAD):
+        for case, options in enumerate(OPTIONS):
             for implementation in ["cpu", "reference", *["triton"] * (world == 3 and case < 3)]:
-                results = spread_case(data, range(rank, rank + 1), options, implementation, group)
+                results = loss_and_gradients(data, range(rank, rank + 1), options, implementation, group)
                 for gradient in results[1:]:
                     dist.all_reduce(gradient, group=group)
                     gradient /= world
@@ -106,10 +108,10 @@ def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None
     mp.spawn(_rank_main, args=(str(tmp_path),), nprocs=len(CLIPS))
     for rank in range(len(CLIPS)):
         recorded = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        check_what_travelled(recorded.pop("travels"))
+        check_exchanges(recorded.pop("exchanges"))
         for name, results in recorded.items():
             world, case, implementation = name.split()
-            whole = spread_case(data, range(int(world)), SPREAD[int(case)], "reference", None)
+            whole = loss_and_gradients(data, range(int(world)), OPTIONS[int(case)], "reference", None)
             # Sums of tens of terms whose exponents are logits of up to 12. Kernels add them in float32.
             dtype = torch.float32 if implementation == "triton" else torch.float64
             gradient = norm([norm(x) for x in whole[1:]])
@@ -117,7 +119,7 @@ def test_gradients_over_ranks_equal_those_of_one_process(tmp_path: Path) -> None
                 assert_agrees(value, expected, count=100, dtype=dtype, size=size, name=f"{rank}: {name}")
 
 
-def check_what_travelled(steps_of_kind: dict[str, list[tuple[str, str, int]]]) -> None:
+def check_exchanges(steps_of_kind: dict[str, list[tuple[str, str, int]]]) -> None:
     """The exchanges are those that the docstring of gather.py lists, padded to the longest shard."""
     texts, all_texts, world, dim = max(TEXTS), sum(TEXTS), len(CLIPS), 6
     for kind, steps in steps_of_kind.items():

@@ -1,5 +1,5 @@
 """The CPU engine against sums over dense float64 logits (docs/derivation.md, section 3), for all instruction
-sets, sizes, workspaces and numbers of threads; and the operator that torch sees."""
+sets, sizes, workspaces and numbers of threads; and its torch operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clsp_fast.contrastive import negatives
 ISAS = _C.instruction_sets()
 # One pair; less than a micro-tile; several tiles, the last ones incomplete; several panels.
 SIZES = [(1, 1, 3), (2, 3, 8), (97, 385, 33), (800, 1600, 20)]
-SMALL, LARGE = 0, 1 << 30
+SMALL, LARGE = 0, 1 << 30  # bytes of the workspace: for no logits, and for all of them
 
 
 class Batch(NamedTuple):
@@ -157,13 +157,13 @@ def test_logits_far_apart_take_two_exponentials() -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scale", [87.1, 87.33])
-def test_normalisers_beyond_the_range_of_an_exponential_alone(isa: str, scale: float) -> None:
+def test_normalisers_beyond_the_range_of_a_single_exponential(isa: str, scale: float) -> None:
     row = F.normalize(torch.ones(1, 4), dim=1).expand(5, 4).contiguous()
     batch = Batch(row, row, torch.tensor(scale), torch.arange(5), torch.tensor(0.0))
     d_sums = random_gradients(batch, "softmax")
     *_, d_scale, d_bias = run_engine(batch, "softmax", d_sums, isa=isa)
     expected = float(sum(d_sums).sum())  # every row and column spreads its gradient over equal logits
-    for gradient in (d_scale, d_bias):  # rounds an exponent as large as the scale
+    for gradient in (d_scale, d_bias):  # their rounding includes that of an exponent as large as the scale
         assert_agrees(gradient, expected, count=FEW + scale, dtype=torch.float32)
 
 
@@ -194,7 +194,7 @@ def test_no_bit_depends_on_threads_or_workspace_or_the_run(dtype: torch.dtype, k
         assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
 
 
-def test_nan_comes_out() -> None:
+def test_nan_reaches_the_sums_and_gradients_that_depend_on_it() -> None:
     batch = make_batch(30, 50, 8, torch.float32)
     batch.audio_MD[7, 3] = math.nan
     row, column, d_audio, d_text, *_ = run_engine(batch, "softmax", random_gradients(batch, "softmax"))
@@ -213,7 +213,7 @@ def test_refuses_other_dtypes(dtype: torch.dtype) -> None:
             sums(refused, text.to(dtype), scale, owner)
 
 
-def test_refuses_arrays_of_another_kind() -> None:
+def test_refuses_arrays_of_other_shapes_dtypes_and_layouts() -> None:
     batch = make_batch(4, 5, 3, torch.float32)
     good = list(negatives._extension_arguments("softmax", batch[0], batch[1], batch[2], batch[3], batch[4]))
     row, column, kept = (np.zeros(k, np.float32) for k in (4, 5, 0))
@@ -239,8 +239,8 @@ def leaves(batch: Batch) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_operator_keeps_torchs_rules(kind: str, dtype: torch.dtype) -> None:
-    # As many pairs as a tile of kept logits has places, so that every place is written.
+def test_the_operator_is_registered_correctly(kind: str, dtype: torch.dtype) -> None:
+    # The pairs fill one tile of kept logits, so that every logit of the tile is written.
     arguments = (*leaves(make_batch(96, 384, 4, dtype)), kind, 96 * 384)
     torch.library.opcheck(negatives._sum_negatives, arguments)
 

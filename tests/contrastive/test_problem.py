@@ -21,12 +21,12 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def make(clips: int, texts: int, **changes: Any) -> Problem:
+def make_problem(clips: int, texts: int, **changes: Any) -> Problem:
     return check_problem(torch.zeros(clips, 4), torch.zeros(texts, 4), 10.0, **ARGUMENTS | changes)
 
 
 def test_defaults_are_filled_in() -> None:
-    problem = make(5, 3)
+    problem = make_problem(5, 3)
     assert problem.owner_N.tolist() == [0, 1, 2]
     assert problem.bias == 0.0
 
@@ -39,11 +39,11 @@ def test_defaults_are_filled_in() -> None:
         (3, 3, [0, 1, 2], False),
     ],
 )
-def test_one_caption_each_is_known_from_the_sizes(
+def test_equal_sizes_without_owners_mean_one_caption_each(
     clips: int, texts: int, owner: list[int] | None, expected: bool
 ) -> None:
-    given = None if owner is None else torch.tensor(owner)
-    assert make(clips, texts, text_owner=given).one_caption_each == expected
+    text_owner = None if owner is None else torch.tensor(owner)
+    assert make_problem(clips, texts, text_owner=text_owner).one_caption_each == expected
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_the_computation_is_in_float32_or_wider(given: torch.dtype, computed: to
 
 def test_a_problem_does_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        make(2, 2).smoothing = 0.5  # type: ignore[misc]
+        make_problem(2, 2).smoothing = 0.5  # type: ignore[misc]

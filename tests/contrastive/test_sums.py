@@ -1,4 +1,4 @@
-"""Sums over captions and embeddings: their formulas, and bits that no number of threads changes."""
+"""Sums over captions and embeddings: their formulas, and the same bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import FEW, eps
+from sample_data import unit
 from torch import Tensor
 
 from clsp_fast.contrastive import sums
@@ -15,10 +16,6 @@ from clsp_fast.contrastive.gather import Shards
 from clsp_fast.contrastive.positives import Pairs, Positives, softmax_loss
 from clsp_fast.contrastive.problem import Problem
 from clsp_fast.loss import loss_and_grad
-
-
-def unit(*shape: int) -> Tensor:
-    return F.normalize(torch.randn(*shape), dim=-1)
 
 
 def same_for_any_threads(compute: Callable[[], list[Tensor]]) -> bool:
@@ -44,7 +41,7 @@ def same_for_any_threads(compute: Callable[[], list[Tensor]]) -> bool:
     ids=["smoothing", "sigmoid", "normalize", "weights"],
 )
 def test_no_bit_of_a_loss_depends_on_the_number_of_threads(options: dict) -> None:
-    audio, text = 1.7 * unit(700, 512), unit(700, 512)
+    audio, text = 1.7 * unit(700, 512, dtype=torch.float32), unit(700, 512, dtype=torch.float32)
     assert same_for_any_threads(lambda: list(loss_and_grad(audio, text, 20.0, **options)[:4]))
 
 

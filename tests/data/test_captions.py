@@ -1,4 +1,4 @@
-"""Caption sampling in the two stages: what is drawn, how often, and what if captions are missing."""
+"""Caption sampling in the two stages: which captions, how often, and without captions of one kind."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_stage2_draws_two_fine_captions_as_often_as_the_recipe(step: int, probab
     assert abs(fine / 2000 - probability) < 4 * (probability * (1 - probability) / 2000) ** 0.5
 
 
-def test_stage2_draws_alike_for_the_whole_batch_and_differently_for_each_clip() -> None:
+def test_stage2_chooses_kinds_for_the_whole_batch_and_captions_for_each_clip() -> None:
     for step in range(0, 10_000, 500):
         first, second = stage2([FULL] * 64, range(64), seed=5, step=step)
-        assert len({text[0] for text in first}) == 1
+        assert len({text[0] for text in first}) == 1  # the first letter names the kind
         assert len(set(second)) > 1
 
 
@@ -47,13 +47,15 @@ def test_stage2_draws_alike_for_the_whole_batch_and_differently_for_each_clip() 
         (Captions((), ("f0", "f1")), {("f0", "f1"), ("f1", "f0")}),
     ],
 )
-def test_stage2_falls_back_to_what_a_clip_has(captions: Captions, allowed: set[tuple[str, str]]) -> None:
+def test_stage2_falls_back_to_the_captions_that_a_clip_has(
+    captions: Captions, allowed: set[tuple[str, str]]
+) -> None:
     for step in (0, 10**6):
         drawn = {tuple(t[0] for t in stage2([captions], [1], seed=s, step=step)) for s in range(200)}
         assert drawn == allowed
 
 
-def test_a_clips_draw_does_not_depend_on_its_neighbours() -> None:
+def test_the_captions_of_a_clip_do_not_depend_on_the_other_clips() -> None:
     alone = stage1([FULL], [9], seed=2, step=4)[0][0]
     together = stage1([FULL] * 3, [1, 9, 5], seed=2, step=4)[0][1]
     assert alone == together

@@ -11,6 +11,7 @@ import lhotse
 import numpy as np
 import pytest
 import soundfile
+from sample_data import LFS_POINTER
 
 from clsp_fast import audio, data, embed, train
 from clsp_fast.audio import AudioError, Segment
@@ -20,7 +21,7 @@ from clsp_fast.data.manifest import read_manifest, read_source
 from clsp_fast.model import CLSP
 from clsp_fast.storage.embedding_folder import Embeddings
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 96044\n"
+POINTER = LFS_POINTER.encode()
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def cut(*sources: tuple[list[int], str], channel: object = 0, **supervision: obj
         ({"long_captions": ["A man, hoarse."]}, Captions((), ("A man, hoarse.",))),
     ],
 )
-def test_the_text_of_a_cut_is_its_caption_only_where_it_has_no_other(
+def test_the_text_of_a_cut_is_its_caption_only_if_it_has_no_other_caption(
     tmp_path: Path, custom: dict[str, object], expected: Captions
 ) -> None:
     (clip,) = read_manifest(written(tmp_path, cut(([0], "r.wav"), custom=custom))).clips
@@ -146,16 +147,16 @@ def test_a_resampled_recording_is_read(tmp_path: Path, recording: Any) -> None:
         assert len(audio.load(data.segment(clip))) == 24000
 
 
-@pytest.mark.parametrize(("start", "duration", "kept"), [(0, 3.0, None), (0, 1.0, 1.0), (0.5, 2.5, 2.5)])
+@pytest.mark.parametrize(("start", "duration", "read_s"), [(0, 3.0, None), (0, 1.0, 1.0), (0.5, 2.5, 2.5)])
 def test_the_file_decides_how_long_a_resampled_recording_is(
-    tmp_path: Path, recording: Any, start: float, duration: float, kept: float | None
+    tmp_path: Path, recording: Any, start: float, duration: float, read_s: float | None
 ) -> None:
     row = json.loads(saved(tmp_path, recording.resample(16000), start=start, duration=duration).read_text())
     row["recording"] |= {"duration": 3.0, "num_samples": 48000}
     (tmp_path / "cuts.jsonl").write_text(json.dumps(row) + "\n")
     (clip,) = read_manifest(tmp_path / "cuts.jsonl").clips
-    assert (clip.start_s, clip.duration_s) == (start, kept)
-    if kept is None:
+    assert (clip.start_s, clip.duration_s) == (start, read_s)
+    if read_s is None:
         assert len(audio.load(data.segment(clip))) == 24000
         del row["recording"]["transforms"]
         (tmp_path / "cuts.jsonl").write_text(json.dumps(row) + "\n")
@@ -207,11 +208,11 @@ def test_how_far_a_clip_may_reach_beyond_the_end_is_an_option(
     (values,) = features.read(clips)
     assert list(features.bad.values()) == ([reason] if reason else [])
     assert (values is None) == bool(reason)
-    made = embed.EmbedConfig(
+    config = embed.EmbedConfig(
         source=str(path), out=tmp_path / "out", model=str(model_folder), device="cpu", **changes
     )
-    assert dict(embed.embed(made).failed) == ({reason: 1} if reason else {})
-    assert Embeddings(tmp_path / "out").header.slack_seconds == made.slack_seconds
+    assert dict(embed.embed(config).failed) == ({reason: 1} if reason else {})
+    assert Embeddings(tmp_path / "out").header.slack_seconds == config.slack_seconds
     errors: dict[int, AudioError] = {}
     model = CLSP.from_pretrained(model_folder)
     model.encode_audio([data.segment(clips[0])], errors=errors, **EncodeConfig(**changes).batching)

@@ -1,4 +1,4 @@
-"""Loader and `data validate`: a batch is a function of the step, faults are named and counted."""
+"""The loader, whose batches are a function of the step, and `data validate`, which names every fault."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sample_data import write_rows
 
 from clsp_fast import data
 from clsp_fast.config import DataConfig
@@ -36,11 +37,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "finegrained_captions": [f"fine one of {i}", f"fine two of {i}"],
         }
         rows.append(row | ({"duration_s": seconds} if i % 2 else {}))
-    (root / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root / "m.jsonl"
+    return write_rows(root / "m.jsonl", rows)
 
 
-def loader(
+def make_loader(
     path: Path,
     *,
     stage1_steps: int = 100,
@@ -72,15 +72,15 @@ def assert_equal(one: data.Batch, two: data.Batch) -> None:
 
 
 def test_a_batch_is_a_function_of_its_step(clips: Path) -> None:
-    straight = {batch.step: batch for batch in loader(clips).batches(0, 20)}
+    expected = {batch.step: batch for batch in make_loader(clips).batches(0, 20)}
     for changes in ({"cache_mb": 0}, {"threads": 2, "prefetch": 1}):
-        for batch in loader(clips, **changes).batches(13, 20):
-            assert_equal(batch, straight[batch.step])
+        for batch in make_loader(clips, **changes).batches(13, 20):
+            assert_equal(batch, expected[batch.step])
 
 
-def test_what_a_batch_holds(clips: Path) -> None:
-    made = loader(clips, stage1_steps=1, augment=0.0)
-    for batch, texts in ((made.batch(0), 1), (made.batch(1), 2)):
+def test_a_batch_has_the_documented_shapes_and_dtypes(clips: Path) -> None:
+    loader = make_loader(clips, stage1_steps=1, augment=0.0)
+    for batch, texts in ((loader.batch(0), 1), (loader.batch(1), 2)):
         count = len(batch.ids)
         assert batch.features.shape == (count, int(batch.lengths.max()), 128)
         assert batch.features.dtype == torch.float32
@@ -102,44 +102,44 @@ def test_captions_stay_with_their_clips(clips: Path) -> None:
         seen.append(list(texts))
         return torch.zeros(len(texts), 2, dtype=torch.int64), torch.ones(len(texts), 2, dtype=torch.int64)
 
-    made = Loader(all_clips, encode, DataConfig(batch_clips=6, threads=1), seed=0, stage1_steps=2)
+    loader = Loader(all_clips, encode, DataConfig(batch_clips=6, threads=1), seed=0, stage1_steps=2)
     for step in range(5):
-        batch = made.batch(step)
+        batch = loader.batch(step)
         for text, owner in zip(seen[-1], batch.text_owner.tolist(), strict=True):
             assert text.split()[-1] == batch.ids[owner]
 
 
 def test_ranks_share_an_epoch(clips: Path) -> None:
-    ranks = [loader(clips, rank=rank, world=3, batch_clips=3) for rank in range(3)]
+    ranks = [make_loader(clips, rank=rank, world=3, batch_clips=3) for rank in range(3)]
     steps = ranks[0].plan.steps_per_epoch
-    ids = [clip_id for made in ranks for batch in made.batches(0, steps) for clip_id in batch.ids]
+    ids = [clip_id for loader in ranks for batch in loader.batches(0, steps) for clip_id in batch.ids]
     assert sorted(ids, key=int) == [str(i) for i in range(40)]
 
 
 def test_limits_leave_clips_out_and_count_them(clips: Path) -> None:
-    made = loader(clips, min_seconds=1.0, max_seconds=1.5, batch_seconds=20)
-    assert 1.0 <= made.plan.durations_s.min() <= made.plan.durations_s.max() <= 1.5
-    assert len(made.clips) + sum(made.left_out.values()) == 40
-    assert set(made.left_out) == {"too_short", "too_long"}
+    loader = make_loader(clips, min_seconds=1.0, max_seconds=1.5, batch_seconds=20)
+    assert 1.0 <= loader.plan.durations_s.min() <= loader.plan.durations_s.max() <= 1.5
+    assert len(loader.clips) + sum(loader.left_out.values()) == 40
+    assert set(loader.left_out) == {"too_short", "too_long"}
     with pytest.raises(DataError, match="0 usable clips for 1 ranks"):
-        loader(clips, min_seconds=9.0)
+        make_loader(clips, min_seconds=9.0)
 
 
-def test_a_header_that_guesses_costs_no_audio(tmp_path: Path) -> None:
+def test_a_wrong_guess_of_the_length_loses_no_audio(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal(4 * 16000)
     noise[: 2 * 16000] *= 1e-4  # the bit rate varies, so a guess from the first frames is far off
     soundfile.write(tmp_path / "a.mp3", 0.1 * noise, 16000, bitrate_mode="VARIABLE")
-    data_ = (tmp_path / "a.mp3").read_bytes()
-    at = data_.find(b"Xing") if b"Xing" in data_ else data_.find(b"Info")
+    content = (tmp_path / "a.mp3").read_bytes()
+    at = content.find(b"Xing") if b"Xing" in content else content.find(b"Info")
     assert at > 0
-    (tmp_path / "a.mp3").write_bytes(data_[:at] + b"Nope" + data_[at + 4 :])
+    (tmp_path / "a.mp3").write_bytes(content[:at] + b"Nope" + content[at + 4 :])
     (tmp_path / "m.jsonl").write_text('{"audio": "a.mp3", "captions": ["noise"]}\n')
-    batch = loader(tmp_path / "m.jsonl", augment=0.0).batch(0)
+    batch = make_loader(tmp_path / "m.jsonl", augment=0.0).batch(0)
     assert batch.lengths.item() >= 395
 
 
-def test_the_zero_tail_is_that_of_the_batch(clips: Path) -> None:
-    reflect, zero = (loader(clips, tail=tail, augment=0.0).batch(0) for tail in ("reflect", "zero"))
+def test_with_a_zero_tail_only_the_longest_clip_is_reflected(clips: Path) -> None:
+    reflect, zero = (make_loader(clips, tail=tail, augment=0.0).batch(0) for tail in ("reflect", "zero"))
     assert reflect.ids == zero.ids
     longest = int(reflect.lengths.argmax())
     for i, length in enumerate(reflect.lengths.tolist()):
@@ -157,32 +157,31 @@ def damaged(clips: Path, folder: Path, count: int) -> Path:
         row["audio"] = str(clips.parent / row["audio"])
     (folder / "x.wav").write_bytes(b"RIFF no audio")
     rows += [rows[0] | {"id": f"bad{i}", "audio": "x.wav", "duration_s": 1.0} for i in range(count)]
-    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "m.jsonl"
+    return write_rows(folder / "m.jsonl", rows)
 
 
-def test_unreadable_clips_are_replaced_alike_every_time(clips: Path, tmp_path: Path) -> None:
+def test_unreadable_clips_have_the_same_replacements_every_time(clips: Path, tmp_path: Path) -> None:
     path = damaged(clips, tmp_path, 8)
-    first = loader(path)
+    first = make_loader(path)
     steps = first.plan.steps_per_epoch
-    straight = {batch.step: batch for batch in first.batches(0, steps)}
+    expected = {batch.step: batch for batch in first.batches(0, steps)}
     assert set(first.bad.values()) == {"format"}
     assert sorted(first.bad) == [f"bad{i}" for i in range(8)]
-    for batch in straight.values():
+    for batch in expected.values():
         assert len(batch.ids) == len(set(batch.ids)) == len(first.plan.batch(batch.step))
         assert not [clip_id for clip_id in batch.ids if clip_id.startswith("bad")]
-    second = loader(path)
+    second = make_loader(path)
     for step in reversed(range(steps)):
-        assert_equal(second.batch(step), straight[step])
+        assert_equal(second.batch(step), expected[step])
 
 
-def test_too_many_unreadable_clips_end_it_with_the_list(clips: Path, tmp_path: Path) -> None:
-    made, bad = loader(damaged(clips, tmp_path, 20)), {}
+def test_too_many_unreadable_clips_are_an_error_that_lists_them(clips: Path, tmp_path: Path) -> None:
+    loader, bad = make_loader(damaged(clips, tmp_path, 20)), {}
 
     def read() -> None:
-        for batch in made.batches(0, 40):
+        for batch in loader.batches(0, 40):
             bad.update(batch.bad)
-            made.check_bad(bad)
+            loader.check_bad(bad)
 
     with pytest.raises(DataError, match=r"\d\d of 60 clips cannot be read.*bad\d+ \(format\)"):
         read()
@@ -192,66 +191,65 @@ def test_too_many_unreadable_clips_end_it_with_the_list(clips: Path, tmp_path: P
 def test_a_batch_without_a_readable_clip_is_empty(clips: Path, tmp_path: Path) -> None:
     path = damaged(clips, tmp_path, 3)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[40:]))
-    batch = loader(path, stage1_steps=0).batch(0)
+    batch = make_loader(path, stage1_steps=0).batch(0)
     assert batch.bad == {f"bad{i}": "format" for i in range(3)}
     assert batch.ids == batch.lengths.tolist() == batch.token_ids.tolist() == []
     assert batch.features.shape == (0, 0, 128)
 
 
-def test_clips_whose_ids_end_alike_draw_captions_of_their_own(clips: Path, tmp_path: Path) -> None:
+def test_clips_whose_ids_end_alike_draw_different_captions(clips: Path, tmp_path: Path) -> None:
     row = json.loads(clips.read_text().splitlines()[1])
     row |= {
         "audio": str(clips.parent / row["audio"]),
         "finegrained_captions": [f"text {i}" for i in range(20)],
     }
     rows = [row | {"id": f"EN_B{i:05}_S00000_W000012"} for i in range(6)]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    batch = loader(tmp_path / "m.jsonl").batch(0)
+    batch = make_loader(write_rows(tmp_path / "m.jsonl", rows)).batch(0)
     assert len(batch.ids) == 6
     assert len({tuple(tokens) for tokens in batch.token_ids.tolist()}) > 3
 
 
-def kept(made: Loader) -> dict:
+def stored_state(loader: Loader) -> dict:
     """The loader's state after a checkpoint has stored it."""
-    return json.loads(json.dumps(made.state()))
+    return json.loads(json.dumps(loader.state()))
 
 
 def test_another_number_of_ranks_begins_a_new_epoch(clips: Path) -> None:
-    before = [loader(clips, rank=rank, world=2) for rank in range(2)]
+    before = [make_loader(clips, rank=rank, world=2) for rank in range(2)]
     done = before[0].plan.steps_per_epoch // 2
     assert done > 0
-    alone = loader(clips)
-    assert alone.resume(done, kept(before[0]))
+    alone = make_loader(clips)
+    assert alone.resume(done, stored_state(before[0]))
     end = done + alone.plan.steps_per_epoch
     ids = [clip_id for batch in alone.batches(done, end) for clip_id in batch.ids]
     assert sorted(ids, key=int) == [str(i) for i in range(40)]
-    resumed = loader(clips)
-    assert not resumed.resume(done + 2, kept(alone))
+    resumed = make_loader(clips)
+    assert not resumed.resume(done + 2, stored_state(alone))
     for step in range(done + 2, end + 2):
         assert_equal(resumed.batch(step), alone.batch(step))
 
 
-def test_other_batches_begin_a_new_epoch_and_the_same_ones_go_on(clips: Path) -> None:
-    before, other, same = loader(clips), loader(clips, batch_clips=5), loader(clips, threads=2)
-    assert other.resume(3, kept(before))
-    assert not same.resume(3, kept(before))
+def test_other_batches_begin_a_new_epoch_and_the_same_batches_continue_it(clips: Path) -> None:
+    before, other, same = make_loader(clips), make_loader(clips, batch_clips=5), make_loader(clips, threads=2)
+    assert other.resume(3, stored_state(before))
+    assert not same.resume(3, stored_state(before))
     assert_equal(same.batch(3), before.batch(3))
 
 
 def test_other_clips_of_the_same_lengths_begin_a_new_epoch(clips: Path) -> None:
-    before, other = loader(clips), loader(clips)
+    before, other = make_loader(clips), make_loader(clips)
     other.clips[0] = dataclasses.replace(other.clips[0], id="another")
-    assert other.resume(3, kept(before))
+    assert other.resume(3, stored_state(before))
 
 
 def tensors(batch: data.Batch) -> dict[str, torch.Tensor]:
     return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
 
 
-def test_what_goes_to_a_card_is_copied_into_page_locked_memory(
+def test_tensors_for_a_card_are_copied_into_page_locked_memory(
     clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, made = loader(clips), loader(clips, device=torch.device("cuda"))
+    plain, loader = make_loader(clips), make_loader(clips, device=torch.device("cuda"))
     locked: list[torch.Tensor] = []
 
     def empty_like(value: torch.Tensor, *, pin_memory: bool) -> torch.Tensor:
@@ -260,7 +258,7 @@ def test_what_goes_to_a_card_is_copied_into_page_locked_memory(
         return locked[-1]
 
     monkeypatch.setattr(torch, "empty_like", empty_like)
-    batch = made.batch(0)
+    batch = loader.batch(0)
     assert_equal(batch, plain.batch(0))
     assert [id(value) for value in tensors(batch).values()] == [id(value) for value in locked]
     assert len(locked) == 5
@@ -268,8 +266,8 @@ def test_what_goes_to_a_card_is_copied_into_page_locked_memory(
 
 @pytest.mark.gpu
 def test_batches_for_a_card_are_page_locked(clips: Path, cuda: torch.device) -> None:
-    plain, made = loader(clips), loader(clips, device=cuda)
-    for batch in made.batches(0, 3):
+    plain, loader = make_loader(clips), make_loader(clips, device=cuda)
+    for batch in loader.batches(0, 3):
         assert all(value.is_pinned() for value in tensors(batch).values())
         assert_equal(batch, plain.batch(batch.step))
 
@@ -284,7 +282,7 @@ def test_reads_lhotse_cuts_like_a_manifest(clips: Path, tmp_path: Path) -> None:
         cuts[-1].id = clip.id
         cuts[-1].supervisions = [supervision]
     lhotse.CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
-    from_manifest, from_cuts = loader(clips), loader(tmp_path / "cuts.jsonl.gz")
+    from_manifest, from_cuts = make_loader(clips), make_loader(tmp_path / "cuts.jsonl.gz")
     for step in range(4):
         assert_equal(from_manifest.batch(step), from_cuts.batch(step))
 

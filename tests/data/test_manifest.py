@@ -48,7 +48,7 @@ def test_reads_every_field(tmp_path: Path, name: str) -> None:
     assert clip.claims["fine"] == ({"speed": "slow>fast"}, {})
 
 
-def test_a_bare_line_is_enough(tmp_path: Path) -> None:
+def test_audio_and_one_caption_are_enough(tmp_path: Path) -> None:
     (clip,) = read_manifest(write(tmp_path, {"audio": "/x/b.flac", "captions": "One caption"})).clips
     assert clip.audio == "/x/b.flac"
     assert (clip.start_s, clip.duration_s, clip.channel) == (0.0, None, None)
@@ -155,7 +155,7 @@ def test_a_bad_line_costs_only_itself_and_says_why(tmp_path: Path, row: object, 
     assert len(problem.message) < 300
 
 
-def test_a_byte_order_mark_and_null_ids_are_fine(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_null_ids_are_accepted(tmp_path: Path) -> None:
     rows = [
         {"id": None, "audio": "a.wav", "captions": ["x"]},
         {"id": None, "audio": "b.wav", "captions": ["y"]},
@@ -193,7 +193,7 @@ def test_a_key_that_looks_like_another_is_named(
     assert capsys.readouterr().err == f"{path}: {warning}\n"
 
 
-def test_keys_of_the_users_own_are_counted_and_no_more(tmp_path: Path) -> None:
+def test_unknown_keys_are_counted_without_a_warning(tmp_path: Path) -> None:
     user_keys = {"emotion": "calm", "\x1b[2J": 1, "\ud83d": 2}
     manifest = read_manifest(
         write(tmp_path, GOOD | user_keys, {"id": "b", "emotion": 2, "audio": "a", "captions": "x"})
@@ -225,7 +225,7 @@ def test_an_id_that_is_long_and_used_twice_is_shortened(tmp_path: Path) -> None:
     assert len(problem.message) < 200
 
 
-def test_a_list_of_paths_is_no_manifest_and_the_fix_is_told(tmp_path: Path) -> None:
+def test_a_list_of_paths_is_no_manifest_and_the_fix_is_named(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     for text in ("a.wav\nb.wav\n", f"{tmp_path}/there\n", "my file.wav\n"):
         (tmp_path / "list.txt").write_text(text)

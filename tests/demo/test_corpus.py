@@ -20,13 +20,13 @@ SYNTH = DemoConfig(clips=8, validation_clips=2, test_clips=2, workers=2, engines
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> DemoCorpus:
-    """Made by the engines that are installed."""
+    """Made by all installed engines."""
     return demo.prepare(tmp_path_factory.mktemp("demo") / "corpus", SMALL)
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> DemoCorpus:
-    """Made by numpy alone, and large enough to compare labels with the sound."""
+    """Made by the engine synth, and large enough to compare labels with the sound."""
     config = dataclasses.replace(SYNTH, clips=60)
     return demo.prepare(tmp_path_factory.mktemp("demo") / "synthetic", config)
 
@@ -143,20 +143,20 @@ def test_a_seed_changes_everything(tmp_path: Path) -> None:
 @pytest.mark.multiproc
 def test_a_complete_corpus_is_kept_and_a_damaged_one_is_made_again(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    made = demo.prepare(tmp_path / "c", SYNTH, progress=lambda done, total: calls.append((done, total)))
+    prepared = demo.prepare(tmp_path / "c", SYNTH, progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (12, 12)
-    before, calls[:] = contents(made.folder), []
-    assert demo.prepare(tmp_path / "c", SYNTH, progress=lambda *c: calls.append(c)) == made
+    before, calls[:] = contents(prepared.folder), []
+    assert demo.prepare(tmp_path / "c", SYNTH, progress=lambda *c: calls.append(c)) == prepared
     assert not calls
     damages = (
-        lambda: next((made.folder / "audio" / "train").iterdir()).unlink(),
-        lambda: made.train.write_bytes(made.train.read_bytes()[:-40]),
-        lambda: (made.folder / "corpus.json").unlink(),
+        lambda: next((prepared.folder / "audio" / "train").iterdir()).unlink(),
+        lambda: prepared.train.write_bytes(prepared.train.read_bytes()[:-40]),
+        lambda: (prepared.folder / "corpus.json").unlink(),
     )
     for damage in damages:
         damage()
-        assert demo.prepare(tmp_path / "c", SYNTH) == made
-        assert contents(made.folder) == before
+        assert demo.prepare(tmp_path / "c", SYNTH) == prepared
+        assert contents(prepared.folder) == before
     assert not list(tmp_path.glob(".c*"))
 
 
@@ -167,9 +167,11 @@ def test_foreign_files_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
-    """Makes `source` the package py_nanotts of this process and its children, and the only installed
-    engine."""
+def replace_pico(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
+    """Makes `source` the package py_nanotts of this process and its children.
+
+    The engine pico uses this package. Besides pico, only synth is installed.
+    """
     (folder / "py_nanotts.py").write_text(source)
     monkeypatch.syspath_prepend(str(folder))
     reasons = {"espeak": "not installed", "hibari": "not installed"}
@@ -196,7 +198,7 @@ def test_a_crash_is_tried_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = DemoConfig(
         clips=2, validation_clips=1, test_clips=1, transfer_clips=0, workers=1, engines=("pico",)
     )
-    pretend(monkeypatch, tmp_path, CRASHING.format(always=False))
+    replace_pico(monkeypatch, tmp_path, CRASHING.format(always=False))
     assert len(read(demo.prepare(tmp_path / "ok", config).train)) == 2
     assert (tmp_path / "mark").exists()
     (tmp_path / "py_nanotts.py").write_text(CRASHING.format(always=True))
@@ -208,11 +210,11 @@ def test_a_crash_is_tried_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.multiproc
 def test_missing_and_broken_engines_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, tmp_path, "raise ImportError('no such symbol')")
-    made = demo.prepare(tmp_path / "left", dataclasses.replace(SYNTH, engines=None))
-    assert made.engines == ("synth",)
-    assert made.transfer is None
-    description = demo.describe(made)
+    replace_pico(monkeypatch, tmp_path, "raise ImportError('no such symbol')")
+    prepared = demo.prepare(tmp_path / "left", dataclasses.replace(SYNTH, engines=None))
+    assert prepared.engines == ("synth",)
+    assert prepared.transfer is None
+    description = demo.describe(prepared)
     assert "without espeak: not installed" in description
     assert "without pico: does not start" in description
     assert "no such symbol" in description

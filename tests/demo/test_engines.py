@@ -29,8 +29,7 @@ def test_voices_of_an_engine_are_split(name: str) -> None:
 
 
 def test_old_content_of_memory_changes_nothing() -> None:
-    # Pico reads memory before writing to it. Without our setting it speaks differently from the third time
-    # on.
+    # Pico reads memory before writing to it. Without MALLOC_PERTURB_, the third call gives another sound.
     if engines.unavailable("pico"):
         pytest.skip("py-nanotts is not installed")
     code = """

@@ -41,7 +41,7 @@ def test_prompts_use_the_captions_words_but_no_caption() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "count"),
+    ("phrase", "count"),
     [
         ("the water is cold", 5),
         ("she walked past the gate", 5),
@@ -50,5 +50,5 @@ def test_prompts_use_the_captions_words_but_no_caption() -> None:
         ("a little apple", 5),
     ],
 )
-def test_syllables(word: str, count: int) -> None:
-    assert text.syllables(word) == count
+def test_syllables_of_a_phrase(phrase: str, count: int) -> None:
+    assert text.syllables(phrase) == count

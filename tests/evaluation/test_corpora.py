@@ -1,4 +1,4 @@
-"""Readers of the corpora, with the names and oddities that real copies have."""
+"""Readers of the corpora, with the names and oddities of real copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from sample_data import LFS_POINTER, write_rows
 
 from clsp_fast.data.captions import Captions
 from clsp_fast.evaluation import tasks
@@ -151,7 +152,7 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path, layout: str) -> Non
 TABLE = "ActorID,Age,Sex,Race,Ethnicity\n1001,51,Male,x,y\n1040,42,Female,x,y\n1076,25,Female,x,y\n"
 
 
-def test_crema_d_as_it_is_on_disks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_crema_d_with_the_oddities_of_real_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("1001_DFA_ANG_XX.wav", "1001_DFA_HAP_HI.WAV", "1040_ITH_SAD_X.wav", "1076_mti_neu_lo.Wav")
     others = (
         "1001_DFA_XXX_XX.wav",
@@ -171,7 +172,7 @@ def test_crema_d_as_it_is_on_disks(tmp_path: Path, capsys: pytest.CaptureFixture
     assert dict(clips["1040_ITH_SAD_X.wav"]) == {
         "emotion": "sad", "gender": "female", "age": "42", "speaker": "1040",
     }  # fmt: skip
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     for part in (
         f"{tmp_path}: left out: ",
         "2 with an unexpected form of name (._1001_DFA_ANG_XX.wav, notes.wav)",
@@ -180,11 +181,11 @@ def test_crema_d_as_it_is_on_disks(tmp_path: Path, capsys: pytest.CaptureFixture
         "1 not WAV (a.mp3)",
         "1 duplicates (1040_ITH_SAD_X.wav)",
     ):
-        assert part in told
-    assert "a.txt" not in told
+        assert part in message
+    assert "a.txt" not in message
 
 
-def test_crema_d_without_its_table_knows_emotions_alone(tmp_path: Path) -> None:
+def test_crema_d_without_its_table_has_only_emotions(tmp_path: Path) -> None:
     touch(tmp_path / "AudioWAV/1001_DFA_ANG_XX.wav")
     (clip,) = read_corpus(tmp_path, "crema-d", ["emotion"])
     assert dict(clip.tags) == {"emotion": "angry", "speaker": "1001"}
@@ -195,7 +196,7 @@ def test_crema_d_without_its_table_knows_emotions_alone(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "AudioWAV"):  # the table may be one folder up
         (clip,) = read_corpus(source, "crema-d", ["age"])
         assert (clip.tags["age"], clip.tags["gender"]) == ("51", "male")
-    (tmp_path / "VideoDemographics.csv").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    (tmp_path / "VideoDemographics.csv").write_text(LFS_POINTER)
     with pytest.raises(ValueError, match=r'VideoDemographics\.csv is a Git LFS pointer.*"git lfs pull"'):
         read_corpus(tmp_path, "crema-d", ["gender"])
     assert len(read_corpus(tmp_path, "crema-d", ["emotion"])) == 1
@@ -241,13 +242,13 @@ def test_links_of_a_corpus_are_followed_and_their_loops_end(
     (clip,) = read_corpus(linked_corpus(tmp_path, layout), layout)
     assert clip.tags["emotion"] == "angry"
     assert Path(clip.audio).is_file()
-    told = capsys.readouterr().err
-    assert left_out in told
-    assert "1 dead links (nowhere)" in told
-    assert "second copy" not in told
+    message = capsys.readouterr().err
+    assert left_out in message
+    assert "1 dead links (nowhere)" in message
+    assert "duplicates" not in message
 
 
-def test_dead_links_and_other_formats_of_a_corpus_are_told(
+def test_dead_links_and_other_formats_of_a_corpus_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     touch(tmp_path / "Actor_01/03-01-01-01-01-01-01.wav")
@@ -256,25 +257,25 @@ def test_dead_links_and_other_formats_of_a_corpus_are_told(
     (tmp_path / "Actor_02").symlink_to("/no/such")
     (tmp_path / "Actor_03").symlink_to("Actor_03")
     assert len(read_corpus(tmp_path, "ravdess")) == 1
-    told = capsys.readouterr().err
-    assert "2 dead links (Actor_02, Actor_03)" in told
-    assert "3 not WAV (" in told
+    message = capsys.readouterr().err
+    assert "2 dead links (Actor_02, Actor_03)" in message
+    assert "3 not WAV (" in message
 
 
-def test_a_table_of_turns_that_cannot_be_read_costs_itself_alone(
+def test_only_tables_of_turns_that_cannot_be_read_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = tmp_path / "Session1/dialog/EmoEvaluation"
     evaluation.mkdir(parents=True)
     (evaluation / "Ses01F_impro01.txt").write_text(EVALUATION)
     (evaluation / "Ses01F_impro02.txt").symlink_to("nowhere.txt")
-    (evaluation / "Ses01F_impro03.txt").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    (evaluation / "Ses01F_impro03.txt").write_text(LFS_POINTER)
     (evaluation / "Ses01F_impro04.txt").write_bytes(bytes(5000))
     (evaluation / "Ses01F_impro05.txt").mkdir()
     assert len(read_corpus(tmp_path, "iemocap")) == 3
-    told = capsys.readouterr().err
-    assert "1 dead links" in told
-    assert "2 tables of turns that cannot be read" in told
+    message = capsys.readouterr().err
+    assert "1 dead links" in message
+    assert "2 tables of turns that cannot be read" in message
 
 
 @pytest.mark.parametrize("table", ["dangling", "Git LFS", "semicolons"])
@@ -284,8 +285,7 @@ def test_emotions_of_crema_d_need_no_table(tmp_path: Path, table: str) -> None:
     if table == "dangling":
         file.symlink_to("nowhere.csv")
     else:
-        pointer = "version https://git-lfs.github.com/spec/v1\noid x\n"
-        file.write_text(pointer if table == "Git LFS" else "ActorID;Age;Sex\n1001;51;Male\n")
+        file.write_text(LFS_POINTER if table == "Git LFS" else "ActorID;Age;Sex\n1001;51;Male\n")
     (clip,) = read_corpus(tmp_path, "crema-d", ["emotion"])
     assert dict(clip.tags) == {"emotion": "angry", "speaker": "1001"}
     with pytest.raises((FileNotFoundError, ValueError), match=r"VideoDemographics\.csv"):
@@ -298,7 +298,6 @@ def test_bad_lines_of_a_manifest_are_counted(tmp_path: Path, capsys: pytest.Capt
     assert "left out: 2 bad lines (line 2, line 3)" in capsys.readouterr().err
 
 
-def test_a_row_whose_path_is_too_long_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_row_whose_path_is_too_long_loses_no_other_row(tmp_path: Path) -> None:
     rows = [{"relative_audio_path": name, "text_description": "One."} for name in ("a" * 5000, "b.wav")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(read_corpus(tmp_path / "rows.jsonl", "paraspeechcaps")) == 2
+    assert len(read_corpus(write_rows(tmp_path / "rows.jsonl", rows), "paraspeechcaps")) == 2

@@ -1,4 +1,4 @@
-"""Figures of sets of clips whose right answers are known, and their tables."""
+"""Figures of sets of clips whose right answers are known, and tables of these figures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def embeddings() -> Tensor:
 def test_figures_of_a_perfect_model() -> None:
     results = figures.evaluate_embeddings(embeddings(), CLIPS, encode, tasks_from_prompts(TASKS))
     assert results["n"] == 4
-    fine = results["retrieval"]["fine"]  # clips a and d cannot be told apart
+    fine = results["retrieval"]["fine"]  # clips a and d have the same captions
     for direction in ("audio_to_text", "text_to_audio"):
         assert fine[direction]["R@1"] == 0.75
         assert fine[direction]["ceiling"] == {"R@1": 0.75, "R@5": 1.0, "R@10": 1.0}
@@ -61,16 +61,16 @@ def test_figures_of_a_perfect_model() -> None:
 
 def test_hits_count_any_clip_that_a_caption_is_true_of() -> None:
     count = 40
-    # Caption j likes clips j+1, j+2, ... (cyclically) best, and the clip that it describes least.
+    # Caption j scores highest with clips j+1, j+2, ... (cyclically), and lowest with clip j, its positive.
     text = torch.stack([torch.arange(count, 0, -1.0).roll(j + 1) for j in range(count)])
     true = torch.eye(count, dtype=torch.bool)
     true[4, 1] = True  # caption 1 is also true of clip 4, its third choice
-    way = figures.retrieval_figures(torch.eye(count), text, true_MM=true)["text_to_audio"]
-    assert way["R@10"] == 0.0
-    assert way["hit@5"] == pytest.approx(1 / count)
+    computed = figures.retrieval_figures(torch.eye(count), text, true_MM=true)["text_to_audio"]
+    assert computed["R@10"] == 0.0
+    assert computed["hit@5"] == pytest.approx(1 / count)
     two_answers = 1 - (35 * 34) / (40 * 39)
-    assert way["hit@5_chance"] == pytest.approx(((count - 1) * 5 / count + two_answers) / count)
-    assert way["ceiling"]["R@1"] == pytest.approx((count - 0.5) / count)
+    assert computed["hit@5_chance"] == pytest.approx(((count - 1) * 5 / count + two_answers) / count)
+    assert computed["ceiling"]["R@1"] == pytest.approx((count - 0.5) / count)
 
 
 def test_clips_without_claims_or_captions_of_a_kind() -> None:
@@ -87,5 +87,5 @@ def test_a_random_model_is_at_chance() -> None:
     count = 2000
     results = figures.retrieval_figures(torch.randn(count, 4), torch.randn(count, 4))
     for direction in ("audio_to_text", "text_to_audio"):
-        way = results[direction]
-        assert abs(way["R@10"] - way["chance"]["R@10"]) < 4 * (0.005 / count) ** 0.5
+        computed = results[direction]
+        assert abs(computed["R@10"] - computed["chance"]["R@10"]) < 4 * (0.005 / count) ** 0.5

@@ -1,4 +1,4 @@
-"""Zero-shot tasks as data."""
+"""Files of zero-shot tasks: those of the package, those of a user, and bad ones."""
 
 from __future__ import annotations
 

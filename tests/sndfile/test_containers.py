@@ -1,4 +1,4 @@
-"""Every container, complete, cut, empty, joined and with junk around it: right samples or a named error."""
+"""Every container, complete, cut, empty, joined and with junk around it, gives its samples or an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from encoded_audio import ID3, RATE, SAMPLES, by_soundfile, encode, noise, samples_or_reason
+from encoded_audio import ID3, RATE, SAMPLES, by_soundfile, chunk, encode, noise, samples_or_reason
 from numpy.typing import NDArray
 
 from clsp_fast import audio, data, sndfile
@@ -32,7 +32,7 @@ READ = (
     "OGG",
     "MP3",
 )  # codespell:ignore caf
-# soundfile cannot write the first three. It cannot read the others without being told the format.
+# soundfile cannot write the first three, and cannot read the others unless it is given the format.
 LEFT_OUT = ("DWVW_12", "MPEG_LAYER_I", "MPEG_LAYER_II", "DWVW_16", "DWVW_24")
 KINDS = [
     (kind, subtype)
@@ -54,14 +54,14 @@ def test_each_container(kind: str, subtype: str, tmp_path: Path) -> None:
         path = tmp_path / "recording"
         path.write_bytes(content)
         for source in (content, path):
-            got = samples_or_reason(source, **part)
-            if isinstance(right, str) or isinstance(got, str):
-                assert got in ((right,) if isinstance(right, str) else ()), got
+            result = samples_or_reason(source, **part)
+            if isinstance(right, str) or isinstance(result, str):
+                assert result in ((right,) if isinstance(right, str) else ()), result
             else:
-                assert got.shape == right.shape
-                # Of GSM in WAV, libsndfile decodes one block more than there is.
+                assert result.shape == right.shape
+                # libsndfile decodes one block more than a WAV file with GSM has.
                 sound = SAMPLES if (kind, subtype) == ("WAV", "GSM610") else len(right)
-                assert np.abs(got - right)[:sound].max() <= tolerance
+                assert np.abs(result - right)[:sound].max() <= tolerance
 
     check(whole, expected)
     assert audio.info(whole).frames == len(expected)
@@ -83,11 +83,6 @@ def test_each_container(kind: str, subtype: str, tmp_path: Path) -> None:
 def test_other_containers_are_refused_with_the_fix(kind: str) -> None:
     with pytest.raises(AudioError, match=r"not in a known audio format .*; convert it, for instance with"):
         load(encode(kind, "PCM_16"))
-
-
-def chunk(tag: bytes, body: bytes, size: int | None = None, pad: bool = True) -> bytes:
-    size = len(body) if size is None else size
-    return tag + struct.pack("<I", size) + body + b"\0" * (len(body) % 2 if pad else 0)
 
 
 def fmt(tag: int = 1, channels: int = 1, bits: int = 16, align: int = 2, extension: bytes = b"") -> bytes:
@@ -187,11 +182,11 @@ def test_wav_headers_as_writers_leave_them(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     path.write_bytes(content)
     for source in (content, path):
-        got = samples_or_reason(source)
+        result = samples_or_reason(source)
         if isinstance(right, str):
-            assert got == right
+            assert result == right
             continue
-        assert np.array_equal(got, right)
+        assert np.array_equal(result, right)
         assert audio.info(source).frames == len(right)
         part = samples_or_reason(source, start_s=0.05, duration_s=0.1)
         assert np.array_equal(part, right[800:2400])
@@ -204,8 +199,8 @@ def test_the_planned_length_is_the_length_that_is_read(tmp_path: Path) -> None:
         path = tmp_path / f"{i}.wav"
         path.write_bytes(riff(fmt(), chunk(b"data", SOUND, size)))
         clips.append(Clip(str(i), str(path), 0.0, None, None, ("A man speaks.",)))
-    kept, seconds, left_out = data.usable(clips, DataConfig(min_seconds=0.4))
-    assert [clip.id for clip in kept] == ["0", "1", "2", "3"]
+    usable, seconds, left_out = data.usable(clips, DataConfig(min_seconds=0.4))
+    assert [clip.id for clip in usable] == ["0", "1", "2", "3"]
     assert seconds == [SAMPLES / RATE] * 4
     assert not left_out
 
@@ -284,8 +279,8 @@ def test_a_large_file_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             file.seek(0, 2)
             file.write(b"LIST\4\0\0\0abcd")
         assert audio.info(path).frames == size // 2, kind
-        got = load(path, start_s=0.1, duration_s=0.2)
-        assert np.array_equal(got, by_soundfile(encode(kind, "PCM_16"))[1600:4800])
+        result = load(path, start_s=0.1, duration_s=0.2)
+        assert np.array_equal(result, by_soundfile(encode(kind, "PCM_16"))[1600:4800])
         end = load(path, start_s=size // 2 / RATE - 0.1, duration_s=0.1)
         assert end.shape == (1600,)
         assert not end.any()
@@ -319,5 +314,5 @@ def test_two_chunks_of_sound_are_refused() -> None:
         assert samples_or_reason(whole[: at + len(sound)] + sound) == "format"
 
 
-def test_bw64_in_other_encodings_is_known() -> None:
+def test_bw64_in_other_encodings_is_accepted() -> None:
     sndfile.check_magic(b"BW64\xff\xff\xff\xffWAVE")

@@ -29,8 +29,8 @@ def test_joined_mp3_files_are_read_whole() -> None:
     big_tag = b"ID3\4\0\0\0\x0c\0\0" + b"\xff\xfb\x90\x64" * (12 << 12)
     for between in (b"", ID3, big_tag, b"TAG" + bytes(125), b"TAG" + bytes(125) + big_tag, bytes(3000)):
         joined = a + between + b
-        got = samples_or_reason(joined)
-        assert np.array_equal(got, expected), len(between)
+        result = samples_or_reason(joined)
+        assert np.array_equal(result, expected), len(between)
         assert np.array_equal(samples_or_reason(joined, start_s=1.0, duration_s=1.0), expected[16000:32000])
     assert len(load(a + without_length(b))) >= 20000 + 30000
     assert len(load(without_length(a) + b)) >= 20000 + 30000
@@ -116,7 +116,7 @@ def test_bytes_behind_the_frames_of_an_mp3_cost_next_to_nothing(monkeypatch: pyt
         assert len(headers_read) == frames
 
 
-def test_frames_are_counted_across_bytes_that_are_none() -> None:
+def test_frames_are_counted_across_other_bytes() -> None:
     frames_only = without_length(MP3)
     size = mp3.frame_bytes(frames_only[:4])
 

@@ -21,9 +21,8 @@ def test_chained_ogg_is_read_whole() -> None:
         assert samples_or_reason(a + b[:-1]) == "truncated"
         assert samples_or_reason(a[: a.rindex(b"OggS")] + b) == "truncated"
         assert samples_or_reason(a + encode("OGG", subtype, noise(30000, 2))) == "format"
-    assert (
-        samples_or_reason(a[: a.index(b"OggS", 9)] + encode("OGG", "VORBIS")) == "format"
-    )  # at the same time
+    # Two streams that begin together, not one after the other.
+    assert samples_or_reason(a[: a.index(b"OggS", 9)] + encode("OGG", "VORBIS")) == "format"
 
 
 @pytest.mark.parametrize("gap", GAPS.values(), ids=list(GAPS))

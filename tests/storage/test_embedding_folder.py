@@ -1,4 +1,4 @@
-"""A folder of embeddings: what is written can be read, and hostile folders are refused by name."""
+"""Folders of embeddings are read as they were written, and hostile folders are refused by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = np.random.default_rng(0).standard_normal((7, 4))
 
 
 def write(folder: Path, **change: Any) -> EmbeddingHeader:
-    """Seven recordings in shards of four; the second of them failed."""
+    """Seven recordings in shards of four. The second recording has failed."""
     header = EmbeddingHeader(**{"model": "m", "frontend": "f", "dim": 4, "shard_rows": 4} | change)
     folder.mkdir(exist_ok=True)
     lines = [header.to_line()]
@@ -46,7 +46,7 @@ def test_a_folder_round_trips(tmp_path: Path, dtype: str, shard_format: str) -> 
     assert [line["id"] for line in embeddings.lines(1)] == ["c4", "c5", "c6"]
 
 
-def test_shards_are_what_other_tools_read(tmp_path: Path) -> None:
+def test_other_tools_read_the_shards(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     write(tmp_path / "a")
@@ -56,6 +56,14 @@ def test_shards_are_what_other_tools_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows, ROWS[3:6].astype("f4"))
 
 
+def test_a_shard_written_without_numpy_is_read_by_numpy(tmp_path: Path) -> None:
+    for rows in (np.arange(12, dtype=np.float32).reshape(3, 4), np.zeros((0, 4), np.float16)):
+        embedding_folder.write_shard(tmp_path / "a.npy", rows)
+        loaded = np.load(tmp_path / "a.npy")
+        assert loaded.dtype == rows.dtype
+        assert np.array_equal(loaded, rows)
+
+
 def test_an_empty_shard_is_allowed(tmp_path: Path) -> None:
     header = write(tmp_path)
     embedding_folder.write_shard(header.shard(tmp_path, 0), np.empty((0, 4), np.float32))
@@ -63,7 +71,7 @@ def test_an_empty_shard_is_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 60, 250, 10_000])
-def test_lines_are_found_whatever_the_blocks_they_are_read_in(
+def test_lines_are_found_with_blocks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     write(tmp_path)
@@ -88,7 +96,7 @@ def test_lines_are_found_whatever_the_blocks_they_are_read_in(
         Embeddings(tmp_path)
 
 
-def test_an_embeddings_line_is_found_without_reading_those_of_others(
+def test_the_line_of_an_embedding_is_found_without_parsing_all_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)

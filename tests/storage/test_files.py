@@ -1,10 +1,9 @@
-"""Full disks, quotas, limits of file sizes, and file systems that lack locks or fsync of folders."""
+"""Full disks, quotas, limits of file sizes, and file systems without locks or fsync of folders."""
 
 from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import re
 import resource
@@ -13,10 +12,10 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from sample_data import MakeClips, write_rows
 
 from clsp_fast import demo, embed, evaluate, score, train
 from clsp_fast.config import MODEL_PRESETS
@@ -25,7 +24,6 @@ from clsp_fast.storage import files, log
 from clsp_fast.training import checkpoint
 from clsp_fast.training.checkpoint import Checkpoint
 
-MakeClips = Callable[[Path, int], list[Path]]
 FAISS = "Error in void faiss::write_index(): 'ret == size' failed: write error in x (No space left on device)"
 
 
@@ -59,7 +57,7 @@ def test_the_full_disk_errors_of_all_libraries_become_one(error: Exception, word
     assert caught.value.errno in files.DISK_FULL_CODES
     with pytest.raises(files.DiskFull) as outer, files.naming_full_disk("/nowhere"):
         raise caught.value
-    assert outer.value is caught.value  # the inner block's name stays
+    assert outer.value is caught.value  # the path of the inner block stays
 
 
 def test_free_space_is_that_of_the_files_folder_only(tmp_path: Path) -> None:
@@ -114,24 +112,24 @@ NO_FSYNC = ("EINVAL", "EOPNOTSUPP", "ENOTSUP", "ENOSYS")
 
 
 def folder_sync_fails(monkeypatch: pytest.MonkeyPatch, code: int) -> list[int]:
-    """Makes fsync of folders fail; the list gets one entry for each."""
-    real, asked = os.fsync, list[int]()
+    """Makes fsync of folders fail. The list gets one entry for each attempt."""
+    real, attempts = os.fsync, list[int]()
 
     def fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            asked.append(descriptor)
+            attempts.append(descriptor)
             raise OSError(code, os.strerror(code))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    return asked
+    return attempts
 
 
 @pytest.mark.parametrize("name", [*NO_FSYNC, "EIO", "ENOSPC"])
 def test_a_file_system_that_cannot_flush_folders_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    asked = folder_sync_fails(monkeypatch, getattr(errno, name))
+    attempts = folder_sync_fails(monkeypatch, getattr(errno, name))
     made = Checkpoint(7, {"a": torch.ones(3)}, {}, {})
     if name in NO_FSYNC:
         checkpoint.save(tmp_path, made, keep=1)
@@ -142,7 +140,7 @@ def test_a_file_system_that_cannot_flush_folders_ends_no_run(
         with pytest.raises(OSError, match="disk full" if name == "ENOSPC" else "Input/output error"):
             checkpoint.save(tmp_path, made, keep=1)
         assert list(tmp_path.iterdir()) == []
-    assert asked
+    assert attempts
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EINVAL", "EIO"])
@@ -180,7 +178,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def leave(folder: Path, free: int) -> Path:
+def fill_disk(folder: Path, free: int) -> Path:
     """Fills a small file system until `free` bytes are left, or fewer if its blocks are larger."""
     at = os.statvfs(folder)
     filler = folder / "filler"
@@ -199,11 +197,11 @@ def embed_command(clips: Path, out: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize("free", [0, 16384])
-def test_embed_names_a_full_disk_and_goes_on_when_there_is_room(
+def test_embed_names_a_full_disk_and_continues_when_there_is_room(
     tmp_path: Path, small_disk: Path, model_folder: Path, make_clips: MakeClips, free: int
 ) -> None:
     make_clips(tmp_path / "clips", 12)
-    filler, out = leave(small_disk, free), small_disk / "out"
+    filler, out = fill_disk(small_disk, free), small_disk / "out"
     with pytest.raises(SystemExit) as stop:
         embed_command(tmp_path / "clips", out, model_folder)
     message = str(stop.value.code)
@@ -218,12 +216,12 @@ def test_embed_names_a_full_disk_and_goes_on_when_there_is_room(
 
 
 @pytest.fixture
-def trained(tmp_path: Path, make_clips: MakeClips) -> list[str]:
+def train_words(tmp_path: Path, make_clips: MakeClips) -> list[str]:
     """The arguments of a short training run, without its folder."""
     rows = [
         {"audio": str(path), "captions": [f"voice {path.stem}"]} for path in make_clips(tmp_path / "c", 8)
     ]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "m.jsonl", rows)
     words = ["tiny", "--data.manifest", str(tmp_path / "m.jsonl"), "--data.min-seconds", "0.1"]
     words += ["--stage1-steps", "4", "--stage2-steps", "0", "--save-every", "2", "--log-every", "1"]
     return [*words, "--model.text.vocab-size", "300", "--device", "cpu", "--run"]
@@ -231,17 +229,17 @@ def trained(tmp_path: Path, make_clips: MakeClips) -> list[str]:
 
 @pytest.mark.parametrize("free", [40_000, 3_000_000])
 def test_train_names_a_full_disk_and_resumes_when_there_is_room(
-    small_disk: Path, trained: list[str], free: int
+    small_disk: Path, train_words: list[str], free: int
 ) -> None:
-    filler, run = leave(small_disk, free), small_disk / "run"
+    filler, run = fill_disk(small_disk, free), small_disk / "run"
     with pytest.raises(SystemExit) as stop:
-        train.main([*trained, str(run)])
+        train.main([*train_words, str(run)])
     message = str(stop.value.code)
     assert message.startswith(f"clsp_fast.train: disk full: {run}"), message
     assert "\n" not in message
     assert leftovers(small_disk) == []
     filler.unlink()
-    train.main([*trained, str(run)])
+    train.main([*train_words, str(run)])
     assert [r["step"] for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
     assert (run / "model/model.safetensors").exists()
 
@@ -249,10 +247,10 @@ def test_train_names_a_full_disk_and_resumes_when_there_is_room(
 def full_from(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Makes the flush of the `count`-th file and all later ones fail: many file systems report a full disk
     only then."""
-    flush, asked = files.flush, itertools.count(1)
+    flush, attempts = files.flush, itertools.count(1)
 
     def fail(path: Path) -> None:
-        if next(asked) >= count:
+        if next(attempts) >= count:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         flush(path)
 
@@ -260,14 +258,14 @@ def full_from(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 8])
-def test_embed_goes_on_after_any_file_did_not_fit(
+def test_embed_continues_after_any_file_did_not_fit(
     tmp_path: Path,
     model_folder: Path,
     make_clips: MakeClips,
     monkeypatch: pytest.MonkeyPatch,
     count: int,
 ) -> None:
-    """As with `small_disk`, for machines on which it cannot be mounted."""
+    """Like the test with `small_disk`, for machines where that cannot be mounted."""
     make_clips(tmp_path / "clips", 12)  # a header, three shards and their parts, and the index
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -287,17 +285,17 @@ def test_embed_goes_on_after_any_file_did_not_fit(
 
 @pytest.mark.parametrize("count", [1, 5, 10])
 def test_train_resumes_after_any_file_did_not_fit(
-    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, count: int
+    tmp_path: Path, train_words: list[str], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """As with `small_disk`, for machines on which it cannot be mounted."""
+    """Like the test with `small_disk`, for machines where that cannot be mounted."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         full_from(patch, count)
         with pytest.raises(SystemExit) as stop:
-            train.main([*trained, str(run)])
+            train.main([*train_words, str(run)])
     assert re.fullmatch(rf"clsp_fast.train: disk full: {run}.*MB are free: No space.*", str(stop.value.code))
     assert leftovers(run) == []
-    train.main([*trained, str(run)])
+    train.main([*train_words, str(run)])
     assert [r["step"] for r in log.read_log(run / "log.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3]
     assert (run / "model/model.safetensors").exists()
 
@@ -305,7 +303,7 @@ def test_train_resumes_after_any_file_did_not_fit(
 def test_the_log_names_a_full_disk_and_can_still_be_read(small_disk: Path) -> None:
     with log.RunLog(small_disk, first_step=0) as written:
         written.record("train", 0, loss=1.0)
-    filler = leave(small_disk, 0)
+    filler = fill_disk(small_disk, 0)
     text = "x" * (10_000 + 2 * os.statvfs(small_disk).f_frsize)  # more than fits in the log's last block
     with (
         pytest.raises(files.DiskFull, match=r"log\.jsonl"),
@@ -325,7 +323,7 @@ def test_the_log_names_a_full_disk_and_can_still_be_read(small_disk: Path) -> No
 
 def test_the_demo_corpus_names_a_full_disk_and_leaves_nothing(small_disk: Path) -> None:
     config = demo.DemoConfig(clips=8, validation_clips=2, test_clips=2, workers=2, engines=("synth",))
-    leave(small_disk, 200_000)
+    fill_disk(small_disk, 200_000)
     with pytest.raises(files.DiskFull, match=rf"disk full: {small_disk}/corpus, needed about 7\.2 MB"):
         demo.prepare(small_disk / "corpus", config)
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
@@ -344,14 +342,12 @@ def test_score_and_evaluate_name_a_full_disk(
         {"audio": str(path), "caption": "A calm voice. " * (block // 16), "captions": ["A voice."]}
         for path in clips
     ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    filler, scores = leave(small_disk, block), small_disk / "s.jsonl"
+    write_rows(tmp_path / "p.jsonl", rows)
+    filler, scores = fill_disk(small_disk, block), small_disk / "s.jsonl"
     words = [str(tmp_path / "p.jsonl"), str(scores), "--model", str(model_folder), "--device", "cpu"]
     with pytest.raises(SystemExit, match=f"clsp_fast.score: disk full: {scores}"):
         score.main(words)
-    (tmp_path / "m.jsonl").write_text(
-        "".join(json.dumps({"audio": str(p), "captions": ["a"]}) + "\n" for p in clips)
-    )
+    write_rows(tmp_path / "m.jsonl", [{"audio": str(p), "captions": ["a"]} for p in clips])
     retrieval = ["retrieval", str(tmp_path / "m.jsonl"), "--model", str(model_folder), "--device", "cpu"]
     retrieval += ["--resamples", "5", "--out", str(small_disk / "e")]
     with pytest.raises(SystemExit, match=f"clsp_fast.evaluate: disk full: {small_disk}/e"):
@@ -366,7 +362,7 @@ def test_score_and_evaluate_name_a_full_disk(
 
     def full_for_pictures(file: Path, write_to: Callable[[Path], None], *, size: int | None = None) -> None:
         if file.suffix == ".png":
-            leave(small_disk, 0)
+            fill_disk(small_disk, 0)
         replace_file(file, write_to, size=size)
 
     monkeypatch.setattr(files, "replace_file", full_for_pictures)
@@ -377,7 +373,7 @@ def test_score_and_evaluate_name_a_full_disk(
 
 def test_a_model_that_does_not_fit_is_named(small_disk: Path) -> None:
     model = CLSP(MODEL_PRESETS["tiny"])
-    leave(small_disk, 400_000)
+    fill_disk(small_disk, 400_000)
     with pytest.raises(
         files.DiskFull, match=r"model\.safetensors, needed about \d\.\d MB, \d\.\d MB are free"
     ):
@@ -386,7 +382,7 @@ def test_a_model_that_does_not_fit_is_named(small_disk: Path) -> None:
 
 
 def test_a_limit_of_file_sizes_is_named(
-    tmp_path: Path, model_folder: Path, make_clips: MakeClips, trained: list[str]
+    tmp_path: Path, model_folder: Path, make_clips: MakeClips, train_words: list[str]
 ) -> None:
     make_clips(tmp_path / "clips", 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -398,20 +394,10 @@ def test_a_limit_of_file_sizes_is_named(
         with pytest.raises(
             SystemExit, match=r"clsp_fast.train: file size limit: .*step-00000002, needed about"
         ):
-            train.main([*trained, str(tmp_path / "run")])
+            train.main([*train_words, str(tmp_path / "run")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert leftovers(tmp_path / "run") == leftovers(tmp_path / "out") == []
-
-
-def test_a_shard_written_without_numpy_is_read_by_numpy(tmp_path: Path) -> None:
-    from clsp_fast.storage import embedding_folder
-
-    for rows in (np.arange(12, dtype=np.float32).reshape(3, 4), np.zeros((0, 4), np.float16)):
-        embedding_folder.write_shard(tmp_path / "a.npy", rows)
-        loaded = np.load(tmp_path / "a.npy")
-        assert loaded.dtype == rows.dtype
-        assert np.array_equal(loaded, rows)
 
 
 def test_a_folder_cannot_be_locked_twice(tmp_path: Path) -> None:

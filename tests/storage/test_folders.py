@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from forbidden_paths import refuse_forbidden_paths
+from sample_data import MakeClips
 
 from clsp_fast import audio, embed
 from clsp_fast.storage import folders
-
-MakeClips = Callable[[Path, int], list[Path]]
 
 
 def make(root: Path, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Model folders: exact round trips, what is missing or damaged, and models by their name on the hub."""
+"""Model folders: exact round trips, missing or damaged files, and models by their name on the hub."""
 
 from __future__ import annotations
 

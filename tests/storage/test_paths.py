@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soundfile
 from forbidden_paths import refuse_forbidden_paths
+from sample_data import MakeClips, write_rows
 
 from clsp_fast import data, embed, evaluate, score
 from clsp_fast.config import DataConfig
@@ -22,8 +22,6 @@ from clsp_fast.model import CLSP
 from clsp_fast.storage import paths
 from clsp_fast.storage.embedding_folder import Embeddings
 from clsp_fast.tokenizer import Tokenizer
-
-MakeClips = Callable[[Path, int], list[Path]]
 
 BAD_PATHS = {
     "a name of 304 characters": "x" * 300 + ".wav",
@@ -57,7 +55,7 @@ def clips(tmp_path: Path, make_clips: MakeClips, monkeypatch: pytest.MonkeyPatch
     return folder
 
 
-def test_questions_are_answered(clips: Path) -> None:
+def test_bad_paths_are_no_files_and_have_a_named_problem(clips: Path) -> None:
     for why, name in BAD_PATHS.items():
         path = clips / name
         assert not paths.is_file(path), why
@@ -80,15 +78,10 @@ def lines(clips: Path, **keys: Any) -> list[dict[str, Any]]:
     return [{"audio": str(clips / name), "id": str(i)} | keys for i, name in enumerate(names)]
 
 
-def write(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 @pytest.mark.parametrize("kind", ["manifest", "list"])
 def test_embed(kind: str, clips: Path, tmp_path: Path, model_folder: Path) -> None:
     rows = lines(clips)
-    source = write(tmp_path / "m.jsonl", rows)
+    source = write_rows(tmp_path / "m.jsonl", rows)
     if kind == "list":
         source = tmp_path / "list"
         source.write_bytes(os.fsencode("".join(row["audio"] + "\n" for row in rows)))
@@ -105,7 +98,7 @@ def test_embed(kind: str, clips: Path, tmp_path: Path, model_folder: Path) -> No
 def test_score(clips: Path, tmp_path: Path, model_folder: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "id"} for row in lines(clips, caption="A calm voice.")]
     rows += [{"audio": rows[0]["audio"], "other": row["audio"]} for row in rows]
-    source, out = write(tmp_path / "p.jsonl", rows), tmp_path / "scores.jsonl"
+    source, out = write_rows(tmp_path / "p.jsonl", rows), tmp_path / "scores.jsonl"
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:
             score.main([str(source), str(out), "--model", str(model_folder), "--device", "cpu"])
@@ -118,7 +111,7 @@ def test_score(clips: Path, tmp_path: Path, model_folder: Path) -> None:
 
 def test_evaluate(clips: Path, tmp_path: Path, model_folder: Path) -> None:
     rows = lines(clips, captions=["A calm voice."], mood="calm")
-    source, out = write(tmp_path / "m.jsonl", rows), tmp_path / "out"
+    source, out = write_rows(tmp_path / "m.jsonl", rows), tmp_path / "out"
     words = ["--model", str(model_folder), "--device", "cpu", "--out", str(out), "--resamples", "5"]
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["retrieval", str(source), *words])
@@ -130,7 +123,7 @@ def test_evaluate(clips: Path, tmp_path: Path, model_folder: Path) -> None:
 
 
 def test_validate(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write(tmp_path / "m.jsonl", lines(clips, captions=["A calm voice."]))
+    source = write_rows(tmp_path / "m.jsonl", lines(clips, captions=["A calm voice."]))
     for words in (["validate", str(source)], ["validate", str(source), "--decode"]):
         with pytest.raises(SystemExit) as stop:
             data_command.main(words)
@@ -144,7 +137,7 @@ def test_validate(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_train(clips: Path, tmp_path: Path) -> None:
     rows = lines(clips, captions=["A calm voice."])
     rows += [row | {"id": f"again {i}"} for i in range(20) for row in (rows[0], rows[-1])]
-    read = read_manifest(write(tmp_path / "m.jsonl", rows))
+    read = read_manifest(write_rows(tmp_path / "m.jsonl", rows))
     config = DataConfig(batch_seconds=1e4, buckets=1, min_seconds=0.05)
     encode = Tokenizer.train(["A calm voice."] * 9, 300).encode_batch
     loader = data.Loader(read.clips, lambda texts: encode(texts, 20), config, seed=0, stage1_steps=10)
@@ -157,7 +150,7 @@ def test_train(clips: Path, tmp_path: Path) -> None:
 def test_an_id_that_is_not_utf8_is_trained_on(clips: Path, tmp_path: Path) -> None:
     rows = [{"audio": str(clips / "00000.wav"), "captions": ["A calm voice."]}] * 3
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")
-    read = read_manifest(write(Path(name), rows))
+    read = read_manifest(write_rows(Path(name), rows))
     encode = Tokenizer.train(["A calm voice."] * 9, 300).encode_batch
     config = DataConfig(min_seconds=0.05)
     loader = data.Loader(read.clips, lambda texts: encode(texts, 20), config, seed=0, stage1_steps=10)
@@ -165,8 +158,7 @@ def test_an_id_that_is_not_utf8_is_trained_on(clips: Path, tmp_path: Path) -> No
     assert len(loader.batch(0).ids) == 3
 
 
-# Runs as a user who may not open the files. Imports, and what the first use loads, come before the change of
-# user.
+# Runs as a user who may not open the files. It imports and loads everything before it becomes that user.
 LOCKED = """
 import contextlib, json, os, sys
 from clsp_fast import CLSP
@@ -207,8 +199,8 @@ def test_files_that_the_system_itself_refuses(
         soundfile.write(tmp_path / name, samples, rate)
         (tmp_path / name).chmod(0)
     names = ["clips/00000.wav", *names, "clips/00001.wav"]
-    write(tmp_path / "m.jsonl", [{"audio": name, "captions": ["A voice."]} for name in names])
-    write(tmp_path / "good.jsonl", [{"audio": names[0], "captions": ["A voice."]}])
+    write_rows(tmp_path / "m.jsonl", [{"audio": name, "captions": ["A voice."]} for name in names])
+    write_rows(tmp_path / "good.jsonl", [{"audio": names[0], "captions": ["A voice."]}])
     # The paths are relative, because folders above may be closed to that user, too.
     for path, mode in ((tmp_path, 0o755), (tmp_path / "clips", 0o755), (first, 0o644), (last, 0o644)):
         path.chmod(mode)
@@ -233,7 +225,7 @@ def test_files_that_the_system_itself_refuses(
     assert done.stdout.count("[open]\n") == 5
 
 
-def test_a_model_takes_them_too(clips: Path, tiny: CLSP) -> None:
+def test_encode_audio_reports_every_bad_path(clips: Path, tiny: CLSP) -> None:
     errors: dict[int, Any] = {}
     tiny.encode_audio([clips / name for name in ("00000.wav", *BAD_PATHS.values())], errors=errors)
     assert [str(errors[i + 1].reason) for i in range(len(BAD_PATHS))] == ["open"] * len(BAD_PATHS)

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_textfile import read_sources
 
-from clsp_fast.data import manifest
 from clsp_fast.storage import text_kinds
-
-
-def read_sources(file: Path) -> list[str]:
-    return [clip.audio for clip in manifest.read_source(str(file))[0]]
 
 
 @pytest.mark.parametrize(

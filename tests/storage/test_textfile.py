@@ -1,4 +1,4 @@
-"""Text that users give: every reader reads every way of writing text, and refuses what is no text."""
+"""Text files of users: readers accept all encodings and line ends, and refuse files that are no text."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
+from sample_data import LFS_POINTER
 
 from clsp_fast import data, embed, evaluate, score, train
 from clsp_fast.data import manifest
@@ -261,7 +262,7 @@ NO_LISTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "json array over lines": (lambda: json.dumps(ROWS, indent=1).encode(), "a JSON array; write one object"),
     "json over lines": (lambda: json.dumps(ROWS[0], indent=1).encode(), "several lines; write one object"),
     "index": (lambda: f"{HEADER}\n{INDEX_LINE}\n".encode(), "index of a folder of embeddings"),
-    "git lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "git lfs": (LFS_POINTER.encode, "git lfs pull"),
     "html": (lambda: b"<!doctype html>\n<html><body>404</body></html>\n", "HTML"),
 }  # fmt: skip
 

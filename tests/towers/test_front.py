@@ -1,4 +1,4 @@
-"""The convolutional fronts: number of frames, what a frame can see, and folded standardisation.
+"""The convolutional fronts: number of frames, receptive field, and folded standardisation.
 
 test_zipformer.py compares the paper's front with recorded outputs and formulas, as a part of the tower.
 """
@@ -41,7 +41,7 @@ def test_a_frame_sees_the_documented_input_frames(config: ModelConfig, first: in
     assert (seen[0], seen[-1]) == (2 * frame + first, 2 * frame + last)
 
 
-def test_alone_hides_what_is_beyond_the_end() -> None:
+def test_alone_hides_frames_beyond_the_end() -> None:
     front = make_front(PAPER).eval()
     lengths = frames_after_front(torch.tensor([41, 30]))
     x = torch.randn(2, 41, 20)
@@ -49,8 +49,8 @@ def test_alone_hides_what_is_beyond_the_end() -> None:
     y = front(x, ragged)
     x[1, 30:] = 7.0
     assert torch.equal(front(x, ragged)[1, : lengths[1]], y[1, : lengths[1]])
-    seeing = make_ragged(lengths, frames_after_front(41), alone=False)
-    assert not torch.equal(front(x, seeing)[1, : lengths[1]], y[1, : lengths[1]])
+    with_neighbours = make_ragged(lengths, frames_after_front(41), alone=False)
+    assert not torch.equal(front(x, with_neighbours)[1, : lengths[1]], y[1, : lengths[1]])
 
 
 def test_folded_weights_standardise_the_features() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import FEW, assert_agrees, eps
+from sample_data import Golden
 from torch import Tensor
 
 from clsp_fast.towers.layers import (
@@ -20,8 +21,6 @@ from clsp_fast.towers.layers import (
     swoosh_l,
     swoosh_r,
 )
-
-Golden = Callable[[str], dict[str, Tensor]]
 
 
 @pytest.mark.parametrize(("name", "function"), [("SwooshL", swoosh_l), ("SwooshR", swoosh_r)])
@@ -74,12 +73,12 @@ def test_biasnorm_and_its_gradients_match_the_recorded_ones(golden: Golden) -> N
     y = norm(x)
     assert_agrees(y, unit["y"], count=100)  # a mean of 10 values, a root, a product
     y.backward(unit["grad_out"])
-    for got, key in (
+    for gradient, key in (
         (x.grad, "grad_x"),
         (norm.bias.grad, "grad_bias"),
         (norm.log_scale.grad, "grad_log_scale"),
     ):
-        assert_agrees(got, unit[key], count=1000, name=key)  # and sums over all frames
+        assert_agrees(gradient, unit[key], count=1000, name=key)  # and additional sums over all frames
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 7], [7, 7]], ids=str)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from numerics import assert_agrees, assert_as_exact, in_float64
+from sample_data import GOLDEN, Golden
 from torch import Tensor
 
 from clsp_fast import convert
@@ -17,8 +16,6 @@ from clsp_fast.config import TextConfig
 from clsp_fast.towers import roberta
 from clsp_fast.towers.roberta import Roberta, split_by_length
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-Golden = Callable[[str], dict[str, Tensor]]
 TEXT = TextConfig(
     vocab_size=50,
     hidden_size=24,
@@ -129,7 +126,7 @@ def test_fresh_tower_starts_as_its_embeddings_and_learns_from_the_first_step() -
     assert_agrees(bag(token_ids[:, order], mask), bag(token_ids, mask), count=100)
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_only_in_training() -> None:
     tower = randomised(TEXT)
     token_ids, mask = captions([6, 4])
     evaluated = tower(token_ids, mask)
@@ -137,7 +134,7 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(evaluated, tower.train()(token_ids, mask))
 
 
-def test_short_and_long_captions_are_computed_apart_where_it_pays() -> None:
+def test_short_and_long_captions_are_computed_apart_if_that_saves_work() -> None:
     mixed = torch.tensor([10, 90] * 40)
     short, long = split_by_length(mixed)
     assert short.tolist() == list(range(0, 80, 2))

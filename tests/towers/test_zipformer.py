@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +10,21 @@ import tower_formulas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_agrees, assert_as_exact, in_float64, norm
+from sample_data import Golden
 from torch import Tensor
 
-from clsp_fast import convert
 from clsp_fast.config import ModelConfig, TextConfig
 from clsp_fast.model import CLSP
 from clsp_fast.towers import zipformer
 from clsp_fast.towers.layers import make_ragged
 from clsp_fast.towers.zipformer import position_encoding
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
 # In float64: about 100 operations in a chain, whose random weights, softmaxes and norms amplify an error by
 # up to 1e4. A wrong formula causes errors of more than 1e-3, which is 1e13 roundings.
 CHAIN = 1e6
 # In float32, with trained weights: about 100 operations in a chain.
 FORWARD = 100
-Golden = Callable[[str], dict[str, Tensor]]
 
 TEXT = TextConfig(
     vocab_size=16,
@@ -96,12 +91,6 @@ def clips(lengths: list[int], bins: int, dtype: torch.dtype = torch.float64) -> 
     return features, torch.tensor(lengths)
 
 
-@pytest.fixture(scope="module")
-def recorded(golden: Golden) -> tuple[CLSP, dict[str, Tensor]]:
-    config = json.loads((GOLDEN / "golden_a.config.json").read_text())
-    return convert.from_reference(golden("golden_a.weights"), config), golden("golden_a.io")
-
-
 def by_formulas(model: CLSP, features: Tensor, lengths: Tensor) -> Tensor:
     """The tower's output in the model's dtype from its formulas, in plain torch."""
     with torch.no_grad():
@@ -139,7 +128,7 @@ def test_tower_matches_recorded_outputs_of_the_reference(
             assert_as_exact(value, recording, exact[name], name=name)
 
 
-def test_clip_in_any_batch_gives_what_the_reference_gives_for_it_alone(
+def test_a_clip_in_any_batch_gives_the_output_of_the_reference_for_the_clip_alone(
     recorded: tuple[CLSP, dict[str, Tensor]],
 ) -> None:
     model, io = recorded
@@ -264,7 +253,7 @@ def test_unregularised_training_equals_evaluation() -> None:
 
 
 @pytest.mark.parametrize("change", [{"dropout": 0.0}, {"regularize": False}])
-def test_each_regulariser_acts_in_training_alone_and_follows_the_seed(change: dict[str, object]) -> None:
+def test_each_regulariser_acts_only_in_training_and_follows_the_seed(change: dict[str, object]) -> None:
     model = randomised(replace(SMALL, **change))  # type: ignore[arg-type]
     features, lens = clips([45, 45], 20)
     evaluated = model.encode_frames(features, lens)[0]

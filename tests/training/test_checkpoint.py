@@ -20,7 +20,7 @@ def make(step: int, size: int = 100) -> Checkpoint:
     return Checkpoint(step, tensors, {"a/exp_avg": tensors["a"] * 2}, {"bad": {"x": "open"}})
 
 
-def assert_is(loaded: Checkpoint | None, step: int) -> None:
+def assert_has_step(loaded: Checkpoint | None, step: int) -> None:
     assert loaded is not None
     assert loaded.step == step
     assert loaded.state == {"bad": {"x": "open"}}
@@ -32,7 +32,7 @@ def test_round_trip_keeps_the_newest(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     for step in (5, 10, 100):
         checkpoint.save(tmp_path, make(step), keep=2)
-    assert_is(checkpoint.newest(tmp_path), 100)
+    assert_has_step(checkpoint.newest(tmp_path), 100)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm) -> None:
     checkpoint.save(tmp_path, make(1), keep=5)
     harm(checkpoint.save(tmp_path, make(2), keep=5))
     with pytest.warns(UserWarning, match="step-00000002 is damaged"):
-        assert_is(checkpoint.newest(tmp_path), 1)
+        assert_has_step(checkpoint.newest(tmp_path), 1)
 
 
 def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(tmp_path: Path) ->
         _flip(checkpoint.save(tmp_path, make(step), keep=2))
     written = checkpoint.save(tmp_path, make(500), keep=2)
     assert written.exists()
-    assert_is(checkpoint.newest(tmp_path), 500)
+    assert_has_step(checkpoint.newest(tmp_path), 500)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000500"]
 
 
@@ -90,7 +90,7 @@ def test_foreign_names_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "step-best").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     checkpoint.save(tmp_path, make(3), keep=1)
-    assert_is(checkpoint.newest(tmp_path), 3)
+    assert_has_step(checkpoint.newest(tmp_path), 3)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "step-best").exists()
 
@@ -104,7 +104,7 @@ def test_a_full_disk_costs_no_older_checkpoint(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, make(2), keep=1)
-    assert_is(checkpoint.newest(tmp_path), 1)
+    assert_has_step(checkpoint.newest(tmp_path), 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001"]
 
 
@@ -112,7 +112,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, make(4), keep=1)
     checkpoint.save(tmp_path, make(4, size=7), keep=1)
     loaded = checkpoint.newest(tmp_path)
-    assert_is(loaded, 4)
+    assert_has_step(loaded, 4)
     assert loaded is not None
     assert len(loaded.model["a"]) == 7
 
@@ -143,4 +143,4 @@ def test_kill_at_any_moment_leaves_a_checkpoint_that_verifies(tmp_path: Path) ->
             process.join()
         loaded = checkpoint.newest(folder)
         assert loaded is not None
-        assert_is(loaded, loaded.step)
+        assert_has_step(loaded, loaded.step)

@@ -1,4 +1,4 @@
-"""Parameter groups, the schedule, and optimiser state that travels by name."""
+"""Parameter groups, the schedule, and optimiser state that is stored by parameter name."""
 
 from __future__ import annotations
 
@@ -50,13 +50,12 @@ def test_warm_up_then_cosine() -> None:
     assert rates[105] == pytest.approx(0.55)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert (
-        max(optim.learning_rate(s, 20, 1, 1.0, config) for s in range(20)) == 1.0
-    )  # warm-up fits a short stage
+    # The warm-up ends before a short stage does.
+    assert max(optim.learning_rate(s, 20, 1, 1.0, config) for s in range(20)) == 1.0
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "scaled_adam"])
-def test_state_travels_by_name_and_goes_on_bit_exactly(algorithm: str) -> None:
+def test_state_is_stored_by_name_and_continues_bit_exactly(algorithm: str) -> None:
     def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad()
@@ -85,7 +84,7 @@ def test_one_rate_is_one_group_of_scaled_adam() -> None:
         return [len(group["params"]) for group in optimizer.param_groups]
 
     assert sizes() == [7]
-    # The order of the parameters: logit_scale is a head's, and comes first.
+    # Groups are in the order of the parameters: logit_scale comes first, and has the rate of the heads.
     assert sizes(head_lr_scale=45.0) == [3, 4]
 
 

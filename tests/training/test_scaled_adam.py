@@ -1,4 +1,4 @@
-"""ScaledAdam and Eden against 130 recorded steps of the reference recipe's."""
+"""ScaledAdam and Eden against 130 recorded steps of the reference recipe."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_follows_the_recorded_steps(golden) -> None:
         assert_as_exact(value, recorded[name], truth[name], name=name)
 
 
-def test_follows_them_in_small_chunks(golden, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_chunks_give_the_same_steps(golden, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = golden("scaled_adam")
     whole = trajectory(recorded)
     monkeypatch.setattr(scaled_adam, "_ELEMENTS_AT_ONCE", 31)
@@ -86,7 +86,7 @@ def test_a_burst_of_gradients_is_clipped() -> None:
     assert moved[1] < 4 * moved[0]
 
 
-def test_single_numbers_alone_learn() -> None:
+def test_an_optimiser_of_one_scalar_learns() -> None:
     parameter = torch.nn.Parameter(torch.tensor(1.0))
     optimizer = ScaledAdam([parameter], lr=0.1)
     for _ in range(5):

@@ -21,7 +21,7 @@ from clsp_fast.training import step
 
 # Operations whose rounding errors add up: some 20 layers, forward and backward, of some 10 operations each.
 CHAIN = 1e3
-HERE = Ranks(0, 1, torch.device("cpu"), None)
+ONE_RANK = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def without_dropout(**changes: object) -> ModelConfig:
@@ -31,7 +31,7 @@ def without_dropout(**changes: object) -> ModelConfig:
     return dataclasses.replace(MODEL_PRESETS["tiny"], dropout=0.0, regularize=False, text=text, **changes)
 
 
-def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
+def make_batch(clips: int, frames: int, captions: int = 2) -> Batch:
     """Clips of different lengths, all their first captions, then all their second ones."""
     lengths = torch.linspace(frames // 2, frames, clips).long().flip(0)
     sizes = torch.linspace(3, 9, clips * captions).long()
@@ -48,7 +48,9 @@ def made_batch(clips: int, frames: int, captions: int = 2) -> Batch:
     )
 
 
-def take_step(model: CLSP, batch: Batch, ranks: Ranks = HERE, **settings: object) -> dict[str, torch.Tensor]:
+def take_step(
+    model: CLSP, batch: Batch, ranks: Ranks = ONE_RANK, **settings: object
+) -> dict[str, torch.Tensor]:
     """Loss, embeddings, gradients and moments of a step."""
     config = TrainConfig(model=model.config, **settings)
     model.zero_grad()
@@ -72,7 +74,7 @@ def gradient_norm(tensors: dict[str, torch.Tensor], model: CLSP) -> float:
 @pytest.mark.parametrize("captions", [1, 2])
 @pytest.mark.parametrize("micro_seconds", [0.01, 1.3, 2.5])
 def test_parts_give_the_step_of_the_whole_batch(captions: int, micro_seconds: float) -> None:
-    model, batch = CLSP(without_dropout()), made_batch(7, 60, captions)
+    model, batch = CLSP(without_dropout()), make_batch(7, 60, captions)
     exact = in_float64(model)
     truth, exact_parts = (take_step(exact, batch, micro_seconds=s) for s in (0.0, micro_seconds))
     whole, parts = (take_step(model, batch, micro_seconds=s) for s in (0.0, micro_seconds))
@@ -95,7 +97,7 @@ def _rank_main(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     model = CLSP(without_dropout()).double()
     torch.manual_seed(rank)
-    batch, steps = made_batch((7, 3)[rank], 60), []
+    batch, steps = make_batch((7, 3)[rank], 60), []
     for micro_seconds in (0.0, 1.3):
         gradients = take_step(model, batch, ranks, micro_seconds=micro_seconds)
         ranks.average([x for name, x in gradients.items() if name not in ("audio", "text")])
@@ -119,19 +121,19 @@ def test_parts_give_the_step_of_the_whole_batch_on_two_ranks(tmp_path: Path) -> 
 @pytest.mark.parametrize("settings", [{"recompute_layers": True}, {"micro_seconds": 2.0}])
 def test_the_recomputation_draws_the_same_dropout(settings: dict[str, object]) -> None:
     torch.set_num_threads(1)
-    model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
-    with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are kept
+    model, batch = CLSP(MODEL_PRESETS["tiny"]), make_batch(6, 60)
+    with pytest.MonkeyPatch.context() as patch:  # the same parts, whose activations are stored
         patch.setattr(step, "checkpoint", lambda f, *x, **_: f(*x))
         patch.setattr("clsp_fast.towers.layers.checkpoint", lambda f, *x, **_: f(*x))
-        kept = take_step(model, batch, **settings)
+        stored = take_step(model, batch, **settings)
     recomputed = take_step(model, batch, **settings)
-    for name, value in kept.items():
+    for name, value in stored.items():
         assert torch.equal(recomputed[name], value), name
 
 
 def test_recomputing_layers_of_parts_changes_only_the_memory() -> None:
     torch.set_num_threads(1)
-    model, batch = CLSP(MODEL_PRESETS["tiny"]), made_batch(6, 60)
+    model, batch = CLSP(MODEL_PRESETS["tiny"]), make_batch(6, 60)
     one = take_step(model, batch, micro_seconds=1.3)
     both = take_step(model, batch, micro_seconds=1.3, recompute_layers=True)
     for name, value in one.items():
@@ -142,8 +144,8 @@ def test_recomputing_layers_of_parts_changes_only_the_memory() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak memory of a process")
 def test_memory_is_that_of_a_part() -> None:
     torch.set_num_threads(1)
-    model, batch = CLSP(without_dropout()), made_batch(256, 200)
-    take_step(model, made_batch(4, 200))
+    model, batch = CLSP(without_dropout()), make_batch(256, 200)
+    take_step(model, make_batch(4, 200))
     peaks = []
     for settings in ({}, {"micro_seconds": 16.0}, {"recompute_layers": True}):
         with peak_memory() as peak:

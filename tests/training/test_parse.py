@@ -1,4 +1,4 @@
-"""What --init does to the command line: the saved model brings its configuration."""
+"""The command line of training: --init takes the saved model's configuration; errors name their file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from clsp_fast.training import checkpoint
 def test_a_saved_model_brings_its_configuration(model_folder: Path, tmp_path: Path) -> None:
     saved = str(model_folder)
     for words in (["small", "--init", saved], ["small", f"--init={saved}", "--model.joint-dim", "128"]):
-        made = train.parse(words)
-        assert (made.model, str(made.init)) == (MODEL_PRESETS["tiny"], saved)
-        assert made.stage1_steps == TRAIN_PRESETS["small"].stage1_steps
+        parsed = train.parse(words)
+        assert (parsed.model, str(parsed.init)) == (MODEL_PRESETS["tiny"], saved)
+        assert parsed.stage1_steps == TRAIN_PRESETS["small"].stage1_steps
     assert train.parse(["small", "--init", "None"]) == TRAIN_PRESETS["small"]
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"init": saved, "stage1_steps": 3}))
@@ -31,9 +31,9 @@ def test_a_saved_model_brings_its_configuration(model_folder: Path, tmp_path: Pa
 
 def test_a_command_line_changes_no_class_and_an_error_names_its_file_once(tmp_path: Path) -> None:
     before = dict(TrainConfig.__annotations__)
-    made = train.parse(["tiny", "--run-dir", "x"])
-    assert type(made) is TrainConfig
-    assert made == dataclasses.replace(TRAIN_PRESETS["tiny"], run=Path("x"))
+    parsed = train.parse(["tiny", "--run-dir", "x"])
+    assert type(parsed) is TrainConfig
+    assert parsed == dataclasses.replace(TRAIN_PRESETS["tiny"], run=Path("x"))
     assert before == TrainConfig.__annotations__ == {f.name: f.type for f in dataclasses.fields(TrainConfig)}
     for number, content in enumerate(
         (b"%PDF-1.7\0", b"{", b'{"no_such_key": 1}', b"[]", b"[" * 100_000, None)
