@@ -29,7 +29,7 @@ def test_a_list_of_existing_files_needs_no_suffixes(tmp_path: Path) -> None:
     (tmp_path / "list").write_text(f"{tmp_path}/utterance one\nmissing\n")
     assert read_sources(tmp_path / "list") == [f"{tmp_path}/utterance one", "missing"]
     (tmp_path / "list").write_text("Dear diary,\ntoday I spoke.\n")
-    with pytest.raises(ValueError, match="no list of recordings: 'Dear diary,' is no file"):
+    with pytest.raises(ValueError, match="not a list of recordings: 'Dear diary,' is no file"):
         read_sources(tmp_path / "list")
 
 
