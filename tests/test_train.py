@@ -324,7 +324,8 @@ def test_bad_clips_are_counted_and_cost_nothing_else(
 
 def test_too_many_bad_clips_stop_the_run_with_their_list(folder: Path, tmp_path: Path) -> None:
     manifest = spoil(folder, tmp_path / "bad", faults=18)
-    with pytest.raises(DataError, match=r"clips cannot be read, more than data\.max_bad_share.*bad0 \(open\)"):
+    message = r"clips cannot be read, more than data\.max_bad_share.*bad0 \(open\)"
+    with pytest.raises(DataError, match=message):
         train.train(config(folder, tmp_path / "run", data={"manifest": manifest, "batch_clips": 32}))
 
 
