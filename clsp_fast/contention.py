@@ -12,7 +12,7 @@ Spare threads sleep; they only raise libgomp's count. The working teams keep the
 by a bit. Setting GOMP_SPINCOUNT is no solution: it is read only once, when torch is loaded, and no value
 suits both a quiet and a busy machine. docs/log.md has the measurements.
 
-With another OpenMP than libgomp, or without Linux's /proc, nothing changes.
+With another OpenMP than libgomp, spare teams have no effect. Without Linux's /proc, none are started.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 import architecture
 import pytest
 
+from clsp_fast import data
+
 ROOT, PACKAGE = architecture.ROOT, architecture.PACKAGE
 # What a box of the picture imports, and nothing else. Every box may import "basics", which import nothing;
 # commands and `import clsp_fast` may import every box below them.
@@ -220,6 +222,22 @@ def test_importing_is_cheap() -> None:
     printed = [run.stdout.split() for run in runs]
     assert [heavy for _, *heavy in printed] == [[]] * 5
     assert min(float(seconds) for seconds, *_ in printed) < 0.3
+
+
+def test_reading_a_manifest_needs_neither_torch_nor_the_frontend() -> None:
+    code = (
+        "import sys, clsp_fast.data.manifest, clsp_fast.data.captions;"
+        "print(*sorted({'torch', 'clsp_fast.audio', 'clsp_fast.features'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "\n"
+
+
+def test_every_public_name_of_data_is_found() -> None:
+    for name in data.__all__:
+        assert getattr(data, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = data.nothing
 
 
 def test_using_a_saved_model_does_not_import_the_compiler(model_folder: Path) -> None:

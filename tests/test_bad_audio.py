@@ -48,7 +48,7 @@ def flac_with_total(total: int, rate: int | None = None, channels: int | None = 
 CASES: dict[str, tuple[bytes, str]] = {
     "no bytes": (b"", "empty"),
     "no samples": (encode(0), "empty"),
-    "no samples in flac": (encode(0, "AIFF"), "empty"),
+    "no samples in aiff": (encode(0, "AIFF"), "empty"),
     "text": (b"Dear Sir or Madam,\n" * 50, "format"),
     "zeros": (bytes(5000), "format"),
     "pickle": (b"\x80\x04\x95" + bytes(500), "format"),
