@@ -43,7 +43,8 @@ UNVOICED_STRENGTH, OCTAVE_COST, JUMP_COST, VOICING_COST = 0.45, 0.01, 0.35, 0.14
 SYLLABLE_BINS = slice(10, 80)  # 300 Hz to 2.5 kHz
 SYLLABLE_FLOOR_DB, SYLLABLE_DIP_DB = 25.0, 2.0
 
-# Pulses of a creaking voice: peaks of the level of 2 ms blocks
+# Pulses of a creaking voice: peaks of the level of 2 ms blocks, where no clear voice is above 75 Hz
+CLEAR_STRENGTH, HIGHEST_CREAK_HZ = 0.7, 75.0
 PULSE_BLOCK, PULSE_DIP_DB = 32, 6.0
 SHORTEST_PULSE, LONGEST_PULSE = 7, 25  # blocks: 14 to 50 ms
 
@@ -213,8 +214,8 @@ def syllable_nuclei(spectrum: Values, active: Flags) -> Flags:
     return nuclei & active
 
 
-def creak_frames(x: Values, active: Flags) -> Flags:
-    """Active frames between two pulses that follow each other more slowly than a modal voice's."""
+def creak_frames(x: Values, creaks: Flags) -> Flags:
+    """Frames of `creaks` between two pulses that follow each other more slowly than in a modal voice."""
     power = np.mean(np.diff(x, prepend=0.0).reshape(-1, PULSE_BLOCK) ** 2, axis=1)
     level = decibels(np.convolve(np.pad(power, 1), [0.25, 0.5, 0.25], "valid"))
     pulses = np.array(peaks_between_dips(level, PULSE_DIP_DB), np.int64)
@@ -222,7 +223,7 @@ def creak_frames(x: Values, active: Flags) -> Flags:
     for first, second in itertools.pairwise(pulses):
         if SHORTEST_PULSE <= second - first <= LONGEST_PULSE:
             creak[first:second] = True
-    return creak[2::5] & active  # the blocks at the centres of the frames
+    return creak[2::5] & creaks  # the blocks at the centres of the frames
 
 
 def formants(spectrum: Values) -> tuple[float, float, float, float]:
@@ -265,6 +266,7 @@ def analyse(waveform: npt.NDArray[np.float32]) -> Frames:
     active = active_frames(power)
     f0, strength = f0_track(x, active)
     spectrum = np.abs(np.fft.rfft(centred_frames(x, WINDOW, HOP) * hann(WINDOW), FFT)) ** 2
+    modal = (f0 > HIGHEST_CREAK_HZ) & (strength > CLEAR_STRENGTH)
     return Frames(
         power=power,
         active=active,
@@ -272,7 +274,7 @@ def analyse(waveform: npt.NDArray[np.float32]) -> Frames:
         strength=strength,
         spectrum=spectrum,
         nuclei=syllable_nuclei(spectrum, active),
-        creak=creak_frames(x, active),
+        creak=creak_frames(x, active & ~modal),
     )
 
 
@@ -314,6 +316,7 @@ def measure_part(frames: Frames, first: int, end: int) -> Part:
         duration_s=(end - first) * HOP_S,
         level_db=float(decibels(np.mean(loud))),
         voiced=len(voiced) / max(speech, 1),
+        clear_voice=float(np.sum((f0 > 0) & (frames.strength[inside] > CLEAR_STRENGTH)) / max(speech, 1)),
         f0_hz=f0_hz,
         f0_sd=f0_sd,
         f0_range=f0_range,

@@ -31,6 +31,7 @@ class Part:
     duration_s: float  # with its pauses
     level_db: float  # power of the active frames, dB full scale (a sine of amplitude 1 has -3 dB)
     voiced: float  # share of the active frames that are voiced, 0..1
+    clear_voice: float  # share of the active frames whose voice is periodic: autocorrelation above 0.7
     f0_hz: float  # median
     f0_sd: float  # standard deviation in semitones, without octave errors
     f0_range: float  # distance between the 5 % and the 95 % quantile, semitones
@@ -97,6 +98,6 @@ def voice_quality(part: Part) -> Quality | None:
     """Whether a stretch of speech is whispered, creaky or neither; None if the evidence is weak."""
     if part.creak > 0.5:
         return "creaky"
-    if part.voiced < 0.12 and part.creak < 0.25:
+    if part.clear_voice < 0.2 and part.creak < 0.25:
         return "whisper"
-    return "normal" if part.voiced > 0.35 and part.creak < 0.3 else None
+    return "normal" if part.clear_voice > 0.3 and part.creak < 0.3 else None
