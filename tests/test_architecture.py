@@ -27,7 +27,7 @@ ALLOWED = {
     "audio": {"engine", "storage"},
     "console": {"storage"},
     "captioning": {"data", "storage"},
-    "demo": {"storage"},
+    "demo": {"captioning", "storage"},
     "features": {"audio", "console", "engine"},
     "data": {"audio", "config", "console", "features", "storage"},
     "model": {"audio", "config", "console", "features", "storage", "towers"},

@@ -59,7 +59,7 @@ class Rules:
     words: Mapping[str, tuple[str, ...]]
     """Name of a rule -> words and phrases that a caption must not contain. "*" stands for any letters."""
     quotation_marks: str
-    """Characters that a caption must not contain. If there are any, words between single quotes count, too."""
+    """Characters that a caption must not contain. Unless empty, words in single quotes count, too."""
 
     def __post_init__(self) -> None:
         require(isinstance(self.version, str) and bool(self.version), "version", "text", self.version)
