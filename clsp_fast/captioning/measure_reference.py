@@ -34,8 +34,9 @@ MIN_RUN, MIN_PAUSE = 4, 20  # frames
 LOWEST_F0_HZ, HIGHEST_F0_HZ = 60.0, 600.0
 PITCH_RATE_HZ = SAMPLE_RATE_HZ // 2
 PITCH_BINS = slice(3, 230)  # 47 Hz to 3.6 kHz
-PITCH_LAGS = np.arange(13.0, 135.0, 0.5)  # samples at 8 kHz
+PITCH_LAGS = np.arange(12.0, 138.0, 0.5)  # samples at 8 kHz
 CANDIDATES = 8
+OCTAVE_ERROR_SEMITONES = 9.0  # larger distances from the median are octave errors
 UNVOICED_STRENGTH, OCTAVE_COST, JUMP_COST, VOICING_COST = 0.45, 0.01, 0.35, 0.14
 
 # Syllables
@@ -229,7 +230,8 @@ def formants(spectrum: Values) -> tuple[float, float, float, float]:
     nyquist = FORMANT_BINS * SAMPLE_RATE_HZ / FFT
     bins = np.arange(FORMANT_BINS + 1)
     emphasised = spectrum[:, : FORMANT_BINS + 1] * (1 - np.cos(np.pi * bins / FORMANT_BINS) * 0.97)
-    emphasised[:, [0, -1]] /= 2
+    emphasised[:, -1] /= 2
+    emphasised[:, 0] = 0  # a frame's mean is not speech
     lags = np.cos(np.pi / FORMANT_BINS * np.outer(bins, np.arange(FORMANT_ORDER + 1)))
     rows = []
     for r in emphasised @ lags:
@@ -250,7 +252,7 @@ def bandwidth(spectrum: Values) -> float:
     """Upper edge of the highest band of 250 Hz whose power is at most 55 dB below the strongest one."""
     if not len(spectrum):
         return math.nan
-    bands = decibels(np.mean(spectrum, axis=0)[1:].reshape(-1, 8).sum(axis=1))
+    bands = decibels(np.mean(spectrum, axis=0)[1:249].reshape(-1, 8).sum(axis=1))
     return 250.0 * float(1 + np.flatnonzero(bands > np.max(bands) - 55)[-1])
 
 
@@ -280,7 +282,9 @@ def pitch_statistics(f0_hz: Values, voiced: Indices) -> tuple[float, float, floa
         return math.nan, math.nan, math.nan, math.nan
     median = float(np.median(f0_hz[voiced]))
     semitones = 12 * np.log2(f0_hz[voiced] / median)
-    near = np.abs(semitones) < 9  # larger distances are octave errors
+    near = np.abs(semitones) < OCTAVE_ERROR_SEMITONES
+    if not near.any():  # the median lies between two groups of values
+        near[:] = True
     semitones, times = semitones[near], voiced[near] * HOP_S
     low, high = np.percentile(semitones, [5, 95])
     times = times - np.mean(times)
