@@ -1,0 +1,506 @@
+"""Runs many requests: sends them to servers, or writes them as job files that other programs run.
+
+A job's folder is described in clsp_fast/captioning/answers.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import signal
+import sys
+import threading
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clsp_fast.audio import AudioError
+from clsp_fast.captioning.answers import Answer, AnswerFile, answer_line, begin, parse_answer, row_and_part
+from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError, describe
+from clsp_fast.console import Progress
+from clsp_fast.storage import files
+
+_FSYNC_S = 5.0
+_FIRST_FAILURES = 20
+Body = Mapping[str, Any]
+
+
+class Stopped(Exception):
+    """A signal ended the run. What was answered is kept.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = number
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}; the same command continues the work")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One chat completion.
+
+    Attributes:
+        custom_id: see `custom_id`.
+        body: the body of the request, or a function that makes it. The function is called in a thread shortly
+            before the request is sent, and not at all if the request is done. It returns None if the request
+            should be skipped. An AudioError, OSError or ValueError that it raises becomes a failed answer.
+    """
+
+    custom_id: str
+    body: Body | Callable[[], Body | None]
+
+    def build(self) -> Body | None:
+        """The body; None: skip the request."""
+        return self.body() if callable(self.body) else self.body
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run did.
+
+    Attributes:
+        done_before: requests that earlier runs had answered.
+        answered: requests that this run answered.
+        failed: requests that failed in this run. The next run sends them again.
+        skipped: requests that were not sent because their body function returned None.
+        choices: texts that this run received.
+        truncated: those of them that were cut, with finish_reason "length".
+        prompt_tokens: as the servers counted them.
+        completion_tokens: as the servers counted them.
+        errors: the beginning of a failure's message -> how many requests failed with it.
+        repeated: reason -> how many requests were sent again for it.
+        seconds: duration of this run.
+    """
+
+    done_before: int = 0
+    answered: int = 0
+    failed: int = 0
+    skipped: int = 0
+    choices: int = 0
+    truncated: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    repeated: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def add(self, answer: Answer) -> None:
+        """Counts an answer or a failure of this run."""
+        if answer.error is not None:
+            self.failed += 1
+            key = answer.error[:80]
+            if key in self.errors or len(self.errors) < 100:
+                self.errors[key] += 1
+            return
+        self.answered += 1
+        self.choices += len(answer.texts)
+        self.truncated += answer.finish_reasons.count("length")
+        self.prompt_tokens += answer.usage.get("prompt_tokens", 0)
+        self.completion_tokens += answer.usage.get("completion_tokens", 0)
+
+    def describe(self) -> str:
+        """A few lines of text."""
+        rate = self.answered / max(1e-9, self.seconds)
+        lines = [f"{self.answered} requests answered in {self.seconds:.1f} s, {rate:.1f} a second"]
+        if self.done_before:
+            lines.append(f"{self.done_before} were answered before")
+        if self.choices:
+            tokens = f"{self.prompt_tokens} tokens in, {self.completion_tokens} out"
+            lines.append(f"{self.choices} texts, {self.truncated} cut at the token limit; {tokens}")
+        if self.repeated:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.repeated.most_common())
+            lines.append(f"sent again: {reasons}")
+        if self.failed:
+            reasons = "; ".join(f"{count} x {text}" for text, count in self.errors.most_common(5))
+            lines.append(f"failed: {self.failed} ({reasons}); the same command sends them again")
+        return "\n".join(lines)
+
+
+def write_jobs(requests: Iterable[Request], path: Path) -> int:
+    """Writes requests as OpenAI batch JSONL, which `vllm run-batch` and hosted batches run.
+
+    The file appears only when it is complete. Requests that are skipped or whose body cannot be made are left
+    out, the latter with a line on standard error. Returns the number of requests written.
+    """
+    count = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal count
+        with temporary.open("wb") as file:
+            for request in requests:
+                try:
+                    body = request.build()
+                except (AudioError, OSError, ValueError) as error:
+                    print(f"{request.custom_id}: {error}", file=sys.stderr)
+                    continue
+                if body is not None:
+                    row = {"custom_id": request.custom_id, "method": "POST", "url": "/v1/chat/completions"}
+                    file.write(json.dumps(row | {"body": body}).encode() + b"\n")
+                    count += 1
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.replace_file(path, write)
+    return count
+
+
+def write_pending(
+    requests: Iterable[Request],
+    folder: Path,
+    *,
+    settings: Mapping[str, Any],
+    parts: int = 1,
+    notes: Mapping[str, Any] | None = None,
+    shard_rows: int | None = None,
+) -> dict[Path, int]:
+    """Writes the requests of a job that are not answered yet as job files in its folder.
+
+    Args:
+        requests: as for `run_jobs`, like the arguments that are not listed here.
+        shard_rows: rows of the manifest in a file; None: one file for all.
+
+    Returns:
+        Each file and its number of requests: jobs.jsonl, or jobs-00000.jsonl and so on. Job files of earlier
+        calls are deleted. A shard without requests has no file.
+
+    Raises:
+        ValueError: the folder was begun with other settings. FolderInUse, DiskFull.
+    """
+    written = {}
+    with files.lock_folder(folder):
+        begin(folder, settings, parts=parts, notes=notes or {})
+        for path in folder.glob("jobs*.jsonl"):
+            path.unlink()
+        with contextlib.closing(AnswerFile(folder, parts)) as answers:
+            pending = (request for request in requests if not answers.is_done(request.custom_id))
+
+            def name_of_file(request: Request) -> str:
+                if shard_rows is None:
+                    return "jobs.jsonl"
+                return f"jobs-{row_and_part(request.custom_id)[0] // shard_rows:05d}.jsonl"
+
+            for name, group in itertools.groupby(pending, name_of_file):
+                count = write_jobs(group, folder / name)
+                if count:
+                    written[folder / name] = count
+                else:
+                    (folder / name).unlink()
+    return written
+
+
+@dataclass(slots=True)
+class Imported:
+    """What `import_answers` did with the lines of the files.
+
+    Attributes:
+        added: answers that the folder has now, and did not have before.
+        repeated: answers to requests that were already answered.
+        failed: lines that say that a request failed.
+        unknown: answers whose custom_id is not one of the job's.
+        damaged: lines that are not answers.
+    """
+
+    added: int = 0
+    repeated: int = 0
+    failed: int = 0
+    unknown: int = 0
+    damaged: int = 0
+
+    def describe(self) -> str:
+        """One line of text."""
+        others = {
+            "already answered": self.repeated,
+            "failed": self.failed,
+            "with an id that is not one of this job's": self.unknown,
+            "damaged": self.damaged,
+        }
+        rest = [f"{count} {text}" for text, count in others.items() if count]
+        return ", ".join([f"{self.added} answers added", *rest])
+
+
+def import_answers(
+    sources: Iterable[Path],
+    names: Iterable[str],
+    folder: Path,
+    *,
+    settings: Mapping[str, Any],
+    parts: int = 1,
+    notes: Mapping[str, Any] | None = None,
+) -> Imported:
+    """Adds answers that another program collected, such as the output of `vllm run-batch`.
+
+    An answer is added if its custom_id is that of a request of this job, clip id included. Thus answers that
+    belong to another manifest, or to this one with shifted rows, are noticed.
+
+    Args:
+        sources: files in the format of the OpenAI batch output.
+        names: the custom_id of every request of the job. Eight bytes are held for each.
+        folder: as for `run_jobs`, like the other arguments.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: the folder was begun with other settings.
+        FolderInUse, DiskFull.
+    """
+    digests = array("q")
+    for name in names:
+        row, part = row_and_part(name)
+        number = row * parts + part
+        digests.extend([0] * (number + 1 - len(digests)))
+        digests[number] = _digest(name)
+    result = Imported()
+    with files.lock_folder(folder):
+        begin(folder, settings, parts=parts, notes=notes or {})
+        with contextlib.closing(AnswerFile(folder, parts)) as answers:
+            for path in sources:
+                with path.open("rb") as file:
+                    for line in file:
+                        _import_line(line, digests, answers, parts, result)
+    return result
+
+
+def _digest(name: str) -> int:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _import_line(line: bytes, digests: array[int], answers: AnswerFile, parts: int, result: Imported) -> None:
+    if not line.strip():
+        return
+    try:
+        answer = parse_answer(line)
+    except ValueError:
+        result.damaged += 1
+        return
+    try:
+        row, part = row_and_part(answer.custom_id)
+    except ValueError:
+        row, part = 0, parts
+    number = row * parts + part
+    if part >= parts or number >= len(digests) or digests[number] != _digest(answer.custom_id):
+        result.unknown += 1
+    elif answer.error is not None:
+        result.failed += 1
+    elif answers.is_done(answer.custom_id):
+        result.repeated += 1
+    else:
+        body = json.loads(line)["response"]["body"]
+        answers.append(answer.custom_id, answer_line(answer.custom_id, Reply(200, body)), good=True)
+        result.added += 1
+
+
+def run_jobs(
+    requests: Iterable[Request],
+    folder: Path,
+    servers: ServerConfig,
+    *,
+    settings: Mapping[str, Any],
+    parts: int = 1,
+    notes: Mapping[str, Any] | None = None,
+    total: int | None = None,
+    noun: str = "requests",
+    on_answer: Callable[[Answer], None] | None = None,
+    threads: int = 4,
+) -> Counts:
+    """Sends the requests that are not answered yet, and appends the answers to the folder.
+
+    Memory does not grow with the number of requests: at most twice as many as the servers work on are built.
+    A run that was killed at any moment is continued by another call: it loses and repeats no answer.
+
+    Args:
+        requests: all requests of the job, answered or not.
+        folder: the job's folder; it is created.
+        servers: who is asked.
+        settings: what the answers depend on, for job.json.
+        parts: the largest number of requests of a row.
+        notes: what job.json also records, without comparing it.
+        total: number of requests, for the progress line; None: not known.
+        noun: what the progress line calls the requests.
+        on_answer: called with each answer and failure of this run.
+        threads: threads that call the functions of the requests' bodies.
+
+    Raises:
+        ValueError: the folder was begun with other settings. FolderInUse: another process writes it.
+        ServerError: no request can succeed. DiskFull. Stopped: SIGINT or SIGTERM ended the run.
+    """
+    client = Client(servers)
+    with files.lock_folder(folder):
+        begin(folder, settings, parts=parts, notes=notes or {})
+        answers = AnswerFile(folder, parts)
+        with contextlib.closing(answers):
+            progress = Progress(None if total is None else max(0, total - answers.count), noun)
+            run = _Run(client, answers, progress, on_answer, threads)
+            started = time.perf_counter()
+            try:
+                asyncio.run(run.run(requests))
+                progress.end()
+            finally:
+                run.counts.seconds = time.perf_counter() - started
+                run.counts.repeated = client.repeated
+    return run.counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A request whose body is being made: the JSON, None to skip it, or a failed future."""
+
+    custom_id: str
+    payload: Future[bytes | None]
+
+
+class _Run:
+    """One call of `run_jobs`: a thread reads requests, tasks send them, and the event loop writes answers."""
+
+    def __init__(
+        self,
+        client: Client,
+        answers: AnswerFile,
+        progress: Progress,
+        on_answer: Callable[[Answer], None] | None,
+        threads: int,
+    ) -> None:
+        self._client, self._answers, self._progress = client, answers, progress
+        self._on_answer, self._threads = on_answer, threads
+        self._queue: asyncio.Queue[_Built | None] = asyncio.Queue()
+        self._room = threading.Semaphore(2 * client.concurrency)
+        self._ended = threading.Event()
+        self._refusals = 0
+        self._continued = answers.count > 0
+        self.counts = Counts()
+
+    async def run(self, requests: Iterable[Request]) -> None:
+        """Sends all requests, or raises what stopped it."""
+        task = asyncio.current_task()
+        assert task is not None
+        received: list[int] = []
+
+        def stop(number: int) -> None:
+            received.append(number)
+            task.cancel()
+
+        with _signals(stop):
+            try:
+                await self._send_all(requests)
+            except asyncio.CancelledError:
+                if not received:
+                    raise
+                raise Stopped(received[0]) from None
+
+    async def _send_all(self, requests: Iterable[Request]) -> None:
+        loop = asyncio.get_running_loop()
+        async with self._client as client:
+            await client.check()
+            with ThreadPoolExecutor(self._threads, "build") as pool:
+                feeder = loop.run_in_executor(None, self._feed, requests, pool, loop)
+                tasks = [loop.create_task(self._work()) for _ in range(client.concurrency)]
+                tasks.append(loop.create_task(self._sync()))
+                try:
+                    await asyncio.gather(feeder, *tasks[:-1])
+                finally:
+                    self._ended.set()
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+                    pool.shutdown(cancel_futures=True)
+
+    def _feed(
+        self, requests: Iterable[Request], pool: ThreadPoolExecutor, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """In a thread: puts the requests that are not done into the queue, as long as there is room."""
+        for request in requests:
+            if self._answers.is_done(request.custom_id):
+                self.counts.done_before += 1
+                continue
+            while not self._room.acquire(timeout=0.2):
+                if self._ended.is_set():
+                    return
+            if self._ended.is_set():
+                return
+            payload: Future[bytes | None] = Future()
+            if callable(request.body):
+                payload = pool.submit(_encode, request)
+            else:
+                payload.set_result(_encode(request))
+            loop.call_soon_threadsafe(self._queue.put_nowait, _Built(request.custom_id, payload))
+        for _ in range(self._client.concurrency):
+            loop.call_soon_threadsafe(self._queue.put_nowait, None)
+
+    async def _work(self) -> None:
+        while (built := await self._queue.get()) is not None:
+            try:
+                await self._send(built)
+            finally:
+                self._room.release()
+
+    async def _send(self, built: _Built) -> None:
+        """Sends one request and writes its answer or failure."""
+        future = built.payload
+        try:
+            payload = future.result() if future.done() else await asyncio.wrap_future(future)
+        except (AudioError, OSError, ValueError) as error:
+            self._write(built.custom_id, Reply(0, None, describe(error)))
+            return
+        if payload is None:
+            self.counts.skipped += 1
+            self._progress.add(1)
+            return
+        reply = await self._client.complete(payload)
+        self._write(built.custom_id, reply)
+        if reply.body is None:
+            self._refusals += 1
+            if self._refusals >= _FIRST_FAILURES and not (self.counts.answered or self._continued):
+                hint = await self._client.hint_at_model()
+                raise ServerError(
+                    f"the first {_FIRST_FAILURES} requests all failed, the last one because of: "
+                    f"{reply.error}{'; ' if hint else ''}{hint}"
+                )
+
+    def _write(self, name: str, reply: Reply) -> None:
+        line = answer_line(name, reply)
+        good = reply.body is not None
+        self._answers.append(name, line, good=good)
+        answer = parse_answer(line)
+        self.counts.add(answer)
+        self._progress.add(1, 0 if good else 1)
+        if self._on_answer is not None:
+            self._on_answer(answer)
+
+    async def _sync(self) -> None:
+        """From time to time: writes the answers to the disk."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_FSYNC_S)
+            await loop.run_in_executor(None, self._answers.sync)
+
+
+def _encode(request: Request) -> bytes | None:
+    body = request.build()
+    return None if body is None else json.dumps(body).encode()
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """Calls `stop` for SIGINT and SIGTERM. Only the main thread can receive them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    previous = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
