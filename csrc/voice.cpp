@@ -17,7 +17,7 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kHopS = 0.01;
 constexpr double kSilenceDb = -80.0, kBelowLoudDb = 30.0;
 constexpr std::size_t kMinRun = 4, kMinPause = 20;  // frames
-constexpr double kSyllableFloorDb = 25.0, kSyllableDipDb = 2.0;
+constexpr double kSyllableFloorDb = 25.0, kSyllableDipDb = 2.5;
 constexpr double kClearStrength = 0.7;
 constexpr double kPulseDipDb = 6.0, kHighestCreakHz = 75.0;
 constexpr std::size_t kShortestPulse = 7, kLongestPulse = 25;  // blocks of 2 ms
@@ -78,16 +78,16 @@ std::vector<char> find_nuclei(const Frames& frames) {
   constexpr double kPi = 3.14159265358979323846;
   constexpr double kWindowEnergy = 3.0 / 8.0 * kVoiceWindow;  // of a Hann window
   const std::size_t count = frames.active.size();
-  std::array<double, 9> weights;
+  std::array<double, 7> weights;
   for (std::size_t i = 0; i < weights.size(); ++i)
-    weights[i] = (0.5 - 0.5 * std::cos(2.0 * kPi * static_cast<double>(i) / 8.0)) / 4.0;
+    weights[i] = (0.5 - 0.5 * std::cos(2.0 * kPi * static_cast<double>(i) / 6.0)) / 3.0;
   std::vector<double> level(count);
   for (std::size_t m = 0; m < count; ++m) {
     double sum = 0.0;
     for (std::size_t i = 0; i < weights.size(); ++i) {
-      const std::size_t at = m + i;  // frame at - 4
-      if (at >= 4 && at < count + 4)
-        sum += weights[i] * static_cast<double>(frames.spectra.frames[at - 4].syllable);
+      const std::size_t at = m + i;  // frame at - 3
+      if (at >= 3 && at < count + 3)
+        sum += weights[i] * static_cast<double>(frames.spectra.frames[at - 3].syllable);
     }
     level[m] = decibels(sum / kWindowEnergy);
   }
@@ -131,7 +131,7 @@ Frames analyse(Span<const float> samples, Isa isa) {
   frames.spectra = voice_spectra(samples, isa);
   frames.power = smooth_power(frames.spectra.power);
   frames.active = find_active(frames.power);
-  track_pitch(frames.spectra.pitch, frames.active, &frames.f0_hz, &frames.strength);
+  track_pitch(frames.spectra.pitch, frames.power, frames.active, &frames.f0_hz, &frames.strength);
   frames.nuclei = find_nuclei(frames);
   frames.creak = find_creak(frames);
   return frames;

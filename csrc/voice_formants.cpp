@@ -12,7 +12,7 @@ using Number = std::complex<double>;
 
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kNyquistHz = kFormantBins * 16000.0 / 512.0;
-constexpr double kLowestHz = 90.0, kHighestHz = kNyquistHz - 50.0, kWidestHz = 700.0;
+constexpr double kLowestHz = 90.0, kHighestHz = kNyquistHz - 50.0;
 constexpr double kNoise = 1e-5;  // of the power, for a stable prediction
 constexpr int kMaxSteps = 60;
 constexpr double kTolerance = 1e-10;
@@ -84,9 +84,7 @@ int find_formants(const float* lags, double* hz) {
     const Number root = find_root(a, degree);
     const double size = std::abs(root), angle = std::abs(std::arg(root));
     const double frequency = angle * kNyquistHz / kPi;
-    const double width = -std::log(size + 1e-12) * kNyquistHz * 2.0 / kPi;
-    if (frequency > kLowestHz && frequency < kHighestHz && width < kWidestHz)
-      usable[count++] = frequency;
+    if (frequency > kLowestHz && frequency < kHighestHz) usable[count++] = frequency;
     // Divides by the root, and by its conjugate unless it is real.
     if (degree == 1 || std::abs(root.imag()) < 1e-7) {
       for (std::size_t j = 1; j <= static_cast<std::size_t>(degree); ++j)

@@ -10,9 +10,10 @@ namespace clsp {
 namespace {
 
 constexpr double kLowestHz = 60.0, kHighestHz = 600.0;
-constexpr double kUnvoicedStrength = 0.45, kOctaveCost = 0.01, kJumpCost = 0.35,
-                 kVoicingCost = 0.14;
+constexpr double kUnvoicedStrength = 0.5, kOctaveCost = 0.01, kJumpCost = 0.35, kVoicingCost = 0.14;
 constexpr double kSilenceStrength = 2.0;  // no voice in frames without speech
+// Frames that are quieter than the loudest one by more need more strength, for each dB.
+constexpr double kQuietDb = 27.0, kQuietCost = 0.1;
 constexpr int kStates = kPitchCandidates + 1;
 
 struct Peak {
@@ -35,18 +36,32 @@ struct Range {
   bool holds(double hz) const { return hz >= low_hz && hz <= high_hz; }
 };
 
+// The strength that a candidate needs in each frame.
+std::vector<double> unvoiced_strengths(const std::vector<double>& power,
+                                       const std::vector<char>& active) {
+  const double loudest = decibels(*std::max_element(power.begin(), power.end()));
+  std::vector<double> strengths(power.size(), kSilenceStrength);
+  for (std::size_t m = 0; m < power.size(); ++m) {
+    const double quiet = std::max(loudest - kQuietDb - decibels(power[m]), 0.0);
+    if (active[m]) strengths[m] = kUnvoicedStrength + kQuietCost * quiet;
+  }
+  return strengths;
+}
+
 // For each frame, the candidate on the path with the highest total, or -1: no voice.
 std::vector<int> best_path(const std::vector<PitchCandidates>& frames,
-                           const std::vector<char>& active, const Range& range) {
+                           const std::vector<double>& unvoiced, const Range& range) {
   std::vector<std::array<std::int8_t, kStates>> back(frames.size());
   std::array<double, kStates> total{}, next{};
   const auto gain = [&](std::size_t m, int state) {
-    if (state == 0) return active[m] ? kUnvoicedStrength : kSilenceStrength;
+    if (state == 0) return unvoiced[m];
     const PitchCandidates& f = frames[m];
     return range.holds(f.hz[state - 1]) ? f.strength[state - 1] + kOctaveCost * f.octaves[state - 1]
                                         : -1e9;
   };
-  const auto states = [&](std::size_t m) { return active[m] ? frames[m].count + 1 : 1; };
+  const auto states = [&](std::size_t m) {
+    return unvoiced[m] < kSilenceStrength ? frames[m].count + 1 : 1;
+  };
   for (int s = 0; s < states(0); ++s) total[static_cast<std::size_t>(s)] = gain(0, s);
   for (std::size_t m = 1; m < frames.size(); ++m) {
     const PitchCandidates &from = frames[m - 1], &to = frames[m];
@@ -108,9 +123,11 @@ PitchCandidates find_pitch_candidates(const float* correlation) {
   return candidates;
 }
 
-void track_pitch(const std::vector<PitchCandidates>& frames, const std::vector<char>& active,
-                 std::vector<double>* f0_hz, std::vector<double>* strength) {
-  std::vector<int> path = best_path(frames, active, {kLowestHz, kHighestHz});
+void track_pitch(const std::vector<PitchCandidates>& frames, const std::vector<double>& power,
+                 const std::vector<char>& active, std::vector<double>* f0_hz,
+                 std::vector<double>* strength) {
+  const std::vector<double> unvoiced = unvoiced_strengths(power, active);
+  std::vector<int> path = best_path(frames, unvoiced, {kLowestHz, kHighestHz});
   std::vector<double> voiced;
   for (std::size_t m = 0; m < frames.size(); ++m) {
     if (path[m] >= 0) voiced.push_back(frames[m].hz[path[m]]);
@@ -119,7 +136,7 @@ void track_pitch(const std::vector<PitchCandidates>& frames, const std::vector<c
     std::sort(voiced.begin(), voiced.end());
     const double low = 0.75 * quantile_of_sorted(voiced, 0.25);
     const double high = std::max(1.9 * quantile_of_sorted(voiced, 0.75), 2.0 * low);
-    path = best_path(frames, active, {low, high});
+    path = best_path(frames, unvoiced, {low, high});
   }
   f0_hz->resize(frames.size());
   strength->resize(frames.size());

@@ -22,8 +22,10 @@ struct PitchCandidates {
 // are nearly as high, it prefers those at short lags.
 PitchCandidates find_pitch_candidates(const float* correlation);
 
-// Writes F0 in Hz, or 0 for a frame without voice, and the autocorrelation at the period.
-void track_pitch(const std::vector<PitchCandidates>& frames, const std::vector<char>& active,
-                 std::vector<double>* f0_hz, std::vector<double>* strength);
+// Writes F0 in Hz, or 0 for a frame without voice, and the autocorrelation at the period. `power`
+// is that of the frames; those that are not active have no voice.
+void track_pitch(const std::vector<PitchCandidates>& frames, const std::vector<double>& power,
+                 const std::vector<char>& active, std::vector<double>* f0_hz,
+                 std::vector<double>* strength);
 
 }  // namespace clsp

@@ -61,7 +61,7 @@ struct Tables {
     }
     for (int k = 0; k <= kFormantBins; ++k) {
       // Pre-emphasis of the power, and half weight for the two edges.
-      const double weight = (1.0 - 0.97 * std::cos(kPi * k / kFormantBins)) *
+      const double weight = (1.0 - 0.9995 * std::cos(kPi * k / kFormantBins)) *
                             (k == 0 || k == kFormantBins ? 0.5 : 1.0);
       for (int n = 0; n <= kFormantOrder; ++n)
         formant_cosines[k][n] = static_cast<float>(weight * std::cos(kPi * k * n / kFormantBins));
@@ -218,7 +218,7 @@ template <int L>
 CLSP_INLINE void summarise(const Tables& t, const Workspace<L>& w, VoiceSpectrum* out,
                            std::size_t count) {
   using V = typename Workspace<L>::V;
-  const V syllable = sum_of_bins(w, 10, 80), low = sum_of_bins(w, 2, 32),
+  const V syllable = sum_of_bins(w, 3, 112), low = sum_of_bins(w, 2, 32),
           high = sum_of_bins(w, 32, 160);
   V bands[kVoiceBands];
   for (int b = 0; b < kVoiceBands; ++b) bands[b] = sum_of_bins(w, 8 * b + 1, 8 * b + 9);

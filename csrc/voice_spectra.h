@@ -18,7 +18,7 @@ constexpr int kFormantOrder = 10, kFormantBins = 166;
 
 // What the power spectrum of a frame holds.
 struct VoiceSpectrum {
-  float syllable;                 // power at 300 Hz to 2.5 kHz
+  float syllable;                 // power at 80 Hz to 3.5 kHz
   float low, high;                // power below 1 kHz and at 1 to 5 kHz
   float bands[kVoiceBands];       // power of each band
   float lags[kFormantOrder + 1];  // autocorrelation of the pre-emphasised spectrum below 5.2 kHz

@@ -16,20 +16,24 @@ from clsp_fast.captioning.measure import (
     Part,
     measure,
     measure_reference,
+    sex_score,
+    speaker_sex,
     track,
+    voice_quality,
 )
+from clsp_fast.demo import engines, signal
 
 Waveform = np.ndarray
 
 
 def voice(f0_hz: np.ndarray, *, formants: tuple[float, ...] = (600.0, 1400.0, 2600.0, 3700.0)) -> Waveform:
-    """A pulse train that follows F0 (one value a sample) through four resonances."""
+    """A buzz that follows F0 (one value a sample) through these resonances and one at 4.7 kHz."""
     phase = 2 * np.pi * np.cumsum(f0_hz) / SAMPLE_RATE_HZ
     harmonics = range(1, int(7500 / np.max(f0_hz)) + 1)
-    x = np.sum([np.cos(k * phase) for k in harmonics], axis=0)
+    x = np.sum([np.cos(k * phase) / k for k in harmonics], axis=0)
     frequency = np.fft.rfftfreq(len(x), 1 / SAMPLE_RATE_HZ)
     response = np.ones(len(frequency), complex)
-    for formant in formants:
+    for formant in (*formants, 4700.0):
         response /= 1 - (frequency / formant) ** 2 + 1j * frequency / formant * 80 / formant
     return scaled(np.fft.irfft(np.fft.rfft(x) * response, len(x)))
 
@@ -112,14 +116,15 @@ def total_gain(waveform: Waveform, f0_hz: np.ndarray) -> float:
     x = np.asarray(waveform, np.float64)
     x = np.pad(x - np.mean(x), (0, max(0, len(f0_hz) * reference.HOP - len(x))))[: len(f0_hz) * reference.HOP]
     candidates, strength = reference.pitch_candidates(reference.correlations(x))
-    active = reference.active_frames(reference.frame_power(x))
+    power = reference.frame_power(x)
+    unvoiced = reference.unvoiced_strength(power, reference.active_frames(power))
     octaves = np.log2(np.maximum(f0_hz, 1) / reference.LOWEST_F0_HZ)
     nearest = np.argmin(np.abs(candidates - f0_hz[:, None]), axis=1)
     voiced = f0_hz > 0
     gain = np.where(
         voiced,
         strength[np.arange(len(f0_hz)), nearest] + reference.OCTAVE_COST * octaves,
-        np.where(active, reference.UNVOICED_STRENGTH, 2.0),
+        unvoiced,
     )
     jumps = np.where(
         voiced[1:] & voiced[:-1],
@@ -260,3 +265,42 @@ def test_other_waveforms_are_refused(waveform: object, message: str) -> None:
     for call in (lambda: measure([waveform]), lambda: track(waveform)):  # type: ignore[arg-type, list-item]
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_sex_by_f0_and_vocal_tract() -> None:
+    tract = (600.0, 1400.0, 2600.0)
+    man, woman, unclear, high, telephone = measure(
+        [
+            voice(np.full(16000, f0_hz), formants=(*tract, f4_hz))
+            for f0_hz, f4_hz in ((115, 3500), (215, 3800), (173, 3700), (165, 4300))
+        ]
+        + [band_limited(voice(np.full(16000, 165.0), formants=(*tract, 4300.0)), 3400.0)]
+    )
+    assert [speaker_sex(m) for m in (man, woman, unclear)] == ["male", "female", None]
+    assert sex_score(high) > 0 > sex_score(telephone)  # without F4, F0 alone
+    assert speaker_sex(measure([SIGNALS["noise"]])[0]) is None
+    assert math.isnan(sex_score(measure([SIGNALS["silence"]])[0]))
+
+
+def band_limited(x: Waveform, highest_hz: float) -> Waveform:
+    spectrum = np.fft.rfft(x)
+    spectrum[round(highest_hz * len(x) / SAMPLE_RATE_HZ) :] = 0
+    return np.fft.irfft(spectrum, len(x)).astype(np.float32)
+
+
+def test_voice_quality_of_the_demo_engine_without_packages() -> None:
+    rng = np.random.default_rng(0)
+    manner = engines.Manner(f0_hz=120.0, syllables_per_s=4.0, liveliness="normal", whisper=False)
+    synth = engines.make("synth", 0)
+    name = synth.voices("male", "train")[0]
+    modal = signal.set_level(synth.speak("the little boat went over the water.", name, manner, rng), -25.0)
+    qualities = [
+        voice_quality(measurement.whole)
+        for measurement in measure(
+            [
+                x.astype(np.float32)
+                for x in (modal, signal.whisper(modal, rng), signal.creak(modal, 50.0, rng))
+            ]
+        )
+    ]
+    assert qualities == ["normal", "whisper", "creaky"]
