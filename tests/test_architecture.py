@@ -26,7 +26,7 @@ ALLOWED = {
     "loss": {"contrastive", "engine", "kernels"},
     "audio": {"engine", "storage"},
     "console": {"storage"},
-    "captioning": set(),
+    "captioning": {"storage"},
     "demo": {"storage"},
     "features": {"audio", "console", "engine"},
     "data": {"audio", "config", "console", "features", "storage"},
