@@ -2,10 +2,10 @@
 
 A `pip install` cannot bring a recorded corpus, so the default training data is synthetic. Up to three
 text-to-speech packages speak (`engines`), each with many voices. Pitch, speed, intonation and loudness are
-set, measured on the result (`clips`) and put into words (`text`). Their labels are those measured. The labels
-of sex and voice quality are those requested. If a clip lies between two classes of an attribute, it has no
-label for the attribute, and its captions do not mention it. No caption mentions emotions, laughter, children
-or old voices, because no engine produces them.
+set, measured on the result (`clips`) and put into words (`captioning.wording`). Their labels are those
+measured. The labels of sex and voice quality are those requested. If a clip lies between two classes of an
+attribute, it has no label for the attribute, and its captions do not mention it. No caption mentions
+emotions, laughter, children or old voices, because no engine produces them.
 
 A finished folder (`corpus`) holds `train.jsonl`, `validation.jsonl`, `test.jsonl`, `transfer.jsonl` (an
 engine that speaks in no other split), `audio/<split>/<id>.wav` (16 kHz, 16 bit, mono) and `corpus.json`,
@@ -17,7 +17,7 @@ The corpus depends only on the configuration and on the versions of the engines.
 not matter, because each shard is made by a separate process with a separate seed.
 """
 
+from clsp_fast.captioning.wording import prompts, satisfies
 from clsp_fast.demo.corpus import DemoConfig, DemoCorpus, describe, prepare
-from clsp_fast.demo.text import prompts, satisfies
 
 __all__ = ["DemoConfig", "DemoCorpus", "describe", "prepare", "prompts", "satisfies"]

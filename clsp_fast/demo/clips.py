@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from clsp_fast.captioning import wording
+from clsp_fast.captioning.wording import ATTRIBUTES
 from clsp_fast.demo import engines
-from clsp_fast.demo import text as wording
 from clsp_fast.demo.engines import Manner, Voice
 from clsp_fast.demo.signal import (
     SAMPLE_RATE_HZ,
@@ -34,7 +35,7 @@ from clsp_fast.demo.signal import (
     trim,
     whisper,
 )
-from clsp_fast.demo.text import ATTRIBUTES, Split
+from clsp_fast.demo.text import Split, sentences, syllables
 from clsp_fast.storage import files
 
 Bands = dict[str, tuple[float, float]]
@@ -135,8 +136,8 @@ class _Speaker:
         self._engine = engines.make(engine, int(rng.integers(2**31)))
         self._voices = {sex: self._engine.voices(sex, part) for sex in ATTRIBUTES["sex"]}
         self._rng = rng
-        self._sentences = wording.sentences(part)
-        self._syllables = np.array([wording.syllables(text) for text in self._sentences])
+        self._sentences = sentences(part)
+        self._syllables = np.array([syllables(text) for text in self._sentences])
         self._rate_gain, self._f0_gain = _Gain(), _Gain()
 
     def styles(self, count: int) -> Iterator[tuple[_Style, _Style | None]]:

@@ -1,0 +1,102 @@
+"""What is measured of a recording, and what follows about its speaker: sex and voice quality."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+SAMPLE_RATE_HZ = 16_000
+HOP_S = 0.01  # distance between frames; frame m is centred at (m + 1/2) HOP_S
+
+Values = npt.NDArray[np.float64]
+Sex = Literal["female", "male"]
+Quality = Literal["normal", "whisper", "creaky"]
+
+_UNDECIDED_SEMITONES = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What was measured of a stretch of speech: all of it, or one of its halves or thirds.
+
+    A value that cannot be measured is NaN: F0 and HNR if fewer than 8 frames are voiced, and the tilt if
+    there is no speech. Without speech, the level is that of the whole recording.
+    """
+
+    start_s: float  # where it begins in the recording
+    duration_s: float  # with its pauses
+    level_db: float  # power of the active frames, dB full scale (a sine of amplitude 1 has -3 dB)
+    voiced: float  # share of the active frames that are voiced, 0..1
+    f0_hz: float  # median
+    f0_sd: float  # standard deviation in semitones, without octave errors
+    f0_range: float  # distance between the 5 % and the 95 % quantile, semitones
+    f0_slope: float  # of a line through F0 over time, semitones per second
+    syllables: int  # syllable nuclei, voiced or whispered
+    voiced_syllables: int  # syllable nuclei with voice
+    syllables_per_s: float  # `syllables` per second of `duration_s`
+    pauses: int  # silences of 0.2 s or longer
+    pause_s: float  # their sum
+    hnr_db: float  # harmonics-to-noise ratio, mean over the voiced frames
+    creak: float  # share of the active frames that lie between two slow pulses, 0..1
+    tilt_db: float  # power at 1-5 kHz relative to the power below 1 kHz
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One recording."""
+
+    duration_s: float
+    whole: Part  # from the first to the last active frame
+    halves: tuple[Part, ...]  # of the same stretch, in order
+    thirds: tuple[Part, ...]
+    formants_hz: tuple[float, float, float, float]  # medians of F1 to F4 over voiced frames, or NaN
+    bandwidth_hz: float  # the highest frequency with speech; NaN without speech
+    snr_db: float  # level of the speech above that of the quietest frames: at most the true ratio
+    jitter: float  # mean relative change of F0 between neighbouring frames, or NaN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Track:
+    """Values for each frame of a recording."""
+
+    f0_hz: Values  # 0 = no voice
+    strength: Values  # normalised autocorrelation at the period, 0..1
+    level_db: Values  # dB full scale
+
+
+def sex_score(measurement: Measurement) -> float:
+    """Evidence for the speaker's sex, in semitones: positive is female, negative male; NaN without voice.
+
+    The distance of F0 from 173 Hz, moved by the vocal tract: short ones have high third and fourth formants.
+    """
+    f0_hz = measurement.whole.f0_hz
+    if not f0_hz > 0:
+        return math.nan
+    score = 12 * math.log2(f0_hz / 173)
+    tract = [
+        12 * math.log2(formant / middle)
+        for formant, middle in zip(measurement.formants_hz[2:], (2750.0, 3800.0), strict=True)
+        if formant > 0
+    ]
+    return score + (sum(tract) / len(tract) if tract else 0.0)
+
+
+def speaker_sex(measurement: Measurement) -> Sex | None:
+    """The speaker's sex, or None if the evidence is weaker than 1.5 semitones."""
+    score = sex_score(measurement)
+    if not abs(score) >= _UNDECIDED_SEMITONES:
+        return None
+    return "female" if score > 0 else "male"
+
+
+def voice_quality(part: Part) -> Quality | None:
+    """Whether a stretch of speech is whispered, creaky or neither; None if the evidence is weak."""
+    if part.creak > 0.5:
+        return "creaky"
+    if part.voiced < 0.12 and part.creak < 0.25:
+        return "whisper"
+    return "normal" if part.voiced > 0.35 and part.creak < 0.3 else None
