@@ -41,6 +41,8 @@ _KEYS = {
     "global_captions",
     "id",
     "long_captions",
+    "measured",
+    "provenance",
     "short_captions",
     "speaker",
     "start_s",
