@@ -37,9 +37,13 @@ class Scores:
         self._sums[clip] = self._sums.get(clip, np.zeros(self._shape)) + scores_SA
         self._rounds[clip] = self._rounds.get(clip, 0) + 1
 
+    def by_clip(self) -> dict[int, Array]:
+        """Number of a clip -> means over its rounds, (S, A)."""
+        return {clip: sums / self._rounds[clip] for clip, sums in sorted(self._sums.items())}
+
     def means(self) -> Array:
         """Mean over the rounds of each clip that has one, (N, S, A), in the order of the clips' numbers."""
-        rows = [self._sums[clip] / self._rounds[clip] for clip in sorted(self._sums)]
+        rows = list(self.by_clip().values())
         return np.stack(rows) if rows else np.zeros((0, *self._shape))
 
 
