@@ -29,7 +29,7 @@ SUBCOMMANDS = {
     ),
 }
 """Name -> the module with a function of this name, and what it does, in one line. The function returns the
-exit code or None. Its options are its parameters, or the fields of the dataclass if `config` is its only one."""
+exit code or None. Its options are its parameters, or the fields of a dataclass if it has only `config`."""
 
 
 def _description(name: str) -> Callable[[], None]:

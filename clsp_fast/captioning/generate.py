@@ -89,8 +89,8 @@ class GenerateConfig:
     """File with another prompt. None: prompts/generate.txt of the package."""
     audio_url: str | None = None
     """Sends the address of each file instead of the sound: "file" for file:// URLs, or the http(s) URL that
-    stands for the manifest's folder. The server must be allowed to read these. A clip that is only a part of a
-    file is sent as sound."""
+    stands for the manifest's folder. The server must be allowed to read them. A clip that is only a part of
+    its file is sent as sound."""
     rows: str = ""
     """Part of the manifest, counted from 0 without the end, such as 0:1000000: a machine's share of the work.
     Empty: all rows."""
@@ -389,7 +389,7 @@ def _report(source: _Source, counts: Counts | None) -> int:
     for problem in source.problems:
         print(f"line {problem.line}: {problem.message}", file=sys.stderr)
     if source.left_out:
-        parts = [f"{count} {text}" for text, count in source.left_out.items()]
+        parts = [f"{text}: {count}" for text, count in source.left_out.items()]
         print(f"left out: {', '.join(parts)}")
     failed = counts is not None and counts.failed > 0
     return INCOMPLETE if failed or source.left_out["bad lines"] else 0
