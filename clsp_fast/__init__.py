@@ -2,8 +2,8 @@
 
 A model embeds speech, and text that describes how something is said, in one joint space. The public names are
 `CLSP`, the modules `audio`, `config`, `features`, `loss`, `similarity` and `metrics`, and the commands
-`convert`, `embed`, `evaluate`, `export`, `score` and `search`. Each is imported when it is first used, so
-`import clsp_fast` loads little more than the compiled extension.
+`caption`, `convert`, `embed`, `evaluate`, `export`, `score` and `search`. Each is imported when it is first
+used, so `import clsp_fast` loads little more than the compiled extension.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 if TYPE_CHECKING:
     from clsp_fast import (
         audio,
+        caption,
         config,
         convert,
         embed,
@@ -38,6 +39,7 @@ __all__ = [
     "CLSP",
     "__version__",
     "audio",
+    "caption",
     "config",
     "convert",
     "embed",

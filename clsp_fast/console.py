@@ -47,8 +47,17 @@ class Progress:
         """Counts `count` more items as done; `bad` of them failed."""
         self._done += count
         self._bad += bad
-        now, last = time.perf_counter(), self._done == self._total
-        if sys.stderr is None or not count or not self._active:
+        if count:
+            self._show(last=self._done == self._total)
+
+    def end(self) -> None:
+        """Writes the last line if the number of items was not known or they were fewer than expected."""
+        if self._done and self._done != self._total:
+            self._show(last=True)
+
+    def _show(self, *, last: bool) -> None:
+        now = time.perf_counter()
+        if sys.stderr is None or not self._active:
             return
         live = sys.stderr.isatty()
         if not (last or now - self._written > (0.2 if live else 10.0)):

@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clsp_fast"
 PICTURE = ROOT / "docs/architecture.svg"
-COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "export"}
+COMMANDS = {"train", "evaluate", "embed", "search", "score", "convert", "export", "caption"}
 
 # The boxes of the picture, from the bottom layer to the top one. The number is the x coordinate of a box's
 # middle. A box imports only from layers below its own.

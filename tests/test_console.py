@@ -24,6 +24,7 @@ from clsp_fast.training import corpus
 
 # Every command with its subcommands, as words after `python -m`.
 COMMANDS = (
+    "clsp_fast.caption generate",
     "clsp_fast.convert reference",
     "clsp_fast.data validate",
     "clsp_fast.embed",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from clsp_fast.captioning.jobs import Answer, row_and_part
+from clsp_fast.captioning.answers import Answer, row_and_part
 from clsp_fast.captioning.rules import Rules, answer_fault, clean_answer
 
 
@@ -33,8 +33,8 @@ class Candidate(NamedTuple):
 
 
 def texts_a_request(record: Mapping[str, Any]) -> int:
-    """How many texts a job asks for in each request, from its record (see `jobs.read_record`)."""
-    return -(-int(record["settings"].get("candidates", 1)) // int(record["parts"]))
+    """How many texts a job asks for in each request, from its record (see `answers.read_record`)."""
+    return int(record["settings"].get("candidates_per_request", 1))
 
 
 def candidates_of(answers: Iterable[Answer], texts: int) -> Iterator[Candidate]:

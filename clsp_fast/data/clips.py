@@ -112,10 +112,14 @@ def id_of(value: object, default: str) -> str:
 
 
 def tags_of(value: object) -> dict[str, str]:
-    """Tags with their values as text. Null values are left out."""
+    """Tags with their values as text, such as "sad, slow" for a list. Null values are left out."""
     if not isinstance(value, Mapping):
         raise ValueError('"tags" must be an object')
-    return {str(key): str(item) for key, item in value.items() if item is not None}
+    return {str(key): _tag(item) for key, item in value.items() if item is not None}
+
+
+def _tag(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def claims_of(value: object, captions: Captions) -> dict[str, tuple[Mapping[str, str], ...]]:

@@ -156,30 +156,66 @@ def _open_text(source: Path | IO[bytes], expected: str) -> Iterator[Text]:
         raise ValueError(f"{source} cannot be read: {error}") from error
 
 
+def iterate_manifest(
+    path: Path | str, *, need_captions: bool = True, first_line: int = 1
+) -> Iterator[tuple[int, Clip | Problem]]:
+    """Reads a manifest of any size line by line. It holds only one line in memory.
+
+    Unlike `read_manifest`, it does not notice ids that several lines share, and raises no error if no line is
+    usable.
+
+    Args:
+        path: as for `read_manifest`.
+        need_captions: whether a line without captions is a problem.
+        first_line: 1-based number of the line to begin with.
+
+    Yields:
+        The 1-based number of each line that is not blank, and its clip or what is wrong with it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_manifest`.
+    """
+    path = Path(path)
+    with _open_text(path, _EXPECTED) as text:
+        yield from _clips_of_lines(text, path, need_captions, Counter(), first_line)
+
+
+def _clips_of_lines(
+    text: Text, path: Path, need_captions: bool, unknown: Counter[str], first_line: int = 1
+) -> Iterator[tuple[int, Clip | Problem]]:
+    kind = text_kinds.kind_of_text(text.head)
+    if kind.startswith("the index"):
+        raise ValueError(f"{path} is {kind}; expected {_EXPECTED}")
+    for number, line in textfile.lines(text.file, _LONGEST_LINE):
+        if number < first_line:
+            continue
+        try:
+            if not textfile.is_whole(line, _LONGEST_LINE):
+                raise ValueError(f"a line must be shorter than {_LONGEST_LINE} characters")
+            yield number, _clip(line, path.parent, f"{path.stem}-{number}", need_captions, unknown)
+        except (ValueError, RecursionError) as error:
+            yield number, Problem(number, str(error))
+        except (KeyError, TypeError, AttributeError, OverflowError, IndexError) as error:
+            message = f"not a line of a manifest: {type(error).__name__}: {error}"
+            yield number, Problem(number, message)
+
+
 def _read_lines(text: Text, path: Path, need_captions: bool) -> Manifest:
     clips: list[Clip] = []
     problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
     unknown: Counter[str] = Counter()
-    kind = text_kinds.kind_of_text(text.head)
-    if kind.startswith("the index"):
-        raise ValueError(f"{path} is {kind}; expected {_EXPECTED}")
-    for number, line in textfile.lines(text.file, _LONGEST_LINE):
-        try:
-            if not textfile.is_whole(line, _LONGEST_LINE):
-                raise ValueError(f"a line must be shorter than {_LONGEST_LINE} characters")
-            clip = _clip(line, path.parent, f"{path.stem}-{number}", need_captions, unknown)
-            if clip.id in line_of_id:
-                raise ValueError(f"id {shown(clip.id)} is already used in line {line_of_id[clip.id]}")
-        except (ValueError, RecursionError) as error:
-            problems.append(Problem(number, str(error)))
-            continue
-        except (KeyError, TypeError, AttributeError, OverflowError, IndexError) as error:
-            problems.append(Problem(number, f"not a line of a manifest: {type(error).__name__}: {error}"))
-            continue
-        line_of_id[clip.id] = number
-        clips.append(clip)
+    for number, clip in _clips_of_lines(text, path, need_captions, unknown):
+        if isinstance(clip, Problem):
+            problems.append(clip)
+        elif clip.id in line_of_id:
+            message = f"id {shown(clip.id)} is already used in line {line_of_id[clip.id]}"
+            problems.append(Problem(number, message))
+        else:
+            line_of_id[clip.id] = number
+            clips.append(clip)
     if not clips:
+        kind = text_kinds.kind_of_text(text.head)
         if not kind and text_kinds.looks_like_paths(text.head):
             kind = _LIST_OF_PATHS
         why = f"; line {problems[0].line}: {problems[0].message}" if problems else ": the file is empty"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from clsp_fast.captioning.answers import Answer
 from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
-from clsp_fast.captioning.jobs import Answer
 from clsp_fast.captioning.rules import default_rules
 
 
@@ -40,7 +40,7 @@ def test_a_usable_candidate_breaks_no_rule() -> None:
 
 
 def test_the_record_says_how_many_texts_a_request_has() -> None:
-    assert texts_a_request({"settings": {"candidates": 20}, "parts": 1}) == 20
-    assert texts_a_request({"settings": {"candidates": 20}, "parts": 20}) == 1
-    assert texts_a_request({"settings": {"candidates": 20}, "parts": 3}) == 7
+    for parts, texts in ((1, 20), (20, 1), (2, 15)):
+        settings = {"candidates": 20, "candidates_per_request": texts}
+        assert texts_a_request({"settings": settings, "parts": parts}) == texts
     assert texts_a_request({"settings": {}, "parts": 1}) == 1

@@ -1,0 +1,357 @@
+"""The answers of a job: a folder that a killed run leaves whole, and that a later run continues.
+
+The folder holds job.json, the settings, and answers.jsonl, one line for each answer or failure in the format
+of OpenAI's batch output: {"custom_id", "error", "response": {"status_code", "body"}, "id"}. The output of
+`vllm run-batch` or of a hosted batch has the same format. Lines are in the order in which answers arrived, so
+readers find the answers of a row with `AnswerIndex`.
+
+A custom_id begins with the row of the manifest and the part of the row: "12.3/generate/clip-id" is the fourth
+request of the thirteenth line. Which requests are done is therefore one bit each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clsp_fast.captioning.client import Reply, describe
+from clsp_fast.checks import listed
+from clsp_fast.storage import files
+from clsp_fast.storage.textfile import shown
+
+ANSWERS, RECORD = "answers.jsonl", "job.json"
+_LONGEST_ID = 40
+_CUSTOM_ID = re.compile(r"(\d{1,18})\.(\d{1,9})/")
+_DONE = re.compile(rb'\{"custom_id": "(\d{1,18})\.(\d{1,9})/[^"\\]*", "error": null, ')
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A line of an answer file.
+
+    Attributes:
+        custom_id: that of the request.
+        texts: the content of each choice; empty where a choice has no content. No text: the request failed.
+        finish_reasons: why each text ended: "stop"; "length" if it was cut.
+        usage: "prompt_tokens" and "completion_tokens", as far as the server states them.
+        model: the model that the server names.
+        error: what went wrong; None: nothing.
+    """
+
+    custom_id: str
+    texts: tuple[str, ...]
+    finish_reasons: tuple[str, ...]
+    usage: Mapping[str, int]
+    model: str
+    error: str | None
+
+
+def custom_id(step: str, row: int, clip_id: str, part: int = 0) -> str:
+    """The id of a request: "row.part/step/clip id".
+
+    Row and part make it unique, even where clips share an id. Of the clip's id, ASCII letters, digits and a
+    few signs are kept, and at most the last 40 characters. If that changes the id, a digest follows.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.:-]", "_", clip_id)[-_LONGEST_ID:]
+    if name != clip_id:
+        name += "~" + hashlib.sha256(clip_id.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{row}.{part}/{step}/{name}"
+
+
+def row_and_part(custom_id: str) -> tuple[int, int]:
+    """The row and part of a request's id. ValueError if the id does not begin with them."""
+    match = _CUSTOM_ID.match(custom_id)
+    if match is None:
+        raise ValueError(f'custom_id must begin like "12.0/", got {shown(custom_id)}')
+    return int(match[1]), int(match[2])
+
+
+def parse_answer(line: bytes | str) -> Answer:
+    """The answer of a line, as this module, `vllm run-batch` or a hosted batch writes it.
+
+    Raises:
+        ValueError: the line is not an answer.
+    """
+    try:
+        row = json.loads(line)
+        name, error, response = str(row["custom_id"]), row.get("error"), row.get("response") or {}
+        status, body = response.get("status_code"), response.get("body")
+        if isinstance(body, dict) and status == 200 and not error and body.get("choices"):
+            choices = sorted(body["choices"], key=lambda choice: int(choice.get("index") or 0))
+            return Answer(
+                name,
+                tuple(_content(choice) for choice in choices),
+                tuple(str(choice.get("finish_reason") or "") for choice in choices),
+                {k: int(v) for k, v in (body.get("usage") or {}).items() if isinstance(v, int)},
+                str(body.get("model") or ""),
+                None,
+            )
+        nested = body.get("error", body) if isinstance(body, dict) else body
+        what = error or nested or "no answer"
+        message = what.get("message") if isinstance(what, dict) else what
+        return Answer(name, (), (), {}, "", str(message or what)[:1000])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not an answer: {describe(error)}") from error
+
+
+def _content(choice: Mapping[str, Any]) -> str:
+    """The text of a choice. Servers give a string, null, or a list of parts."""
+    content = (choice.get("message") or {}).get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def answer_line(name: str, reply: Reply) -> bytes:
+    """The line of a request's outcome. Of a choice only the content is kept, not its reasoning."""
+    response: dict[str, Any] | None = None
+    error = {"code": f"http_{reply.status}" if reply.status else "failed", "message": reply.error}
+    if reply.status:
+        response = {"status_code": reply.status, "body": None}
+    if response is not None and reply.body is not None:
+        choices = [
+            {
+                "index": choice.get("index", number),
+                "message": {"role": "assistant", "content": _content(choice)},
+                "finish_reason": choice.get("finish_reason"),
+            }
+            for number, choice in enumerate(reply.body["choices"])
+        ]
+        kept = {key: reply.body.get(key) for key in ("id", "model", "usage")}
+        response["body"] = {"object": "chat.completion", "choices": choices} | kept
+    row = {"custom_id": name, "error": error if reply.body is None else None, "response": response}
+    return json.dumps(row | {"id": f"answer-{name.partition('/')[0]}"}).encode() + b"\n"
+
+
+class Bits:
+    """A set of integers >= 0, one bit each."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def add(self, number: int) -> None:
+        """Adds an integer."""
+        byte = number >> 3
+        if byte >= len(self._bytes):
+            self._bytes.extend(bytes(byte + 1 + len(self._bytes) // 8 - len(self._bytes)))
+        self._bytes[byte] |= 1 << (number & 7)
+
+    def __contains__(self, number: int) -> bool:
+        byte = number >> 3
+        return byte < len(self._bytes) and bool(self._bytes[byte] >> (number & 7) & 1)
+
+
+def _scan(file: Any, parts: int) -> Iterator[tuple[int, int, bool]]:
+    """(offset, number, whether it succeeded) of each whole line; the number is row * parts + part.
+
+    Lines that are no answers of this job are left out: their requests count as not answered.
+    """
+    offset = 0
+    for line in file:
+        match = _DONE.match(line)
+        try:
+            if match is not None:
+                row, part, good = int(match[1]), int(match[2]), True
+            else:
+                answer = parse_answer(line)
+                (row, part), good = row_and_part(answer.custom_id), answer.error is None
+        except ValueError:
+            part = parts
+        if part < parts and line.endswith(b"\n"):
+            yield offset, row * parts + part, good
+        offset += len(line)
+
+
+class AnswerIndex:
+    """Finds the answers of a row. It holds eight bytes for each request, not the answers.
+
+    If a request has several answers, the first one counts.
+
+    Args:
+        folder: folder of a finished or running job.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._parts = int(read_record(folder)["parts"])
+        self._file = (folder / ANSWERS).open("rb")
+        self._offsets = array("q")
+        for offset, number, good in _scan(self._file, self._parts):
+            if good:
+                missing = number + 1 - len(self._offsets)
+                self._offsets.extend([-1] * missing)
+                if self._offsets[number] < 0:
+                    self._offsets[number] = offset
+
+    def __enter__(self) -> AnswerIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def rows(self) -> int:
+        """One more than the last row with an answer."""
+        return -(-len(self._offsets) // self._parts)
+
+    def of_row(self, row: int) -> tuple[Answer, ...]:
+        """The answers of a row in the order of its parts. Failed requests are left out."""
+        answers = []
+        for offset in self._offsets[row * self._parts : (row + 1) * self._parts]:
+            if offset >= 0:
+                self._file.seek(offset)
+                answers.append(parse_answer(self._file.readline()))
+        return tuple(answers)
+
+
+def read_answers(source: Path) -> Iterator[Answer]:
+    """The answers and failures of a job's folder or of a file, in the order of the lines.
+
+    Raises:
+        FileNotFoundError: there are none. ValueError: a line is not an answer; an incomplete last line, which
+        a killed run leaves, is left out instead.
+    """
+    path = source / ANSWERS if source.is_dir() else source
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield parse_answer(line)
+            except ValueError as error:
+                if line.endswith(b"\n"):
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The settings of the job in a folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no job. ValueError: its record is damaged.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+            raise ValueError('expected an object with "settings"')
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} holds no job: it has no {RECORD}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return record
+
+
+def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mapping[str, Any]) -> None:
+    """Records the settings of a job, or compares them with those of the job that the folder holds.
+
+    Args:
+        folder: the job's folder; the caller has locked it.
+        settings: what the answers depend on.
+        parts: the largest number of requests of a row.
+        notes: what a later run may change, such as the version.
+
+    Raises:
+        ValueError: the folder was begun with other settings; the message says which.
+    """
+    settings = dict(json.loads(json.dumps(settings)))  # as a later run reads them
+    if (folder / RECORD).exists():
+        record = read_record(folder)
+        earlier = record["settings"] | {"parts": record["parts"]}
+        now: dict[str, Any] = {**settings, "parts": parts}
+        changed = [
+            f"{key} {shown(earlier.get(key))}, not {shown(now.get(key))}"
+            for key in {**earlier, **now}
+            if earlier.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(f"{folder} was begun with {listed(changed)}; choose another folder")
+    elif (folder / ANSWERS).exists():
+        raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
+    else:
+        files.write_json(folder / RECORD, {"settings": settings, "parts": parts} | dict(notes))
+
+
+class AnswerFile:
+    """The answers of a job, open for appending. Opening it cuts off an incomplete last line.
+
+    Attributes:
+        done: numbers (row * parts + part) of the requests that are answered.
+        count: how many they are.
+    """
+
+    def __init__(self, folder: Path, parts: int) -> None:
+        self._path = folder / ANSWERS
+        self._parts = parts
+        self.done = Bits()
+        self.count = 0
+        with files.naming_full_disk(self._path):
+            self._file = self._path.open("a+b", buffering=0)
+        self._size = self._cut()
+        self._synced = self._size
+        with self._path.open("rb") as file:
+            for _, number, good in _scan(file, parts):
+                if good:
+                    self._note_done(number)
+
+    def _note_done(self, number: int) -> None:
+        self.count += number not in self.done
+        self.done.add(number)
+
+    def _cut(self) -> int:
+        """Cuts off what follows the last line ending. Returns the size of the file."""
+        end = size = self._file.seek(0, 2)
+        while end:
+            start = max(0, end - 2**16)
+            self._file.seek(start)
+            place = self._file.read(end - start).rfind(b"\n")
+            if place >= 0:
+                end = start + place + 1
+                break
+            end = start
+        if end < size:
+            self._file.truncate(end)
+        return end
+
+    def is_done(self, name: str) -> bool:
+        """Whether the request is answered. ValueError if its id does not belong to this job."""
+        return self._number(name) in self.done
+
+    def _number(self, name: str) -> int:
+        row, part = row_and_part(name)
+        if part >= self._parts:
+            raise ValueError(f"{name}: a row has at most {self._parts} requests")
+        return row * self._parts + part
+
+    def append(self, name: str, line: bytes, *, good: bool) -> None:
+        """Appends a line. It is whole, or after a failure not there at all."""
+        with files.naming_full_disk(self._path):
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._size)
+                raise
+        self._size += len(line)
+        if good:
+            self._note_done(self._number(name))
+
+    def sync(self) -> None:
+        """Writes the answers to the disk."""
+        size = self._size
+        if size != self._synced:
+            with files.naming_full_disk(self._path):
+                files.sync(self._file.fileno())
+            self._synced = size
+
+    def close(self) -> None:
+        """Writes the answers to the disk and closes the file."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
