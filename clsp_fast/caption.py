@@ -19,6 +19,14 @@ SUBCOMMANDS = {
         "clsp_fast.captioning.generate",
         "Asks an audio language model for candidate captions of each clip.",
     ),
+    "verify": (
+        "clsp_fast.captioning.verify",
+        "Asks a language model whether candidates hold what a caption must not hold.",
+    ),
+    "judge": (
+        "clsp_fast.captioning.judge",
+        "Lets an audio language model score captions, or compare those of two manifests.",
+    ),
 }
 """Name -> the module with a function of this name, and what it does, in one line. The function returns the
 exit code or None. Its options are its parameters, or the fields of a dataclass if it has only `config`."""
