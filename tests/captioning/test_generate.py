@@ -235,6 +235,13 @@ def test_wrong_calls_name_the_fix(manifest: Path, tmp_path: Path, capsys: pytest
     ):
         with pytest.raises(RuntimeError, match=f"^clsp_fast.caption: .*{match}"):
             run(*words)
+    listed = tmp_path / "list"
+    listed.write_text("clips/00000.wav\n")
+    with pytest.raises(RuntimeError, match=r"list holds no usable clip \(line 1: not JSON.*such as"):
+        run(listed, tmp_path / "w")
+    for rows, match in (("100:", "no lines"), ("5:6", "clips over 30 s: 1")):
+        with pytest.raises(RuntimeError, match=rf"rows {rows} of .* holds no usable clip \({match}\)"):
+            run(manifest, tmp_path / "w", "--rows", rows)
     with StubServer() as server, pytest.raises(RuntimeError, match=f"it serves {MODEL}: correct --server.mo"):
         run(manifest, tmp_path / "x", "--server.servers", server.url, model="other")
     for option, value in (("--rows", "5"), ("--rows", "7:3"), ("--audio-url", "ftp://x")):
