@@ -1,7 +1,7 @@
 """Captions for recordings that have none: `python -m clsp_fast.caption SUBCOMMAND`.
 
-`generate` asks a language model that hears for candidates. Every subcommand continues a stopped run if it is
-given again. The exit code is 0, or 3 if some clips could not be done.
+If a subcommand is stopped, the same command continues its work. The exit code is 0, or 3 if some clips could
+not be done.
 """
 
 from __future__ import annotations
@@ -18,6 +18,18 @@ SUBCOMMANDS = {
     "generate": (
         "clsp_fast.captioning.generate",
         "Asks an audio language model for candidate captions of each clip.",
+    ),
+    "verify": (
+        "clsp_fast.captioning.verify",
+        "Asks a language model whether candidates hold what a caption must not hold.",
+    ),
+    "filter": (
+        "clsp_fast.captioning.filter",
+        "Keeps the candidates that break no rule, and writes a manifest that training reads.",
+    ),
+    "judge": (
+        "clsp_fast.captioning.judge",
+        "Lets an audio language model score captions, or compare those of two manifests.",
     ),
 }
 """Name -> the module with a function of this name, and what it does, in one line. The function returns the
