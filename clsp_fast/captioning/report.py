@@ -296,7 +296,7 @@ def draw_picture(figures: Mapping[str, Any], path: Path) -> str:
         values = [counts[key].get(reason, 0) for reason in reasons]
         axes[0, 0].barh([i + offset for i in range(len(reasons))], values, 0.4, label=f"{key} reason")
     axes[0, 0].set_yticks(range(len(reasons)), reasons)
-    axes[0, 0].set(title=f"dropped candidates of {counts['candidates'].get('total', 0):,}")
+    axes[0, 0].set(title=f"dropped, of {counts['candidates'].get('total', 0):,} candidates")
     numbers = {int(number): count for number, count in counts["captions_per_clip"].items()}
     axes[0, 1].bar(list(numbers), list(numbers.values()), label="clips")
     axes[0, 1].set(title="captions per clip")
