@@ -1,10 +1,11 @@
 """Compares the measurements of `clsp_fast.captioning.measure` with Praat's, and with known truth.
 
-    python -m bench.voice_accuracy FOLDER ... [--clips 500] [--female REGEX] [--male REGEX] [--json FILE]
+    python -m bench.voice_accuracy FOLDER ... [--clips 500] [--only REGEX] [--female REGEX] [--male REGEX]
+        [--json FILE]
 
 A folder is a demo corpus, whose manifests state sex and voice quality, or any folder of recordings. In the
-latter, --female and --male are regular expressions for the paths of speakers of known sex. Praat runs
-through praat-parselmouth with its own definitions of everything: pitch, intensity, harmonicity
+latter, --only selects paths, and --female and --male are regular expressions for the paths of speakers of
+known sex. Praat runs through praat-parselmouth with its own definitions of everything: pitch, intensity, harmonicity
 (cross-correlation), formants (Burg), and the recipe of de Jong and Wempe for syllables. Intervals are 95 %
 bootstrap intervals over clips.
 """
@@ -32,6 +33,7 @@ from clsp_fast.captioning.measure import Measurement, measure, sex_score, speake
 SUFFIXES = {".wav", ".flac", ".ogg"}
 RESAMPLES = 300
 SHORTEST_S, LONGEST_S = 0.7, 15.0
+VOICED_SHARE = 0.2  # of the speech, according to Praat: F0, HNR and formants are compared for such clips
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Row:
     praat: dict[str, float]
 
 
-def find_recordings(folder: Path, count: int, female: str | None, male: str | None) -> list[Recording]:
+def find_recordings(
+    folder: Path, count: int, female: str | None, male: str | None, only: str = ""
+) -> list[Recording]:
     """At most `count` recordings of a folder, drawn with a fixed seed."""
     manifests = [path for path in sorted(folder.glob("*.jsonl")) if path.stem != "train"]
     recordings = []
@@ -63,7 +67,8 @@ def find_recordings(folder: Path, count: int, female: str | None, male: str | No
                 recordings.append(Recording(str(folder / line["audio"]), truth))
     else:
         patterns = {"female": female, "male": male}
-        for path in sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
+        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        for path in [path for path in paths if re.search(only, path)]:
             sexes = [sex for sex, pattern in patterns.items() if pattern and re.search(pattern, path)]
             recordings.append(Recording(path, {"sex": sexes[0]} if len(sexes) == 1 else {}))
     return random.Random(0).sample(recordings, min(count, len(recordings)))
@@ -183,9 +188,11 @@ def figure(pairs: Sequence[Sequence[float]], statistic: Callable[[np.ndarray], f
 
 def agreement_with_praat(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """How closely the measurements follow Praat's."""
+    voiced = [row for row in rows if is_voiced(row)]
 
-    def pairs(ours: Callable[[Measurement], float], theirs: str) -> list[tuple[float, float]]:
-        return [(ours(row.ours), row.praat.get(theirs, math.nan)) for row in rows]
+    def pairs(ours: Callable[[Measurement], float], praat: str) -> list[tuple[float, float]]:
+        chosen = rows if praat == "level_db" else voiced
+        return [(ours(row.ours), row.praat.get(praat, math.nan)) for row in chosen]
 
     def within(limit: float) -> Callable[[np.ndarray], float]:
         return lambda values: float(np.mean(np.abs(values[:, 0] / values[:, 1] - 1) <= limit))
@@ -197,9 +204,9 @@ def agreement_with_praat(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     level, hnr = pairs(lambda m: m.whole.level_db, "level_db"), pairs(lambda m: m.whole.hnr_db, "hnr_db")
     rate = [
         (row.ours.whole.voiced_syllables / max(row.ours.whole.duration_s, 0.1), syllables_per_s(row.praat))
-        for row in rows
+        for row in voiced
     ]
-    rate_of_all = [(row.ours.whole.syllables_per_s, syllables_per_s(row.praat)) for row in rows]
+    rate_of_all = [(row.ours.whole.syllables_per_s, syllables_per_s(row.praat)) for row in voiced]
     figures = {
         "F0 median within 5 %": figure(f0, within(0.05)),
         "F0 median rank correlation": figure(f0, rank_correlation),
@@ -216,6 +223,12 @@ def agreement_with_praat(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         figures[f"F{k + 1} within 10 %"] = figure(formant, within(0.1))
         figures[f"F{k + 1} rank correlation"] = figure(formant, rank_correlation)
     return figures
+
+
+def is_voiced(row: Row) -> bool:
+    """Whether Praat's F0 can serve as a reference: there is voice, neither whispered nor creaky."""
+    normal = row.recording.truth.get("quality", "normal") == "normal"
+    return normal and row.praat["voiced_s"] > VOICED_SHARE * row.praat["speech_s"]
 
 
 def syllables_per_s(praat: dict[str, float]) -> float:
@@ -253,11 +266,23 @@ def agreement_with_truth(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return figures
 
 
+def report(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Prints and returns the figures of some recordings."""
+    figures = agreement_with_praat(rows) | agreement_with_truth(rows)
+    figures = {key: value for key, value in figures.items() if value["value"] is not None}
+    print(f"\n{name}: {len(rows)} clips")
+    for key, value in figures.items():
+        low, high = value["interval"]
+        print(f"  {key:52} {value['value']:8.3f}  [{low:.3f}, {high:.3f}]  n = {value['n']}", flush=True)
+    return {"clips": len(rows), "figures": figures}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--clips", type=int, default=500, help="of each folder")
+    parser.add_argument("--only", default="", help="regular expression for the paths of the recordings")
     parser.add_argument("--female", help="regular expression for the paths of women")
     parser.add_argument("--male", help="regular expression for the paths of men")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -273,18 +298,16 @@ def main() -> None:
         "folders": {},
     }
     print(machine.line(described))
+    everything: list[Row] = []
     with ProcessPoolExecutor(options.workers) as pool:
         for folder in options.folders:
-            recordings = find_recordings(folder, options.clips, options.female, options.male)
+            recordings = find_recordings(folder, options.clips, options.female, options.male, options.only)
             batches = [recordings[i : i + 16] for i in range(0, len(recordings), 16)]
             rows = [row for batch in pool.map(measure_both, batches) for row in batch]
-            figures = agreement_with_praat(rows) | agreement_with_truth(rows)
-            figures = {name: value for name, value in figures.items() if value["value"] is not None}
-            result["folders"][folder.name] = {"clips": len(rows), "figures": figures}
-            print(f"\n{folder.name}: {len(rows)} clips")
-            for name, value in figures.items():
-                low, high = value["interval"]
-                print(f"  {name:52} {value['value']:8.3f}  [{low:.3f}, {high:.3f}]  n = {value['n']}")
+            result["folders"][folder.name] = report(folder.name, rows)
+            everything += rows
+    if len(options.folders) > 1:
+        result["folders"]["all"] = report("all", everything)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
