@@ -5,9 +5,9 @@
 
 A folder is a demo corpus, whose manifests state sex and voice quality, or any folder of recordings. In the
 latter, --only selects paths, and --female and --male are regular expressions for the paths of speakers of
-known sex. Praat runs through praat-parselmouth with its own definitions of everything: pitch, intensity, harmonicity
-(cross-correlation), formants (Burg), and the recipe of de Jong and Wempe for syllables. Intervals are 95 %
-bootstrap intervals over clips.
+known sex. Praat runs through praat-parselmouth with its own definitions of everything: pitch, intensity,
+harmonicity (cross-correlation), formants (Burg), and the recipe of de Jong and Wempe for syllables. Intervals
+are 95 % bootstrap intervals over clips.
 """
 
 from __future__ import annotations
