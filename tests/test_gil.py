@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from clsp_fast import _C
 from clsp_fast.audio import default_num_threads
+from clsp_fast.captioning.measure import measure
 from clsp_fast.features import extract, extract_files
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
@@ -43,6 +44,11 @@ def file_work() -> Work:
     files = [wav(480000, 48000, "PCM_24")] * 8
     outs = [torch.empty(8, 1000, 128) for _ in range(2)]
     return lambda caller: extract_files(files, num_threads=1, out=outs[caller])
+
+
+def voice_work() -> Work:
+    clips = [mono_noise(160000, i) for i in range(4)]
+    return lambda caller: measure(clips, num_threads=1)
 
 
 class Gain:
@@ -117,7 +123,7 @@ def processes_timer() -> Iterator[Timer]:
 @pytest.mark.skipif(default_num_threads() < 2, reason="needs two CPUs")
 @pytest.mark.alone
 @pytest.mark.multiproc
-@pytest.mark.parametrize("make_work", [fbank_work, file_work])
+@pytest.mark.parametrize("make_work", [fbank_work, file_work, voice_work])
 def test_two_threads_do_the_work_of_two(make_work: Callable[[], Work], processes_timer: Timer) -> None:
     """If two processes gain less, because other programs use the CPUs or both share a core, two threads must
     gain as much as two processes."""
