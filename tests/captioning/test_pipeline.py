@@ -6,13 +6,20 @@ The servers fail in every way that the stub knows. What must come out is compute
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import stub_server
-from sample_data import MakeClips, write_rows
+from sample_data import write_rows
 from stub_server import MODEL, StubServer
 
 from clsp_fast import caption, train
@@ -102,18 +109,14 @@ def run(*words: str | Path) -> int:
 
 
 @pytest.fixture
-def manifest(tmp_path: Path, make_clips: MakeClips) -> Path:
+def manifest(tmp_path: Path) -> Path:
     """One clip for each fault."""
-    paths = make_clips(tmp_path / "clips", len(FAULTS))
-    rows = [
-        {
-            "id": f"clip{i}",
-            "audio": f"clips/{path.name}",
-            "global_captions": [f"A calm voice (clip {i}) speaks in a measured and friendly way."],
-            "tags": {"accent": "Scottish"},
-        }
-        for i, path in enumerate(paths)
-    ]
+    random, rows = np.random.default_rng(0), []
+    (tmp_path / "clips").mkdir()
+    for row in FAULTS:
+        soundfile.write(tmp_path / f"clips/{row}.wav", 0.1 * random.standard_normal(9600), 16000)
+        caption = f"A calm voice (clip {row}) speaks in a measured and friendly way."
+        rows.append({"id": f"clip{row}", "audio": f"clips/{row}.wav", "global_captions": [caption]})
     return write_rows(tmp_path / "m.jsonl", rows)
 
 
@@ -130,12 +133,16 @@ def settings(run_folder: Path, manifest: Path) -> TrainConfig:
     )
 
 
+def options(server: StubServer) -> tuple[str, ...]:
+    return ("--server.servers", server.url, "--server.model", MODEL, "--server.backoff-s", "0.01")
+
+
 def test_from_recordings_to_a_model(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = tmp_path / "work"
     with StubServer(fault=fault, content=content, keep=True, slow_s=0.05) as server:
-        who = ("--server.servers", server.url, "--server.model", MODEL, "--server.backoff-s", "0.01")
+        who = options(server)
         assert run("generate", manifest, work, "--candidates", str(CANDIDATES), *who) == INCOMPLETE
         assert run("verify", work, *who) == 0
         assert run("filter", work) == 0
@@ -167,3 +174,34 @@ def test_from_recordings_to_a_model(
     results = train.train(settings(tmp_path / "run", captions))
     assert results["validation"]["n"] == len(kept)
     assert CLSP.from_pretrained(tmp_path / "run/model").tokenizer is not None
+
+
+def kill_in_the_middle(words: tuple[str | Path, ...], answers: Path, lines: int) -> None:
+    """Starts a subcommand and kills it when it has written some answers."""
+    command = [sys.executable, "-m", "clsp_fast.caption", *map(str, words), "--server.concurrency", "1"]
+    environment = os.environ | {"PYTHONPATH": str(Path(caption.__file__).parent.parent)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not answers.exists() or answers.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.multiproc
+def test_a_kill_in_any_step_changes_nothing_in_the_manifest(manifest: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with StubServer(content=content, delay_s=0.05) as server:
+        who = options(server)
+        for work, kill in ((whole, False), (killed, True)):
+            for step, words in (("generate", (manifest, work)), ("verify", (work,))):
+                if kill:
+                    kill_in_the_middle((step, *words, *who), work / step / "answers.jsonl", 5)
+                assert run(step, *words, *who) == 0
+            assert run("filter", work) == 0
+    for step in ("generate", "verify"):
+        answers = [(work / step / "answers.jsonl").read_bytes().splitlines() for work in (whole, killed)]
+        assert sorted(answers[0]) == sorted(answers[1])
+    assert (whole / "captions.jsonl").read_bytes() == (killed / "captions.jsonl").read_bytes()
