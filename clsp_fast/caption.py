@@ -1,7 +1,7 @@
 """Captions for recordings that have none: `python -m clsp_fast.caption SUBCOMMAND`.
 
-`generate` asks a language model that hears for candidates. Every subcommand continues a stopped run if it is
-given again. The exit code is 0, or 3 if some clips could not be done.
+If a subcommand is stopped, the same command continues its work. The exit code is 0, or 3 if some clips could
+not be done.
 """
 
 from __future__ import annotations

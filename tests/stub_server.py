@@ -124,10 +124,11 @@ class StubServer:
         self.faults: Counter[str] = Counter()
         self.bodies: list[Body] = []
         self.busy = self.most_at_once = 0
-        self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
+        self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def __enter__(self) -> StubServer:
+        self._loop = asyncio.new_event_loop()
         self._thread.start()
         assert self._ready.wait(30)
         return self

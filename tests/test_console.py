@@ -61,6 +61,20 @@ def test_in_a_file_progress_ends_with_one_line(capsys: pytest.CaptureFixture[str
     assert re.fullmatch(r"5 of 5 recordings, \d+ a second, 1 failed", last)
 
 
+def test_progress_that_ends_early_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for total in (5, None):
+        progress = Progress(total, "requests")
+        for _ in range(3):
+            progress.add(1)
+        progress.end()
+        first, last = capsys.readouterr().err.splitlines()
+        assert first.startswith("1 ")
+        assert last.startswith("3 of 5 requests, " if total else "3 requests, ")
+        assert "left" not in last
+    Progress(5, "requests").end()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_long_job_writes_a_line_in_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

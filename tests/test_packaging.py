@@ -91,6 +91,7 @@ def test_the_wheel_holds_the_package_and_the_kernels(packages: Path) -> None:
     assert "clsp_fast/py.typed" in names
     assert "clsp_fast/_C.pyi" in names
     assert "clsp_fast/evaluation/tasks.json" in names
+    assert "clsp_fast/captioning/prompts/generate.txt" in names
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "kernels/"))]
     assert not [n for n in names if n.startswith("clsp_fast/kernels/__init__")]
 

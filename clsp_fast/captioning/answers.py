@@ -149,13 +149,13 @@ class Bits:
 
 
 def _scan(file: Any, parts: int) -> Iterator[tuple[int, int, bool]]:
-    """(offset, number, whether it succeeded) of each whole line; the number is row * parts + part.
+    """(offset, number, whether it succeeded) of each answer; the number is row * parts + part.
 
-    Lines that are no answers of this job are left out: their requests count as not answered.
+    Lines that are no answers of this job are left out. Their requests thus count as not answered.
     """
     offset = 0
     for line in file:
-        match = _DONE.match(line)
+        match = _DONE.match(line) if line.endswith(b"\n") else None
         try:
             if match is not None:
                 row, part, good = int(match[1]), int(match[2]), True
@@ -164,7 +164,7 @@ def _scan(file: Any, parts: int) -> Iterator[tuple[int, int, bool]]:
                 (row, part), good = row_and_part(answer.custom_id), answer.error is None
         except ValueError:
             part = parts
-        if part < parts and line.endswith(b"\n"):
+        if part < parts:
             yield offset, row * parts + part, good
         offset += len(line)
 

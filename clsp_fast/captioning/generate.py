@@ -34,6 +34,7 @@ STEP = "generate"
 _RATE_HZ = 16_000
 _BYTES_READ = 2**20
 _SHOWN_PROBLEMS = 10
+_EXPECTED = 'expected a manifest with lines such as {"audio": "a.wav"}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +153,8 @@ def read_facts(path: Path) -> ManifestFacts:
     """Reads the whole file once. FileNotFoundError if it does not exist."""
     digest, size, lines, last = hashlib.sha256(), 0, 0, b""
     if paths.is_dir(path) or not paths.exists(path):
-        hint = 'a line of a manifest is {"audio": "a.wav"}'
         kind = "is a folder" if paths.is_dir(path) else "does not exist"
-        raise FileNotFoundError(f"{path} {kind}; expected a manifest: {hint}")
+        raise FileNotFoundError(f"{path} {kind}; {_EXPECTED}")
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -216,6 +216,21 @@ class _Source:
                 for part in range(config.parts):
                     name = custom_id(STEP, row, clip.id, part)
                     yield Request(name, functools.partial(self._body, clip, row, part))
+
+    def require_clips(self) -> None:
+        """Raises ValueError if no line of the manifest, or of its rows, can be used."""
+        if next(self.requests(), None) is None:
+            config = self._config
+            where = f"rows {config.rows} of {config.manifest}" if config.rows else f"{config.manifest}"
+            lines = [f"line {problem.line}: {problem.message}" for problem in self.problems[:1]]
+            lines += [f"{text}: {count}" for text, count in self.left_out.items() if not lines]
+            raise ValueError(f"{where} holds no usable clip ({', '.join(lines) or 'no lines'}); {_EXPECTED}")
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins the counts again, before `requests` is called once more."""
+        self.left_out.clear()
+        self.problems.clear()
 
     def _count_long(self) -> None:
         with self._lock:
@@ -320,6 +335,7 @@ def generate(config: GenerateConfig) -> int:
     facts = read_facts(config.manifest)
     folder = config.work / STEP
     source = _Source(config, prompt)
+    source.require_clips()
     job: dict[str, Any] = {
         "settings": _settings(config, prompt, facts),
         "parts": config.parts,
@@ -333,7 +349,7 @@ def generate(config: GenerateConfig) -> int:
         names = (request.custom_id for request in source.requests())
         print(f"{folder}: {import_answers(config.answers, names, folder, **job).describe()}")
     if config.jobs_only:
-        source.left_out.clear()
+        source.reset()
         written = write_pending(source.requests(), folder, shard_rows=config.shard_rows, **job)
         for path, count in written.items():
             print(f"{path}: {count} requests")
@@ -343,7 +359,7 @@ def generate(config: GenerateConfig) -> int:
     if config.answers and not config.server.servers:
         return 0
     config.server.require_servers()
-    source.left_out.clear()
+    source.reset()
     check = _ChoiceCheck(config)
     counts = run_jobs(
         source.requests(),

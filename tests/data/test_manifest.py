@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.manifest import read_manifest, read_source
+from clsp_fast.data.clips import Clip, tags_of
+from clsp_fast.data.manifest import Problem, iterate_manifest, read_manifest, read_source
 
 
 def write(folder: Path, *rows: object, name: str = "m.jsonl") -> Path:
@@ -233,3 +234,35 @@ def test_a_list_of_paths_is_no_manifest_and_the_fix_is_named(tmp_path: Path) -> 
             ValueError, match=r"list\.txt holds no usable clip; line 1: .*a list of paths \(embed"
         ):
             read_manifest(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
+def test_a_manifest_is_read_line_by_line(tmp_path: Path, name: str) -> None:
+    rows = [{"id": f"c{i // 2}", "audio": f"{i}.wav"} for i in range(4)]
+    lines = [json.dumps(row) for row in rows]
+    lines[2:2] = ["", "{"]
+    data = "\n".join(lines).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    read = list(iterate_manifest(path, need_captions=False))
+    assert [number for number, _ in read] == [1, 2, 4, 5, 6]
+    assert [clip.id for _, clip in read if isinstance(clip, Clip)] == ["c0", "c0", "c1", "c1"]
+    assert [clip.line for _, clip in read if isinstance(clip, Problem)] == [4]
+    assert list(iterate_manifest(path, need_captions=False, first_line=5)) == read[3:]
+    assert all(isinstance(clip, Problem) for _, clip in iterate_manifest(path))
+
+
+def test_reading_line_by_line_begins_before_the_file_ends(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl.gz"
+    data = gzip.compress(b'{"audio": "a.wav"}\n' * 200_000)
+    path.write_bytes(data[: len(data) // 2])  # only the end of the file is damaged
+    lines = iterate_manifest(path, need_captions=False)
+    assert next(lines)[0] == 1
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(lines)
+    with pytest.raises(FileNotFoundError):
+        next(iterate_manifest(tmp_path / "none"))
+
+
+def test_a_list_of_tags_is_joined() -> None:
+    assert tags_of({"mood": ["sad", "slow"], "age": 40, "none": None}) == {"mood": "sad, slow", "age": "40"}
