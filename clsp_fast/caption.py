@@ -23,6 +23,10 @@ SUBCOMMANDS = {
         "clsp_fast.captioning.verify",
         "Asks a language model whether candidates hold what a caption must not hold.",
     ),
+    "filter": (
+        "clsp_fast.captioning.filter",
+        "Keeps the candidates that break no rule, and writes a manifest that training reads.",
+    ),
     "judge": (
         "clsp_fast.captioning.judge",
         "Lets an audio language model score captions, or compare those of two manifests.",
