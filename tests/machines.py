@@ -27,6 +27,8 @@ FILES = [
     "test_audio.py",
     "data/test_augment.py",
     "test_batches.py",
+    "captioning/test_labels.py",
+    "captioning/test_offline.py",
     "training/test_checkpoint.py",
     "sndfile/test_containers.py",
     "sndfile/test_mp3.py",
