@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -368,11 +369,16 @@ def test_the_page_on_captions_runs_against_a_server(tmp_path: Path) -> None:
         tmp_path / "v.jsonl", [row | {"captions": [f"A voice, number {i}."]} for i, row in enumerate(rows)]
     )
     write_recipe(tmp_path / "recipe.json")
-    with StubServer(content=model_answer) as server:
+    # Ray's sockets need a short path.
+    with (
+        StubServer(content=model_answer) as server,
+        TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder,
+    ):
         addresses = dict.fromkeys((f"http://localhost:{port}/v1" for port in (8000, 8001, 8002)), server.url)
         names = {f"model {name}": f"model {MODEL}" for name in ("captioner", "verifier", "judge")}
         shell = Shell(tmp_path, addresses | names | {'model="captioner"': f'model="{MODEL}"'})
-        shell.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "local"}
+        shell.environment |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": ray_folder}
+        shell.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
         for language, text in CAPTIONS.blocks:
             if language == "sh":
                 shell.run_all(Document.commands(text))
