@@ -191,6 +191,31 @@ def test_a_signal_ends_a_run_cleanly(number: signal.Signals, tmp_path: Path) -> 
     assert result(tmp_path, 300) == expected(300)
 
 
+def test_a_server_that_restarts_loses_nothing(tmp_path: Path) -> None:
+    started, ended, ports = threading.Event(), threading.Event(), []
+
+    def serve() -> None:
+        with StubServer(delay_s=0.01) as server:
+            ports.append(server.port)
+            started.set()
+            while server.sent.total() < 50:
+                time.sleep(0.01)
+        time.sleep(0.3)
+        with StubServer(port=ports[0]):
+            ended.wait(60)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert started.wait(30)
+    url = f"http://127.0.0.1:{ports[0]}/v1"
+    counts = run_jobs(requests(200), tmp_path, servers(url, retries=50), settings=SETTINGS)
+    ended.set()
+    thread.join()
+    assert (counts.answered, counts.failed) == (200, 0)
+    assert counts.repeated["connection"] > 0
+    assert result(tmp_path, 200) == expected(200)
+
+
 def test_only_a_few_requests_are_built_ahead(tmp_path: Path) -> None:
     built = [0]
     lock = threading.Lock()
