@@ -1,7 +1,7 @@
 """Captions for recordings that have none: `python -m clsp_fast.caption SUBCOMMAND`.
 
-If a subcommand is stopped, the same command continues its work. The exit code is 0, or 3 if some clips could
-not be done.
+`offline` needs no server: it measures recordings and describes them. If another subcommand is stopped, the
+same command continues its work. The exit code is 0, or 3 if some clips could not be done.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Any
 from clsp_fast import console
 
 SUBCOMMANDS = {
+    "offline": (
+        "clsp_fast.captioning.offline",
+        "Measures recordings and describes them, without a server.",
+    ),
     "generate": (
         "clsp_fast.captioning.generate",
         "Asks an audio language model for candidate captions of each clip.",
@@ -23,9 +27,17 @@ SUBCOMMANDS = {
         "clsp_fast.captioning.verify",
         "Asks a language model whether candidates hold what a caption must not hold.",
     ),
+    "filter": (
+        "clsp_fast.captioning.filter",
+        "Keeps the candidates that break no rule, and writes a manifest that training reads.",
+    ),
     "judge": (
         "clsp_fast.captioning.judge",
         "Lets an audio language model score captions, or compare those of two manifests.",
+    ),
+    "report": (
+        "clsp_fast.captioning.report",
+        "Says what was kept and dropped by which rule, how long the captions are, and what they cost.",
     ),
 }
 """Name -> the module with a function of this name, and what it does, in one line. The function returns the

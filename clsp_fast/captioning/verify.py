@@ -246,7 +246,7 @@ def verify(config: VerifyConfig) -> int:
     rules = read_rules(config.rules)
     record = read_record(config.work / "generate")
     manifest = config.manifest or Path(record["manifest_path"])
-    _check_manifest(manifest, record)
+    check_manifest(manifest, record)
     texts = texts_a_request(record)
     checklist = _Checklist(config, manifest, prompt, rules, texts, texts * int(record["parts"]))
     folder = config.work / STEP
@@ -278,7 +278,7 @@ def verify(config: VerifyConfig) -> int:
     return INCOMPLETE if tally["without answer"] else 0
 
 
-def _check_manifest(manifest: Path, record: Mapping[str, Any]) -> None:
+def check_manifest(manifest: Path, record: Mapping[str, Any]) -> None:
     """Raises ValueError if the manifest is not the one that `generate` read."""
     facts, earlier = read_facts(manifest), record["settings"]["manifest"]
     if facts.sha256 != earlier["sha256"]:

@@ -7,8 +7,9 @@ attribute changes from a to b in the clip. Then the claim "a" is false, and so i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +20,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "liveliness": ("monotone", "normal", "lively"),
     "loudness": ("quiet", "normal", "loud"),
     "quality": ("normal", "whisper", "creaky"),
+    "pauses": ("continuous", "long"),
 }
+"""Attribute -> labels. Only "pauses" has two labels with a range between them that has none."""
 NEUTRAL = {
     "pitch": "medium",
     "speed": "medium",
@@ -105,28 +108,64 @@ _PHRASINGS: dict[str, dict[str, tuple[str, str]]] = {
             "a creaky voice|vocal fry|a rough, gravelly creak",
         ),
     },
-}  # fmt: skip
+    "pauses": {
+        "continuous": (
+            "in one go|in one breath|in an unbroken flow",
+            "an unbroken flow|words that follow each other closely",
+        ),
+        "long": (
+            "with long pauses|with long breaks between the phrases",
+            "long pauses|long breaks between the phrases",
+        ),
+    },
+}
 
-# attribute -> "from>to" -> sentences that follow "she" or "he"
+# attribute -> "from>to" -> predicates of "she", "he" or "the speaker"; after "they", every "~s" is left out
 _CHANGES: dict[str, dict[str, str]] = {
     "pitch": {
-        "low>high": "raises {pos} pitch halfway|climbs to a higher pitch|lets the pitch rise towards the end",
-        "high>low": "lowers {pos} pitch halfway|sinks to a lower pitch|lets the pitch fall towards the end",
+        "low>high": "raise~s {pos} pitch halfway|climb~s to a higher pitch"
+        "|let~s the pitch rise towards the end",
+        "high>low": "lower~s {pos} pitch halfway|sink~s to a lower pitch"
+        "|let~s the pitch fall towards the end",
+        "low>high>low": "raise~s {pos} pitch in the middle|let~s the pitch rise and then fall back",
+        "high>low>high": "lower~s {pos} pitch in the middle|let~s the pitch fall and then rise back",
     },
     "speed": {
-        "slow>fast": "speeds up towards the end|accelerates halfway through|starts slowly and gets faster",
-        "fast>slow": "slows down towards the end|decelerates halfway through|starts quickly and gets slower",
+        "slow>fast": "speed~s up towards the end|accelerate~s halfway through"
+        "|start~s slowly and get~s faster",
+        "fast>slow": "slow~s down towards the end|decelerate~s halfway through"
+        "|start~s quickly and get~s slower",
+        "slow>fast>slow": "speed~s up in the middle|get~s faster and then slow~s down",
+        "fast>slow>fast": "slow~s down in the middle|get~s slower and then speed~s up",
     },
     "loudness": {
-        "quiet>loud": "gets louder halfway through|starts softly and grows louder|swells to a louder sound",
-        "loud>quiet": "gets quieter halfway through|starts loudly and grows softer|fades to a quieter sound",
+        "quiet>loud": "get~s louder halfway through|start~s softly and grow~s louder"
+        "|swell~s to a louder sound",
+        "loud>quiet": "get~s quieter halfway through|start~s loudly and grow~s softer"
+        "|fade~s to a quieter sound",
+        "quiet>loud>quiet": "get~s louder in the middle|swell~s and then fade~s",
+        "loud>quiet>loud": "get~s quieter in the middle|fade~s and then swell~s",
     },
     "quality": {
-        "normal>whisper": "drops into a whisper|ends whispering|turns to whispering halfway through",
-        "whisper>normal": "comes out of a whisper|begins whispering, then finds {pos} voice",
-        "normal>creaky": "drops into vocal fry|ends creaking|turns creaky halfway through",
-        "creaky>normal": "comes out of vocal fry|begins creaking, then finds {pos} voice",
+        "normal>whisper": "drop~s into a whisper|end~s whispering|turn~s to whispering halfway through",
+        "whisper>normal": "come~s out of a whisper|begin~s whispering, then find~s {pos} voice",
+        "normal>creaky": "drop~s into vocal fry|end~s creaking|turn~s creaky halfway through",
+        "creaky>normal": "come~s out of vocal fry|begin~s creaking, then find~s {pos} voice",
     },
+}
+
+_MANNERS, _FEATURES = (
+    {
+        (attribute, label): tuple(phrases[i].split("|"))
+        for attribute, by_label in _PHRASINGS.items()
+        for label, phrases in by_label.items()
+    }
+    for i in range(2)
+)
+_CHANGE_WORDS = {
+    (attribute, label): tuple(phrases.split("|"))
+    for attribute, by_label in _CHANGES.items()
+    for label, phrases in by_label.items()
 }
 
 _SUBJECTS = {
@@ -134,8 +173,20 @@ _SUBJECTS = {
     "male": ("a man", "a male speaker", "a gentleman", "a male voice", "a man speaker"),
     "": ("a speaker", "someone", "a person", "a voice"),
 }
-_PRONOUNS = {"female": ("she", "her"), "male": ("he", "his"), "": ("the speaker", "their")}
+_PRONOUNS = {
+    "female": (("she", "her"),),
+    "male": (("he", "his"),),
+    "": (("the speaker", "their"), ("they", "their")),
+}
 _VERBS = ("speaks", "talks", "is speaking", "is talking", "says this")
+_PLURAL_VERBS = ("speak", "talk", "are speaking", "are talking", "say this")
+_PARTICIPLES = ("speaking", "talking")
+_JOINTS = ("; {}", ", and {}", ". {}")
+_PATTERNS = 8
+_FULL_CAPTIONS = 5
+_MOST_FINE_CAPTIONS = 14
+_FEWEST_CHARACTERS = 32  # the shortest global caption that the rules of `captioning.rules` accept
+_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -148,103 +199,160 @@ class Captions:
     fine_claims: list[dict[str, str]]
 
 
-def _pick(rng: np.random.Generator, options: str | Sequence[str]) -> str:
-    items = options.split("|") if isinstance(options, str) else options
-    return items[int(rng.integers(len(items)))]
+_Item = TypeVar("_Item")
+
+
+def _pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
+    return items[int(rng.random() * len(items))]
+
+
+def _shuffled(rng: np.random.Generator, items: Iterable[_Item]) -> list[_Item]:
+    pool = list(items)
+    return [pool[i] for i in rng.permutation(len(pool)).tolist()]
 
 
 def _listing(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def _compose(claims: Mapping[str, str], rng: np.random.Generator) -> str:
-    """One or two sentences that make exactly these claims."""
+def compose(claims: Mapping[str, str], rng: np.random.Generator) -> str:
+    """One to three sentences that make exactly these claims.
+
+    Args:
+        claims: attribute -> label of ATTRIBUTES, or a change for which `has_change` is true. Without "sex",
+            the caption mentions neither a woman nor a man.
+        rng: chooses order and words.
+    """
     sex = claims.get("sex", "")
-    subject, (pronoun, possessive) = _pick(rng, _SUBJECTS[sex]), _PRONOUNS[sex]
-    order = [str(a) for a in rng.permutation([a for a in claims if a != "sex"])]
+    subject, (pronoun, possessive) = _pick(rng, _SUBJECTS[sex]), _pick(rng, _PRONOUNS[sex])
+    order = _shuffled(rng, (a for a in claims if a != "sex"))
     steady = [a for a in order if ">" not in claims[a]]
-    changes = [_pick(rng, _CHANGES[a][claims[a]]) for a in order if ">" in claims[a]]
-    manners = [_pick(rng, _PHRASINGS[a][claims[a]][0]) for a in steady]
-    features = [_pick(rng, _PHRASINGS[a][claims[a]][1]) for a in steady]
-    middle = int(rng.integers(1, len(steady))) if len(steady) > 1 else 1
-    pattern = int(rng.integers(5))
-    if not steady:
-        text = f"{subject} {_pick(rng, _VERBS)}"
-    elif pattern == 0:
-        text = f"{subject} {_pick(rng, _VERBS)} {_listing(manners)}"
-    elif pattern == 1:
-        text = f"{subject} with {_listing(features)}"
-    elif pattern == 2 and len(steady) > 1:
-        text = f"{subject} {_pick(rng, _VERBS)} {_listing(manners[:middle])}"
-        text += f", with {_listing(features[middle:])}"
-    elif pattern == 3 and len(steady) > 1:
-        text = f"with {_listing(features[:middle])}, {subject} {_pick(rng, _VERBS)}"
-        text += f" {_listing(manners[middle:])}"
-    else:
-        text = f"the speech of {subject}: {_listing(features)}"
+    changes = [_pick(rng, _CHANGE_WORDS[a, claims[a]]) for a in order if ">" in claims[a]]
+    manners = [_pick(rng, _MANNERS[a, claims[a]]) for a in steady]
+    features = [_pick(rng, _FEATURES[a, claims[a]]) for a in steady]
+    text = _sentence(subject, pronoun, manners, features, rng)
     if changes:
-        joint = _pick(rng, ("; {}", ", and {}", ". {}")).format(pronoun)
-        text += f"{joint} {_listing(changes)}"
-    text = ". ".join(part[0].upper() + part[1:] for part in text.split(". "))
-    return text.replace("{pos}", possessive) + "."
+        text += f"{_pick(rng, _JOINTS).format(pronoun)} {_listing(changes)}"
+    text = text.replace("~s", "" if pronoun == "they" else "s").replace("{pos}", possessive)
+    return ". ".join(part[0].upper() + part[1:] for part in text.split(". ")) + "."
+
+
+def _sentence(
+    subject: str, pronoun: str, manners: Sequence[str], features: Sequence[str], rng: np.random.Generator
+) -> str:
+    """A sentence about attributes that do not change: manners[i] and features[i] describe attribute i."""
+    verb = _pick(rng, _VERBS)
+    if not manners:
+        return f"{subject} {verb}"
+    pattern = int(rng.random() * _PATTERNS)
+    split = 1 + int(rng.random() * (len(manners) - 1))
+    if pattern == 0:
+        return f"{subject} {verb} {_listing(manners)}"
+    if pattern == 1:
+        return f"{subject} with {_listing(features)}"
+    if pattern == 2:
+        return f"this is {subject}, {_pick(rng, _PARTICIPLES)} {_listing(manners)}"
+    if pattern == 3 or len(manners) == 1:
+        return f"the speech of {subject}: {_listing(features)}"
+    if pattern == 4:
+        return f"{subject} {verb} {_listing(manners[:split])}, with {_listing(features[split:])}"
+    if pattern == 5:
+        return f"with {_listing(features[:split])}, {subject} {verb} {_listing(manners[split:])}"
+    if pattern == 6:
+        participle = _pick(rng, _PARTICIPLES)
+        return f"{subject} with {_listing(features[:split])}, {participle} {_listing(manners[split:])}"
+    second = _pick(rng, _PLURAL_VERBS if pronoun == "they" else _VERBS)
+    return f"{subject} {verb} {_listing(manners[:split])}. {pronoun} {second} {_listing(manners[split:])}"
 
 
 def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
     """Claims of a global caption: up to four attributes that do not change in the clip.
 
     Neutral labels are claimed, too. A model learns their words, such as "a clear voice", only from captions
-    with few other claims.
+    with few other claims. If every attribute changes, the changes are claimed.
     """
     constant = [a for a in ATTRIBUTES if ">" not in tags.get(a, ">") and a != "sex"]
-    chosen = [str(a) for a in rng.permutation(constant)[: int(rng.integers(1, 4))]]
-    if rng.random() < 0.8 or len(chosen) < 2:
+    chosen = _shuffled(rng, constant)[: 1 + int(rng.random() * 3)]
+    if "sex" in tags and (rng.random() < 0.8 or len(chosen) < 2):
         chosen.append("sex")
-    return {a: tags[a] for a in ATTRIBUTES if a in chosen}
+    return {a: tags[a] for a in ATTRIBUTES if a in (chosen if constant else tags)}
 
 
-def _fine_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
-    """Claims of a fine-grained caption: all known labels, except some of the neutral ones."""
+def _fine_claims(tags: Mapping[str, str], rng: np.random.Generator, *, full: bool) -> dict[str, str]:
+    """Claims of a fine-grained caption: all known labels, except some of the neutral ones.
+
+    If not `full`, it also leaves out one or two of the other attributes that do not change.
+    """
     known = [a for a in ATTRIBUTES if a in tags]
-    return {a: tags[a] for a in known if tags[a] != NEUTRAL.get(a) or rng.random() < 0.85}
+    claims = {a: tags[a] for a in known if tags[a] != NEUTRAL.get(a) or rng.random() < 0.85}
+    if not full:
+        constant = [a for a, label in claims.items() if ">" not in label]
+        for attribute in _shuffled(rng, constant)[: 1 + int(rng.random() * 2)]:
+            if len(claims) > 2:
+                del claims[attribute]
+    return claims or {a: tags[a] for a in known}
 
 
-def captions(tags: Mapping[str, str], rng: np.random.Generator) -> Captions:
-    """Writes one or two global and five or six fine-grained captions for a clip.
+def captions(tags: Mapping[str, str], rng: np.random.Generator, *, fine: int | None = None) -> Captions:
+    """Writes one or two global captions and several fine-grained ones for a clip. All are distinct.
+
+    The first five fine-grained captions mention nearly all labels. The others leave out one or two more.
 
     Args:
-        tags: attribute -> label; only the attributes of ATTRIBUTES are described, and "sex" must be present.
+        tags: attribute -> label. The attributes of ATTRIBUTES are described; one besides "sex" must be
+            present. Without "sex", no caption mentions it.
         rng: chooses attributes, order and words.
+        fine: number of fine-grained captions; None: between 5 and 14, the more labels are known.
+
+    Raises:
+        ValueError: there is no label to describe.
     """
-    global_claims = [_global_claims(tags, rng) for _ in range(int(rng.integers(1, 3)))]
-    fine_claims = [_fine_claims(tags, rng) for _ in range(int(rng.integers(5, 7)))]
-    return Captions(
-        global_captions=[_compose(claims, rng) for claims in global_claims],
-        fine_captions=[_compose(claims, rng) for claims in fine_claims],
-        global_claims=global_claims,
-        fine_claims=fine_claims,
-    )
+    known = {a: tags[a] for a in ATTRIBUTES if a in tags}
+    if not known.keys() - {"sex"}:
+        raise ValueError(f"tags must hold one of {', '.join(ATTRIBUTES)} besides sex, got {dict(tags)}")
+    if fine is None:
+        fine = min(_MOST_FINE_CAPTIONS, max(_FULL_CAPTIONS, 1 + 2 * len(known)))
+    kinds = ["global"] * (1 + int(rng.random() * 2)) + ["full"] * min(fine, _FULL_CAPTIONS)
+    kinds += ["part"] * (fine - _FULL_CAPTIONS)
+    written: dict[str, tuple[str, dict[str, str]]] = {}
+    for kind in kinds:
+        for _ in range(_ATTEMPTS):
+            claims = (
+                _global_claims(known, rng)
+                if kind == "global"
+                else _fine_claims(known, rng, full=kind == "full")
+            )
+            text = compose(claims, rng)
+            if text not in written and len(text) >= _FEWEST_CHARACTERS:
+                written[text] = (kind, claims)
+                break
+    short = {text: claims for text, (kind, claims) in written.items() if kind == "global"}
+    long = {text: claims for text, (kind, claims) in written.items() if kind != "global"}
+    return Captions([*short], [*long], [*short.values()], [*long.values()])
 
 
 def has_change(attribute: str, label: str) -> bool:
     """Whether captions have words for a change such as "slow>fast"."""
-    return label in _CHANGES.get(attribute, {})
+    return (attribute, label) in _CHANGE_WORDS
 
 
-def prompts() -> dict[str, dict[str, list[str]]]:
+def prompts(attributes: Iterable[str] = tuple(ATTRIBUTES)) -> dict[str, dict[str, list[str]]]:
     """Zero-shot tasks: attribute -> label -> prompt sentences, whose embeddings are averaged.
 
     The prompts use the words of the captions. But each prompt names a single attribute, and captions name
     several. A task leaves out the clips whose attribute changes or was not measured: these have no label in
     `ATTRIBUTES[attribute]`.
+
+    Args:
+        attributes: the attributes that become tasks.
     """
-    tasks: dict[str, dict[str, list[str]]] = {"sex": {}}
-    for label in ATTRIBUTES["sex"]:
+    return {a: {label: _prompts(a, label) for label in ATTRIBUTES[a]} for a in attributes}
+
+
+def _prompts(attribute: str, label: str) -> list[str]:
+    if attribute == "sex":
         subjects = [subject[0].upper() + subject[1:] for subject in _SUBJECTS[label]]
-        tasks["sex"][label] = [f"{subject} {verb}." for subject in subjects for verb in _VERBS[:2]]
-    for attribute, by_label in _PHRASINGS.items():
-        tasks[attribute] = {}
-        for label, (manners, features) in by_label.items():
-            sentences_ = [f"A speaker {_VERBS[i % 2]} {m}." for i, m in enumerate(manners.split("|"))]
-            sentences_ += [f"A speaker with {feature}." for feature in features.split("|")]
-            tasks[attribute][label] = [s.replace("{pos}", "their") for s in sentences_]
-    return tasks
+        return [f"{subject} {verb}." for subject in subjects for verb in _VERBS[:2]]
+    sentences = [f"A speaker {_VERBS[i % 2]} {m}." for i, m in enumerate(_MANNERS[attribute, label])]
+    sentences += [f"A speaker with {feature}." for feature in _FEATURES[attribute, label]]
+    return [sentence.replace("{pos}", "their") for sentence in sentences]

@@ -58,13 +58,6 @@ def words(name: str) -> tuple[str, ...]:
     return tuple(json.loads(_WORDS_FILE.read_text("utf-8"))[name])
 
 
-def pattern_of_words(alternatives: tuple[str, ...]) -> re.Pattern[str]:
-    """A pattern that finds any of the words as a whole word, in any case. The longest one is tried first."""
-    ordered = sorted(alternatives, key=len, reverse=True)
-    joined = "|".join(r"\s+".join(map(re.escape, word.split())) for word in ordered)
-    return re.compile(rf"(?<!\w)(?:{joined})(?!\w)", re.IGNORECASE)
-
-
 def straight_apostrophes(text: str) -> str:
     """The text with ' in place of every other apostrophe or single quote."""
     return text.translate(_APOSTROPHES)

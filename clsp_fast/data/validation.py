@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clsp_fast.config import DataConfig
+from clsp_fast.data.audit import audit
 from clsp_fast.data.loader import ClipFeatures
 from clsp_fast.data.manifest import read_manifest
 from clsp_fast.storage import paths
@@ -12,6 +13,9 @@ from clsp_fast.storage import paths
 
 def validate(manifest: Path, *, decode: bool = False) -> int:
     """Checks a manifest and prints the findings.
+
+    A caption that is empty after normalisation or a placeholder is a finding, too. What only looks wrong,
+    such as captions that are shifted by a row, is a warning, which does not change the exit code.
 
     Args:
         manifest: JSONL manifest or lhotse cuts.
@@ -30,8 +34,10 @@ def validate(manifest: Path, *, decode: bool = False) -> int:
     else:
         problems = ((clip, paths.problem(clip.audio)) for clip in content.clips)
         findings += [f"clip {clip.id}: {clip.audio} {problem}" for clip, problem in problems if problem]
+    captions = audit(content.clips)
     print(content.describe())
-    for finding in findings:
-        print(finding)
-    print(f"{len(findings)} findings")
-    return len(findings)
+    for line in (*findings, *captions.findings, *(f"warning: {text}" for text in captions.warnings)):
+        print(line)
+    count = len(findings) + captions.count
+    print(f"{count} findings" + (f", {len(captions.warnings)} warnings" if captions.warnings else ""))
+    return count

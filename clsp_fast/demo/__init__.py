@@ -17,7 +17,8 @@ The corpus depends only on the configuration and on the versions of the engines.
 not matter, because each shard is made by a separate process with a separate seed.
 """
 
-from clsp_fast.captioning.wording import prompts, satisfies
+from clsp_fast.captioning.wording import satisfies
+from clsp_fast.demo.clips import prompts
 from clsp_fast.demo.corpus import DemoConfig, DemoCorpus, describe, prepare
 
 __all__ = ["DemoConfig", "DemoCorpus", "describe", "prepare", "prompts", "satisfies"]

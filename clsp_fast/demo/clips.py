@@ -38,6 +38,8 @@ from clsp_fast.demo.signal import (
 from clsp_fast.demo.text import Split, sentences, syllables
 from clsp_fast.storage import files
 
+LABELLED = ("sex", "pitch", "speed", "liveliness", "loudness", "quality")
+"""The attributes of `captioning.wording.ATTRIBUTES` that clips of the demo corpus have."""
 Bands = dict[str, tuple[float, float]]
 # label -> (lowest, highest) measured value; values between the bands have no label.
 _SPEED: Bands = {"slow": (1.5, 3.4), "medium": (3.8, 4.8), "fast": (5.35, 10.0)}  # syllables per second
@@ -196,7 +198,7 @@ class _Speaker:
             x = np.concatenate([first, np.zeros(int(rng.uniform(0.02, 0.1) * SAMPLE_RATE_HZ)), second])
             tags = _joined_tags(tags, tags_after)
         x = x + _room_noise(x, rng)
-        captions = wording.captions(tags, rng)
+        captions = wording.captions(tags, rng, fine=int(rng.integers(5, 7)))
         return x, {
             "speaker": f"{self._name}-{voice}",
             "gender": style.sex,
@@ -278,10 +280,15 @@ def _label(value: float, bands: Bands) -> str:
     return next((label for label, (low, high) in bands.items() if low <= value <= high), "")
 
 
+def prompts() -> dict[str, dict[str, list[str]]]:
+    """Zero-shot tasks for the labelled attributes, in the form of `captioning.wording.prompts`."""
+    return wording.prompts(LABELLED)
+
+
 def _joined_tags(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
     """Labels of a clip that joins two pieces: shared labels, and changes that captions can express."""
     tags = {}
-    for attribute in ATTRIBUTES:
+    for attribute in LABELLED:
         a, b = before.get(attribute, ""), after.get(attribute, "")
         if attribute == "liveliness" or not a or not b:
             continue

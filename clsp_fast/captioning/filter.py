@@ -1,0 +1,360 @@
+"""`caption filter WORK`: from the candidates of `generate` to a manifest that training reads.
+
+A candidate is kept if its answer is whole, it breaks no rule, and, where the verifier ran, has no violation.
+The order of answers and verdicts does not matter, because those of a clip are looked up by its row.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clsp_fast import __version__
+from clsp_fast.captioning import generate, verify
+from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, read_record
+from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
+from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
+from clsp_fast.captioning.verify import Verdict, Verdicts, check_manifest
+from clsp_fast.checks import is_positive, require
+from clsp_fast.console import Progress
+from clsp_fast.data.caption_text import normalise
+from clsp_fast.data.clips import Clip
+from clsp_fast.data.manifest import iterate_manifest
+from clsp_fast.storage import files
+
+CAPTIONS, COUNTS = "captions.jsonl", "filter.json"
+"""What `filter` writes to the work folder: the manifest, and how many candidates were kept and dropped."""
+UNVERIFIED, REPEATED, SURPLUS, TOO_FEW = "unverified", "repeated", "surplus", "too few in the clip"
+"""Reasons to drop a candidate that breaks no rule: the verifier ran, but gave no verdict; it repeats another
+one of its clip; the clip has enough others; its clip has too few. The verifier's violations are reasons, too:
+"verifier: background" and so on."""
+CHARACTERS_A_BIN, WORDS_A_BIN = 32, 5
+"""Width of a bin of the histograms of lengths."""
+_PROGRESS_ROWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Keeps the candidates that break no rule and that the verifier passed. Writes WORK/captions.jsonl, a
+    manifest that training reads, and WORK/filter.json with the counts.
+
+    If `verify` did not run, the candidates are not verified, and the manifest says so.
+    """
+
+    work: Path
+    """Working folder of `generate` and `verify`."""
+    manifest: Path | None = None
+    """The manifest that `generate` read. None: where it was then."""
+    rules: Path | None = None
+    """JSON file with other words and limits, in the form of captioning/rules.json; also for `verify`."""
+    min_characters: int | None = None
+    """Replaces the smallest length of the rules."""
+    max_characters: int | None = None
+    """Replaces the largest length of the rules."""
+    keep: int = 14
+    """Largest number of captions of a clip."""
+    min_captions: int = 1
+    """Clips with fewer captions are dropped."""
+    longest: bool = False
+    """Keeps the longest captions of a clip, and puts them first. Otherwise the shortest."""
+
+    def __post_init__(self) -> None:
+        require(is_positive(self.keep), "keep", "an integer > 0", self.keep)
+        ok = is_positive(self.min_captions) and self.min_captions <= self.keep
+        require(ok, "min_captions", f"in [1, {self.keep}] (keep)", self.min_captions)
+
+
+@dataclass
+class Counts:
+    """What `filter` did. A candidate that is dropped has one or more reasons."""
+
+    clips: Counter[str] = field(default_factory=Counter)
+    """"total", "kept", "without captions" (all candidates were dropped), "without answer", "bad lines"."""
+    candidates: Counter[str] = field(default_factory=Counter)
+    """"total", "kept" and "dropped"."""
+    first: Counter[str] = field(default_factory=Counter)
+    """Reason -> candidates that were dropped with this as their first reason. Adds up to "dropped"."""
+    any: Counter[str] = field(default_factory=Counter)
+    """Reason -> candidates that were dropped with this as one of their reasons."""
+    global_captions: Counter[str] = field(default_factory=Counter)
+    """"kept", or why a global caption of the manifest was dropped."""
+    candidates_per_clip: Counter[int] = field(default_factory=Counter)
+    """Number of candidates -> clips."""
+    captions_per_clip: Counter[int] = field(default_factory=Counter)
+    """Number of captions that were kept -> clips."""
+    characters: dict[str, Counter[int]] = field(default_factory=lambda: {"all": Counter(), "kept": Counter()})
+    """Number of characters // 32 -> captions, of "all" whole answers and of the "kept" ones."""
+    words: dict[str, Counter[int]] = field(default_factory=lambda: {"all": Counter(), "kept": Counter()})
+    """Number of words // 5 -> captions."""
+    audio_s: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "kept": 0.0})
+    """Seconds of audio in clips whose duration the manifest states."""
+
+    def drop(self, *reasons: str) -> None:
+        """Counts a candidate that is dropped."""
+        self.candidates["dropped"] += 1
+        self.first[reasons[0]] += 1
+        self.any.update(reasons)
+
+    def count_lengths(self, kind: str, caption: str) -> None:
+        """Adds a caption to the histograms of "all" or "kept"."""
+        self.characters[kind][len(caption) // CHARACTERS_A_BIN] += 1
+        self.words[kind][len(caption.split()) // WORDS_A_BIN] += 1
+
+    def keep(self, clip: Clip, captions: list[str]) -> None:
+        """Counts a clip of the manifest."""
+        self.clips["kept"] += 1
+        self.audio_s["kept"] += clip.duration_s or 0.0
+        self.candidates["kept"] += len(captions)
+        for caption in captions:
+            self.count_lengths("kept", caption)
+
+    def as_json(self) -> dict[str, Any]:
+        """For filter.json: the keys of a histogram in their order, the reasons by their counts."""
+        values = dict(vars(self))
+        for key in ("first", "any", "global_captions"):
+            values[key] = dict(sorted(values[key].items(), key=lambda item: (-item[1], item[0])))
+        for key in ("candidates_per_clip", "captions_per_clip"):
+            values[key] = dict(sorted(values[key].items()))
+        for key in ("characters", "words"):
+            values[key] = {kind: dict(sorted(counts.items())) for kind, counts in values[key].items()}
+        return values
+
+    def describe(self) -> str:
+        """A few lines of text."""
+        clips, candidates = self.clips, self.candidates
+        lines = [
+            f"{clips['kept']} of {clips['total']} clips have captions",
+            f"{candidates['kept']} of {candidates['total']} candidates are kept",
+        ]
+        for key in ("without captions", "without answer", "bad lines"):
+            if clips[key]:
+                lines.append(f"{key}: {clips[key]}")
+        if self.first:
+            reasons = [f"{reason} {count}" for reason, count in self.first.most_common()]
+            lines.append(f"dropped, by their first reason: {', '.join(reasons)}")
+        return "\n".join(lines)
+
+
+def reasons_to_drop(
+    candidate: Candidate, rules: Rules, verdict: Verdict | None, *, verified: bool
+) -> tuple[str, ...]:
+    """Why a candidate is dropped: its fault, or all rules that it breaks, or the verifier's violations."""
+    if candidate.caption is None:
+        return (candidate.fault or EMPTY,)
+    broken = rules.broken(candidate.caption)
+    if broken or not verified:
+        return broken
+    if verdict is None or verdict.fault:
+        return (UNVERIFIED,)
+    return tuple(f"verifier: {violation}" for violation in verdict.violations)
+
+
+def choose(captions: Iterable[str], config: FilterConfig, counts: Counts) -> list[str]:
+    """The captions of a clip, sorted by length, and by their text where it is equal.
+
+    Captions that differ only in case and white space count as repeated.
+    """
+    distinct: dict[str, str] = {}
+    for caption in sorted(captions):
+        key = " ".join(caption.casefold().split())
+        if key in distinct:
+            counts.drop(REPEATED)
+        else:
+            distinct[key] = caption
+    sign = -1 if config.longest else 1
+    ordered = sorted(distinct.values(), key=lambda caption: (sign * len(caption), caption))
+    if len(ordered) < config.min_captions:
+        for _ in ordered:
+            counts.drop(TOO_FEW)
+        return []
+    for _ in ordered[config.keep :]:
+        counts.drop(SURPLUS)
+    return ordered[: config.keep]
+
+
+def global_captions(clip: Clip, rules: Rules, counts: Counts) -> tuple[list[str], list[Mapping[str, str]]]:
+    """The clip's global captions after normalisation, and their claims, if the manifest has claims."""
+    kept: dict[str, Mapping[str, str]] = {}
+    captions = clip.captions.global_captions
+    claims = clip.claims.get("global") or ({},) * len(captions)
+    for caption, claim in zip(captions, claims, strict=True):
+        text = normalise(caption, accent=clip.tags.get("accent"))
+        reason = rules.broken_global(text)
+        if reason is None and text in kept:
+            reason = REPEATED
+        elif reason is None and len(kept) == rules.max_global_captions:
+            reason = SURPLUS
+        counts.global_captions[reason or "kept"] += 1
+        if reason is None:
+            kept[text] = claim
+    return list(kept), list(kept.values()) if clip.claims.get("global") else []
+
+
+class AudioPaths:
+    """The paths of recordings as the manifest in the work folder names them.
+
+    If one of the work folder and the source manifest's folder lies in the other, the recordings in there get
+    paths relative to the work folder, so that all of it can be moved together. Other paths are absolute.
+    Links to folders are resolved, because ".." leads out of the folder that a link points to.
+
+    Args:
+        source: folder of the source manifest.
+        work: the work folder.
+    """
+
+    def __init__(self, source: Path, work: Path) -> None:
+        self._work, self._source = work.resolve(), source.resolve()
+        nested = self._work.is_relative_to(self._source) or self._source.is_relative_to(self._work)
+        self._top = min(self._work, self._source, key=lambda path: len(path.parts)) if nested else None
+        self._resolved = functools.lru_cache(1024)(Path.resolve)
+
+    def __call__(self, audio: str) -> str:
+        """The path of a recording; `audio` is relative to the current folder."""
+        path = self._resolved(Path(audio).parent) / Path(audio).name
+        if self._top is not None and path.is_relative_to(self._top):
+            return os.path.relpath(path, self._work)
+        return str(path)
+
+
+def manifest_line(
+    clip: Clip, captions: list[str], audio: str, rules: Rules, counts: Counts
+) -> dict[str, Any]:
+    """The clip as a line of a manifest, with these fine-grained captions. Keys without value are left out."""
+    coarse, claims = global_captions(clip, rules, counts)
+    named = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
+    line = {
+        "id": clip.id,
+        "audio": audio,
+        "start_s": clip.start_s or None,
+        "duration_s": clip.duration_s,
+        "channel": clip.channel,
+        **named,
+        "tags": {key: value for key, value in clip.tags.items() if key not in named},
+        "global_captions": coarse,
+        "finegrained_captions": captions,
+        "claims": {"global": [dict(claim) for claim in claims]} if claims else {},
+    }
+    return {key: value for key, value in line.items() if value not in (None, [], {})}
+
+
+def filter(config: FilterConfig) -> int:
+    """Writes the manifest of the captions that are kept.
+
+    Returns:
+        The exit code of the command: 0, or 1 if no clip has captions. Then the manifest is not written.
+
+    Raises:
+        ValueError, FileNotFoundError: a setting is wrong, `generate` did not run, or its manifest changed.
+        DiskFull: there is no room. The manifest of an earlier call is kept.
+    """
+    rules = read_rules(
+        config.rules, min_characters=config.min_characters, max_characters=config.max_characters
+    )
+    record = read_record(config.work / generate.STEP)
+    manifest = config.manifest or Path(record["manifest_path"])
+    check_manifest(manifest, record)
+    job = _Filter(config, manifest, rules, record)
+    (config.work / COUNTS).unlink(missing_ok=True)
+    path = config.work / CAPTIONS
+    try:
+        files.replace_file(path, job.write)
+    except _NoCaptions:
+        print(f"{path} was not written: no clip has captions", file=sys.stderr)
+    summary = {"provenance": job.provenance, "rules": asdict(rules), "keep": config.keep}
+    files.write_json(config.work / COUNTS, summary | job.counts.as_json())
+    print(f"{path}: {job.counts.describe()}" if job.counts.clips["kept"] else job.counts.describe())
+    return 0 if job.counts.clips["kept"] else 1
+
+
+class _NoCaptions(Exception):
+    """No clip has captions."""
+
+
+class _Filter:
+    """One call of `filter`. It holds one clip at a time, and eight bytes for each request of both jobs."""
+
+    def __init__(self, config: FilterConfig, manifest: Path, rules: Rules, record: Mapping[str, Any]) -> None:
+        self._config, self._manifest, self._rules = config, manifest, rules
+        self._texts = texts_a_request(record)
+        self._verified = (config.work / verify.STEP / ANSWERS).exists()
+        self._paths = AudioPaths(manifest.parent, config.work)
+        self.counts = Counts()
+        self.provenance = _provenance(config.work, record["settings"], rules, verified=self._verified)
+
+    def write(self, path: Path) -> None:
+        """Writes the manifest. _NoCaptions if it would be empty."""
+        work, progress = self._config.work, Progress(None, "clips")
+        with (
+            path.open("w", encoding="ascii") as file,
+            AnswerIndex(work / generate.STEP) as answers,
+            Verdicts(work) if self._verified else nullcontext() as verdicts,
+        ):
+            for number, clip in iterate_manifest(self._manifest, need_captions=False):
+                self.counts.clips["total"] += 1
+                if not self.counts.clips["total"] % _PROGRESS_ROWS:
+                    progress.add(_PROGRESS_ROWS)
+                if not isinstance(clip, Clip):
+                    self.counts.clips["bad lines"] += 1
+                    continue
+                row = number - 1
+                self.counts.audio_s["total"] += clip.duration_s or 0.0
+                candidates = [*candidates_of(answers.of_row(row), self._texts)]
+                captions = self._captions(candidates, verdicts.of_row(row) if verdicts else {})
+                if captions:
+                    self.counts.keep(clip, captions)
+                    line = manifest_line(clip, captions, self._paths(clip.audio), self._rules, self.counts)
+                    file.write(json.dumps(line | {"provenance": self.provenance}) + "\n")
+                elif candidates:
+                    self.counts.clips["without captions"] += 1
+                else:
+                    self.counts.clips["without answer"] += 1
+        if not self.counts.clips["kept"]:
+            raise _NoCaptions
+
+    def _captions(self, candidates: list[Candidate], verdicts: Mapping[int, Verdict]) -> list[str]:
+        """The captions of a clip that are kept; counts all candidates."""
+        counts = self.counts
+        if not candidates:
+            return []
+        passed: list[str] = []
+        for candidate in candidates:
+            if candidate.caption is not None:
+                counts.count_lengths("all", candidate.caption)
+            verdict = verdicts.get(candidate.number)
+            reasons = reasons_to_drop(candidate, self._rules, verdict, verified=self._verified)
+            if reasons:
+                counts.drop(*reasons)
+            else:
+                passed.append(candidate.caption or "")
+        captions = choose(passed, self._config, counts)
+        counts.candidates["total"] += len(candidates)
+        counts.candidates_per_clip[len(candidates)] += 1
+        counts.captions_per_clip[len(captions)] += 1
+        return captions
+
+
+def _provenance(work: Path, settings: Mapping[str, Any], rules: Rules, *, verified: bool) -> dict[str, Any]:
+    """Where the captions come from, for each line of the manifest."""
+    verifier = None
+    if verified:
+        by = read_record(work / verify.STEP)["settings"]
+        verifier = {"model": by["model"], "prompt_digest": by["prompt_digest"], "seed": by["seed"]}
+    return {
+        "by": "generate",
+        "version": __version__,
+        "model": settings["model"],
+        "prompt_digest": settings["prompt_digest"],
+        "seed": settings["seed"],
+        "sampling": settings["sampling"],
+        "rules": rules.version,
+        "rules_digest": rules.digest,
+        "verifier": verifier,
+    }

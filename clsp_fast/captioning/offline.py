@@ -1,0 +1,481 @@
+"""Captions without a server: measures each recording and describes what was measured.
+
+The captions are about the voice alone: sex, pitch, speaking rate, intonation, loudness, voice quality,
+pauses, and how these change. What the measurement leaves open is not mentioned. A clip's captions depend only
+on the seed, the clip's id and its labels, so the manifest is the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from clsp_fast import __version__, audio
+from clsp_fast.audio import AudioError, AudioLimits, Segment
+from clsp_fast.captioning import labels as labelling
+from clsp_fast.captioning import wording
+from clsp_fast.captioning.labels import FIXED, Bands, CorpusValues
+from clsp_fast.captioning.measure import Measurement, Part, measure
+from clsp_fast.captioning.wording import ATTRIBUTES
+from clsp_fast.checks import require
+from clsp_fast.console import INCOMPLETE, Progress
+from clsp_fast.data.captions import Captions
+from clsp_fast.data.clips import Clip
+from clsp_fast.data.manifest import Problem, read_source
+from clsp_fast.storage import files, paths
+from clsp_fast.storage.textfile import is_text
+
+_CHUNK = 32  # recordings that are in memory at a time
+_MOST_SHOWN = 10
+_SEX_OF = dict.fromkeys(("female", "f", "woman", "w", "girl"), "female")
+_SEX_OF |= dict.fromkeys(("male", "m", "man", "boy"), "male")
+_UNKNOWN_SEX = {"", "unknown", "unk", "u", "na", "n/a", "none", "null", "nan", "-", "?"}
+_PART_FIELDS = tuple(f.name for f in dataclasses.fields(Part))
+_REPORTED: tuple[str, ...] = (
+    *("level_db", "tilt_db", "voiced", "hnr_db", "creak"),
+    *("f0_hz", "f0_sd", "f0_range", "f0_slope", "syllables_per_s", "pauses", "pause_s"),
+)
+_COUNTS = ("syllables", "voiced_syllables", "pauses")
+_REASONS = {
+    "silent": "no sound",
+    "short": "less than 0.5 s of sound",
+    "no_speech": "a steady sound, or one without syllables",
+    "unclear": "too little about the voice could be measured",
+    "repeated": "the id occurs earlier in the source",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A recording without captions: the reason as a word that can be counted, and in detail."""
+
+    id: str
+    audio: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class Summary:
+    """What `caption_offline` did."""
+
+    source: str
+    out: Path
+    clips: int = 0
+    """Clips in the manifest."""
+    seconds: float = 0.0
+    """Length of all recordings that could be read."""
+    wall_s: float = 0.0
+    """How long the work took."""
+    kept_captions: int = 0
+    """Clips that keep captions of the source."""
+    sex: Counter[str] = field(default_factory=Counter)
+    """Clips whose sex is "from the manifest", "measured" or "left open"."""
+    labels: dict[str, Counter[str]] = field(default_factory=lambda: {a: Counter() for a in ATTRIBUTES})
+    """For each attribute, clips by label; "" for none."""
+    foreign: Counter[str] = field(default_factory=Counter)
+    """Attributes for which the source has labels that captions have no words for."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Recordings without captions."""
+    problems: list[Problem] = field(default_factory=list)
+    """Bad lines of the source."""
+    bands: Bands = FIXED
+    """What the words meant."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every recording of the source has captions."""
+        return not self.left_out and not self.problems
+
+    def leave_out(self, clip: Clip, reason: str, detail: str = "") -> None:
+        """Notes that a clip has no captions."""
+        self.left_out.append(LeftOut(clip.id, clip.audio, reason, detail or _REASONS[reason]))
+
+    def count(self, tags: Mapping[str, str], known: Mapping[str, str], kept: Captions) -> None:
+        """Counts a clip of the manifest."""
+        self.clips += 1
+        self.kept_captions += any(kept)
+        how = "left open" if "sex" not in tags else "from the manifest" if "sex" in known else "measured"
+        self.sex[how] += 1
+        for attribute, counts in self.labels.items():
+            counts[tags.get(attribute, "")] += 1
+        self.foreign.update(a for a, label in known.items() if not label and a != "sex")
+
+
+def offline(
+    source: str,
+    out: Path,
+    /,
+    *,
+    bands: Literal["corpus", "fixed"] = "corpus",
+    seed: int = 0,
+    replace: bool = False,
+    longest_s: float = 60.0,
+    num_threads: int | None = None,
+) -> int:
+    """Writes captions for recordings from measurements alone, as a manifest that training reads.
+
+    Each clip gets one or two global captions, and 5 to 14 fine-grained ones: the more is known, the more. A
+    clip that has captions keeps them; only a kind (global, fine-grained) that is missing is written. Speaker,
+    gender and tags of a manifest are kept; a gender, or a tag such as "quality": "whisper", replaces what
+    would be measured. Recordings that cannot be used are listed in OUT with the ending .left-out.jsonl.
+
+    Args:
+        source: a folder, a recording, a manifest (.jsonl), a list with one path per line, or - for standard
+            input.
+        out: the manifest to write. An earlier result of this command is replaced, any other file is kept.
+        bands: what "slow" or "loud" means. corpus: compared with the other clips of this source (30 % are
+            slow, 30 % fast). fixed: the same numbers for every source, those of the demo corpus; take it to
+            train on several sources, or with the demo corpus.
+        seed: of the choice of words.
+        replace: write new captions for clips that have some.
+        longest_s: a longer clip is left out, because one description cannot fit all of it.
+        num_threads: threads that decode and measure; None: one per CPU, at most 16.
+
+    Returns:
+        The command's exit code: 0 if every recording has captions, 3 if not, 130 after Ctrl-C.
+    """
+    try:
+        summary = caption_offline(
+            source, out, bands=bands, seed=seed, replace=replace, longest_s=longest_s, num_threads=num_threads
+        )
+    except KeyboardInterrupt:
+        print(f"stopped by SIGINT; {out} was not written", file=sys.stderr)
+        return 130
+    for problem in summary.problems[:_MOST_SHOWN]:
+        print(f"{source}, line {problem.line}: {problem.message}", file=sys.stderr)
+    print(describe(summary))
+    return 0 if summary.complete else INCOMPLETE
+
+
+def caption_offline(
+    source: str,
+    out: Path,
+    *,
+    bands: Literal["corpus", "fixed"] = "corpus",
+    seed: int = 0,
+    replace: bool = False,
+    longest_s: float = 60.0,
+    num_threads: int | None = None,
+) -> Summary:
+    """Does the work of `offline`, with the same arguments, and returns what was done.
+
+    Raises:
+        FileNotFoundError: there is no such source. ValueError: an argument is wrong, the source names no
+        recording, no recording can be captioned, or `out` exists and was not written by this command.
+        files.DiskFull: there is no room; nothing is left behind.
+    """
+    require(bands in ("corpus", "fixed"), "bands", '"corpus" or "fixed"', bands)
+    require(0 <= seed < 2**63, "seed", "in [0, 2^63)", seed)
+    require(0.5 < longest_s <= 3600, "longest_s", "in (0.5, 3600]", longest_s)
+    threads = audio.check_num_threads(num_threads)
+    out = Path(out)
+    _check_out(out, source)
+    started = time.perf_counter()
+    clips, problems = read_source(source)
+    summary = Summary(source=source, out=out, problems=problems)
+    provenance = {"by": "offline", "version": __version__, "bands": bands, "seed": seed}
+    with files.naming_full_disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _Spool(out.parent) as spool:
+            usable, values = _measure_all(_named(clips, source, summary), spool, longest_s, threads, summary)
+            if bands == "corpus":
+                summary.bands = values.bands()
+
+            def write_to(path: Path) -> None:
+                with path.open("w", encoding="ascii") as file:
+                    for clip, measurement in zip(usable, spool, strict=True):
+                        line = _line(clip, measurement, summary, provenance, replace)
+                        if line:
+                            file.write(json.dumps(line) + "\n")
+                if not summary.clips:
+                    raise ValueError(
+                        f"{source}: none of {len(clips)} recordings has captions: {_reasons(summary)}"
+                    )
+
+            files.replace_file(out, write_to)
+        _write_left_out(summary)
+    summary.wall_s = time.perf_counter() - started
+    return summary
+
+
+def left_out_file(out: Path) -> Path:
+    """The file beside a manifest that lists the recordings without captions."""
+    return out.with_name(f"{out.name.removesuffix('.jsonl')}.left-out.jsonl")
+
+
+def _check_out(out: Path, source: str) -> None:
+    """ValueError if the result must not be written to `out`."""
+    require(out.name.endswith(".jsonl"), "out", "a file whose name ends in .jsonl", str(out))
+    if not paths.exists(out):
+        return
+    if paths.is_dir(out):
+        raise ValueError(f"out must be a file, {out} is a folder")
+    if source != "-" and paths.exists(source) and out.samefile(source):
+        raise ValueError(f"{out} is the source; name another file for the result")
+    try:
+        with out.open("rb") as file:
+            first = json.loads(file.readline(2**24))
+    except ValueError:
+        first = None
+    if not isinstance(first, dict) or "measured" not in first:
+        raise ValueError(f"{out} exists and was not written by this command; name another file or remove it")
+
+
+def _named(clips: Iterable[Clip], source: str, summary: Summary) -> Iterator[Clip]:
+    """The clips with ids that can be written. In a folder, the id is the path relative to the folder."""
+    folder = source if source != "-" and paths.is_dir(source) else None
+    seen: set[str] = set()
+    for clip in clips:
+        name = os.path.relpath(clip.id, folder) if folder is not None else clip.id
+        if not is_text(name):
+            name = os.fsencode(name).decode("utf-8", "backslashreplace")
+        clip = dataclasses.replace(clip, id=name)
+        if name in seen:
+            summary.leave_out(clip, "repeated")
+            continue
+        seen.add(name)
+        yield clip
+
+
+class _Spool:
+    """Measurements in a temporary file, so that a large corpus needs little memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self._values = 0
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def append(self, measurement: Measurement) -> None:
+        """Writes a measurement at the end."""
+        values = np.array([*_numbers(measurement)], np.float64)
+        self._values = len(values)
+        self._file.write(values.tobytes())
+
+    def __iter__(self) -> Iterator[Measurement]:
+        self._file.seek(0)
+        while block := self._file.read(8 * self._values):
+            yield _from_numbers(np.frombuffer(block, np.float64).tolist())
+
+
+def _numbers(measurement: Measurement) -> Iterator[float]:
+    for part in (measurement.whole, *measurement.halves, *measurement.thirds):
+        for name in _PART_FIELDS:
+            yield float(getattr(part, name))
+    yield from measurement.formants_hz
+    yield from (measurement.duration_s, measurement.bandwidth_hz, measurement.snr_db, measurement.jitter)
+
+
+def _from_numbers(numbers: list[float]) -> Measurement:
+    size = len(_PART_FIELDS)
+    parts = []
+    for start in range(0, 6 * size, size):
+        values: dict[str, Any] = dict(zip(_PART_FIELDS, numbers[start : start + size], strict=True))
+        parts.append(Part(**values | {name: int(values[name]) for name in _COUNTS}))
+    f1, f2, f3, f4, duration_s, bandwidth_hz, snr_db, jitter = numbers[6 * size :]
+    return Measurement(
+        duration_s=duration_s,
+        whole=parts[0],
+        halves=tuple(parts[1:3]),
+        thirds=tuple(parts[3:6]),
+        formants_hz=(f1, f2, f3, f4),
+        bandwidth_hz=bandwidth_hz,
+        snr_db=snr_db,
+        jitter=jitter,
+    )
+
+
+def _measure_all(
+    clips: Iterable[Clip], spool: _Spool, longest_s: float, num_threads: int, summary: Summary
+) -> tuple[list[Clip], CorpusValues]:
+    """Measures every clip into `spool`. Returns the clips that are speech, and the values for `bands`."""
+    usable: list[Clip] = []
+    values = CorpusValues()
+    limits = AudioLimits(max_s=longest_s)
+    progress = Progress(None, "recordings")
+    for chunk in _chunks(clips):
+        segments = [Segment(clip.audio, clip.start_s, clip.duration_s, clip.channel) for clip in chunk]
+        loaded = audio.load_batch(segments, limits=limits, num_threads=num_threads)
+        waveforms = [waveform for waveform in loaded if not isinstance(waveform, AudioError)]
+        measurements = iter(measure(waveforms, num_threads=num_threads))
+        for clip, waveform in zip(chunk, loaded, strict=True):
+            if isinstance(waveform, AudioError):
+                summary.leave_out(clip, str(waveform.reason), waveform.detail)
+                continue
+            measurement = next(measurements)
+            summary.seconds += measurement.duration_s
+            if problem := labelling.speech_problem(measurement):
+                summary.leave_out(clip, problem)
+                continue
+            usable.append(clip)
+            values.add(measurement, _known_labels(clip))
+            spool.append(measurement)
+        progress.add(len(chunk), len(chunk) - len(waveforms))
+    return usable, values
+
+
+def _chunks(clips: Iterable[Clip]) -> Iterator[list[Clip]]:
+    rest = iter(clips)
+    while chunk := list(itertools.islice(rest, _CHUNK)):
+        yield chunk
+
+
+def _known_labels(clip: Clip) -> dict[str, str]:
+    """The labels that the manifest gives: attribute -> label; "" if captions have no words for its value."""
+    known = {}
+    for attribute in ATTRIBUTES:
+        value = clip.tags.get(attribute, "")
+        if value and attribute != "sex":
+            usable = value in ATTRIBUTES[attribute] or wording.has_change(attribute, value)
+            known[attribute] = value if usable else ""
+    sex = (clip.tags.get("sex") or clip.tags.get("gender") or "").strip().lower()
+    if sex not in _UNKNOWN_SEX:
+        known["sex"] = _SEX_OF.get(sex, "")
+    return known
+
+
+def _line(
+    clip: Clip, measurement: Measurement, summary: Summary, provenance: Mapping[str, Any], replace: bool
+) -> dict[str, Any] | None:
+    """The clip's line in the manifest; None if too little is known for captions."""
+    known = _known_labels(clip)
+    tags = labelling.labels(measurement, summary.bands, known)
+    kept = Captions((), ()) if replace else clip.captions
+    if not all(kept) and not _is_enough(tags):
+        summary.leave_out(clip, "unclear")
+        return None
+    summary.count(tags, known, kept)
+    fields = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
+    captions = _captions(clip, tags, kept, provenance["seed"])
+    line = {
+        "id": clip.id,
+        "audio": _audio_path(clip.audio, summary.out.parent),
+        "start_s": clip.start_s or None,
+        "duration_s": clip.duration_s or measurement.duration_s,
+        "channel": clip.channel,
+        **fields,
+        "global_captions": captions.global_captions,
+        "finegrained_captions": captions.fine_captions,
+        "tags": {key: value for key, value in clip.tags.items() if key not in fields} | tags,
+        "claims": {"global": captions.global_claims, "fine": captions.fine_claims},
+        "measured": _measured(measurement),
+        "provenance": None if all(kept) else provenance,
+    }
+    return {key: value for key, value in line.items() if value is not None}
+
+
+def _is_enough(tags: Mapping[str, str]) -> bool:
+    """Whether captions can be written: from two labels, or from one that is neither the sex nor neutral."""
+    return len(tags) > 1 or any(a != "sex" and label != wording.NEUTRAL.get(a) for a, label in tags.items())
+
+
+def _captions(clip: Clip, tags: Mapping[str, str], kept: Captions, seed: int) -> wording.Captions:
+    """The captions that are kept, and new ones of each kind of which none is kept."""
+    if all(kept):
+        written = wording.Captions([], [], [], [])
+    else:
+        digest = hashlib.sha256(clip.id.encode()).digest()
+        written = wording.captions(tags, np.random.default_rng([seed, int.from_bytes(digest[:8], "little")]))
+    global_claims, fine_claims = (
+        [dict(claims) for claims in clip.claims.get(kind, ())] for kind in ("global", "fine")
+    )
+    return wording.Captions(
+        global_captions=[*kept.global_captions] or written.global_captions,
+        fine_captions=[*kept.fine_captions] or written.fine_captions,
+        global_claims=global_claims if kept.global_captions else written.global_claims,
+        fine_claims=fine_claims if kept.fine_captions else written.fine_claims,
+    )
+
+
+def _audio_path(name: str, folder: Path) -> str:
+    """The path of a recording, relative to the manifest's folder if it lies in there."""
+    path, base = Path(name).absolute(), folder.absolute()
+    return str(path.relative_to(base) if path.is_relative_to(base) else path)
+
+
+def _measured(measurement: Measurement) -> dict[str, Any]:
+    """What was measured, for users of the manifest; values that could not be measured are left out."""
+    values = {name: getattr(measurement.whole, name) for name in _REPORTED}
+    values |= {f"f{i}_hz": hz for i, hz in enumerate(measurement.formants_hz, 1)}
+    values |= {"bandwidth_hz": measurement.bandwidth_hz, "snr_db": measurement.snr_db}
+    return {key: _rounded(value) for key, value in values.items() if math.isfinite(value)}
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits. More would differ between processors."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def _write_left_out(summary: Summary) -> None:
+    path = left_out_file(summary.out)
+    if summary.left_out:
+        lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in summary.left_out)
+        files.write_text(path, "".join(lines))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _reasons(summary: Summary) -> str:
+    counts = Counter(item.reason for item in summary.left_out)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def describe(summary: Summary) -> str:
+    """A few lines about what was done: clips, speed, labels and what was left out."""
+    speed = summary.seconds / max(summary.wall_s, 1e-9)
+    lines = [
+        f"{summary.out}: captions for {summary.clips} clips; {summary.seconds / 3600:.2f} h of recordings in "
+        f"{summary.wall_s:.1f} s, {speed:,.0f} x real time"
+    ]
+    if summary.kept_captions:
+        lines.append(f"{summary.kept_captions} clips keep captions of the source (--replace writes new ones)")
+    how = ", ".join(f"{summary.sex[how]} {how}" for how in ("from the manifest", "measured", "left open"))
+    lines.append(f"source of the sex: {how}")
+    for attribute, counts in summary.labels.items():
+        shares = [f"{label or 'left open'} {count}" for label, count in counts.most_common()]
+        lines.append(f"{attribute}: {', '.join(shares)}")
+    for attribute, count in summary.foreign.items():
+        lines.append(
+            f'{count} clips have a tag "{attribute}" that captions have no words for: kept, not described'
+        )
+    lines += _bands_in_words(summary.bands)
+    if summary.left_out:
+        lines.append(f"left out: {_reasons(summary)}; see {left_out_file(summary.out)}")
+        for item in summary.left_out[:_MOST_SHOWN]:
+            lines.append(f"  {item.audio}: {item.detail} [{item.reason}]")
+    if summary.problems:
+        lines.append(f"{len(summary.problems)} bad lines in {summary.source}")
+    return "\n".join(lines)
+
+
+def _bands_in_words(bands: Bands) -> list[str]:
+    tables = [(f"pitch of a {sex} voice, Hz", table) for sex, table in bands.pitch.items()]
+    tables += [
+        ("speed, syllables/s", bands.speed),
+        ("liveliness, semitones", bands.liveliness),
+        ("loudness, dB", bands.loudness),
+    ]
+    return [
+        f"bands of {name}: "
+        + ", ".join(f"{label} {low:.3g} to {high:.3g}" for label, (low, high) in table.items())
+        for name, table in tables
+    ]
