@@ -1,8 +1,8 @@
 """Asks OpenAI-compatible servers for chat completions.
 
 A request goes to the least busy server. If it fails in a way that may pass, such as a timeout, a dropped
-connection or an overloaded server, it is sent again after a pause. A server that fails repeatedly is left
-alone for a while. An error that every request would meet, such as a wrong key, stops the run.
+connection or an overloaded server, it is sent again after a delay. A server that fails repeatedly is paused.
+An error that every request would meet, such as a wrong key, stops the run.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ class _Endpoint:
         self.pause(now, seconds)
         return seconds
 
-    def note_success(self, most: int) -> None:
+    def note_success(self, concurrency: int) -> None:
         self.failures = 0
-        self.limit = min(most, self.limit + 1)
+        self.limit = min(concurrency, self.limit + 1)
 
 
 class Client:

@@ -332,6 +332,31 @@ def test_a_full_disk_ends_the_run_and_keeps_the_answers(
     assert result(tmp_path, 100) == expected(100)
 
 
+def test_an_error_while_answers_are_written_to_the_disk_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, failures = AnswerFile.sync, iter([1])
+
+    def fail_once(answers: AnswerFile) -> None:
+        if next(failures, None):
+            raise DiskFull(28, "disk full: answers.jsonl")
+        sync(answers)
+
+    monkeypatch.setattr(AnswerFile, "sync", fail_once)
+    monkeypatch.setattr("clsp_fast.captioning.jobs._FSYNC_S", 0.05)
+    with StubServer(delay_s=0.02) as server, pytest.raises(DiskFull, match=r"disk full: answers\.jsonl"):
+        run(tmp_path, server, 100)
+    assert 0 < len(result(tmp_path, 100)) < 100
+
+
+def test_a_job_that_is_done_needs_no_server(tmp_path: Path) -> None:
+    with StubServer() as server:
+        run(tmp_path, server, 20)
+    assert run(tmp_path, server, 20).done_before == 20
+    with pytest.raises(ServerError, match="no server answers"):
+        run(tmp_path, server, 21)
+
+
 def as_vllm(path: Path) -> Iterator[str]:
     """Answers to a job file in the form that `vllm run-batch` writes."""
     server = StubServer()
