@@ -241,7 +241,7 @@ def agreement_with_truth(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     sexes = [row for row in rows if "sex" in row.recording.truth]
     decided = [row for row in sexes if speaker_sex(row.ours)]
     female = [(row.recording.truth["sex"] == "female", speaker_sex(row.ours) == "female") for row in decided]
-    voiced = [row for row in sexes if math.isfinite(row.ours.whole.f0_hz)]
+    voiced = [row for row in sexes if math.isfinite(sex_score(row.ours))]
     by_f0 = [(row.recording.truth["sex"] == "female", row.ours.whole.f0_hz > 173) for row in voiced]
     by_score = [(row.recording.truth["sex"] == "female", sex_score(row.ours) > 0) for row in voiced]
     qualities = [row for row in rows if "quality" in row.recording.truth]

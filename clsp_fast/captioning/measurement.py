@@ -72,14 +72,16 @@ class Track:
 
 
 def sex_score(measurement: Measurement) -> float:
-    """Evidence for the speaker's sex, in semitones: positive is female, negative male; NaN without voice.
+    """Evidence for the speaker's sex, in semitones: positive is female, negative male.
+
+    NaN without a normal voice: whisper has no F0, and that of a creaking woman is as low as a man's.
 
     The distance of F0 from 173 Hz, plus the distance of F4 from 3.7 kHz: F4 is high in a short vocal tract.
     F4 counts only if the recording has it (not over a telephone) and its spectrum is bright enough to measure
     it. Then it moves the score by about one semitone, which decides where F0 lies between 150 and 213 Hz.
     """
     whole, f4_hz = measurement.whole, measurement.formants_hz[3]
-    if not whole.f0_hz > 0:
+    if not whole.f0_hz > 0 or voice_quality(whole) != "normal":
         return math.nan
     score = 12 * math.log2(whole.f0_hz / _MIDDLE_F0_HZ)
     if f4_hz > 0 and measurement.bandwidth_hz >= _F4_BANDWIDTH_HZ and whole.tilt_db > _F4_TILT_DB:
@@ -88,7 +90,7 @@ def sex_score(measurement: Measurement) -> float:
 
 
 def speaker_sex(measurement: Measurement) -> Sex | None:
-    """The speaker's sex, or None if the evidence is weaker than 1.5 semitones."""
+    """The speaker's sex, or None if the voice is not normal or the evidence weaker than 1.5 semitones."""
     score = sex_score(measurement)
     if not abs(score) >= _UNDECIDED_SEMITONES:
         return None

@@ -296,13 +296,8 @@ def test_voice_quality_of_the_demo_engine_without_packages() -> None:
     synth = engines.make("synth", 0)
     name = synth.voices("male", "train")[0]
     modal = signal.set_level(synth.speak("the little boat went over the water.", name, manner, rng), -25.0)
-    qualities = [
-        voice_quality(measurement.whole)
-        for measurement in measure(
-            [
-                x.astype(np.float32)
-                for x in (modal, signal.whisper(modal, rng), signal.creak(modal, 50.0, rng))
-            ]
-        )
-    ]
+    changed = (modal, signal.whisper(modal, rng), signal.creak(modal, 50.0, rng))
+    measurements = measure([x.astype(np.float32) for x in changed])
+    qualities = [voice_quality(measurement.whole) for measurement in measurements]
     assert qualities == ["normal", "whisper", "creaky"]
+    assert [speaker_sex(measurement) for measurement in measurements] == ["male", None, None]
