@@ -139,3 +139,17 @@ def frame_count(samples: int) -> int: ...
 def mel_matrix() -> _Float32: ...
 def povey_window() -> _Float32: ...
 def instruction_sets() -> list[str]: ...
+
+# Names of the values of a part, in order.
+VOICE_PART_FIELDS: tuple[str, ...]
+
+def measure_voices(
+    waveforms: Sequence[_Float32], *, num_threads: int, isa: str = "auto"
+) -> NDArray[np.float64]:
+    """One row for each waveform: the values of the whole, of two halves and of three thirds, then four
+    formants, bandwidth, SNR and jitter."""
+
+def track_voice(
+    waveform: _Float32, *, isa: str = "auto"
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(F0, strength, level) of each frame."""

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   clsp_python::bind_audio(m);
   clsp_python::bind_contrastive(m);
   clsp_python::bind_similarity(m);
+  clsp_python::bind_voice(m);
 #ifdef CLSP_PLANTED_BUGS
   m.def("planted_bug", &clsp::planted_bug, pybind11::arg("kind"),
         pybind11::call_guard<pybind11::gil_scoped_release>());

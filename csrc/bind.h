@@ -56,8 +56,22 @@ std::pair<clsp::Matrix<T>, clsp::Matrix<T>> parse_matrices(const Array<T>& a, co
   return {first, second};
 }
 
+inline FloatArray check_waveform(const py::handle& object) {
+  if (!FloatArray::check_(object)) {
+    throw py::type_error("waveforms must be C-contiguous float32 arrays");
+  }
+  auto array = py::reinterpret_borrow<FloatArray>(object);
+  if (array.ndim() != 1) throw py::value_error("waveforms must have one dimension");
+  return array;
+}
+
+inline clsp::Span<const float> view(const FloatArray& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
 void bind_audio(py::module_& m);
 void bind_contrastive(py::module_& m);
 void bind_similarity(py::module_& m);
+void bind_voice(py::module_& m);
 
 }  // namespace clsp_python

@@ -8,19 +8,6 @@
 namespace clsp_python {
 namespace {
 
-FloatArray check_waveform(const py::handle& object) {
-  if (!FloatArray::check_(object)) {
-    throw py::type_error("waveforms must be C-contiguous float32 arrays");
-  }
-  auto array = py::reinterpret_borrow<FloatArray>(object);
-  if (array.ndim() != 1) throw py::value_error("waveforms must have one dimension");
-  return array;
-}
-
-clsp::Span<const float> view(const FloatArray& array) {
-  return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
 // Makes a numpy array that owns the samples, without a copy.
 FloatArray to_array(clsp::Samples samples) {
   auto owner = std::make_unique<clsp::Samples>(std::move(samples));

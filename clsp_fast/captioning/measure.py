@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clsp_fast.captioning.measure_reference import measure_reference, track_reference
+from clsp_fast import _C, audio
+from clsp_fast.captioning.measure_reference import measure_reference
 from clsp_fast.captioning.measurement import (
     HOP_S,
     SAMPLE_RATE_HZ,
@@ -34,13 +36,16 @@ __all__ = [
 ]
 
 
+_PARTS = 6  # the whole, two halves, three thirds
+
+
 def _check(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     if not isinstance(waveform, np.ndarray) or waveform.dtype != np.float32 or waveform.ndim != 1:
         kind = f"{getattr(waveform, 'dtype', type(waveform).__name__)} {getattr(waveform, 'shape', '')}"
         raise ValueError(f"a waveform must be a float32 array of shape (samples,) at 16 kHz, got {kind}")
     if not np.isfinite(waveform).all():
-        raise ValueError("a waveform must be finite")
-    return waveform
+        raise ValueError("a waveform must be finite, got NaN or infinity")
+    return np.require(waveform, requirements=["C", "A"])
 
 
 def track(waveform: npt.NDArray[np.float32]) -> Track:
@@ -49,15 +54,44 @@ def track(waveform: npt.NDArray[np.float32]) -> Track:
     Raises:
         ValueError: the waveform is not a finite float32 array of one dimension.
     """
-    return track_reference(_check(waveform))
+    f0_hz, strength, level_db = _C.track_voice(_check(waveform))
+    return Track(f0_hz=f0_hz, strength=strength, level_db=level_db)
 
 
 def measure(
     waveforms: Sequence[npt.NDArray[np.float32]], *, num_threads: int | None = None
 ) -> list[Measurement]:
-    """Measures mono waveforms at 16 kHz, one `Measurement` each.
+    """Measures mono waveforms at 16 kHz. The result does not depend on the threads or on other waveforms.
+
+    Args:
+        waveforms: float32 (samples,) each.
+        num_threads: threads of the engine; None: one for each usable core.
 
     Raises:
         ValueError: a waveform is not a finite float32 array of one dimension.
     """
-    return [measure_reference(_check(waveform)) for waveform in waveforms]
+    threads = audio.check_num_threads(num_threads)
+    rows = _C.measure_voices([_check(waveform) for waveform in waveforms], num_threads=threads)
+    durations = (len(waveform) / SAMPLE_RATE_HZ for waveform in waveforms)
+    return [_measurement(row, duration_s) for row, duration_s in zip(rows.tolist(), durations, strict=True)]
+
+
+def _measurement(row: list[float], duration_s: float) -> Measurement:
+    width = len(_C.VOICE_PART_FIELDS)
+    whole, *parts = (_part(row[i * width : (i + 1) * width]) for i in range(_PARTS))
+    f1, f2, f3, f4, bandwidth_hz, snr_db, jitter = row[_PARTS * width :]
+    return Measurement(
+        duration_s=duration_s,
+        whole=whole,
+        halves=tuple(parts[:2]),
+        thirds=tuple(parts[2:]),
+        formants_hz=(f1, f2, f3, f4),
+        bandwidth_hz=bandwidth_hz,
+        snr_db=snr_db,
+        jitter=jitter,
+    )
+
+
+def _part(values: list[float]) -> Part:
+    named: dict[str, Any] = dict(zip(_C.VOICE_PART_FIELDS, values, strict=True))
+    return Part(**named | {name: int(named[name]) for name in ("syllables", "voiced_syllables", "pauses")})

@@ -37,19 +37,21 @@ PITCH_BINS = slice(3, 230)  # 47 Hz to 3.6 kHz
 PITCH_LAGS = np.arange(12.0, 138.0, 0.5)  # samples at 8 kHz
 CANDIDATES = 8
 OCTAVE_ERROR_SEMITONES = 9.0  # larger distances from the median are octave errors
-UNVOICED_STRENGTH, OCTAVE_COST, JUMP_COST, VOICING_COST = 0.45, 0.01, 0.35, 0.14
+UNVOICED_STRENGTH, OCTAVE_COST, JUMP_COST, VOICING_COST = 0.5, 0.01, 0.35, 0.14
+QUIET_DB, QUIET_COST = 27.0, 0.1  # frames that are quieter than the loudest one by more: cost per dB
 
 # Syllables
-SYLLABLE_BINS = slice(10, 80)  # 300 Hz to 2.5 kHz
-SYLLABLE_FLOOR_DB, SYLLABLE_DIP_DB = 25.0, 2.0
+SYLLABLE_BINS = slice(3, 112)  # 80 Hz to 3.5 kHz
+SYLLABLE_FLOOR_DB, SYLLABLE_DIP_DB = 25.0, 2.5
 
-# Pulses of a creaking voice: peaks of the level of 2 ms blocks
+# Pulses of a creaking voice: peaks of the level of 2 ms blocks, where no clear voice is above 75 Hz
+CLEAR_STRENGTH, HIGHEST_CREAK_HZ = 0.7, 75.0
 PULSE_BLOCK, PULSE_DIP_DB = 32, 6.0
 SHORTEST_PULSE, LONGEST_PULSE = 7, 25  # blocks: 14 to 50 ms
 
 # Formants
 FORMANT_BINS, FORMANT_ORDER = 166, 10  # five formants below 5.2 kHz
-WIDEST_FORMANT_HZ = 700.0
+PRE_EMPHASIS = 0.9995  # of the power: that of a filter with 6 dB per octave above 50 Hz
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +151,18 @@ def pitch_candidates(ratio: Values) -> tuple[Values, Values]:
     return f0, strength
 
 
-def best_path(f0: Values, strength: Values, active: Flags) -> Indices:
+def unvoiced_strength(power: Values, active: Flags) -> Values:
+    """The strength that a candidate needs in each frame."""
+    level = decibels(power)
+    quiet = np.maximum(np.max(level) - QUIET_DB - level, 0)
+    return np.where(active, UNVOICED_STRENGTH + QUIET_COST * quiet, 2.0)
+
+
+def best_path(f0: Values, strength: Values, unvoiced: Values) -> Indices:
     """For each frame the candidate on the cheapest path, or -1: no voice (Boersma's costs, per 10 ms)."""
     count = len(f0)
     octaves = np.log2(np.maximum(f0, 1) / LOWEST_F0_HZ)
     gain = np.where(f0 > 0, strength + OCTAVE_COST * octaves, -1e9)
-    unvoiced = np.where(active, UNVOICED_STRENGTH, 2.0)
     gain = np.column_stack([unvoiced, gain])  # column 0: no voice
     back = np.zeros(gain.shape, np.int64)
     total = gain[0]
@@ -172,17 +180,17 @@ def best_path(f0: Values, strength: Values, active: Flags) -> Indices:
     return path - 1
 
 
-def f0_track(x: Values, active: Flags) -> tuple[Values, Values]:
+def f0_track(x: Values, unvoiced: Values) -> tuple[Values, Values]:
     """F0 in Hz (0 = no voice) and strength of each frame. The second search has the range of this voice."""
     f0, strength = pitch_candidates(correlations(x))
     rows = np.arange(len(f0))
-    path = best_path(f0, strength, active)
+    path = best_path(f0, strength, unvoiced)
     voiced = f0[rows, path][path >= 0]
     if len(voiced) >= MIN_VOICED:
         low, high = np.percentile(voiced, [25, 75])
         low = 0.75 * low
         inside = (f0 >= low) & (f0 <= max(1.9 * high, 2 * low))
-        path = best_path(np.where(inside, f0, 0.0), strength, active)
+        path = best_path(np.where(inside, f0, 0.0), strength, unvoiced)
     chosen = path >= 0
     return (
         np.where(chosen, f0[rows, path], 0.0),
@@ -206,15 +214,15 @@ def peaks_between_dips(level: Values, dip_db: float) -> list[int]:
 def syllable_nuclei(spectrum: Values, active: Flags) -> Flags:
     """Frames in which a syllable is loudest."""
     power = np.sum(spectrum[:, SYLLABLE_BINS], axis=1) / np.sum(hann(WINDOW) ** 2)
-    level = decibels(np.convolve(np.pad(power, 4), np.hanning(9) / 4, "valid"))
+    level = decibels(np.convolve(np.pad(power, 3), np.hanning(7) / 3, "valid"))
     level = np.maximum(level, np.percentile(level, 95) - SYLLABLE_FLOOR_DB)
     nuclei = np.zeros(len(active), np.bool_)
     nuclei[peaks_between_dips(level, SYLLABLE_DIP_DB)] = True
     return nuclei & active
 
 
-def creak_frames(x: Values, active: Flags) -> Flags:
-    """Active frames between two pulses that follow each other more slowly than a modal voice's."""
+def creak_frames(x: Values, creaks: Flags) -> Flags:
+    """Frames of `creaks` between two pulses that follow each other more slowly than in a modal voice."""
     power = np.mean(np.diff(x, prepend=0.0).reshape(-1, PULSE_BLOCK) ** 2, axis=1)
     level = decibels(np.convolve(np.pad(power, 1), [0.25, 0.5, 0.25], "valid"))
     pulses = np.array(peaks_between_dips(level, PULSE_DIP_DB), np.int64)
@@ -222,14 +230,14 @@ def creak_frames(x: Values, active: Flags) -> Flags:
     for first, second in itertools.pairwise(pulses):
         if SHORTEST_PULSE <= second - first <= LONGEST_PULSE:
             creak[first:second] = True
-    return creak[2::5] & active  # the blocks at the centres of the frames
+    return creak[2::5] & creaks  # the blocks at the centres of the frames
 
 
 def formants(spectrum: Values) -> tuple[float, float, float, float]:
     """Medians of F1 to F4 over frames: poles of a linear prediction of the spectrum below 5.2 kHz."""
     nyquist = FORMANT_BINS * SAMPLE_RATE_HZ / FFT
     bins = np.arange(FORMANT_BINS + 1)
-    emphasised = spectrum[:, : FORMANT_BINS + 1] * (1 - np.cos(np.pi * bins / FORMANT_BINS) * 0.97)
+    emphasised = spectrum[:, : FORMANT_BINS + 1] * (1 - PRE_EMPHASIS * np.cos(np.pi * bins / FORMANT_BINS))
     emphasised[:, -1] /= 2
     emphasised[:, 0] = 0  # a frame's mean is not speech
     lags = np.cos(np.pi / FORMANT_BINS * np.outer(bins, np.arange(FORMANT_ORDER + 1)))
@@ -238,9 +246,8 @@ def formants(spectrum: Values) -> tuple[float, float, float, float]:
         r[0] *= 1 + 1e-5
         matrix = r[np.abs(np.subtract.outer(np.arange(FORMANT_ORDER), np.arange(FORMANT_ORDER)))]
         poles = np.roots(np.concatenate([[1.0], -np.linalg.solve(matrix, r[1:])]))
-        hz, width = np.angle(poles) * nyquist / np.pi, -np.log(np.abs(poles) + 1e-12) * nyquist * 2 / np.pi
-        usable = (hz > 90) & (hz < nyquist - 50) & (width < WIDEST_FORMANT_HZ)
-        rows.append(np.sort(hz[usable])[:4])
+        hz = np.angle(poles) * nyquist / np.pi
+        rows.append(np.sort(hz[(hz > 90) & (hz < nyquist - 50)])[:4])
     medians = []
     for k in range(4):
         values = [row[k] for row in rows if len(row) > k]
@@ -263,8 +270,9 @@ def analyse(waveform: npt.NDArray[np.float32]) -> Frames:
     x = np.pad(x - (np.mean(x) if len(x) else 0.0), (0, max(0, count * HOP - len(x))))[: count * HOP]
     power = frame_power(x)
     active = active_frames(power)
-    f0, strength = f0_track(x, active)
+    f0, strength = f0_track(x, unvoiced_strength(power, active))
     spectrum = np.abs(np.fft.rfft(centred_frames(x, WINDOW, HOP) * hann(WINDOW), FFT)) ** 2
+    modal = (f0 > HIGHEST_CREAK_HZ) & (strength > CLEAR_STRENGTH)
     return Frames(
         power=power,
         active=active,
@@ -272,7 +280,7 @@ def analyse(waveform: npt.NDArray[np.float32]) -> Frames:
         strength=strength,
         spectrum=spectrum,
         nuclei=syllable_nuclei(spectrum, active),
-        creak=creak_frames(x, active),
+        creak=creak_frames(x, active & ~modal),
     )
 
 
@@ -314,6 +322,7 @@ def measure_part(frames: Frames, first: int, end: int) -> Part:
         duration_s=(end - first) * HOP_S,
         level_db=float(decibels(np.mean(loud))),
         voiced=len(voiced) / max(speech, 1),
+        clear_voice=float(np.sum((f0 > 0) & (frames.strength[inside] > CLEAR_STRENGTH)) / max(speech, 1)),
         f0_hz=f0_hz,
         f0_sd=f0_sd,
         f0_range=f0_range,

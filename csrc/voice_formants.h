@@ -1,0 +1,13 @@
+// Formants: the poles of a linear prediction.
+#pragma once
+
+#include "voice_spectra.h"
+
+namespace clsp {
+
+constexpr int kFormants = 4;
+
+// Writes the frequencies of the lowest formants, in order, and returns their number.
+int find_formants(const float* lags, double* hz);
+
+}  // namespace clsp
