@@ -35,6 +35,10 @@ SUBCOMMANDS = {
         "clsp_fast.captioning.judge",
         "Lets an audio language model score captions, or compare those of two manifests.",
     ),
+    "report": (
+        "clsp_fast.captioning.report",
+        "Says what was kept and dropped by which rule, how long the captions are, and what they cost.",
+    ),
 }
 """Name -> the module with a function of this name, and what it does, in one line. The function returns the
 exit code or None. Its options are its parameters, or the fields of a dataclass if it has only `config`."""

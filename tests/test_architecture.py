@@ -26,7 +26,7 @@ ALLOWED = {
     "loss": {"contrastive", "engine", "kernels"},
     "audio": {"engine", "storage"},
     "console": {"storage"},
-    "captioning": {"audio", "console", "data", "storage"},
+    "captioning": {"audio", "console", "data", "engine", "storage"},
     "demo": {"captioning", "storage"},
     "features": {"audio", "console", "engine"},
     "data": {"audio", "config", "console", "features", "storage"},

@@ -298,8 +298,9 @@ class _Filter:
             Verdicts(work) if self._verified else nullcontext() as verdicts,
         ):
             for number, clip in iterate_manifest(self._manifest, need_captions=False):
-                progress.add(1)
                 self.counts.clips["total"] += 1
+                if not self.counts.clips["total"] % _PROGRESS_ROWS:
+                    progress.add(_PROGRESS_ROWS)
                 if not isinstance(clip, Clip):
                     self.counts.clips["bad lines"] += 1
                     continue
