@@ -24,7 +24,12 @@ from clsp_fast.training import corpus
 
 # Every command with its subcommands, as words after `python -m`.
 COMMANDS = (
+    "clsp_fast.caption filter",
     "clsp_fast.caption generate",
+    "clsp_fast.caption judge",
+    "clsp_fast.caption offline",
+    "clsp_fast.caption report",
+    "clsp_fast.caption verify",
     "clsp_fast.convert reference",
     "clsp_fast.data validate",
     "clsp_fast.embed",

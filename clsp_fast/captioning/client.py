@@ -1,8 +1,8 @@
 """Asks OpenAI-compatible servers for chat completions.
 
 A request goes to the least busy server. If it fails in a way that may pass, such as a timeout, a dropped
-connection or an overloaded server, it is sent again after a pause. A server that fails repeatedly is left
-alone for a while. An error that every request would meet, such as a wrong key, stops the run.
+connection or an overloaded server, it is sent again after a delay. A server that fails repeatedly is paused.
+An error that every request would meet, such as a wrong key, stops the run.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ STOPPING_STATUS = frozenset({401, 403, 404, 405})
 """HTTP statuses that every request would get: a wrong key, model or address."""
 _FAILURES_BEFORE_PAUSE = 3
 _LONGEST_PAUSE_S = 60.0
+_SHOWN_PAUSE_S = 4.0
+_FIRST_PATIENCE_S = 60.0
 _LONGEST_RETRY_AFTER_S = 3600.0
 _LONGEST_BODY = 2**25
 _LARGE_PAYLOAD = 2**20
@@ -66,7 +68,8 @@ class ServerConfig:
     """Pause before the first repetition, in seconds. It doubles each time, up to a minute, and varies at
     random. A server's Retry-After has priority."""
     patience_s: float = 900.0
-    """The run stops after this many seconds in which every request failed."""
+    """The run stops after this many seconds in which every request failed. At its beginning, one minute
+    suffices, except for timeouts and rate limits."""
 
     def __post_init__(self) -> None:
         for url in self.servers:
@@ -127,19 +130,25 @@ class _Endpoint:
     def pause(self, now: float, seconds: float) -> None:
         self.paused_until = max(self.paused_until, now + seconds)
 
-    def note_failure(self, now: float, backoff_s: float) -> None:
-        """Counts a failure. From the third in a row on, the server is paused; then one request tries it."""
+    def note_failure(self, now: float, backoff_s: float) -> float:
+        """Counts a failure. From the third in a row on, the server is paused; then one request tries it.
+
+        Returns the seconds of the pause, 0 if none begins.
+        """
         if self.paused_until > now:  # requests that were under way when the pause began
-            return
+            return 0.0
         self.failures += 1
         doublings = self.failures - _FAILURES_BEFORE_PAUSE
-        if doublings >= 0:
-            self.limit = 1
-            self.pause(now, min(_LONGEST_PAUSE_S, backoff_s * 2.0 ** min(doublings, 30)))
+        if doublings < 0:
+            return 0.0
+        self.limit = 1
+        seconds = min(_LONGEST_PAUSE_S, backoff_s * 2.0 ** min(doublings, 30))
+        self.pause(now, seconds)
+        return seconds
 
-    def note_success(self, most: int) -> None:
+    def note_success(self, concurrency: int) -> None:
         self.failures = 0
-        self.limit = min(most, self.limit + 1)
+        self.limit = min(concurrency, self.limit + 1)
 
 
 class Client:
@@ -157,7 +166,7 @@ class Client:
         self._key = os.environ.get(config.api_key_env, "").strip()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._random = random.Random()
-        self._last_success = 0.0
+        self._last_success, self._succeeded = 0.0, False
         self._aiohttp: Any = import_aiohttp()
         self._session: aiohttp.ClientSession
         self.repeated: Counter[str] = Counter()
@@ -202,7 +211,7 @@ class Client:
         if len(unreachable) == len(self._endpoints):
             raise ServerError(f"no server answers: {reasons}; start it, or correct --server.servers")
         if unreachable:
-            print(f"warning: not reachable so far: {reasons}", file=sys.stderr)
+            _warn(f"not reachable so far: {reasons}")
 
     async def complete(self, payload: bytes) -> Reply:
         """Sends the JSON of one chat completion until it is answered, refused, or failed too often.
@@ -220,14 +229,16 @@ class Client:
             now = loop.time()
             if not reason:
                 endpoint.note_success(self._config.concurrency)
-                self._last_success = now
+                self._last_success, self._succeeded = now, True
                 return reply
             if reply.status in STOPPING_STATUS or 300 <= reply.status < 400:
                 raise await self._explained(endpoint, reply)
             if reason == "refused":
-                endpoint.note_success(self._config.concurrency)  # the request is at fault, not the server
+                # The request is at fault, not the server.
+                endpoint.note_success(self._config.concurrency)
+                self._last_success = now
                 return reply
-            self._note_failure(endpoint, reply, now, retry_after)
+            self._note_failure(endpoint, reply, reason, now, retry_after)
             if attempt == self._config.retries:
                 break
             self.repeated[reason] += 1
@@ -236,19 +247,28 @@ class Client:
                 await asyncio.sleep(pause * self._random.uniform(0.5, 1.0))
         return reply
 
-    def _note_failure(self, endpoint: _Endpoint, reply: Reply, now: float, retry_after: float | None) -> None:
+    def _note_failure(
+        self, endpoint: _Endpoint, reply: Reply, reason: str, now: float, retry_after: float | None
+    ) -> None:
         """Slows down or pauses the server. ServerError if every request failed for too long."""
         if retry_after is not None or reply.status == 429:
+            pause = retry_after or 0.0
+            already = endpoint.paused_until - now
             endpoint.limit = max(1, endpoint.limit // 2)
-            endpoint.pause(now, retry_after or 0.0)
+            endpoint.pause(now, pause)
+            pause = 0.0 if already > pause / 2 else pause
         else:
-            endpoint.note_failure(now, self._config.backoff_s)
-        # A request that is answered just before its timeout must not count as silence.
-        patience = max(self._config.patience_s, 2 * self._config.timeout_s)
-        if now - self._last_success > patience:
+            pause = endpoint.note_failure(now, self._config.backoff_s)
+        if pause >= _SHOWN_PAUSE_S:
+            _warn(f"{endpoint.url}: {reply.error}; it is asked again in {pause:.0f} s")
+        patience = self._config.patience_s
+        if not self._succeeded and reason not in ("timeout", "HTTP 429"):
+            patience = min(patience, _FIRST_PATIENCE_S)
+        # A request that is under way may still succeed.
+        if now - self._last_success > patience and not any(e.busy for e in self._endpoints):
             raise ServerError(
-                f"every request failed for {patience:.0f} s, the last one because of: {reply.error}; "
-                "see what the server says, then give the same command again, which continues the work"
+                f"every request failed for {now - self._last_success:.0f} s, the last one because of: "
+                f"{reply.error}; see what the server says. The same command then continues the work"
             )
 
     async def _acquire(self) -> _Endpoint:
@@ -351,6 +371,12 @@ class Client:
         """An error without the key, which servers may repeat, and in one line."""
         text = text.replace(self._key, "***") if self._key else text
         return " ".join(text.split())
+
+
+def _warn(text: str) -> None:
+    """A line on standard error, below the progress line."""
+    lead = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""
+    print(f"{lead}warning: {text}", file=sys.stderr)
 
 
 def import_aiohttp() -> Any:

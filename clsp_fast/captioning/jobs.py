@@ -313,8 +313,9 @@ def run_jobs(
 ) -> Counts:
     """Sends the requests that are not answered yet, and appends the answers to the folder.
 
-    Memory does not grow with the number of requests: at most twice as many as the servers work on are built.
-    A run that was killed at any moment is continued by another call: it loses and repeats no answer.
+    Memory does not grow with the number of requests: it holds at most twice as many bodies as the servers
+    work on. If a run is killed at any moment, another call continues it. No answer is lost, and none is
+    recorded twice. If everything is answered, no server is needed.
 
     Args:
         requests: all requests of the job, answered or not.
@@ -373,6 +374,8 @@ class _Run:
         self._queue: asyncio.Queue[_Built | None] = asyncio.Queue()
         self._room = threading.Semaphore(2 * client.concurrency)
         self._ended = threading.Event()
+        self._check: asyncio.Future[None] | None = None
+        self._sync_error: OSError | None = None
         self._refusals = 0
         self._continued = answers.count > 0
         self.counts = Counts()
@@ -398,7 +401,6 @@ class _Run:
     async def _send_all(self, requests: Iterable[Request]) -> None:
         loop = asyncio.get_running_loop()
         async with self._client as client:
-            await client.check()
             with ThreadPoolExecutor(self._threads, "build") as pool:
                 feeder = loop.run_in_executor(None, self._feed, requests, pool, loop)
                 tasks = [loop.create_task(self._work()) for _ in range(client.concurrency)]
@@ -411,6 +413,8 @@ class _Run:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
                     pool.shutdown(cancel_futures=True)
+        if self._sync_error is not None:
+            raise self._sync_error
 
     def _feed(
         self, requests: Iterable[Request], pool: ThreadPoolExecutor, loop: asyncio.AbstractEventLoop
@@ -453,6 +457,9 @@ class _Run:
             self.counts.skipped += 1
             self._progress.add(1)
             return
+        if self._check is None:
+            self._check = asyncio.ensure_future(self._client.check())
+        await self._check
         reply = await self._client.complete(payload)
         self._write(built.custom_id, reply)
         if reply.body is None:
@@ -465,6 +472,8 @@ class _Run:
                 )
 
     def _write(self, name: str, reply: Reply) -> None:
+        if self._sync_error is not None:
+            raise self._sync_error
         line = answer_line(name, reply)
         good = reply.body is not None
         self._answers.append(name, line, good=good)
@@ -479,7 +488,12 @@ class _Run:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_FSYNC_S)
-            await loop.run_in_executor(None, self._answers.sync)
+            try:
+                await loop.run_in_executor(None, self._answers.sync)
+            except OSError as error:
+                # The system reports it only once, so that a later attempt would seem to succeed.
+                self._sync_error = error
+                return
 
 
 def _encode(request: Request) -> bytes | None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import pytest
 from stub_server import MODEL, StubServer, caption, key_of
 
+from clsp_fast.captioning import client
 from clsp_fast.captioning.answers import answer_line, parse_answer
 from clsp_fast.captioning.client import (
     Client,
@@ -221,13 +222,28 @@ def test_servers_that_cannot_be_reached(capsys: pytest.CaptureFixture[str]) -> N
     assert f"warning: not reachable so far: {gone}" in capsys.readouterr().err
 
 
-def test_a_run_in_which_everything_fails_stops() -> None:
-    settings = {"retries": 1000, "timeout_s": 0.1, "patience_s": 0.3}
+def test_a_run_in_which_everything_fails_says_so_and_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(client, "_FIRST_PATIENCE_S", 0.3)
+    monkeypatch.setattr(client, "_SHOWN_PAUSE_S", 0.04)
     with (
         StubServer(fault=lambda body, attempt: "503") as server,
-        pytest.raises(ServerError, match=r"every request failed for 0 s, .*HTTP 503: Fault 503"),
+        pytest.raises(ServerError, match=r"every request failed for \d s, .*HTTP 503: Fault 503\.; see what"),
     ):
-        complete(config(server, **settings))
+        complete_many(config(server, retries=1000, concurrency=4), 10)
+    warning = f"warning: {server.url}: HTTP 503: Fault 503.; it is asked again in 0 s"
+    assert 2 <= capsys.readouterr().err.splitlines().count(warning) <= 6
+    # Later in the run, and for rate limits, there is more patience.
+    fault = lambda body, attempt: "429" if attempt < 3 else ""  # noqa: E731
+    with StubServer(fault=fault) as server:
+        replies, _ = complete_many(config(server, retries=30, patience_s=30.0, concurrency=4), 4)
+    assert all(reply.body for reply in replies)
+    with (
+        StubServer(fault=lambda body, attempt: "500" if body["seed"] else "") as server,
+        pytest.raises(ServerError, match="every request failed for 1 s"),
+    ):
+        complete_many(config(server, retries=1000, patience_s=0.8, concurrency=1), 2)
 
 
 def test_the_message_of_an_error_in_any_shape() -> None:

@@ -191,6 +191,31 @@ def test_a_signal_ends_a_run_cleanly(number: signal.Signals, tmp_path: Path) -> 
     assert result(tmp_path, 300) == expected(300)
 
 
+def test_a_server_that_restarts_loses_nothing(tmp_path: Path) -> None:
+    started, ended, ports = threading.Event(), threading.Event(), []
+
+    def serve() -> None:
+        with StubServer(delay_s=0.01) as server:
+            ports.append(server.port)
+            started.set()
+            while server.sent.total() < 50:
+                time.sleep(0.01)
+        time.sleep(0.3)
+        with StubServer(port=ports[0]):
+            ended.wait(60)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert started.wait(30)
+    url = f"http://127.0.0.1:{ports[0]}/v1"
+    counts = run_jobs(requests(200), tmp_path, servers(url, retries=50), settings=SETTINGS)
+    ended.set()
+    thread.join()
+    assert (counts.answered, counts.failed) == (200, 0)
+    assert counts.repeated["connection"] > 0
+    assert result(tmp_path, 200) == expected(200)
+
+
 def test_only_a_few_requests_are_built_ahead(tmp_path: Path) -> None:
     built = [0]
     lock = threading.Lock()
@@ -305,6 +330,31 @@ def test_a_full_disk_ends_the_run_and_keeps_the_answers(
         assert len(result(tmp_path, 100)) == 30
         assert run(tmp_path, server, 100).answered == 70
     assert result(tmp_path, 100) == expected(100)
+
+
+def test_an_error_while_answers_are_written_to_the_disk_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, failures = AnswerFile.sync, iter([1])
+
+    def fail_once(answers: AnswerFile) -> None:
+        if next(failures, None):
+            raise DiskFull(28, "disk full: answers.jsonl")
+        sync(answers)
+
+    monkeypatch.setattr(AnswerFile, "sync", fail_once)
+    monkeypatch.setattr("clsp_fast.captioning.jobs._FSYNC_S", 0.05)
+    with StubServer(delay_s=0.02) as server, pytest.raises(DiskFull, match=r"disk full: answers\.jsonl"):
+        run(tmp_path, server, 100)
+    assert 0 < len(result(tmp_path, 100)) < 100
+
+
+def test_a_job_that_is_done_needs_no_server(tmp_path: Path) -> None:
+    with StubServer() as server:
+        run(tmp_path, server, 20)
+    assert run(tmp_path, server, 20).done_before == 20
+    with pytest.raises(ServerError, match="no server answers"):
+        run(tmp_path, server, 21)
 
 
 def as_vllm(path: Path) -> Iterator[str]:
