@@ -47,6 +47,7 @@ _WANTED_PITCH: dict[str, _Ranges] = {
     "male": {"low": (80, 98), "medium": (111, 126), "high": (140, 159)},
     "female": {"low": (162, 180), "medium": (198, 222), "high": (250, 292)},
 }
+_TYPICAL_F0_HZ = {"male": (60, 164), "female": (150, 340)}  # other values have no label
 WANTED_LEVEL: _Ranges = {"quiet": (-42, -36.5), "normal": (-30, -25), "loud": (-20, -16)}
 _EFFORT_TILT = {"quiet": -1.5, "normal": 0.0, "loud": 1.5}  # dB per octave: loud voices are brighter
 _CREAK_HZ = {"male": (42.0, 60.0), "female": (48.0, 75.0)}
@@ -237,7 +238,8 @@ class _Speaker:
                 f0_gain *= float(np.clip(f0_hz / measured_f0, 0.6, 1.6))
                 self._f0_gain.learn(voice.name, style.liveliness, f0_gain)
             speed, pitch = label(measured_rate, FIXED.speed), label(measured_f0, FIXED.pitch[style.sex])
-            if not 2 / 3 < measured_f0 / f0_hz < 3 / 2:  # probably an octave error
+            lowest, highest = _TYPICAL_F0_HZ[style.sex]
+            if not lowest <= measured_f0 <= highest:
                 pitch = ""
             pitch_matters = style.quality == "normal" and measured_f0 > 0
             as_requested = speed == style.speed and (not pitch_matters or pitch == style.pitch)
