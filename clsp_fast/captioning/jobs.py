@@ -179,7 +179,7 @@ def write_pending(
     written = {}
     with files.lock_folder(folder):
         begin(folder, settings, parts=parts, notes=notes or {})
-        for path in folder.glob("jobs*.jsonl"):
+        for path in (*folder.glob("jobs*.jsonl"), *folder.glob(".*.tmp")):  # of earlier and killed calls
             path.unlink()
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
             pending = (request for request in requests if not answers.is_done(request.custom_id))

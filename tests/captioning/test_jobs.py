@@ -391,10 +391,11 @@ def test_job_files_run_elsewhere_and_their_answers_come_back(tmp_path: Path) -> 
         "7 answers added, 1 already answered, 1 failed, 4 with an id that is not one of this job's, 1 damaged"
     )
     assert result(folder, 10) == expected(10)[:7]
+    (folder / ".0123.9.tmp").touch()  # a call that was killed
     # Job files of the rest replace the earlier ones; a server can also answer it.
     written = write_pending(requests(10), folder, settings=SETTINGS)
     assert {path.name: count for path, count in written.items()} == {"jobs.jsonl": 3}
-    assert not list(folder.glob("jobs-*"))
+    assert not [*folder.glob("jobs-*"), *folder.glob(".*.tmp")]
     with StubServer() as server:
         assert run(folder, server, 10).answered == 3
     assert result(folder, 10) == expected(10)
