@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import signal
 import sys
 import threading
@@ -387,6 +388,8 @@ class _Run:
         received: list[int] = []
 
         def stop(number: int) -> None:
+            if received:  # the user insists; lines are whole at any moment
+                os._exit(128 + number)
             received.append(number)
             task.cancel()
 

@@ -286,7 +286,8 @@ def test_a_run_ends_although_a_cancellation_was_swallowed(
         return await complete(client, payload)
 
     def fail(answer: Answer) -> None:
-        raise ValueError("the first answer")
+        if answer.custom_id.startswith("0."):
+            raise ValueError("the first answer")
 
     monkeypatch.setattr(Client, "complete", swallow)
     with StubServer() as server, pytest.raises(ValueError, match="the first answer"):
