@@ -19,6 +19,10 @@ SUBCOMMANDS = {
         "clsp_fast.captioning.offline",
         "Measures recordings and describes them, without a server.",
     ),
+    "tags": (
+        "clsp_fast.captioning.tags",
+        "Describes recordings by the tags of their manifest, without hearing them.",
+    ),
     "generate": (
         "clsp_fast.captioning.generate",
         "Asks an audio language model for candidate captions of each clip.",

@@ -41,6 +41,7 @@ template <int L>
 struct Lanes {
   typedef float Float __attribute__((vector_size(L * sizeof(float))));
   typedef int Int __attribute__((vector_size(L * sizeof(int))));
+  typedef double Double __attribute__((vector_size(L * sizeof(double))));
 };
 
 template <class V>

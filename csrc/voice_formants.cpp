@@ -26,7 +26,7 @@ Number divide(const Number& a, const Number& b) { return multiply(a, std::conj(b
 
 // Levinson's recursion: a polynomial z^n + a[1] z^(n-1) + ... with all roots in the unit circle.
 // Returns false for a frame without power.
-bool predict(const float* lags, std::array<double, kFormantOrder + 1>& a) {
+bool predict(const double* lags, std::array<double, kFormantOrder + 1>& a) {
   double error = lags[0] * (1.0 + kNoise);
   if (!(error > 0.0)) return false;
   a = {1.0};
@@ -75,7 +75,7 @@ Number find_root(const std::array<double, kFormantOrder + 1>& a, int degree) {
 
 }  // namespace
 
-int find_formants(const float* lags, double* hz) {
+int find_formants(const double* lags, double* hz) {
   std::array<double, kFormantOrder + 1> a;
   if (!predict(lags, a)) return 0;
   std::array<double, kFormantOrder> usable;

@@ -8,6 +8,6 @@ namespace clsp {
 constexpr int kFormants = 4;
 
 // Writes the frequencies of the lowest formants, in order, and returns their number.
-int find_formants(const float* lags, double* hz);
+int find_formants(const double* lags, double* hz);
 
 }  // namespace clsp

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <stdexcept>
 
 #include "fft.h"
 
@@ -26,7 +26,7 @@ struct Tables {
   float taps[kTaps];
   float pitch_cosines[kLagBlocks][kPitchBins][kLagBlock];
   float inverse_window_correlation[kPitchLags];
-  float formant_cosines[kFormantBins + 1][kFormantOrder + 1];
+  double formant_cosines[kFormantBins + 1][kFormantOrder + 1];
 
   Tables() {
     double window_power[257], window_energy = 0.0;
@@ -64,7 +64,7 @@ struct Tables {
       const double weight = (1.0 - 0.9995 * std::cos(kPi * k / kFormantBins)) *
                             (k == 0 || k == kFormantBins ? 0.5 : 1.0);
       for (int n = 0; n <= kFormantOrder; ++n)
-        formant_cosines[k][n] = static_cast<float>(weight * std::cos(kPi * k * n / kFormantBins));
+        formant_cosines[k][n] = weight * std::cos(kPi * k * n / kFormantBins);
     }
   }
 };
@@ -88,6 +88,12 @@ struct Workspace {
   V ordered[kPitchBins];
   V correlations[kPitchLags];
 };
+
+void check_samples(Span<const float> samples) {
+  bool usable = true;
+  for (const float x : samples) usable &= std::abs(x) <= kLargestSample;  // false for NaN
+  if (!usable) throw std::invalid_argument("samples must be finite and at most 10000");
+}
 
 double mean_of(Span<const float> samples) {
   double total = 0.0;
@@ -222,9 +228,11 @@ CLSP_INLINE void summarise(const Tables& t, const Workspace<L>& w, VoiceSpectrum
           high = sum_of_bins(w, 32, 160);
   V bands[kVoiceBands];
   for (int b = 0; b < kVoiceBands; ++b) bands[b] = sum_of_bins(w, 8 * b + 1, 8 * b + 9);
-  V lags[kFormantOrder + 1] = {};
+  // In double precision, because the poles of a steep spectrum depend on small differences.
+  using Double = typename Lanes<L>::Double;
+  Double lags[kFormantOrder + 1] = {};
   for (int k = 1; k <= kFormantBins; ++k) {  // a frame's mean is not part of the spectrum
-    const V power = w.even[position_of(k)];
+    const Double power = __builtin_convertvector(w.even[position_of(k)], Double);
 #pragma GCC unroll 11
     for (int n = 0; n <= kFormantOrder; ++n) lags[n] += power * t.formant_cosines[k][n];
   }
@@ -269,6 +277,7 @@ struct SpectraWork {
 void make_voice_tables() { tables(); }
 
 VoiceSpectra voice_spectra(Span<const float> samples, Isa isa) {
+  check_samples(samples);
   Signals signals = prepare(samples);
   VoiceSpectra out;
   out.power.resize(signals.frames);

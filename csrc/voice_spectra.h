@@ -18,11 +18,13 @@ constexpr int kFormantOrder = 10, kFormantBins = 166;
 
 // What the power spectrum of a frame holds.
 struct VoiceSpectrum {
-  float syllable;                 // power at 80 Hz to 3.5 kHz
-  float low, high;                // power below 1 kHz and at 1 to 5 kHz
-  float bands[kVoiceBands];       // power of each band
-  float lags[kFormantOrder + 1];  // autocorrelation of the pre-emphasised spectrum below 5.2 kHz
+  float syllable;                  // power at 80 Hz to 3.5 kHz
+  float low, high;                 // power below 1 kHz and at 1 to 5 kHz
+  float bands[kVoiceBands];        // power of each band
+  double lags[kFormantOrder + 1];  // autocorrelation of the pre-emphasised spectrum below 5.2 kHz
 };
+
+constexpr float kLargestSample = 1e4f;  // far above full scale; the powers stay finite
 
 struct VoiceSpectra {
   std::vector<double> power;        // mean square of each frame's 160 samples
@@ -40,6 +42,7 @@ inline std::size_t voice_frame_count(std::size_t samples) {
 // Computes the tables. Is called at import, because a process forked during it would hang.
 void make_voice_tables();
 
+// Throws std::invalid_argument if a sample is not finite or exceeds kLargestSample.
 VoiceSpectra voice_spectra(Span<const float> samples, Isa isa);
 
 }  // namespace clsp

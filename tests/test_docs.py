@@ -15,17 +15,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
 from sample_data import GOLDEN, MakeClips, write_rows
+from stub_server import MODEL, StubServer
 from test_console import COMMANDS, options_of, torchruns_options
 
 from bench import plot
@@ -46,7 +49,7 @@ class Document:
         self.blocks: list[tuple[str, str]] = re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         self.spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-        self.lists = [self._commands(block) for block in self.code("sh")]
+        self.lists = [self.commands(block) for block in self.code("sh")]
         # A text between backticks with a module or a target is a command. Others are names and options.
         self.inline = [s for s in self.spans if re.match(r"(python|torchrun)\b.*-m |make \w+$", s)]
 
@@ -54,7 +57,8 @@ class Document:
         return [text for name, text in self.blocks if name == language]
 
     @staticmethod
-    def _commands(block: str) -> list[str]:
+    def commands(block: str) -> list[str]:
+        """The commands of a block."""
         lines = [line.split("  #")[0].strip() for line in block.splitlines()]
         return [line for line in lines if line]
 
@@ -78,6 +82,7 @@ ARCHITECTURE = Document((ROOT / "docs/architecture.md").read_text())
 PAGES = {
     name: Document((ROOT / "docs" / name).read_text()) for name in ("guide.md", "demo.md", "benchmarks.md")
 }
+CAPTIONS = Document((ROOT / "docs/captions.md").read_text())
 INLINE = list(dict.fromkeys(chain(README.inline, *(page.inline for page in PAGES.values()))))
 
 
@@ -119,24 +124,31 @@ def lay_out(make_clips: MakeClips) -> None:
     text = {k.removeprefix("text_encoder."): v for k, v in weights.items() if k.startswith("text_encoder.")}
     torch.save(text, "roberta/pytorch_model.pt")
     Tokenizer.train(["a calm voice", "it whispers"] * 3, 280).save("roberta/tokenizer.json")
-    tiny = TRAIN_PRESETS["tiny"].to_dict()
-    Path("recipe.json").write_text(
-        json.dumps(
-            {
-                "model": tiny["model"],
-                "data": {"manifest": "m.jsonl", "batch_clips": 4, "buckets": 1},
-                "stage1_steps": 2,
-                "stage2_steps": 1,
-            }
-        )
-    )
+    write_recipe(Path("recipe.json"))
     results = [
         path for path in sorted((ROOT / "bench/results").glob("*.json")) if "fbank-10s" in path.read_text()
     ]
     shutil.copy(results[-1], "old.json")
-    Path("bin").mkdir()
+    write_python(Path())
+
+
+def write_recipe(path: Path) -> None:
+    """Writes settings of a run of three steps."""
+    tiny = TRAIN_PRESETS["tiny"].to_dict()
+    recipe = {
+        "model": tiny["model"],
+        "data": {"manifest": "m.jsonl", "batch_clips": 4, "buckets": 1},
+        "stage1_steps": 2,
+        "stage2_steps": 1,
+    }
+    path.write_text(json.dumps(recipe))
+
+
+def write_python(folder: Path) -> None:
+    """Writes `python` and `torchrun` as scripts that call this Python, into the folder's bin."""
+    (folder / "bin").mkdir()
     for name, words in (("python", ""), ("torchrun", "-m torch.distributed.run")):
-        script = Path("bin", name)
+        script = folder / "bin" / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
         script.chmod(0o755)
 
@@ -150,13 +162,18 @@ def only_slower(output: str) -> bool:
 
 
 class Shell:
-    """Runs commands in a folder, with this Python as `python`, on the CPU."""
+    """Runs commands in a folder, with this Python as `python`, on the CPU.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ran = folder, list[str]()
+    Args:
+        folder: the folder.
+        replaced: text of the commands -> what replaces it, such as the address of a server.
+    """
+
+    def __init__(self, folder: Path, replaced: Mapping[str, str] | None = None) -> None:
+        self.folder, self.ran, self.replaced = folder, list[str](), dict(replaced or {})
         self.environment = os.environ | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "PET_STANDALONE": "1",  # any free port for torchrun
@@ -181,7 +198,7 @@ class Shell:
     def _whole(self, command: str, *, codes: tuple[int, ...] = (0,)) -> str:
         against = command.startswith("python -m bench.run") and "--against" in command
         done = subprocess.run(
-            ["bash", "-c", command],
+            ["bash", "-c", self.adapted(command)],
             cwd=self.folder,
             env=self.environment,
             capture_output=True,
@@ -193,6 +210,12 @@ class Shell:
         assert done.returncode in allowed, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr[-4000:]}"
         return done.stdout
+
+    def adapted(self, text: str) -> str:
+        """A command or program with the texts that `replaced` names."""
+        for old, new in self.replaced.items():
+            text = text.replace(old, new)
+        return text
 
     def _make(self, command: str) -> None:
         """A target as far as it can be run here: without the installation, which tests/test_packaging.py
@@ -283,7 +306,8 @@ def test_every_command_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     lay_out(make_clips)
     shell = Shell(tmp_path)
-    setup, training, use = README.lists
+    setup, training, captions, use = README.lists
+    assert set(captions) <= set(chain(*CAPTIONS.lists))  # which the next test runs
     behind = list(chain(*chain(*(page.lists for page in PAGES.values()))))
     # The two lists do not depend on each other, so they run at the same time, on two cores.
     first = [*setup, "python readme.py", *use]
@@ -293,7 +317,7 @@ def test_every_command_runs_as_it_stands(
         running = [pool.submit(shell.run_all, commands) for commands in (first, second)]
         for done in running:
             done.result()
-    assert set(shell.ran) >= {*chain(*README.lists), *behind, *INLINE}
+    assert set(shell.ran) >= {*setup, *training, *use, *behind, *INLINE}
     assert len(shell.ran) > 20
 
     steps = [record["step"] for record in log.read_log(Path("runs/b/log.jsonl")) if record["kind"] == "train"]
@@ -304,6 +328,69 @@ def test_every_command_runs_as_it_stands(
     assert {path.name for path in Path("onnx").iterdir()} == {"audio.onnx", "text.onnx", "tokenizer.json"}
     assert Path("evaluation").is_dir()
     assert "<audio controls" in open_in_browser(Path("answers.html").absolute())
+
+
+def speak(path: Path, f0_hz: float) -> None:
+    """Writes 1.5 s of sound that is measured as speech: a voice with five syllables a second."""
+    time_s = np.arange(24000) / 16000
+    pitch_hz = f0_hz * (1 + 0.1 * np.sin(2 * np.pi * 0.7 * time_s))
+    phase = 2 * np.pi * np.cumsum(pitch_hz) / 16000
+    voice = sum(np.sin(k * phase) / k for k in range(1, 20))
+    wave = 0.1 * voice * np.sin(np.pi * 5 * time_s) ** 2
+    soundfile.write(path, wave + 1e-4 * np.random.default_rng(0).standard_normal(len(wave)), 16000)
+
+
+def model_answer(body: dict[str, Any]) -> str | None:
+    """What the verifier and the judge answer; None: the captioner's turn."""
+    form = body.get("response_format")
+    if form is None:
+        return None
+
+    def value_of(schema: dict[str, Any]) -> object:
+        if "properties" in schema:
+            return {key: value_of(value) for key, value in schema["properties"].items()}
+        return schema["enum"][-1] if "enum" in schema else False
+
+    return json.dumps(value_of(form["json_schema"]["schema"]))
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.timeout(600)
+def test_the_page_on_captions_runs_against_a_server(tmp_path: Path) -> None:
+    """All commands of the page and its program for Ray, in their order. One server answers for all models."""
+    (tmp_path / "clips").mkdir()
+    write_python(tmp_path)
+    rows = [{"id": f"clip{i}", "audio": f"clips/{i}.wav", "tags": {"accent": "Scottish"}} for i in range(8)]
+    for i in range(8):
+        speak(tmp_path / f"clips/{i}.wav", 100.0 + 20 * i)
+    write_rows(tmp_path / "clips.jsonl", rows)
+    write_rows(
+        tmp_path / "v.jsonl", [row | {"captions": [f"A voice, number {i}."]} for i, row in enumerate(rows)]
+    )
+    write_recipe(tmp_path / "recipe.json")
+    # Ray's sockets need a short path.
+    with (
+        StubServer(content=model_answer) as server,
+        TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder,
+    ):
+        addresses = dict.fromkeys((f"http://localhost:{port}/v1" for port in (8000, 8001, 8002)), server.url)
+        names = {f"model {name}": f"model {MODEL}" for name in ("captioner", "verifier", "judge")}
+        shell = Shell(tmp_path, addresses | names | {'model="captioner"': f'model="{MODEL}"'})
+        shell.environment |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": ray_folder}
+        shell.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        for language, text in CAPTIONS.blocks:
+            if language == "sh":
+                shell.run_all(Document.commands(text))
+            elif language == "python":
+                (tmp_path / "recipe.py").write_text(shell.adapted(text))
+                shell.run("python recipe.py")
+    assert len(shell.ran) == len(list(chain(*CAPTIONS.lists))) + 1
+    assert len((tmp_path / "work/captions.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "batch/captions.jsonl").read_text().splitlines()) == 8
+    assert json.loads((tmp_path / "work/judge/judge.json").read_text())["scores"]["clips"] == 8
+    assert json.loads((tmp_path / "work/against-offline/judge.json").read_text())["pairs"]["clips"] == 8
+    assert CLSP.from_pretrained(tmp_path / "runs/captions/model").tokenizer is not None
 
 
 def test_a_slower_benchmark_is_distinguished_from_a_failed_one() -> None:
@@ -325,9 +412,11 @@ def _results(subject: dict[str, object], seconds: float | None) -> dict[str, Any
 
 
 def test_all_commands_and_code_of_the_docs_are_executed() -> None:
-    for page in (README, *PAGES.values()):
+    for page in (README, CAPTIONS, *PAGES.values()):
         assert page.strays() == []
-        assert page is README or (page.code("python"), page.code("json")) == ([], [])
+        assert page in (README, CAPTIONS) or page.code("python") == []
+        assert page is README or page.code("json") == []
+    assert CAPTIONS.inline == []
 
 
 @pytest.mark.parametrize(
@@ -347,7 +436,7 @@ def test_what_would_not_be_executed_is_found(text: str) -> None:
 
 
 def test_a_new_command_is_executed() -> None:
-    """A new command is among those that the test above runs. A fourth list of the README makes it fail."""
+    """A new command is among those that the test above runs. A fifth list of the README makes it fail."""
     new = Document("As `python -m clsp_fast.embed x y` does.\n```sh\nls  # files\n\nmake x\n```\n")
     assert (new.lists, new.inline) == ([["ls", "make x"]], ["python -m clsp_fast.embed x y"])
 
@@ -356,7 +445,10 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setenv("COLUMNS", "200")
     known = torchruns_options().union(*(options_of(command, capsys) for command in COMMANDS))
     known |= {"--check-parity", "--list", "--against", "--json", "--plot"}  # of commands that are run above
-    spans = chain(README.spans, *(page.spans for page in PAGES.values()), ARCHITECTURE.spans)
+    known |= {"--served-model-name", "--max-model-len", "--limit-mm-per-prompt"}  # of vLLM
+    known |= {"--allowed-local-media-path", "--tensor-parallel-size"}
+    pages = (README, CAPTIONS, ARCHITECTURE, *PAGES.values())
+    spans = chain(*(page.spans for page in pages))
     named = {flag for span in spans for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", span)}
     assert len(named) > 15
     assert named <= known
@@ -404,7 +496,7 @@ def test_the_readme_takes_its_results_from_the_page_of_the_demo() -> None:
 
 
 def test_the_readme_is_short_and_names_every_extra() -> None:
-    assert len(README_TEXT.splitlines()) <= 130
+    assert len(README_TEXT.splitlines()) <= 145
     project = (ROOT / "pyproject.toml").read_text()
     tables = re.search(r"^\[project\.optional-dependencies\]\n(.*?)^\[project\.", project, re.M | re.S)
     assert tables is not None

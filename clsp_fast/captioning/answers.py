@@ -239,7 +239,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
             raise ValueError('expected an object with "settings"')
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds no job: it has no {RECORD}") from None
+        raise FileNotFoundError(
+            f"{folder} holds no job (it has no {RECORD}); name the work folder of `generate`"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return record

@@ -40,7 +40,7 @@ FIXED = Bands(
         "male": {"low": (50, 102), "medium": (108, 129), "high": (137, 600)},
         "female": {"low": (60, 186), "medium": (194, 228), "high": (242, 600)},
     },
-    speed={"slow": (0.5, 3.4), "medium": (3.8, 4.8), "fast": (5.2, 15)},
+    speed={"slow": (0.5, 3.4), "medium": (3.9, 4.8), "fast": (5.3, 15)},
     liveliness={"monotone": (0.0, 0.95), "normal": (1.1, 2.25), "lively": (2.6, 12)},
     loudness={"quiet": (-70, -35), "normal": (-31, -24), "loud": (-21, 3)},
 )
@@ -52,6 +52,7 @@ _LONG_PAUSE_S, _MIN_PAUSES, _CONTINUOUS_S = 0.5, 2, 3.0
 _TWO_PART_S, _THREE_PART_S = 1.6, 3.0  # shorter speech has no changes of this kind
 _PITCH_CHANGE, _SPEED_CHANGE, _LOUDNESS_CHANGE = 5.0, 1.6, 12.0  # semitones, ratio, dB
 _FASTER_BY = 4  # syllables: a faster half has at least so many more than the other
+_WHISPERED = 0.06  # most of a whispered half that may be periodic
 _MELODY = 2.1  # semitones: if F0 varies so much within each third, it moves all the time
 _MIN_CLIPS = 50  # with fewer clips, quantiles say little
 _LOW, _MIDDLE, _HIGH = (0, 30), (40, 60), (70, 100)  # % of the clips with a low, a middle and a high value
@@ -117,13 +118,17 @@ def speech_problem(measurement: Measurement) -> str:
 
 
 def _quality(measurement: Measurement) -> str:
-    """The quality of the voice, or a change of it from one half to the other."""
+    """The quality of the voice, or a change of it from one half to the other.
+
+    The end of a sentence may lose its voice. It is a whisper only if hardly any of it is periodic.
+    """
     whole = voice_quality(measurement.whole) or ""
-    if measurement.whole.duration_s >= _TWO_PART_S:
-        change = ">".join(voice_quality(half) or "" for half in measurement.halves)
-        if has_change("quality", change):
-            return change
-    return whole
+    if measurement.whole.duration_s < _TWO_PART_S:
+        return whole
+    halves = [(voice_quality(half) or "", half) for half in measurement.halves]
+    change = ">".join(name for name, _ in halves)
+    clear = all(h.clear_voice < _WHISPERED and h.syllables > 1 for name, h in halves if name == "whisper")
+    return (change if clear else "") if has_change("quality", change) else whole
 
 
 def _pitch(measurement: Measurement, bands: Bands, sex: str) -> str:

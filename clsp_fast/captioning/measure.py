@@ -43,8 +43,6 @@ def _check(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     if not isinstance(waveform, np.ndarray) or waveform.dtype != np.float32 or waveform.ndim != 1:
         kind = f"{getattr(waveform, 'dtype', type(waveform).__name__)} {getattr(waveform, 'shape', '')}"
         raise ValueError(f"a waveform must be a float32 array of shape (samples,) at 16 kHz, got {kind}")
-    if not np.isfinite(waveform).all():
-        raise ValueError("a waveform must be finite, got NaN or infinity")
     return np.require(waveform, requirements=["C", "A"])
 
 
@@ -52,7 +50,7 @@ def track(waveform: npt.NDArray[np.float32]) -> Track:
     """F0, strength and level of each frame of a mono waveform at 16 kHz.
 
     Raises:
-        ValueError: the waveform is not a finite float32 array of one dimension.
+        ValueError: the waveform is not a float32 array of one dimension, or a sample is not finite.
     """
     f0_hz, strength, level_db = _C.track_voice(_check(waveform))
     return Track(f0_hz=f0_hz, strength=strength, level_db=level_db)
@@ -68,7 +66,7 @@ def measure(
         num_threads: threads of the engine; None: one for each usable core.
 
     Raises:
-        ValueError: a waveform is not a finite float32 array of one dimension.
+        ValueError: a waveform is not a float32 array of one dimension, or a sample is not finite.
     """
     threads = audio.check_num_threads(num_threads)
     rows = _C.measure_voices([_check(waveform) for waveform in waveforms], num_threads=threads)

@@ -327,7 +327,7 @@ def _measure_all(
                 summary.leave_out(clip, problem)
                 continue
             usable.append(clip)
-            values.add(measurement, _known_labels(clip))
+            values.add(measurement, known_labels(clip))
             spool.append(measurement)
         progress.add(len(chunk), len(chunk) - len(waveforms))
     return usable, values
@@ -339,7 +339,7 @@ def _chunks(clips: Iterable[Clip]) -> Iterator[list[Clip]]:
         yield chunk
 
 
-def _known_labels(clip: Clip) -> dict[str, str]:
+def known_labels(clip: Clip) -> dict[str, str]:
     """The labels that the manifest gives: attribute -> label; "" if captions have no words for its value."""
     known = {}
     for attribute in ATTRIBUTES:
@@ -357,7 +357,7 @@ def _line(
     clip: Clip, measurement: Measurement, summary: Summary, provenance: Mapping[str, Any], replace: bool
 ) -> dict[str, Any] | None:
     """The clip's line in the manifest; None if too little is known for captions."""
-    known = _known_labels(clip)
+    known = known_labels(clip)
     tags = labelling.labels(measurement, summary.bands, known)
     kept = Captions((), ()) if replace else clip.captions
     if not all(kept) and not _is_enough(tags):

@@ -100,7 +100,7 @@ class Rules:
         if _LINE_ENDS.search(caption):
             names.append(_NEWLINE)
         names += [rule for rule, pattern in self._patterns.items() if pattern.search(text)]
-        if self._marks and (self._marks.search(caption) or _SINGLE_QUOTES.search(text)):
+        if self._marks and (self._marks.search(caption) or ("'" in text and _SINGLE_QUOTES.search(text))):
             names.append(_QUOTATION)
         return tuple(names)
 
@@ -124,9 +124,10 @@ def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
 
 def _folded(text: str) -> str:
     """The text for comparisons: one form for each letter and apostrophe, no case, no invisible characters."""
-    text = unicodedata.normalize("NFKC", straight_apostrophes(text)).casefold()
+    text = straight_apostrophes(text)
     if text.isascii():
-        return text
+        return text.lower()
+    text = unicodedata.normalize("NFKC", text).casefold()
     return "".join(character for character in text if unicodedata.category(character) != "Cf")
 
 
@@ -204,6 +205,8 @@ def answer_fault(text: str | None, finish_reason: str | None) -> str | None:
 
 
 def _without_thoughts(text: str) -> str:
+    if "<" not in text:
+        return text.strip()
     text = _THOUGHT.sub(" ", text)
     ends = list(_THOUGHT_END.finditer(text))
     text = text[ends[-1].end() :] if ends else text

@@ -26,7 +26,8 @@ _INVISIBLE = re.compile(
 )
 _LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*\)")
 _MARKUP = re.compile(r"</?[a-z][a-z0-9]*\s*/?>", re.IGNORECASE)
-_EMPHASIS = re.compile(r"\*+|~~+|`+|(?<!\w)_+(?=\S)|(?<=\S)_+(?!\w)")
+_EMPHASIS = re.compile(r"\*+|~~+|(?<!\w)_+|_+(?!\w)")
+_CODE = re.compile(r"(?<!\w)`+|`+(?!\w)")
 _LINE_START = re.compile(
     r"^[ \t]*(?:#{1,6}[ \t]+|>+[ \t]*|[-+•‣▪\u2013—][ \t]+|\d{1,2}[.)][ \t]+)", re.MULTILINE
 )
@@ -82,9 +83,14 @@ def normalise(caption: str, *, accent: str | None = None) -> str:
     """
     text = unicodedata.normalize("NFC", caption)
     for _ in range(_ROUNDS):
-        before, text = text, _round(text)
+        before, text = text, _sentence(_round(text), accent)
         if text == before:
             break
+    return text
+
+
+def _sentence(text: str, accent: str | None) -> str:
+    """The text as a sentence with the labelled accent; empty if no letter or digit is left."""
     if not any(character.isalnum() for character in text):
         return ""
     text = _with_accent(text, accent)
@@ -94,7 +100,7 @@ def normalise(caption: str, *, accent: str | None = None) -> str:
 
 def _round(text: str) -> str:
     """Removes one layer of everything that `normalise` removes."""
-    text = _INVISIBLE.sub("", straight_apostrophes(text).translate(_QUOTES))
+    text = _INVISIBLE.sub("", straight_apostrophes(_CODE.sub("", text)).translate(_QUOTES))
     text = re.sub(r"[^\S\n]*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text.strip()))
     text = _LINE_START.sub("", text)
     text = _EMPHASIS.sub("", _MARKUP.sub(" ", _LINK.sub(r"\1", text)))
@@ -136,7 +142,7 @@ def _without_brackets(text: str) -> str:
 def _with_accent(text: str, accent: str | None) -> str:
     """The text with the labelled accent in place of each accent that it names."""
     label = " ".join((accent or "").replace("_", " ").split())
-    if label.lower() in _VAGUE_ACCENTS or not re.fullmatch(r"[^\W\d_][\w' .-]{0,39}", label):
+    if label.lower() in _VAGUE_ACCENTS or not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[' .-]){0,39}", label):
         return text
     label = re.sub(r"\s+accent(?:ed)?$", "", label, flags=re.IGNORECASE)
     if label.islower():
@@ -157,7 +163,7 @@ def _accent_pattern() -> re.Pattern[str]:
     known = "|".join(
         r"\s+".join(map(re.escape, word.split())) for word in sorted(words("accents"), key=len, reverse=True)
     )
-    accents = rf"(?:{known})(?:[\s/-]+(?:{known}))*"
+    accents = rf"(?:{known})(?:[\s/-]+(?:{known})){{0,3}}"
     return re.compile(
         rf"(?:\b(?P<article>an?)\s+)?(?P<between>{_MODIFIERS})\b(?:{accents})(?P<end>[\s-]+accent(?:s|ed)?)\b",
         re.IGNORECASE,

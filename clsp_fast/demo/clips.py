@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from clsp_fast.captioning import wording
+from clsp_fast.captioning.labels import FIXED, label
+from clsp_fast.captioning.measure import Part
 from clsp_fast.captioning.wording import ATTRIBUTES
 from clsp_fast.demo import engines
 from clsp_fast.demo.engines import Manner, Voice
@@ -27,10 +29,8 @@ from clsp_fast.demo.signal import (
     Signal,
     active_level_db,
     creak,
-    f0_statistics,
-    f0_track,
+    measured,
     set_level,
-    syllable_nuclei,
     tilt,
     trim,
     whisper,
@@ -40,22 +40,15 @@ from clsp_fast.storage import files
 
 LABELLED = ("sex", "pitch", "speed", "liveliness", "loudness", "quality")
 """The attributes of `captioning.wording.ATTRIBUTES` that clips of the demo corpus have."""
-Bands = dict[str, tuple[float, float]]
-# label -> (lowest, highest) measured value; values between the bands have no label.
-_SPEED: Bands = {"slow": (1.5, 3.4), "medium": (3.8, 4.8), "fast": (5.35, 10.0)}  # syllables per second
-_PITCH: dict[str, Bands] = {  # median F0 in Hz, relative to sex
-    "male": {"low": (60, 102), "medium": (108, 129), "high": (137, 164)},
-    "female": {"low": (150, 186), "medium": (194, 228), "high": (242, 340)},
-}
-_LIVELINESS: Bands = {"monotone": (0.0, 0.95), "normal": (1.1, 2.25), "lively": (2.6, 9.0)}  # semitones
-_LOUDNESS: Bands = {"quiet": (-60, -35), "normal": (-31, -24), "loud": (-21, 0)}  # dB re full scale
-# label -> range from which the requested value is drawn, well inside the band
-_WANTED_SPEED: Bands = {"slow": (2.3, 3.2), "medium": (3.95, 4.65), "fast": (5.7, 7.4)}
-_WANTED_PITCH: dict[str, Bands] = {
+_Ranges = dict[str, tuple[float, float]]
+# label -> range from which the requested value is drawn, well inside the band of `captioning.labels.FIXED`
+_WANTED_SPEED: _Ranges = {"slow": (2.3, 3.2), "medium": (4.0, 4.65), "fast": (5.7, 7.4)}
+_WANTED_PITCH: dict[str, _Ranges] = {
     "male": {"low": (80, 98), "medium": (111, 126), "high": (140, 159)},
     "female": {"low": (162, 180), "medium": (198, 222), "high": (250, 292)},
 }
-_WANTED_LEVEL: Bands = {"quiet": (-42, -36.5), "normal": (-30, -25), "loud": (-20, -16)}
+_TYPICAL_F0_HZ = {"male": (60, 164), "female": (150, 340)}  # other values have no label
+WANTED_LEVEL: _Ranges = {"quiet": (-42, -36.5), "normal": (-30, -25), "loud": (-20, -16)}
 _EFFORT_TILT = {"quiet": -1.5, "normal": 0.0, "loud": 1.5}  # dB per octave: loud voices are brighter
 _CREAK_HZ = {"male": (42.0, 60.0), "female": (48.0, 75.0)}
 
@@ -99,7 +92,7 @@ def _run_job(job: Mapping[str, Any]) -> None:
             name = f"{job['engine']}-{job['split']}-{job['number']:02d}-{i:04d}"
             x, clip = speaker.clip(style, change)
             audio = Path(job["audio"]) / job["split"] / f"{name}.wav"
-            samples = _write_wav(audio, x)
+            samples = write_wav(audio, x)
             line = {
                 "id": name,
                 "audio": f"audio/{job['split']}/{name}.wav",
@@ -237,14 +230,17 @@ class _Speaker:
                 whisper=bool(whispers),
             )
             x = trim(self._engine.speak(f"{text}.", voice, manner, rng))
-            measured_rate = _syllables_per_s(x, count)
-            measured_f0, spread = (0.0, 0.0) if whispers else f0_statistics(f0_track(x))
+            part = measured(x).whole
+            measured_rate, measured_f0 = _syllables_per_s(part, count), 0.0 if whispers else part.f0_hz
             rate_gain *= float(np.clip(rate / measured_rate, 0.5, 2.0))
             self._rate_gain.learn(voice.name, style.speed, rate_gain)
             if measured_f0 > 0:
                 f0_gain *= float(np.clip(f0_hz / measured_f0, 0.6, 1.6))
                 self._f0_gain.learn(voice.name, style.liveliness, f0_gain)
-            speed, pitch = _label(measured_rate, _SPEED), _label(measured_f0, _PITCH[style.sex])
+            speed, pitch = label(measured_rate, FIXED.speed), label(measured_f0, FIXED.pitch[style.sex])
+            lowest, highest = _TYPICAL_F0_HZ[style.sex]
+            if not lowest <= measured_f0 <= highest:
+                pitch = ""
             pitch_matters = style.quality == "normal" and measured_f0 > 0
             as_requested = speed == style.speed and (not pitch_matters or pitch == style.pitch)
             if as_requested or (not exact and speed and (pitch or not pitch_matters)):
@@ -254,30 +250,24 @@ class _Speaker:
         elif style.quality == "whisper" and not whispers:
             x = whisper(x, rng)
         x = tilt(x, _EFFORT_TILT[style.loudness] + float(rng.uniform(-0.7, 0.7)))
-        x = set_level(x, float(rng.uniform(*_WANTED_LEVEL[style.loudness])))
+        x = set_level(x, float(rng.uniform(*WANTED_LEVEL[style.loudness])))
         tags = {
             "sex": style.sex,
             "pitch": pitch if pitch_matters else "",
             "speed": speed,
-            "liveliness": _label(spread, _LIVELINESS) if pitch_matters else "",
-            "loudness": _label(active_level_db(x), _LOUDNESS),
+            "liveliness": label(part.f0_sd, FIXED.liveliness) if pitch_matters else "",
+            "loudness": label(active_level_db(x), FIXED.loudness),
             "quality": style.quality,
         }
-        return x, {attribute: label for attribute, label in tags.items() if label}
+        return x, {attribute: name for attribute, name in tags.items() if name}
 
 
-def _syllables_per_s(x: Signal, count: int) -> float:
+def _syllables_per_s(part: Part, count: int) -> float:
     """Speaking rate, from the geometric mean of the syllables in the text and the syllables in the sound.
 
     Foreign voices add syllables and fast ones swallow some, so neither count alone is what a listener hears.
     """
-    heard = max(1, syllable_nuclei(x))
-    return math.sqrt(count * heard) / max(0.2, len(x) / SAMPLE_RATE_HZ - 0.08)  # without trim's margins
-
-
-def _label(value: float, bands: Bands) -> str:
-    """The label of a measured value; empty between two bands."""
-    return next((label for label, (low, high) in bands.items() if low <= value <= high), "")
+    return math.sqrt(count * max(1, part.syllables)) / max(0.2, part.duration_s)
 
 
 def prompts() -> dict[str, dict[str, list[str]]]:
@@ -306,7 +296,7 @@ def _room_noise(x: Signal, rng: np.random.Generator) -> Signal:
     return noise * 10 ** (level_db / 20) / float(np.sqrt(np.mean(noise**2)))
 
 
-def _write_wav(path: Path, x: Signal) -> int:
+def write_wav(path: Path, x: Signal) -> int:
     """Writes 16-bit PCM; returns the number of samples."""
     samples = np.round(np.clip(x, -1.0, 1.0) * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:

@@ -29,8 +29,7 @@ from clsp_fast.demo.signal import (
     HOP,
     SAMPLE_RATE_HZ,
     Signal,
-    f0_statistics,
-    f0_track,
+    measured,
     pulses,
     resample,
     resonances,
@@ -118,7 +117,7 @@ class _Calibration:
     def __call__(self, name: str) -> tuple[float, float]:
         if name not in self._known:
             x = trim(self._say(name))
-            f0_hz, _ = f0_statistics(f0_track(x))
+            f0_hz = measured(x).whole.f0_hz
             rate = syllables(_CALIBRATION_TEXT) / (len(x) / SAMPLE_RATE_HZ - 0.08)
             self._known[name] = (f0_hz or 150.0, rate)
         return self._known[name]

@@ -1,4 +1,4 @@
-"""Measures and changes the waveforms of the demo corpus, in numpy.
+"""Changes the waveforms of the demo corpus, in numpy.
 
 Every waveform is a float64 array of shape (samples,) at SAMPLE_RATE_HZ; frames advance by HOP samples.
 Whisper and creak are made here from any engine's voice, so that a voice quality does not reveal the engine.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from clsp_fast.captioning.measure import Measurement, measure, track
+
 Signal = npt.NDArray[np.float64]
 
 SAMPLE_RATE_HZ = 16_000
@@ -16,9 +18,6 @@ HOP = 160
 _WINDOW = 3 * HOP  # a Hann window of 3 hops adds up to a constant
 _FFT = 1024
 _LPC_ORDER = 18
-_PITCH_WINDOW = 640  # two periods of the lowest voice (60 Hz) and a little more
-_SHORTEST_LAG, _LONGEST_LAG = 40, 267  # 400 Hz and 60 Hz
-_ACTIVE_POWER = 1e-3  # frames within 30 dB of the loudest one count as speech
 
 
 def _fft_length(samples: int) -> int:
@@ -54,64 +53,19 @@ def _frames(x: Signal, size: int) -> Signal:
     return np.lib.stride_tricks.sliding_window_view(x, size)[::HOP]
 
 
+def measured(x: Signal) -> Measurement:
+    """What `captioning.measure` says of a waveform."""
+    return measure([x.astype(np.float32)], num_threads=1)[0]
+
+
 def f0_track(x: Signal) -> Signal:
-    """Fundamental frequency in Hz, one value every 10 ms; 0 if the frame has no voice.
-
-    The autocorrelation of the frame is divided by the autocorrelation of the window (Boersma 1993, eq. 9). A
-    small cost for each lag prevents octave errors.
-    """
-    if len(x) < 2 * _PITCH_WINDOW:
-        return np.zeros(1)
-    window = np.hanning(_PITCH_WINDOW)
-    power = np.abs(np.fft.rfft(_frames(x, _PITCH_WINDOW) * window, _FFT)) ** 2
-    correlation = np.fft.irfft(power)[:, : _LONGEST_LAG + 1]
-    window_correlation = np.fft.irfft(np.abs(np.fft.rfft(window, _FFT)) ** 2)[: _LONGEST_LAG + 1]
-    energy = correlation[:, 0]
-    ratio = correlation / (energy[:, None] + 1e-9) / (window_correlation / window_correlation[0])
-    lags = np.arange(_SHORTEST_LAG, _LONGEST_LAG + 1)
-    best = np.argmax(ratio[:, lags] - 6e-4 * (lags - _SHORTEST_LAG), axis=1)
-    strength = ratio[np.arange(len(ratio)), lags[best]]
-    voiced = (strength > 0.55) & (energy > energy.max() * _ACTIVE_POWER)
-    return np.where(voiced, SAMPLE_RATE_HZ / lags[best], 0.0)
-
-
-def f0_statistics(track: Signal) -> tuple[float, float]:
-    """Median in Hz and spread (standard deviation in semitones) of a track; zeros if there is too little
-    voice."""
-    voiced = track[track > 0]
-    if len(voiced) < 8:
-        return 0.0, 0.0
-    median = float(np.median(voiced))
-    semitones = 12 * np.log2(voiced / median)
-    return median, float(np.std(semitones[np.abs(semitones) < 9]))  # larger distances are octave errors
-
-
-def syllable_nuclei(x: Signal) -> int:
-    """Number of syllables in the sound: peaks of the smoothed level at 300-2500 Hz, separated by 2 dB dips.
-
-    After de Jong & Wempe 2009, without their test for voice, so that whispered syllables count.
-    """
-    size = 5 * HOP // 2
-    spectra = np.fft.rfft(_frames(np.pad(x, size), size) * np.hanning(size), 512)
-    low, high = (round(hz * 512 / SAMPLE_RATE_HZ) for hz in (300, 2500))
-    power = np.sum(np.abs(spectra[:, low:high]) ** 2, axis=1)
-    level = 10 * np.log10(np.convolve(power, np.hanning(9) / 4, "same") + 1e-12)
-    level = np.maximum(level, np.percentile(level, 95) - 25)
-    count, rising, extreme = 0, False, level[0]
-    for value in level:
-        if (value > extreme) == rising:
-            extreme = value
-        elif abs(value - extreme) > 2:
-            count += rising
-            rising, extreme = not rising, value
-    return count + rising
+    """F0 in Hz of each frame of HOP samples; 0 if the frame has no voice."""
+    return track(x.astype(np.float32)).f0_hz
 
 
 def active_level_db(x: Signal) -> float:
     """Level of the frames that hold speech, in dB relative to full scale."""
-    count = len(x) // (2 * HOP)
-    power = np.mean(x[: count * 2 * HOP].reshape(count, -1) ** 2, axis=1)
-    return float(10 * np.log10(np.mean(power[power >= power.max() * _ACTIVE_POWER]) + 1e-12))
+    return measured(x).whole.level_db
 
 
 def set_level(x: Signal, level_db: float) -> Signal:
@@ -189,7 +143,7 @@ def creak(x: Signal, pulse_hz: float, rng: np.random.Generator) -> Signal:
     times = onsets[onsets < len(x)].astype(np.int64)
     noise = rng.standard_normal(len(x))
     voiced = np.repeat(f0_track(x) > 0, HOP)
-    voiced = np.pad(voiced, (HOP, len(x)))[: len(x)]  # a pitch value belongs to the middle of its frame
+    voiced = np.pad(voiced, (0, max(0, len(x) - len(voiced))))[: len(x)]
     excitation = np.where(voiced, 0.05, 0.7) * noise
     pulses = rng.uniform(0.5, 1.3, len(times)) * np.sqrt(SAMPLE_RATE_HZ / pulse_hz)
     np.add.at(excitation, times, pulses * voiced[times])
@@ -198,14 +152,14 @@ def creak(x: Signal, pulse_hz: float, rng: np.random.Generator) -> Signal:
 
 def scale_intonation(x: Signal, factor: float) -> Signal:
     """Widens (factor > 1) or flattens (< 1) the melody by changes of playing speed, smoothed over 70 ms."""
-    track = f0_track(x)
-    (voiced,) = np.nonzero(track)
+    f0_hz = f0_track(x)
+    (voiced,) = np.nonzero(f0_hz)
     if len(voiced) < 8:
         return x
-    relative = np.clip(track[voiced] / np.median(track[voiced]), 0.6, 1.7)
-    contour = np.interp(np.arange(len(track)), voiced, relative)
+    relative = np.clip(f0_hz[voiced] / np.median(f0_hz[voiced]), 0.6, 1.7)
+    contour = np.interp(np.arange(len(f0_hz)), voiced, relative)
     contour = np.convolve(np.pad(contour, 3, mode="edge"), np.full(7, 1 / 7), "valid")
-    centres = np.arange(len(track)) * HOP + _PITCH_WINDOW // 2
+    centres = np.arange(len(f0_hz)) * HOP + HOP // 2
     speed = np.interp(np.arange(len(x)), centres, np.clip(contour ** (factor - 1), 0.7, 1.4))
     times = np.append(0.0, np.cumsum(speed))
     wanted = times[: int(np.searchsorted(times, len(x) - 1))]

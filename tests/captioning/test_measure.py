@@ -259,6 +259,8 @@ def test_only_documented_values_are_nan() -> None:
         (np.zeros((2, 100), np.float32), r"got float32 \(2, 100\)"),
         ([0.0, 1.0], "got list"),
         (np.array([0.0, np.nan], np.float32), "must be finite"),
+        (np.array([0.0, -np.inf], np.float32), "must be finite"),
+        (np.full(1000, 3e38, np.float32), "at most 10000"),
     ],
 )
 def test_other_waveforms_are_refused(waveform: object, message: str) -> None:

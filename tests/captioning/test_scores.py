@@ -18,9 +18,9 @@ def test_known_scores_are_recovered() -> None:
             collected.add(clip, truth_NSA[clip] + noise)
     means_NSA = collected.means()
     assert np.array_equal(means_NSA, truth_NSA)
-    summary = scores.summarise_scores(means_NSA, ["ours", "theirs"], resamples=200, seed=0)
+    summary = scores.summarise_scores(means_NSA, ["first", "second"], resamples=200, seed=0)
     assert summary["clips"] == 3
-    for s, name in enumerate(("ours", "theirs")):
+    for s, name in enumerate(("first", "second")):
         figures = summary["systems"][name]
         assert list(figures) == [*ASPECTS, "mean"]
         for a, aspect in enumerate(ASPECTS):

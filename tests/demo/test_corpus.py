@@ -90,27 +90,25 @@ def test_captions_claim_what_the_tags_say(corpus: DemoCorpus, synthetic: DemoCor
 def test_labels_agree_with_the_sound(synthetic: DemoCorpus) -> None:
     levels = {"quiet": (-45, -34), "normal": (-32, -23), "loud": (-22, -10)}
     spreads = {"monotone": (0, 1.2), "normal": (0.9, 2.5), "lively": (2.2, 9)}
-    voiced: dict[str, list[float]] = {"normal": [], "whisper": []}
+    clear: dict[str, list[float]] = {"normal": [], "whisper": []}
     checked = 0
     for clip in read(synthetic.train):
-        tags, x = clip["tags"], samples(synthetic.train, clip)
+        tags, part = clip["tags"], signal.measured(samples(synthetic.train, clip)).whole
         if any(">" in label for label in tags.values()):
             continue
         low, high = levels[tags["loudness"]]
-        assert low < signal.active_level_db(x) < high
-        track = signal.f0_track(x)
-        f0_hz, spread = signal.f0_statistics(track)
-        voiced.setdefault(tags["quality"], []).append(float(np.mean(track > 0)))
+        assert low < part.level_db < high
+        clear.setdefault(tags["quality"], []).append(part.clear_voice)
         assert tags["quality"] == "normal" or not {"pitch", "liveliness"} & set(tags)
         if "pitch" in tags:
             edges = {"male": (105, 133), "female": (190, 235)}[tags["sex"]]
-            assert np.digitize(f0_hz, edges) == ["low", "medium", "high"].index(tags["pitch"])
+            assert np.digitize(part.f0_hz, edges) == ["low", "medium", "high"].index(tags["pitch"])
             checked += 1
         if "liveliness" in tags:
             low, high = spreads[tags["liveliness"]]
-            assert low < spread < high
+            assert low < part.f0_sd < high
     assert checked > 15
-    assert np.mean(voiced["whisper"]) < 0.3 < 0.5 < np.mean(voiced["normal"])
+    assert np.mean(clear["whisper"]) < 0.2 < 0.5 < np.mean(clear["normal"])
 
 
 def test_splits_share_neither_voices_nor_words(corpus: DemoCorpus) -> None:
