@@ -284,8 +284,9 @@ class Client:
             pauses = [e.paused_until - now for e in self._endpoints if e.paused_until > now]
             ready = loop.create_future()
             self._waiting.append(ready)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(ready, min(pauses, default=None))
+            # asyncio.wait_for of Python 3.11 and older may swallow the cancellation that ends a run.
+            await asyncio.wait([ready], timeout=min(pauses, default=None))
+            ready.cancel()
 
     def _release(self, endpoint: _Endpoint) -> None:
         endpoint.busy -= 1

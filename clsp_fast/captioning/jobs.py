@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import signal
 import sys
 import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +180,7 @@ def write_pending(
     written = {}
     with files.lock_folder(folder):
         begin(folder, settings, parts=parts, notes=notes or {})
-        for path in folder.glob("jobs*.jsonl"):
+        for path in (*folder.glob("jobs*.jsonl"), *folder.glob(".*.tmp")):  # of earlier and killed calls
             path.unlink()
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
             pending = (request for request in requests if not answers.is_done(request.custom_id))
@@ -387,6 +388,8 @@ class _Run:
         received: list[int] = []
 
         def stop(number: int) -> None:
+            if received:  # the user insists; lines are whole at any moment
+                os._exit(128 + number)
             received.append(number)
             task.cancel()
 
@@ -409,9 +412,7 @@ class _Run:
                     await asyncio.gather(feeder, *tasks[:-1])
                 finally:
                     self._ended.set()
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+                    await _cancel(tasks)
                     pool.shutdown(cancel_futures=True)
         if self._sync_error is not None:
             raise self._sync_error
@@ -439,7 +440,7 @@ class _Run:
             loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
     async def _work(self) -> None:
-        while (built := await self._queue.get()) is not None:
+        while not self._ended.is_set() and (built := await self._queue.get()) is not None:
             try:
                 await self._send(built)
             finally:
@@ -494,6 +495,16 @@ class _Run:
                 # The system reports it only once, so that a later attempt would seem to succeed.
                 self._sync_error = error
                 return
+
+
+async def _cancel(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Ends the tasks. A library may swallow a cancellation, so it is repeated."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=1.0)
+    await asyncio.gather(*tasks, return_exceptions=True)  # so that no exception counts as unnoticed
 
 
 def _encode(request: Request) -> bytes | None:

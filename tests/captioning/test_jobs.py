@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -16,8 +18,8 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer, caption, key_of
 
-from clsp_fast.captioning.answers import AnswerFile, AnswerIndex, custom_id, read_answers
-from clsp_fast.captioning.client import ServerConfig, ServerError
+from clsp_fast.captioning.answers import Answer, AnswerFile, AnswerIndex, custom_id, read_answers
+from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError
 from clsp_fast.captioning.jobs import (
     Counts,
     Request,
@@ -176,7 +178,8 @@ def result_of_whole_lines(folder: Path) -> set[str]:
 @pytest.mark.multiproc
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_cleanly(number: signal.Signals, tmp_path: Path) -> None:
-    with StubServer(delay_s=0.05) as server:
+    fault = lambda request, attempt: "429" if request["seed"] % 3 == 0 and not attempt else ""  # noqa: E731
+    with StubServer(fault=fault, delay_s=0.05) as server:  # some requests wait for the paused server
         process = start(tmp_path, server.url, 300)
         wait_for_lines(tmp_path, 10, process)
         process.send_signal(number)
@@ -268,6 +271,27 @@ def test_an_error_of_the_source_ends_the_run_and_keeps_the_answers(tmp_path: Pat
         with pytest.raises(ValueError, match="the manifest is damaged"):
             run_jobs(broken(), tmp_path, servers(server.url), settings=SETTINGS)
         assert len(result(tmp_path, 50)) == 50
+
+
+def test_a_run_ends_although_a_cancellation_was_swallowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = Client.complete
+
+    async def swallow(client: Client, payload: bytes) -> Reply:
+        if json.loads(payload)["seed"] == 0:
+            return await complete(client, payload)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return await complete(client, payload)
+
+    def fail(answer: Answer) -> None:
+        if answer.custom_id.startswith("0."):
+            raise ValueError("the first answer")
+
+    monkeypatch.setattr(Client, "complete", swallow)
+    with StubServer() as server, pytest.raises(ValueError, match="the first answer"):
+        run_jobs(requests(30), tmp_path, servers(server.url), settings=SETTINGS, on_answer=fail)
 
 
 def test_a_run_whose_first_requests_all_fail_stops(tmp_path: Path) -> None:
@@ -391,10 +415,11 @@ def test_job_files_run_elsewhere_and_their_answers_come_back(tmp_path: Path) -> 
         "7 answers added, 1 already answered, 1 failed, 4 with an id that is not one of this job's, 1 damaged"
     )
     assert result(folder, 10) == expected(10)[:7]
+    (folder / ".0123.9.tmp").touch()  # a call that was killed
     # Job files of the rest replace the earlier ones; a server can also answer it.
     written = write_pending(requests(10), folder, settings=SETTINGS)
     assert {path.name: count for path, count in written.items()} == {"jobs.jsonl": 3}
-    assert not list(folder.glob("jobs-*"))
+    assert not [*folder.glob("jobs-*"), *folder.glob(".*.tmp")]
     with StubServer() as server:
         assert run(folder, server, 10).answered == 3
     assert result(folder, 10) == expected(10)
