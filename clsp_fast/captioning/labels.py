@@ -52,6 +52,7 @@ _LONG_PAUSE_S, _MIN_PAUSES, _CONTINUOUS_S = 0.5, 2, 3.0
 _TWO_PART_S, _THREE_PART_S = 1.6, 3.0  # shorter speech has no changes of this kind
 _PITCH_CHANGE, _SPEED_CHANGE, _LOUDNESS_CHANGE = 5.0, 1.6, 12.0  # semitones, ratio, dB
 _FASTER_BY = 4  # syllables: a faster half has at least so many more than the other
+_CLEAR, _VOICED = 0.1, 0.3  # largest shares of a whisper
 _WHISPERED = 0.06  # most of a whispered half that may be periodic
 _MELODY = 2.1  # semitones: if F0 varies so much within each third, it moves all the time
 _MIN_CLIPS = 50  # with fewer clips, quantiles say little
@@ -122,13 +123,20 @@ def _quality(measurement: Measurement) -> str:
 
     The end of a sentence may lose its voice. It is a whisper only if hardly any of it is periodic.
     """
-    whole = voice_quality(measurement.whole) or ""
+    whole = _voice(measurement.whole)
     if measurement.whole.duration_s < _TWO_PART_S:
         return whole
-    halves = [(voice_quality(half) or "", half) for half in measurement.halves]
+    halves = [(_voice(half), half) for half in measurement.halves]
     change = ">".join(name for name, _ in halves)
     clear = all(h.clear_voice < _WHISPERED and h.syllables > 1 for name, h in halves if name == "whisper")
     return (change if clear else "") if has_change("quality", change) else whole
+
+
+def _voice(part: Part) -> str:
+    """The quality of a stretch. Hoarse and noisy voices, which are partly voiced, are no whispers."""
+    quality = voice_quality(part) or ""
+    unclear = quality == "whisper" and (part.clear_voice > _CLEAR or part.voiced > _VOICED)
+    return "" if unclear else quality
 
 
 def _pitch(measurement: Measurement, bands: Bands, sex: str) -> str:

@@ -39,8 +39,7 @@ def measured(**whole: Any) -> Measurement:
         "hnr_db": 14.0,
         "creak": 0.05,
     }
-    if "clear_voice" in {field.name for field in dataclasses.fields(noise.whole)}:
-        normal["clear_voice"] = whole.get("voiced", normal["voiced"])
+    normal["clear_voice"] = whole.get("voiced", normal["voiced"])
     part = dataclasses.replace(noise.whole, **normal | whole)
 
     def split(name: str, count: int) -> tuple[Any, ...]:
@@ -124,6 +123,12 @@ def test_whispered_and_creaky_voices_have_neither_pitch_nor_sex() -> None:
     assert creaky == {"loudness": "normal", "quality": "creaky"}
 
 
+def test_a_hoarse_voice_is_no_whisper() -> None:
+    assert "quality" not in labels(measured(voiced=0.4, clear_voice=0.08))
+    assert "quality" not in labels(measured(voiced=0.2, clear_voice=0.15))
+    assert labels(measured(voiced=0.2, clear_voice=0.05))["quality"] == "whisper"
+
+
 @pytest.mark.parametrize(
     ("values", "attribute", "label"),
     [
@@ -161,9 +166,8 @@ def test_changes_are_named(values: dict[str, Any], attribute: str, label: str | 
 
 
 def test_a_change_of_quality_is_named() -> None:
-    clear, whisper = {"voiced": 0.9}, {"voiced": 0.0, "hnr_db": math.nan}
-    if hasattr(measured().whole, "clear_voice"):
-        clear["clear_voice"], whisper["clear_voice"] = 0.9, 0.0
+    clear = {"voiced": 0.9, "clear_voice": 0.9}
+    whisper = {"voiced": 0.0, "clear_voice": 0.0, "hnr_db": math.nan}
     assert labels(measured(halves=[clear, whisper]))["quality"] == "normal>whisper"
     assert labels(measured(halves=[{"creak": 0.8}, clear]))["quality"] == "creaky>normal"
 
