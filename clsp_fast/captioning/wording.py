@@ -275,7 +275,7 @@ def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[st
     chosen = _shuffled(rng, constant)[: 1 + int(rng.random() * 3)]
     if "sex" in tags and (rng.random() < 0.8 or len(chosen) < 2):
         chosen.append("sex")
-    return {a: tags[a] for a in ATTRIBUTES if a in (chosen if constant else tags)}
+    return _with_needed_sex({a: tags[a] for a in ATTRIBUTES if a in (chosen if constant else tags)}, tags)
 
 
 def _fine_claims(tags: Mapping[str, str], rng: np.random.Generator, *, full: bool) -> dict[str, str]:
@@ -290,7 +290,16 @@ def _fine_claims(tags: Mapping[str, str], rng: np.random.Generator, *, full: boo
         for attribute in _shuffled(rng, constant)[: 1 + int(rng.random() * 2)]:
             if len(claims) > 2:
                 del claims[attribute]
-    return claims or {a: tags[a] for a in known}
+    return _with_needed_sex(claims or {a: tags[a] for a in known}, tags)
+
+
+def _with_needed_sex(claims: dict[str, str], tags: Mapping[str, str]) -> dict[str, str]:
+    """Adds the sex where the claims would mislead without it. "A low voice" of a speaker whose sex is not
+    mentioned is expected to be a man's, but a woman's low voice is higher than most men's voices."""
+    usual = {"female": "high", "male": "low"}.get(tags.get("sex", ""), claims.get("pitch"))
+    if claims.get("pitch", usual) == usual or "sex" in claims:
+        return claims
+    return {a: tags[a] for a in ATTRIBUTES if a in claims or a == "sex"}
 
 
 def captions(tags: Mapping[str, str], rng: np.random.Generator, *, fine: int | None = None) -> Captions:
