@@ -27,7 +27,7 @@ ALLOWED = {
     "audio": {"engine", "storage"},
     "console": {"storage"},
     "captioning": {"audio", "console", "data", "engine", "storage"},
-    "demo": {"captioning", "storage"},
+    "demo": {"audio", "captioning", "storage"},
     "features": {"audio", "console", "engine"},
     "data": {"audio", "config", "console", "features", "storage"},
     "model": {"audio", "config", "console", "features", "storage", "towers"},

@@ -53,6 +53,11 @@ _EFFORT_TILT = {"quiet": -1.5, "normal": 0.0, "loud": 1.5}  # dB per octave: lou
 _CREAK_HZ = {"male": (42.0, 60.0), "female": (48.0, 75.0)}
 
 
+def creak_hz(sex: str | None) -> tuple[float, float]:
+    """Range of the pulse rates of a creaky voice."""
+    return _CREAK_HZ.get(sex or "", (42.0, 75.0))
+
+
 @dataclass(frozen=True)
 class _Style:
     """The labels that a clip should get."""

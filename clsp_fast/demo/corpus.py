@@ -109,9 +109,9 @@ def prepare(
     if folder.exists() and not _holds_only_a_demo_corpus(folder):
         raise ValueError(f"{folder} holds files that are no demo corpus; name another folder or empty it")
     clips = config.clips + config.validation_clips + config.test_clips + config.transfer_clips
-    with files.naming_full_disk(folder, clips * _wav_bytes(_TYPICAL_S)):
+    with files.naming_full_disk(folder, clips * wav_bytes(_TYPICAL_S)):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale_folders(folder)
+        remove_stale_folders(folder)
         making = folder.parent / f".{folder.name}.making-{os.getpid()}"
         making.mkdir()
         try:
@@ -155,7 +155,7 @@ def _working_engines(
 ) -> list[str]:
     """The installed engines that start. For the others, a reason is added to `missing`."""
     working = []
-    probes = {name: _Child({"probe": name}, folder / f"probe-{name}") for name in speakers}
+    probes = {name: Child({"probe": name}, folder / f"probe-{name}") for name in speakers}
     for name, child in probes.items():
         if child.process.wait() == 0:
             working.append(name)
@@ -186,7 +186,7 @@ def _complete_corpus(folder: Path, fingerprint: str) -> DemoCorpus | None:
                 return None
             for line in raw.splitlines():
                 clip = json.loads(line)
-                if (folder / clip["audio"]).stat().st_size != _wav_bytes(clip["duration_s"]):
+                if (folder / clip["audio"]).stat().st_size != wav_bytes(clip["duration_s"]):
                     return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -207,7 +207,7 @@ def _holds_only_a_demo_corpus(folder: Path) -> bool:
     return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= known
 
 
-def _remove_stale_folders(folder: Path) -> None:
+def remove_stale_folders(folder: Path) -> None:
     """Removes folders that killed runs left behind. Newer ones may belong to a running process."""
     for making in folder.parent.glob(f".{folder.name}.making-*"):
         if time.time() - making.stat().st_mtime > _STALE_S:
@@ -225,16 +225,16 @@ def _child_environment() -> dict[str, str]:
     }
 
 
-class _Child:
-    """A process that runs `clips.run_job`."""
+class Child:
+    """A process that runs `run_job` of a module of this room."""
 
-    def __init__(self, job: dict[str, Any], stem: Path) -> None:
+    def __init__(self, job: dict[str, Any], stem: Path, *, module: str = "clips") -> None:
         self.lines = stem.with_suffix(".jsonl")
         self._log = stem.with_suffix(".log")
         self.job = job
         job_file = stem.with_suffix(".job")
         job_file.write_text(json.dumps({**job, "lines": str(self.lines)}))
-        code = "import sys; from clsp_fast.demo import clips; clips.run_job(sys.argv[1])"
+        code = f"import sys; from clsp_fast.demo import {module}; {module}.run_job(sys.argv[1])"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, str(job_file)],
@@ -331,14 +331,14 @@ def _run_shards(
     waiting = sorted(
         ({**s, "attempt": 0} for s in shards), key=lambda s: (s["clips"], s["engine"] == "hibari")
     )
-    running: list[_Child] = []
+    running: list[Child] = []
     lines: dict[int, list[bytes]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop()
                 stem = work / f"{job['number']}-{job['attempt']}"
-                running.append(_Child({**job, "seed": seed, "audio": str(audio)}, stem))
+                running.append(Child({**job, "seed": seed, "audio": str(audio)}, stem))
             time.sleep(0.05 if total < 100 else 0.2)
             for child in [c for c in running if c.process.poll() is not None]:
                 running.remove(child)
@@ -360,5 +360,6 @@ def _run_shards(
     return lines
 
 
-def _wav_bytes(duration_s: float) -> int:
+def wav_bytes(duration_s: float) -> int:
+    """Size of a file that `clips.write_wav` writes."""
     return 44 + 2 * round(duration_s * SAMPLE_RATE_HZ)
