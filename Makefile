@@ -1,4 +1,5 @@
 # make train: trains a model, on the demo corpus if ARGS is empty.   make test: runs every check of CI.
+# make human: the same with human speech as well, which apt-get fetches (410 MB).
 # make bench: compares throughput with other libraries, in ten minutes; ARGS='--json --plot' records it.
 # Each target makes .venv and installs what it needs. It requires only python3, make and a C++ compiler.
 PYTHON ?= python3
@@ -8,9 +9,12 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt
 SOURCES += $(shell find csrc clsp_fast kernels -name __pycache__ -prune -o -type f -print)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-machines bench lint sanitize fuzz clean
+.PHONY: train human test test-machines bench lint sanitize fuzz clean
 train: .venv/.train
 	$(BIN)/python -m clsp_fast.train $(ARGS)
+
+human: .venv/.train
+	$(BIN)/python -m clsp_fast.train human $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not alone" $(ARGS)

@@ -21,13 +21,13 @@ from clsp_fast import console
 from clsp_fast.checks import differences, listed
 from clsp_fast.config import TrainConfig
 from clsp_fast.data import DataError, Loader
-from clsp_fast.evaluation import figures, report
+from clsp_fast.evaluation import figures, report, voices
 from clsp_fast.model import CLSP
 from clsp_fast.storage import files
 from clsp_fast.storage.log import RunLog
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import checkpoint, optim
-from clsp_fast.training.corpus import Corpus
+from clsp_fast.training.corpus import HUMAN_SET, Corpus
 from clsp_fast.training.curves import draw_curves
 from clsp_fast.training.parse import parse
 from clsp_fast.training.run import Interrupted, Run, fit, load_checkpoint, restore_data
@@ -147,7 +147,11 @@ def finish(run: Run) -> dict[str, Any]:
     features = figures.features_for(run.config.data)
     for name, clips in corpus.final_sets.items():
         results[name] = figures.evaluate_clips(run.model, clips, features, corpus.tasks)
+        if name == HUMAN_SET:
+            results[name] |= voices.evaluate_voices(run.model, clips, features, corpus.tasks)
         log.say("\n" + report.table_with_bounds(results[name], name) + "\n")
+        if name == HUMAN_SET:
+            log.say(voices.table(results[name]["voices"]) + "\n")
     files.write_json(folder / "results.json", results)
     log.say(draw_curves(folder))
     log.say(f"model: {folder / 'model'}  (clsp_fast.CLSP.from_pretrained reads it)")

@@ -464,7 +464,7 @@ def test_the_presets_are_those_of_the_docs() -> None:
     assert "724,244,405" in guide
     assert "724,244,405" in README_TEXT
     for text in (guide, README_TEXT):
-        assert set(re.findall(r"\b(tiny|small|base|xlarge)\b", text)) == set(TRAIN_PRESETS)
+        assert set(re.findall(r"\b(tiny|human|small|base|xlarge)\b", text)) == set(TRAIN_PRESETS)
 
 
 def test_the_first_screen_states_recorded_numbers() -> None:

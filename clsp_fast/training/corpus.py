@@ -15,11 +15,15 @@ from clsp_fast.console import Progress
 from clsp_fast.data import DataError, usable
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import Manifest, read_manifest
+from clsp_fast.demo import human
+from clsp_fast.demo.recordings import FetchError
 from clsp_fast.evaluation.tasks import Tasks, read_tasks, tasks_from_prompts
 from clsp_fast.storage import files
 from clsp_fast.tokenizer import Tokenizer
 from clsp_fast.training import checkpoint
 
+HUMAN_SET = "human"
+"""Name of the final set with the held-out human voices."""
 _ROBERTA_VOCABULARY = 50265
 
 
@@ -85,19 +89,26 @@ class Corpus:
     @classmethod
     def _demo(cls, config: TrainConfig) -> Corpus:
         made = demo.prepare(
-            config.run / "corpus", demo.DemoConfig(clips=config.data.demo_clips), progress=_show_progress()
+            config.run / "corpus",
+            demo.DemoConfig(clips=config.data.demo_clips),
+            progress=_show_progress("making the demo corpus", "clips"),
         )
         sets = {"test": made.test} | ({"transfer": made.transfer} if made.transfer else {})
-        train = read_manifest(made.train)
+        train, note = read_manifest(made.train).clips, demo.describe(made)
+        if config.data.human:
+            recorded = _human(config)
+            sets[HUMAN_SET] = recorded.test
+            train = train + read_manifest(recorded.train).clips
+            note += f"\n{human.describe(recorded)}"
         return cls(
-            train=train.clips,
+            train=train,
             validation=read_manifest(made.validation).clips,
             final_sets={name: read_manifest(path).clips for name, path in sets.items()},
             tasks=tasks_from_prompts(demo.prompts()),
-            tokenizer=_tokenizer(train.clips, config),
+            tokenizer=_tokenizer(train, config),
             max_tokens=config.model.text.max_tokens,
             is_demo=True,
-            note=demo.describe(made),
+            note=note,
         )
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -107,6 +118,18 @@ class Corpus:
     def describe(self) -> str:
         """The description of the training clips, printed before training."""
         return self.note
+
+
+def _human(config: TrainConfig) -> human.HumanCorpus:
+    """The corpus of human speech. DataError if it cannot be fetched or read."""
+    try:
+        return human.prepare(
+            config.run / "human",
+            human.HumanConfig(recordings=config.data.recordings),
+            progress=_show_progress("captioning human speech", "recordings"),
+        )
+    except FetchError as error:
+        raise DataError(str(error)) from error
 
 
 def _read_manifest(path: Path, config: TrainConfig) -> Manifest:
@@ -152,13 +175,13 @@ def _all_captions(clips: Sequence[Clip]) -> list[str]:
     return [text for clip in clips for captions in clip.captions for text in captions]
 
 
-def _show_progress() -> Callable[[int, int], None]:
-    """Returns a callback for `demo.prepare`. Its arguments are the clips made so far and in total."""
+def _show_progress(doing: str, unit: str) -> Callable[[int, int], None]:
+    """Returns a callback that shows progress. Its arguments are the number made so far and in total."""
     progress = None
 
     def show(made: int, total: int) -> None:
         nonlocal progress
-        progress = progress or Progress(total, "clips", lead="making the demo corpus: ")
+        progress = progress or Progress(total, unit, lead=f"{doing}: ")
         progress.update(made)
 
     return show
