@@ -40,6 +40,8 @@ FILES = [
     "test_engine_similarity.py",
     "test_evaluate.py",
     "evaluation/test_figures.py",
+    "evaluation/test_voices.py",
+    "demo/test_human.py",
     "test_export.py",
     "test_features.py",
     "test_flac.py",
