@@ -83,7 +83,7 @@ def test_a_long_job_writes_a_line_in_ten_seconds(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("clsp_fast.console.time.perf_counter", lambda: now)
-    show = corpus._show_progress()
+    show = corpus._show_progress("making the demo corpus", "clips")
     for made in range(1, 3501):  # five calls a second
         now += 0.2
         show(made, 3500)

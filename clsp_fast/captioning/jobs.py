@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ from clsp_fast.storage import files
 
 _FSYNC_S = 5.0
 _FIRST_FAILURES = 20
+_AUDIO_REASON = re.compile(r"\[[a-z_]+\]$")  # the end of the text of an AudioError
 Body = Mapping[str, Any]
 
 
@@ -79,7 +81,9 @@ class Counts:
         truncated: those of them that were cut, with finish_reason "length".
         prompt_tokens: as the servers counted them.
         completion_tokens: as the servers counted them.
-        errors: the beginning of a failure's message -> how many requests failed with it.
+        errors: kind of failure -> how many requests failed so. The kind is the reason of an `AudioError`, as
+            in "[open]", or else the beginning of the message.
+        examples: kind of failure -> the first message of this kind.
         repeated: reason -> how many requests were sent again for it.
         seconds: duration of this run.
     """
@@ -93,6 +97,7 @@ class Counts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     repeated: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
@@ -100,9 +105,11 @@ class Counts:
         """Counts an answer or a failure of this run."""
         if answer.error is not None:
             self.failed += 1
-            key = answer.error[:80]
-            if key in self.errors or len(self.errors) < 100:
-                self.errors[key] += 1
+            reason = _AUDIO_REASON.search(answer.error)
+            kind = reason[0] if reason else answer.error[:80]
+            if kind in self.errors or len(self.errors) < 100:
+                self.errors[kind] += 1
+                self.examples.setdefault(kind, answer.error)
             return
         self.answered += 1
         self.choices += len(answer.texts)
@@ -123,7 +130,9 @@ class Counts:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.repeated.most_common())
             lines.append(f"sent again: {reasons}")
         if self.failed:
-            reasons = "; ".join(f"{count} x {text}" for text, count in self.errors.most_common(5))
+            reasons = "; ".join(
+                f"{count} x {self.examples[kind]}" for kind, count in self.errors.most_common(5)
+            )
             lines.append(f"failed: {self.failed} ({reasons}); the same command sends them again")
         return "\n".join(lines)
 
