@@ -70,7 +70,8 @@ def evaluate(model: str, folder: Path) -> None:
     clips = read_manifest(folder / "test.jsonl").clips
     tasks = tasks_from_prompts(demo.prompts())
     features = figures.features_for(DataConfig())
-    print(voices.table(voices.evaluate_voices(CLSP.from_pretrained(model), clips, features, tasks)["voices"]))
+    result = voices.evaluate_voices(CLSP.from_pretrained(model), clips, features, tasks)
+    print(voices.table(result["voices"], measured_by="Praat"))
 
 
 def main() -> None:

@@ -423,9 +423,13 @@ class DataConfig:
                 is_positive(getattr(self, name)), f"data.{name}", "a positive integer", getattr(self, name)
             )
         require(0 <= self.slack_seconds < math.inf, "data.slack_seconds", "at least 0", self.slack_seconds)
-        if self.human or self.recordings is not None:
-            alone = self.human and self.manifest is None
-            require(alone, "data.human", "True, and data.manifest None, for human speech", self.human)
+        if self.human and self.manifest is not None:
+            raise ValueError(
+                f"data.human cannot be combined with data.manifest, got {self.manifest}: human speech is "
+                "trained on together with the demo corpus"
+            )
+        if self.recordings is not None and not self.human:
+            raise ValueError(f"data.recordings needs data.human, got {self.recordings} without it")
         for name in ("threads", "cache_mb", "augment"):
             require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         longer = f"more than data.min_seconds {self.min_seconds}"

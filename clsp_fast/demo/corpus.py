@@ -6,25 +6,20 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clsp_fast.demo import engines
-from clsp_fast.demo.signal import SAMPLE_RATE_HZ
-from clsp_fast.storage import files
+from clsp_fast.demo.folder import Child, CorpusFolder, run_children, usable_cores, wav_bytes
 
 _GENERATOR = 5  # to be increased when a change of the code changes the clips
 _SHARD_CLIPS = 250
-_STALE_S = 6 * 3600.0
 _SUMMARY = "corpus.json"
 _TYPICAL_S = 2.0
 _SPLITS = ("train", "validation", "test", "transfer")
@@ -100,33 +95,28 @@ def prepare(
         RuntimeError: an engine failed twice on the same shard; the message ends with the engine's last line.
         files.DiskFull: there is no room for the corpus; nothing of it is left behind.
     """
-    folder = Path(folder).absolute()
     speakers, missing = _installed_engines(config)
-    fingerprint = _fingerprint(config, speakers)
-    present = _complete_corpus(folder, fingerprint)
-    if present is not None:
-        return present
-    if folder.exists() and not _holds_only_a_demo_corpus(folder):
-        raise ValueError(f"{folder} holds files that are no demo corpus; name another folder or empty it")
-    clips = config.clips + config.validation_clips + config.test_clips + config.transfer_clips
-    with files.naming_full_disk(folder, clips * wav_bytes(_TYPICAL_S)):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_folders(folder)
-        making = folder.parent / f".{folder.name}.making-{os.getpid()}"
-        making.mkdir()
-        try:
-            _make_corpus(making, config, speakers, missing, fingerprint, progress)
-            # Another process may have made the same corpus in the meantime.
-            if _complete_corpus(folder, fingerprint) is None:
-                if folder.exists():
-                    shutil.rmtree(folder)
-                making.replace(folder)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-    corpus = _complete_corpus(folder, fingerprint)
-    if corpus is None:
-        raise RuntimeError(f"the corpus in {folder} was changed while it was made")
-    return corpus
+    place = CorpusFolder(
+        path=Path(folder).absolute(),
+        kind="demo corpus",
+        summary=_SUMMARY,
+        splits=_SPLITS,
+        fingerprint=_fingerprint(config, speakers),
+    )
+    summary = place.read()
+    if summary is None:
+        place.refuse_other_files()
+        clips = config.clips + config.validation_clips + config.test_clips + config.transfer_clips
+        fill = partial(
+            _make_corpus,
+            config=config,
+            speakers=speakers,
+            missing=missing,
+            fingerprint=place.fingerprint,
+            progress=progress,
+        )
+        summary = place.make(clips * wav_bytes(_TYPICAL_S), fill)
+    return _corpus(place, summary)
 
 
 def describe(corpus: DemoCorpus) -> str:
@@ -174,90 +164,17 @@ def _fingerprint(config: DemoConfig, speakers: Iterable[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _complete_corpus(folder: Path, fingerprint: str) -> DemoCorpus | None:
-    """The corpus in `folder`; None if it is incomplete or has another fingerprint."""
-    try:
-        summary = json.loads((folder / _SUMMARY).read_text())
-        if summary["fingerprint"] != fingerprint:
-            return None
-        for split, digest in summary["manifests"].items():
-            raw = (folder / f"{split}.jsonl").read_bytes()
-            if hashlib.sha256(raw).hexdigest() != digest:
-                return None
-            for line in raw.splitlines():
-                clip = json.loads(line)
-                if (folder / clip["audio"]).stat().st_size != wav_bytes(clip["duration_s"]):
-                    return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    manifests = {split: folder / f"{split}.jsonl" for split in summary["manifests"]}
+def _corpus(place: CorpusFolder, summary: Mapping[str, Any]) -> DemoCorpus:
+    manifests = {split: place.path / f"{split}.jsonl" for split in summary["manifests"]}
     return DemoCorpus(
-        folder=folder,
+        folder=place.path,
         train=manifests["train"],
         validation=manifests["validation"],
         test=manifests["test"],
         transfer=manifests.get("transfer"),
         engines=tuple(summary["engines"]),
-        fingerprint=fingerprint,
+        fingerprint=place.fingerprint,
     )
-
-
-def _holds_only_a_demo_corpus(folder: Path) -> bool:
-    known = {_SUMMARY, "audio", *(f"{split}.jsonl" for split in _SPLITS)}
-    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= known
-
-
-def remove_stale_folders(folder: Path) -> None:
-    """Removes folders that killed runs left behind. Newer ones may belong to a running process."""
-    for making in folder.parent.glob(f".{folder.name}.making-*"):
-        if time.time() - making.stat().st_mtime > _STALE_S:
-            shutil.rmtree(making, ignore_errors=True)
-
-
-def _child_environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(entry or os.curdir for entry in sys.path),
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        # SVOX Pico reads memory that it has not written. With this setting, glibc fills new memory with 0.
-        "MALLOC_PERTURB_": "255",
-    }
-
-
-class Child:
-    """A process that runs `run_job` of a module of this room."""
-
-    def __init__(self, job: dict[str, Any], stem: Path, *, module: str = "clips") -> None:
-        self.lines = stem.with_suffix(".jsonl")
-        self._log = stem.with_suffix(".log")
-        self.job = job
-        job_file = stem.with_suffix(".job")
-        job_file.write_text(json.dumps({**job, "lines": str(self.lines)}))
-        code = f"import sys; from clsp_fast.demo import {module}; {module}.run_job(sys.argv[1])"
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, str(job_file)],
-                env=_child_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def made(self) -> int:
-        """Number of clips finished so far."""
-        return self.lines.read_bytes().count(b"\n") if self.lines.exists() else 0
-
-    def failure(self) -> str:
-        """The exit code and the last line of output.
-
-        Raises:
-            OSError: the process ended because the disk is full.
-        """
-        if self.process.returncode in files.DISK_FULL_CODES:
-            raise OSError(self.process.returncode, os.strerror(self.process.returncode))
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return f"exit code {self.process.returncode}" + (f", {lines[-1]}" if lines else "")
 
 
 def _plan_shards(config: DemoConfig, speakers: Sequence[str]) -> list[dict[str, Any]]:
@@ -281,6 +198,7 @@ def _plan_shards(config: DemoConfig, speakers: Sequence[str]) -> list[dict[str, 
 
 def _make_corpus(
     folder: Path,
+    *,
     config: DemoConfig,
     speakers: Sequence[str],
     missing: dict[str, str],
@@ -293,8 +211,8 @@ def _make_corpus(
     shards = _plan_shards(config, speakers)
     for split in {shard["split"] for shard in shards}:
         (folder / "audio" / split).mkdir(parents=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lines = _run_shards(shards, config.seed, config.workers or min(cores, 16), work, progress)
+    workers = config.workers or min(usable_cores(), 16)
+    lines = _run_shards(shards, config.seed, workers, work, progress)
     manifests, clips = {}, {}
     for split in _SPLITS:
         split_lines = [line for shard in shards if shard["split"] == split for line in lines[shard["number"]]]
@@ -326,40 +244,28 @@ def _run_shards(
 ) -> dict[int, list[bytes]]:
     """Makes all shards, `workers` at a time; returns the manifest lines of each shard by its number."""
     audio = work.parent / "audio"
-    total, done = sum(shard["clips"] for shard in shards), 0
-    # The largest shards come first, so that no large one runs alone at the end.
-    waiting = sorted(
-        ({**s, "attempt": 0} for s in shards), key=lambda s: (s["clips"], s["engine"] == "hibari")
-    )
-    running: list[Child] = []
+    total = sum(shard["clips"] for shard in shards)
     lines: dict[int, list[bytes]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop()
-                stem = work / f"{job['number']}-{job['attempt']}"
-                running.append(Child({**job, "seed": seed, "audio": str(audio)}, stem))
-            time.sleep(0.05 if total < 100 else 0.2)
-            for child in [c for c in running if c.process.poll() is not None]:
-                running.remove(child)
-                job = child.job
-                if child.process.returncode == 0:
-                    lines[job["number"]] = child.lines.read_bytes().splitlines(keepends=True)
-                    done += job["clips"]
-                    continue
-                failure = child.failure()
-                if job["attempt"]:
-                    raise RuntimeError(f"engine {job['engine']} failed twice: {failure}")
-                waiting.append({**job, "attempt": 1})  # with other random numbers, the engine may not crash
-            if progress is not None:
-                progress(done + sum(child.made() for child in running), total)
-    finally:
-        for child in running:
-            child.process.kill()
-            child.process.wait()
+
+    def start(job: dict[str, Any]) -> Child:
+        stem = work / f"{job['number']}-{job['attempt']}"
+        return Child({**job, "seed": seed, "audio": str(audio)}, stem)
+
+    def end(child: Child) -> dict[str, Any] | None:
+        job = child.job
+        if child.process.returncode == 0:
+            lines[job["number"]] = child.lines.read_bytes().splitlines(keepends=True)
+            return None
+        failure = child.failure()
+        if job["attempt"]:
+            raise RuntimeError(f"engine {job['engine']} failed twice: {failure}")
+        return {**job, "attempt": 1}  # with other random numbers, the engine may not crash
+
+    def report(made: int) -> None:
+        if progress is not None:
+            progress(made, total)
+
+    # The largest shards come first, so that no large one runs alone at the end.
+    jobs = sorted(({**s, "attempt": 0} for s in shards), key=lambda s: (s["clips"], s["engine"] == "hibari"))
+    run_children(jobs, start, end, workers=workers, pause_s=0.05 if total < 100 else 0.2, progress=report)
     return lines
-
-
-def wav_bytes(duration_s: float) -> int:
-    """Size of a file that `clips.write_wav` writes."""
-    return 44 + 2 * round(duration_s * SAMPLE_RATE_HZ)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import lzma
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,10 +25,18 @@ from clsp_fast.storage import files
 
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER_BYTES = 60
-_FISH = {
-    "m": "female",
-    "v": "male",
-}  # in the names of files: malá ryba, the small fish, and velká, the big one
+# Letters in the file names of the game: malá ryba, the small fish, and velká, the big one.
+_FISH = {"m": "female", "v": "male"}
+# Speakers of the stamps by language. The package does not name their sex: it was decided once for each voice,
+# from Praat's F0 of 62 to 80 recordings (quartiles: bg 110 to 116 Hz, ca 129 to 151, el 194 to 224, es 241 to
+# 263).
+_STAMPS = {"bg": "male", "ca": "male", "el": "female", "es": "female"}
+
+
+_ZSTD = (
+    "compressed with zstd, and no dpkg-deb is installed here to unpack it. Unpack the packages elsewhere "
+    "with `dpkg-deb -x FILE FOLDER`, and name the folder with --data.recordings"
+)
 
 
 class FetchError(RuntimeError):
@@ -53,7 +62,7 @@ class Voice(NamedTuple):
 
     name: str
     sex: str
-    """ "female", "male" or "": the path does not say."""
+    """ "female", "male" or "": not known."""
 
 
 class Recording(NamedTuple):
@@ -105,7 +114,11 @@ PACKAGES: dict[str, Package] = {
 
 
 def voice_of(package: str, path: str) -> Voice:
-    """The voice of a recording. Recordings of one voice have one name, and no other voice has it."""
+    """The voice of a recording, or a group of voices where several speakers share a name.
+
+    All recordings of a speaker have the same name. A language of the stamps, or the other actors of the game,
+    may be several speakers.
+    """
     name = path.rpartition("/")[2]
     if package.startswith("fillets"):
         part = re.search(r"(?:^|-)([mv])-", name)
@@ -115,7 +128,8 @@ def voice_of(package: str, path: str) -> Voice:
     if package == "festvox-ru":
         return Voice(package, "male")
     language = re.search(r"_desc_?([A-Za-z_]*)\.", name)
-    return Voice(f"tuxpaint/{language[1] if language and language[1] else 'en'}", "")
+    code = language[1] if language and language[1] else "en"
+    return Voice(f"tuxpaint/{code}", _STAMPS.get(code, ""))
 
 
 def fetch(folder: Path, *, say: Callable[[str], None] = print) -> list[Path]:
@@ -136,22 +150,34 @@ def fetch(folder: Path, *, say: Callable[[str], None] = print) -> list[Path]:
     """
     with files.naming_full_disk(folder, sum(package.megabytes for package in PACKAGES.values()) * 10**6):
         folder.mkdir(parents=True, exist_ok=True)
-        return [_fetch_package(package, folder, say) for package in PACKAGES.values()]
+        present = {name: _complete_package(folder, name) for name in PACKAGES}
+        paths = [present[name] or _fetch_package(PACKAGES[name], folder, say) for name in PACKAGES]
+    if None in present.values():
+        say(f"the packages are in {folder}; other runs use them with `--data.recordings {folder}`")
+    return paths
+
+
+def _complete_package(folder: Path, name: str) -> Path | None:
+    """The package in the folder. A damaged one is deleted."""
+    path = _package_in(folder, name)
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            _seek_data(file, path)
+    except FetchError:
+        path.unlink()
+        return None
+    return path
 
 
 def _fetch_package(package: Package, folder: Path, say: Callable[[str], None]) -> Path:
-    present = _package_in(folder, package.name)
-    if present is not None:
-        try:
-            with present.open("rb") as file:
-                _seek_data(file, present)
-            return present
-        except FetchError:
-            present.unlink()
     say(f"fetching {package.name} ({package.about}; {package.licence}): {package.megabytes} MB")
     command = shutil.which("apt-get")
     if command is None:
         raise FetchError(f"no apt-get is installed here. {_without_apt(folder)}")
+    if _has_zstd_packages() and shutil.which("dpkg-deb") is None:
+        raise FetchError(f"the packages of this system may be {_ZSTD}")
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder) as work:
         done = subprocess.run(
             [command, "download", package.name],
@@ -171,6 +197,15 @@ def _fetch_package(package: Package, folder: Path, say: Callable[[str], None]) -
         with downloaded.open("rb") as file:
             _seek_data(file, downloaded)
         return downloaded.replace(folder / downloaded.name)
+
+
+def _has_zstd_packages() -> bool:
+    """Whether this is Ubuntu, or made from it: Debian compresses its packages with xz."""
+    try:
+        system = platform.freedesktop_os_release()
+    except OSError:
+        return False
+    return "ubuntu" in f"{system.get('ID', '')} {system.get('ID_LIKE', '')}"
 
 
 def _explain(name: str, output: str, folder: Path) -> str:
@@ -247,14 +282,16 @@ def _archive(deb: Path) -> Iterator[tarfile.TarFile]:
                 yield archive
             return
     if shutil.which("dpkg-deb") is None:
-        raise FetchError(
-            f"{deb} is compressed with zstd, and no dpkg-deb is installed here to unpack it. Unpack the "
-            "packages elsewhere with `dpkg-deb -x FILE FOLDER`, and name the folder with --data.recordings"
-        )
+        raise FetchError(f"{deb} is {_ZSTD}")
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as unpacking:
         try:
             with tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
                 yield archive
+            # tarfile takes an archive that ends between two files for complete.
+            while unpacking.stdout is not None and unpacking.stdout.read(1 << 16):
+                pass
+            if unpacking.wait():
+                raise FetchError(f"{deb} is damaged (dpkg-deb); delete it, and it is fetched again")
         finally:
             unpacking.kill()
 

@@ -127,10 +127,11 @@ def _figure(count: int, figure: Callable[[metrics.Array], metrics.Array]) -> dic
     return {"n": count, "value": float(figure(np.ones((1, count)))[0]), "interval": interval}
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as a table with n and intervals."""
+def table(figures: dict[str, dict[str, Any]], *, measured_by: str = "clsp_fast itself") -> str:
+    """The figures as a table with n and intervals, and a line that says who measured F0, rate and HNR."""
     lines = [f"{'held-out human voices':34s} {'value':>6s}  95 % interval      n"]
     for name, figure in figures.items():
         low, high = figure["interval"]
         lines.append(f"{_TITLES[name]:34s} {figure['value']:6.3f}  {low:.3f} to {high:.3f} {figure['n']:6d}")
+    lines.append(f"F0, rate and HNR of the clips were measured by {measured_by}.")
     return "\n".join(lines)

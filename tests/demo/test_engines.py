@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clsp_fast.demo import corpus, engines
+from clsp_fast.demo import engines, folder
 
 
 @pytest.mark.parametrize("name", engines.ENGINES)
@@ -38,7 +38,7 @@ from clsp_fast.demo.engines import Pico
 pico = Pico()
 print(*{hashlib.sha256(pico._say("The same sentence.", "en-US", 1.0, 1.0)).hexdigest() for _ in range(6)})
 """
-    environment = corpus._child_environment()
+    environment = folder._child_environment()
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert len(done.stdout.split()) == 1
 

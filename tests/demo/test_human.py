@@ -122,11 +122,12 @@ def test_packages_are_fetched_once(tmp_path: Path, apt_get: Path) -> None:
     assert [path.name.partition("_")[0] for path in paths] == [*PACKAGES]
     assert all(
         package.licence in line and str(package.megabytes) in line
-        for package, line in zip(PACKAGES.values(), said, strict=True)
+        for package, line in zip(PACKAGES.values(), said[:4], strict=True)
     )
+    assert f"--data.recordings {tmp_path / 'kept'}" in said[4]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(p.name for p in paths)
     assert recordings.fetch(tmp_path / "kept", say=said.append) == paths
-    assert len(said) == 4
+    assert len(said) == 5
     assert (tmp_path / "fetched").read_text().split() == [*PACKAGES]
 
 
@@ -188,6 +189,33 @@ def test_recordings_are_read_from_packages_and_from_unpacked_folders(
         assert all(parts[path] == content for path, content in packed.items())
 
 
+def test_without_dpkg_deb_nothing_is_fetched_that_only_it_unpacks(
+    tmp_path: Path, apt_get: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(apt_get.parent))
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"ID": "mint", "ID_LIKE": "ubuntu debian"})
+    with pytest.raises(FetchError, match=r"may be compressed with zstd, .*--data\.recordings"):
+        recordings.fetch(tmp_path / "kept", say=lambda line: None)
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_dpkg_deb_unpacks_zstd_and_its_failure_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    (tmp_path / "data.tar").write_bytes(archive({f"{GAME}/a/cs/m-a.ogg": b"sound"}, ""))
+    (tmp_path / "fillets-ng-data-cs_1_all.deb").write_bytes(deb({"data.tar.zst": b"anything"}))
+    script(tmp_path / "dpkg-deb", f"cat {tmp_path}/data.tar; exit {status}")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    reader = recordings.read(tmp_path, "fillets-ng-data-cs")
+    assert next(reader).content == b"sound"
+    if status:
+        with pytest.raises(FetchError, match=r"_1_all\.deb is damaged"):
+            next(reader)
+    else:
+        assert list(reader) == []
+
+
 @pytest.mark.parametrize("cut_off", [0, 40])
 def test_damaged_packages_are_named(tmp_path: Path, cut_off: int) -> None:
     data = archive({f"{GAME}/a/cs/m-a.ogg": bytes(range(256)) * 40})
@@ -207,8 +235,14 @@ def test_voices_are_known_from_paths() -> None:
         ("festvox-ru", "wav/ru_0001.wav"): ("festvox-ru", "male"),
         ("tuxpaint-stamps-default", f"{STAMPS}/cat_desc_pt_BR.wav"): ("tuxpaint/pt_BR", ""),
         ("tuxpaint-stamps-default", f"{STAMPS}/cat_desc.ogg"): ("tuxpaint/en", ""),
+        ("tuxpaint-stamps-default", f"{STAMPS}/cat_desc_ca.ogg"): ("tuxpaint/ca", "male"),
     }
     assert {key: tuple(recordings.voice_of(*key)) for key in names} == names
+    sexes = [
+        recordings.voice_of("tuxpaint-stamps-default", f"{STAMPS}/a_desc_{name.rpartition('/')[2]}.ogg").sex
+        for name in human.HELD_OUT
+    ]
+    assert sexes == ["male", "male", "female", "female"]
 
 
 SETTINGS = {"rough": 1.0, "noisy": 1.0, "warped": 1.0, "workers": 2}
@@ -311,13 +345,35 @@ def test_a_long_recording_is_cut_where_it_is_quiet() -> None:
     assert len(short) <= 16000
 
 
+def test_a_recording_as_long_as_the_longest_stretch_is_kept_whole() -> None:
+    """51,300 samples are more than 3.2 s, and have 160 whole blocks: as many as the longest stretch."""
+
+    class Longest(np.random.Generator):
+        def uniform(self, low: float = 0.0, high: float = 1.0, size: None = None) -> float:  # type: ignore[override]
+            return 3.195
+
+    x = np.random.default_rng(0).standard_normal(51_300)
+    part = human.cut(x, Longest(np.random.PCG64(0)))
+    np.testing.assert_array_equal(part, x[:51_200])
+
+
 def test_frequent_labels_are_left_out_of_some_clips() -> None:
-    labels = {"monotone": 4, "normal": 9, "lively": 90}
+    labels = {"monotone": 40, "normal": 90, "lively": 900}
     clips = [{"tags": {"liveliness": name, "sex": "male"}} for name, n in labels.items() for _ in range(n)]
-    pitches = {"low": 2, "medium": 20, "high": 40}
+    pitches = {"low": 20, "medium": 200, "high": 400}
     clips += [{"tags": {"pitch": name, "sex": "female"}} for name, n in pitches.items() for _ in range(n)]
     human._balance(clips, np.random.default_rng(0))
     counts = Counter(clip["tags"].get("liveliness") for clip in clips)
-    assert [counts[name] for name in labels] == [4, 9, 12]
+    assert [counts[name] for name in labels] == [40, 90, 120]
     counts = Counter(clip["tags"].get("pitch") for clip in clips)
-    assert [counts[name] for name in pitches] == [2, 20, 30]
+    assert [counts[name] for name in pitches] == [20, 200, 300]
+
+
+def test_a_rare_label_does_not_take_the_others_away() -> None:
+    labels = {"monotone": 1, "normal": 40, "lively": 900}
+    clips = [{"tags": {"liveliness": name}} for name, n in labels.items() for _ in range(n)]
+    clips += [{"tags": {"speed": name}} for name, n in {"slow": 1, "fast": 70}.items() for _ in range(n)]
+    human._balance(clips, np.random.default_rng(0))
+    counts = Counter(clip["tags"].get("liveliness") for clip in clips)
+    assert [counts[name] for name in labels] == [1, 40, 50]
+    assert Counter(clip["tags"].get("speed") for clip in clips)["fast"] == 50

@@ -60,7 +60,9 @@ def test_a_model_that_orders_voices_well_has_high_figures() -> None:
     assert 0.15 < low < 1 / 3 < high < 0.55
     text = voices.table(figures)
     assert "ordinary voices called whisper" in text
-    assert len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 6
+    assert text.endswith("measured by clsp_fast itself.")
+    assert voices.table(figures, measured_by="Praat").endswith("measured by Praat.")
 
 
 def test_figures_without_clips_are_nan() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clsp_fast import train
-from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS, TrainConfig
+from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS, DataConfig, TrainConfig
 from clsp_fast.tokenizer import Tokenizer
 from clsp_fast.training import checkpoint
 
@@ -66,6 +66,13 @@ def test_an_init_that_is_no_model_is_named(tmp_path: Path) -> None:
         train.main(["--init", str(tmp_path)])
     with pytest.raises(SystemExit, match="--init: nowhere: no such folder"):
         train.main(["--init", "nowhere"])
+
+
+def test_settings_of_human_speech_that_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"data\.human cannot be combined with data\.manifest, got m\.jsonl"):
+        DataConfig(human=True, manifest=Path("m.jsonl"))
+    with pytest.raises(ValueError, match=r"data\.recordings needs data\.human, got packages"):
+        DataConfig(recordings=Path("packages"))
 
 
 def test_a_checkpoint_of_another_model_is_named_in_one_line(tmp_path: Path) -> None:
