@@ -50,8 +50,8 @@ _PHRASINGS: dict[str, dict[str, tuple[str, str]]] = {
             "a deep voice|a low pitch|a low-pitched tone|a deep register",
         ),
         "medium": (
-            "in a middle register|at a mid-range pitch|at a medium pitch",
-            "a mid-range pitch|a middle-pitched tone|a medium pitch",
+            "in a middle register|at a mid-range pitch|at a middle pitch",
+            "a mid-range pitch|a middle-pitched tone|a middle register",
         ),
         "high": (
             "in a high register|at a high pitch",
@@ -85,22 +85,22 @@ _PHRASINGS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "loudness": {
         "quiet": (
-            "quietly|softly|faintly|at a low volume",
-            "a quiet sound|a soft, faint sound|a low volume",
+            "quietly|softly|faintly|at a soft volume",
+            "a quiet sound|a soft, faint sound|a quiet volume",
         ),
         "normal": (
             "at a conversational level|at an ordinary loudness",
             "a conversational level|ordinary loudness",
         ),
         "loud": (
-            "loudly|at a high volume|at a loud level",
-            "a loud sound|a high volume|a loud level",
+            "loudly|at a loud volume|at a loud level",
+            "a loud sound|a loud volume|a loud level",
         ),
     },
     "quality": {
         "normal": (
-            "in a normal voice|in an ordinary voice|with normal phonation",
-            "a normal voice|an ordinary voice|normal phonation",
+            "in an ordinary voice|with ordinary phonation|in an everyday voice",
+            "an ordinary voice|ordinary phonation|an everyday voice",
         ),
         "whisper": (
             "in a whisper|in a whispered voice|in a breathy whisper",
@@ -283,8 +283,8 @@ def _sentence(
 def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
     """Claims of a global caption: up to four attributes that do not change in the clip.
 
-    Neutral labels are claimed, too. A model learns their words, such as "a normal voice", only from captions
-    with few other claims. If every attribute changes, the changes are claimed.
+    Neutral labels are claimed, too. A model learns their words, such as "an ordinary voice", only from
+    captions with few other claims. If every attribute changes, the changes are claimed.
     """
     constant = [a for a in ATTRIBUTES if ">" not in tags.get(a, ">") and a != "sex"]
     chosen = _shuffled(rng, constant)[: 1 + int(rng.random() * 3)]

@@ -153,6 +153,14 @@ def test_captions_claim_only_what_is_measured() -> None:
     assert not [text for text in prompts + written if unmeasured.search(text)]
 
 
+def test_no_phrase_uses_the_label_of_another_attribute() -> None:
+    for attribute, task in wording.prompts().items():
+        others = {label for a, labels in ATTRIBUTES.items() if a != attribute for label in labels}
+        for label, sentences in task.items():
+            words = {word for text in sentences for word in re.findall(r"[a-z-]+", text.lower())}
+            assert not words & (others - {label, "long", "continuous"}), label
+
+
 @pytest.mark.parametrize("tags", [{}, {"sex": "female"}, {"engine": "espeak"}])
 def test_nothing_to_describe_is_refused(tags: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="tags must hold one of"):
