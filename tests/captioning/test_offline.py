@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -330,16 +330,20 @@ def test_a_second_run_on_the_result_gives_the_same_result(tmp_path: Path, speech
     ]
     source = write_rows(tmp_path / "in.jsonl", rows)
     first, second, other = (tmp_path / f"{name}.jsonl" for name in ("first", "second", "other"))
-    for bands in ("corpus", "fixed"):
+    choices: tuple[Literal["corpus", "fixed"], ...] = ("corpus", "fixed")
+    for bands in choices:
         caption_offline(str(source), first, bands=bands)
         caption_offline(str(first), second, bands=bands, replace=True)
         assert second.read_bytes() == first.read_bytes()
     assert read(first)["a"]["tags"]["sex"] == "female"
     assert "sex" not in read(first)["a"]["tags"]["measured_labels"]
-    rows = [row | {"tags": row["tags"] | {"loudness": "loud"}} for row in read(first).values()]
-    for row in rows:  # a user corrects a label
+    corrected = [*read(first).values()]
+    for row in corrected:
+        row["tags"]["loudness"] = "loud"
         row["tags"]["measured_labels"].remove("loudness")
-    caption_offline(str(write_rows(tmp_path / "corrected.jsonl", rows)), other, bands="fixed", replace=True)
+    caption_offline(
+        str(write_rows(tmp_path / "corrected.jsonl", corrected)), other, bands="fixed", replace=True
+    )
     assert {row["tags"]["loudness"] for row in read(other).values()} == {"loud"}
 
 
