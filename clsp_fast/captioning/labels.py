@@ -71,7 +71,7 @@ def labels(
 
     The sex is decided where F0 and the vocal tract agree. Without a decision, the pitch has a label only if
     the label is the same for both sexes. Pitch and liveliness have a label only if the voice is neither
-    whispered nor creaky.
+    whispered nor creaky, the speed only if it is known not to creak.
 
     Args:
         measurement: of a clip that `speech_problem` accepts.
@@ -86,7 +86,7 @@ def labels(
         tags["pitch"] = _pitch(measurement, bands, tags["sex"])
         if part.duration_s >= _MIN_S and ">" not in tags["pitch"]:
             tags["liveliness"] = label(part.f0_sd, bands.liveliness)
-    if quality != "creaky":  # the pulses of a creaking voice count as syllables
+    if _has_syllables(quality):
         tags["speed"] = _speed(measurement, bands)
     tags["loudness"] = _loudness(measurement, bands)
     tags["pauses"] = _pauses(part)
@@ -111,11 +111,17 @@ def speech_problem(measurement: Measurement) -> str:
     part = measurement.whole
     if part.duration_s <= 0:
         return "silent"
-    if part.duration_s < 0.5:
+    if part.duration_s - part.pause_s < 0.5:
         return "short"
-    # Speech has at least a syllable every two seconds, and gaps or soft sounds between its syllables.
-    steady = measurement.snr_db < 6 and part.syllables_per_s < 1
-    return "no_speech" if steady or part.syllables_per_s < 0.5 else ""
+    # Without its pauses, speech has at least a syllable every two seconds, and its level varies.
+    rate = _rate_without_pauses(part)
+    steady = measurement.snr_db < 6 and rate < 1
+    return "no_speech" if steady or rate < 0.5 else ""
+
+
+def _has_syllables(quality: str) -> bool:
+    """Whether the counted syllables are syllables: the pulses of a creaking voice are counted, too."""
+    return bool(quality) and "creaky" not in quality
 
 
 def _quality(measurement: Measurement) -> str:
@@ -171,6 +177,7 @@ def _speed(measurement: Measurement, bands: Bands) -> str:
     """The label of the speaking rate, or a change of it from one half to the other.
 
     There is none if the rate without the pauses has another label, or if the halves differ, but not clearly.
+    A half with fewer than three syllables is no evidence of a slow half: the speaker may be silent in it.
     """
     part = measurement.whole
     if part.duration_s < _MIN_S or part.syllables < _MIN_SYLLABLES:
@@ -183,6 +190,7 @@ def _speed(measurement: Measurement, bands: Bands) -> str:
         medium = bands.speed["medium"]
         if (
             more >= _FASTER_BY
+            and min(first.syllables, second.syllables) >= _MIN_SYLLABLES
             and faster >= _SPEED_CHANGE * slower
             and slower < medium[0]
             and faster > medium[1]
@@ -248,11 +256,12 @@ class CorpusValues:
     def add(self, measurement: Measurement, known: Mapping[str, str]) -> None:
         """Adds a clip. Arguments: as for `labels`."""
         part = measurement.whole
-        if (known.get("quality") or _quality(measurement)) == "normal":
+        quality = known.get("quality") or _quality(measurement)
+        if quality == "normal":
             if sex := sex_label(measurement, known):
                 self._f0_hz[sex].append(part.f0_hz)
             self._values["liveliness"].append(part.f0_sd)
-        if part.duration_s >= _MIN_S and part.syllables >= _MIN_SYLLABLES:
+        if _has_syllables(quality) and part.duration_s >= _MIN_S and part.syllables >= _MIN_SYLLABLES:
             self._values["speed"].append(part.syllables_per_s)
         self._values["loudness"].append(part.level_db)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -39,7 +38,9 @@ from clsp_fast.data.manifest import Problem, read_source
 from clsp_fast.storage import files, paths
 from clsp_fast.storage.textfile import is_text
 
-_CHUNK = 32  # recordings that are in memory at a time
+_CHUNK_S, _CHUNK = 600.0, 512  # most seconds and most recordings that are in memory at a time
+_MEASURED = "measured_labels"  # the tag that lists the attributes whose labels were measured
+_LEFT_OUT_KEYS = {"id", "audio", "reason", "detail"}
 _MOST_SHOWN = 10
 _SEX_OF = dict.fromkeys(("female", "f", "woman", "w", "girl"), "female")
 _SEX_OF |= dict.fromkeys(("male", "m", "man", "boy"), "male")
@@ -132,7 +133,8 @@ def offline(
     Each clip gets one or two global captions, and 5 to 14 fine-grained ones: the more is known, the more. A
     clip that has captions keeps them; only a kind (global, fine-grained) that is missing is written. Speaker,
     gender and tags of a manifest are kept; a gender, or a tag such as "quality": "whisper", replaces what
-    would be measured. Recordings that cannot be used are listed in OUT with the ending .left-out.jsonl.
+    would be measured. The tag "measured_labels" names those that were measured; a later run measures
+    them anew. Recordings that cannot be used are listed in OUT with the ending .left-out.jsonl.
 
     Args:
         source: a folder, a recording, a manifest (.jsonl), a list with one path per line, or - for standard
@@ -143,7 +145,8 @@ def offline(
             train on several sources, or with the demo corpus.
         seed: of the choice of words.
         replace: write new captions for clips that have some.
-        longest_s: a longer clip is left out, because one description cannot fit all of it.
+        longest_s: a longer clip is left out, because one description cannot fit all of it. Parts of a
+            recording are named in a manifest with start_s and duration_s.
         num_threads: threads that decode and measure; None: one per CPU, at most 16.
 
     Returns:
@@ -176,7 +179,8 @@ def caption_offline(
 
     Raises:
         FileNotFoundError: there is no such source. ValueError: an argument is wrong, the source names no
-        recording, no recording can be captioned, or `out` exists and was not written by this command.
+        recording, no recording can be captioned, or `out` or its `left_out_file` is the source or a file that
+        this command did not write.
         files.DiskFull: there is no room; nothing is left behind.
     """
     require(bands in ("corpus", "fixed"), "bands", '"corpus" or "fixed"', bands)
@@ -203,8 +207,10 @@ def caption_offline(
                         if line:
                             file.write(json.dumps(line) + "\n")
                 if not summary.clips:
+                    _write_left_out(summary)
                     raise ValueError(
-                        f"{source}: none of {len(clips)} recordings has captions: {_reasons(summary)}"
+                        f"{source}: none of {len(clips)} recordings has captions: {_reasons(summary)}; "
+                        f"see {left_out_file(out)}"
                     )
 
             files.replace_file(out, write_to)
@@ -219,21 +225,31 @@ def left_out_file(out: Path) -> Path:
 
 
 def _check_out(out: Path, source: str) -> None:
-    """ValueError if the result must not be written to `out`."""
+    """ValueError if the result must not be written to `out`, or its list to `left_out_file(out)`."""
     require(out.name.endswith(".jsonl"), "out", "a file whose name ends in .jsonl", str(out))
-    if not paths.exists(out):
-        return
     if paths.is_dir(out):
         raise ValueError(f"out must be a file, {out} is a folder")
-    if source != "-" and paths.exists(source) and out.samefile(source):
-        raise ValueError(f"{out} is the source; name another file for the result")
-    try:
-        with out.open("rb") as file:
-            first = json.loads(file.readline(2**24))
-    except ValueError:
-        first = None
-    if not isinstance(first, dict) or "measured" not in first:
+    for file in (out, left_out_file(out)):
+        if source != "-" and paths.exists(source) and paths.exists(file) and file.samefile(source):
+            raise ValueError(f"{file} is the source; name another file for the result")
+    if paths.exists(out) and "measured" not in _first_row(out):
         raise ValueError(f"{out} exists and was not written by this command; name another file or remove it")
+    others = left_out_file(out)
+    if paths.is_dir(others) or (paths.exists(others) and _first_row(others).keys() != _LEFT_OUT_KEYS):
+        raise ValueError(
+            f"{others}, the list of recordings without captions, exists and was not written by this command; "
+            "name another file for the result, or remove it"
+        )
+
+
+def _first_row(file: Path) -> dict[str, Any]:
+    """The object in the first line of a file; empty if there is none."""
+    try:
+        with file.open("rb") as lines:
+            row = json.loads(lines.readline(2**24))
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _named(clips: Iterable[Clip], source: str, summary: Summary) -> Iterator[Clip]:
@@ -312,14 +328,14 @@ def _measure_all(
     values = CorpusValues()
     limits = AudioLimits(max_s=longest_s)
     progress = Progress(None, "recordings")
-    for chunk in _chunks(clips):
+    for chunk in _chunks(clips, longest_s):
         segments = [Segment(clip.audio, clip.start_s, clip.duration_s, clip.channel) for clip in chunk]
         loaded = audio.load_batch(segments, limits=limits, num_threads=num_threads)
         waveforms = [waveform for waveform in loaded if not isinstance(waveform, AudioError)]
         measurements = iter(measure(waveforms, num_threads=num_threads))
         for clip, waveform in zip(chunk, loaded, strict=True):
             if isinstance(waveform, AudioError):
-                summary.leave_out(clip, str(waveform.reason), waveform.detail)
+                summary.leave_out(clip, str(waveform.reason), _detail(waveform))
                 continue
             measurement = next(measurements)
             summary.seconds += measurement.duration_s
@@ -333,23 +349,48 @@ def _measure_all(
     return usable, values
 
 
-def _chunks(clips: Iterable[Clip]) -> Iterator[list[Clip]]:
-    rest = iter(clips)
-    while chunk := list(itertools.islice(rest, _CHUNK)):
+def _chunks(clips: Iterable[Clip], longest_s: float) -> Iterator[list[Clip]]:
+    """Groups of clips that fit in memory together. A clip of unknown length counts as the longest one."""
+    chunk: list[Clip] = []
+    total_s = 0.0
+    for clip in clips:
+        seconds = min(clip.duration_s or longest_s, longest_s)
+        if chunk and (total_s + seconds > _CHUNK_S or len(chunk) == _CHUNK):
+            yield chunk
+            chunk, total_s = [], 0.0
+        chunk.append(clip)
+        total_s += seconds
+    if chunk:
         yield chunk
 
 
-def known_labels(clip: Clip) -> dict[str, str]:
-    """The labels that the manifest gives: attribute -> label; "" if captions have no words for its value."""
+def _detail(error: AudioError) -> str:
+    """Why a recording cannot be read. A clip that is too long needs an option of this command."""
+    if error.reason != audio.AudioErrorReason.TOO_LONG:
+        return error.detail
+    advice = "raise --longest-s, or name parts of it in a manifest with start_s and duration_s"
+    return f"{error.detail.partition(';')[0]}; {advice}"
+
+
+def known_labels(clip: Clip, *, with_measured: bool = False) -> dict[str, str]:
+    """The labels that the manifest gives: attribute -> label; "" if captions have no words for its value.
+
+    Args:
+        clip: of the manifest.
+        with_measured: include the labels that an earlier run of `offline` measured.
+    """
+    measured = set() if with_measured else set(clip.tags.get(_MEASURED, "").split(", "))
+    given = {key: value for key, value in clip.tags.items() if key not in measured}
     known = {}
     for attribute in ATTRIBUTES:
-        value = clip.tags.get(attribute, "")
+        value = given.get(attribute, "")
         if value and attribute != "sex":
             usable = value in ATTRIBUTES[attribute] or wording.has_change(attribute, value)
             known[attribute] = value if usable else ""
-    sex = (clip.tags.get("sex") or clip.tags.get("gender") or "").strip().lower()
-    if sex not in _UNKNOWN_SEX:
-        known["sex"] = _SEX_OF.get(sex, "")
+    for key in ("gender", "sex"):
+        sex = given.get(key, "").strip().lower()
+        if sex not in _UNKNOWN_SEX:
+            known["sex"] = _SEX_OF.get(sex, "")
     return known
 
 
@@ -366,6 +407,10 @@ def _line(
     summary.count(tags, known, kept)
     fields = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
     captions = _captions(clip, tags, kept, provenance["seed"])
+    measured = [attribute for attribute in tags if attribute not in known]
+    given = {key: value for key, value in clip.tags.items() if key not in fields}
+    for attribute in given.pop(_MEASURED, "").split(", "):
+        given.pop(attribute, None)
     line = {
         "id": clip.id,
         "audio": _audio_path(clip.audio, summary.out.parent),
@@ -375,7 +420,7 @@ def _line(
         **fields,
         "global_captions": captions.global_captions,
         "finegrained_captions": captions.fine_captions,
-        "tags": {key: value for key, value in clip.tags.items() if key not in fields} | tags,
+        "tags": given | tags | ({_MEASURED: measured} if measured else {}),
         "claims": {"global": captions.global_claims, "fine": captions.fine_claims},
         "measured": _measured(measurement),
         "provenance": None if all(kept) else provenance,

@@ -100,7 +100,9 @@ def tags(config: TagsConfig) -> int:
 
 def _line(clip: Clip, audio: str, config: TagsConfig) -> dict[str, Any] | None:
     """The clip's line in the manifest; None if it has no usable tag and lacks captions."""
-    labels = {attribute: label for attribute, label in known_labels(clip).items() if label}
+    labels = {
+        attribute: label for attribute, label in known_labels(clip, with_measured=True).items() if label
+    }
     others = {key: clip.tags[key] for key in config.others if _is_usable(clip.tags.get(key, ""))}
     others = {key: value for key, value in others.items() if key not in labels}
     kept = {

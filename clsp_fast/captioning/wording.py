@@ -46,21 +46,21 @@ def satisfies(tags: Mapping[str, str], claims: Mapping[str, str]) -> bool:
 _PHRASINGS: dict[str, dict[str, tuple[str, str]]] = {
     "pitch": {
         "low": (
-            "in a deep register|at a low pitch|deep in {pos} range",
-            "a deep voice|a low pitch|a low-pitched tone|a dark, deep timbre",
+            "in a deep register|at a low pitch|in a low register",
+            "a deep voice|a low pitch|a low-pitched tone|a deep register",
         ),
         "medium": (
-            "in a middle register|at a mid-range pitch",
-            "a mid-range pitch|a middle-pitched tone|a voice of middle height",
+            "in a middle register|at a mid-range pitch|at a middle pitch",
+            "a mid-range pitch|a middle-pitched tone|a middle register",
         ),
         "high": (
-            "in a high register|at a high pitch|high in {pos} range",
-            "a high voice|a high pitch|a high-pitched tone|a bright, high timbre",
+            "in a high register|at a high pitch",
+            "a high voice|a high pitch|a high-pitched tone|a high register",
         ),
     },
     "speed": {
         "slow": (
-            "slowly|at a slow pace|unhurriedly|taking {pos} time",
+            "slowly|at a slow pace|unhurriedly|at a slow rate",
             "a slow pace|a leisurely tempo|slow, drawn-out words",
         ),
         "medium": (
@@ -68,7 +68,7 @@ _PHRASINGS: dict[str, dict[str, tuple[str, str]]] = {
             "a moderate pace|a moderate tempo|a measured rate",
         ),
         "fast": (
-            "quickly|at a fast pace|rapidly|in a hurry",
+            "quickly|at a fast pace|rapidly|at a rapid rate",
             "a fast pace|a rapid tempo|quick, hurried words",
         ),
     },
@@ -85,22 +85,25 @@ _PHRASINGS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "loudness": {
         "quiet": (
-            "quietly|softly|faintly",
-            "a quiet sound|a soft, faint sound|little force",
+            "quietly|softly|faintly|at a soft volume",
+            "a quiet sound|a soft, faint sound|a quiet volume",
         ),
         "normal": (
             "at a conversational level|at an ordinary loudness",
             "a conversational level|ordinary loudness",
         ),
         "loud": (
-            "loudly|powerfully|at the top of {pos} voice",
-            "a loud sound|a powerful, booming sound|great force",
+            "loudly|at a loud volume|at a loud level",
+            "a loud sound|a loud volume|a loud level",
         ),
     },
     "quality": {
-        "normal": ("in a clear voice|with clean phonation", "a clear voice|clean, smooth phonation"),
+        "normal": (
+            "in an ordinary voice|with ordinary phonation|in an everyday voice",
+            "an ordinary voice|ordinary phonation|an everyday voice",
+        ),
         "whisper": (
-            "in a whisper|in a whispered voice|under {pos} breath",
+            "in a whisper|in a whispered voice|in a breathy whisper",
             "a whispered voice|whispering breath|a breathy whisper",
         ),
         "creaky": (
@@ -110,8 +113,8 @@ _PHRASINGS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "pauses": {
         "continuous": (
-            "in one go|in one breath|in an unbroken flow",
-            "an unbroken flow|words that follow each other closely",
+            "in one go|in a continuous flow|in an unbroken flow",
+            "an unbroken flow|a continuous flow|words that follow each other closely",
         ),
         "long": (
             "with long pauses|with long breaks between the phrases",
@@ -148,9 +151,9 @@ _CHANGES: dict[str, dict[str, str]] = {
     },
     "quality": {
         "normal>whisper": "drop~s into a whisper|end~s whispering|turn~s to whispering halfway through",
-        "whisper>normal": "come~s out of a whisper|begin~s whispering, then find~s {pos} voice",
+        "whisper>normal": "come~s out of a whisper|begin~s whispering and then find~s {pos} voice",
         "normal>creaky": "drop~s into vocal fry|end~s creaking|turn~s creaky halfway through",
-        "creaky>normal": "come~s out of vocal fry|begin~s creaking, then find~s {pos} voice",
+        "creaky>normal": "come~s out of vocal fry|begin~s creaking and then find~s {pos} voice",
     },
 }
 
@@ -169,9 +172,9 @@ _CHANGE_WORDS = {
 }
 
 _SUBJECTS = {
-    "female": ("a woman", "a female speaker", "a lady", "a female voice", "a woman speaker"),
-    "male": ("a man", "a male speaker", "a gentleman", "a male voice", "a man speaker"),
-    "": ("a speaker", "someone", "a person", "a voice"),
+    "female": ("a woman", "a female speaker", "a lady"),
+    "male": ("a man", "a male speaker", "a gentleman"),
+    "": ("a speaker", "someone", "a person"),
 }
 _PRONOUNS = {
     "female": (("she", "her"),),
@@ -181,6 +184,7 @@ _PRONOUNS = {
 _VERBS = ("speaks", "talks", "is speaking", "is talking", "says this")
 _PLURAL_VERBS = ("speak", "talk", "are speaking", "are talking", "say this")
 _PARTICIPLES = ("speaking", "talking")
+_STARTS, _ENDS = ("start~s", "begin~s"), "end~s"
 _JOINTS = ("; {}", ", and {}", ". {}")
 _PATTERNS = 8
 _FULL_CAPTIONS = 5
@@ -227,7 +231,7 @@ def compose(claims: Mapping[str, str], rng: np.random.Generator) -> str:
     subject, (pronoun, possessive) = _pick(rng, _SUBJECTS[sex]), _pick(rng, _PRONOUNS[sex])
     order = _shuffled(rng, (a for a in claims if a != "sex"))
     steady = [a for a in order if ">" not in claims[a]]
-    changes = [_pick(rng, _CHANGE_WORDS[a, claims[a]]) for a in order if ">" in claims[a]]
+    changes = _changes([(a, claims[a]) for a in order if ">" in claims[a]], rng)
     manners = [_pick(rng, _MANNERS[a, claims[a]]) for a in steady]
     features = [_pick(rng, _FEATURES[a, claims[a]]) for a in steady]
     text = _sentence(subject, pronoun, manners, features, rng)
@@ -235,6 +239,17 @@ def compose(claims: Mapping[str, str], rng: np.random.Generator) -> str:
         text += f"{_pick(rng, _JOINTS).format(pronoun)} {_listing(changes)}"
     text = text.replace("~s", "" if pronoun == "they" else "s").replace("{pos}", possessive)
     return ". ".join(part[0].upper() + part[1:] for part in text.split(". ")) + "."
+
+
+def _changes(labels: Iterable[tuple[str, str]], rng: np.random.Generator) -> list[str]:
+    """A phrase for each change. At most one starts with "start" or "begin": it comes first, "end" last."""
+    phrases: list[str] = []
+    for label in labels:
+        options = _CHANGE_WORDS[label]
+        if any(phrase.startswith(_STARTS) for phrase in phrases):
+            options = tuple(phrase for phrase in options if not phrase.startswith(_STARTS))
+        phrases.append(_pick(rng, options))
+    return sorted(phrases, key=lambda p: 0 if p.startswith(_STARTS) else 2 if p.startswith(_ENDS) else 1)
 
 
 def _sentence(
@@ -268,8 +283,8 @@ def _sentence(
 def _global_claims(tags: Mapping[str, str], rng: np.random.Generator) -> dict[str, str]:
     """Claims of a global caption: up to four attributes that do not change in the clip.
 
-    Neutral labels are claimed, too. A model learns their words, such as "a clear voice", only from captions
-    with few other claims. If every attribute changes, the changes are claimed.
+    Neutral labels are claimed, too. A model learns their words, such as "an ordinary voice", only from
+    captions with few other claims. If every attribute changes, the changes are claimed.
     """
     constant = [a for a in ATTRIBUTES if ">" not in tags.get(a, ">") and a != "sex"]
     chosen = _shuffled(rng, constant)[: 1 + int(rng.random() * 3)]
@@ -363,5 +378,4 @@ def _prompts(attribute: str, label: str) -> list[str]:
         subjects = [subject[0].upper() + subject[1:] for subject in _SUBJECTS[label]]
         return [f"{subject} {verb}." for subject in subjects for verb in _VERBS[:2]]
     sentences = [f"A speaker {_VERBS[i % 2]} {m}." for i, m in enumerate(_MANNERS[attribute, label])]
-    sentences += [f"A speaker with {feature}." for feature in _FEATURES[attribute, label]]
-    return [sentence.replace("{pos}", "their") for sentence in sentences]
+    return sentences + [f"A speaker with {feature}." for feature in _FEATURES[attribute, label]]

@@ -29,7 +29,7 @@ OFFSETS = (1, -1, 2, -2)
 _LONGEST_SHOWN = 80
 _SEX = dict.fromkeys(("female", "f", "woman", "w", "girl"), "female")
 _SEX |= dict.fromkeys(("male", "m", "man", "boy"), "male")
-_NO_LABELS = {"id", "speaker", "speaker_id", "text", "transcript", "transcription"}
+_NO_LABELS = {"id", "speaker", "speaker_id", "measured_labels", "text", "transcript", "transcription"}
 _MOST_VALUES = 200
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 # Normalisation leaves such a caption as it is, except for its full stop and capital letter.

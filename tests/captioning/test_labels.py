@@ -123,6 +123,31 @@ def test_whispered_and_creaky_voices_have_neither_pitch_nor_sex() -> None:
     assert creaky == {"loudness": "normal", "quality": "creaky"}
 
 
+def test_speed_is_named_only_where_syllables_are_no_pulses() -> None:
+    clear, creaky = {"voiced": 0.9, "clear_voice": 0.9}, {"creak": 0.8}
+    fast: dict[str, Any] = {"syllables": 24, "syllables_per_s": 6.0}
+    unknown = {"voiced": 0.4, "clear_voice": 0.08}
+    clips = [
+        measured(**fast, halves=[clear, creaky]),
+        measured(**fast, halves=[creaky, clear]),
+        measured(**fast, **unknown),
+    ]
+    for clip in clips:
+        assert "speed" not in labels(clip)
+        assert labels(clip, known={"quality": "whisper"})["speed"] == "fast"
+    assert labels(clips[0], known={"speed": "slow"})["speed"] == "slow"
+    corpus = CorpusValues()
+    for clip in clips * 40:
+        corpus.add(clip, {})
+    assert corpus.bands().speed == FIXED.speed
+
+
+def test_a_half_that_is_nearly_silent_is_not_slow() -> None:
+    few = [{"syllables": 2, "pause_s": 1.0}, {"syllables": 12}]
+    assert "speed" not in labels(measured(halves=few))
+    assert "speed" not in labels(measured(halves=[{"syllables": 0, "pause_s": 2.0}, {"syllables": 12}]))
+
+
 def test_a_hoarse_voice_is_no_whisper() -> None:
     assert "quality" not in labels(measured(voiced=0.4, clear_voice=0.08))
     assert "quality" not in labels(measured(voiced=0.2, clear_voice=0.15))
@@ -223,3 +248,11 @@ def test_recordings_without_speech_are_recognised() -> None:
     tone = (0.1 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
     assert speech_problem(measure([tone])[0]) == "no_speech"
     assert not speech_problem(measured())
+
+
+def test_sparse_speech_is_speech() -> None:
+    sparse = {"duration_s": 40.0, "syllables": 18, "syllables_per_s": 0.45, "pauses": 5, "pause_s": 34.0}
+    assert not speech_problem(measured(**sparse))
+    assert not speech_problem(measured(**sparse, snr_db=5.0))
+    clicks = {"duration_s": 10.0, "syllables": 3, "syllables_per_s": 0.3, "pauses": 2, "pause_s": 9.7}
+    assert speech_problem(measured(**clicks)) == "short"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from clsp_fast.captioning import offline as offline_module
 from clsp_fast.captioning import wording
 from clsp_fast.captioning.offline import caption_offline, describe, left_out_file, offline
 from clsp_fast.captioning.rules import default_rules
+from clsp_fast.data.captions import Captions
+from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import read_manifest
 
 RATE_HZ = 16_000
@@ -220,6 +222,10 @@ def test_recordings_that_cannot_be_used_are_listed_with_the_reason(
         "noise.wav": "no_speech",
         "silent.wav": "silent",
     }
+    assert items["long.wav"]["detail"] == (
+        "lasts 5 s, more than the limit of 4 s; "
+        "raise --longest-s, or name parts of it in a manifest with start_s and duration_s"
+    )
     assert all(item["detail"] and item["audio"].startswith(str(folder)) for item in items.values())
     printed = capsys.readouterr().out
     assert "left out: 1 format" in printed
@@ -286,6 +292,73 @@ def test_wrong_arguments_are_refused_and_nothing_is_lost(
     assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("content", ["", "my notes\n", '{"id": "a", "audio": "a.wav"}\n', None])
+def test_a_foreign_list_of_left_out_recordings_is_kept(
+    tmp_path: Path, speech: Path, content: str | None
+) -> None:
+    path = left_out_file(tmp_path / "out.jsonl")
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"out\.left-out\.jsonl, the list .* was not written by this command"
+    ):
+        caption_offline(str(speech), tmp_path / "out.jsonl")
+    assert [*tmp_path.iterdir()] == [path]
+    assert content is None or path.read_text() == content
+
+
+def test_a_list_of_left_out_recordings_that_is_the_source_is_kept(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "long.wav", voice(110, seconds=5.0))
+    write(tmp_path / "in" / "man.wav", voice(110))
+    caption_offline(str(tmp_path / "in"), tmp_path / "out.jsonl", longest_s=4.0)
+    source = left_out_file(tmp_path / "out.jsonl")
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match=r"out\.left-out\.jsonl is the source"):
+        caption_offline(str(source), tmp_path / "out.jsonl")
+    assert source.read_bytes() == before
+    caption_offline(str(source), tmp_path / "more.jsonl")
+    assert [*read(tmp_path / "more.jsonl")] == ["long.wav"]
+
+
+def test_a_second_run_on_the_result_gives_the_same_result(tmp_path: Path, speech: Path) -> None:
+    rows = [
+        {"id": "a", "audio": str(speech / "man.wav"), "gender": "F", "tags": {"accent": "Czech"}},
+        {"id": "b", "audio": str(speech / "man.wav"), "tags": {"quality": "whisper", "sex": "unknown"}},
+        {"id": "c", "audio": str(speech / "between.wav"), "gender": "other", "tags": {"speed": "brisk"}},
+    ]
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    first, second, other = (tmp_path / f"{name}.jsonl" for name in ("first", "second", "other"))
+    choices: tuple[Literal["corpus", "fixed"], ...] = ("corpus", "fixed")
+    for bands in choices:
+        caption_offline(str(source), first, bands=bands)
+        caption_offline(str(first), second, bands=bands, replace=True)
+        assert second.read_bytes() == first.read_bytes()
+    assert read(first)["a"]["tags"]["sex"] == "female"
+    assert "sex" not in read(first)["a"]["tags"]["measured_labels"]
+    corrected = [*read(first).values()]
+    for row in corrected:
+        row["tags"]["loudness"] = "loud"
+        row["tags"]["measured_labels"].remove("loudness")
+    caption_offline(
+        str(write_rows(tmp_path / "corrected.jsonl", corrected)), other, bands="fixed", replace=True
+    )
+    assert {row["tags"]["loudness"] for row in read(other).values()} == {"loud"}
+
+
+def test_chunks_hold_about_ten_minutes() -> None:
+    def sizes(durations: list[float | None], longest_s: float) -> list[int]:
+        clips = [Clip(str(i), "a.wav", 0.0, s, None, Captions((), ())) for i, s in enumerate(durations)]
+        return [len(chunk) for chunk in offline_module._chunks(clips, longest_s)]
+
+    assert sizes([None] * 25, 60.0) == [10, 10, 5]
+    assert sizes([None] * 3, 3600.0) == [1, 1, 1]
+    assert sizes([5.0] * 200 + [None], 3600.0) == [120, 80, 1]
+    assert sizes([4000.0, 1.0], 300.0) == [2]  # the long one will be left out
+    assert sizes([0.6] * 600, 60.0) == [512, 88]
+
+
 def test_sources_without_speech_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     write(tmp_path / "silent" / "a.wav", np.zeros(RATE_HZ))
@@ -294,7 +367,9 @@ def test_sources_without_speech_are_errors(tmp_path: Path, capsys: pytest.Captur
             caption.main(["offline", str(tmp_path / name), str(tmp_path / "out.jsonl")])
         assert message in str(stopped.value)
         assert not (tmp_path / "out.jsonl").exists()
-    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    assert str(tmp_path / "out.left-out.jsonl") in str(stopped.value)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.left-out.jsonl"]
+    assert read(tmp_path / "out.left-out.jsonl")["a.wav"]["reason"] == "silent"
 
 
 def test_the_command_returns_the_exit_code(

@@ -127,6 +127,40 @@ def test_they_takes_plural_verbs() -> None:
     assert any("they" in t and " and then slow down" in t for t in texts)
 
 
+def test_changes_from_the_beginning_come_first_and_only_one_says_start() -> None:
+    rng = np.random.default_rng(3)
+    tags = {"speed": "slow>fast", "loudness": "loud>quiet", "quality": "whisper>normal", "pitch": "low>high"}
+    starts = 0
+    for _ in range(600):
+        text = wording.compose(tags, rng)
+        start = re.findall(r"\b(?:starts?|begins?)\b", text)
+        assert len(start) <= 1, text
+        if start:
+            assert re.search(rf"\b(she|he|they|speaker) {start[0]}\b", text, re.IGNORECASE), text
+            starts += 1
+    assert starts > 100
+
+
+def test_captions_claim_only_what_is_measured() -> None:
+    unmeasured = re.compile(
+        r"force|power|booming|top of|under \w+ breath|one breath|timbre|(low|high|deep) in|clear|clean|smooth"
+        r"|taking \w+ time|middle height|(?<!whispered )(?<!\w-pitched )\bvoice with\b"
+        r"|speech of an? \w*voice\b|wom[ae]n speaker|\bman speaker",
+        re.IGNORECASE,
+    )
+    prompts = [p for task in wording.prompts().values() for label in task.values() for p in label]
+    written = [text for _, c in many_captions() for text in c.global_captions + c.fine_captions]
+    assert not [text for text in prompts + written if unmeasured.search(text)]
+
+
+def test_no_phrase_uses_the_label_of_another_attribute() -> None:
+    for attribute, task in wording.prompts().items():
+        others = {label for a, labels in ATTRIBUTES.items() if a != attribute for label in labels}
+        for label, sentences in task.items():
+            words = {word for text in sentences for word in re.findall(r"[a-z-]+", text.lower())}
+            assert not words & (others - {label, "long", "continuous"}), label
+
+
 @pytest.mark.parametrize("tags", [{}, {"sex": "female"}, {"engine": "espeak"}])
 def test_nothing_to_describe_is_refused(tags: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="tags must hold one of"):

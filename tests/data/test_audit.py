@@ -132,6 +132,15 @@ def test_ordinary_captions_are_no_findings(caption: str) -> None:
     assert caption_fault(caption) == ""
 
 
+def test_the_list_of_measured_labels_is_no_label() -> None:
+    clips = [
+        with_fine(Clip(str(i), "a.wav", 0.0, None, None, Captions((), ()), {"measured_labels": name}), text)
+        for i in range(40)
+        for name, text in (("speed", "The loudness is low."), ("loudness", "The speed is low."))
+    ]
+    assert not [text for text in audit(clips).warnings if "measured_labels" in text or "fit" in text]
+
+
 def test_lists_are_bounded() -> None:
     clips = [with_fine(clip, "label") for clip in corpus(1000)]
     result = audit(clips)
