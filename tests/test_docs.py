@@ -221,10 +221,13 @@ class Shell:
         """A target as far as it can be run here: without the installation, which tests/test_packaging.py
         looks at, and the training with a small corpus and few steps."""
         target = command.split()[1]
-        make = ["make", "-f", str(ROOT / "Makefile"), "-o", f".venv/.{target}", f"BIN={self.folder / 'bin'}"]
+        installed = "train" if target == "human" else target
+        make = ["make", "-f", str(ROOT / "Makefile"), "-o", f".venv/.{installed}"]
+        make.append(f"BIN={self.folder / 'bin'}")
         dry = self._whole(" ".join([*make, "-n", "-o", ".venv/.test", target]))
         start = {
             "train": "python -m clsp_fast.train",
+            "human": "python -m clsp_fast.train human",
             "test": "ruff check .",
             "bench": "python -m bench.run",
         }[target]
