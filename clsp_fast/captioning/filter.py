@@ -261,9 +261,11 @@ def filter(config: FilterConfig) -> int:
     record = read_record(config.work / generate.STEP)
     manifest = config.manifest or Path(record["manifest_path"])
     check_manifest(manifest, record)
+    path = config.work / CAPTIONS
+    if path.exists() and path.samefile(manifest):
+        raise ValueError(f"{path} is the manifest that generate read; copy it elsewhere and use --manifest")
     job = _Filter(config, manifest, rules, record)
     (config.work / COUNTS).unlink(missing_ok=True)
-    path = config.work / CAPTIONS
     try:
         files.replace_file(path, job.write)
     except _NoCaptions:

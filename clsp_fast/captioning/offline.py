@@ -232,17 +232,17 @@ def _check_out(out: Path, source: str) -> None:
     for file in (out, left_out_file(out)):
         if source != "-" and paths.exists(source) and paths.exists(file) and file.samefile(source):
             raise ValueError(f"{file} is the source; name another file for the result")
-    if paths.exists(out) and "measured" not in _first_row(out):
+    if paths.exists(out) and "measured" not in first_row(out):
         raise ValueError(f"{out} exists and was not written by this command; name another file or remove it")
     others = left_out_file(out)
-    if paths.is_dir(others) or (paths.exists(others) and _first_row(others).keys() != _LEFT_OUT_KEYS):
+    if paths.is_dir(others) or (paths.exists(others) and first_row(others).keys() != _LEFT_OUT_KEYS):
         raise ValueError(
             f"{others}, the list of recordings without captions, exists and was not written by this command; "
             "name another file for the result, or remove it"
         )
 
 
-def _first_row(file: Path) -> dict[str, Any]:
+def first_row(file: Path) -> dict[str, Any]:
     """The object in the first line of a file; empty if there is none."""
     try:
         with file.open("rb") as lines:

@@ -20,7 +20,7 @@ import numpy as np
 from clsp_fast import __version__
 from clsp_fast.captioning import wording
 from clsp_fast.captioning.filter import AudioPaths
-from clsp_fast.captioning.offline import known_labels
+from clsp_fast.captioning.offline import first_row, known_labels
 from clsp_fast.checks import require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
@@ -68,9 +68,14 @@ def tags(config: TagsConfig) -> int:
         The exit code of the command: 0, or 3 if clips were left out.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such manifest, or none of its clips has a usable tag.
+        FileNotFoundError, ValueError: there is no such manifest, none of its clips has a usable tag, or
+        `out` holds something that this command did not write.
         DiskFull: there is no room; nothing is left behind.
     """
+    if config.out.exists() and (first_row(config.out).get("provenance") or {}).get("by") != "tags":
+        raise ValueError(
+            f"{config.out} exists and was not written by this command; name another file or remove it"
+        )
     counts: Counter[str] = Counter()
     name_audio = AudioPaths(config.manifest.parent, config.out.parent)
 

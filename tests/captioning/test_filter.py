@@ -299,3 +299,12 @@ def test_a_folder_without_a_job_and_a_changed_manifest_are_refused(tmp_path: Pat
         file.write("\n")
     with pytest.raises(ValueError, match="has changed since `generate` read it"):
         filter(FilterConfig(work=work))
+
+
+def test_the_manifest_that_generate_read_is_never_replaced(tmp_path: Path) -> None:
+    work = make_work(tmp_path, [{"audio": "a.wav"}], {0: [good("a")]})
+    source = (tmp_path / "m.jsonl").read_bytes()
+    (work / "captions.jsonl").write_bytes(source)
+    with pytest.raises(ValueError, match=r"captions\.jsonl is the manifest that generate read"):
+        filter(FilterConfig(work=work, manifest=work / "captions.jsonl"))
+    assert (work / "captions.jsonl").read_bytes() == source

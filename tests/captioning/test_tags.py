@@ -88,3 +88,13 @@ def test_the_manifest_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureF
             caption.main(["tags", str(source), str(out)])
         assert done.value.code == 2
         assert message in " ".join(capsys.readouterr().err.replace("|", " ").split())
+
+
+def test_only_files_of_this_command_are_replaced(tmp_path: Path) -> None:
+    first = run(tmp_path, {"tags": FULL})
+    assert run(tmp_path, {"tags": FULL}) == first
+    text = '{"audio": "b.wav", "captions": ["Written by hand."]}\n'
+    (tmp_path / "out.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"out\.jsonl exists and was not written by this command"):
+        run(tmp_path, {"tags": FULL})
+    assert (tmp_path / "out.jsonl").read_text() == text
