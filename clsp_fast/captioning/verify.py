@@ -42,6 +42,9 @@ ATTEMPTS = 2
 _SCHEMA = json_answers.object_schema({item: {"type": "boolean"} for item in CHECKLIST})
 
 
+_SECOND_TEMPERATURE = 0.6
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """Asks a language model whether candidates hold what a caption must not hold: the background, the quality
@@ -218,6 +221,8 @@ class _Checklist:
             "response_format": json_answers.response_format("verdict", _SCHEMA),
             **config.sampling.to_body(),
         }
+        if attempt:  # at temperature 0, the same answer would come back
+            body["temperature"] = max(config.sampling.temperature, _SECOND_TEMPERATURE)
         return Request(custom_id(STEP, row, clip.id, attempt * self.candidates + number), body)
 
 

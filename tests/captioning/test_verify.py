@@ -144,6 +144,7 @@ def test_an_answer_that_is_no_verdict_is_asked_for_once_more(work: Path) -> None
     captions = Counter(candidate_of(body) for body in server.bodies)
     assert set(captions.values()) <= {2 * times for times in range(1, 7)}
     assert sum(body["seed"] for body in server.bodies) == len(server.bodies) / 2 == 12
+    assert {(body["seed"], body["temperature"]) for body in server.bodies} == {(0, 0.0), (1, 0.6)}
     unverified = [row for row in verify.verdicts(work) if row[3] == ("unverified",)]
     assert len(unverified) == captions[hopeless[0]] / 2
     assert sum(passed for _, _, passed, _ in verify.verdicts(work)) == 12 - len(unverified)
