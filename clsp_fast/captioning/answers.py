@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,12 @@ def parse_answer(line: bytes | str) -> Answer:
         name, error, response = str(row["custom_id"]), row.get("error"), row.get("response") or {}
         status, body = response.get("status_code"), response.get("body")
         if isinstance(body, dict) and status == 200 and not error and body.get("choices"):
-            choices = sorted(body["choices"], key=lambda choice: int(choice.get("index") or 0))
+            choices = [choice for _, choice in sorted(_numbered(body["choices"]), key=lambda pair: pair[0])]
             return Answer(
                 name,
                 tuple(_content(choice) for choice in choices),
                 tuple(str(choice.get("finish_reason") or "") for choice in choices),
-                {k: int(v) for k, v in (body.get("usage") or {}).items() if isinstance(v, int)},
+                _usage(body),
                 str(body.get("model") or ""),
                 None,
             )
@@ -103,10 +103,25 @@ def parse_answer(line: bytes | str) -> Answer:
 
 def _content(choice: Mapping[str, Any]) -> str:
     """The text of a choice. Servers give a string, null, or a list of parts."""
-    content = (choice.get("message") or {}).get("content")
+    message = choice.get("message")
+    content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
-        content = "".join(str(part.get("text") or "") for part in content)
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""
+
+
+def _numbered(choices: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The choices with their "index". Where it is missing or no integer, the place in the list is taken."""
+    for place, choice in enumerate(choices):
+        index = choice.get("index")
+        yield (index if isinstance(index, int) else place), choice
+
+
+def _usage(body: Mapping[str, Any]) -> dict[str, int]:
+    """The counts of tokens; empty if the server gives none."""
+    usage = body.get("usage")
+    pairs = usage.items() if isinstance(usage, dict) else ()
+    return {str(key): int(value) for key, value in pairs if isinstance(value, int)}
 
 
 def answer_line(name: str, reply: Reply) -> bytes:
@@ -118,13 +133,13 @@ def answer_line(name: str, reply: Reply) -> bytes:
     if response is not None and reply.body is not None:
         choices = [
             {
-                "index": choice.get("index", number),
+                "index": number,
                 "message": {"role": "assistant", "content": _content(choice)},
                 "finish_reason": choice.get("finish_reason"),
             }
-            for number, choice in enumerate(reply.body["choices"])
+            for number, choice in _numbered(reply.body["choices"])
         ]
-        kept = {key: reply.body.get(key) for key in ("id", "model", "usage")}
+        kept = {"id": reply.body.get("id"), "model": reply.body.get("model"), "usage": _usage(reply.body)}
         response["body"] = {"object": "chat.completion", "choices": choices} | kept
     row = {"custom_id": name, "error": error if reply.body is None else None, "response": response}
     return json.dumps(row | {"id": f"answer-{name.partition('/')[0]}"}).encode() + b"\n"
@@ -169,10 +184,33 @@ def _scan(file: Any, parts: int) -> Iterator[tuple[int, int, bool]]:
         offset += len(line)
 
 
+class SparseIntegers:
+    """An integer for each index >= 0; 0 where none was set. Only blocks of indices that are used take memory,
+    so that the last rows of a large manifest need no more than the first ones."""
+
+    _BLOCK = 4096
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, array[int]] = {}
+
+    def __getitem__(self, index: int) -> int:
+        number, place = divmod(index, self._BLOCK)
+        return self._blocks[number][place] if number in self._blocks else 0
+
+    def __setitem__(self, index: int, value: int) -> None:
+        number, place = divmod(index, self._BLOCK)
+        if number not in self._blocks:
+            self._blocks[number] = array("q", [0]) * self._BLOCK
+        self._blocks[number][place] = value
+
+
 class AnswerIndex:
     """Finds the answers of a row. It holds eight bytes for each request, not the answers.
 
     If a request has several answers, the first one counts.
+
+    Attributes:
+        rows: one more than the last row with an answer.
 
     Args:
         folder: folder of a finished or running job.
@@ -181,13 +219,12 @@ class AnswerIndex:
     def __init__(self, folder: Path) -> None:
         self._parts = int(read_record(folder)["parts"])
         self._file = (folder / ANSWERS).open("rb")
-        self._offsets = array("q")
+        self._places = SparseIntegers()  # offset + 1, because 0 stands for no answer
+        self.rows = 0
         for offset, number, good in _scan(self._file, self._parts):
             if good:
-                missing = number + 1 - len(self._offsets)
-                self._offsets.extend([-1] * missing)
-                if self._offsets[number] < 0:
-                    self._offsets[number] = offset
+                self.rows = max(self.rows, number // self._parts + 1)
+                self._places[number] = self._places[number] or offset + 1
 
     def __enter__(self) -> AnswerIndex:
         return self
@@ -195,17 +232,12 @@ class AnswerIndex:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    @property
-    def rows(self) -> int:
-        """One more than the last row with an answer."""
-        return -(-len(self._offsets) // self._parts)
-
     def of_row(self, row: int) -> tuple[Answer, ...]:
         """The answers of a row in the order of its parts. Failed requests are left out."""
         answers = []
-        for offset in self._offsets[row * self._parts : (row + 1) * self._parts]:
-            if offset >= 0:
-                self._file.seek(offset)
+        for number in range(row * self._parts, (row + 1) * self._parts):
+            if place := self._places[number]:
+                self._file.seek(place - 1)
                 answers.append(parse_answer(self._file.readline()))
         return tuple(answers)
 

@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from clsp_fast.audio import AudioError
-from clsp_fast.captioning.answers import Answer, AnswerFile, answer_line, begin, parse_answer, row_and_part
+from clsp_fast.captioning.answers import (
+    Answer,
+    AnswerFile,
+    SparseIntegers,
+    answer_line,
+    begin,
+    parse_answer,
+    row_and_part,
+)
 from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError, describe
 from clsp_fast.console import Progress
 from clsp_fast.storage import files
@@ -261,12 +268,10 @@ def import_answers(
         FileNotFoundError: there is no such file. ValueError: the folder was begun with other settings.
         FolderInUse, DiskFull.
     """
-    digests = array("q")
+    digests = SparseIntegers()
     for name in names:
         row, part = row_and_part(name)
-        number = row * parts + part
-        digests.extend([0] * (number + 1 - len(digests)))
-        digests[number] = _digest(name)
+        digests[row * parts + part] = _digest(name)
     result = Imported()
     with files.lock_folder(folder):
         begin(folder, settings, parts=parts, notes=notes or {})
@@ -283,7 +288,9 @@ def _digest(name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _import_line(line: bytes, digests: array[int], answers: AnswerFile, parts: int, result: Imported) -> None:
+def _import_line(
+    line: bytes, digests: SparseIntegers, answers: AnswerFile, parts: int, result: Imported
+) -> None:
     if not line.strip():
         return
     try:
@@ -296,7 +303,7 @@ def _import_line(line: bytes, digests: array[int], answers: AnswerFile, parts: i
     except ValueError:
         row, part = 0, parts
     number = row * parts + part
-    if part >= parts or number >= len(digests) or digests[number] != _digest(answer.custom_id):
+    if part >= parts or digests[number] != _digest(answer.custom_id):
         result.unknown += 1
     elif answer.error is not None:
         result.failed += 1

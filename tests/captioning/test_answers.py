@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from clsp_fast.captioning.answers import (
     AnswerFile,
     AnswerIndex,
     Bits,
+    SparseIntegers,
     answer_line,
     begin,
     custom_id,
@@ -152,6 +154,43 @@ def test_the_index_finds_the_answers_of_a_row(tmp_path: Path) -> None:
         assert [answer.texts for answer in index.of_row(5)] == [("5 0",), ("5 2",)]
         assert [answer.texts for answer in index.of_row(0)] == [("0 0",), ("0 1",)]
         assert index.of_row(3) == index.of_row(100) == ()
+
+
+def test_late_rows_need_no_more_memory_than_early_ones() -> None:
+    numbers = SparseIntegers()
+    tracemalloc.start()
+    for index in (0, 10**12, 10**12 + 1):
+        numbers[index] = index + 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [numbers[index] for index in (0, 1, 10**12, 10**12 + 1, 10**13)] == [
+        1,
+        0,
+        10**12 + 1,
+        10**12 + 2,
+        0,
+    ]
+    assert 1_000 < peak < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("change", "texts", "usage"),
+    [
+        ({"usage": [1]}, ("a", "b"), {}),
+        ({"usage": {"prompt_tokens": "3", "total_tokens": 5}}, ("a", "b"), {"total_tokens": 5}),
+        ({"choices": [{"index": "a", "message": {"content": "a"}}]}, ("a",), None),
+        ({"choices": [{"message": "a"}, {"message": {"content": ["b", {"text": "c"}]}}]}, ("", "c"), None),
+    ],
+)
+def test_odd_answers_never_damage_a_folder(
+    change: dict[str, Any], texts: tuple[str, ...], usage: dict[str, int] | None
+) -> None:
+    odd = body("a", "b") | change
+    written = parse_answer(answer_line("0.0/generate/a", Reply(200, odd)))
+    assert written.texts == texts
+    assert written.usage == ({"prompt_tokens": 3, "completion_tokens": 2} if usage is None else usage)
+    line = json.dumps({"custom_id": "0.0/generate/a", "response": {"status_code": 200, "body": odd}})
+    assert parse_answer(line.encode()) == written
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
