@@ -9,7 +9,7 @@ from typing import Any
 
 from sample_data import write_rows
 
-from clsp_fast.captioning.answers import ANSWERS, begin, custom_id
+from clsp_fast.captioning.answers import ANSWERS, begin, custom_id, identity, read_record
 from clsp_fast.captioning.generate import read_facts
 from clsp_fast.captioning.verify import CHECKLIST
 
@@ -83,4 +83,4 @@ def make_verdicts(work: Path, violations: Mapping[tuple[int, int], Sequence[str]
     for (row, number), names in violations.items():
         content = "?" if names is None else json.dumps({item: item in names for item in CHECKLIST})
         rows.append(answer(custom_id("verify", row, "x", number), [content]))
-    make_job(work, "verify", rows, 40)
+    make_job(work, "verify", rows, 40, generate=identity(read_record(work / "generate")))

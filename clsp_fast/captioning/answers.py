@@ -18,6 +18,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answers to a job depend on: its settings, and when its folder was begun.
+
+    Servers do not repeat their answers, so a folder that is deleted and made again is another job.
+    """
+    return {**record["settings"], "begun": record.get("begun")}
+
+
 def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mapping[str, Any]) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
 
@@ -306,7 +315,10 @@ def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mappi
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
     else:
-        files.write_json(folder / RECORD, {"settings": settings, "parts": parts} | dict(notes))
+        begun = datetime.now(timezone.utc).isoformat()
+        files.write_json(
+            folder / RECORD, {"settings": settings, "parts": parts, "begun": begun} | dict(notes)
+        )
 
 
 class AnswerFile:

@@ -19,12 +19,12 @@ from typing import Any
 
 from clsp_fast import __version__
 from clsp_fast.captioning import generate, verify
-from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, read_record
+from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, read_record
 from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
 from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
 from clsp_fast.captioning.verify import Verdict, Verdicts, check_manifest
 from clsp_fast.checks import is_positive, require
-from clsp_fast.console import Progress
+from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data.caption_text import normalise
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import iterate_manifest
@@ -32,10 +32,13 @@ from clsp_fast.storage import files
 
 CAPTIONS, COUNTS = "captions.jsonl", "filter.json"
 """What `filter` writes to the work folder: the manifest, and how many candidates were kept and dropped."""
-UNVERIFIED, REPEATED, SURPLUS, TOO_FEW = "unverified", "repeated", "surplus", "too few in the clip"
-"""Reasons to drop a candidate that breaks no rule: the verifier ran, but gave no verdict; it repeats another
-one of its clip; the clip has enough others; its clip has too few. The verifier's violations are reasons, too:
-"verifier: background" and so on."""
+UNVERIFIED, NO_VERDICT = "unverified", "without verdict"
+REPEATED, SURPLUS, TOO_FEW = "repeated", "surplus", "too few in the clip"
+"""Reasons to drop a candidate that breaks no rule, beside the verifier's violations ("verifier: background").
+
+UNVERIFIED: the verifier answered, but not with a verdict. NO_VERDICT: it has not answered yet. REPEATED: the
+clip has the same caption twice. SURPLUS: the clip has enough captions. TOO_FEW: it has too few.
+"""
 CHARACTERS_A_BIN, WORDS_A_BIN = 32, 5
 """Width of a bin of the histograms of lengths."""
 _PROGRESS_ROWS = 1000
@@ -152,7 +155,9 @@ def reasons_to_drop(
     broken = rules.broken(candidate.caption)
     if broken or not verified:
         return broken
-    if verdict is None or verdict.fault:
+    if verdict is None:
+        return (NO_VERDICT,)
+    if verdict.fault:
         return (UNVERIFIED,)
     return tuple(f"verifier: {violation}" for violation in verdict.violations)
 
@@ -249,10 +254,12 @@ def filter(config: FilterConfig) -> int:
     """Writes the manifest of the captions that are kept.
 
     Returns:
-        The exit code of the command: 0, or 1 if no clip has captions. Then the manifest is not written.
+        The exit code of the command: 0; 1 if no clip has captions, so that no manifest is written; 3 if
+        `verify` has not finished.
 
     Raises:
-        ValueError, FileNotFoundError: a setting is wrong, `generate` did not run, or its manifest changed.
+        ValueError, FileNotFoundError: a setting is wrong, `generate` did not run, its manifest changed, or
+        the verdicts belong to other candidates.
         DiskFull: there is no room. The manifest of an earlier call is kept.
     """
     rules = read_rules(
@@ -273,7 +280,27 @@ def filter(config: FilterConfig) -> int:
     summary = {"provenance": job.provenance, "rules": asdict(rules), "keep": config.keep}
     files.write_json(config.work / COUNTS, summary | job.counts.as_json())
     print(f"{path}: {job.counts.describe()}" if job.counts.clips["kept"] else job.counts.describe())
-    return 0 if job.counts.clips["kept"] else 1
+    if not job.counts.clips["kept"]:
+        return 1
+    missing = job.counts.first[NO_VERDICT]
+    if missing:
+        print(f"{missing} candidates have no verdict yet: run `verify` again, then `filter`", file=sys.stderr)
+    return INCOMPLETE if missing else 0
+
+
+def _has_verdicts(work: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the verifier has answered. ValueError if its answers belong to other candidates."""
+    if not (work / verify.STEP / ANSWERS).exists():
+        return False
+    with Verdicts(work) as verdicts:
+        if not verdicts.rows:
+            return False
+    if read_record(work / verify.STEP)["settings"].get("generate") != identity(record):
+        raise ValueError(
+            f"the verdicts of {work / verify.STEP} belong to other candidates than {work / generate.STEP} "
+            f"holds; delete {work / verify.STEP} and run `verify`"
+        )
+    return True
 
 
 class _NoCaptions(Exception):
@@ -286,7 +313,7 @@ class _Filter:
     def __init__(self, config: FilterConfig, manifest: Path, rules: Rules, record: Mapping[str, Any]) -> None:
         self._config, self._manifest, self._rules = config, manifest, rules
         self._texts = texts_a_request(record)
-        self._verified = (config.work / verify.STEP / ANSWERS).exists()
+        self._verified = _has_verdicts(config.work, record)
         self._paths = AudioPaths(manifest.parent, config.work)
         self.counts = Counts()
         self.provenance = _provenance(config.work, record["settings"], rules, verified=self._verified)

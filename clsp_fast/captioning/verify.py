@@ -19,7 +19,15 @@ from typing import Any
 
 from clsp_fast import __version__
 from clsp_fast.captioning import json_answers
-from clsp_fast.captioning.answers import ANSWERS, Answer, AnswerIndex, custom_id, read_record, row_and_part
+from clsp_fast.captioning.answers import (
+    ANSWERS,
+    Answer,
+    AnswerIndex,
+    custom_id,
+    identity,
+    read_record,
+    row_and_part,
+)
 from clsp_fast.captioning.candidates import candidates_of, texts_a_request
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import Sampling, describe_tags, read_facts
@@ -297,7 +305,7 @@ def _settings(config: VerifyConfig, prompt: Prompt, record: Mapping[str, Any]) -
     """What the verdicts depend on. The rules only decide which captions are sent."""
     return {
         "step": STEP,
-        "generate": record["settings"],
+        "generate": identity(record),
         "model": config.server.model,
         "prompt_digest": prompt.digest,
         "tags": list(config.tags),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +99,22 @@ def test_clips_without_answers_or_captions_are_left_out(tmp_path: Path) -> None:
     assert counts_of(work)["audio_s"] == {"total": 8.0, "kept": 2.0}
 
 
-def test_verdicts_drop_candidates_by_violation(tmp_path: Path) -> None:
+def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [good(name) for name in ("Ann", "Bea", "Cid", "Dan", "Eve")]
     work = make_work(tmp_path, [CLIP], {0: [*texts, "short"]})
     assert filter(FilterConfig(work=work)) == 0
     assert lines_of(work)[0]["provenance"]["verifier"] is None
     verdicts = {(0, 0): [], (0, 1): ["absence"], (0, 2): ["background", "absence"], (0, 3): None}
     make_verdicts(work, verdicts)
-    assert filter(FilterConfig(work=work)) == 0
+    capsys.readouterr()
+    assert filter(FilterConfig(work=work)) == 3
+    assert "1 candidates have no verdict yet: run `verify` again" in capsys.readouterr().err
     (line,) = lines_of(work)
     assert line["finegrained_captions"] == [good("Ann")]
     counts = counts_of(work)
     # Candidate 3 has an answer that is no verdict, and candidate 4 none.
-    expected = {"unverified": 2, "short": 1, "verifier: absence": 1, "verifier: background": 1}
+    expected = {"unverified": 1, "without verdict": 1, "short": 1}
+    expected |= {"verifier: absence": 1, "verifier: background": 1}
     assert counts["first"] == expected
     assert counts["any"] == expected | {"verifier: absence": 2}
     assert line["provenance"]["verifier"] == {
@@ -308,3 +312,20 @@ def test_the_manifest_that_generate_read_is_never_replaced(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"captions\.jsonl is the manifest that generate read"):
         filter(FilterConfig(work=work, manifest=work / "captions.jsonl"))
     assert (work / "captions.jsonl").read_bytes() == source
+
+
+def test_a_verifier_that_has_not_answered_is_no_verifier(tmp_path: Path) -> None:
+    work = make_work(tmp_path, [CLIP], {0: [good("Ann")]})
+    make_verdicts(work, {})
+    assert filter(FilterConfig(work=work)) == 0
+    assert lines_of(work)[0]["provenance"]["verifier"] is None
+
+
+def test_verdicts_on_other_candidates_are_refused(tmp_path: Path) -> None:
+    """The folder of `generate` was deleted and made again with the same settings."""
+    work = make_work(tmp_path, [CLIP], {0: [good("Ann")]})
+    make_verdicts(work, {(0, 0): []})
+    shutil.rmtree(work / "generate")
+    make_work(tmp_path, [CLIP], {0: [good("Bea")]})
+    with pytest.raises(ValueError, match=r"belong to other candidates .* delete .* and run `verify`"):
+        filter(FilterConfig(work=work))
