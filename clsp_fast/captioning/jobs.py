@@ -404,7 +404,7 @@ class _Run:
         received: list[int] = []
 
         def stop(number: int) -> None:
-            if received:  # the user insists; lines are whole at any moment
+            if received:  # a second signal ends the process at once; each line is written whole
                 os._exit(128 + number)
             received.append(number)
             task.cancel()

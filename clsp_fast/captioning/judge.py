@@ -66,7 +66,7 @@ class JudgeConfig:
     """Another manifest with captions for the same clips, which are found by their ids. The captions of both
     are scored together and compared."""
     name: str = STEP
-    """Name of the folder in WORK. Each sample of other settings needs its own."""
+    """Name of the folder in WORK. Another set of settings needs another folder."""
     clips: int = 200
     """Clips that are judged, drawn by the seed. A larger number continues the work of a smaller one."""
     rounds: int = 5

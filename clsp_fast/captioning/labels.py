@@ -69,7 +69,7 @@ def labels(
 ) -> dict[str, str]:
     """The labels of a clip, attribute -> label, of those attributes for which the evidence is strong.
 
-    The sex is decided where F0 and the vocal tract agree. Without a decision, the pitch has a label only if
+    The sex is decided by `speaker_sex`, or by the manifest. Without a decision, the pitch has a label only if
     the label is the same for both sexes. Pitch and liveliness have a label only if the voice is neither
     whispered nor creaky, the speed only if it is known not to creak.
 

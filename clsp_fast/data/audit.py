@@ -154,7 +154,7 @@ class Mentions:
     def _shift(self) -> str:
         """A warning if the captions of all rows, or of many rows in succession, fit another row better.
 
-        Only rows count whose mentioned labels fit one of the two rows better. If captions and tags did not
+        Rows that fit both equally well are ignored. If captions and tags did not
         depend on each other, they would fit either row equally often. So the probability of the counts is
         that of a fair coin. In a correct manifest, the captions fit their own row nearly always.
         """
