@@ -6,10 +6,8 @@ The order of answers and verdicts does not matter, because those of a clip are l
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,6 +25,7 @@ from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
 from clsp_fast.captioning.verify import Verdict, Verdicts, check_manifest
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE, Progress
+from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.caption_text import normalise
 from clsp_fast.data.clips import Clip
 from clsp_fast.storage import files
@@ -206,32 +205,6 @@ def global_captions(clip: Clip, rules: Rules, counts: Counts) -> tuple[list[str]
         if reason is None:
             kept[text] = claim
     return list(kept), list(kept.values()) if clip.claims.get("global") else []
-
-
-class AudioPaths:
-    """The paths of recordings as the manifest in the work folder names them.
-
-    If one of the work folder and the source manifest's folder lies in the other, the recordings in there get
-    paths relative to the work folder, so that all of it can be moved together. Other paths are absolute.
-    Links to folders are resolved, because ".." leads out of the folder that a link points to.
-
-    Args:
-        source: folder of the source manifest.
-        work: the work folder.
-    """
-
-    def __init__(self, source: Path, work: Path) -> None:
-        self._work, self._source = work.resolve(), source.resolve()
-        nested = self._work.is_relative_to(self._source) or self._source.is_relative_to(self._work)
-        self._top = min(self._work, self._source, key=lambda path: len(path.parts)) if nested else None
-        self._resolved = functools.lru_cache(1024)(Path.resolve)
-
-    def __call__(self, audio: str) -> str:
-        """The path of a recording; `audio` is relative to the current folder."""
-        path = self._resolved(Path(audio).parent) / Path(audio).name
-        if self._top is not None and path.is_relative_to(self._top):
-            return os.path.relpath(path, self._work)
-        return str(path)
 
 
 def manifest_line(
