@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clsp_fast.captioning import generate, judge
-from clsp_fast.captioning.answers import ANSWERS, read_answers, read_record
-from clsp_fast.captioning.filter import CHARACTERS_A_BIN, COUNTS, WORDS_A_BIN
+from clsp_fast.captioning.answers import ANSWERS, Answer, parse_answer, read_record
+from clsp_fast.captioning.filter import CHARACTERS_A_BIN, COUNTS, WORDS_A_BIN, Counts
 from clsp_fast.captioning.rows import asked_rows, describe_rows, rows_as_json
 from clsp_fast.checks import require
 from clsp_fast.storage import files
@@ -22,6 +22,7 @@ _WIDTH = 80
 _NAME_WIDTH = 26
 _BAR = 16
 _LONGEST_RANGES = 26
+_KEYS_OF_COUNTS = (*(key.name for key in fields(Counts)), "provenance", "rows")
 _MOST_ROWS = 40
 
 
@@ -108,9 +109,11 @@ def read_figures(config: ReportConfig) -> dict[str, Any]:
             if step == generate.STEP:
                 figures["rows"] = rows_as_json(asked_rows(record))
             figures["cost"][step] = _cost(folder, config)
-    for name, path in (("filter", config.work / COUNTS), ("judge", config.work / "judge" / judge.RESULTS)):
-        if path.exists():
-            figures[name] = _read_object(path)
+    counts, results = config.work / COUNTS, config.work / judge.STEP / judge.RESULTS
+    if counts.exists():
+        figures["filter"] = _read_object(counts, _KEYS_OF_COUNTS)
+    if results.exists():
+        figures["judge"] = _read_object(results, ("scores",))
     if not figures["cost"] and "filter" not in figures:
         raise FileNotFoundError(f"{config.work} holds nothing to report on; run `generate` first")
     if figures["cost"]:
@@ -120,10 +123,14 @@ def read_figures(config: ReportConfig) -> dict[str, Any]:
 
 
 def _cost(folder: Path, config: ReportConfig) -> dict[str, float]:
-    """Requests, texts and tokens of a step. A request that failed and was answered later counts as both."""
-    keys = ("answered", "failed", "texts", "truncated", "prompt_tokens", "completion_tokens")
+    """Requests, texts and tokens of a step. A request that failed and was answered later counts as both.
+
+    Damaged lines are counted and left out, as by the steps that read the answers. An incomplete last line is
+    that of a run that was killed or goes on.
+    """
+    keys = ("answered", "failed", "damaged", "texts", "truncated", "prompt_tokens", "completion_tokens")
     cost: dict[str, float] = dict.fromkeys(keys, 0)
-    for answer in read_answers(folder):
+    for answer in _answers(folder, cost):
         if answer.error is not None:
             cost["failed"] += 1
             continue
@@ -139,10 +146,22 @@ def _cost(folder: Path, config: ReportConfig) -> dict[str, float]:
     return cost | {"price": sum(tokens) / 1e6}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _answers(folder: Path, cost: dict[str, float]) -> Iterator[Answer]:
+    with (folder / ANSWERS).open("rb") as file:
+        for line in file:
+            try:
+                yield parse_answer(line)
+            except ValueError:
+                cost["damaged"] += line.endswith(b"\n")
+
+
+def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The object in a JSON file that has all of these keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         require(isinstance(value, dict), "the file", "one JSON object", value)
+        for key in keys:
+            require(key in value, f'"{key}"', "in the file", None)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; run the subcommand that writes it again") from error
     return dict(value)
@@ -249,11 +268,14 @@ def _costs(figures: Mapping[str, Any]) -> Table:
     names = {
         "answered": "requests answered",
         "failed": "failures",
+        "damaged": "damaged lines",
         "texts": "texts",
         "truncated": "  cut at the token limit",
         "prompt_tokens": "tokens of prompts",
         "completion_tokens": "tokens of answers",
     }
+    if not any(costs[step]["damaged"] for step in steps):
+        del names["damaged"]
     rows = [(name, *(f"{costs[step][key]:,}" for step in steps)) for key, name in names.items()]
     if any(costs[step]["price"] for step in steps):
         rows.append(("price", *(f"{costs[step]['price']:,.2f}" for step in steps)))
