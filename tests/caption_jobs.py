@@ -36,17 +36,24 @@ def failure(name: str) -> dict[str, Any]:
     return {"custom_id": name, "error": {"message": "boom"}, "response": None}
 
 
-def make_job(work: Path, step: str, rows: Sequence[Mapping[str, Any]], parts: int, **settings: Any) -> Path:
+def make_job(
+    work: Path,
+    step: str,
+    rows: Sequence[Mapping[str, Any]],
+    parts: int,
+    notes: Mapping[str, Any],
+    **settings: Any,
+) -> Path:
     """A job's folder with these answers."""
     folder = work / step
     folder.mkdir(parents=True, exist_ok=True)
-    manifest, asked = settings.pop("manifest_path", None), settings.pop("asked", ALL_ROWS)
+    asked = settings.pop("asked", ALL_ROWS)
     known = {"step": step, "model": f"{step}-model", "prompt_digest": f"{step}-digest", "seed": 3}
     begin(
         folder,
         known | {"sampling": {"temperature": 0.6}} | settings,
         parts=parts,
-        notes={} if manifest is None else {"manifest_path": str(manifest)},
+        notes=notes,
         asked=asked,
     )
     write_rows(folder / ANSWERS, rows)
@@ -75,8 +82,8 @@ def make_work(
         "generate",
         [answer(custom_id("generate", row, "x"), texts[row], reasons) for row in (order or texts)],
         1,
+        {"manifest_path": str(manifest)},
         manifest={"name": facts.name, "bytes": facts.bytes, "sha256": facts.sha256},
-        manifest_path=manifest,
         candidates=20,
         candidates_per_request=20,
         **settings,
@@ -84,10 +91,12 @@ def make_work(
     return work
 
 
-def make_verdicts(work: Path, violations: Mapping[tuple[int, int], Sequence[str] | None]) -> None:
+def make_verdicts(
+    work: Path, violations: Mapping[tuple[int, int], Sequence[str] | None], **notes: str
+) -> None:
     """Verdicts on candidates (row, number); None: an answer that is no verdict."""
     rows = []
     for (row, number), names in violations.items():
         content = "?" if names is None else json.dumps({item: item in names for item in CHECKLIST})
         rows.append(answer(custom_id("verify", row, "x", number), [content]))
-    make_job(work, "verify", rows, 40, generate=identity(read_record(work / "generate")))
+    make_job(work, "verify", rows, 40, notes, generate=identity(read_record(work / "generate")))

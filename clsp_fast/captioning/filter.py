@@ -267,8 +267,19 @@ def filter(config: FilterConfig) -> int:
         return 1
     missing = job.counts.first[NO_VERDICT]
     if missing:
-        print(f"{missing} candidates have no verdict yet: run `verify` again, then `filter`", file=sys.stderr)
+        print(f"{missing} candidates have no verdict{_why_no_verdict(config.work, rules)}", file=sys.stderr)
     return INCOMPLETE if missing else 0
+
+
+def _why_no_verdict(work: Path, rules: Rules) -> str:
+    """The end of a message: why candidates have no verdict, and what to do."""
+    digest = read_record(work / verify.STEP).get("rules_digest", rules.digest)
+    if digest == rules.digest:
+        return " yet: run `verify` again, then `filter`"
+    return (
+        f", maybe because `verify` last ran with other rules ({digest}) than `filter` ({rules.digest}): run "
+        "both with the same --rules, --min-characters and --max-characters"
+    )
 
 
 def _has_verdicts(work: Path, record: Mapping[str, Any]) -> bool:

@@ -69,6 +69,10 @@ class VerifyConfig:
     """The manifest that `generate` read. None: where it was then."""
     rules: Path | None = None
     """JSON file with other rules, as for `filter`. Only candidates that keep the rules are sent."""
+    min_characters: int | None = None
+    """Replaces the smallest length of the rules, as for `filter`."""
+    max_characters: int | None = None
+    """Replaces the largest length of the rules, as for `filter`."""
     prompt: Path | None = None
     """File with another prompt. None: prompts/verify.txt of the package."""
     tags: tuple[str, ...] = ("accent", "speaking_rate", "situational_tags")
@@ -257,7 +261,9 @@ def verify(config: VerifyConfig) -> int:
         or the folder was begun with other settings. Others as `run_jobs`.
     """
     prompt = read_prompt(STEP, config.prompt, {"caption"})
-    rules = read_rules(config.rules)
+    rules = read_rules(
+        config.rules, min_characters=config.min_characters, max_characters=config.max_characters
+    )
     record = read_record(config.work / "generate")
     manifest = config.manifest or Path(record["manifest_path"])
     check_manifest(manifest, record)

@@ -334,6 +334,21 @@ def test_the_manifest_that_generate_read_is_never_replaced(tmp_path: Path) -> No
     assert (work / "captions.jsonl").read_bytes() == source
 
 
+def test_filter_says_if_verify_had_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = make_work(tmp_path, [CLIP], {0: [good("Ann"), good("Bea", 120)]})
+    make_verdicts(work, {(0, 0): []}, rules_digest=default_rules().digest)
+    assert filter(FilterConfig(work=work)) == 0
+    assert "verdict" not in capsys.readouterr().err
+    assert filter(FilterConfig(work=work, min_characters=100)) == 3
+    message = capsys.readouterr().err
+    digest = default_rules().digest
+    assert (
+        f"1 candidates have no verdict, maybe because `verify` last ran with other rules ({digest})"
+        in message
+    )
+    assert "run both with the same --rules, --min-characters and --max-characters" in message
+
+
 def test_a_verifier_that_has_not_answered_is_no_verifier(tmp_path: Path) -> None:
     work = make_work(tmp_path, [CLIP], {0: [good("Ann")]})
     make_verdicts(work, {})

@@ -15,6 +15,7 @@ from stub_server import MODEL, StubServer
 from clsp_fast.captioning import answers, verify
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import GenerateConfig, generate
+from clsp_fast.captioning.rules import default_rules
 from clsp_fast.captioning.verify import CHECKLIST, Verdict, VerifyConfig
 from clsp_fast.console import INCOMPLETE
 
@@ -115,6 +116,18 @@ def test_a_request_holds_the_caption_the_tags_the_transcript_and_the_schema(work
     assert list(schema["properties"]) == schema["required"] == list(CHECKLIST)
     starts = {text["messages"][-1]["content"][:800] for text in server.bodies}
     assert len(starts) == 1  # servers compute the beginning once
+
+
+def test_limits_decide_which_candidates_are_sent(work: Path) -> None:
+    for config in ({"min_characters": 700}, {"max_characters": 20, "min_characters": 10}):
+        _, server = run(work, lambda body: GOOD, **config)
+        assert server.bodies == []
+    digest = answers.read_record(work / "verify")["rules_digest"]
+    run(work, lambda body: GOOD, max_characters=700)
+    assert answers.read_record(work / "verify")["rules_digest"] not in (digest, default_rules().digest)
+    _, server = run(work, lambda body: GOOD)
+    assert server.bodies == []
+    assert answers.read_record(work / "verify")["rules_digest"] == default_rules().digest
 
 
 def test_tags_and_transcript_can_be_left_out(work: Path) -> None:
