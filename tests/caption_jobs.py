@@ -68,13 +68,16 @@ def make_work(
     work: Path | None = None,
     reasons: Sequence[str] | None = None,
     order: Sequence[int] | None = None,
+    blank_lines: int = 0,
     **settings: Any,
 ) -> Path:
     """A work folder in which each row of `texts` has one answer with these candidates.
 
-    `settings` are further ones of the job; "asked" are the rows that it was asked for.
+    `blank_lines` stand before the clips in the manifest. `settings` are further ones of the job; "asked" are
+    the rows that it was asked for.
     """
     manifest = write_rows(tmp_path / "m.jsonl", clips)
+    manifest.write_bytes(b"\n" * blank_lines + manifest.read_bytes())
     work = work or tmp_path / "work"
     facts = read_facts(manifest)
     make_job(

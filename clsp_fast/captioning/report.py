@@ -21,6 +21,7 @@ STEPS = ("generate", "verify", "judge")
 _WIDTH = 80
 _NAME_WIDTH = 26
 _BAR = 16
+_LONG = 1024
 _LONGEST_RANGES = 26
 _KEYS_OF_COUNTS = (*(key.name for key in fields(Counts)), "provenance", "rows")
 _MOST_ROWS = 40
@@ -241,11 +242,11 @@ def _per_clip(counts: Mapping[str, Any]) -> Table:
 
 
 def _lengths(histogram: Mapping[str, Mapping[str, int]], width: int) -> Table:
-    """A histogram with at most about twenty rows: bins are joined, and the last one is open."""
+    """A histogram with at most about twenty rows: bins are joined, and lengths from 1,024 on share one."""
     bins = {
         kind: {int(number): count for number, count in values.items()} for kind, values in histogram.items()
     }
-    usual = [number for number in bins["all"] if number * width < 1024]
+    usual = [number for number in bins["all"] if number * width < _LONG]
     step = max(1, -(-(max(usual, default=0) + 1) // 16))
     last = max(usual, default=0) // step
     joined = {
@@ -257,7 +258,7 @@ def _lengths(histogram: Mapping[str, Mapping[str, int]], width: int) -> Table:
     for i, (every, kept) in enumerate(zip(joined["all"], joined["kept"], strict=True)):
         low, high = i * step * width, (i + 1) * step * width - 1
         if every or kept:
-            name = f"{low:,} and more" if i > last else f"{low:,} - {high:,}"
+            name = f"{max(low, _LONG):,} and more" if i > last else f"{low:,} - {high:,}"
             rows.append((name, f"{every:,}", f"{kept:,}", ("#" * round(kept / largest * _BAR)).ljust(_BAR)))
     return Table(("length", "all", "kept", "kept"), rows)
 
@@ -374,6 +375,6 @@ def _draw_histogram(axis: Any, histogram: Mapping[str, Mapping[str, int]], width
     for kind, values in histogram.items():
         counts: dict[int, int] = {}
         for number, count in values.items():
-            start = min(int(number) * width, 1024)
+            start = min(int(number) * width, _LONG)
             counts[start] = counts.get(start, 0) + count
         axis.bar(list(counts), list(counts.values()), width, align="edge", alpha=0.6, label=kind)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +366,28 @@ def test_verdicts_on_other_candidates_are_refused(tmp_path: Path) -> None:
     make_work(tmp_path, [CLIP], {0: [good("Bea")]})
     with pytest.raises(ValueError, match=r"belong to other candidates .* delete .* and run `verify`"):
         filter(FilterConfig(work=work))
+
+
+def test_late_rows_need_no_more_memory_than_early_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array over all rows would hold 2.4 MB for the answers and 96 MB for the verdicts."""
+    rules = default_rules()  # reading them takes more memory than the rest
+    monkeypatch.setattr("clsp_fast.captioning.filter.read_rules", lambda *_, **__: rules)
+    peaks = []
+    for first in (0, 300_000):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        clips = [CLIP | {"id": f"c{i}"} for i in range(20)]
+        rows = range(first, first + 20)
+        work = make_work(
+            folder, clips, {row: [good("Ann")] for row in rows}, blank_lines=first, asked=(first, math.inf)
+        )
+        make_verdicts(work, {(row, 0): [] for row in rows})
+        tracemalloc.start()
+        assert filter(FilterConfig(work=work)) == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(lines_of(work)) == 20
+    assert peaks[0] > 10_000
+    assert peaks[1] < peaks[0] + 1_500_000

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from caption_jobs import CLIP, good, make_work
 from sample_data import MakeClips, write_rows
 from stub_server import MODEL, StubServer
 
@@ -177,6 +180,28 @@ def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
     code, server = run(work, lambda body: GOOD)
     assert (code, server.bodies) == (0, [])
     assert (work / "verify/answers.jsonl").read_bytes() == before
+
+
+def test_late_rows_need_no_more_memory_than_early_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array over all rows would hold 2.4 MB for the candidates and 96 MB for the verdicts."""
+    rules = default_rules()  # reading them takes more memory than the rest
+    monkeypatch.setattr("clsp_fast.captioning.verify.read_rules", lambda *_, **__: rules)
+    peaks = []
+    for first in (0, 300_000):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        clips = [CLIP | {"id": f"c{i}"} for i in range(20)]
+        texts = {row: [good(f"Ann {row}")] for row in range(first, first + 20)}
+        work = make_work(folder, clips, texts, blank_lines=first, asked=(first, math.inf))
+        tracemalloc.start()
+        code, server = run(work, lambda body: GOOD)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (code, len(server.bodies)) == (0, 20)
+    assert peaks[0] > 10_000
+    assert peaks[1] < peaks[0] + 8_000_000  # a bit for each request is allowed
 
 
 def test_job_files_and_their_answers_give_the_same_verdicts(work: Path, tmp_path: Path) -> None:
