@@ -20,6 +20,7 @@ from clsp_fast import __version__
 from clsp_fast.captioning import generate, verify
 from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, read_record
 from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
+from clsp_fast.captioning.ids import Digests
 from clsp_fast.captioning.rows import asked_rows, clips_of_rows, rows_as_json
 from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
 from clsp_fast.captioning.verify import Verdict, Verdicts, check_manifest
@@ -101,6 +102,8 @@ class Counts:
     audio_s: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "asked": 0.0, "kept": 0.0})
     """Seconds of audio in clips whose duration the manifest states. "asked" leaves out clips that are too
     long."""
+    repeated_ids: int = 0
+    """Clips of the manifest that was written whose id an earlier one has. Training reads only the first."""
     unknown_durations: int = 0
     """Clips whose duration the manifest does not state."""
 
@@ -265,6 +268,12 @@ def filter(config: FilterConfig) -> int:
     print(f"{path}: {job.counts.describe()}" if job.counts.clips["kept"] else job.counts.describe())
     if not job.counts.clips["kept"]:
         return 1
+    if repeated := job.counts.repeated_ids:
+        print(
+            f"warning: {repeated} clips have the id of an earlier clip, and training will leave them out; "
+            f"give each line of {manifest} its own id",
+            file=sys.stderr,
+        )
     missing = job.counts.first[NO_VERDICT]
     if missing:
         print(f"{missing} candidates have no verdict{_why_no_verdict(config.work, rules)}", file=sys.stderr)
@@ -302,7 +311,8 @@ class _NoCaptions(Exception):
 
 
 class _Filter:
-    """One call of `filter`. It holds one clip at a time, and eight bytes for each request of both jobs."""
+    """One call of `filter`. It holds one clip at a time, and eight bytes for each request of both jobs and
+    each clip that is kept."""
 
     def __init__(self, config: FilterConfig, manifest: Path, rules: Rules, record: Mapping[str, Any]) -> None:
         self._config, self._manifest, self._rules = config, manifest, rules
@@ -315,7 +325,7 @@ class _Filter:
 
     def write(self, path: Path) -> None:
         """Writes the manifest. _NoCaptions if it would be empty."""
-        work, progress = self._config.work, Progress(None, "clips")
+        work, progress, ids = self._config.work, Progress(None, "clips"), Digests()
         with (
             path.open("w", encoding="ascii") as file,
             AnswerIndex(work / generate.STEP) as answers,
@@ -333,12 +343,14 @@ class _Filter:
                 captions = self._captions(candidates, verdicts.of_row(row) if verdicts else {})
                 if captions:
                     self.counts.keep(clip, captions)
+                    ids.add(clip.id)
                     line = manifest_line(clip, captions, self._paths(clip.audio), self._rules, self.counts)
                     file.write(json.dumps(line | {"provenance": self.provenance}) + "\n")
                 elif candidates:
                     self.counts.clips["without captions"] += 1
                 else:
                     self.counts.clips["too long" if too_long else "without answer"] += 1
+        self.counts.repeated_ids = ids.repeated()
         if not self.counts.clips["kept"]:
             raise _NoCaptions
 

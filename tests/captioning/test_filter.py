@@ -289,6 +289,17 @@ def test_without_captions_an_earlier_manifest_is_kept(
     assert counts_of(work)["first"] == {"short": 1}
 
 
+def test_repeated_ids_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [CLIP | {"id": name} for name in "abab"] + [CLIP | {"id": "c"}]
+    work = make_work(tmp_path, clips, {row: [good("Ann")] for row in (0, 1, 2, 4)})
+    assert filter(FilterConfig(work=work)) == 0
+    message = capsys.readouterr().err
+    assert "warning: 1 clips have the id of an earlier clip, and training will leave them out" in message
+    assert f"give each line of {tmp_path / 'm.jsonl'} its own id" in message
+    assert counts_of(work)["repeated_ids"] == 1  # the second "b" has no captions
+    assert len(read_manifest(work / CAPTIONS).problems) == 1
+
+
 def test_rules_of_a_user_and_limits(tmp_path: Path) -> None:
     work = make_work(tmp_path, [CLIP], {0: ["A man without haste speaks.", good("Ann")]})
     rules = tmp_path / "rules.json"
