@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clsp_fast.captioning.client import Reply, describe
-from clsp_fast.checks import listed
+from clsp_fast.checks import by_path, is_positive, listed
 from clsp_fast.storage import files
 from clsp_fast.storage.textfile import shown
 
@@ -272,6 +272,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
             raise ValueError('expected an object with "settings"')
+        if not is_positive(record.get("parts")):
+            raise ValueError(f'"parts" must be an integer > 0, got {shown(record.get("parts"))}')
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} holds no job (it has no {RECORD}); name the work folder of `generate`"
@@ -289,8 +291,18 @@ def identity(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record["settings"], "begun": record.get("begun")}
 
 
+def manifest_of(record: Mapping[str, Any]) -> Path:
+    """The manifest that `generate` read. ValueError if its record names none."""
+    path = record.get("manifest_path")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f'{RECORD} of `generate` lacks "manifest_path"; name the manifest with --manifest')
+    return Path(path)
+
+
 def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mapping[str, Any]) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
+
+    A job without answers and job files, such as one whose model had a wrong name, is begun anew.
 
     Args:
         folder: the job's folder; the caller has locked it.
@@ -304,22 +316,40 @@ def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mappi
     settings = dict(json.loads(json.dumps(settings)))  # as a later run reads them
     if (folder / RECORD).exists():
         record = read_record(folder)
-        earlier = record["settings"] | {"parts": record["parts"]}
-        now: dict[str, Any] = {**settings, "parts": parts}
-        changed = [
-            f"{key} {shown(earlier.get(key))}, not {shown(now.get(key))}"
-            for key in {**earlier, **now}
-            if earlier.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ValueError(f"{folder} was begun with {listed(changed)}; choose another folder")
+        changed = _changes({**record["settings"], "parts": record["parts"]}, {**settings, "parts": parts})
+        if not changed:
+            return
+        if _has_results(folder, record["parts"]):
+            raise ValueError(
+                f"{folder} was begun with {listed(changed, separator='; ', width=400)}; choose another "
+                "folder, or repeat the earlier settings"
+            )
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
-    else:
-        begun = datetime.now(timezone.utc).isoformat()
-        files.write_json(
-            folder / RECORD, {"settings": settings, "parts": parts, "begun": begun} | dict(notes)
-        )
+    begun = datetime.now(timezone.utc).isoformat()
+    files.write_json(folder / RECORD, {"settings": settings, "parts": parts, "begun": begun} | dict(notes))
+
+
+def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, each as "sampling.temperature 0.6, not 0.7"."""
+    before, after = by_path(earlier), by_path(now)
+    changes = []
+    for path in {**before, **after}:
+        values = before.get(path), after.get(path)
+        if values[0] != values[1]:
+            # The lists of two settings may differ only in their last item, digests differ at their beginning.
+            first, second = (shown(value, 200 if isinstance(value, list) else 40) for value in values)
+            changes.append(f"{path} {first}, not {second}")
+    return changes
+
+
+def _has_results(folder: Path, parts: int) -> bool:
+    """Whether the job has answers, or job files whose answers may come."""
+    if any(folder.glob("jobs*.jsonl")):
+        return True
+    with contextlib.suppress(FileNotFoundError), (folder / ANSWERS).open("rb") as file:
+        return any(good for _, _, good in _scan(file, parts))
+    return False
 
 
 class AnswerFile:

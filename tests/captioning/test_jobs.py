@@ -318,8 +318,12 @@ def test_a_wrong_key_or_model_stops_the_run_and_nothing_is_written(
             [Request("0.0/x/a", body(0) | {"model": "other"})],
             tmp_path,
             servers(server.url, model="other"),
-            settings=SETTINGS,
+            settings=SETTINGS | {"model": "other"},
         )
+    # After the correction, the same folder serves.
+    with StubServer() as server:
+        settings = SETTINGS | {"model": MODEL}
+        assert run_jobs(requests(3), tmp_path, servers(server.url), settings=settings).answered == 3
 
 
 def test_a_folder_has_one_writer_and_one_job(tmp_path: Path) -> None:
