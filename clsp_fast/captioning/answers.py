@@ -29,6 +29,7 @@ from clsp_fast.storage.textfile import shown
 
 ANSWERS, RECORD = "answers.jsonl", "job.json"
 _LONGEST_ID = 40
+_LONGEST_LINE = 2**26
 _CUSTOM_ID = re.compile(r"(\d{1,18})\.(\d{1,9})/")
 _DONE = re.compile(rb'\{"custom_id": "(\d{1,18})\.(\d{1,9})/[^"\\]*", "error": null, ')
 
@@ -353,7 +354,7 @@ def _has_results(folder: Path, parts: int) -> bool:
 
 
 class AnswerFile:
-    """The answers of a job, open for appending. Opening it cuts off an incomplete last line.
+    """The answers of a job, open for appending. An incomplete last line, which a killed run left, is cut off.
 
     Attributes:
         done: numbers (row * parts + part) of the requests that are answered.
@@ -367,7 +368,7 @@ class AnswerFile:
         self.count = 0
         with files.naming_full_disk(self._path):
             self._file = self._path.open("a+b", buffering=0)
-        self._size = self._cut()
+            self._size = self._end_last_line()
         self._synced = self._size
         with self._path.open("rb") as file:
             for _, number, good in _scan(file, parts):
@@ -378,20 +379,28 @@ class AnswerFile:
         self.count += number not in self.done
         self.done.add(number)
 
-    def _cut(self) -> int:
-        """Cuts off what follows the last line ending. Returns the size of the file."""
-        end = size = self._file.seek(0, 2)
-        while end:
-            start = max(0, end - 2**16)
-            self._file.seek(start)
-            place = self._file.read(end - start).rfind(b"\n")
+    def _end_last_line(self) -> int:
+        """Completes a last line that lacks only its line ending; cuts off an incomplete one.
+
+        Returns the size of the file.
+        """
+        start = size = self._file.seek(0, 2)
+        while start:
+            before = max(0, start - 2**16)
+            self._file.seek(before)
+            place = self._file.read(start - before).rfind(b"\n")
+            start = before + place + 1
             if place >= 0:
-                end = start + place + 1
                 break
-            end = start
-        if end < size:
-            self._file.truncate(end)
-        return end
+        if start == size:
+            return size
+        self._file.seek(start)
+        with contextlib.suppress(ValueError):
+            parse_answer(self._file.read(min(size - start, _LONGEST_LINE)))
+            self._file.write(b"\n")
+            return size + 1
+        self._file.truncate(start)
+        return start
 
     def is_done(self, name: str) -> bool:
         """Whether the request is answered. ValueError if its id does not belong to this job."""

@@ -103,7 +103,7 @@ def test_other_lines_are_no_answers(line: bytes) -> None:
         parse_answer(line)
 
 
-def test_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
+def test_only_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
     first, second = (answer_line(f"{i}.0/x/a", Reply(200, body("t" * 100_000))) for i in (0, 1))
     for cut in (1, 100, 70_000, len(second) - 1):
         folder = tmp_path / str(cut)
@@ -117,13 +117,18 @@ def test_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
         with AnswerIndex(folder) as index:
             assert index.rows == len(names)
         with contextlib.closing(AnswerFile(folder, 1)) as answers:
-            assert [number in answers.done for number in (0, 1)] == [True, False]
-            answers.append("1.0/x/a", second, good=True)
+            assert [number in answers.done for number in (0, 1)] == [True, complete]
+            if not complete:
+                answers.append("1.0/x/a", second, good=True)
         assert (folder / "answers.jsonl").read_bytes() == first + second
     (tmp_path / "1/answers.jsonl").write_bytes(second[:50])
     with contextlib.closing(AnswerFile(tmp_path / "1", 1)) as answers:
         assert answers.count == 0
-    assert (tmp_path / "1/answers.jsonl").read_bytes() == b""
+        assert (tmp_path / "1/answers.jsonl").read_bytes() == b""
+    (tmp_path / "1/answers.jsonl").write_bytes(second[:-1])
+    with contextlib.closing(AnswerFile(tmp_path / "1", 1)) as answers:
+        answers.append("0.0/x/a", first, good=True)
+    assert (tmp_path / "1/answers.jsonl").read_bytes() == second + first
 
 
 def test_a_damaged_line_counts_as_not_answered(tmp_path: Path) -> None:
