@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clsp_fast.captioning.client import Reply, describe
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange, asked_rows, rows_as_json, union
 from clsp_fast.checks import by_path, is_positive, listed
 from clsp_fast.storage import files
 from clsp_fast.storage.textfile import shown
@@ -300,7 +301,14 @@ def manifest_of(record: Mapping[str, Any]) -> Path:
     return Path(path)
 
 
-def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mapping[str, Any]) -> None:
+def begin(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    parts: int,
+    notes: Mapping[str, Any],
+    asked: RowRange = ALL_ROWS,
+) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
 
     A job without answers and job files, such as one whose model had a wrong name, is begun anew.
@@ -309,7 +317,8 @@ def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mappi
         folder: the job's folder; the caller has locked it.
         settings: what the answers depend on.
         parts: the largest number of requests of a row.
-        notes: what a later run may change, such as the version.
+        notes: what a later run may change, such as the version. Those of the last run are kept.
+        asked: the rows of this run. They are added to those of earlier runs.
 
     Raises:
         ValueError: the folder was begun with other settings; the message says which.
@@ -319,6 +328,9 @@ def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mappi
         record = read_record(folder)
         changed = _changes({**record["settings"], "parts": record["parts"]}, {**settings, "parts": parts})
         if not changed:
+            changes = {**notes, "rows": rows_as_json(union([*asked_rows(record), asked]))}
+            if record != record | changes:
+                files.write_json(folder / RECORD, record | changes)
             return
         if _has_results(folder, record["parts"]):
             raise ValueError(
@@ -328,7 +340,8 @@ def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mappi
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
     begun = datetime.now(timezone.utc).isoformat()
-    files.write_json(folder / RECORD, {"settings": settings, "parts": parts, "begun": begun} | dict(notes))
+    record = {"settings": settings, "parts": parts, "begun": begun, "rows": rows_as_json([asked])}
+    files.write_json(folder / RECORD, record | dict(notes))
 
 
 def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -358,12 +371,18 @@ class AnswerFile:
 
     Attributes:
         done: numbers (row * parts + part) of the requests that are answered.
-        count: how many they are.
+        count: how many requests of the given rows are answered.
+
+    Args:
+        folder: the job's folder; the caller has locked it.
+        parts: the largest number of requests of a row.
+        asked: the rows that `count` counts.
     """
 
-    def __init__(self, folder: Path, parts: int) -> None:
+    def __init__(self, folder: Path, parts: int, asked: RowRange = ALL_ROWS) -> None:
         self._path = folder / ANSWERS
         self._parts = parts
+        self._first, self._end = asked[0] * parts, asked[1] * parts
         self.done = Bits()
         self.count = 0
         with files.naming_full_disk(self._path):
@@ -376,7 +395,7 @@ class AnswerFile:
                     self._note_done(number)
 
     def _note_done(self, number: int) -> None:
-        self.count += number not in self.done
+        self.count += self._first <= number < self._end and number not in self.done
         self.done.add(number)
 
     def _end_last_line(self) -> int:
