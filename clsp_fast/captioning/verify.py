@@ -25,6 +25,7 @@ from clsp_fast.captioning.answers import (
     AnswerIndex,
     custom_id,
     identity,
+    manifest_of,
     read_record,
     row_and_part,
 )
@@ -265,7 +266,7 @@ def verify(config: VerifyConfig) -> int:
         config.rules, min_characters=config.min_characters, max_characters=config.max_characters
     )
     record = read_record(config.work / "generate")
-    manifest = config.manifest or Path(record["manifest_path"])
+    manifest = config.manifest or manifest_of(record)
     check_manifest(manifest, record)
     texts = texts_a_request(record)
     checklist = _Checklist(
