@@ -23,7 +23,7 @@ from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_re
 from clsp_fast.captioning.ids import Digests
 from clsp_fast.captioning.rows import asked_rows, clips_of_rows, rows_as_json
 from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
-from clsp_fast.captioning.verify import Verdict, Verdicts, check_manifest
+from clsp_fast.captioning.verify import UNVERIFIED, Verdict, Verdicts, check_manifest
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data.audio_paths import AudioPaths
@@ -33,13 +33,12 @@ from clsp_fast.storage import files
 
 CAPTIONS, COUNTS = "captions.jsonl", "filter.json"
 """What `filter` writes to the work folder: the manifest, and how many candidates were kept and dropped."""
-UNVERIFIED, NO_VERDICT = "unverified", "without verdict"
-REPEATED, SURPLUS, TOO_FEW = "repeated", "surplus", "too few in the clip"
-"""Reasons to drop a candidate that breaks no rule, beside the verifier's violations ("verifier: background").
-
-UNVERIFIED: the verifier answered, but not with a verdict. NO_VERDICT: it has not answered yet. REPEATED: the
-clip has the same caption twice. SURPLUS: the clip has enough captions. TOO_FEW: it has too few.
-"""
+NO_VERDICT = "without verdict"
+"""Reason to drop a candidate: the verifier has not answered yet."""
+REPEATED = "repeated"
+"""Reason to drop a candidate: the clip has the same caption already."""
+SURPLUS, TOO_FEW = "surplus", "too few in the clip"
+"""Reasons to drop a candidate: its clip has `keep` captions already, or fewer than `min_captions`."""
 CHARACTERS_A_BIN, WORDS_A_BIN = 32, 5
 """Width of a bin of the histograms of lengths."""
 _PROGRESS_ROWS = 1000

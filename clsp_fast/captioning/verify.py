@@ -45,13 +45,11 @@ STEP = "verify"
 CHECKLIST = ("background", "audio_quality", "transcription", "absence")
 """The violations that the verifier looks for."""
 UNVERIFIED = "unverified"
-"""The violation of a caption whose answers are no verdict."""
+"""What a caption is called whose answers are no verdict."""
 ATTEMPTS = 2
 """How often a caption is sent until its answer is a verdict."""
-_SCHEMA = json_answers.object_schema({item: {"type": "boolean"} for item in CHECKLIST})
-
-
 _SECOND_TEMPERATURE = 0.6
+_SCHEMA = json_answers.object_schema({item: {"type": "boolean"} for item in CHECKLIST})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,19 +160,6 @@ class Verdicts:
             if number not in verdicts or verdicts[number].fault:
                 verdicts[number] = parse_verdict(answer.texts[0], answer.finish_reasons[0])
         return verdicts
-
-
-def verdicts(work: Path) -> Iterator[tuple[int, int, bool, tuple[str, ...]]]:
-    """All verdicts as (row, number of the candidate, whether it passed, its violations), sorted.
-
-    A caption whose answers are no verdict has the violation "unverified". A caption without an answer is left
-    out.
-    """
-    with Verdicts(work) as job:
-        for row in range(job.rows):
-            for number, verdict in sorted(job.of_row(row).items()):
-                violations = (UNVERIFIED,) if verdict.fault else verdict.violations
-                yield row, number, verdict.passed, violations
 
 
 @dataclass(frozen=True)

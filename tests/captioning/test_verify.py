@@ -19,7 +19,7 @@ from clsp_fast.captioning import answers, verify
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import GenerateConfig, generate
 from clsp_fast.captioning.rules import default_rules
-from clsp_fast.captioning.verify import CHECKLIST, Verdict, VerifyConfig
+from clsp_fast.captioning.verify import CHECKLIST, Verdict, Verdicts, VerifyConfig
 from clsp_fast.console import INCOMPLETE
 
 GOOD = json.dumps(dict.fromkeys(CHECKLIST, False))
@@ -82,6 +82,16 @@ def candidate_of(body: dict[str, Any]) -> str:
     return text.split("Description:\n")[1].split("\n")[0]
 
 
+def verdicts_of(work: Path) -> list[tuple[int, int, Verdict]]:
+    """(row, number of the candidate, verdict) of all verdicts."""
+    with Verdicts(work) as verdicts:
+        return [
+            (row, number, verdict)
+            for row in range(verdicts.rows)
+            for number, verdict in sorted(verdicts.of_row(row).items())
+        ]
+
+
 def run(work: Path, content: Callable[[dict[str, Any]], str], **changes: Any) -> tuple[int, StubServer]:
     """Verifies the candidates of a folder. Returns the exit code and the server."""
     with StubServer(content=content, keep=True) as server:
@@ -100,10 +110,10 @@ def test_every_candidate_that_keeps_the_rules_gets_a_verdict(
     dropped = sum("begins quietly" in text for text in texts)
     assert len(texts) == 12
     assert 0 < dropped < 12
-    rows = list(verify.verdicts(work))
-    assert [(row, number) for row, number, _, _ in rows] == [(r, n) for r in range(4) for n in range(3)]
-    assert sum(not passed for _, _, passed, _ in rows) == dropped
-    assert {violations for *_, violations in rows} == {(), ("absence",)}
+    given = verdicts_of(work)
+    assert [(row, number) for row, number, _ in given] == [(r, n) for r in range(4) for n in range(3)]
+    assert sum(not verdict.passed for _, _, verdict in given) == dropped
+    assert {verdict.violations for _, _, verdict in given} == {(), ("absence",)}
     text = capsys.readouterr().out
     assert f"12 captions, {12 - dropped} passed, {dropped} with violations" in text
 
@@ -161,9 +171,9 @@ def test_an_answer_that_is_no_verdict_is_asked_for_once_more(work: Path) -> None
     assert set(captions.values()) <= {2 * times for times in range(1, 7)}
     assert sum(body["seed"] for body in server.bodies) == len(server.bodies) / 2 == 12
     assert {(body["seed"], body["temperature"]) for body in server.bodies} == {(0, 0.0), (1, 0.6)}
-    unverified = [row for row in verify.verdicts(work) if row[3] == ("unverified",)]
+    unverified = [verdict for _, _, verdict in verdicts_of(work) if verdict.fault == "not a JSON object"]
     assert len(unverified) == captions[hopeless[0]] / 2
-    assert sum(passed for _, _, passed, _ in verify.verdicts(work)) == 12 - len(unverified)
+    assert sum(verdict.passed for _, _, verdict in verdicts_of(work)) == 12 - len(unverified)
 
 
 def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
@@ -172,11 +182,11 @@ def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
 
     with StubServer(content=lambda body: GOOD, fault=fault) as server:
         assert verify.verify(VerifyConfig(work=work, server=at(server.url))) == INCOMPLETE
-    assert [(row, number) for row, number, _, _ in verify.verdicts(work)] == [(2, 0), (2, 1), (2, 2)]
+    assert [(row, number) for row, number, _ in verdicts_of(work)] == [(2, 0), (2, 1), (2, 2)]
     code, server = run(work, lambda body: GOOD)
     assert code == 0
     before = (work / "verify/answers.jsonl").read_bytes()
-    assert len(list(verify.verdicts(work))) == 12
+    assert len(verdicts_of(work)) == 12
     code, server = run(work, lambda body: GOOD)
     assert (code, server.bodies) == (0, [])
     assert (work / "verify/answers.jsonl").read_bytes() == before
@@ -221,7 +231,7 @@ def test_job_files_and_their_answers_give_the_same_verdicts(work: Path, tmp_path
         config = VerifyConfig(work=work, server=ServerConfig(model=MODEL), jobs_only=True, answers=(path,))
     assert verify.verify(config) == 0
     assert not (work / "verify/jobs.jsonl").exists()
-    assert [row[2:] for row in verify.verdicts(work)] == [(True, ())] * 12
+    assert [verdict for _, _, verdict in verdicts_of(work)] == [Verdict()] * 12
 
 
 def test_a_changed_manifest_or_setting_is_refused(work: Path) -> None:
