@@ -76,7 +76,7 @@ class FilterConfig:
 
 
 @dataclass
-class Counts:
+class FilterCounts:
     """What `filter` did. A candidate that is dropped has one or more reasons."""
 
     clips: Counter[str] = field(default_factory=Counter)
@@ -84,9 +84,9 @@ class Counts:
     dropped), "without answer", "too long" for `generate`, "bad lines"."""
     candidates: Counter[str] = field(default_factory=Counter)
     """"total", "kept" and "dropped"."""
-    first: Counter[str] = field(default_factory=Counter)
+    first_reasons: Counter[str] = field(default_factory=Counter)
     """Reason -> candidates that were dropped with this as their first reason. Adds up to "dropped"."""
-    any: Counter[str] = field(default_factory=Counter)
+    all_reasons: Counter[str] = field(default_factory=Counter)
     """Reason -> candidates that were dropped with this as one of their reasons."""
     global_captions: Counter[str] = field(default_factory=Counter)
     """"kept", or why a global caption of the manifest was dropped."""
@@ -109,8 +109,8 @@ class Counts:
     def drop(self, *reasons: str) -> None:
         """Counts a candidate that is dropped."""
         self.candidates["dropped"] += 1
-        self.first[reasons[0]] += 1
-        self.any.update(reasons)
+        self.first_reasons[reasons[0]] += 1
+        self.all_reasons.update(reasons)
 
     def count_lengths(self, kind: str, caption: str) -> None:
         """Adds a caption to the histograms of "all" or "kept"."""
@@ -128,7 +128,7 @@ class Counts:
     def as_json(self) -> dict[str, Any]:
         """For filter.json: the keys of a histogram in their order, the reasons by their counts."""
         values = dict(vars(self))
-        for key in ("first", "any", "global_captions"):
+        for key in ("first_reasons", "all_reasons", "global_captions"):
             values[key] = dict(sorted(values[key].items(), key=lambda item: (-item[1], item[0])))
         for key in ("candidates_per_clip", "captions_per_clip"):
             values[key] = dict(sorted(values[key].items()))
@@ -146,8 +146,8 @@ class Counts:
         for key in ("without captions", "without answer", "too long", "bad lines"):
             if clips[key]:
                 lines.append(f"{key}: {clips[key]}")
-        if self.first:
-            reasons = [f"{reason} {count}" for reason, count in self.first.most_common()]
+        if self.first_reasons:
+            reasons = [f"{reason} {count}" for reason, count in self.first_reasons.most_common()]
             lines.append(f"dropped, by their first reason: {', '.join(reasons)}")
         return "\n".join(lines)
 
@@ -168,7 +168,7 @@ def reasons_to_drop(
     return tuple(f"verifier: {violation}" for violation in verdict.violations)
 
 
-def choose(captions: Iterable[str], config: FilterConfig, counts: Counts) -> list[str]:
+def choose(captions: Iterable[str], config: FilterConfig, counts: FilterCounts) -> list[str]:
     """The captions of a clip, sorted by length, and by their text where it is equal.
 
     Captions that differ only in case and white space count as repeated.
@@ -191,7 +191,9 @@ def choose(captions: Iterable[str], config: FilterConfig, counts: Counts) -> lis
     return ordered[: config.keep]
 
 
-def global_captions(clip: Clip, rules: Rules, counts: Counts) -> tuple[list[str], list[Mapping[str, str]]]:
+def global_captions(
+    clip: Clip, rules: Rules, counts: FilterCounts
+) -> tuple[list[str], list[Mapping[str, str]]]:
     """The clip's global captions after normalisation, and their claims, if the manifest has claims."""
     kept: dict[str, Mapping[str, str]] = {}
     captions = clip.captions.global_captions
@@ -210,7 +212,7 @@ def global_captions(clip: Clip, rules: Rules, counts: Counts) -> tuple[list[str]
 
 
 def manifest_line(
-    clip: Clip, captions: list[str], audio: str, rules: Rules, counts: Counts
+    clip: Clip, captions: list[str], audio: str, rules: Rules, counts: FilterCounts
 ) -> dict[str, Any]:
     """The clip as a line of a manifest, with these fine-grained captions. Keys without value are left out."""
     coarse, claims = global_captions(clip, rules, counts)
@@ -273,7 +275,7 @@ def filter(config: FilterConfig) -> int:
             f"give each line of {manifest} its own id",
             file=sys.stderr,
         )
-    missing = job.counts.first[NO_VERDICT]
+    missing = job.counts.first_reasons[NO_VERDICT]
     if missing:
         print(f"{missing} candidates have no verdict{_why_no_verdict(config.work, rules)}", file=sys.stderr)
     return INCOMPLETE if missing else 0
@@ -319,7 +321,7 @@ class _Filter:
         self._longest_s = float(record["settings"].get("max_clip_s", math.inf))
         self._verified = _has_verdicts(config.work, record)
         self._paths = AudioPaths(manifest.parent, config.work)
-        self.counts = Counts()
+        self.counts = FilterCounts()
         self.provenance = _provenance(config.work, record["settings"], rules, verified=self._verified)
 
     def write(self, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from clsp_fast.captioning import generate, judge
 from clsp_fast.captioning.answers import ANSWERS, Answer, parse_answer, read_record
-from clsp_fast.captioning.filter import CHARACTERS_A_BIN, COUNTS, WORDS_A_BIN, Counts
+from clsp_fast.captioning.filter import CHARACTERS_A_BIN, COUNTS, WORDS_A_BIN, FilterCounts
 from clsp_fast.captioning.rows import asked_rows, describe_rows, rows_as_json
 from clsp_fast.checks import require
 from clsp_fast.storage import files
@@ -23,7 +23,7 @@ _NAME_WIDTH = 26
 _BAR = 16
 _LONG = 1024
 _LONGEST_RANGES = 26
-_KEYS_OF_COUNTS = (*(key.name for key in fields(Counts)), "provenance", "rows")
+_KEYS_OF_COUNTS = (*(key.name for key in fields(FilterCounts)), "provenance", "rows")
 _MOST_ROWS = 40
 
 
@@ -219,8 +219,10 @@ def _reasons(counts: Mapping[str, Any]) -> Table:
     """A candidate has one first reason, and may have several."""
     total = counts["candidates"].get("total", 0)
     rows = [
-        (reason, f"{counts['first'].get(reason, 0):,}", f"{count:,}", _percent(count, total))
-        for reason, count in sorted(counts["any"].items(), key=lambda item: (-item[1], item[0]))[:_MOST_ROWS]
+        (reason, f"{counts['first_reasons'].get(reason, 0):,}", f"{count:,}", _percent(count, total))
+        for reason, count in sorted(counts["all_reasons"].items(), key=lambda item: (-item[1], item[0]))[
+            :_MOST_ROWS
+        ]
     ]
     return Table(("reason", "first", "any", "any, share"), rows)
 
@@ -350,10 +352,10 @@ def draw_picture(figures: Mapping[str, Any], path: Path) -> str:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    reasons = list(counts["any"])[::-1][-20:]
-    for offset, key in ((0.2, "first"), (-0.2, "any")):
+    reasons = list(counts["all_reasons"])[::-1][-20:]
+    for offset, key, label in ((0.2, "first_reasons", "first reason"), (-0.2, "all_reasons", "any reason")):
         values = [counts[key].get(reason, 0) for reason in reasons]
-        axes[0, 0].barh([i + offset for i in range(len(reasons))], values, 0.4, label=f"{key} reason")
+        axes[0, 0].barh([i + offset for i in range(len(reasons))], values, 0.4, label=label)
     axes[0, 0].set_yticks(range(len(reasons)), reasons)
     axes[0, 0].set(title=f"dropped, of {counts['candidates'].get('total', 0):,} candidates")
     numbers = {int(number): count for number, count in counts["captions_per_clip"].items()}

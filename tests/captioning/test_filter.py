@@ -51,8 +51,8 @@ def test_kept_captions_are_sorted_by_length_and_reasons_are_counted(tmp_path: Pa
     counts = counts_of(work)
     assert counts["candidates"] == {"total": 12, "kept": 3, "dropped": 9}
     once = dict.fromkeys(("newline", "negation", "speakers", "quotation", "long", "repeated", "short"), 1)
-    assert counts["first"] == {"empty": 2} | once
-    assert counts["any"] == counts["first"]
+    assert counts["first_reasons"] == {"empty": 2} | once
+    assert counts["all_reasons"] == counts["first_reasons"]
     assert counts["candidates_per_clip"] == {"12": 1}
     assert counts["captions_per_clip"] == {"3": 1}
     assert sum(counts["characters"]["all"].values()) == 10
@@ -63,15 +63,17 @@ def test_a_candidate_with_several_faults_counts_once_as_first(tmp_path: Path) ->
     work = make_work(tmp_path, [CLIP], {0: ['no "speakers"\n here', good("Ann")]})
     assert filter(FilterConfig(work=work)) == 0
     counts = counts_of(work)
-    assert counts["first"] == {"short": 1}
-    assert counts["any"] == dict.fromkeys(("negation", "newline", "quotation", "short", "speakers"), 1)
+    assert counts["first_reasons"] == {"short": 1}
+    assert counts["all_reasons"] == dict.fromkeys(
+        ("negation", "newline", "quotation", "short", "speakers"), 1
+    )
 
 
 def test_truncated_candidates_are_dropped(tmp_path: Path) -> None:
     work = make_work(tmp_path, [CLIP], {0: [good("Ann"), good("Bea")]}, reasons=["length", "stop"])
     assert filter(FilterConfig(work=work)) == 0
     assert lines_of(work)[0]["finegrained_captions"] == [good("Bea")]
-    assert counts_of(work)["first"] == {"truncated": 1}
+    assert counts_of(work)["first_reasons"] == {"truncated": 1}
 
 
 def test_keep_limits_the_captions_and_min_captions_the_clips(tmp_path: Path) -> None:
@@ -79,12 +81,12 @@ def test_keep_limits_the_captions_and_min_captions_the_clips(tmp_path: Path) -> 
     work = make_work(tmp_path, [CLIP, CLIP | {"id": "b"}], texts)
     assert filter(FilterConfig(work=work)) == 0
     assert [len(line["finegrained_captions"]) for line in lines_of(work)] == [14, 1]
-    assert counts_of(work)["first"] == {"surplus": 6}
+    assert counts_of(work)["first_reasons"] == {"surplus": 6}
     assert filter(FilterConfig(work=work, keep=5, min_captions=2, longest=True)) == 0
     (line,) = lines_of(work)
     assert [len(text) for text in line["finegrained_captions"]] == [149, 148, 147, 146, 145]
     counts = counts_of(work)
-    assert counts["first"] == {"surplus": 15, "too few in the clip": 1}
+    assert counts["first_reasons"] == {"surplus": 15, "too few in the clip": 1}
     assert counts["clips"] == {"total": 2, "kept": 1, "without captions": 1}
     assert counts["candidates"] == {"total": 21, "kept": 5, "dropped": 16}
 
@@ -137,8 +139,8 @@ def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.Ca
     # Candidate 3 has an answer that is no verdict, and candidate 4 none.
     expected = {"unverified": 1, "without verdict": 1, "short": 1}
     expected |= {"verifier: absence": 1, "verifier: background": 1}
-    assert counts["first"] == expected
-    assert counts["any"] == expected | {"verifier: absence": 2}
+    assert counts["first_reasons"] == expected
+    assert counts["all_reasons"] == expected | {"verifier: absence": 2}
     assert line["provenance"]["verifier"] == {
         "model": "verify-model",
         "prompt_digest": "verify-digest",
@@ -286,7 +288,7 @@ def test_without_captions_an_earlier_manifest_is_kept(
     assert done.value.code == 1
     assert "was not written: no clip has captions" in capsys.readouterr().err
     assert (work / CAPTIONS).read_text() == "earlier\n"
-    assert counts_of(work)["first"] == {"short": 1}
+    assert counts_of(work)["first_reasons"] == {"short": 1}
 
 
 def test_repeated_ids_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +310,7 @@ def test_rules_of_a_user_and_limits(tmp_path: Path) -> None:
     (line,) = lines_of(work)
     assert line["finegrained_captions"] == ["A man without haste speaks."]
     assert line["provenance"]["rules"] == "mine"
-    assert counts_of(work)["first"] == {"long": 1}
+    assert counts_of(work)["first_reasons"] == {"long": 1}
     assert counts_of(work)["rules"]["min_characters"] == 10
 
 
