@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clsp_fast import __version__, audio
 from clsp_fast.audio import AudioError, AudioLimits, Segment
 from clsp_fast.captioning import labels as labelling
 from clsp_fast.captioning import wording
 from clsp_fast.captioning.labels import FIXED, Bands, CorpusValues
-from clsp_fast.captioning.measure import Measurement, Part, measure
+from clsp_fast.captioning.measure import Measurement, measure_rows, measurement_of
 from clsp_fast.captioning.wording import ATTRIBUTES
 from clsp_fast.checks import require
 from clsp_fast.console import INCOMPLETE, Progress
@@ -45,12 +46,10 @@ _MOST_SHOWN = 10
 _SEX_OF = dict.fromkeys(("female", "f", "woman", "w", "girl"), "female")
 _SEX_OF |= dict.fromkeys(("male", "m", "man", "boy"), "male")
 _UNKNOWN_SEX = {"", "unknown", "unk", "u", "na", "n/a", "none", "null", "nan", "-", "?"}
-_PART_FIELDS = tuple(f.name for f in dataclasses.fields(Part))
 _REPORTED: tuple[str, ...] = (
     *("level_db", "tilt_db", "voiced", "hnr_db", "creak"),
     *("f0_hz", "f0_sd", "f0_range", "f0_slope", "syllables_per_s", "pauses", "pause_s"),
 )
-_COUNTS = ("syllables", "voiced_syllables", "pauses")
 _REASONS = {
     "silent": "no sound",
     "short": "less than 0.5 s of sound",
@@ -269,11 +268,11 @@ def _named(clips: Iterable[Clip], source: str, summary: Summary) -> Iterator[Cli
 
 
 class _Spool:
-    """Measurements in a temporary file, so that a large corpus needs little memory."""
+    """Rows of `measure_rows` in a temporary file, so that a large corpus needs little memory."""
 
     def __init__(self, folder: Path) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self._values = 0
+        self._row_bytes = 0
 
     def __enter__(self) -> _Spool:
         return self
@@ -281,43 +280,15 @@ class _Spool:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def append(self, measurement: Measurement) -> None:
-        """Writes a measurement at the end."""
-        values = np.array([*_numbers(measurement)], np.float64)
-        self._values = len(values)
-        self._file.write(values.tobytes())
+    def append(self, row: NDArray[np.float64]) -> None:
+        """Writes a row at the end."""
+        self._row_bytes = row.nbytes
+        self._file.write(row.tobytes())
 
     def __iter__(self) -> Iterator[Measurement]:
         self._file.seek(0)
-        while block := self._file.read(8 * self._values):
-            yield _from_numbers(np.frombuffer(block, np.float64).tolist())
-
-
-def _numbers(measurement: Measurement) -> Iterator[float]:
-    for part in (measurement.whole, *measurement.halves, *measurement.thirds):
-        for name in _PART_FIELDS:
-            yield float(getattr(part, name))
-    yield from measurement.formants_hz
-    yield from (measurement.duration_s, measurement.bandwidth_hz, measurement.snr_db, measurement.jitter)
-
-
-def _from_numbers(numbers: list[float]) -> Measurement:
-    size = len(_PART_FIELDS)
-    parts = []
-    for start in range(0, 6 * size, size):
-        values: dict[str, Any] = dict(zip(_PART_FIELDS, numbers[start : start + size], strict=True))
-        parts.append(Part(**values | {name: int(values[name]) for name in _COUNTS}))
-    f1, f2, f3, f4, duration_s, bandwidth_hz, snr_db, jitter = numbers[6 * size :]
-    return Measurement(
-        duration_s=duration_s,
-        whole=parts[0],
-        halves=tuple(parts[1:3]),
-        thirds=tuple(parts[3:6]),
-        formants_hz=(f1, f2, f3, f4),
-        bandwidth_hz=bandwidth_hz,
-        snr_db=snr_db,
-        jitter=jitter,
-    )
+        while block := self._file.read(self._row_bytes):
+            yield measurement_of(np.frombuffer(block))
 
 
 def _measure_all(
@@ -332,19 +303,20 @@ def _measure_all(
         segments = [Segment(clip.audio, clip.start_s, clip.duration_s, clip.channel) for clip in chunk]
         loaded = audio.load_batch(segments, limits=limits, num_threads=num_threads)
         waveforms = [waveform for waveform in loaded if not isinstance(waveform, AudioError)]
-        measurements = iter(measure(waveforms, num_threads=num_threads))
+        rows = iter(measure_rows(waveforms, num_threads=num_threads))
         for clip, waveform in zip(chunk, loaded, strict=True):
             if isinstance(waveform, AudioError):
                 summary.leave_out(clip, str(waveform.reason), _detail(waveform))
                 continue
-            measurement = next(measurements)
+            row = next(rows)
+            measurement = measurement_of(row)
             summary.seconds += measurement.duration_s
             if problem := labelling.speech_problem(measurement):
                 summary.leave_out(clip, problem)
                 continue
             usable.append(clip)
             values.add(measurement, known_labels(clip))
-            spool.append(measurement)
+            spool.append(row)
         progress.add(len(chunk), len(chunk) - len(waveforms))
     return usable, values
 

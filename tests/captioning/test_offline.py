@@ -402,7 +402,7 @@ def test_an_interrupt_leaves_the_earlier_result(
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(offline_module, "measure", interrupt)
+    monkeypatch.setattr(offline_module, "measure_rows", interrupt)
     assert offline(str(speech), out) == 130
     assert "was not written" in capsys.readouterr().err
     assert out.read_bytes() == before
