@@ -36,6 +36,7 @@ from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import Problem, read_source
+from clsp_fast.data.tag_values import is_unknown, sex_of
 from clsp_fast.storage import files, paths
 from clsp_fast.storage.textfile import is_text
 
@@ -43,9 +44,6 @@ _CHUNK_S, _CHUNK = 600.0, 512  # most seconds and most recordings that are in me
 _MEASURED = "measured_labels"  # the tag that lists the attributes whose labels were measured
 _LEFT_OUT_KEYS = {"id", "audio", "reason", "detail"}
 _MOST_SHOWN = 10
-_SEX_OF = dict.fromkeys(("female", "f", "woman", "w", "girl"), "female")
-_SEX_OF |= dict.fromkeys(("male", "m", "man", "boy"), "male")
-_UNKNOWN_SEX = {"", "unknown", "unk", "u", "na", "n/a", "none", "null", "nan", "-", "?"}
 _REPORTED: tuple[str, ...] = (
     *("level_db", "tilt_db", "voiced", "hnr_db", "creak"),
     *("f0_hz", "f0_sd", "f0_range", "f0_slope", "syllables_per_s", "pauses", "pause_s"),
@@ -360,9 +358,9 @@ def known_labels(clip: Clip, *, with_measured: bool = False) -> dict[str, str]:
             usable = value in ATTRIBUTES[attribute] or wording.has_change(attribute, value)
             known[attribute] = value if usable else ""
     for key in ("gender", "sex"):
-        sex = given.get(key, "").strip().lower()
-        if sex not in _UNKNOWN_SEX:
-            known["sex"] = _SEX_OF.get(sex, "")
+        sex = given.get(key, "")
+        if not is_unknown(sex):
+            known["sex"] = sex_of(sex)
     return known
 
 

@@ -25,10 +25,10 @@ from clsp_fast.checks import require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import iterate_manifest
+from clsp_fast.data.tag_values import stated
 from clsp_fast.storage import files
 
 _VALUE = re.compile(r"[^\W\d_](?:[^\W_]|[ '-]){1,39}")
-_NO_VALUES = {"unknown", "none", "null", "nan", "other", "na"}
 _FINE_CAPTIONS = 5
 _SHARE = 0.8
 _MOST_SHOWN = 10
@@ -147,7 +147,7 @@ def _line(clip: Clip, audio: str, config: TagsConfig) -> dict[str, Any] | None:
 
 def _is_usable(value: str) -> bool:
     """Whether a tag's value can stand in a sentence."""
-    return bool(_VALUE.fullmatch(value)) and value.casefold() not in _NO_VALUES
+    return bool(_VALUE.fullmatch(value)) and bool(stated(value))
 
 
 def write_captions(
