@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clsp_fast.captioning.client import Reply, describe
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange, asked_rows, rows_as_json, union
 from clsp_fast.checks import listed
 from clsp_fast.storage import files
 from clsp_fast.storage.textfile import shown
@@ -289,14 +290,22 @@ def identity(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record["settings"], "begun": record.get("begun")}
 
 
-def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mapping[str, Any]) -> None:
+def begin(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    parts: int,
+    notes: Mapping[str, Any],
+    asked: RowRange = ALL_ROWS,
+) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
 
     Args:
         folder: the job's folder; the caller has locked it.
         settings: what the answers depend on.
         parts: the largest number of requests of a row.
-        notes: what a later run may change, such as the version.
+        notes: what a later run may change, such as the version. Those of the last run are kept.
+        asked: the rows of this run. They are added to those of earlier runs.
 
     Raises:
         ValueError: the folder was begun with other settings; the message says which.
@@ -313,13 +322,16 @@ def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mappi
         ]
         if changed:
             raise ValueError(f"{folder} was begun with {listed(changed)}; choose another folder")
+        ranges = rows_as_json(union([*asked_rows(record), asked]))
+        changes = {**notes, "rows": ranges}
+        if record != record | changes:
+            files.write_json(folder / RECORD, record | changes)
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
     else:
         begun = datetime.now(timezone.utc).isoformat()
-        files.write_json(
-            folder / RECORD, {"settings": settings, "parts": parts, "begun": begun} | dict(notes)
-        )
+        record = {"settings": settings, "parts": parts, "begun": begun, "rows": rows_as_json([asked])}
+        files.write_json(folder / RECORD, record | dict(notes))
 
 
 class AnswerFile:
@@ -327,12 +339,18 @@ class AnswerFile:
 
     Attributes:
         done: numbers (row * parts + part) of the requests that are answered.
-        count: how many they are.
+        count: how many requests of the given rows are answered.
+
+    Args:
+        folder: the job's folder; the caller has locked it.
+        parts: the largest number of requests of a row.
+        asked: the rows that `count` counts.
     """
 
-    def __init__(self, folder: Path, parts: int) -> None:
+    def __init__(self, folder: Path, parts: int, asked: RowRange = ALL_ROWS) -> None:
         self._path = folder / ANSWERS
         self._parts = parts
+        self._first, self._end = asked[0] * parts, asked[1] * parts
         self.done = Bits()
         self.count = 0
         with files.naming_full_disk(self._path):
@@ -345,7 +363,7 @@ class AnswerFile:
                     self._note_done(number)
 
     def _note_done(self, number: int) -> None:
-        self.count += number not in self.done
+        self.count += self._first <= number < self._end and number not in self.done
         self.done.add(number)
 
     def _cut(self) -> int:

@@ -34,6 +34,7 @@ from clsp_fast.captioning.answers import (
     row_and_part,
 )
 from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError, describe
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange
 from clsp_fast.console import Progress
 from clsp_fast.storage import files
 
@@ -178,6 +179,7 @@ def write_pending(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
+    asked: RowRange = ALL_ROWS,
     shard_rows: int | None = None,
 ) -> dict[Path, int]:
     """Writes the requests of a job that are not answered yet as job files in its folder.
@@ -195,7 +197,7 @@ def write_pending(
     """
     written = {}
     with files.lock_folder(folder):
-        begin(folder, settings, parts=parts, notes=notes or {})
+        begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
         for path in (*folder.glob("jobs*.jsonl"), *folder.glob(".*.tmp")):  # of earlier and killed calls
             path.unlink()
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
@@ -253,6 +255,7 @@ def import_answers(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
+    asked: RowRange = ALL_ROWS,
 ) -> Imported:
     """Adds answers that another program collected, such as the output of `vllm run-batch`.
 
@@ -274,7 +277,7 @@ def import_answers(
         digests[row * parts + part] = _digest(name)
     result = Imported()
     with files.lock_folder(folder):
-        begin(folder, settings, parts=parts, notes=notes or {})
+        begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
             for path in sources:
                 with path.open("rb") as file:
@@ -323,6 +326,7 @@ def run_jobs(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
+    asked: RowRange = ALL_ROWS,
     total: int | None = None,
     noun: str = "requests",
     on_answer: Callable[[Answer], None] | None = None,
@@ -341,6 +345,7 @@ def run_jobs(
         settings: what the answers depend on, for job.json.
         parts: the largest number of requests of a row.
         notes: what job.json also records, without comparing it.
+        asked: the rows of the manifest that `requests` come from. job.json records them, too.
         total: number of requests, for the progress line; None: not known.
         noun: what the progress line calls the requests.
         on_answer: called with each answer and failure of this run.
@@ -352,8 +357,8 @@ def run_jobs(
     """
     client = Client(servers)
     with files.lock_folder(folder):
-        begin(folder, settings, parts=parts, notes=notes or {})
-        answers = AnswerFile(folder, parts)
+        begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
+        answers = AnswerFile(folder, parts, asked)
         with contextlib.closing(answers):
             progress = Progress(None if total is None else max(0, total - answers.count), noun)
             run = _Run(client, answers, progress, on_answer, threads)

@@ -19,10 +19,10 @@ import numpy as np
 
 from clsp_fast import __version__
 from clsp_fast.captioning import wording
-from clsp_fast.captioning.filter import AudioPaths
 from clsp_fast.captioning.offline import first_row, known_labels
 from clsp_fast.checks import require
 from clsp_fast.console import INCOMPLETE
+from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import iterate_manifest
 from clsp_fast.data.tag_values import stated

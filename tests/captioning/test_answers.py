@@ -19,6 +19,7 @@ from clsp_fast.captioning.answers import (
     answer_line,
     begin,
     custom_id,
+    identity,
     parse_answer,
     read_answers,
     read_record,
@@ -196,7 +197,7 @@ def test_odd_answers_never_damage_a_folder(
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     begin(tmp_path, {"seed": 0, "sampling": {"top_k": 20}}, parts=1, notes={"version": "1"})
     begin(tmp_path, {"seed": 0, "sampling": {"top_k": 20}}, parts=1, notes={"version": "2"})
-    assert read_record(tmp_path)["version"] == "1"
+    assert read_record(tmp_path)["version"] == "2"
     with pytest.raises(ValueError, match=r"was begun with seed 0, not 1, parts 1, not 2; choose another"):
         begin(tmp_path, {"seed": 1, "sampling": {"top_k": 20}}, parts=2, notes={})
     (tmp_path / "job.json").write_text("{")
@@ -208,6 +209,29 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").touch()
     with pytest.raises(ValueError, match=r"holds answers\.jsonl without job\.json"):
         begin(tmp_path, {}, parts=1, notes={})
+
+
+def test_rows_of_all_runs_are_recorded_and_are_no_setting(tmp_path: Path) -> None:
+    begin(tmp_path, {}, parts=1, notes={}, asked=(0, 10))
+    first = read_record(tmp_path)
+    begin(tmp_path, {}, parts=1, notes={}, asked=(50, 60))
+    begin(tmp_path, {}, parts=1, notes={}, asked=(5, 20))
+    assert read_record(tmp_path)["rows"] == [[0, 20], [50, 60]]
+    assert identity(read_record(tmp_path)) == identity(first)
+    begin(tmp_path, {}, parts=1, notes={})
+    assert read_record(tmp_path)["rows"] == [[0, None]]
+
+
+def test_answers_to_other_rows_are_not_counted(tmp_path: Path) -> None:
+    """A progress line that counted them would begin at more than all."""
+    with contextlib.closing(job(tmp_path, 2)) as answers:
+        for row in (0, 1, 2, 5):
+            name = f"{row}.1/generate/a"
+            answers.append(name, answer_line(name, Reply(200, body("a"))), good=True)
+        assert answers.count == 4
+    with contextlib.closing(AnswerFile(tmp_path, 2, (2, 5))) as answers:
+        assert answers.count == 1
+        assert answers.is_done("5.1/generate/a")
 
 
 class FullFile:

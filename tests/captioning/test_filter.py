@@ -96,7 +96,27 @@ def test_clips_without_answers_or_captions_are_left_out(tmp_path: Path) -> None:
     assert [line["id"] for line in lines_of(work)] == ["b"]
     expected = {"total": 4, "kept": 1, "without captions": 1, "without answer": 2}
     assert counts_of(work)["clips"] == expected
-    assert counts_of(work)["audio_s"] == {"total": 8.0, "kept": 2.0}
+    assert counts_of(work)["audio_s"] == {"total": 8.0, "asked": 8.0, "kept": 2.0}
+
+
+def test_only_the_rows_that_were_asked_for_are_counted(tmp_path: Path) -> None:
+    """A shard, then a second one in the same folder, and clips that were too long to be sent."""
+    clips: list[dict[str, Any]] = [CLIP | {"id": f"c{i}"} for i in range(100)]
+    clips[12]["duration_s"], clips[13] = 40.0, {"no": "audio"}
+    texts = {row: [good("Ann")] for row in (10, 11, 50)}
+    work = make_work(tmp_path, clips, texts, asked=(10, 15), max_clip_s=30.0)
+    assert filter(FilterConfig(work=work)) == 0
+    counts = counts_of(work)
+    assert counts["rows"] == [[10, 15]]
+    assert counts["clips"] == {"total": 5, "kept": 2, "too long": 1, "bad lines": 1, "without answer": 1}
+    assert counts["audio_s"] == {"total": 46.0, "asked": 6.0, "kept": 4.0}
+    make_work(tmp_path, clips, texts, asked=(50, 52), max_clip_s=30.0)
+    assert filter(FilterConfig(work=work)) == 0
+    counts = counts_of(work)
+    assert counts["rows"] == [[10, 15], [50, 52]]
+    assert (counts["clips"]["total"], counts["clips"]["without answer"]) == (7, 2)
+    assert counts["audio_s"] == {"total": 50.0, "asked": 10.0, "kept": 6.0}
+    assert [line["id"] for line in lines_of(work)] == ["c10", "c11", "c50"]
 
 
 def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

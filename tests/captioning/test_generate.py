@@ -152,6 +152,20 @@ def test_rows_share_the_work(manifest: Path, tmp_path: Path) -> None:
     assert texts(tmp_path / "parts") == texts(tmp_path / "all")
 
 
+def test_a_second_range_in_the_same_folder(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "w"
+    with StubServer() as server:
+        for rows, done in (("7:10", 3), ("0:2", 2), ("9:11", 1)):
+            assert run(manifest, work, "--server.servers", server.url, "--rows", rows) == 0
+            output, errors = capsys.readouterr()
+            assert f"{done} requests answered" in output
+            assert f"{done} of {done} requests" in errors  # not of those that were done before
+    assert read_record(work / "generate")["rows"] == [[0, 2], [7, 11]]
+    assert tuple(texts(work)) == (0, 1, 7, 8, 9, 10)
+
+
 def test_job_files_and_answers_from_elsewhere(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
