@@ -33,9 +33,11 @@ from clsp_fast.captioning.measure import Measurement, measure_rows, measurement_
 from clsp_fast.captioning.wording import ATTRIBUTES
 from clsp_fast.checks import require
 from clsp_fast.console import INCOMPLETE, Progress
+from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.clips import Clip
+from clsp_fast.data.clips import KINDS, Clip
 from clsp_fast.data.manifest import Problem, read_source
+from clsp_fast.data.manifest_lines import first_row, manifest_line, refuse_other_file
 from clsp_fast.data.tag_values import is_unknown, sex_of
 from clsp_fast.storage import files, paths
 from clsp_fast.storage.textfile import is_text
@@ -186,6 +188,7 @@ def caption_offline(
     threads = audio.check_num_threads(num_threads)
     out = Path(out)
     _check_out(out, source)
+    name_audio = AudioPaths(_folder_of(source), out.parent)
     started = time.perf_counter()
     clips, problems = read_source(source)
     summary = Summary(source=source, out=out, problems=problems)
@@ -200,7 +203,7 @@ def caption_offline(
             def write_to(path: Path) -> None:
                 with path.open("w", encoding="ascii") as file:
                     for clip, measurement in zip(usable, spool, strict=True):
-                        line = _line(clip, measurement, summary, provenance, replace)
+                        line = _line(clip, name_audio(clip.audio), measurement, summary, provenance, replace)
                         if line:
                             file.write(json.dumps(line) + "\n")
                 if not summary.clips:
@@ -224,13 +227,10 @@ def left_out_file(out: Path) -> Path:
 def _check_out(out: Path, source: str) -> None:
     """ValueError if the result must not be written to `out`, or its list to `left_out_file(out)`."""
     require(out.name.endswith(".jsonl"), "out", "a file whose name ends in .jsonl", str(out))
-    if paths.is_dir(out):
-        raise ValueError(f"out must be a file, {out} is a folder")
     for file in (out, left_out_file(out)):
         if source != "-" and paths.exists(source) and paths.exists(file) and file.samefile(source):
             raise ValueError(f"{file} is the source; name another file for the result")
-    if paths.exists(out) and "measured" not in first_row(out):
-        raise ValueError(f"{out} exists and was not written by this command; name another file or remove it")
+    refuse_other_file(out, "offline")
     others = left_out_file(out)
     if paths.is_dir(others) or (paths.exists(others) and first_row(others).keys() != _LEFT_OUT_KEYS):
         raise ValueError(
@@ -239,14 +239,9 @@ def _check_out(out: Path, source: str) -> None:
         )
 
 
-def first_row(file: Path) -> dict[str, Any]:
-    """The object in the first line of a file; empty if there is none."""
-    try:
-        with file.open("rb") as lines:
-            row = json.loads(lines.readline(2**24))
-    except (ValueError, RecursionError):
-        return {}
-    return row if isinstance(row, dict) else {}
+def _folder_of(source: str) -> Path:
+    """The folder of the recordings, or of the file that names them."""
+    return Path() if source == "-" else Path(source) if paths.is_dir(source) else Path(source).parent
 
 
 def _named(clips: Iterable[Clip], source: str, summary: Summary) -> Iterator[Clip]:
@@ -365,7 +360,12 @@ def known_labels(clip: Clip, *, with_measured: bool = False) -> dict[str, str]:
 
 
 def _line(
-    clip: Clip, measurement: Measurement, summary: Summary, provenance: Mapping[str, Any], replace: bool
+    clip: Clip,
+    audio: str,
+    measurement: Measurement,
+    summary: Summary,
+    provenance: Mapping[str, Any],
+    replace: bool,
 ) -> dict[str, Any] | None:
     """The clip's line in the manifest; None if too little is known for captions."""
     known = known_labels(clip)
@@ -375,27 +375,23 @@ def _line(
         summary.leave_out(clip, "unclear")
         return None
     summary.count(tags, known, kept)
-    fields = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
-    captions = _captions(clip, tags, kept, provenance["seed"])
+    written = _captions(clip, tags, kept, provenance["seed"])
     measured = [attribute for attribute in tags if attribute not in known]
-    given = {key: value for key, value in clip.tags.items() if key not in fields}
+    given = dict(clip.tags)
     for attribute in given.pop(_MEASURED, "").split(", "):
         given.pop(attribute, None)
-    line = {
-        "id": clip.id,
-        "audio": _audio_path(clip.audio, summary.out.parent),
-        "start_s": clip.start_s or None,
-        "duration_s": clip.duration_s or measurement.duration_s,
-        "channel": clip.channel,
-        **fields,
-        "global_captions": captions.global_captions,
-        "finegrained_captions": captions.fine_captions,
-        "tags": given | tags | ({_MEASURED: measured} if measured else {}),
-        "claims": {"global": captions.global_claims, "fine": captions.fine_claims},
-        "measured": _measured(measurement),
-        "provenance": None if all(kept) else provenance,
-    }
-    return {key: value for key, value in line.items() if value is not None}
+    new = [kind for kind, texts in zip(KINDS, kept, strict=True) if not texts]
+    return manifest_line(
+        clip,
+        audio=audio,
+        captions=Captions(tuple(written.global_captions), tuple(written.fine_captions)),
+        claims={"global": written.global_claims, "fine": written.fine_claims},
+        tags=given | tags | ({_MEASURED: measured} if measured else {}),
+        made_by=dict.fromkeys(new, provenance),
+        written_by="offline",
+        duration_s=clip.duration_s or measurement.duration_s,
+        measured=_measured(measurement),
+    )
 
 
 def _is_enough(tags: Mapping[str, str]) -> bool:
@@ -419,12 +415,6 @@ def _captions(clip: Clip, tags: Mapping[str, str], kept: Captions, seed: int) ->
         global_claims=global_claims if kept.global_captions else written.global_claims,
         fine_claims=fine_claims if kept.fine_captions else written.fine_claims,
     )
-
-
-def _audio_path(name: str, folder: Path) -> str:
-    """The path of a recording, relative to the manifest's folder if it lies in there."""
-    path, base = Path(name).absolute(), folder.absolute()
-    return str(path.relative_to(base) if path.is_relative_to(base) else path)
 
 
 def _measured(measurement: Measurement) -> dict[str, Any]:
