@@ -18,7 +18,7 @@ from typing import Any
 
 from clsp_fast import __version__
 from clsp_fast.captioning import generate, verify
-from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, read_record
+from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, manifest_of, read_record
 from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
 from clsp_fast.captioning.rows import asked_rows, clips_of_rows, rows_as_json
 from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
@@ -225,7 +225,7 @@ def filter(config: FilterConfig) -> int:
         config.rules, min_characters=config.min_characters, max_characters=config.max_characters
     )
     record = read_record(config.work / generate.STEP)
-    manifest = config.manifest or Path(record["manifest_path"])
+    manifest = config.manifest or manifest_of(record)
     check_manifest(manifest, record)
     path = config.work / CAPTIONS
     if path.exists() and path.samefile(manifest):

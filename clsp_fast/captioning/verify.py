@@ -25,6 +25,7 @@ from clsp_fast.captioning.answers import (
     AnswerIndex,
     custom_id,
     identity,
+    manifest_of,
     read_record,
     row_and_part,
 )
@@ -259,7 +260,7 @@ def verify(config: VerifyConfig) -> int:
     prompt = read_prompt(STEP, config.prompt, {"caption"})
     rules = read_rules(config.rules)
     record = read_record(config.work / "generate")
-    manifest = config.manifest or Path(record["manifest_path"])
+    manifest = config.manifest or manifest_of(record)
     check_manifest(manifest, record)
     texts = texts_a_request(record)
     checklist = _Checklist(

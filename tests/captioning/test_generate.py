@@ -226,8 +226,9 @@ def test_a_prompt_of_the_user_with_a_system_message(manifest: Path, tmp_path: Pa
     ("words", "match"),
     [
         (["--candidates", "3"], "was begun with candidates 5, not 3"),
-        (["--sampling.top-k", "0"], "was begun with sampling {'temperature'"),
+        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; choose another folder, or"),
         (["--seed", "1"], "was begun with seed 0, not 1"),
+        (["--tags", "accent"], r"tags \['accent', 'speaking_rate', 'situational_tags'\], not \['accent'\];"),
     ],
 )
 def test_other_settings_are_refused(words: list[str], match: str, manifest: Path, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_other_settings_are_refused(words: list[str], match: str, manifest: Path
         run(manifest, tmp_path / "w", "--jobs-only", *words)
     with manifest.open("a") as file:
         file.write("\n")
-    with pytest.raises(RuntimeError, match=r"was begun with manifest \{'name': 'm.jsonl', 'bytes': "):
+    with pytest.raises(RuntimeError, match=r"begun with manifest\.bytes \d+, not \d+; manifest\.sha256 '"):
         run(manifest, tmp_path / "w", "--jobs-only")
 
 
