@@ -39,6 +39,7 @@ STEP = "judge"
 RESULTS, CLIPS = "judge.json", "clips.jsonl"
 """What `judge` writes: the figures, and the scores of each clip."""
 Value = TypeVar("Value")
+_OTHER_STEPS = ("generate", "verify")
 _STREAM_ROUND = 2
 _ASPECT_LINE = re.compile(rf"^- ({'|'.join(ASPECTS)}):.*$", re.MULTILINE)
 _SCORE = {"type": "integer", "enum": list(json_answers.SCORES)}
@@ -63,7 +64,7 @@ class JudgeConfig:
     """Another manifest with captions for the same clips, which are found by their ids. The captions of both
     are scored together and compared."""
     name: str = STEP
-    """Name of the folder in WORK. Another set of settings needs another folder."""
+    """Name of the folder in WORK for answers and results. A run with other settings needs another name."""
     clips: int = 200
     """Clips that are judged, drawn by the seed. A larger number continues the work of a smaller one."""
     rounds: int = 5
@@ -86,7 +87,8 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         for name in ("clips", "rounds", "resamples"):
             require(is_positive(getattr(self, name)), name, "an integer > 0", getattr(self, name))
-        require(Path(self.name).name == self.name, "name", "the name of a folder", self.name)
+        ok = Path(self.name).name == self.name and self.name not in ("", "..", *_OTHER_STEPS)
+        require(ok, "name", 'the name of a new folder, such as "against-offline"', self.name)
         self.server.require_model()
 
 

@@ -277,3 +277,10 @@ def test_a_manifest_can_be_compared_with_itself(manifests: tuple[Path, Path]) ->
     assert results["answers"] == {"asked": 6, "usable": 4, "key missing": 2}
     names = judge._names([manifests[0], manifests[0]])
     assert len(set(names)) == 2
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "generate", "verify"])
+def test_a_name_that_is_no_folder_of_the_judge_is_refused(name: str) -> None:
+    server = ServerConfig(model=MODEL)
+    with pytest.raises(ValueError, match="name must be the name of a new folder"):
+        judge.JudgeConfig(manifest=Path("m.jsonl"), work=Path("work"), server=server, name=name)

@@ -6,7 +6,7 @@ import json
 import math
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stub_server import MODEL, StubServer
 from clsp_fast.captioning import answers, verify
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import GenerateConfig, generate
+from clsp_fast.captioning.prompt import Prompt
 from clsp_fast.captioning.rules import default_rules
 from clsp_fast.captioning.verify import CHECKLIST, Verdict, Verdicts, VerifyConfig
 from clsp_fast.console import INCOMPLETE
@@ -174,6 +175,33 @@ def test_an_answer_that_is_no_verdict_is_asked_for_once_more(work: Path) -> None
     unverified = [verdict for _, _, verdict in verdicts_of(work) if verdict.fault == "not a JSON object"]
     assert len(unverified) == captions[hopeless[0]] / 2
     assert sum(verdict.passed for _, _, verdict in verdicts_of(work)) == 12 - len(unverified)
+
+
+def test_only_a_first_attempt_is_followed_by_another(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fault(body: dict[str, Any], attempt: int) -> str:
+        return "400" if body["seed"] else ""
+
+    with StubServer(content=lambda body: "?", fault=fault) as server:
+        assert verify.verify(VerifyConfig(work=work, server=at(server.url))) == 0
+    assert "12 answers are no verdicts; asking again" in capsys.readouterr().out
+    code, server = run(work, lambda body: "?")
+    assert (code, len(server.bodies)) == (0, 12)
+    assert "asking again" not in capsys.readouterr().out
+
+
+def test_prompts_of_answered_requests_are_not_filled(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    messages = Prompt.messages
+
+    def count(prompt: Prompt, values: Mapping[str, str]) -> list[tuple[str, str]]:
+        filled.append(1)
+        return messages(prompt, values)
+
+    monkeypatch.setattr(Prompt, "messages", count)
+    run(work, lambda body: GOOD)
+    assert len(filled) == 12
+    run(work, lambda body: GOOD)
+    assert len(filled) == 12
 
 
 def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
