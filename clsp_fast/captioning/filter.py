@@ -51,7 +51,8 @@ class FilterConfig:
     """Keeps the candidates that break no rule and that the verifier passed. Writes WORK/captions.jsonl, a
     manifest that training reads, and WORK/filter.json with the counts.
 
-    If `verify` did not run, the candidates are not verified, and the manifest says so.
+    If `verify` did not run, the candidates are not verified, and the manifest says so. Fine-grained captions
+    that the clips had before are replaced.
     """
 
     work: Path
