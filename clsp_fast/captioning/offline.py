@@ -50,7 +50,7 @@ _REPORTED: tuple[str, ...] = (
     *("level_db", "tilt_db", "voiced", "hnr_db", "creak"),
     *("f0_hz", "f0_sd", "f0_range", "f0_slope", "syllables_per_s", "pauses", "pause_s"),
 )
-_COUNTS = ("syllables", "voiced_syllables", "pauses")
+_COUNTS = ("nuclei", "voiced_nuclei", "pauses")
 _REASONS = {
     "silent": "no sound",
     "short": "less than 0.5 s of sound",

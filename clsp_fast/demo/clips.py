@@ -42,7 +42,7 @@ LABELLED = ("sex", "pitch", "speed", "liveliness", "loudness", "quality")
 """The attributes of `captioning.wording.ATTRIBUTES` that clips of the demo corpus have."""
 _Ranges = dict[str, tuple[float, float]]
 # label -> range from which the requested value is drawn, well inside the band of `captioning.labels.FIXED`
-_WANTED_SPEED: _Ranges = {"slow": (2.3, 3.2), "medium": (4.0, 4.65), "fast": (5.7, 7.4)}
+_WANTED_SPEED: _Ranges = {"slow": (2.2, 3.0), "medium": (3.7, 4.35), "fast": (5.4, 7.0)}
 _WANTED_PITCH: dict[str, _Ranges] = {
     "male": {"low": (80, 98), "medium": (111, 126), "high": (140, 159)},
     "female": {"low": (162, 180), "medium": (198, 222), "high": (250, 292)},
@@ -272,7 +272,7 @@ def _syllables_per_s(part: Part, count: int) -> float:
 
     Foreign voices add syllables and fast ones swallow some, so neither count alone is what a listener hears.
     """
-    return math.sqrt(count * max(1, part.syllables)) / max(0.2, part.duration_s)
+    return math.sqrt(count * max(1.0, part.syllables)) / max(0.2, part.duration_s)
 
 
 def prompts() -> dict[str, dict[str, list[str]]]:
