@@ -53,17 +53,17 @@ def listed_groups(groups: Mapping[str, Sequence[str]]) -> str:
 def differences(config: Any, other: Any) -> list[str]:
     """The fields in which two configurations of one class differ, each as "text.dim is 256, not 512"; 512 is
     the value in `other`."""
-    values, others = _by_path(dataclasses.asdict(config)), _by_path(dataclasses.asdict(other))
+    values, others = by_path(dataclasses.asdict(config)), by_path(dataclasses.asdict(other))
     return [
         f"{path} is {value}, not {others[path]}" for path, value in values.items() if value != others[path]
     ]
 
 
-def _by_path(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+def by_path(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their paths: {"a": {"b": 1}} as {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _by_path(value, f"{lead}{key}.") if isinstance(value, dict) else {lead + key: value}
+        flat |= by_path(value, f"{lead}{key}.") if isinstance(value, dict) else {lead + key: value}
     return flat
 
 

@@ -11,6 +11,7 @@ from sample_data import write_rows
 
 from clsp_fast.captioning.answers import ANSWERS, begin, custom_id, identity, read_record
 from clsp_fast.captioning.generate import read_facts
+from clsp_fast.captioning.rows import ALL_ROWS
 from clsp_fast.captioning.verify import CHECKLIST
 
 CLIP = {"id": "a", "audio": "clips/a.wav", "duration_s": 2.0}
@@ -39,13 +40,14 @@ def make_job(work: Path, step: str, rows: Sequence[Mapping[str, Any]], parts: in
     """A job's folder with these answers."""
     folder = work / step
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = settings.pop("manifest_path", None)
+    manifest, asked = settings.pop("manifest_path", None), settings.pop("asked", ALL_ROWS)
     known = {"step": step, "model": f"{step}-model", "prompt_digest": f"{step}-digest", "seed": 3}
     begin(
         folder,
         known | {"sampling": {"temperature": 0.6}} | settings,
         parts=parts,
         notes={} if manifest is None else {"manifest_path": str(manifest)},
+        asked=asked,
     )
     write_rows(folder / ANSWERS, rows)
     return folder
@@ -59,8 +61,12 @@ def make_work(
     work: Path | None = None,
     reasons: Sequence[str] | None = None,
     order: Sequence[int] | None = None,
+    **settings: Any,
 ) -> Path:
-    """A work folder in which each row of `texts` has one answer with these candidates."""
+    """A work folder in which each row of `texts` has one answer with these candidates.
+
+    `settings` are further ones of the job; "asked" are the rows that it was asked for.
+    """
     manifest = write_rows(tmp_path / "m.jsonl", clips)
     work = work or tmp_path / "work"
     facts = read_facts(manifest)
@@ -73,6 +79,7 @@ def make_work(
         manifest_path=manifest,
         candidates=20,
         candidates_per_request=20,
+        **settings,
     )
     return work
 

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from clsp_fast.captioning.client import Reply, describe
-from clsp_fast.checks import listed
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange, asked_rows, rows_as_json, union
+from clsp_fast.checks import by_path, is_positive, listed
 from clsp_fast.storage import files
 from clsp_fast.storage.textfile import shown
 
 ANSWERS, RECORD = "answers.jsonl", "job.json"
 _LONGEST_ID = 40
+_LONGEST_LINE = 2**26
 _CUSTOM_ID = re.compile(r"(\d{1,18})\.(\d{1,9})/")
 _DONE = re.compile(rb'\{"custom_id": "(\d{1,18})\.(\d{1,9})/[^"\\]*", "error": null, ')
 
@@ -272,6 +274,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
             raise ValueError('expected an object with "settings"')
+        if not is_positive(record.get("parts")):
+            raise ValueError(f'"parts" must be an integer > 0, got {shown(record.get("parts"))}')
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder} holds no job (it has no {RECORD}); name the work folder of `generate`"
@@ -289,14 +293,32 @@ def identity(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record["settings"], "begun": record.get("begun")}
 
 
-def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mapping[str, Any]) -> None:
+def manifest_of(record: Mapping[str, Any]) -> Path:
+    """The manifest that `generate` read. ValueError if its record names none."""
+    path = record.get("manifest_path")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f'{RECORD} of `generate` lacks "manifest_path"; name the manifest with --manifest')
+    return Path(path)
+
+
+def begin(
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    parts: int,
+    notes: Mapping[str, Any],
+    asked: RowRange = ALL_ROWS,
+) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
+
+    A job without answers and job files, such as one whose model had a wrong name, is begun anew.
 
     Args:
         folder: the job's folder; the caller has locked it.
         settings: what the answers depend on.
         parts: the largest number of requests of a row.
-        notes: what a later run may change, such as the version.
+        notes: what a later run may change, such as the version. Those of the last run are kept.
+        asked: the rows of this run. They are added to those of earlier runs.
 
     Raises:
         ValueError: the folder was begun with other settings; the message says which.
@@ -304,40 +326,68 @@ def begin(folder: Path, settings: Mapping[str, Any], *, parts: int, notes: Mappi
     settings = dict(json.loads(json.dumps(settings)))  # as a later run reads them
     if (folder / RECORD).exists():
         record = read_record(folder)
-        earlier = record["settings"] | {"parts": record["parts"]}
-        now: dict[str, Any] = {**settings, "parts": parts}
-        changed = [
-            f"{key} {shown(earlier.get(key))}, not {shown(now.get(key))}"
-            for key in {**earlier, **now}
-            if earlier.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ValueError(f"{folder} was begun with {listed(changed)}; choose another folder")
+        changed = _changes({**record["settings"], "parts": record["parts"]}, {**settings, "parts": parts})
+        if not changed:
+            changes = {**notes, "rows": rows_as_json(union([*asked_rows(record), asked]))}
+            if record != record | changes:
+                files.write_json(folder / RECORD, record | changes)
+            return
+        if _has_results(folder, record["parts"]):
+            raise ValueError(
+                f"{folder} was begun with {listed(changed, separator='; ', width=400)}; choose another "
+                "folder, or repeat the earlier settings"
+            )
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
-    else:
-        begun = datetime.now(timezone.utc).isoformat()
-        files.write_json(
-            folder / RECORD, {"settings": settings, "parts": parts, "begun": begun} | dict(notes)
-        )
+    begun = datetime.now(timezone.utc).isoformat()
+    record = {"settings": settings, "parts": parts, "begun": begun, "rows": rows_as_json([asked])}
+    files.write_json(folder / RECORD, record | dict(notes))
+
+
+def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, each as "sampling.temperature 0.6, not 0.7"."""
+    before, after = by_path(earlier), by_path(now)
+    changes = []
+    for path in {**before, **after}:
+        values = before.get(path), after.get(path)
+        if values[0] != values[1]:
+            # The lists of two settings may differ only in their last item, digests differ at their beginning.
+            first, second = (shown(value, 200 if isinstance(value, list) else 40) for value in values)
+            changes.append(f"{path} {first}, not {second}")
+    return changes
+
+
+def _has_results(folder: Path, parts: int) -> bool:
+    """Whether the job has answers, or job files whose answers may come."""
+    if any(folder.glob("jobs*.jsonl")):
+        return True
+    with contextlib.suppress(FileNotFoundError), (folder / ANSWERS).open("rb") as file:
+        return any(good for _, _, good in _scan(file, parts))
+    return False
 
 
 class AnswerFile:
-    """The answers of a job, open for appending. Opening it cuts off an incomplete last line.
+    """The answers of a job, open for appending. An incomplete last line, which a killed run left, is cut off.
 
     Attributes:
         done: numbers (row * parts + part) of the requests that are answered.
-        count: how many they are.
+        count: how many requests of the given rows are answered.
+
+    Args:
+        folder: the job's folder; the caller has locked it.
+        parts: the largest number of requests of a row.
+        asked: the rows that `count` counts.
     """
 
-    def __init__(self, folder: Path, parts: int) -> None:
+    def __init__(self, folder: Path, parts: int, asked: RowRange = ALL_ROWS) -> None:
         self._path = folder / ANSWERS
         self._parts = parts
+        self._first, self._end = asked[0] * parts, asked[1] * parts
         self.done = Bits()
         self.count = 0
         with files.naming_full_disk(self._path):
             self._file = self._path.open("a+b", buffering=0)
-        self._size = self._cut()
+            self._size = self._end_last_line()
         self._synced = self._size
         with self._path.open("rb") as file:
             for _, number, good in _scan(file, parts):
@@ -345,23 +395,31 @@ class AnswerFile:
                     self._note_done(number)
 
     def _note_done(self, number: int) -> None:
-        self.count += number not in self.done
+        self.count += self._first <= number < self._end and number not in self.done
         self.done.add(number)
 
-    def _cut(self) -> int:
-        """Cuts off what follows the last line ending. Returns the size of the file."""
-        end = size = self._file.seek(0, 2)
-        while end:
-            start = max(0, end - 2**16)
-            self._file.seek(start)
-            place = self._file.read(end - start).rfind(b"\n")
+    def _end_last_line(self) -> int:
+        """Completes a last line that lacks only its line ending; cuts off an incomplete one.
+
+        Returns the size of the file.
+        """
+        start = size = self._file.seek(0, 2)
+        while start:
+            before = max(0, start - 2**16)
+            self._file.seek(before)
+            place = self._file.read(start - before).rfind(b"\n")
+            start = before + place + 1
             if place >= 0:
-                end = start + place + 1
                 break
-            end = start
-        if end < size:
-            self._file.truncate(end)
-        return end
+        if start == size:
+            return size
+        self._file.seek(start)
+        with contextlib.suppress(ValueError):
+            parse_answer(self._file.read(min(size - start, _LONGEST_LINE)))
+            self._file.write(b"\n")
+            return size + 1
+        self._file.truncate(start)
+        return start
 
     def is_done(self, name: str) -> bool:
         """Whether the request is answered. ValueError if its id does not belong to this job."""

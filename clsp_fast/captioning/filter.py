@@ -7,6 +7,7 @@ The order of answers and verdicts does not matter, because those of a clip are l
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,16 +18,18 @@ from typing import Any
 
 from clsp_fast import __version__
 from clsp_fast.captioning import generate, verify
-from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, read_record
+from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, manifest_of, read_record
 from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
+from clsp_fast.captioning.rows import asked_rows, clips_of_rows, rows_as_json
 from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
 from clsp_fast.captioning.verify import Verdict, Verdicts, check_manifest
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.caption_text import normalise
+from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import Clip
-from clsp_fast.data.manifest import iterate_manifest
+from clsp_fast.data.manifest_lines import manifest_line
 from clsp_fast.storage import files
 
 CAPTIONS, COUNTS = "captions.jsonl", "filter.json"
@@ -79,7 +82,8 @@ class Counts:
     """What `filter` did. A candidate that is dropped has one or more reasons."""
 
     clips: Counter[str] = field(default_factory=Counter)
-    """"total", "kept", "without captions" (all candidates were dropped), "without answer", "bad lines"."""
+    """"total" of the rows that `generate` was asked for; "kept", "without captions" (all candidates were
+    dropped), "without answer", "too long" for `generate`, "bad lines"."""
     candidates: Counter[str] = field(default_factory=Counter)
     """"total", "kept" and "dropped"."""
     first: Counter[str] = field(default_factory=Counter)
@@ -96,8 +100,11 @@ class Counts:
     """Number of characters // 32 -> captions, of "all" whole answers and of the "kept" ones."""
     words: dict[str, Counter[int]] = field(default_factory=lambda: {"all": Counter(), "kept": Counter()})
     """Number of words // 5 -> captions."""
-    audio_s: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "kept": 0.0})
-    """Seconds of audio in clips whose duration the manifest states."""
+    audio_s: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "asked": 0.0, "kept": 0.0})
+    """Seconds of audio in clips whose duration the manifest states. "asked" leaves out clips that are too
+    long."""
+    unknown_durations: int = 0
+    """Clips whose duration the manifest does not state."""
 
     def drop(self, *reasons: str) -> None:
         """Counts a candidate that is dropped."""
@@ -136,7 +143,7 @@ class Counts:
             f"{clips['kept']} of {clips['total']} clips have captions",
             f"{candidates['kept']} of {candidates['total']} candidates are kept",
         ]
-        for key in ("without captions", "without answer", "bad lines"):
+        for key in ("without captions", "without answer", "too long", "bad lines"):
             if clips[key]:
                 lines.append(f"{key}: {clips[key]}")
         if self.first:
@@ -202,27 +209,6 @@ def global_captions(clip: Clip, rules: Rules, counts: Counts) -> tuple[list[str]
     return list(kept), list(kept.values()) if clip.claims.get("global") else []
 
 
-def manifest_line(
-    clip: Clip, captions: list[str], audio: str, rules: Rules, counts: Counts
-) -> dict[str, Any]:
-    """The clip as a line of a manifest, with these fine-grained captions. Keys without value are left out."""
-    coarse, claims = global_captions(clip, rules, counts)
-    named = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
-    line = {
-        "id": clip.id,
-        "audio": audio,
-        "start_s": clip.start_s or None,
-        "duration_s": clip.duration_s,
-        "channel": clip.channel,
-        **named,
-        "tags": {key: value for key, value in clip.tags.items() if key not in named},
-        "global_captions": coarse,
-        "finegrained_captions": captions,
-        "claims": {"global": [dict(claim) for claim in claims]} if claims else {},
-    }
-    return {key: value for key, value in line.items() if value not in (None, [], {})}
-
-
 def filter(config: FilterConfig) -> int:
     """Writes the manifest of the captions that are kept.
 
@@ -239,7 +225,7 @@ def filter(config: FilterConfig) -> int:
         config.rules, min_characters=config.min_characters, max_characters=config.max_characters
     )
     record = read_record(config.work / generate.STEP)
-    manifest = config.manifest or Path(record["manifest_path"])
+    manifest = config.manifest or manifest_of(record)
     check_manifest(manifest, record)
     path = config.work / CAPTIONS
     if path.exists() and path.samefile(manifest):
@@ -250,7 +236,12 @@ def filter(config: FilterConfig) -> int:
         files.replace_file(path, job.write)
     except _NoCaptions:
         print(f"{path} was not written: no clip has captions", file=sys.stderr)
-    summary = {"provenance": job.provenance, "rules": asdict(rules), "keep": config.keep}
+    summary = {
+        "provenance": job.provenance,
+        "rules": asdict(rules),
+        "keep": config.keep,
+        "rows": rows_as_json(asked_rows(record)),
+    }
     files.write_json(config.work / COUNTS, summary | job.counts.as_json())
     print(f"{path}: {job.counts.describe()}" if job.counts.clips["kept"] else job.counts.describe())
     if not job.counts.clips["kept"]:
@@ -285,7 +276,8 @@ class _Filter:
 
     def __init__(self, config: FilterConfig, manifest: Path, rules: Rules, record: Mapping[str, Any]) -> None:
         self._config, self._manifest, self._rules = config, manifest, rules
-        self._texts = texts_a_request(record)
+        self._texts, self._rows = texts_a_request(record), asked_rows(record)
+        self._longest_s = float(record["settings"].get("max_clip_s", math.inf))
         self._verified = _has_verdicts(config.work, record)
         self._paths = AudioPaths(manifest.parent, config.work)
         self.counts = Counts()
@@ -299,27 +291,48 @@ class _Filter:
             AnswerIndex(work / generate.STEP) as answers,
             Verdicts(work) if self._verified else nullcontext() as verdicts,
         ):
-            for number, clip in iterate_manifest(self._manifest, need_captions=False):
+            for row, clip in clips_of_rows(self._manifest, self._rows):
                 self.counts.clips["total"] += 1
                 if not self.counts.clips["total"] % _PROGRESS_ROWS:
                     progress.add(_PROGRESS_ROWS)
                 if not isinstance(clip, Clip):
                     self.counts.clips["bad lines"] += 1
                     continue
-                row = number - 1
-                self.counts.audio_s["total"] += clip.duration_s or 0.0
+                too_long = self._count_duration(clip)
                 candidates = [*candidates_of(answers.of_row(row), self._texts)]
                 captions = self._captions(candidates, verdicts.of_row(row) if verdicts else {})
                 if captions:
                     self.counts.keep(clip, captions)
-                    line = manifest_line(clip, captions, self._paths(clip.audio), self._rules, self.counts)
-                    file.write(json.dumps(line | {"provenance": self.provenance}) + "\n")
+                    file.write(json.dumps(self._line(clip, captions)) + "\n")
                 elif candidates:
                     self.counts.clips["without captions"] += 1
                 else:
-                    self.counts.clips["without answer"] += 1
+                    self.counts.clips["too long" if too_long else "without answer"] += 1
         if not self.counts.clips["kept"]:
             raise _NoCaptions
+
+    def _count_duration(self, clip: Clip) -> bool:
+        """Counts the clip's seconds. Returns whether it was too long for `generate`."""
+        if clip.duration_s is None:
+            self.counts.unknown_durations += 1
+            return False
+        too_long = clip.duration_s > self._longest_s
+        self.counts.audio_s["total"] += clip.duration_s
+        self.counts.audio_s["asked"] += 0.0 if too_long else clip.duration_s
+        return too_long
+
+    def _line(self, clip: Clip, captions: list[str]) -> dict[str, Any]:
+        """The clip as a line of the manifest, with these fine-grained captions."""
+        coarse, claims = global_captions(clip, self._rules, self.counts)
+        return manifest_line(
+            clip,
+            audio=self._paths(clip.audio),
+            captions=Captions(tuple(coarse), tuple(captions)),
+            claims={"global": claims},
+            tags=clip.tags,
+            made_by={"fine": self.provenance},
+            written_by="filter",
+        )
 
     def _captions(self, candidates: list[Candidate], verdicts: Mapping[int, Verdict]) -> list[str]:
         """The captions of a clip that are kept; counts all candidates."""

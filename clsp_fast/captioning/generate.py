@@ -24,10 +24,12 @@ from clsp_fast.captioning.answers import Answer, custom_id
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.jobs import Counts, Request, import_answers, run_jobs, write_pending
 from clsp_fast.captioning.prompt import Prompt, read_prompt
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
-from clsp_fast.data.manifest import Problem, iterate_manifest
+from clsp_fast.data.manifest import Problem
+from clsp_fast.data.tag_values import stated
 from clsp_fast.storage import paths
 
 STEP = "generate"
@@ -94,7 +96,7 @@ class GenerateConfig:
     its file is sent as sound."""
     rows: str = ""
     """Part of the manifest, counted from 0 without the end, such as 0:1000000: a machine's share of the work.
-    Empty: all rows."""
+    Empty: all rows. Later calls can add further rows to the same folder."""
     jobs_only: bool = False
     """Sends nothing, but writes WORK/generate/jobs.jsonl with the requests, for `vllm run-batch`."""
     shard_rows: int | None = None
@@ -118,10 +120,10 @@ class GenerateConfig:
         _ = self.row_range
 
     @property
-    def row_range(self) -> tuple[int, float]:
+    def row_range(self) -> RowRange:
         """The first row, and the row after the last."""
         if not self.rows:
-            return 0, math.inf
+            return ALL_ROWS
         first, colon, end = self.rows.partition(":")
         valid = colon == ":" and all(text.isdecimal() or not text for text in (first, end))
         start, stop = (int(first or 0), int(end) if end else math.inf) if valid else (0, 0)
@@ -183,7 +185,7 @@ def wav_bytes(waveform: Waveform) -> bytes:
 
 def describe_tags(tags: Mapping[str, str], names: tuple[str, ...]) -> str:
     """The tags for the prompt: "accent: Scottish; speaking rate: slow". Empty if there are none."""
-    pairs = [(name.replace("_", " "), " ".join(tags[name].split())) for name in names if name in tags]
+    pairs = [(name.replace("_", " "), stated(tags[name])) for name in names if name in tags]
     return "; ".join(f"{name}: {value}" for name, value in pairs if value)
 
 
@@ -200,12 +202,7 @@ class _Source:
     def requests(self) -> Iterator[Request]:
         """The requests of all rows, in their order. Bodies are made later."""
         config = self._config
-        start, stop = config.row_range
-        lines = iterate_manifest(config.manifest, need_captions=False, first_line=start + 1)
-        for line, clip in lines:
-            row = line - 1
-            if row >= stop:
-                return
+        for row, clip in clips_of_rows(config.manifest, [config.row_range]):
             if isinstance(clip, Problem):
                 self.left_out["bad lines"] += 1
                 if len(self.problems) < _SHOWN_PROBLEMS:
@@ -339,6 +336,7 @@ def generate(config: GenerateConfig) -> int:
     job: dict[str, Any] = {
         "settings": _settings(config, prompt, facts),
         "parts": config.parts,
+        "asked": config.row_range,
         "notes": {
             "manifest_path": str(config.manifest.absolute()),
             "prompt": prompt.text,

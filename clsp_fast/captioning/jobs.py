@@ -34,11 +34,13 @@ from clsp_fast.captioning.answers import (
     row_and_part,
 )
 from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError, describe
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange
 from clsp_fast.console import Progress
 from clsp_fast.storage import files
 
 _FSYNC_S = 5.0
-_FIRST_FAILURES = 20
+_FIRST_FAILURES, _FIRST_REQUESTS = 20, 10_000
+_LINES_HINT = "correct these lines of the manifest, or leave them out"
 _AUDIO_REASON = re.compile(r"\[[a-z_]+\]$")  # the end of the text of an AudioError
 Body = Mapping[str, Any]
 
@@ -178,6 +180,7 @@ def write_pending(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
+    asked: RowRange = ALL_ROWS,
     shard_rows: int | None = None,
 ) -> dict[Path, int]:
     """Writes the requests of a job that are not answered yet as job files in its folder.
@@ -195,7 +198,7 @@ def write_pending(
     """
     written = {}
     with files.lock_folder(folder):
-        begin(folder, settings, parts=parts, notes=notes or {})
+        begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
         for path in (*folder.glob("jobs*.jsonl"), *folder.glob(".*.tmp")):  # of earlier and killed calls
             path.unlink()
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
@@ -253,6 +256,7 @@ def import_answers(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
+    asked: RowRange = ALL_ROWS,
 ) -> Imported:
     """Adds answers that another program collected, such as the output of `vllm run-batch`.
 
@@ -274,7 +278,7 @@ def import_answers(
         digests[row * parts + part] = _digest(name)
     result = Imported()
     with files.lock_folder(folder):
-        begin(folder, settings, parts=parts, notes=notes or {})
+        begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
             for path in sources:
                 with path.open("rb") as file:
@@ -323,6 +327,7 @@ def run_jobs(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
+    asked: RowRange = ALL_ROWS,
     total: int | None = None,
     noun: str = "requests",
     on_answer: Callable[[Answer], None] | None = None,
@@ -341,6 +346,7 @@ def run_jobs(
         settings: what the answers depend on, for job.json.
         parts: the largest number of requests of a row.
         notes: what job.json also records, without comparing it.
+        asked: the rows of the manifest that `requests` come from. job.json records them, too.
         total: number of requests, for the progress line; None: not known.
         noun: what the progress line calls the requests.
         on_answer: called with each answer and failure of this run.
@@ -352,8 +358,8 @@ def run_jobs(
     """
     client = Client(servers)
     with files.lock_folder(folder):
-        begin(folder, settings, parts=parts, notes=notes or {})
-        answers = AnswerFile(folder, parts)
+        begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
+        answers = AnswerFile(folder, parts, asked)
         with contextlib.closing(answers):
             progress = Progress(None if total is None else max(0, total - answers.count), noun)
             run = _Run(client, answers, progress, on_answer, threads)
@@ -367,10 +373,75 @@ def run_jobs(
     return run.counts
 
 
+class _FirstClips:
+    """Notices if the requests of the first clips all fail.
+
+    A recording that cannot be read fails at once, but an answer takes seconds. Therefore a failure counts
+    only when all requests before it have failed, too.
+
+    Args:
+        answered: whether there is an answer already; then nothing is noticed.
+    """
+
+    def __init__(self, answered: bool) -> None:
+        self._answered = answered
+        self._waiting: dict[int, tuple[int, str, str] | None] = {}
+        self._next = 0
+        self._rows: set[int] = set()
+        self._error = self._hint = ""
+
+    def note_answer(self) -> None:
+        """Ends the watch: a request was answered."""
+        self._answered = True
+        self._waiting.clear()
+
+    def note_skip(self, place: int) -> None:
+        """Notes that a request was not sent."""
+        self._note(place, None)
+
+    def note_failure(self, place: int, name: str, error: str, hint: str = "") -> None:
+        """Notes a failure.
+
+        Args:
+            place: number of the request, from 0.
+            name: its custom_id.
+            error: what went wrong.
+            hint: what the user can do.
+
+        Raises:
+            ServerError: the requests of the first clips all failed.
+        """
+        self._note(place, (row_and_part(name)[0], error, hint))
+
+    def _note(self, place: int, failure: tuple[int, str, str] | None) -> None:
+        if self._answered or place >= _FIRST_REQUESTS:
+            return
+        self._waiting[place] = failure
+        while self._next in self._waiting:
+            failure = self._waiting.pop(self._next)
+            self._next += 1
+            if failure is None:
+                continue
+            if not self._rows:
+                _, self._error, self._hint = failure
+            self._rows.add(failure[0])
+            if len(self._rows) == _FIRST_FAILURES:
+                text = f"the requests of the first {_FIRST_FAILURES} clips all failed"
+                hint = f"; {self._hint}" if self._hint else ""
+                raise ServerError(f"{text}, the first one because of: {self._error}{hint}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Built:
-    """A request whose body is being made: the JSON, None to skip it, or a failed future."""
+    """A request whose body is being made.
 
+    Attributes:
+        place: its number among the requests of this run.
+        custom_id: its id.
+        payload: the JSON, None to skip it, or a failed future.
+    """
+
+    place: int
     custom_id: str
     payload: Future[bytes | None]
 
@@ -393,8 +464,7 @@ class _Run:
         self._ended = threading.Event()
         self._check: asyncio.Future[None] | None = None
         self._sync_error: OSError | None = None
-        self._refusals = 0
-        self._continued = answers.count > 0
+        self._first = _FirstClips(answers.count > 0)
         self.counts = Counts()
 
     async def run(self, requests: Iterable[Request]) -> None:
@@ -437,9 +507,12 @@ class _Run:
         self, requests: Iterable[Request], pool: ThreadPoolExecutor, loop: asyncio.AbstractEventLoop
     ) -> None:
         """In a thread: puts the requests that are not done into the queue, as long as there is room."""
+        place = 0
         for request in requests:
             if self._answers.is_done(request.custom_id):
                 self.counts.done_before += 1
+                if self._ended.is_set():
+                    return
                 continue
             while not self._room.acquire(timeout=0.2):
                 if self._ended.is_set():
@@ -451,7 +524,8 @@ class _Run:
                 payload = pool.submit(_encode, request)
             else:
                 payload.set_result(_encode(request))
-            loop.call_soon_threadsafe(self._queue.put_nowait, _Built(request.custom_id, payload))
+            loop.call_soon_threadsafe(self._queue.put_nowait, _Built(place, request.custom_id, payload))
+            place += 1
         for _ in range(self._client.concurrency):
             loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
@@ -468,32 +542,34 @@ class _Run:
         try:
             payload = future.result() if future.done() else await asyncio.wrap_future(future)
         except (AudioError, OSError, ValueError) as error:
-            self._write(built.custom_id, Reply(0, None, describe(error)))
+            self._write(built, Reply(0, None, describe(error)))
+            self._first.note_failure(built.place, built.custom_id, describe(error), _LINES_HINT)
             return
         if payload is None:
             self.counts.skipped += 1
             self._progress.add(1)
+            self._first.note_skip(built.place)
             return
         if self._check is None:
             self._check = asyncio.ensure_future(self._client.check())
         await self._check
         reply = await self._client.complete(payload)
-        self._write(built.custom_id, reply)
-        if reply.body is None:
-            self._refusals += 1
-            if self._refusals >= _FIRST_FAILURES and not (self.counts.answered or self._continued):
-                hint = await self._client.hint_at_model()
-                raise ServerError(
-                    f"the first {_FIRST_FAILURES} requests all failed, the last one because of: "
-                    f"{reply.error}{'; ' if hint else ''}{hint}"
-                )
+        self._write(built, reply)
+        if reply.body is not None:
+            self._first.note_answer()
+            return
+        try:
+            self._first.note_failure(built.place, built.custom_id, reply.error)
+        except ServerError as error:
+            hint = await self._client.hint_at_model()
+            raise ServerError(f"{error}; {hint}" if hint else str(error)) from None
 
-    def _write(self, name: str, reply: Reply) -> None:
+    def _write(self, built: _Built, reply: Reply) -> None:
         if self._sync_error is not None:
             raise self._sync_error
-        line = answer_line(name, reply)
+        line = answer_line(built.custom_id, reply)
         good = reply.body is not None
-        self._answers.append(name, line, good=good)
+        self._answers.append(built.custom_id, line, good=good)
         answer = parse_answer(line)
         self.counts.add(answer)
         self._progress.add(1, 0 if good else 1)

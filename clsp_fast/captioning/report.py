@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clsp_fast.captioning import judge
+from clsp_fast.captioning import generate, judge
 from clsp_fast.captioning.answers import ANSWERS, read_answers, read_record
 from clsp_fast.captioning.filter import CHARACTERS_A_BIN, COUNTS, WORDS_A_BIN
+from clsp_fast.captioning.rows import asked_rows, describe_rows, rows_as_json
 from clsp_fast.checks import require
 from clsp_fast.storage import files
 
@@ -20,6 +21,7 @@ STEPS = ("generate", "verify", "judge")
 _WIDTH = 80
 _NAME_WIDTH = 26
 _BAR = 16
+_LONGEST_RANGES = 26
 _MOST_ROWS = 40
 
 
@@ -85,17 +87,26 @@ def report(config: ReportConfig) -> int:
     print(text)
     if "filter" not in figures:
         print("\n`filter` has not run: this report holds only what the answers cost")
+    elif _outdated(figures):
+        asked, counted = (_rows(value) for value in (figures["rows"], figures["filter"]["rows"]))
+        print(
+            f"\n`generate` was asked for the rows {asked}, but `filter` counted {counted}: run `filter` again"
+        )
     print(f"\n{picture}\nreport: {config.work / 'report.md'}")
     return 0
 
 
 def read_figures(config: ReportConfig) -> dict[str, Any]:
-    """The content of report.json: "cost" of each step, and the files of `filter` and `judge`, if any."""
+    """The content of report.json: "cost" and "model" of each step, "rows" that `generate` was asked for, and
+    the files of `filter` and `judge`, if any."""
     figures: dict[str, Any] = {"cost": {}, "model": {}}
     for step in STEPS:
         folder = config.work / step
         if (folder / ANSWERS).exists():
-            figures["model"][step] = str(read_record(folder)["settings"].get("model", ""))
+            record = read_record(folder)
+            figures["model"][step] = str(record["settings"].get("model", ""))
+            if step == generate.STEP:
+                figures["rows"] = rows_as_json(asked_rows(record))
             figures["cost"][step] = _cost(folder, config)
     for name, path in (("filter", config.work / COUNTS), ("judge", config.work / "judge" / judge.RESULTS)):
         if path.exists():
@@ -165,12 +176,21 @@ def _overview(counts: Mapping[str, Any]) -> Table:
         ]
     hours = {kind: seconds / 3600 for kind, seconds in counts["audio_s"].items()}
     rows.append(("hours of audio", f"{hours['total']:,.2f}", ""))
-    rows.append(("  kept", f"{hours['kept']:,.2f}", _percent(hours["kept"], hours["total"])))
+    for kind in ("asked", "kept"):
+        rows.append((f"  {kind}", f"{hours[kind]:,.2f}", _percent(hours[kind], hours["total"])))
+    if counts["unknown_durations"]:
+        rows.append(("  clips without duration", f"{counts['unknown_durations']:,}", ""))
+    rows.append(("rows of the manifest", _rows(counts["rows"]), ""))
     verifier = counts["provenance"]["verifier"]
     rows.append(("verified by", "nothing" if verifier is None else verifier["model"], ""))
     rules = counts["provenance"]
     rows.append(("rules", f"{rules['rules']} ({rules['rules_digest']})", ""))
     return Table(("", "count", "share"), rows)
+
+
+def _rows(ranges: Sequence[Sequence[int | None]]) -> str:
+    text = describe_rows(ranges)
+    return text if len(text) <= _LONGEST_RANGES else f"{len(ranges)} ranges"
 
 
 def _reasons(counts: Mapping[str, Any]) -> Table:
@@ -237,12 +257,26 @@ def _costs(figures: Mapping[str, Any]) -> Table:
     rows = [(name, *(f"{costs[step][key]:,}" for step in steps)) for key, name in names.items()]
     if any(costs[step]["price"] for step in steps):
         rows.append(("price", *(f"{costs[step]['price']:,.2f}" for step in steps)))
-        hours = figures.get("filter", {}).get("audio_s", {}).get("total", 0) / 3600
+        hours = _hours_asked(figures)
         if hours:
             rows.append(
                 ("  for an hour of audio", *(f"{costs[step]['price'] / hours:,.4f}" for step in steps))
             )
     return Table(("", *steps), rows)
+
+
+def _hours_asked(figures: Mapping[str, Any]) -> float:
+    """Hours that the servers were asked about; 0 if they are not known, because a clip states no duration, or
+    because `filter` has not run since other rows were asked for."""
+    counts = figures.get("filter")
+    if counts is None or counts["unknown_durations"] or _outdated(figures):
+        return 0.0
+    return float(counts["audio_s"]["asked"]) / 3600
+
+
+def _outdated(figures: Mapping[str, Any]) -> bool:
+    """Whether `generate` was asked for further rows after `filter` ran."""
+    return "filter" in figures and "rows" in figures and bool(figures["rows"] != figures["filter"]["rows"])
 
 
 def _judgement(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:

@@ -11,7 +11,7 @@ caption counts as "unverified" and is dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from clsp_fast.captioning.answers import (
     AnswerIndex,
     custom_id,
     identity,
+    manifest_of,
     read_record,
     row_and_part,
 )
@@ -34,11 +35,11 @@ from clsp_fast.captioning.generate import Sampling, describe_tags, read_facts
 from clsp_fast.captioning.jobs import Request, import_answers, run_jobs, write_pending
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
+from clsp_fast.captioning.rows import RowRange, asked_rows, clips_of_rows
 from clsp_fast.captioning.rules import Rules, answer_fault, clean_answer, read_rules
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
-from clsp_fast.data.manifest import iterate_manifest
 
 STEP = "verify"
 CHECKLIST = ("background", "audio_quality", "transcription", "absence")
@@ -183,6 +184,7 @@ class _Checklist:
     manifest: Path
     prompt: Prompt
     rules: Rules
+    rows: Sequence[RowRange]
     texts: int
     candidates: int
 
@@ -207,13 +209,13 @@ class _Checklist:
     def captions(self) -> Iterator[tuple[int, Clip, list[tuple[int, str]]]]:
         """Row, clip, and the clip's candidates that keep the rules, with their numbers."""
         with AnswerIndex(self.config.work / "generate") as answers:
-            for line, clip in iterate_manifest(self.manifest, need_captions=False):
-                if line > answers.rows:
+            for row, clip in clips_of_rows(self.manifest, self.rows):
+                if row >= answers.rows:
                     return
                 if isinstance(clip, Clip):
-                    candidates = candidates_of(answers.of_row(line - 1), self.texts)
+                    candidates = candidates_of(answers.of_row(row), self.texts)
                     kept = [(c.number, c.caption) for c in candidates if c.caption and c.usable(self.rules)]
-                    yield line - 1, clip, kept
+                    yield row, clip, kept
 
     def _request(self, row: int, clip: Clip, number: int, caption: str, attempt: int) -> Request:
         config = self.config
@@ -258,10 +260,12 @@ def verify(config: VerifyConfig) -> int:
     prompt = read_prompt(STEP, config.prompt, {"caption"})
     rules = read_rules(config.rules)
     record = read_record(config.work / "generate")
-    manifest = config.manifest or Path(record["manifest_path"])
+    manifest = config.manifest or manifest_of(record)
     check_manifest(manifest, record)
     texts = texts_a_request(record)
-    checklist = _Checklist(config, manifest, prompt, rules, texts, texts * int(record["parts"]))
+    checklist = _Checklist(
+        config, manifest, prompt, rules, asked_rows(record), texts, texts * int(record["parts"])
+    )
     folder = config.work / STEP
     job: dict[str, Any] = {
         "settings": _settings(config, prompt, record),

@@ -19,6 +19,8 @@ from clsp_fast.captioning.answers import (
     answer_line,
     begin,
     custom_id,
+    identity,
+    manifest_of,
     parse_answer,
     read_answers,
     read_record,
@@ -102,7 +104,7 @@ def test_other_lines_are_no_answers(line: bytes) -> None:
         parse_answer(line)
 
 
-def test_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
+def test_only_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
     first, second = (answer_line(f"{i}.0/x/a", Reply(200, body("t" * 100_000))) for i in (0, 1))
     for cut in (1, 100, 70_000, len(second) - 1):
         folder = tmp_path / str(cut)
@@ -116,13 +118,18 @@ def test_an_incomplete_last_line_is_cut_off(tmp_path: Path) -> None:
         with AnswerIndex(folder) as index:
             assert index.rows == len(names)
         with contextlib.closing(AnswerFile(folder, 1)) as answers:
-            assert [number in answers.done for number in (0, 1)] == [True, False]
-            answers.append("1.0/x/a", second, good=True)
+            assert [number in answers.done for number in (0, 1)] == [True, complete]
+            if not complete:
+                answers.append("1.0/x/a", second, good=True)
         assert (folder / "answers.jsonl").read_bytes() == first + second
     (tmp_path / "1/answers.jsonl").write_bytes(second[:50])
     with contextlib.closing(AnswerFile(tmp_path / "1", 1)) as answers:
         assert answers.count == 0
-    assert (tmp_path / "1/answers.jsonl").read_bytes() == b""
+        assert (tmp_path / "1/answers.jsonl").read_bytes() == b""
+    (tmp_path / "1/answers.jsonl").write_bytes(second[:-1])
+    with contextlib.closing(AnswerFile(tmp_path / "1", 1)) as answers:
+        answers.append("0.0/x/a", first, good=True)
+    assert (tmp_path / "1/answers.jsonl").read_bytes() == second + first
 
 
 def test_a_damaged_line_counts_as_not_answered(tmp_path: Path) -> None:
@@ -193,21 +200,84 @@ def test_odd_answers_never_damage_a_folder(
     assert parse_answer(line.encode()) == written
 
 
+def write_answer(folder: Path) -> None:
+    (folder / "answers.jsonl").write_bytes(answer_line("0.0/generate/a", Reply(200, body("a"))))
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
-    begin(tmp_path, {"seed": 0, "sampling": {"top_k": 20}}, parts=1, notes={"version": "1"})
-    begin(tmp_path, {"seed": 0, "sampling": {"top_k": 20}}, parts=1, notes={"version": "2"})
-    assert read_record(tmp_path)["version"] == "1"
-    with pytest.raises(ValueError, match=r"was begun with seed 0, not 1, parts 1, not 2; choose another"):
-        begin(tmp_path, {"seed": 1, "sampling": {"top_k": 20}}, parts=2, notes={})
-    (tmp_path / "job.json").write_text("{")
-    with pytest.raises(ValueError, match=r"job\.json is damaged"):
-        read_record(tmp_path)
+    settings = {"seed": 0, "sampling": {"temperature": 0.6, "top_k": 20}, "manifest": {"sha256": "0" * 64}}
+    begin(tmp_path, settings, parts=1, notes={"version": "1"})
+    write_answer(tmp_path)
+    begin(tmp_path, settings, parts=1, notes={"version": "2"})
+    assert read_record(tmp_path)["version"] == "2"
+    changed = {"seed": 1, "sampling": {"temperature": 0.7, "top_k": 20}, "manifest": {"sha256": "1" * 64}}
+    with pytest.raises(ValueError, match="was begun with") as refusal:
+        begin(tmp_path, changed, parts=2, notes={})
+    assert str(refusal.value) == (
+        f"{tmp_path} was begun with seed 0, not 1; sampling.temperature 0.6, not 0.7; manifest.sha256 "
+        f"'{'0' * 36}..., not '{'1' * 36}...; parts 1, not 2; choose another folder, or repeat the earlier "
+        "settings"
+    )
+    with pytest.raises(ValueError, match=r"with sampling\.top_k 20, not None; choose"):
+        begin(tmp_path, settings | {"sampling": {"temperature": 0.6}}, parts=1, notes={})
+
+
+def test_a_damaged_or_missing_record_is_named(tmp_path: Path) -> None:
+    begin(tmp_path, {"seed": 0}, parts=1, notes={})
+    assert manifest_of({"manifest_path": "m.jsonl"}) == Path("m.jsonl")
+    with pytest.raises(ValueError, match=r'lacks "manifest_path"; name the manifest with --manifest'):
+        manifest_of(read_record(tmp_path))
+    for text, match in (
+        ("{", "damaged"),
+        ('{"settings": {}}', r'job\.json is damaged: "parts" must be an integer > 0, got None'),
+    ):
+        (tmp_path / "job.json").write_text(text)
+        with pytest.raises(ValueError, match=match):
+            read_record(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no job"):
         read_record(tmp_path / "other")
     (tmp_path / "job.json").unlink()
     (tmp_path / "answers.jsonl").touch()
     with pytest.raises(ValueError, match=r"holds answers\.jsonl without job\.json"):
         begin(tmp_path, {}, parts=1, notes={})
+
+
+def test_a_job_without_results_is_begun_anew_with_other_settings(tmp_path: Path) -> None:
+    begin(tmp_path, {"model": "typo"}, parts=1, notes={})
+    (tmp_path / "answers.jsonl").write_bytes(answer_line("0.0/generate/a", Reply(404, None, "no model")))
+    begin(tmp_path, {"model": "right"}, parts=2, notes={})
+    assert read_record(tmp_path)["settings"] == {"model": "right"}
+    assert read_record(tmp_path)["parts"] == 2
+    (tmp_path / "jobs-00000.jsonl").touch()
+    with pytest.raises(ValueError, match="was begun with model 'right', not 'other'"):
+        begin(tmp_path, {"model": "other"}, parts=2, notes={})
+    (tmp_path / "jobs-00000.jsonl").unlink()
+    write_answer(tmp_path)
+    with pytest.raises(ValueError, match="was begun with model 'right', not 'other'"):
+        begin(tmp_path, {"model": "other"}, parts=2, notes={})
+
+
+def test_rows_of_all_runs_are_recorded_and_are_no_setting(tmp_path: Path) -> None:
+    begin(tmp_path, {}, parts=1, notes={}, asked=(0, 10))
+    first = read_record(tmp_path)
+    begin(tmp_path, {}, parts=1, notes={}, asked=(50, 60))
+    begin(tmp_path, {}, parts=1, notes={}, asked=(5, 20))
+    assert read_record(tmp_path)["rows"] == [[0, 20], [50, 60]]
+    assert identity(read_record(tmp_path)) == identity(first)
+    begin(tmp_path, {}, parts=1, notes={})
+    assert read_record(tmp_path)["rows"] == [[0, None]]
+
+
+def test_answers_to_other_rows_are_not_counted(tmp_path: Path) -> None:
+    """A progress line that counted them would begin at more than all."""
+    with contextlib.closing(job(tmp_path, 2)) as answers:
+        for row in (0, 1, 2, 5):
+            name = f"{row}.1/generate/a"
+            answers.append(name, answer_line(name, Reply(200, body("a"))), good=True)
+        assert answers.count == 4
+    with contextlib.closing(AnswerFile(tmp_path, 2, (2, 5))) as answers:
+        assert answers.count == 1
+        assert answers.is_done("5.1/generate/a")
 
 
 class FullFile:

@@ -152,6 +152,20 @@ def test_rows_share_the_work(manifest: Path, tmp_path: Path) -> None:
     assert texts(tmp_path / "parts") == texts(tmp_path / "all")
 
 
+def test_a_second_range_in_the_same_folder(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "w"
+    with StubServer() as server:
+        for rows, done in (("7:10", 3), ("0:2", 2), ("9:11", 1)):
+            assert run(manifest, work, "--server.servers", server.url, "--rows", rows) == 0
+            output, errors = capsys.readouterr()
+            assert f"{done} requests answered" in output
+            assert f"{done} of {done} requests" in errors  # not of those that were done before
+    assert read_record(work / "generate")["rows"] == [[0, 2], [7, 11]]
+    assert tuple(texts(work)) == (0, 1, 7, 8, 9, 10)
+
+
 def test_job_files_and_answers_from_elsewhere(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,8 +226,9 @@ def test_a_prompt_of_the_user_with_a_system_message(manifest: Path, tmp_path: Pa
     ("words", "match"),
     [
         (["--candidates", "3"], "was begun with candidates 5, not 3"),
-        (["--sampling.top-k", "0"], "was begun with sampling {'temperature'"),
+        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; choose another folder, or"),
         (["--seed", "1"], "was begun with seed 0, not 1"),
+        (["--tags", "accent"], r"tags \['accent', 'speaking_rate', 'situational_tags'\], not \['accent'\];"),
     ],
 )
 def test_other_settings_are_refused(words: list[str], match: str, manifest: Path, tmp_path: Path) -> None:
@@ -222,7 +237,7 @@ def test_other_settings_are_refused(words: list[str], match: str, manifest: Path
         run(manifest, tmp_path / "w", "--jobs-only", *words)
     with manifest.open("a") as file:
         file.write("\n")
-    with pytest.raises(RuntimeError, match=r"was begun with manifest \{'name': 'm.jsonl', 'bytes': "):
+    with pytest.raises(RuntimeError, match=r"begun with manifest\.bytes \d+, not \d+; manifest\.sha256 '"):
         run(manifest, tmp_path / "w", "--jobs-only")
 
 

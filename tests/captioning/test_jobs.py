@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer, caption, key_of
 
+from clsp_fast.audio import AudioError, AudioErrorReason
 from clsp_fast.captioning.answers import Answer, AnswerFile, AnswerIndex, custom_id, read_answers
 from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError
 from clsp_fast.captioning.jobs import (
     Counts,
     Request,
+    Stopped,
     import_answers,
     run_jobs,
     write_jobs,
@@ -297,10 +300,56 @@ def test_a_run_ends_although_a_cancellation_was_swallowed(
 def test_a_run_whose_first_requests_all_fail_stops(tmp_path: Path) -> None:
     with (
         StubServer(fault=lambda body, attempt: "400") as server,
-        pytest.raises(ServerError, match="first 20 requests all failed, the last one because of: HTTP 400"),
+        pytest.raises(ServerError, match="first 20 clips all failed, the first one because of: HTTP 400: Fa"),
     ):
         run(tmp_path, server, 500)
     assert server.sent.total() < 60
+
+
+def unreadable(row: int, part: int = 0) -> Request:
+    def fail() -> None:
+        raise AudioError(f"{row}.wav", AudioErrorReason.OPEN, "no such file")
+
+    return Request(custom_id("generate", row, "a", part), fail)
+
+
+def test_a_run_whose_first_recordings_cannot_be_read_stops(tmp_path: Path) -> None:
+    def mixed() -> Iterator[Request]:
+        yield Request("0.0/generate/a", lambda: None)  # a clip that is left out tells nothing
+        for row in range(1, 1000):
+            yield from (unreadable(row, part) for part in range(3))
+
+    with StubServer() as server:
+        with pytest.raises(ServerError, match=r"first 20 clips all failed, the first .* 1\.wav.*leave them"):
+            run_jobs(mixed(), tmp_path, servers(server.url), settings=SETTINGS, parts=3)
+        assert server.sent.total() == 0
+        lines = len((tmp_path / "answers.jsonl").read_bytes().splitlines())
+        assert 58 <= lines < 58 + 2 * 8 + 1
+
+
+def test_a_signal_ends_a_run_that_skips_what_is_done(tmp_path: Path) -> None:
+    """The requests never end, and all of them are answered."""
+    with StubServer() as server:
+        run(tmp_path, server, 1)
+    seen = []
+
+    def endless() -> Iterator[Request]:
+        while len(seen) < 10**7:
+            seen.append(1)
+            if len(seen) == 1000:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield from requests(1)
+
+    with StubServer() as server, pytest.raises(Stopped, match="stopped by SIGINT"):
+        run_jobs(endless(), tmp_path, servers(server.url), settings=SETTINGS)
+    assert len(seen) < 10**6
+
+
+def test_fast_failures_after_a_slow_answer_do_not_stop_a_run(tmp_path: Path) -> None:
+    bad = (unreadable(row) for row in range(10, 100))
+    with StubServer(delay_s=0.3) as server:
+        counts = run_jobs([*requests(1), *bad], tmp_path, servers(server.url), settings=SETTINGS)
+    assert (counts.answered, counts.failed) == (1, 90)
 
 
 def test_a_wrong_key_or_model_stops_the_run_and_nothing_is_written(
@@ -318,8 +367,12 @@ def test_a_wrong_key_or_model_stops_the_run_and_nothing_is_written(
             [Request("0.0/x/a", body(0) | {"model": "other"})],
             tmp_path,
             servers(server.url, model="other"),
-            settings=SETTINGS,
+            settings=SETTINGS | {"model": "other"},
         )
+    # After the correction, the same folder serves.
+    with StubServer() as server:
+        settings = SETTINGS | {"model": MODEL}
+        assert run_jobs(requests(3), tmp_path, servers(server.url), settings=settings).answered == 3
 
 
 def test_a_folder_has_one_writer_and_one_job(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_the_table_holds_the_counts_and_fits_80_columns(
     assert row_of(shown, "verifier: background") == ["1", "1", "14.3", "%"]
     assert row_of(shown, "verifier: absence") == ["0", "1", "14.3", "%"]
     assert row_of(shown, "hours of audio") == ["2.00"]
+    assert row_of(shown, "rows of the manifest") == ["0:"]
     assert row_of(shown, "verified by") == ["verify-model"]
     assert row_of(shown, "requests answered") == ["3", "4", "7"]
     assert row_of(shown, "failures") == ["1", "0", "1"]
@@ -87,6 +88,42 @@ def test_prices_become_money(work: Path, capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert row_of(shown, "price") == ["0.30", "0.40", "0.70"]
     assert row_of(shown, "for an hour of audio")[-1] == "0.3507"
+
+
+def test_the_cost_of_a_shard_is_divided_by_its_hours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = [CLIP | {"id": f"c{i}", "duration_s": 1800.0} for i in range(100)]
+    prices = ("--price-prompt", "10000")
+    options: dict[str, Any] = {"max_clip_s": 1800.0}
+    work = make_work(tmp_path, clips, {8: [good("Ann")]}, asked=(8, 10), **options)
+    assert filter(FilterConfig(work=work)) == 0
+    run(work, *prices)
+    shown = capsys.readouterr().out
+    assert row_of(shown, "hours of audio") == ["1.00"]
+    assert row_of(shown, "rows of the manifest") == ["8:10"]
+    assert row_of(shown, "for an hour of audio") == ["1.0000"]
+    # A second shard: as long as `filter` has not counted it, the hours do not fit the tokens.
+    make_work(tmp_path, clips, {8: [good("Ann")], 50: [good("Ann")]}, asked=(50, 52), **options)
+    run(work, *prices)
+    shown = capsys.readouterr().out
+    assert "asked for the rows 8:10, 50:52, but `filter` counted 8:10: run `filter` again" in shown
+    assert "for an hour of audio" not in shown
+    assert filter(FilterConfig(work=work)) == 0
+    run(work, *prices)
+    shown = capsys.readouterr().out
+    assert row_of(shown, "for an hour of audio") == ["1.0000"]
+    assert "run `filter` again" not in shown
+
+
+def test_hours_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [CLIP, {"id": "b", "audio": "b.wav"}]
+    work = make_work(tmp_path, clips, {row: [good("Ann")] for row in (0, 1)})
+    assert filter(FilterConfig(work=work)) == 0
+    run(work, "--price-prompt", "1")
+    shown = capsys.readouterr().out
+    assert row_of(shown, "clips without duration") == ["1"]
+    assert "for an hour of audio" not in shown
 
 
 def test_markdown_and_picture_are_written(work: Path) -> None:
