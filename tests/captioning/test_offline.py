@@ -25,7 +25,7 @@ RATE_HZ = 16_000
 
 
 def voice(
-    f0_hz: float, rate: float = 4.3, level: float = 0.1, seconds: float = 1.5, tract: float = 1.0
+    f0_hz: float, rate: float = 4.0, level: float = 0.1, seconds: float = 1.5, tract: float = 1.0
 ) -> np.ndarray:
     """Syllables of a vowel. A long vocal tract (a man's) has `tract` 1, a short one more."""
     t = np.arange(int(seconds * RATE_HZ)) / RATE_HZ
@@ -437,4 +437,4 @@ def test_the_summary_counts_every_label(tmp_path: Path, speech: Path) -> None:
     assert summary.seconds == pytest.approx(4.5)
     text = describe(summary)
     assert "speed: " in text
-    assert "bands of speed, syllables/s: slow 0.5 to 3.4" in text
+    assert "bands of speed, syllables/s: slow 0.5 to 3.15" in text
