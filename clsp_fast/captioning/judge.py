@@ -30,7 +30,7 @@ from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
 from clsp_fast.captioning.rules import answer_fault, clean_answer
 from clsp_fast.captioning.sample import Kind, Sample, choose_clips
-from clsp_fast.captioning.scores import ASPECTS, PREFERENCES, Comparison, Scores
+from clsp_fast.captioning.scores import ASPECTS, PREFERENCES, SCORES, Comparison, Scores
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.storage import files
@@ -42,7 +42,7 @@ Value = TypeVar("Value")
 _OTHER_STEPS = ("generate", "verify")
 _STREAM_ROUND = 2
 _ASPECT_LINE = re.compile(rf"^- ({'|'.join(ASPECTS)}):.*$", re.MULTILINE)
-_SCORE = {"type": "integer", "enum": list(json_answers.SCORES)}
+_SCORE = {"type": "integer", "enum": list(SCORES)}
 _PAIR_SCHEMA = json_answers.object_schema({"better": {"type": "string", "enum": list(PREFERENCES)}})
 
 
@@ -152,10 +152,11 @@ def parse_scores(text: str, finish_reason: str, order: Round) -> NDArray[np.int6
         "out of range".
     """
     values = _parse(text, finish_reason)
+    as_score = functools.partial(json_answers.as_integer, allowed=SCORES)
     scores_SA = np.zeros((len(order.systems), len(ASPECTS)), np.int64)
     for name, system in zip(json_answers.caption_keys(len(order.systems)), order.systems, strict=True):
         entry = json_answers.member(values, name, json_answers.as_object)
-        scores_SA[system] = [json_answers.member(entry, aspect, json_answers.as_score) for aspect in ASPECTS]
+        scores_SA[system] = [json_answers.member(entry, aspect, as_score) for aspect in ASPECTS]
     return scores_SA
 
 

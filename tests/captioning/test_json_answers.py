@@ -62,14 +62,21 @@ def test_a_flag_is_true_or_false_and_nothing_else(value: object) -> None:
         json_answers.as_flag(value)
 
 
-def test_a_score_is_a_whole_number_from_1_to_5() -> None:
-    assert [json_answers.as_score(value) for value in (1, 2, 3, 4, 5, 4.0)] == [1, 2, 3, 4, 5, 4]
+def test_an_integer_is_whole_and_in_the_range() -> None:
+    assert [json_answers.as_integer(value, range(1, 6)) for value in (1, 2, 3, 4, 5, 4.0)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        4,
+    ]
     for value in (0, 6, -1, 4.5, 10**400, json.loads("NaN"), json.loads("Infinity")):
         with pytest.raises(BadAnswer, match=r"^out of range$"):
-            json_answers.as_score(value)
+            json_answers.as_integer(value, range(1, 6))
     for value in ("4", True, None, [4]):
         with pytest.raises(BadAnswer, match=r"^wrong type$"):
-            json_answers.as_score(value)
+            json_answers.as_integer(value, range(1, 6))
 
 
 def test_an_entry_must_be_an_object() -> None:
