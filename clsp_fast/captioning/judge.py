@@ -8,7 +8,6 @@ which is better: one for each order, so that a preference for a position cancels
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import re
@@ -21,12 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clsp_fast import __version__, audio
-from clsp_fast.audio import Segment
+from clsp_fast import __version__
 from clsp_fast.captioning import json_answers, scores
 from clsp_fast.captioning.answers import Answer, AnswerIndex, custom_id, row_and_part
 from clsp_fast.captioning.client import ServerConfig
-from clsp_fast.captioning.generate import ManifestFacts, Sampling, read_facts, seed_of, wav_bytes
+from clsp_fast.captioning.generate import ManifestFacts, Sampling, read_facts, seed_of, sound_of
 from clsp_fast.captioning.jobs import Request, import_answers, run_jobs, write_pending
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
@@ -35,7 +33,6 @@ from clsp_fast.captioning.sample import Kind, Sample, choose_clips
 from clsp_fast.captioning.scores import ASPECTS, PREFERENCES, Comparison, Scores
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
-from clsp_fast.data.clips import Clip
 from clsp_fast.storage import files
 
 STEP = "judge"
@@ -246,7 +243,7 @@ class _Questions:
             prompt, schema = self.pairs_prompt, _PAIR_SCHEMA
         messages: list[dict[str, Any]] = []
         for role, text in prompt.messages({"captions": json_answers.captions_as_text(captions)}):
-            content = [_sound(sample.clip), {"type": "text", "text": text}] if role == "user" else text
+            content = [sound_of(sample.clip), {"type": "text", "text": text}] if role == "user" else text
             messages.append({"role": role, "content": content})
         return {
             "model": config.server.model,
@@ -272,13 +269,6 @@ class _Questions:
                 if straight is not None and reverse is not None:
                     outcome.comparisons[row] = Comparison(straight, reverse)
         return outcome
-
-
-def _sound(clip: Clip) -> dict[str, Any]:
-    """The part of a message that holds the recording."""
-    source = Segment(clip.audio, start_s=clip.start_s, duration_s=clip.duration_s, channel=clip.channel)
-    data = base64.b64encode(wav_bytes(audio.load(source, sample_rate=16_000))).decode("ascii")
-    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
 def judge(config: JudgeConfig) -> int:
