@@ -27,7 +27,7 @@ from clsp_fast.captioning import json_answers, scores
 from clsp_fast.captioning.answers import Answer, AnswerIndex, custom_id, row_and_part
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import ManifestFacts, Sampling, read_facts, seed_of, wav_bytes
-from clsp_fast.captioning.jobs import Request, import_answers, run_jobs, write_pending
+from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
 from clsp_fast.captioning.rules import answer_fault, clean_answer
@@ -285,7 +285,7 @@ def judge(config: JudgeConfig) -> int:
     """Lets a model that hears score the captions of a manifest, and compare them with those of another one.
 
     Returns:
-        The exit code of the command: 0, or 3 if some requests have no answer.
+        The exit code of the command: 0, or 3 if some requests have no answer, or cannot be written.
 
     Raises:
         ValueError, FileNotFoundError: a setting is wrong, no clip can be judged, or the folder was begun with
@@ -307,13 +307,11 @@ def judge(config: JudgeConfig) -> int:
         "parts": questions.parts,
         "notes": {"prompt": prompt.text, "version": __version__},
     }
-    if config.answers:
-        names = (request.custom_id for request in questions.requests())
-        print(f"{folder}: {import_answers(config.answers, names, folder, **job).describe()}")
+    exchange = exchange_files(
+        questions.requests, folder, sources=config.answers, write=config.jobs_only, **job
+    )
     if config.jobs_only:
-        for path, count in write_pending(questions.requests(), folder, **job).items():
-            print(f"{path}: {count} requests")
-        return 0
+        return INCOMPLETE if exchange.failed else 0
     if config.server.servers or not config.answers:
         config.server.require_servers()
         total = len(samples) * questions.parts
