@@ -147,7 +147,7 @@ def measure_voices(
     waveforms: Sequence[_Float32], *, num_threads: int, isa: str = "auto"
 ) -> NDArray[np.float64]:
     """One row for each waveform: the values of the whole, of two halves and of three thirds, then four
-    formants, bandwidth, SNR and jitter."""
+    formants, bandwidth and SNR."""
 
 def track_voice(
     waveform: _Float32, *, isa: str = "auto"

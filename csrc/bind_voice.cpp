@@ -14,7 +14,7 @@ constexpr const char* kPartFields[] = {
 };
 static_assert(sizeof(clsp::VoicePart) == std::size(kPartFields) * sizeof(double));
 
-// (recordings, values): the parts, then formants, bandwidth, SNR and jitter.
+// (recordings, values): the parts, then formants, bandwidth and SNR.
 Array<double> measure_voices(const py::list& waveforms, int num_threads,
                              const std::string& isa_name) {
   const clsp::Isa isa = clsp::parse_isa(isa_name);

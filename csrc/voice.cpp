@@ -264,18 +264,6 @@ double measure_bandwidth(const Frames& frames) {
   return kBandHz * static_cast<double>(highest + 1);
 }
 
-// Mean relative change of F0 between neighbouring frames.
-double measure_jitter(const std::vector<double>& f0_hz) {
-  double sum = 0.0;
-  std::size_t count = 0;
-  for (std::size_t m = 1; m < f0_hz.size(); ++m) {
-    if (f0_hz[m] == 0.0 || f0_hz[m - 1] == 0.0) continue;
-    sum += std::abs(f0_hz[m] - f0_hz[m - 1]) / f0_hz[m];
-    ++count;
-  }
-  return count >= kMinVoiced ? sum / static_cast<double>(count) : kNaN;
-}
-
 }  // namespace
 
 Voice measure_voice(Span<const float> samples, Isa isa) {
@@ -299,7 +287,6 @@ Voice measure_voice(Span<const float> samples, Isa isa) {
   std::vector<double> level(frames.power.size());
   std::transform(frames.power.begin(), frames.power.end(), level.begin(), decibels);
   voice.snr_db = voice.parts[0].level_db - quantile_of_sorted(sorted_copy(std::move(level)), 0.05);
-  voice.jitter = measure_jitter(frames.f0_hz);
   return voice;
 }
 

@@ -22,7 +22,7 @@ constexpr std::size_t kVoiceParts = 6;  // the whole, two halves, three thirds
 struct Voice {
   VoicePart parts[kVoiceParts];
   double formants_hz[kFormants];
-  double bandwidth_hz, snr_db, jitter;
+  double bandwidth_hz, snr_db;
 };
 
 // All fields are doubles, so that bindings can copy them as an array.

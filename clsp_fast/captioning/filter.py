@@ -27,7 +27,9 @@ from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.caption_text import normalise
+from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import Clip
+from clsp_fast.data.manifest_lines import manifest_line
 from clsp_fast.storage import files
 
 CAPTIONS, COUNTS = "captions.jsonl", "filter.json"
@@ -207,27 +209,6 @@ def global_captions(clip: Clip, rules: Rules, counts: Counts) -> tuple[list[str]
     return list(kept), list(kept.values()) if clip.claims.get("global") else []
 
 
-def manifest_line(
-    clip: Clip, captions: list[str], audio: str, rules: Rules, counts: Counts
-) -> dict[str, Any]:
-    """The clip as a line of a manifest, with these fine-grained captions. Keys without value are left out."""
-    coarse, claims = global_captions(clip, rules, counts)
-    named = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
-    line = {
-        "id": clip.id,
-        "audio": audio,
-        "start_s": clip.start_s or None,
-        "duration_s": clip.duration_s,
-        "channel": clip.channel,
-        **named,
-        "tags": {key: value for key, value in clip.tags.items() if key not in named},
-        "global_captions": coarse,
-        "finegrained_captions": captions,
-        "claims": {"global": [dict(claim) for claim in claims]} if claims else {},
-    }
-    return {key: value for key, value in line.items() if value not in (None, [], {})}
-
-
 def filter(config: FilterConfig) -> int:
     """Writes the manifest of the captions that are kept.
 
@@ -322,8 +303,7 @@ class _Filter:
                 captions = self._captions(candidates, verdicts.of_row(row) if verdicts else {})
                 if captions:
                     self.counts.keep(clip, captions)
-                    line = manifest_line(clip, captions, self._paths(clip.audio), self._rules, self.counts)
-                    file.write(json.dumps(line | {"provenance": self.provenance}) + "\n")
+                    file.write(json.dumps(self._line(clip, captions)) + "\n")
                 elif candidates:
                     self.counts.clips["without captions"] += 1
                 else:
@@ -340,6 +320,19 @@ class _Filter:
         self.counts.audio_s["total"] += clip.duration_s
         self.counts.audio_s["asked"] += 0.0 if too_long else clip.duration_s
         return too_long
+
+    def _line(self, clip: Clip, captions: list[str]) -> dict[str, Any]:
+        """The clip as a line of the manifest, with these fine-grained captions."""
+        coarse, claims = global_captions(clip, self._rules, self.counts)
+        return manifest_line(
+            clip,
+            audio=self._paths(clip.audio),
+            captions=Captions(tuple(coarse), tuple(captions)),
+            claims={"global": claims},
+            tags=clip.tags,
+            made_by={"fine": self.provenance},
+            written_by="filter",
+        )
 
     def _captions(self, candidates: list[Candidate], verdicts: Mapping[int, Verdict]) -> list[str]:
         """The captions of a clip that are kept; counts all candidates."""

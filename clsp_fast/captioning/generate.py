@@ -29,6 +29,7 @@ from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import Problem
+from clsp_fast.data.tag_values import stated
 from clsp_fast.storage import paths
 
 STEP = "generate"
@@ -184,7 +185,7 @@ def wav_bytes(waveform: Waveform) -> bytes:
 
 def describe_tags(tags: Mapping[str, str], names: tuple[str, ...]) -> str:
     """The tags for the prompt: "accent: Scottish; speaking rate: slow". Empty if there are none."""
-    pairs = [(name.replace("_", " "), " ".join(tags[name].split())) for name in names if name in tags]
+    pairs = [(name.replace("_", " "), stated(tags[name])) for name in names if name in tags]
     return "; ".join(f"{name}: {value}" for name, value in pairs if value)
 
 

@@ -29,6 +29,8 @@ __all__ = [
     "Track",
     "measure",
     "measure_reference",
+    "measure_rows",
+    "measurement_of",
     "sex_score",
     "speaker_sex",
     "track",
@@ -68,16 +70,28 @@ def measure(
     Raises:
         ValueError: a waveform is not a float32 array of one dimension, or a sample is not finite.
     """
+    return [measurement_of(row) for row in measure_rows(waveforms, num_threads=num_threads)]
+
+
+def measure_rows(
+    waveforms: Sequence[npt.NDArray[np.float32]], *, num_threads: int | None = None
+) -> npt.NDArray[np.float64]:
+    """Measurements as an array, which takes little room: one row for each waveform.
+
+    Args, Raises: as `measure`.
+    """
     threads = audio.check_num_threads(num_threads)
-    rows = _C.measure_voices([_check(waveform) for waveform in waveforms], num_threads=threads)
-    durations = (len(waveform) / SAMPLE_RATE_HZ for waveform in waveforms)
-    return [_measurement(row, duration_s) for row, duration_s in zip(rows.tolist(), durations, strict=True)]
+    values = _C.measure_voices([_check(waveform) for waveform in waveforms], num_threads=threads)
+    durations_s = [[len(waveform) / SAMPLE_RATE_HZ] for waveform in waveforms]
+    return np.hstack([np.array(durations_s).reshape(-1, 1), values])
 
 
-def _measurement(row: list[float], duration_s: float) -> Measurement:
+def measurement_of(row: npt.NDArray[np.float64]) -> Measurement:
+    """The measurement in a row of `measure_rows`."""
+    duration_s, *values = row.tolist()
     width = len(_C.VOICE_PART_FIELDS)
-    whole, *parts = (_part(row[i * width : (i + 1) * width]) for i in range(_PARTS))
-    f1, f2, f3, f4, bandwidth_hz, snr_db, jitter = row[_PARTS * width :]
+    whole, *parts = (_part(values[i * width : (i + 1) * width]) for i in range(_PARTS))
+    f1, f2, f3, f4, bandwidth_hz, snr_db = values[_PARTS * width :]
     return Measurement(
         duration_s=duration_s,
         whole=whole,
@@ -86,7 +100,6 @@ def _measurement(row: list[float], duration_s: float) -> Measurement:
         formants_hz=(f1, f2, f3, f4),
         bandwidth_hz=bandwidth_hz,
         snr_db=snr_db,
-        jitter=jitter,
     )
 
 

@@ -348,8 +348,6 @@ def measure_reference(waveform: npt.NDArray[np.float32]) -> Measurement:
     parts = {
         n: tuple(measure_part(frames, *pair) for pair in itertools.pairwise(at)) for n, at in edges.items()
     }
-    both = voiced[1:] & voiced[:-1]
-    change = np.abs(np.diff(frames.f0_hz))[both] / frames.f0_hz[1:][both]
     quiet_db = float(np.percentile(decibels(frames.power), 5))
     return Measurement(
         duration_s=len(waveform) / SAMPLE_RATE_HZ,
@@ -359,7 +357,6 @@ def measure_reference(waveform: npt.NDArray[np.float32]) -> Measurement:
         formants_hz=formants(frames.spectrum[voiced]),
         bandwidth_hz=bandwidth(frames.spectrum[frames.active]),
         snr_db=parts[1][0].level_db - quiet_db,
-        jitter=float(np.mean(change)) if len(change) >= MIN_VOICED else math.nan,
     )
 
 

@@ -59,7 +59,6 @@ class Measurement:
     formants_hz: tuple[float, float, float, float]  # medians of F1 to F4 over voiced frames, or NaN
     bandwidth_hz: float  # the highest frequency with speech; NaN without speech
     snr_db: float  # level of the speech above that of the quietest frames: at most the true ratio
-    jitter: float  # mean relative change of F0 between neighbouring frames, or NaN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,19 +22,23 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clsp_fast import __version__, audio
 from clsp_fast.audio import AudioError, AudioLimits, Segment
 from clsp_fast.captioning import labels as labelling
 from clsp_fast.captioning import wording
 from clsp_fast.captioning.labels import FIXED, Bands, CorpusValues
-from clsp_fast.captioning.measure import Measurement, Part, measure
+from clsp_fast.captioning.measure import Measurement, measure_rows, measurement_of
 from clsp_fast.captioning.wording import ATTRIBUTES
 from clsp_fast.checks import require
 from clsp_fast.console import INCOMPLETE, Progress
+from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.captions import Captions
-from clsp_fast.data.clips import Clip
+from clsp_fast.data.clips import KINDS, Clip
 from clsp_fast.data.manifest import Problem, read_source
+from clsp_fast.data.manifest_lines import first_row, manifest_line, refuse_other_file
+from clsp_fast.data.tag_values import is_unknown, sex_of
 from clsp_fast.storage import files, paths
 from clsp_fast.storage.textfile import is_text
 
@@ -42,15 +46,10 @@ _CHUNK_S, _CHUNK = 600.0, 512  # most seconds and most recordings that are in me
 _MEASURED = "measured_labels"  # the tag that lists the attributes whose labels were measured
 _LEFT_OUT_KEYS = {"id", "audio", "reason", "detail"}
 _MOST_SHOWN = 10
-_SEX_OF = dict.fromkeys(("female", "f", "woman", "w", "girl"), "female")
-_SEX_OF |= dict.fromkeys(("male", "m", "man", "boy"), "male")
-_UNKNOWN_SEX = {"", "unknown", "unk", "u", "na", "n/a", "none", "null", "nan", "-", "?"}
-_PART_FIELDS = tuple(f.name for f in dataclasses.fields(Part))
 _REPORTED: tuple[str, ...] = (
     *("level_db", "tilt_db", "voiced", "hnr_db", "creak"),
     *("f0_hz", "f0_sd", "f0_range", "f0_slope", "syllables_per_s", "pauses", "pause_s"),
 )
-_COUNTS = ("syllables", "voiced_syllables", "pauses")
 _REASONS = {
     "silent": "no sound",
     "short": "less than 0.5 s of sound",
@@ -189,6 +188,7 @@ def caption_offline(
     threads = audio.check_num_threads(num_threads)
     out = Path(out)
     _check_out(out, source)
+    name_audio = AudioPaths(_folder_of(source), out.parent)
     started = time.perf_counter()
     clips, problems = read_source(source)
     summary = Summary(source=source, out=out, problems=problems)
@@ -203,7 +203,7 @@ def caption_offline(
             def write_to(path: Path) -> None:
                 with path.open("w", encoding="ascii") as file:
                     for clip, measurement in zip(usable, spool, strict=True):
-                        line = _line(clip, measurement, summary, provenance, replace)
+                        line = _line(clip, name_audio(clip.audio), measurement, summary, provenance, replace)
                         if line:
                             file.write(json.dumps(line) + "\n")
                 if not summary.clips:
@@ -227,13 +227,10 @@ def left_out_file(out: Path) -> Path:
 def _check_out(out: Path, source: str) -> None:
     """ValueError if the result must not be written to `out`, or its list to `left_out_file(out)`."""
     require(out.name.endswith(".jsonl"), "out", "a file whose name ends in .jsonl", str(out))
-    if paths.is_dir(out):
-        raise ValueError(f"out must be a file, {out} is a folder")
     for file in (out, left_out_file(out)):
         if source != "-" and paths.exists(source) and paths.exists(file) and file.samefile(source):
             raise ValueError(f"{file} is the source; name another file for the result")
-    if paths.exists(out) and "measured" not in first_row(out):
-        raise ValueError(f"{out} exists and was not written by this command; name another file or remove it")
+    refuse_other_file(out, "offline")
     others = left_out_file(out)
     if paths.is_dir(others) or (paths.exists(others) and first_row(others).keys() != _LEFT_OUT_KEYS):
         raise ValueError(
@@ -242,14 +239,9 @@ def _check_out(out: Path, source: str) -> None:
         )
 
 
-def first_row(file: Path) -> dict[str, Any]:
-    """The object in the first line of a file; empty if there is none."""
-    try:
-        with file.open("rb") as lines:
-            row = json.loads(lines.readline(2**24))
-    except (ValueError, RecursionError):
-        return {}
-    return row if isinstance(row, dict) else {}
+def _folder_of(source: str) -> Path:
+    """The folder of the recordings, or of the file that names them."""
+    return Path() if source == "-" else Path(source) if paths.is_dir(source) else Path(source).parent
 
 
 def _named(clips: Iterable[Clip], source: str, summary: Summary) -> Iterator[Clip]:
@@ -269,11 +261,11 @@ def _named(clips: Iterable[Clip], source: str, summary: Summary) -> Iterator[Cli
 
 
 class _Spool:
-    """Measurements in a temporary file, so that a large corpus needs little memory."""
+    """Rows of `measure_rows` in a temporary file, so that a large corpus needs little memory."""
 
     def __init__(self, folder: Path) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self._values = 0
+        self._row_bytes = 0
 
     def __enter__(self) -> _Spool:
         return self
@@ -281,43 +273,15 @@ class _Spool:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def append(self, measurement: Measurement) -> None:
-        """Writes a measurement at the end."""
-        values = np.array([*_numbers(measurement)], np.float64)
-        self._values = len(values)
-        self._file.write(values.tobytes())
+    def append(self, row: NDArray[np.float64]) -> None:
+        """Writes a row at the end."""
+        self._row_bytes = row.nbytes
+        self._file.write(row.tobytes())
 
     def __iter__(self) -> Iterator[Measurement]:
         self._file.seek(0)
-        while block := self._file.read(8 * self._values):
-            yield _from_numbers(np.frombuffer(block, np.float64).tolist())
-
-
-def _numbers(measurement: Measurement) -> Iterator[float]:
-    for part in (measurement.whole, *measurement.halves, *measurement.thirds):
-        for name in _PART_FIELDS:
-            yield float(getattr(part, name))
-    yield from measurement.formants_hz
-    yield from (measurement.duration_s, measurement.bandwidth_hz, measurement.snr_db, measurement.jitter)
-
-
-def _from_numbers(numbers: list[float]) -> Measurement:
-    size = len(_PART_FIELDS)
-    parts = []
-    for start in range(0, 6 * size, size):
-        values: dict[str, Any] = dict(zip(_PART_FIELDS, numbers[start : start + size], strict=True))
-        parts.append(Part(**values | {name: int(values[name]) for name in _COUNTS}))
-    f1, f2, f3, f4, duration_s, bandwidth_hz, snr_db, jitter = numbers[6 * size :]
-    return Measurement(
-        duration_s=duration_s,
-        whole=parts[0],
-        halves=tuple(parts[1:3]),
-        thirds=tuple(parts[3:6]),
-        formants_hz=(f1, f2, f3, f4),
-        bandwidth_hz=bandwidth_hz,
-        snr_db=snr_db,
-        jitter=jitter,
-    )
+        while block := self._file.read(self._row_bytes):
+            yield measurement_of(np.frombuffer(block))
 
 
 def _measure_all(
@@ -332,19 +296,20 @@ def _measure_all(
         segments = [Segment(clip.audio, clip.start_s, clip.duration_s, clip.channel) for clip in chunk]
         loaded = audio.load_batch(segments, limits=limits, num_threads=num_threads)
         waveforms = [waveform for waveform in loaded if not isinstance(waveform, AudioError)]
-        measurements = iter(measure(waveforms, num_threads=num_threads))
+        rows = iter(measure_rows(waveforms, num_threads=num_threads))
         for clip, waveform in zip(chunk, loaded, strict=True):
             if isinstance(waveform, AudioError):
                 summary.leave_out(clip, str(waveform.reason), _detail(waveform))
                 continue
-            measurement = next(measurements)
+            row = next(rows)
+            measurement = measurement_of(row)
             summary.seconds += measurement.duration_s
             if problem := labelling.speech_problem(measurement):
                 summary.leave_out(clip, problem)
                 continue
             usable.append(clip)
             values.add(measurement, known_labels(clip))
-            spool.append(measurement)
+            spool.append(row)
         progress.add(len(chunk), len(chunk) - len(waveforms))
     return usable, values
 
@@ -388,14 +353,19 @@ def known_labels(clip: Clip, *, with_measured: bool = False) -> dict[str, str]:
             usable = value in ATTRIBUTES[attribute] or wording.has_change(attribute, value)
             known[attribute] = value if usable else ""
     for key in ("gender", "sex"):
-        sex = given.get(key, "").strip().lower()
-        if sex not in _UNKNOWN_SEX:
-            known["sex"] = _SEX_OF.get(sex, "")
+        sex = given.get(key, "")
+        if not is_unknown(sex):
+            known["sex"] = sex_of(sex)
     return known
 
 
 def _line(
-    clip: Clip, measurement: Measurement, summary: Summary, provenance: Mapping[str, Any], replace: bool
+    clip: Clip,
+    audio: str,
+    measurement: Measurement,
+    summary: Summary,
+    provenance: Mapping[str, Any],
+    replace: bool,
 ) -> dict[str, Any] | None:
     """The clip's line in the manifest; None if too little is known for captions."""
     known = known_labels(clip)
@@ -405,27 +375,23 @@ def _line(
         summary.leave_out(clip, "unclear")
         return None
     summary.count(tags, known, kept)
-    fields = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
-    captions = _captions(clip, tags, kept, provenance["seed"])
+    written = _captions(clip, tags, kept, provenance["seed"])
     measured = [attribute for attribute in tags if attribute not in known]
-    given = {key: value for key, value in clip.tags.items() if key not in fields}
+    given = dict(clip.tags)
     for attribute in given.pop(_MEASURED, "").split(", "):
         given.pop(attribute, None)
-    line = {
-        "id": clip.id,
-        "audio": _audio_path(clip.audio, summary.out.parent),
-        "start_s": clip.start_s or None,
-        "duration_s": clip.duration_s or measurement.duration_s,
-        "channel": clip.channel,
-        **fields,
-        "global_captions": captions.global_captions,
-        "finegrained_captions": captions.fine_captions,
-        "tags": given | tags | ({_MEASURED: measured} if measured else {}),
-        "claims": {"global": captions.global_claims, "fine": captions.fine_claims},
-        "measured": _measured(measurement),
-        "provenance": None if all(kept) else provenance,
-    }
-    return {key: value for key, value in line.items() if value is not None}
+    new = [kind for kind, texts in zip(KINDS, kept, strict=True) if not texts]
+    return manifest_line(
+        clip,
+        audio=audio,
+        captions=Captions(tuple(written.global_captions), tuple(written.fine_captions)),
+        claims={"global": written.global_claims, "fine": written.fine_claims},
+        tags=given | tags | ({_MEASURED: measured} if measured else {}),
+        made_by=dict.fromkeys(new, provenance),
+        written_by="offline",
+        duration_s=clip.duration_s or measurement.duration_s,
+        measured=_measured(measurement),
+    )
 
 
 def _is_enough(tags: Mapping[str, str]) -> bool:
@@ -449,12 +415,6 @@ def _captions(clip: Clip, tags: Mapping[str, str], kept: Captions, seed: int) ->
         global_claims=global_claims if kept.global_captions else written.global_claims,
         fine_claims=fine_claims if kept.fine_captions else written.fine_claims,
     )
-
-
-def _audio_path(name: str, folder: Path) -> str:
-    """The path of a recording, relative to the manifest's folder if it lies in there."""
-    path, base = Path(name).absolute(), folder.absolute()
-    return str(path.relative_to(base) if path.is_relative_to(base) else path)
 
 
 def _measured(measurement: Measurement) -> dict[str, Any]:

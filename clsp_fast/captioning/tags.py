@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ import numpy as np
 
 from clsp_fast import __version__
 from clsp_fast.captioning import wording
-from clsp_fast.captioning.offline import first_row, known_labels
+from clsp_fast.captioning.offline import known_labels
 from clsp_fast.checks import require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.audio_paths import AudioPaths
-from clsp_fast.data.clips import Clip
+from clsp_fast.data.captions import Captions
+from clsp_fast.data.clips import KINDS, Clip
 from clsp_fast.data.manifest import iterate_manifest
+from clsp_fast.data.manifest_lines import manifest_line, refuse_other_file
+from clsp_fast.data.tag_values import stated
 from clsp_fast.storage import files
 
 _VALUE = re.compile(r"[^\W\d_](?:[^\W_]|[ '-]){1,39}")
-_NO_VALUES = {"unknown", "none", "null", "nan", "other", "na"}
 _FINE_CAPTIONS = 5
 _SHARE = 0.8
 _MOST_SHOWN = 10
@@ -72,10 +74,7 @@ def tags(config: TagsConfig) -> int:
         `out` holds something that this command did not write.
         DiskFull: there is no room; nothing is left behind.
     """
-    if config.out.exists() and (first_row(config.out).get("provenance") or {}).get("by") != "tags":
-        raise ValueError(
-            f"{config.out} exists and was not written by this command; name another file or remove it"
-        )
+    refuse_other_file(config.out, "tags")
     counts: Counter[str] = Counter()
     name_audio = AudioPaths(config.manifest.parent, config.out.parent)
 
@@ -110,44 +109,32 @@ def _line(clip: Clip, audio: str, config: TagsConfig) -> dict[str, Any] | None:
     }
     others = {key: clip.tags[key] for key in config.others if _is_usable(clip.tags.get(key, ""))}
     others = {key: value for key, value in others.items() if key not in labels}
-    kept = {
-        kind: None if config.replace else list(texts)
-        for kind, texts in zip(("global", "fine"), clip.captions, strict=True)
-    }
-    if not all(kept.values()) and not labels and not others:
+    kept = Captions((), ()) if config.replace else clip.captions
+    if not all(kept) and not labels and not others:
         return None
-    named = {key: clip.tags[key] for key in ("speaker", "gender") if key in clip.tags}
-    captions = dict(kept)
-    claims: dict[str, list[dict[str, str]]] = {
-        kind: [dict(claim) for claim in clip.claims.get(kind, ())] for kind in kept if kept[kind]
-    }
+    captions: dict[str, Sequence[str]] = dict(zip(KINDS, kept, strict=True))
+    claims: dict[str, Sequence[Mapping[str, str]]] = dict(clip.claims)
+    made_by = {}
     digest = hashlib.sha256(clip.id.encode("utf-8", "surrogatepass")).digest()
     rng = np.random.default_rng([config.seed, int.from_bytes(digest[:8], "little")])
-    for kind, pairs in write_captions(labels, others, rng).items():
+    for kind, pairs in ({} if all(kept) else write_captions(labels, others, rng)).items():
         if not captions[kind]:
-            captions[kind] = [text for text, _ in pairs]
-            claims[kind] = [claim for _, claim in pairs]
-    line = {
-        "id": clip.id,
-        "audio": audio,
-        "start_s": clip.start_s or None,
-        "duration_s": clip.duration_s,
-        "channel": clip.channel,
-        **named,
-        "global_captions": captions["global"],
-        "finegrained_captions": captions["fine"],
-        "tags": {key: value for key, value in clip.tags.items() if key not in named} | labels,
-        "claims": {kind: rows for kind, rows in claims.items() if rows},
-        "provenance": {"by": "tags", "version": __version__, "seed": config.seed},
-    }
-    if all(kept.values()):
-        del line["provenance"]
-    return {key: value for key, value in line.items() if value not in (None, [], {})}
+            captions[kind], claims[kind] = [[*column] for column in zip(*pairs, strict=True)]
+            made_by[kind] = {"by": "tags", "version": __version__, "seed": config.seed}
+    return manifest_line(
+        clip,
+        audio=audio,
+        captions=Captions(*(tuple(captions[kind]) for kind in KINDS)),
+        claims=claims,
+        tags={**clip.tags, **labels},
+        made_by=made_by,
+        written_by="tags",
+    )
 
 
 def _is_usable(value: str) -> bool:
     """Whether a tag's value can stand in a sentence."""
-    return bool(_VALUE.fullmatch(value)) and value.casefold() not in _NO_VALUES
+    return bool(_VALUE.fullmatch(value)) and bool(stated(value))
 
 
 def write_captions(

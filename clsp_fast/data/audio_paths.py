@@ -10,9 +10,9 @@ from pathlib import Path
 class AudioPaths:
     """The paths of recordings in a new manifest.
 
-    If the folder of the source lies in the folder of the new manifest, or the other way round, the recordings
-    in the outer one get relative paths, so that all of it can be moved together. Other paths are absolute.
-    Links to folders are resolved, because ".." leads out of the folder that a link points to.
+    Recordings in the folder of the new manifest get relative paths, so that all of it can be moved together.
+    If the source's folder contains that folder, its recordings also get relative paths. Other paths are
+    absolute. Links to folders are resolved, because ".." leads out of the folder that a link points to.
 
     Args:
         source: folder of the manifest, or of the recordings, that the command reads.
@@ -21,13 +21,12 @@ class AudioPaths:
 
     def __init__(self, source: Path, out: Path) -> None:
         self._out, source = out.resolve(), source.resolve()
-        nested = self._out.is_relative_to(source) or source.is_relative_to(self._out)
-        self._top = min(self._out, source, key=lambda path: len(path.parts)) if nested else None
+        self._top = source if self._out.is_relative_to(source) else self._out
         self._resolved = functools.lru_cache(1024)(Path.resolve)
 
     def __call__(self, audio: str) -> str:
         """The path of a recording; `audio` is relative to the current folder."""
         path = self._resolved(Path(audio).parent) / Path(audio).name
-        if self._top is not None and path.is_relative_to(self._top):
+        if path.is_relative_to(self._top):
             return os.path.relpath(path, self._out)
         return str(path)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from clsp_fast.data.caption_text import normalise, words
 from clsp_fast.data.clips import Clip
+from clsp_fast.data.tag_values import sex_of, stated
 from clsp_fast.storage.textfile import shown
 
 MOST_SHOWN = 20
@@ -27,8 +28,6 @@ MOST_SHOWN = 20
 OFFSETS = (1, -1, 2, -2)
 """Distances at which captions are compared with the tags of another row; positive: a later row."""
 _LONGEST_SHOWN = 80
-_SEX = dict.fromkeys(("female", "f", "woman", "w", "girl"), "female")
-_SEX |= dict.fromkeys(("male", "m", "man", "boy"), "male")
 _NO_LABELS = {"id", "speaker", "speaker_id", "measured_labels", "text", "transcript", "transcription"}
 _MOST_VALUES = 200
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
@@ -203,11 +202,11 @@ def _labels(tags: Mapping[str, str]) -> dict[str, str]:
     for key, value in tags.items():
         label = " ".join(value.replace("_", " ").casefold().split())
         if key.lower() in ("gender", "sex"):
-            if label in _SEX:
-                labels["sex"] = _SEX[label]
+            if sex := sex_of(label):
+                labels["sex"] = sex
             continue
         is_word = 3 <= len(label) <= 40 and bool(_WORD.match(label)) and not re.search(r"\d", label)
-        if is_word and key.lower() not in _NO_LABELS:
+        if is_word and stated(label) and key.lower() not in _NO_LABELS:
             labels[key] = label
     return labels
 

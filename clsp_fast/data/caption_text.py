@@ -11,6 +11,8 @@ import re
 import unicodedata
 from pathlib import Path
 
+from clsp_fast.data.tag_values import stated
+
 _WORDS_FILE = Path(__file__).with_name("caption_words.json")
 _APOSTROPHES = str.maketrans(
     dict.fromkeys("\u2019\u2018\u201b\u02bc\u02bb\u2032\u00b4\u0060\uff07\ua78c", "'")
@@ -49,7 +51,6 @@ _QUOTED = (
     re.compile(r"'((?:[^']|(?<=\w)'(?=\w))*)'[,;]?([.!?]?)"),
 )
 _MARKS = re.compile(" ?[.,;:!?](?: ?[.,;:!?])*")
-_VAGUE_ACCENTS = {"", "unknown", "none", "n/a", "na", "other", "others", "null", "nan", "unspecified"}
 _MODIFIERS = r"(?:(?:standard|general|neutral)\s)?"
 
 
@@ -142,7 +143,7 @@ def _without_brackets(text: str) -> str:
 def _with_accent(text: str, accent: str | None) -> str:
     """The text with the labelled accent in place of each accent that it names."""
     label = " ".join((accent or "").replace("_", " ").split())
-    if label.lower() in _VAGUE_ACCENTS or not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[' .-]){0,39}", label):
+    if not stated(label) or not re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[' .-]){0,39}", label):
         return text
     label = re.sub(r"\s+accent(?:ed)?$", "", label, flags=re.IGNORECASE)
     if label.islower():

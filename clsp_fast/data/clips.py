@@ -5,6 +5,8 @@ Each check raises a ValueError that names the key, the expected value and the gi
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -16,6 +18,8 @@ from clsp_fast.storage.textfile import is_text, shown
 
 LONGEST_NAME = 2**15
 """Characters of the longest path. A line of an embedding index must hold it twice, in JSON escapes."""
+KINDS = ("global", "fine")
+"""The kinds of captions, in the order of `Captions`."""
 _GLOBAL_KEYS = ("global_captions", "short_captions")
 _FINE_KEYS = ("finegrained_captions", "long_captions", "captions")
 
@@ -35,6 +39,8 @@ class Clip:
         claims: for each kind of caption ("global", "fine"), what each caption asserts (tag -> value), in the
             order of `captions`; empty where unknown. From the claims, evaluation finds all clips that a
             caption is true of.
+        provenance: for each kind of caption, how the captions were made; a kind of which this is unknown is
+            missing. Clips with the same provenance share the object, so it must not be changed.
     """
 
     id: str
@@ -45,6 +51,7 @@ class Clip:
     captions: Captions
     tags: Mapping[str, str] = field(default_factory=dict)
     claims: Mapping[str, tuple[Mapping[str, str], ...]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_path(value: object) -> TypeGuard[str]:
@@ -127,9 +134,32 @@ def claims_of(value: object, captions: Captions) -> dict[str, tuple[Mapping[str,
     if not isinstance(value, Mapping):
         raise ValueError('"claims" must be an object')
     claims: dict[str, tuple[Mapping[str, str], ...]] = {}
-    for kind, texts in (("global", captions.global_captions), ("fine", captions.fine_captions)):
+    for kind, texts in zip(KINDS, captions, strict=True):
         rows = value.get(kind, [])
         if not isinstance(rows, list) or len(rows) not in (0, len(texts)):
             raise ValueError(f'"claims"."{kind}" must have one object for each of the {len(texts)} captions')
         claims[kind] = tuple(tags_of(row) for row in rows)
     return claims
+
+
+def provenance_of(value: object, captions: Captions) -> Mapping[str, Any]:
+    """How the captions of each kind were made.
+
+    Args:
+        value: an object with the keys "global" and "fine", and "written_by" for the command that wrote the
+            line. Anything else describes all captions of the clip.
+        captions: of the clip.
+    """
+    if value is None:
+        return {}
+    return _provenance(json.dumps(value), *(bool(texts) for texts in captions))
+
+
+@functools.lru_cache(16)
+def _provenance(text: str, *present: bool) -> Mapping[str, Any]:
+    """`provenance_of` for a value as JSON. The cache makes the lines of a manifest share one object."""
+    value = json.loads(text)
+    kinds = [kind for kind, is_present in zip(KINDS, present, strict=True) if is_present]
+    if isinstance(value, dict) and value.keys() <= {*KINDS, "written_by"}:
+        return {kind: value[kind] for kind in kinds if value.get(kind)}
+    return dict.fromkeys(kinds, value)

@@ -22,6 +22,7 @@ from clsp_fast.data.clips import (
     claims_of,
     id_of,
     is_path,
+    provenance_of,
     seconds_of,
     tags_of,
 )
@@ -332,6 +333,7 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown
         captions=captions,
         tags=tags,
         claims=claims_of(row.get("claims", {}), captions),
+        provenance=provenance_of(row.get("provenance"), captions),
     )
 
 

@@ -123,7 +123,7 @@ def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.Ca
     texts = [good(name) for name in ("Ann", "Bea", "Cid", "Dan", "Eve")]
     work = make_work(tmp_path, [CLIP], {0: [*texts, "short"]})
     assert filter(FilterConfig(work=work)) == 0
-    assert lines_of(work)[0]["provenance"]["verifier"] is None
+    assert lines_of(work)[0]["provenance"]["fine"]["verifier"] is None
     verdicts = {(0, 0): [], (0, 1): ["absence"], (0, 2): ["background", "absence"], (0, 3): None}
     make_verdicts(work, verdicts)
     capsys.readouterr()
@@ -137,7 +137,7 @@ def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.Ca
     expected |= {"verifier: absence": 1, "verifier: background": 1}
     assert counts["first"] == expected
     assert counts["any"] == expected | {"verifier: absence": 2}
-    assert line["provenance"]["verifier"] == {
+    assert line["provenance"]["fine"]["verifier"] == {
         "model": "verify-model",
         "prompt_digest": "verify-digest",
         "seed": 3,
@@ -160,6 +160,23 @@ def test_the_result_does_not_depend_on_the_order_of_answers(tmp_path: Path) -> N
     assert results[0] == results[1] == results[2]
 
 
+def test_global_captions_keep_their_provenance(tmp_path: Path) -> None:
+    captions = ["A woman speaks slowly and calmly, in a low voice."]
+    made = {"by": "tags", "seed": 3}
+    clips = [
+        CLIP | {"id": "a", "global_captions": captions, "provenance": {"written_by": "tags", "global": made}},
+        CLIP | {"id": "b", "captions": captions, "provenance": {"fine": made}},
+        CLIP | {"id": "c", "global_captions": captions},
+        CLIP | {"id": "d", "global_captions": ["short"], "provenance": made},
+    ]
+    work = make_work(tmp_path, clips, {row: [good("Ann")] for row in range(4)})
+    assert filter(FilterConfig(work=work)) == 0
+    for row, line in enumerate(lines_of(work)):
+        assert line["provenance"]["fine"]["by"] == "generate"
+        assert line["provenance"]["written_by"] == "filter"
+        assert line["provenance"].get("global") == (made if row == 0 else None)
+
+
 def test_lines_keep_the_clip_and_say_where_captions_come_from(tmp_path: Path) -> None:
     clip = CLIP | {
         "start_s": 1.5,
@@ -179,7 +196,7 @@ def test_lines_keep_the_clip_and_say_where_captions_come_from(tmp_path: Path) ->
     work = make_work(tmp_path, [clip], {0: [good("Ann")]})
     assert filter(FilterConfig(work=work)) == 0
     (line,) = lines_of(work)
-    assert line.pop("provenance") == {
+    assert line.pop("provenance")["fine"] == {
         "by": "generate",
         "version": __version__,
         "model": "generate-model",
@@ -294,7 +311,7 @@ def test_rules_of_a_user_and_limits(tmp_path: Path) -> None:
     assert filter(FilterConfig(work=work, rules=rules, min_characters=10, max_characters=100)) == 0
     (line,) = lines_of(work)
     assert line["finegrained_captions"] == ["A man without haste speaks."]
-    assert line["provenance"]["rules"] == "mine"
+    assert line["provenance"]["fine"]["rules"] == "mine"
     assert counts_of(work)["first"] == {"long": 1}
     assert counts_of(work)["rules"]["min_characters"] == 10
 
@@ -338,7 +355,7 @@ def test_a_verifier_that_has_not_answered_is_no_verifier(tmp_path: Path) -> None
     work = make_work(tmp_path, [CLIP], {0: [good("Ann")]})
     make_verdicts(work, {})
     assert filter(FilterConfig(work=work)) == 0
-    assert lines_of(work)[0]["provenance"]["verifier"] is None
+    assert lines_of(work)[0]["provenance"]["fine"]["verifier"] is None
 
 
 def test_verdicts_on_other_candidates_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from sample_data import write_rows
 
-from clsp_fast import caption, console
+from clsp_fast import __version__, caption, console
 from clsp_fast.captioning import offline as offline_module
 from clsp_fast.captioning import wording
 from clsp_fast.captioning.offline import caption_offline, describe, left_out_file, offline
@@ -78,8 +78,8 @@ def test_a_folder_becomes_a_manifest_that_training_reads(
     assert "sex" not in between["tags"]
     assert man["measured"]["f0_hz"] == pytest.approx(90, rel=0.03)
     assert woman["measured"]["f0_hz"] == pytest.approx(260, rel=0.03)
-    assert man["provenance"]["by"] == "offline"
-    assert (man["provenance"]["bands"], man["provenance"]["seed"]) == ("fixed", 0)
+    made = {"by": "offline", "version": __version__, "bands": "fixed", "seed": 0}
+    assert man["provenance"] == {"written_by": "offline", "global": made, "fine": made}
     assert man["duration_s"] == 1.5
     content = read_manifest(out)
     assert not content.problems
@@ -187,16 +187,34 @@ def test_captions_of_the_source_are_kept_unless_replaced(tmp_path: Path, speech:
     kept, one = read(tmp_path / "kept.jsonl").values()
     assert kept["global_captions"] == ["A tired man."]
     assert kept["finegrained_captions"] == ["A tired man sighs.", "He sighs."]
-    assert "provenance" not in kept
+    assert kept["provenance"] == {"written_by": "offline"}
     assert one["global_captions"] == ["A tired man."]
-    assert one["claims"]["global"] == []
+    assert "global" not in one["claims"]
     assert len(one["finegrained_captions"]) == len(one["claims"]["fine"]) >= 5
-    assert one["provenance"]["by"] == "offline"
+    assert one["provenance"].keys() == {"written_by", "fine"}
+    assert one["provenance"]["fine"]["by"] == "offline"
     caption_offline(source, tmp_path / "new.jsonl", bands="fixed", replace=True)
     for row in read(tmp_path / "new.jsonl").values():
         assert "A tired man." not in row["global_captions"]
-        assert row["provenance"]["by"] == "offline"
+        assert {row["provenance"][kind]["by"] for kind in ("global", "fine")} == {"offline"}
     assert not read_manifest(tmp_path / "kept.jsonl").problems
+
+
+def test_kept_captions_keep_their_provenance(tmp_path: Path, speech: Path) -> None:
+    made = {"by": "generate", "model": "m"}
+    row = {"audio": str(speech / "man.wav"), "captions": ["A tired man sighs."], "provenance": {"fine": made}}
+    both = row | {"global_captions": ["A tired man."], "provenance": made}
+    source = str(write_rows(tmp_path / "in.jsonl", [row | {"id": "one"}, both | {"id": "both"}]))
+    caption_offline(source, tmp_path / "kept.jsonl", bands="fixed")
+    one, two = (line["provenance"] for line in read(tmp_path / "kept.jsonl").values())
+    assert (one["fine"], one["global"]["by"]) == (made, "offline")
+    assert two == {"written_by": "offline", "global": made, "fine": made}
+    caption_offline(str(tmp_path / "kept.jsonl"), tmp_path / "again.jsonl", bands="fixed")
+    again = read(tmp_path / "again.jsonl").values()
+    assert [line["provenance"] for line in again] == [one, two]
+    caption_offline(source, tmp_path / "again.jsonl", bands="fixed", replace=True)
+    for line in read(tmp_path / "again.jsonl").values():
+        assert line["provenance"]["fine"]["by"] == line["provenance"]["global"]["by"] == "offline"
 
 
 def test_recordings_that_cannot_be_used_are_listed_with_the_reason(
@@ -277,6 +295,7 @@ def test_paths_beside_the_manifest_are_relative(tmp_path: Path) -> None:
         ({"out": "captions.json"}, r"out must be a file whose name ends in \.jsonl"),
         ({"out": "folder.jsonl"}, r"folder\.jsonl is a folder"),
         ({"out": "other.jsonl"}, "was not written by this command"),
+        ({"out": "filtered.jsonl"}, "was not written by this command"),
         ({"out": "source.jsonl"}, "is the source"),
     ],
 )
@@ -285,6 +304,8 @@ def test_wrong_arguments_are_refused_and_nothing_is_lost(
 ) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "other.jsonl").write_text('{"audio": "precious.wav"}\n')
+    provenance = {"written_by": "filter", "global": {"by": "offline"}}
+    write_rows(tmp_path / "filtered.jsonl", [{"audio": "precious.wav", "provenance": provenance}])
     source = write_rows(tmp_path / "source.jsonl", [{"audio": str(speech / "man.wav")}])
     before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl") if path.is_file()}
     with pytest.raises(ValueError, match=message):
@@ -389,7 +410,7 @@ def test_the_command_returns_the_exit_code(
     assert stopped.value.code == 0
     assert "captions for 1 clips" in capsys.readouterr().out
     (row,) = read(tmp_path / "out.jsonl").values()
-    assert row["provenance"]["seed"] == 5
+    assert row["provenance"]["fine"]["seed"] == 5
 
 
 def test_an_interrupt_leaves_the_earlier_result(
@@ -402,7 +423,7 @@ def test_an_interrupt_leaves_the_earlier_result(
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(offline_module, "measure", interrupt)
+    monkeypatch.setattr(offline_module, "measure_rows", interrupt)
     assert offline(str(speech), out) == 130
     assert "was not written" in capsys.readouterr().err
     assert out.read_bytes() == before

@@ -163,7 +163,7 @@ def test_from_recordings_to_a_model(
     assert counts["candidates"]["kept"] == sum(map(len, kept.values()))
     assert {name: count for name, count in counts["first"].items() if count} == dropped
     for line in lines:
-        assert line["provenance"]["model"] == MODEL
+        assert line["provenance"]["fine"]["model"] == MODEL
         assert line["global_captions"] == ["A calm voice speaks in a measured and friendly way."]
     assert {path.name for path in work.glob("report.*")} >= {"report.json", "report.md", "report.png"}
     scores = json.loads((work / "judge/judge.json").read_text())["scores"]

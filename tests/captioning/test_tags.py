@@ -70,7 +70,26 @@ def test_captions_of_a_clip_are_kept_unless_replaced(tmp_path: Path) -> None:
     _, (line,) = run(tmp_path, row, replace=True)
     assert "An earlier one." not in line["global_captions"]
     _, (line,) = run(tmp_path, row | {"captions": ["Another earlier one."]})
-    assert "provenance" not in line
+    assert line["provenance"] == {"written_by": "tags"}
+
+
+def test_kept_captions_keep_their_provenance(tmp_path: Path) -> None:
+    made = {"by": "generate", "model": "m", "sampling": {"temperature": 0.6}}
+    row = {"id": "a", "tags": FULL, "captions": ["An earlier one."], "claims": {"fine": [{"pitch": "high"}]}}
+    _, (line,) = run(tmp_path, row | {"provenance": {"written_by": "filter", "fine": made}})
+    assert line["provenance"].pop("global")["by"] == "tags"
+    assert line["provenance"] == {"written_by": "tags", "fine": made}
+    assert line["claims"]["fine"] == [{"pitch": "high"}]
+    _, (line,) = run(tmp_path, row | {"provenance": made})  # of all captions of the clip
+    assert line["provenance"]["fine"] == made
+    assert line["provenance"]["global"]["by"] == "tags"
+    _, (line,) = run(tmp_path, row)
+    assert "fine" not in line["provenance"]
+    _, (line,) = run(tmp_path, row | {"provenance": made}, replace=True)
+    assert line["provenance"]["fine"]["by"] == "tags"
+    both = row | {"global_captions": ["Another one."], "provenance": {"global": {"by": "hand"}, "fine": made}}
+    _, (line,) = run(tmp_path, both)
+    assert line["provenance"] == {"written_by": "tags", "global": {"by": "hand"}, "fine": made}
 
 
 def test_captions_depend_on_the_seed_and_the_id_alone(tmp_path: Path) -> None:
@@ -93,8 +112,12 @@ def test_the_manifest_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureF
 def test_only_files_of_this_command_are_replaced(tmp_path: Path) -> None:
     first = run(tmp_path, {"tags": FULL})
     assert run(tmp_path, {"tags": FULL}) == first
-    text = '{"audio": "b.wav", "captions": ["Written by hand."]}\n'
-    (tmp_path / "out.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"out\.jsonl exists and was not written by this command"):
-        run(tmp_path, {"tags": FULL})
-    assert (tmp_path / "out.jsonl").read_text() == text
+    kept = {"tags": FULL, "captions": ["Written by hand."], "global_captions": ["By hand."]}
+    assert run(tmp_path, kept) == run(tmp_path, kept)  # also where no line has captions of this command
+    made = {"by": "tags"}
+    for provenance in (None, made, {"written_by": "filter", "global": made, "fine": {"by": "generate"}}):
+        row = {"audio": "b.wav", "captions": ["Written by hand."], "provenance": provenance}
+        text = write_rows(tmp_path / "out.jsonl", [row]).read_text()
+        with pytest.raises(ValueError, match=r"out\.jsonl exists and was not written by this command"):
+            run(tmp_path, {"tags": FULL})
+        assert (tmp_path / "out.jsonl").read_text() == text
