@@ -93,7 +93,8 @@ class GenerateConfig:
     audio_url: str | None = None
     """Sends the address of each file instead of the sound: "file" for file:// URLs, or the http(s) URL that
     stands for the manifest's folder. The server must be allowed to read them. A clip that is only a part of
-    its file is sent as sound."""
+    its file is sent as sound. If a file is not on this machine, a clip without start_s and channel counts as
+    the whole file, even if its duration_s is shorter."""
     rows: str = ""
     """Part of the manifest, counted from 0 without the end, such as 0:1000000: a machine's share of the work.
     Empty: all rows. Later calls can add further rows to the same folder."""
