@@ -89,7 +89,8 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         for name in ("clips", "rounds", "resamples"):
             require(is_positive(getattr(self, name)), name, "an integer > 0", getattr(self, name))
-        require(Path(self.name).name == self.name, "name", "the name of a folder", self.name)
+        is_name = Path(self.name).name == self.name and self.name not in ("", "..")
+        require(is_name, "name", "the name of a folder in WORK", self.name)
         self.server.require_model()
 
 

@@ -10,6 +10,7 @@ caption counts as "unverified" and is dropped.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -218,6 +219,10 @@ class _Checklist:
                     yield row, clip, kept
 
     def _request(self, row: int, clip: Clip, number: int, caption: str, attempt: int) -> Request:
+        name = custom_id(STEP, row, clip.id, attempt * self.candidates + number)
+        return Request(name, functools.partial(self._body, clip, caption, attempt))
+
+    def _body(self, clip: Clip, caption: str, attempt: int) -> dict[str, Any]:
         config = self.config
         values = {
             "caption": caption,
@@ -233,17 +238,18 @@ class _Checklist:
         }
         if attempt:  # at temperature 0, the same answer would come back
             body["temperature"] = max(config.sampling.temperature, _SECOND_TEMPERATURE)
-        return Request(custom_id(STEP, row, clip.id, attempt * self.candidates + number), body)
+        return body
 
 
 class _Faults:
-    """Counts answers that are no verdicts."""
+    """Counts answers to first attempts that are no verdicts."""
 
-    def __init__(self) -> None:
+    def __init__(self, candidates: int) -> None:
+        self._candidates = candidates
         self.count = 0
 
     def __call__(self, answer: Answer) -> None:
-        if answer.error is None:
+        if answer.error is None and row_and_part(answer.custom_id)[1] < self._candidates:
             self.count += bool(parse_verdict(answer.texts[0], answer.finish_reasons[0]).fault)
 
 
@@ -286,7 +292,7 @@ def verify(config: VerifyConfig) -> int:
     if config.server.servers or not config.answers:
         config.server.require_servers()
         for attempt in range(ATTEMPTS):
-            faults = _Faults()
+            faults = _Faults(checklist.candidates)
             counts = run_jobs(checklist.requests(), folder, config.server, on_answer=faults, **job)
             print(f"{folder}: {counts.describe()}")
             if not faults.count or attempt == ATTEMPTS - 1:

@@ -243,6 +243,12 @@ def test_bad_answers_are_counted_and_left_out_of_the_means(manifests: tuple[Path
     assert results["scores"]["systems"]["good.jsonl"]["correctness"]["mean"] == 4
 
 
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/tmp"])
+def test_results_stay_in_the_work_folder(name: str, manifests: tuple[Path, Path]) -> None:
+    with pytest.raises(ValueError, match="name must be the name of a folder in WORK, got"):
+        JudgeConfig(manifest=manifests[0], work=manifests[0].parent, name=name)
+
+
 def test_recordings_that_cannot_be_read_are_in_no_job_file(
     manifests: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

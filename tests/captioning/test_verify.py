@@ -150,7 +150,24 @@ def test_an_answer_that_is_no_verdict_is_asked_for_once_more(work: Path) -> None
     assert sum(passed for _, _, passed, _ in verify.verdicts(work)) == 12 - len(unverified)
 
 
-def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
+def test_a_second_attempt_that_fails_is_not_announced_as_a_first_one(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = VerifyConfig(work=work, server=ServerConfig(model=MODEL), jobs_only=True)
+    assert verify.verify(config) == 0
+    jobs = [json.loads(line) for line in (work / "verify/jobs.jsonl").read_text().splitlines()]
+    body = {"choices": [{"message": {"content": "{}"}, "finish_reason": "stop"}]}
+    response = {"status_code": 200, "body": body}
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"custom_id": j["custom_id"], "response": response} for j in jobs]
+    )
+    code, server = run(work, lambda body: "No.", answers=(path,))
+    assert (code, len(server.bodies)) == (0, 12)
+    assert {body["seed"] for body in server.bodies} == {1}
+    assert "asking again" not in capsys.readouterr().out
+
+
+def test_a_second_run_asks_only_what_is_missing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(body: dict[str, Any], attempt: int) -> str:
         return "" if "Hello 2" in body["messages"][-1]["content"] else "400"
 
@@ -161,6 +178,7 @@ def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
     assert code == 0
     before = (work / "verify/answers.jsonl").read_bytes()
     assert len(list(verify.verdicts(work))) == 12
+    monkeypatch.setattr("clsp_fast.captioning.prompt.Prompt.messages", None)  # no prompt is filled in
     code, server = run(work, lambda body: GOOD)
     assert (code, server.bodies) == (0, [])
     assert (work / "verify/answers.jsonl").read_bytes() == before
