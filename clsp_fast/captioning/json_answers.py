@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
-SCORES = range(1, 6)
-"""The scores that a judge may give."""
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
 
 
@@ -51,11 +49,9 @@ def parse_object(text: str) -> dict[str, Any]:
     """The JSON object that is the whole answer, or the whole content of a Markdown code block.
 
     Raises:
-        BadAnswer: "empty answer" or "not a JSON object".
+        BadAnswer: "not a JSON object".
     """
     text = text.strip()
-    if not text:
-        raise BadAnswer("empty answer")
     fence = _FENCE.match(text)
     try:
         value = json.loads(fence[1] if fence else text)
@@ -91,10 +87,10 @@ def as_flag(value: object) -> bool:
     return value
 
 
-def as_score(value: object) -> int:
-    """The value, if it is a whole number from 1 to 5; otherwise BadAnswer."""
+def as_integer(value: object, allowed: range) -> int:
+    """The value, if it is a whole number in this range; otherwise BadAnswer."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadAnswer("wrong type")
-    if value not in SCORES:
+    if value not in allowed:
         raise BadAnswer("out of range")
     return int(value)

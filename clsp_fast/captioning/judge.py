@@ -44,7 +44,7 @@ RESULTS, CLIPS = "judge.json", "clips.jsonl"
 Value = TypeVar("Value")
 _STREAM_ROUND = 2
 _ASPECT_LINE = re.compile(rf"^- ({'|'.join(ASPECTS)}):.*$", re.MULTILINE)
-_SCORE = {"type": "integer", "enum": list(json_answers.SCORES)}
+_SCORE = {"type": "integer", "enum": list(scores.SCORES)}
 _PAIR_SCHEMA = json_answers.object_schema({"better": {"type": "string", "enum": list(PREFERENCES)}})
 
 
@@ -157,8 +157,12 @@ def parse_scores(text: str, finish_reason: str, order: Round) -> NDArray[np.int6
     scores_SA = np.zeros((len(order.systems), len(ASPECTS)), np.int64)
     for name, system in zip(json_answers.caption_keys(len(order.systems)), order.systems, strict=True):
         entry = json_answers.member(values, name, json_answers.as_object)
-        scores_SA[system] = [json_answers.member(entry, aspect, json_answers.as_score) for aspect in ASPECTS]
+        scores_SA[system] = [json_answers.member(entry, aspect, _as_score) for aspect in ASPECTS]
     return scores_SA
+
+
+def _as_score(value: object) -> int:
+    return json_answers.as_integer(value, scores.SCORES)
 
 
 def parse_preference(text: str, finish_reason: str) -> int:

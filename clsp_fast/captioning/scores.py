@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SCORES = range(1, 6)
+"""The scores that a judge may give."""
 ASPECTS = ("correctness", "coverage", "naturalness")
 """What a judge scores from 1 to 5."""
 PREFERENCES = {"caption_1": 1, "tie": 0, "caption_2": -1}
