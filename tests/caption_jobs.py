@@ -36,17 +36,24 @@ def failure(name: str) -> dict[str, Any]:
     return {"custom_id": name, "error": {"message": "boom"}, "response": None}
 
 
-def make_job(work: Path, step: str, rows: Sequence[Mapping[str, Any]], parts: int, **settings: Any) -> Path:
+def make_job(
+    work: Path,
+    step: str,
+    rows: Sequence[Mapping[str, Any]],
+    parts: int,
+    notes: Mapping[str, Any],
+    **settings: Any,
+) -> Path:
     """A job's folder with these answers."""
     folder = work / step
     folder.mkdir(parents=True, exist_ok=True)
-    manifest, asked = settings.pop("manifest_path", None), settings.pop("asked", ALL_ROWS)
+    asked = settings.pop("asked", ALL_ROWS)
     known = {"step": step, "model": f"{step}-model", "prompt_digest": f"{step}-digest", "seed": 3}
     begin(
         folder,
         known | {"sampling": {"temperature": 0.6}} | settings,
         parts=parts,
-        notes={} if manifest is None else {"manifest_path": str(manifest)},
+        notes=notes,
         asked=asked,
     )
     write_rows(folder / ANSWERS, rows)
@@ -61,13 +68,16 @@ def make_work(
     work: Path | None = None,
     reasons: Sequence[str] | None = None,
     order: Sequence[int] | None = None,
+    blank_lines: int = 0,
     **settings: Any,
 ) -> Path:
     """A work folder in which each row of `texts` has one answer with these candidates.
 
-    `settings` are further ones of the job; "asked" are the rows that it was asked for.
+    `blank_lines` stand before the clips in the manifest. `settings` are further ones of the job; "asked" are
+    the rows that it was asked for.
     """
     manifest = write_rows(tmp_path / "m.jsonl", clips)
+    manifest.write_bytes(b"\n" * blank_lines + manifest.read_bytes())
     work = work or tmp_path / "work"
     facts = read_facts(manifest)
     make_job(
@@ -75,8 +85,8 @@ def make_work(
         "generate",
         [answer(custom_id("generate", row, "x"), texts[row], reasons) for row in (order or texts)],
         1,
+        {"manifest_path": str(manifest)},
         manifest={"name": facts.name, "bytes": facts.bytes, "sha256": facts.sha256},
-        manifest_path=manifest,
         candidates=20,
         candidates_per_request=20,
         **settings,
@@ -84,10 +94,12 @@ def make_work(
     return work
 
 
-def make_verdicts(work: Path, violations: Mapping[tuple[int, int], Sequence[str] | None]) -> None:
+def make_verdicts(
+    work: Path, violations: Mapping[tuple[int, int], Sequence[str] | None], **notes: str
+) -> None:
     """Verdicts on candidates (row, number); None: an answer that is no verdict."""
     rows = []
     for (row, number), names in violations.items():
         content = "?" if names is None else json.dumps({item: item in names for item in CHECKLIST})
         rows.append(answer(custom_id("verify", row, "x", number), [content]))
-    make_job(work, "verify", rows, 40, generate=identity(read_record(work / "generate")))
+    make_job(work, "verify", rows, 40, notes, generate=identity(read_record(work / "generate")))

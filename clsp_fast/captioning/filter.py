@@ -20,9 +20,10 @@ from clsp_fast import __version__
 from clsp_fast.captioning import generate, verify
 from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, manifest_of, read_record
 from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
+from clsp_fast.captioning.ids import Digests
 from clsp_fast.captioning.rows import asked_rows, clips_of_rows, rows_as_json
 from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
-from clsp_fast.captioning.verify import Verdict, Verdicts, check_manifest
+from clsp_fast.captioning.verify import UNVERIFIED, Verdict, Verdicts, check_manifest
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data.audio_paths import AudioPaths
@@ -34,13 +35,12 @@ from clsp_fast.storage import files
 
 CAPTIONS, COUNTS = "captions.jsonl", "filter.json"
 """What `filter` writes to the work folder: the manifest, and how many candidates were kept and dropped."""
-UNVERIFIED, NO_VERDICT = "unverified", "without verdict"
-REPEATED, SURPLUS, TOO_FEW = "repeated", "surplus", "too few in the clip"
-"""Reasons to drop a candidate that breaks no rule, beside the verifier's violations ("verifier: background").
-
-UNVERIFIED: the verifier answered, but not with a verdict. NO_VERDICT: it has not answered yet. REPEATED: the
-clip has the same caption twice. SURPLUS: the clip has enough captions. TOO_FEW: it has too few.
-"""
+NO_VERDICT = "without verdict"
+"""Reason to drop a candidate: the verifier has not answered yet."""
+REPEATED = "repeated"
+"""Reason to drop a candidate: the clip has the same caption already."""
+SURPLUS, TOO_FEW = "surplus", "too few in the clip"
+"""Reasons to drop a candidate: its clip has `keep` captions already, or fewer than `min_captions`."""
 CHARACTERS_A_BIN, WORDS_A_BIN = 32, 5
 """Width of a bin of the histograms of lengths."""
 _PROGRESS_ROWS = 1000
@@ -78,7 +78,7 @@ class FilterConfig:
 
 
 @dataclass
-class Counts:
+class FilterCounts:
     """What `filter` did. A candidate that is dropped has one or more reasons."""
 
     clips: Counter[str] = field(default_factory=Counter)
@@ -86,9 +86,9 @@ class Counts:
     dropped), "without answer", "too long" for `generate`, "bad lines"."""
     candidates: Counter[str] = field(default_factory=Counter)
     """"total", "kept" and "dropped"."""
-    first: Counter[str] = field(default_factory=Counter)
+    first_reasons: Counter[str] = field(default_factory=Counter)
     """Reason -> candidates that were dropped with this as their first reason. Adds up to "dropped"."""
-    any: Counter[str] = field(default_factory=Counter)
+    all_reasons: Counter[str] = field(default_factory=Counter)
     """Reason -> candidates that were dropped with this as one of their reasons."""
     global_captions: Counter[str] = field(default_factory=Counter)
     """"kept", or why a global caption of the manifest was dropped."""
@@ -103,14 +103,16 @@ class Counts:
     audio_s: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "asked": 0.0, "kept": 0.0})
     """Seconds of audio in clips whose duration the manifest states. "asked" leaves out clips that are too
     long."""
+    repeated_ids: int = 0
+    """Clips of the manifest that was written whose id an earlier one has. Training reads only the first."""
     unknown_durations: int = 0
     """Clips whose duration the manifest does not state."""
 
     def drop(self, *reasons: str) -> None:
         """Counts a candidate that is dropped."""
         self.candidates["dropped"] += 1
-        self.first[reasons[0]] += 1
-        self.any.update(reasons)
+        self.first_reasons[reasons[0]] += 1
+        self.all_reasons.update(reasons)
 
     def count_lengths(self, kind: str, caption: str) -> None:
         """Adds a caption to the histograms of "all" or "kept"."""
@@ -128,7 +130,7 @@ class Counts:
     def as_json(self) -> dict[str, Any]:
         """For filter.json: the keys of a histogram in their order, the reasons by their counts."""
         values = dict(vars(self))
-        for key in ("first", "any", "global_captions"):
+        for key in ("first_reasons", "all_reasons", "global_captions"):
             values[key] = dict(sorted(values[key].items(), key=lambda item: (-item[1], item[0])))
         for key in ("candidates_per_clip", "captions_per_clip"):
             values[key] = dict(sorted(values[key].items()))
@@ -146,8 +148,8 @@ class Counts:
         for key in ("without captions", "without answer", "too long", "bad lines"):
             if clips[key]:
                 lines.append(f"{key}: {clips[key]}")
-        if self.first:
-            reasons = [f"{reason} {count}" for reason, count in self.first.most_common()]
+        if self.first_reasons:
+            reasons = [f"{reason} {count}" for reason, count in self.first_reasons.most_common()]
             lines.append(f"dropped, by their first reason: {', '.join(reasons)}")
         return "\n".join(lines)
 
@@ -168,7 +170,7 @@ def reasons_to_drop(
     return tuple(f"verifier: {violation}" for violation in verdict.violations)
 
 
-def choose(captions: Iterable[str], config: FilterConfig, counts: Counts) -> list[str]:
+def choose(captions: Iterable[str], config: FilterConfig, counts: FilterCounts) -> list[str]:
     """The captions of a clip, sorted by length, and by their text where it is equal.
 
     Captions that differ only in case and white space count as repeated.
@@ -191,7 +193,9 @@ def choose(captions: Iterable[str], config: FilterConfig, counts: Counts) -> lis
     return ordered[: config.keep]
 
 
-def global_captions(clip: Clip, rules: Rules, counts: Counts) -> tuple[list[str], list[Mapping[str, str]]]:
+def global_captions(
+    clip: Clip, rules: Rules, counts: FilterCounts
+) -> tuple[list[str], list[Mapping[str, str]]]:
     """The clip's global captions after normalisation, and their claims, if the manifest has claims."""
     kept: dict[str, Mapping[str, str]] = {}
     captions = clip.captions.global_captions
@@ -246,10 +250,27 @@ def filter(config: FilterConfig) -> int:
     print(f"{path}: {job.counts.describe()}" if job.counts.clips["kept"] else job.counts.describe())
     if not job.counts.clips["kept"]:
         return 1
-    missing = job.counts.first[NO_VERDICT]
+    if repeated := job.counts.repeated_ids:
+        print(
+            f"warning: {repeated} clips have the id of an earlier clip, and training will leave them out; "
+            f"give each line of {manifest} its own id",
+            file=sys.stderr,
+        )
+    missing = job.counts.first_reasons[NO_VERDICT]
     if missing:
-        print(f"{missing} candidates have no verdict yet: run `verify` again, then `filter`", file=sys.stderr)
+        print(f"{missing} candidates have no verdict{_why_no_verdict(config.work, rules)}", file=sys.stderr)
     return INCOMPLETE if missing else 0
+
+
+def _why_no_verdict(work: Path, rules: Rules) -> str:
+    """The end of a message: why candidates have no verdict, and what to do."""
+    digest = read_record(work / verify.STEP).get("rules_digest", rules.digest)
+    if digest == rules.digest:
+        return " yet: run `verify` again, then `filter`"
+    return (
+        f", maybe because `verify` last ran with other rules ({digest}) than `filter` ({rules.digest}): run "
+        "both with the same --rules, --min-characters and --max-characters"
+    )
 
 
 def _has_verdicts(work: Path, record: Mapping[str, Any]) -> bool:
@@ -272,7 +293,8 @@ class _NoCaptions(Exception):
 
 
 class _Filter:
-    """One call of `filter`. It holds one clip at a time, and eight bytes for each request of both jobs."""
+    """One call of `filter`. It holds one clip at a time, and eight bytes for each request of both jobs and
+    each clip that is kept."""
 
     def __init__(self, config: FilterConfig, manifest: Path, rules: Rules, record: Mapping[str, Any]) -> None:
         self._config, self._manifest, self._rules = config, manifest, rules
@@ -280,12 +302,12 @@ class _Filter:
         self._longest_s = float(record["settings"].get("max_clip_s", math.inf))
         self._verified = _has_verdicts(config.work, record)
         self._paths = AudioPaths(manifest.parent, config.work)
-        self.counts = Counts()
+        self.counts = FilterCounts()
         self.provenance = _provenance(config.work, record["settings"], rules, verified=self._verified)
 
     def write(self, path: Path) -> None:
         """Writes the manifest. _NoCaptions if it would be empty."""
-        work, progress = self._config.work, Progress(None, "clips")
+        work, progress, ids = self._config.work, Progress(None, "clips"), Digests()
         with (
             path.open("w", encoding="ascii") as file,
             AnswerIndex(work / generate.STEP) as answers,
@@ -303,11 +325,13 @@ class _Filter:
                 captions = self._captions(candidates, verdicts.of_row(row) if verdicts else {})
                 if captions:
                     self.counts.keep(clip, captions)
+                    ids.add(clip.id)
                     file.write(json.dumps(self._line(clip, captions)) + "\n")
                 elif candidates:
                     self.counts.clips["without captions"] += 1
                 else:
                     self.counts.clips["too long" if too_long else "without answer"] += 1
+        self.counts.repeated_ids = ids.repeated()
         if not self.counts.clips["kept"]:
             raise _NoCaptions
 

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 
 from clsp_fast import __version__, audio
-from clsp_fast.audio import AudioError, AudioErrorReason, AudioLimits, Segment, Waveform
+from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, Waveform
 from clsp_fast.captioning.answers import Answer, custom_id
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
@@ -184,6 +184,14 @@ def wav_bytes(waveform: Waveform) -> bytes:
     return header + struct.pack("<4sI", b"data", len(samples)) + samples
 
 
+def sound_of(clip: Clip, limits: AudioLimits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """The part of a message that holds the recording. AudioError: it cannot be read or is too long."""
+    source = Segment(clip.audio, start_s=clip.start_s, duration_s=clip.duration_s, channel=clip.channel)
+    waveform = audio.load(source, sample_rate=_RATE_HZ, limits=limits)
+    data = base64.b64encode(wav_bytes(waveform)).decode("ascii")
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+
 def describe_tags(tags: Mapping[str, str], names: tuple[str, ...]) -> str:
     """The tags for the prompt: "accent: Scottish; speaking rate: slow". Empty if there are none."""
     pairs = [(name.replace("_", " "), stated(tags[name])) for name in names if name in tags]
@@ -263,10 +271,7 @@ class _Source:
         """The part of the message that holds the recording or its address."""
         if self._config.audio_url is not None and self._is_whole_file(clip):
             return {"type": "audio_url", "audio_url": {"url": self._url(clip.audio)}}
-        source = Segment(clip.audio, start_s=clip.start_s, duration_s=clip.duration_s, channel=clip.channel)
-        waveform = audio.load(source, sample_rate=_RATE_HZ, limits=self._limits)
-        data = base64.b64encode(wav_bytes(waveform)).decode("ascii")
-        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        return sound_of(clip, self._limits)
 
     def _is_whole_file(self, clip: Clip) -> bool:
         """Whether the clip is all of its file. If the file is not on this machine, the manifest tells."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -33,6 +32,7 @@ from clsp_fast.captioning.answers import (
     row_and_part,
 )
 from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError, describe
+from clsp_fast.captioning.ids import digest
 from clsp_fast.captioning.rows import ALL_ROWS, RowRange
 from clsp_fast.console import Progress
 from clsp_fast.storage import files
@@ -372,7 +372,7 @@ def import_answers(
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
             for name in names:
                 row, part = row_and_part(name)
-                digests[row * parts + part] = _digest(name)
+                digests[row * parts + part] = digest(name)
                 result.missing += not answers.is_done(name)
             for path in sources:
                 with path.open("rb") as file:
@@ -428,11 +428,6 @@ def exchange_files(
     return Exchange(missing, failed)
 
 
-def _digest(name: str) -> int:
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def _import_line(
     line: bytes, digests: SparseIntegers, answers: AnswerFile, parts: int, result: Imported
 ) -> None:
@@ -448,7 +443,7 @@ def _import_line(
     except ValueError:
         row, part = 0, parts
     number = row * parts + part
-    if part >= parts or digests[number] != _digest(answer.custom_id):
+    if part >= parts or digests[number] != digest(answer.custom_id):
         result.unknown += 1
     elif answer.error is not None:
         result.failed += 1

@@ -8,7 +8,6 @@ which is better: one for each order, so that a preference for a position cancels
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import re
@@ -21,12 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clsp_fast import __version__, audio
-from clsp_fast.audio import Segment
+from clsp_fast import __version__
 from clsp_fast.captioning import json_answers, scores
 from clsp_fast.captioning.answers import Answer, AnswerIndex, custom_id, row_and_part
 from clsp_fast.captioning.client import ServerConfig
-from clsp_fast.captioning.generate import ManifestFacts, Sampling, read_facts, seed_of, wav_bytes
+from clsp_fast.captioning.generate import ManifestFacts, Sampling, read_facts, seed_of, sound_of
 from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
@@ -35,13 +33,13 @@ from clsp_fast.captioning.sample import Kind, Sample, choose_clips
 from clsp_fast.captioning.scores import ASPECTS, PREFERENCES, Comparison, Scores
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
-from clsp_fast.data.clips import Clip
 from clsp_fast.storage import files
 
 STEP = "judge"
 RESULTS, CLIPS = "judge.json", "clips.jsonl"
 """What `judge` writes: the figures, and the scores of each clip."""
 Value = TypeVar("Value")
+_OTHER_STEPS = ("generate", "verify")
 _STREAM_ROUND = 2
 _ASPECT_LINE = re.compile(rf"^- ({'|'.join(ASPECTS)}):.*$", re.MULTILINE)
 _SCORE = {"type": "integer", "enum": list(scores.SCORES)}
@@ -66,7 +64,7 @@ class JudgeConfig:
     """Another manifest with captions for the same clips, which are found by their ids. The captions of both
     are scored together and compared."""
     name: str = STEP
-    """Name of the folder in WORK. Another set of settings needs another folder."""
+    """Name of the folder in WORK for answers and results. A run with other settings needs another name."""
     clips: int = 200
     """Clips that are judged, drawn by the seed. A larger number continues the work of a smaller one."""
     rounds: int = 5
@@ -89,8 +87,8 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         for name in ("clips", "rounds", "resamples"):
             require(is_positive(getattr(self, name)), name, "an integer > 0", getattr(self, name))
-        is_name = Path(self.name).name == self.name and self.name not in ("", "..")
-        require(is_name, "name", "the name of a folder in WORK", self.name)
+        ok = Path(self.name).name == self.name and self.name not in ("", "..", *_OTHER_STEPS)
+        require(ok, "name", 'the name of a new folder, such as "against-offline"', self.name)
         self.server.require_model()
 
 
@@ -251,7 +249,7 @@ class _Questions:
             prompt, schema = self.pairs_prompt, _PAIR_SCHEMA
         messages: list[dict[str, Any]] = []
         for role, text in prompt.messages({"captions": json_answers.captions_as_text(captions)}):
-            content = [_sound(sample.clip), {"type": "text", "text": text}] if role == "user" else text
+            content = [sound_of(sample.clip), {"type": "text", "text": text}] if role == "user" else text
             messages.append({"role": role, "content": content})
         return {
             "model": config.server.model,
@@ -277,13 +275,6 @@ class _Questions:
                 if straight is not None and reverse is not None:
                     outcome.comparisons[row] = Comparison(straight, reverse)
         return outcome
-
-
-def _sound(clip: Clip) -> dict[str, Any]:
-    """The part of a message that holds the recording."""
-    source = Segment(clip.audio, start_s=clip.start_s, duration_s=clip.duration_s, channel=clip.channel)
-    data = base64.b64encode(wav_bytes(audio.load(source, sample_rate=16_000))).decode("ascii")
-    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
 def judge(config: JudgeConfig) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from clsp_fast.captioning import generate, judge
-from clsp_fast.captioning.answers import ANSWERS, read_answers, read_record
-from clsp_fast.captioning.filter import CHARACTERS_A_BIN, COUNTS, WORDS_A_BIN
+from clsp_fast.captioning.answers import ANSWERS, Answer, parse_answer, read_record
+from clsp_fast.captioning.filter import CHARACTERS_A_BIN, COUNTS, WORDS_A_BIN, FilterCounts
 from clsp_fast.captioning.rows import asked_rows, describe_rows, rows_as_json
 from clsp_fast.checks import require
 from clsp_fast.storage import files
@@ -21,7 +21,9 @@ STEPS = ("generate", "verify", "judge")
 _WIDTH = 80
 _NAME_WIDTH = 26
 _BAR = 16
+_LONG = 1024
 _LONGEST_RANGES = 26
+_KEYS_OF_COUNTS = (*(key.name for key in fields(FilterCounts)), "provenance", "rows")
 _MOST_ROWS = 40
 
 
@@ -108,9 +110,11 @@ def read_figures(config: ReportConfig) -> dict[str, Any]:
             if step == generate.STEP:
                 figures["rows"] = rows_as_json(asked_rows(record))
             figures["cost"][step] = _cost(folder, config)
-    for name, path in (("filter", config.work / COUNTS), ("judge", config.work / "judge" / judge.RESULTS)):
-        if path.exists():
-            figures[name] = _read_object(path)
+    counts, results = config.work / COUNTS, config.work / judge.STEP / judge.RESULTS
+    if counts.exists():
+        figures["filter"] = _read_object(counts, _KEYS_OF_COUNTS)
+    if results.exists():
+        figures["judge"] = _read_object(results, ("scores",))
     if not figures["cost"] and "filter" not in figures:
         raise FileNotFoundError(f"{config.work} holds nothing to report on; run `generate` first")
     if figures["cost"]:
@@ -120,10 +124,14 @@ def read_figures(config: ReportConfig) -> dict[str, Any]:
 
 
 def _cost(folder: Path, config: ReportConfig) -> dict[str, float]:
-    """Requests, texts and tokens of a step. A request that failed and was answered later counts as both."""
-    keys = ("answered", "failed", "texts", "truncated", "prompt_tokens", "completion_tokens")
+    """Requests, texts and tokens of a step. A request that failed and was answered later counts as both.
+
+    Damaged lines are counted and left out, as by the steps that read the answers. An incomplete last line is
+    that of a run that was killed or goes on.
+    """
+    keys = ("answered", "failed", "damaged", "texts", "truncated", "prompt_tokens", "completion_tokens")
     cost: dict[str, float] = dict.fromkeys(keys, 0)
-    for answer in read_answers(folder):
+    for answer in _answers(folder, cost):
         if answer.error is not None:
             cost["failed"] += 1
             continue
@@ -139,10 +147,22 @@ def _cost(folder: Path, config: ReportConfig) -> dict[str, float]:
     return cost | {"price": sum(tokens) / 1e6}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _answers(folder: Path, cost: dict[str, float]) -> Iterator[Answer]:
+    with (folder / ANSWERS).open("rb") as file:
+        for line in file:
+            try:
+                yield parse_answer(line)
+            except ValueError:
+                cost["damaged"] += line.endswith(b"\n")
+
+
+def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The object in a JSON file that has all of these keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         require(isinstance(value, dict), "the file", "one JSON object", value)
+        for key in keys:
+            require(key in value, f'"{key}"', "in the file", None)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; run the subcommand that writes it again") from error
     return dict(value)
@@ -178,6 +198,8 @@ def _overview(counts: Mapping[str, Any]) -> Table:
     rows.append(("hours of audio", f"{hours['total']:,.2f}", ""))
     for kind in ("asked", "kept"):
         rows.append((f"  {kind}", f"{hours[kind]:,.2f}", _percent(hours[kind], hours["total"])))
+    if counts["repeated_ids"]:
+        rows.append(("repeated ids", f"{counts['repeated_ids']:,}", ""))
     if counts["unknown_durations"]:
         rows.append(("  clips without duration", f"{counts['unknown_durations']:,}", ""))
     rows.append(("rows of the manifest", _rows(counts["rows"]), ""))
@@ -197,8 +219,10 @@ def _reasons(counts: Mapping[str, Any]) -> Table:
     """A candidate has one first reason, and may have several."""
     total = counts["candidates"].get("total", 0)
     rows = [
-        (reason, f"{counts['first'].get(reason, 0):,}", f"{count:,}", _percent(count, total))
-        for reason, count in sorted(counts["any"].items(), key=lambda item: (-item[1], item[0]))[:_MOST_ROWS]
+        (reason, f"{counts['first_reasons'].get(reason, 0):,}", f"{count:,}", _percent(count, total))
+        for reason, count in sorted(counts["all_reasons"].items(), key=lambda item: (-item[1], item[0]))[
+            :_MOST_ROWS
+        ]
     ]
     return Table(("reason", "first", "any", "any, share"), rows)
 
@@ -222,11 +246,11 @@ def _per_clip(counts: Mapping[str, Any]) -> Table:
 
 
 def _lengths(histogram: Mapping[str, Mapping[str, int]], width: int) -> Table:
-    """A histogram with at most about twenty rows: bins are joined, and the last one is open."""
+    """A histogram with at most about twenty rows: bins are joined, and lengths from 1,024 on share one."""
     bins = {
         kind: {int(number): count for number, count in values.items()} for kind, values in histogram.items()
     }
-    usual = [number for number in bins["all"] if number * width < 1024]
+    usual = [number for number in bins["all"] if number * width < _LONG]
     step = max(1, -(-(max(usual, default=0) + 1) // 16))
     last = max(usual, default=0) // step
     joined = {
@@ -238,7 +262,7 @@ def _lengths(histogram: Mapping[str, Mapping[str, int]], width: int) -> Table:
     for i, (every, kept) in enumerate(zip(joined["all"], joined["kept"], strict=True)):
         low, high = i * step * width, (i + 1) * step * width - 1
         if every or kept:
-            name = f"{low:,} and more" if i > last else f"{low:,} - {high:,}"
+            name = f"{max(low, _LONG):,} and more" if i > last else f"{low:,} - {high:,}"
             rows.append((name, f"{every:,}", f"{kept:,}", ("#" * round(kept / largest * _BAR)).ljust(_BAR)))
     return Table(("length", "all", "kept", "kept"), rows)
 
@@ -249,11 +273,14 @@ def _costs(figures: Mapping[str, Any]) -> Table:
     names = {
         "answered": "requests answered",
         "failed": "failures",
+        "damaged": "damaged lines",
         "texts": "texts",
         "truncated": "  cut at the token limit",
         "prompt_tokens": "tokens of prompts",
         "completion_tokens": "tokens of answers",
     }
+    if not any(costs[step]["damaged"] for step in steps):
+        del names["damaged"]
     rows = [(name, *(f"{costs[step][key]:,}" for step in steps)) for key, name in names.items()]
     if any(costs[step]["price"] for step in steps):
         rows.append(("price", *(f"{costs[step]['price']:,.2f}" for step in steps)))
@@ -325,10 +352,10 @@ def draw_picture(figures: Mapping[str, Any], path: Path) -> str:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    reasons = list(counts["any"])[::-1][-20:]
-    for offset, key in ((0.2, "first"), (-0.2, "any")):
+    reasons = list(counts["all_reasons"])[::-1][-20:]
+    for offset, key, label in ((0.2, "first_reasons", "first reason"), (-0.2, "all_reasons", "any reason")):
         values = [counts[key].get(reason, 0) for reason in reasons]
-        axes[0, 0].barh([i + offset for i in range(len(reasons))], values, 0.4, label=f"{key} reason")
+        axes[0, 0].barh([i + offset for i in range(len(reasons))], values, 0.4, label=label)
     axes[0, 0].set_yticks(range(len(reasons)), reasons)
     axes[0, 0].set(title=f"dropped, of {counts['candidates'].get('total', 0):,} candidates")
     numbers = {int(number): count for number, count in counts["captions_per_clip"].items()}
@@ -352,6 +379,6 @@ def _draw_histogram(axis: Any, histogram: Mapping[str, Mapping[str, int]], width
     for kind, values in histogram.items():
         counts: dict[int, int] = {}
         for number, count in values.items():
-            start = min(int(number) * width, 1024)
+            start = min(int(number) * width, _LONG)
             counts[start] = counts.get(start, 0) + count
         axis.bar(list(counts), list(counts.values()), width, align="edge", alpha=0.6, label=kind)

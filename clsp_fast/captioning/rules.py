@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from clsp_fast.checks import is_positive, reject_unknown_keys, require
-from clsp_fast.data.caption_text import normalise, straight_apostrophes
+from clsp_fast.data.caption_text import straight_apostrophes
 from clsp_fast.storage import textfile
 
 RULES_FILE = Path(__file__).with_name("rules.json")
@@ -170,16 +170,6 @@ def read_rules(
         raise ValueError(f"{name}: {error}") from error
 
 
-def broken_rule(caption: str, rules: Rules | None = None) -> str | None:
-    """The name of the first rule that a fine-grained caption breaks, or None.
-
-    Args:
-        caption: an answer that `clean_answer` has cleaned.
-        rules: None: those of rules.json.
-    """
-    return next(iter((rules or default_rules()).broken(caption)), None)
-
-
 def clean_answer(text: str | None, finish_reason: str | None) -> str | None:
     """The caption in one answer of a language model; None if `answer_fault` names a fault.
 
@@ -212,18 +202,3 @@ def _without_thoughts(text: str) -> str:
     text = text[ends[-1].end() :] if ends else text
     start = _THOUGHT_START.search(text)
     return (text[: start.start()] if start else text).strip()
-
-
-def normalise_global(caption: str, tags: Mapping[str, str], rules: Rules | None = None) -> str | None:
-    """A global caption without brackets, notes, labels, quotes and markdown, with the labelled accent.
-
-    Args:
-        caption: the caption.
-        tags: the clip's tags; "accent" replaces another accent that the caption names.
-        rules: None: those of rules.json.
-
-    Returns:
-        The caption, or None if it is empty or too short after normalisation.
-    """
-    text = normalise(caption, accent=tags.get("accent"))
-    return None if (rules or default_rules()).broken_global(text) else text

@@ -46,13 +46,11 @@ STEP = "verify"
 CHECKLIST = ("background", "audio_quality", "transcription", "absence")
 """The violations that the verifier looks for."""
 UNVERIFIED = "unverified"
-"""The violation of a caption whose answers are no verdict."""
+"""What a caption is called whose answers are no verdict."""
 ATTEMPTS = 2
 """How often a caption is sent until its answer is a verdict."""
-_SCHEMA = json_answers.object_schema({item: {"type": "boolean"} for item in CHECKLIST})
-
-
 _SECOND_TEMPERATURE = 0.6
+_SCHEMA = json_answers.object_schema({item: {"type": "boolean"} for item in CHECKLIST})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,10 @@ class VerifyConfig:
     """The manifest that `generate` read. None: where it was then."""
     rules: Path | None = None
     """JSON file with other rules, as for `filter`. Only candidates that keep the rules are sent."""
+    min_characters: int | None = None
+    """Replaces the smallest length of the rules, as for `filter`."""
+    max_characters: int | None = None
+    """Replaces the largest length of the rules, as for `filter`."""
     prompt: Path | None = None
     """File with another prompt. None: prompts/verify.txt of the package."""
     tags: tuple[str, ...] = ("accent", "speaking_rate", "situational_tags")
@@ -161,19 +163,6 @@ class Verdicts:
         return verdicts
 
 
-def verdicts(work: Path) -> Iterator[tuple[int, int, bool, tuple[str, ...]]]:
-    """All verdicts as (row, number of the candidate, whether it passed, its violations), sorted.
-
-    A caption whose answers are no verdict has the violation "unverified". A caption without an answer is left
-    out.
-    """
-    with Verdicts(work) as job:
-        for row in range(job.rows):
-            for number, verdict in sorted(job.of_row(row).items()):
-                violations = (UNVERIFIED,) if verdict.fault else verdict.violations
-                yield row, number, verdict.passed, violations
-
-
 @dataclass(frozen=True)
 class _Checklist:
     """The captions that are verified, and their requests.
@@ -219,6 +208,7 @@ class _Checklist:
                     yield row, clip, kept
 
     def _request(self, row: int, clip: Clip, number: int, caption: str, attempt: int) -> Request:
+        """The request about a candidate. Its body is only made if it is sent."""
         name = custom_id(STEP, row, clip.id, attempt * self.candidates + number)
         return Request(name, functools.partial(self._body, clip, caption, attempt))
 
@@ -229,7 +219,7 @@ class _Checklist:
             "tags": describe_tags(clip.tags, config.tags),
             "transcript": " ".join(clip.tags.get(config.transcript, "").split()),
         }
-        body = {
+        body: dict[str, Any] = {
             "model": config.server.model,
             "messages": [{"role": role, "content": text} for role, text in self.prompt.messages(values)],
             "seed": config.seed + attempt,
@@ -242,7 +232,11 @@ class _Checklist:
 
 
 class _Faults:
-    """Counts answers to first attempts that are no verdicts."""
+    """Counts answers to first attempts that are no verdicts, so that a second one follows.
+
+    Args:
+        candidates: of a row; the parts from this number on are second attempts.
+    """
 
     def __init__(self, candidates: int) -> None:
         self._candidates = candidates
@@ -264,7 +258,9 @@ def verify(config: VerifyConfig) -> int:
         or the folder was begun with other settings. Others as `run_jobs`.
     """
     prompt = read_prompt(STEP, config.prompt, {"caption"})
-    rules = read_rules(config.rules)
+    rules = read_rules(
+        config.rules, min_characters=config.min_characters, max_characters=config.max_characters
+    )
     record = read_record(config.work / "generate")
     manifest = config.manifest or manifest_of(record)
     check_manifest(manifest, record)

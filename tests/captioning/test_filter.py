@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ def test_kept_captions_are_sorted_by_length_and_reasons_are_counted(tmp_path: Pa
     counts = counts_of(work)
     assert counts["candidates"] == {"total": 12, "kept": 3, "dropped": 9}
     once = dict.fromkeys(("newline", "negation", "speakers", "quotation", "long", "repeated", "short"), 1)
-    assert counts["first"] == {"empty": 2} | once
-    assert counts["any"] == counts["first"]
+    assert counts["first_reasons"] == {"empty": 2} | once
+    assert counts["all_reasons"] == counts["first_reasons"]
     assert counts["candidates_per_clip"] == {"12": 1}
     assert counts["captions_per_clip"] == {"3": 1}
     assert sum(counts["characters"]["all"].values()) == 10
@@ -61,15 +63,17 @@ def test_a_candidate_with_several_faults_counts_once_as_first(tmp_path: Path) ->
     work = make_work(tmp_path, [CLIP], {0: ['no "speakers"\n here', good("Ann")]})
     assert filter(FilterConfig(work=work)) == 0
     counts = counts_of(work)
-    assert counts["first"] == {"short": 1}
-    assert counts["any"] == dict.fromkeys(("negation", "newline", "quotation", "short", "speakers"), 1)
+    assert counts["first_reasons"] == {"short": 1}
+    assert counts["all_reasons"] == dict.fromkeys(
+        ("negation", "newline", "quotation", "short", "speakers"), 1
+    )
 
 
 def test_truncated_candidates_are_dropped(tmp_path: Path) -> None:
     work = make_work(tmp_path, [CLIP], {0: [good("Ann"), good("Bea")]}, reasons=["length", "stop"])
     assert filter(FilterConfig(work=work)) == 0
     assert lines_of(work)[0]["finegrained_captions"] == [good("Bea")]
-    assert counts_of(work)["first"] == {"truncated": 1}
+    assert counts_of(work)["first_reasons"] == {"truncated": 1}
 
 
 def test_keep_limits_the_captions_and_min_captions_the_clips(tmp_path: Path) -> None:
@@ -77,12 +81,12 @@ def test_keep_limits_the_captions_and_min_captions_the_clips(tmp_path: Path) -> 
     work = make_work(tmp_path, [CLIP, CLIP | {"id": "b"}], texts)
     assert filter(FilterConfig(work=work)) == 0
     assert [len(line["finegrained_captions"]) for line in lines_of(work)] == [14, 1]
-    assert counts_of(work)["first"] == {"surplus": 6}
+    assert counts_of(work)["first_reasons"] == {"surplus": 6}
     assert filter(FilterConfig(work=work, keep=5, min_captions=2, longest=True)) == 0
     (line,) = lines_of(work)
     assert [len(text) for text in line["finegrained_captions"]] == [149, 148, 147, 146, 145]
     counts = counts_of(work)
-    assert counts["first"] == {"surplus": 15, "too few in the clip": 1}
+    assert counts["first_reasons"] == {"surplus": 15, "too few in the clip": 1}
     assert counts["clips"] == {"total": 2, "kept": 1, "without captions": 1}
     assert counts["candidates"] == {"total": 21, "kept": 5, "dropped": 16}
 
@@ -135,8 +139,8 @@ def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.Ca
     # Candidate 3 has an answer that is no verdict, and candidate 4 none.
     expected = {"unverified": 1, "without verdict": 1, "short": 1}
     expected |= {"verifier: absence": 1, "verifier: background": 1}
-    assert counts["first"] == expected
-    assert counts["any"] == expected | {"verifier: absence": 2}
+    assert counts["first_reasons"] == expected
+    assert counts["all_reasons"] == expected | {"verifier: absence": 2}
     assert line["provenance"]["fine"]["verifier"] == {
         "model": "verify-model",
         "prompt_digest": "verify-digest",
@@ -301,7 +305,18 @@ def test_without_captions_an_earlier_manifest_is_kept(
     assert done.value.code == 1
     assert "was not written: no clip has captions" in capsys.readouterr().err
     assert (work / CAPTIONS).read_text() == "earlier\n"
-    assert counts_of(work)["first"] == {"short": 1}
+    assert counts_of(work)["first_reasons"] == {"short": 1}
+
+
+def test_repeated_ids_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [CLIP | {"id": name} for name in "abab"] + [CLIP | {"id": "c"}]
+    work = make_work(tmp_path, clips, {row: [good("Ann")] for row in (0, 1, 2, 4)})
+    assert filter(FilterConfig(work=work)) == 0
+    message = capsys.readouterr().err
+    assert "warning: 1 clips have the id of an earlier clip, and training will leave them out" in message
+    assert f"give each line of {tmp_path / 'm.jsonl'} its own id" in message
+    assert counts_of(work)["repeated_ids"] == 1  # the second "b" has no captions
+    assert len(read_manifest(work / CAPTIONS).problems) == 1
 
 
 def test_rules_of_a_user_and_limits(tmp_path: Path) -> None:
@@ -312,7 +327,7 @@ def test_rules_of_a_user_and_limits(tmp_path: Path) -> None:
     (line,) = lines_of(work)
     assert line["finegrained_captions"] == ["A man without haste speaks."]
     assert line["provenance"]["fine"]["rules"] == "mine"
-    assert counts_of(work)["first"] == {"long": 1}
+    assert counts_of(work)["first_reasons"] == {"long": 1}
     assert counts_of(work)["rules"]["min_characters"] == 10
 
 
@@ -351,6 +366,21 @@ def test_the_manifest_that_generate_read_is_never_replaced(tmp_path: Path) -> No
     assert (work / "captions.jsonl").read_bytes() == source
 
 
+def test_filter_says_if_verify_had_other_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = make_work(tmp_path, [CLIP], {0: [good("Ann"), good("Bea", 120)]})
+    make_verdicts(work, {(0, 0): []}, rules_digest=default_rules().digest)
+    assert filter(FilterConfig(work=work)) == 0
+    assert "verdict" not in capsys.readouterr().err
+    assert filter(FilterConfig(work=work, min_characters=100)) == 3
+    message = capsys.readouterr().err
+    digest = default_rules().digest
+    assert (
+        f"1 candidates have no verdict, maybe because `verify` last ran with other rules ({digest})"
+        in message
+    )
+    assert "run both with the same --rules, --min-characters and --max-characters" in message
+
+
 def test_a_verifier_that_has_not_answered_is_no_verifier(tmp_path: Path) -> None:
     work = make_work(tmp_path, [CLIP], {0: [good("Ann")]})
     make_verdicts(work, {})
@@ -366,3 +396,28 @@ def test_verdicts_on_other_candidates_are_refused(tmp_path: Path) -> None:
     make_work(tmp_path, [CLIP], {0: [good("Bea")]})
     with pytest.raises(ValueError, match=r"belong to other candidates .* delete .* and run `verify`"):
         filter(FilterConfig(work=work))
+
+
+def test_late_rows_need_no_more_memory_than_early_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array over all rows would hold 2.4 MB for the answers and 96 MB for the verdicts."""
+    rules = default_rules()  # reading them takes more memory than the rest
+    monkeypatch.setattr("clsp_fast.captioning.filter.read_rules", lambda *_, **__: rules)
+    peaks = []
+    for first in (0, 300_000):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        clips = [CLIP | {"id": f"c{i}"} for i in range(20)]
+        rows = range(first, first + 20)
+        work = make_work(
+            folder, clips, {row: [good("Ann")] for row in rows}, blank_lines=first, asked=(first, math.inf)
+        )
+        make_verdicts(work, {(row, 0): [] for row in rows})
+        tracemalloc.start()
+        assert filter(FilterConfig(work=work)) == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(lines_of(work)) == 20
+    assert peaks[0] > 10_000
+    assert peaks[1] < peaks[0] + 1_500_000

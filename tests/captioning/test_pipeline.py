@@ -161,7 +161,7 @@ def test_from_recordings_to_a_model(
     assert dropped["verifier: background"] > 3
     counts = json.loads((work / "filter.json").read_text())
     assert counts["candidates"]["kept"] == sum(map(len, kept.values()))
-    assert {name: count for name, count in counts["first"].items() if count} == dropped
+    assert {name: count for name, count in counts["first_reasons"].items() if count} == dropped
     for line in lines:
         assert line["provenance"]["fine"]["model"] == MODEL
         assert line["global_captions"] == ["A calm voice speaks in a measured and friendly way."]

@@ -78,7 +78,7 @@ def test_histograms_hold_every_caption(work: Path, capsys: pytest.CaptureFixture
         cells = [line[26:].split() for line in part]
         assert sum(int(row[0]) for row in cells) == 7
         assert sum(int(row[1]) for row in cells) == 3
-    assert "1,024 and more" not in shown or row_of(shown, "1,024 and more")[:2] == ["1", "0"]
+    assert row_of(shown, "1,024 and more")[:2] == ["1", "0"]
 
 
 def test_prices_become_money(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,12 +175,26 @@ def test_figures_of_the_judge_are_shown(work: Path, capsys: pytest.CaptureFixtur
     assert max(map(len, shown[: shown.index("picture: ")].splitlines())) <= 80
 
 
+def test_damaged_lines_are_counted_and_left_out(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = work / "generate" / ANSWERS
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b'{"custom_id": "3\n\xff\n' + b"".join(lines[1:]) + b'{"custom_id": "9')
+    run(work)
+    shown = capsys.readouterr().out
+    assert row_of(shown, "requests answered") == ["3", "4", "7"]
+    assert row_of(shown, "damaged lines") == ["2", "0", "2"]
+    path.write_bytes(b"".join(lines))
+    run(work)
+    assert "damaged lines" not in capsys.readouterr().out
+
+
 def test_an_empty_folder_and_a_damaged_file_are_refused(work: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds nothing to report on; run `generate` first"):
         caption.main(["report", str(tmp_path / "none")])
-    for text in ("{", "[]"):
+    earlier = json.dumps({"clips": {"total": 3}})
+    for text, fault in (("{", "Expecting"), ("[]", "one JSON object"), (earlier, '"candidates" must be in')):
         (work / COUNTS).write_text(text)
-        with pytest.raises(ValueError, match=r"filter\.json is damaged"):
+        with pytest.raises(ValueError, match=rf"filter\.json is damaged: .*{fault}"):
             report(ReportConfig(work=work))
     with pytest.raises(ValueError, match="price_prompt must be a number >= 0"):
         ReportConfig(work=work, price_prompt=-1.0)

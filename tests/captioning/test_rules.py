@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from clsp_fast.captioning import rules
 from clsp_fast.captioning.rules import (
     answer_fault,
-    broken_rule,
     clean_answer,
     default_rules,
-    normalise_global,
     read_rules,
 )
+from clsp_fast.data.caption_text import normalise
 
 FILLER = "A woman speaks calmly and slowly in a warm, low voice; her tone grows brighter towards the end. "
 
@@ -26,6 +25,11 @@ def caption(words: str, length: int = 200) -> str:
     """A caption of `length` characters that holds the words."""
     text = f"{words} {FILLER * 8}"
     return text[:length]
+
+
+def broken_rule(text: str) -> str | None:
+    """The first rule that a caption breaks."""
+    return next(iter(default_rules().broken(text)), None)
 
 
 def test_limits_count_characters_not_bytes() -> None:
@@ -162,12 +166,12 @@ def test_faults_of_answers(text: str | None, reason: str | None, fault: str | No
     assert (clean_answer(text, reason) is None) == (fault is not None)
 
 
-def test_global_captions_are_normalised_and_short_ones_dropped() -> None:
+def test_global_captions_that_are_short_after_normalisation_are_dropped() -> None:
     text = "a man [laughs] speaks with a British accent"
-    assert normalise_global(text, {"accent": "Indian"}) == "A man speaks with an Indian accent."
-    assert normalise_global("x" * 31, {}) == "X" + "x" * 30 + "."
-    assert normalise_global("x" * 30, {}) is None
-    assert normalise_global("(Note: a man speaks in a low and calm voice)", {}) is None
+    cases = [(text, None), ("x" * 31, None), ("x" * 30, "short")]
+    cases += [("(Note: a man speaks in a low and calm voice)", "empty")]
+    for caption, fault in cases:
+        assert default_rules().broken_global(normalise(caption, accent="Indian")) == fault
 
 
 def test_a_users_rules_replace_the_words_and_limits(tmp_path: Path) -> None:

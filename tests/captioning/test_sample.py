@@ -22,6 +22,7 @@ def manifest(path: Path, numbers: Iterable[int]) -> Path:
         }
         for i in numbers
     ]
+    path.parent.mkdir(exist_ok=True)
     return write_rows(path, rows)
 
 
@@ -66,6 +67,18 @@ def test_only_clips_with_captions_in_both_manifests_are_drawn(tmp_path: Path) ->
         assert [text.split(",")[0] for text in drawn.captions] == [f"a {drawn.row}", f"b {drawn.row}"]
     samples, _ = choose_clips(first, second, kind="global", count=1, seed=0)
     assert samples[0].captions == (f"a {samples[0].row}.", f"b {samples[0].row}.")
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 100])
+def test_a_repeated_id_is_drawn_once(tmp_path: Path, count: int) -> None:
+    once = manifest(tmp_path / "a.jsonl", range(9))
+    expected, left_out = choose_clips(once, None, kind="fine", count=count, seed=0)
+    assert left_out == {}
+    twice = manifest(tmp_path / "b" / "a.jsonl", (*range(9), *range(9), 4))
+    samples, left_out = choose_clips(twice, None, kind="fine", count=count, seed=0)
+    assert left_out == {"with the id of an earlier clip": 10}
+    assert [(s.row, s.captions) for s in samples] == [(s.row, s.captions) for s in expected]
+    assert len(samples) == min(count, 9)
 
 
 def test_manifests_without_a_common_clip_are_refused(tmp_path: Path) -> None:

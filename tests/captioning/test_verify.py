@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from caption_jobs import CLIP, good, make_work
 from sample_data import MakeClips, write_rows
 from stub_server import MODEL, StubServer
 
 from clsp_fast.captioning import answers, verify
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import GenerateConfig, generate
-from clsp_fast.captioning.verify import CHECKLIST, Verdict, VerifyConfig
+from clsp_fast.captioning.prompt import Prompt
+from clsp_fast.captioning.rules import default_rules
+from clsp_fast.captioning.verify import CHECKLIST, Verdict, Verdicts, VerifyConfig
 from clsp_fast.console import INCOMPLETE
 
 GOOD = json.dumps(dict.fromkeys(CHECKLIST, False))
@@ -78,6 +83,16 @@ def candidate_of(body: dict[str, Any]) -> str:
     return text.split("Description:\n")[1].split("\n")[0]
 
 
+def verdicts_of(work: Path) -> list[tuple[int, int, Verdict]]:
+    """(row, number of the candidate, verdict) of all verdicts."""
+    with Verdicts(work) as verdicts:
+        return [
+            (row, number, verdict)
+            for row in range(verdicts.rows)
+            for number, verdict in sorted(verdicts.of_row(row).items())
+        ]
+
+
 def run(work: Path, content: Callable[[dict[str, Any]], str], **changes: Any) -> tuple[int, StubServer]:
     """Verifies the candidates of a folder. Returns the exit code and the server."""
     with StubServer(content=content, keep=True) as server:
@@ -96,10 +111,10 @@ def test_every_candidate_that_keeps_the_rules_gets_a_verdict(
     dropped = sum("begins quietly" in text for text in texts)
     assert len(texts) == 12
     assert 0 < dropped < 12
-    rows = list(verify.verdicts(work))
-    assert [(row, number) for row, number, _, _ in rows] == [(r, n) for r in range(4) for n in range(3)]
-    assert sum(not passed for _, _, passed, _ in rows) == dropped
-    assert {violations for *_, violations in rows} == {(), ("absence",)}
+    given = verdicts_of(work)
+    assert [(row, number) for row, number, _ in given] == [(r, n) for r in range(4) for n in range(3)]
+    assert sum(not verdict.passed for _, _, verdict in given) == dropped
+    assert {verdict.violations for _, _, verdict in given} == {(), ("absence",)}
     text = capsys.readouterr().out
     assert f"12 captions, {12 - dropped} passed, {dropped} with violations" in text
 
@@ -115,6 +130,18 @@ def test_a_request_holds_the_caption_the_tags_the_transcript_and_the_schema(work
     assert list(schema["properties"]) == schema["required"] == list(CHECKLIST)
     starts = {text["messages"][-1]["content"][:800] for text in server.bodies}
     assert len(starts) == 1  # servers compute the beginning once
+
+
+def test_limits_decide_which_candidates_are_sent(work: Path) -> None:
+    for config in ({"min_characters": 700}, {"max_characters": 20, "min_characters": 10}):
+        _, server = run(work, lambda body: GOOD, **config)
+        assert server.bodies == []
+    digest = answers.read_record(work / "verify")["rules_digest"]
+    run(work, lambda body: GOOD, max_characters=700)
+    assert answers.read_record(work / "verify")["rules_digest"] not in (digest, default_rules().digest)
+    _, server = run(work, lambda body: GOOD)
+    assert server.bodies == []
+    assert answers.read_record(work / "verify")["rules_digest"] == default_rules().digest
 
 
 def test_tags_and_transcript_can_be_left_out(work: Path) -> None:
@@ -145,43 +172,74 @@ def test_an_answer_that_is_no_verdict_is_asked_for_once_more(work: Path) -> None
     assert set(captions.values()) <= {2 * times for times in range(1, 7)}
     assert sum(body["seed"] for body in server.bodies) == len(server.bodies) / 2 == 12
     assert {(body["seed"], body["temperature"]) for body in server.bodies} == {(0, 0.0), (1, 0.6)}
-    unverified = [row for row in verify.verdicts(work) if row[3] == ("unverified",)]
+    unverified = [verdict for _, _, verdict in verdicts_of(work) if verdict.fault == "not a JSON object"]
     assert len(unverified) == captions[hopeless[0]] / 2
-    assert sum(passed for _, _, passed, _ in verify.verdicts(work)) == 12 - len(unverified)
+    assert sum(verdict.passed for _, _, verdict in verdicts_of(work)) == 12 - len(unverified)
 
 
-def test_a_second_attempt_that_fails_is_not_announced_as_a_first_one(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = VerifyConfig(work=work, server=ServerConfig(model=MODEL), jobs_only=True)
-    assert verify.verify(config) == 0
-    jobs = [json.loads(line) for line in (work / "verify/jobs.jsonl").read_text().splitlines()]
-    body = {"choices": [{"message": {"content": "{}"}, "finish_reason": "stop"}]}
-    response = {"status_code": 200, "body": body}
-    path = write_rows(
-        tmp_path / "a.jsonl", [{"custom_id": j["custom_id"], "response": response} for j in jobs]
-    )
-    code, server = run(work, lambda body: "No.", answers=(path,))
+def test_only_a_first_attempt_is_followed_by_another(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fault(body: dict[str, Any], attempt: int) -> str:
+        return "400" if body["seed"] else ""
+
+    with StubServer(content=lambda body: "?", fault=fault) as server:
+        assert verify.verify(VerifyConfig(work=work, server=at(server.url))) == 0
+    assert "12 answers are no verdicts; asking again" in capsys.readouterr().out
+    code, server = run(work, lambda body: "?")
     assert (code, len(server.bodies)) == (0, 12)
-    assert {body["seed"] for body in server.bodies} == {1}
     assert "asking again" not in capsys.readouterr().out
 
 
-def test_a_second_run_asks_only_what_is_missing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_answered_requests_are_not_filled(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    messages = Prompt.messages
+
+    def count(prompt: Prompt, values: Mapping[str, str]) -> list[tuple[str, str]]:
+        filled.append(1)
+        return messages(prompt, values)
+
+    monkeypatch.setattr(Prompt, "messages", count)
+    run(work, lambda body: GOOD)
+    assert len(filled) == 12
+    run(work, lambda body: GOOD)
+    assert len(filled) == 12
+
+
+def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
     def fault(body: dict[str, Any], attempt: int) -> str:
         return "" if "Hello 2" in body["messages"][-1]["content"] else "400"
 
     with StubServer(content=lambda body: GOOD, fault=fault) as server:
         assert verify.verify(VerifyConfig(work=work, server=at(server.url))) == INCOMPLETE
-    assert [(row, number) for row, number, _, _ in verify.verdicts(work)] == [(2, 0), (2, 1), (2, 2)]
+    assert [(row, number) for row, number, _ in verdicts_of(work)] == [(2, 0), (2, 1), (2, 2)]
     code, server = run(work, lambda body: GOOD)
     assert code == 0
     before = (work / "verify/answers.jsonl").read_bytes()
-    assert len(list(verify.verdicts(work))) == 12
-    monkeypatch.setattr("clsp_fast.captioning.prompt.Prompt.messages", None)  # no prompt is filled in
+    assert len(verdicts_of(work)) == 12
     code, server = run(work, lambda body: GOOD)
     assert (code, server.bodies) == (0, [])
     assert (work / "verify/answers.jsonl").read_bytes() == before
+
+
+def test_late_rows_need_no_more_memory_than_early_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array over all rows would hold 2.4 MB for the candidates and 96 MB for the verdicts."""
+    rules = default_rules()  # reading them takes more memory than the rest
+    monkeypatch.setattr("clsp_fast.captioning.verify.read_rules", lambda *_, **__: rules)
+    peaks = []
+    for first in (0, 300_000):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        clips = [CLIP | {"id": f"c{i}"} for i in range(20)]
+        texts = {row: [good(f"Ann {row}")] for row in range(first, first + 20)}
+        work = make_work(folder, clips, texts, blank_lines=first, asked=(first, math.inf))
+        tracemalloc.start()
+        code, server = run(work, lambda body: GOOD)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (code, len(server.bodies)) == (0, 20)
+    assert peaks[0] > 10_000
+    assert peaks[1] < peaks[0] + 8_000_000  # a bit for each request is allowed
 
 
 def test_job_files_and_their_answers_give_the_same_verdicts(work: Path, tmp_path: Path) -> None:
@@ -201,7 +259,7 @@ def test_job_files_and_their_answers_give_the_same_verdicts(work: Path, tmp_path
         config = VerifyConfig(work=work, server=ServerConfig(model=MODEL), jobs_only=True, answers=(path,))
     assert verify.verify(config) == 0
     assert not (work / "verify/jobs.jsonl").exists()
-    assert [row[2:] for row in verify.verdicts(work)] == [(True, ())] * 12
+    assert [verdict for _, _, verdict in verdicts_of(work)] == [Verdict()] * 12
 
 
 def test_a_changed_manifest_or_setting_is_refused(work: Path) -> None:
