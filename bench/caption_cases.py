@@ -32,7 +32,7 @@ def table(measurements: list[Measurement]) -> np.ndarray:
             (
                 m.whole.f0_hz,
                 m.whole.level_db,
-                m.whole.syllables,
+                m.whole.nuclei,
                 m.whole.voiced,
                 m.whole.f0_sd,
                 *m.formants_hz,

@@ -202,17 +202,12 @@ def agreement_with_praat(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
     f0 = pairs(lambda m: m.whole.f0_hz, "f0_hz")
     level, hnr = pairs(lambda m: m.whole.level_db, "level_db"), pairs(lambda m: m.whole.hnr_db, "hnr_db")
-    rate = [
-        (row.ours.whole.voiced_syllables / max(row.ours.whole.duration_s, 0.1), syllables_per_s(row.praat))
-        for row in voiced
-    ]
-    rate_of_all = [(row.ours.whole.syllables_per_s, syllables_per_s(row.praat)) for row in voiced]
+    rate = [(row.ours.whole.syllables_per_s, syllables_per_s(row.praat)) for row in voiced]
     figures = {
         "F0 median within 5 %": figure(f0, within(0.05)),
         "F0 median rank correlation": figure(f0, rank_correlation),
         "F0 spread rank correlation": figure(pairs(lambda m: m.whole.f0_sd, "f0_sd"), rank_correlation),
-        "rate of voiced syllables, rank correlation": figure(rate, rank_correlation),
-        "rate of all syllables, rank correlation": figure(rate_of_all, rank_correlation),
+        "syllable rate rank correlation": figure(rate, rank_correlation),
         "level rank correlation": figure(level, rank_correlation),
         "level, median difference in dB": figure(level, median_difference),
         "HNR rank correlation": figure(hnr, rank_correlation),

@@ -8,9 +8,9 @@ namespace clsp_python {
 namespace {
 
 constexpr const char* kPartFields[] = {
-    "start_s", "duration_s", "level_db", "voiced",    "clear_voice",      "f0_hz",
-    "f0_sd",   "f0_range",   "f0_slope", "syllables", "voiced_syllables", "syllables_per_s",
-    "pauses",  "pause_s",    "hnr_db",   "creak",     "tilt_db",
+    "start_s", "duration_s", "level_db", "voiced",  "clear_voice",   "f0_hz",
+    "f0_sd",   "f0_range",   "f0_slope", "nuclei",  "voiced_nuclei", "pauses",
+    "pause_s", "hnr_db",     "creak",    "tilt_db",
 };
 static_assert(sizeof(clsp::VoicePart) == std::size(kPartFields) * sizeof(double));
 

@@ -210,14 +210,12 @@ VoicePart measure_part(const Frames& frames, std::size_t first, std::size_t end)
     speech += frames.active[m];
     part.clear_voice += has_voice && frames.strength[m] > kClearStrength;
     creak += frames.creak[m];
-    part.syllables += frames.nuclei[m];
-    part.voiced_syllables += frames.nuclei[m] && has_voice;
+    part.nuclei += frames.nuclei[m];
+    part.voiced_nuclei += frames.nuclei[m] && has_voice;
   }
   part.voiced = static_cast<double>(voiced.size()) / std::max(speech, 1.0);
   part.clear_voice /= std::max(speech, 1.0);
   part.creak = creak / std::max(speech, 1.0);
-  part.syllables_per_s =
-      part.syllables / (static_cast<double>(std::max(end - first, std::size_t{1})) * kHopS);
   for_each_run(frames.active, first, end, false, [&](std::size_t begin, std::size_t stop) {
     if (stop - begin < kMinPause) return;
     part.pauses += 1.0;

@@ -14,7 +14,7 @@ namespace clsp {
 // A stretch of speech. The fields have the names and the order of the Python class.
 struct VoicePart {
   double start_s, duration_s, level_db, voiced, clear_voice, f0_hz, f0_sd, f0_range, f0_slope,
-      syllables, voiced_syllables, syllables_per_s, pauses, pause_s, hnr_db, creak, tilt_db;
+      nuclei, voiced_nuclei, pauses, pause_s, hnr_db, creak, tilt_db;
 };
 
 constexpr std::size_t kVoiceParts = 6;  // the whole, two halves, three thirds

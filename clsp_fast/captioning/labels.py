@@ -28,7 +28,7 @@ class Bands:
     pitch: Mapping[str, Mapping[str, Band]]
     """For each sex, the median F0 in Hz."""
     speed: Mapping[str, Band]
-    """Syllable nuclei per second, from the first to the last sound of the voice."""
+    """Syllables per second, from the first to the last sound of the voice, as `Part.syllables` counts."""
     liveliness: Mapping[str, Band]
     """Standard deviation of F0 in semitones."""
     loudness: Mapping[str, Band]
@@ -40,7 +40,7 @@ FIXED = Bands(
         "male": {"low": (50, 102), "medium": (108, 129), "high": (137, 600)},
         "female": {"low": (60, 186), "medium": (194, 228), "high": (242, 600)},
     },
-    speed={"slow": (0.5, 3.4), "medium": (3.9, 4.8), "fast": (5.3, 15)},
+    speed={"slow": (0.5, 3.15), "medium": (3.6, 4.5), "fast": (5.0, 15)},
     liveliness={"monotone": (0.0, 0.95), "normal": (1.1, 2.25), "lively": (2.6, 12)},
     loudness={"quiet": (-70, -35), "normal": (-31, -24), "loud": (-21, 3)},
 )
@@ -87,7 +87,7 @@ def labels(
         if part.duration_s >= _MIN_S and ">" not in tags["pitch"]:
             tags["liveliness"] = label(part.f0_sd, bands.liveliness)
     if _has_syllables(quality):
-        tags["speed"] = _speed(measurement, bands)
+        tags["speed"] = _speed(measurement, bands, quality)
     tags["loudness"] = _loudness(measurement, bands)
     tags["pauses"] = _pauses(part)
     tags |= known
@@ -114,7 +114,7 @@ def speech_problem(measurement: Measurement) -> str:
     if part.duration_s - part.pause_s < 0.5:
         return "short"
     # Without its pauses, speech has at least a syllable every two seconds, and its level varies.
-    rate = _rate_without_pauses(part)
+    rate = part.nuclei / _seconds_of_sound(part)
     steady = measurement.snr_db < 6 and rate < 1
     return "no_speech" if steady or rate < 0.5 else ""
 
@@ -173,20 +173,26 @@ def _crosses(measurement: Measurement, change: str, medium: Band) -> bool:
     )
 
 
-def _speed(measurement: Measurement, bands: Bands) -> str:
+def _syllables(measurement: Measurement, quality: str) -> float:
+    """The syllables of a clip. If the quality changes, each half is counted by its own quality."""
+    return sum(part.syllables for part in (measurement.halves if ">" in quality else [measurement.whole]))
+
+
+def _speed(measurement: Measurement, bands: Bands, quality: str) -> str:
     """The label of the speaking rate, or a change of it from one half to the other.
 
     There is none if the rate without the pauses has another label, or if the halves differ, but not clearly.
     A half with fewer than three syllables is no evidence of a slow half: the speaker may be silent in it.
     """
-    part = measurement.whole
-    if part.duration_s < _MIN_S or part.syllables < _MIN_SYLLABLES:
+    part, count = measurement.whole, _syllables(measurement, quality)
+    if part.duration_s < _MIN_S or count < _MIN_SYLLABLES:
         return ""
-    names = {label(part.syllables_per_s, bands.speed), label(_rate_without_pauses(part), bands.speed)}
+    rates = (count / part.duration_s, count / _seconds_of_sound(part))
+    names = {label(rate, bands.speed) for rate in rates}
     if part.duration_s >= _TWO_PART_S:
         first, second = measurement.halves
         more = abs(first.syllables - second.syllables)
-        slower, faster = sorted((_rate_without_pauses(first), _rate_without_pauses(second)))
+        slower, faster = sorted(half.syllables / _seconds_of_sound(half) for half in (first, second))
         medium = bands.speed["medium"]
         if (
             more >= _FASTER_BY
@@ -201,8 +207,8 @@ def _speed(measurement: Measurement, bands: Bands) -> str:
     return names.pop() if len(names) == 1 else ""
 
 
-def _rate_without_pauses(part: Part) -> float:
-    return part.syllables / max(part.duration_s - part.pause_s, 0.1)
+def _seconds_of_sound(part: Part) -> float:
+    return max(part.duration_s - part.pause_s, 0.1)
 
 
 def _loudness(measurement: Measurement, bands: Bands) -> str:
@@ -261,8 +267,9 @@ class CorpusValues:
             if sex := sex_label(measurement, known):
                 self._f0_hz[sex].append(part.f0_hz)
             self._values["liveliness"].append(part.f0_sd)
-        if _has_syllables(quality) and part.duration_s >= _MIN_S and part.syllables >= _MIN_SYLLABLES:
-            self._values["speed"].append(part.syllables_per_s)
+        count = _syllables(measurement, quality)
+        if _has_syllables(quality) and part.duration_s >= _MIN_S and count >= _MIN_SYLLABLES:
+            self._values["speed"].append(count / part.duration_s)
         self._values["loudness"].append(part.level_db)
 
     def bands(self) -> Bands:

@@ -105,4 +105,4 @@ def measurement_of(row: npt.NDArray[np.float64]) -> Measurement:
 
 def _part(values: list[float]) -> Part:
     named: dict[str, Any] = dict(zip(_C.VOICE_PART_FIELDS, values, strict=True))
-    return Part(**named | {name: int(named[name]) for name in ("syllables", "voiced_syllables", "pauses")})
+    return Part(**named | {name: int(named[name]) for name in ("nuclei", "voiced_nuclei", "pauses")})

@@ -16,9 +16,12 @@ Values = npt.NDArray[np.float64]
 Sex = Literal["female", "male"]
 Quality = Literal["normal", "whisper", "creaky"]
 
-_MIDDLE_F0_HZ, _MIDDLE_F4_HZ = 173.0, 3700.0
+_MIDDLE_F0_HZ, _MIDDLE_F3_HZ, _MIDDLE_F4_HZ = 173.0, 2640.0, 3700.0
 _F4_BANDWIDTH_HZ, _F4_TILT_DB = 4500.0, -15.0
 _UNDECIDED_SEMITONES = 1.5
+_BOTH_SEXES_SEMITONES = 3.6  # 140 to 213 Hz: the F0 of men and of women
+_CLEAR_F4_SEMITONES = 0.5
+_NUCLEI_PER_WHISPERED_SYLLABLE = 1.12  # median of 485 clips that were whispered by signal processing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +41,28 @@ class Part:
     f0_sd: float  # standard deviation in semitones, without octave errors
     f0_range: float  # distance between the 5 % and the 95 % quantile, semitones
     f0_slope: float  # of a line through F0 over time, semitones per second
-    syllables: int  # syllable nuclei, voiced or whispered
-    voiced_syllables: int  # syllable nuclei with voice
-    syllables_per_s: float  # `syllables` per second of `duration_s`
+    nuclei: int  # peaks of the level, which are syllables if they have voice, but also consonants
+    voiced_nuclei: int  # those with voice
     pauses: int  # silences of 0.2 s or longer
     pause_s: float  # their sum
     hnr_db: float  # harmonics-to-noise ratio, mean over the voiced frames
     creak: float  # share of the active frames that lie between two slow pulses, 0..1
     tilt_db: float  # power at 1-5 kHz relative to the power below 1 kHz
+
+    @property
+    def syllables(self) -> float:
+        """Estimated number of syllables: the voiced nuclei, or the share of all nuclei if this is a whisper.
+
+        In a whisper, nothing tells vowels from consonants such as "s", which are nuclei as well.
+        """
+        if voice_quality(self) == "whisper":
+            return self.nuclei / _NUCLEI_PER_WHISPERED_SYLLABLE
+        return self.voiced_nuclei
+
+    @property
+    def syllables_per_s(self) -> float:
+        """Speaking rate with its pauses."""
+        return self.syllables / max(self.duration_s, HOP_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +96,42 @@ def sex_score(measurement: Measurement) -> float:
     F4 counts only if the recording has it (not over a telephone) and its spectrum is bright enough to measure
     it. Then it moves the score by about one semitone, which decides where F0 lies between 150 and 213 Hz.
     """
-    whole, f4_hz = measurement.whole, measurement.formants_hz[3]
+    whole = measurement.whole
     if not whole.f0_hz > 0 or voice_quality(whole) != "normal":
         return math.nan
-    score = 12 * math.log2(whole.f0_hz / _MIDDLE_F0_HZ)
-    if f4_hz > 0 and measurement.bandwidth_hz >= _F4_BANDWIDTH_HZ and whole.tilt_db > _F4_TILT_DB:
-        score += 12 * math.log2(f4_hz / _MIDDLE_F4_HZ)
-    return score
+    f4 = _f4_semitones(measurement)
+    return _semitones(whole.f0_hz, _MIDDLE_F0_HZ) + (0.0 if math.isnan(f4) else f4)
+
+
+def _f4_semitones(measurement: Measurement) -> float:
+    """Distance of F4 from 3.7 kHz; NaN if the recording does not show F4."""
+    shown = measurement.bandwidth_hz >= _F4_BANDWIDTH_HZ and measurement.whole.tilt_db > _F4_TILT_DB
+    return _semitones(measurement.formants_hz[3], _MIDDLE_F4_HZ) if shown else math.nan
+
+
+def _semitones(hz: float, reference_hz: float) -> float:
+    return 12 * math.log2(hz / reference_hz) if hz > 0 else math.nan
 
 
 def speaker_sex(measurement: Measurement) -> Sex | None:
-    """The speaker's sex, or None if the voice is not normal or the evidence weaker than 1.5 semitones."""
+    """The speaker's sex; None if the voice is not normal or the evidence is weak or contradictory.
+
+    The evidence is weak if the score is smaller than 1.5 semitones. Between 140 and 213 Hz, where men and
+    women speak, the vocal tract must agree with F0: F4 must not lie clearly on the other side. If the
+    recording does not show F4, F3 must lie on the same side of 2,640 Hz.
+    """
     score = sex_score(measurement)
     if not abs(score) >= _UNDECIDED_SEMITONES:
         return None
+    f0 = _semitones(measurement.whole.f0_hz, _MIDDLE_F0_HZ)
+    if abs(f0) < _BOTH_SEXES_SEMITONES:
+        f4 = _f4_semitones(measurement)
+        if math.isnan(f4):
+            agrees = f0 * _semitones(measurement.formants_hz[2], _MIDDLE_F3_HZ) > 0
+        else:
+            agrees = f0 * f4 > 0 or abs(f4) <= _CLEAR_F4_SEMITONES
+        if not agrees:
+            return None
     return "female" if score > 0 else "male"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -43,6 +45,7 @@ from clsp_fast.storage import files, paths
 from clsp_fast.storage.textfile import is_text
 
 _CHUNK_S, _CHUNK = 600.0, 512  # most seconds and most recordings that are in memory at a time
+_ESTIMATE = 4.0  # a recording whose length is estimated counts so many times: its bit rate may vary
 _MEASURED = "measured_labels"  # the tag that lists the attributes whose labels were measured
 _LEFT_OUT_KEYS = {"id", "audio", "reason", "detail"}
 _MOST_SHOWN = 10
@@ -292,7 +295,7 @@ def _measure_all(
     values = CorpusValues()
     limits = AudioLimits(max_s=longest_s)
     progress = Progress(None, "recordings")
-    for chunk in _chunks(clips, longest_s):
+    for chunk in _chunks(clips, longest_s, num_threads):
         segments = [Segment(clip.audio, clip.start_s, clip.duration_s, clip.channel) for clip in chunk]
         loaded = audio.load_batch(segments, limits=limits, num_threads=num_threads)
         waveforms = [waveform for waveform in loaded if not isinstance(waveform, AudioError)]
@@ -314,19 +317,36 @@ def _measure_all(
     return usable, values
 
 
-def _chunks(clips: Iterable[Clip], longest_s: float) -> Iterator[list[Clip]]:
-    """Groups of clips that fit in memory together. A clip of unknown length counts as the longest one."""
+def _chunks(clips: Iterable[Clip], longest_s: float, num_threads: int) -> Iterator[list[Clip]]:
+    """Groups of clips that fit in memory together. The threads read the lengths of the recordings."""
     chunk: list[Clip] = []
     total_s = 0.0
-    for clip in clips:
-        seconds = min(clip.duration_s or longest_s, longest_s)
-        if chunk and (total_s + seconds > _CHUNK_S or len(chunk) == _CHUNK):
-            yield chunk
-            chunk, total_s = [], 0.0
-        chunk.append(clip)
-        total_s += seconds
+    remaining = iter(clips)
+    with ThreadPoolExecutor(num_threads) as pool:
+        while group := [*itertools.islice(remaining, _CHUNK)]:
+            for clip, length_s in zip(group, pool.map(_largest_length_s, group), strict=True):
+                seconds = min(length_s, longest_s)
+                if chunk and (total_s + seconds > _CHUNK_S or len(chunk) == _CHUNK):
+                    yield chunk
+                    chunk, total_s = [], 0.0
+                chunk.append(clip)
+                total_s += seconds
     if chunk:
         yield chunk
+
+
+def _largest_length_s(clip: Clip) -> float:
+    """A clip's length, or a bound of it; infinite where neither the manifest nor the file states any."""
+    if clip.duration_s is not None:
+        return clip.duration_s
+    try:
+        header = audio.info(clip.audio)
+    except AudioError:
+        return math.inf
+    if header.frames is None:
+        return math.inf
+    seconds = max(header.frames / header.sample_rate_hz - clip.start_s, 0.0)
+    return seconds if header.exact else _ESTIMATE * seconds
 
 
 def _detail(error: AudioError) -> str:

@@ -136,6 +136,7 @@ def fetch(folder: Path, *, say: Callable[[str], None] = print) -> list[Path]:
     """Downloads the packages that `folder` lacks with `apt-get download`, which checks their hashes.
 
     A package that is complete in the folder is kept. An interrupted download leaves no package behind.
+    Several runs can use the folder at the same time: a package appears there when it is complete, and stays.
 
     Args:
         folder: where the packages are kept; it is created.
@@ -158,17 +159,12 @@ def fetch(folder: Path, *, say: Callable[[str], None] = print) -> list[Path]:
 
 
 def _complete_package(folder: Path, name: str) -> Path | None:
-    """The package in the folder. A damaged one is deleted."""
-    path = _package_in(folder, name)
-    if path is None:
-        return None
-    try:
-        with path.open("rb") as file:
+    """The package in the folder, if it is there and not damaged."""
+    for path in _packages_in(folder, name):
+        with contextlib.suppress(FetchError, FileNotFoundError), path.open("rb") as file:
             _seek_data(file, path)
-    except FetchError:
-        path.unlink()
-        return None
-    return path
+            return path
+    return None
 
 
 def _fetch_package(package: Package, folder: Path, say: Callable[[str], None]) -> Path:
@@ -191,12 +187,17 @@ def _fetch_package(package: Package, folder: Path, say: Callable[[str], None]) -
         )
         if "No space left on device" in done.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        downloaded = _package_in(Path(work), package.name)
+        downloaded = next(iter(_packages_in(Path(work), package.name)), None)
         if done.returncode or downloaded is None:
             raise FetchError(_explain(package.name, done.stderr, folder))
         with downloaded.open("rb") as file:
             _seek_data(file, downloaded)
-        return downloaded.replace(folder / downloaded.name)
+        path = downloaded.replace(folder / downloaded.name)
+    # Damaged ones are deleted only now: another run, which uses the same folder, may have replaced them.
+    for other in _packages_in(folder, package.name):
+        if other != path:
+            other.unlink(missing_ok=True)
+    return path
 
 
 def _has_zstd_packages() -> bool:
@@ -227,8 +228,8 @@ def _without_apt(folder: Path) -> str:
     )
 
 
-def _package_in(folder: Path, name: str) -> Path | None:
-    return next(iter(sorted(folder.glob(f"{name}_*.deb"))), None)
+def _packages_in(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{name}_*.deb"))
 
 
 def read(folder: Path, name: str) -> Iterator[Recording]:
@@ -240,7 +241,7 @@ def read(folder: Path, name: str) -> Iterator[Recording]:
         FetchError: the folder holds no recording of the package, or the package is damaged.
     """
     package = PACKAGES[name]
-    deb = _package_in(folder, name)
+    deb = _complete_package(folder, name) or next(iter(_packages_in(folder, name)), None)
     empty = True
     for recording in _unpacked(folder, package) if deb is None else _packed(deb, package):
         empty = False

@@ -136,6 +136,12 @@ def whisper(x: Signal, rng: np.random.Generator) -> Signal:
     return _resynthesize(x, rng.standard_normal(len(x)), tilt_pole=float(rng.uniform(0.3, 0.6)))
 
 
+def add_breath(x: Signal, harmonics_to_noise_db: float, rng: np.random.Generator) -> Signal:
+    """The same voice with breath in it, as in hoarse and breathy voices."""
+    breath = whisper(x, rng)
+    return x + set_level(breath, active_level_db(x) - harmonics_to_noise_db)
+
+
 def creak(x: Signal, pulse_hz: float, rng: np.random.Generator) -> Signal:
     """The same words in vocal fry: slow, irregular, unequal pulses where `x` has voice."""
     steps = 1 + 0.28 * rng.standard_normal(int(2 * len(x) * pulse_hz / SAMPLE_RATE_HZ) + 8)

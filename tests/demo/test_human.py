@@ -9,6 +9,7 @@ import stat
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,43 @@ def test_a_truncated_package_is_fetched_again(tmp_path: Path, apt_get: Path) -> 
     paths[1].write_bytes(whole[:-100])
     assert recordings.fetch(kept, say=lambda line: None) == paths
     assert paths[1].read_bytes() == whole
+
+
+def test_two_runs_share_a_folder(tmp_path: Path, apt_get: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a run looks at a damaged package, another run replaces it. The file is there all the time."""
+    kept = tmp_path / "kept"
+    paths = recordings.fetch(kept, say=lambda line: None)
+    whole = paths[1].read_bytes()
+    paths[1].write_bytes(whole[:-100])
+    script(apt_get, f'[ -e {kept}/"$2"_*.deb ] && {apt_get.read_text().splitlines()[1]}')
+    seek_data = recordings._seek_data
+    other_runs: list[Any] = []
+
+    def check(file: IO[bytes], path: Path) -> str:
+        try:
+            return seek_data(file, path)
+        except FetchError:
+            if not other_runs:
+                other_runs.append(None)
+                other_runs[0] = recordings.fetch(kept, say=lambda line: None)
+                assert paths[1].read_bytes() == whole
+            raise
+
+    monkeypatch.setattr(recordings, "_seek_data", check)
+    assert recordings.fetch(kept, say=lambda line: None) == paths == other_runs[0]
+    assert paths[1].read_bytes() == whole
+    assert sorted(kept.iterdir()) == sorted(paths)
+
+
+def test_a_damaged_package_of_another_version_is_replaced(tmp_path: Path, apt_get: Path) -> None:
+    paths = recordings.fetch(tmp_path / "kept", say=lambda line: None)
+    older = paths[0].with_name(f"{next(iter(PACKAGES))}_0.9_all.deb")
+    older.write_bytes(paths[0].read_bytes()[:-100])
+    assert recordings.fetch(tmp_path / "kept", say=lambda line: None) == paths
+    assert next(recordings.read(tmp_path / "kept", next(iter(PACKAGES)))).content
+    paths[0].unlink()
+    assert recordings.fetch(tmp_path / "kept", say=lambda line: None) == paths
+    assert not older.exists()
 
 
 def test_without_apt_get_the_error_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
