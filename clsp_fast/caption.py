@@ -1,7 +1,8 @@
 """Captions for recordings that have none: `python -m clsp_fast.caption SUBCOMMAND`.
 
 `offline` needs no server: it measures recordings and describes them. If another subcommand is stopped, the
-same command continues its work. The exit code is 0, or 3 if some clips could not be done.
+same command continues its work. The exit code is 0, or 3 if some clips could not be done. All exit codes are
+listed in docs/captions.md.
 """
 
 from __future__ import annotations

@@ -207,6 +207,8 @@ class StubServer:
     async def _transport_fault(self, request: web.Request, fault: str) -> web.Response | None:
         if fault == "429":
             return error(429, "Rate limit reached.", {"Retry-After": "0.2"})
+        if fault.startswith("503 "):  # with the seconds of the pause that the server asks for
+            return error(503, "Closed.", {"Retry-After": fault[4:]})
         if fault == "429 date":
             return error(429, "Rate limit.", {"Retry-After": email.utils.formatdate(time.time() + 1)})
         if fault == "hang":

@@ -59,9 +59,9 @@ class Answer:
 def custom_id(step: str, row: int, clip_id: str, part: int = 0) -> str:
     """The id of a request: "row.part/step/clip id".
 
-    Row and part make it unique, even where clips share an id. The clip's id loses all but ASCII letters,
-    digits and a few signs, and keeps at most its last 40 characters. If that changes the id, a digest is
-    added.
+    Row and part make it unique, even where clips share an id. Of the clip's id, the last 40 characters are
+    kept, and characters other than ASCII letters, digits and ". _ : -" become "_". If this changes the id, a
+    digest is added.
     """
     name = re.sub(r"[^A-Za-z0-9_.:-]", "_", clip_id)[-_LONGEST_ID:]
     if name != clip_id:

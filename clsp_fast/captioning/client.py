@@ -68,8 +68,8 @@ class ServerConfig:
     """Pause before the first repetition, in seconds. It doubles each time, up to a minute, and varies at
     random. A server's Retry-After has priority."""
     patience_s: float = 900.0
-    """The run stops after this many seconds in which every request failed. At its beginning, one minute
-    suffices, except for timeouts and rate limits."""
+    """The run stops after this many seconds in which every request failed, or if the servers ask for a longer
+    pause. At its beginning, one minute suffices, except for timeouts and rate limits."""
 
     def __post_init__(self) -> None:
         for url in self.servers:
@@ -119,6 +119,7 @@ class _Endpoint:
         busy: how many requests it works on.
         failures: failures since the last answer.
         paused_until: when it may be asked next, on the clock of the event loop.
+        asked_until: the end of the pause that it asked for itself (Retry-After).
     """
 
     url: str
@@ -126,6 +127,7 @@ class _Endpoint:
     busy: int = 0
     failures: int = 0
     paused_until: float = 0.0
+    asked_until: float = 0.0
 
     def pause(self, now: float, seconds: float) -> None:
         self.paused_until = max(self.paused_until, now + seconds)
@@ -256,13 +258,14 @@ class Client:
             already = endpoint.paused_until - now
             endpoint.limit = max(1, endpoint.limit // 2)
             endpoint.pause(now, pause)
+            endpoint.asked_until = max(endpoint.asked_until, now + pause)
             pause = 0.0 if already > pause / 2 else pause
         else:
             pause = endpoint.note_failure(now, self._config.backoff_s)
         if pause >= _SHOWN_PAUSE_S:
             _warn(f"{endpoint.url}: {reply.error}; it is asked again in {pause:.0f} s")
         patience = self._config.patience_s
-        if not self._succeeded and reason not in ("timeout", "HTTP 429"):
+        if not self._succeeded and retry_after is None and reason not in ("timeout", "HTTP 429"):
             patience = min(patience, _FIRST_PATIENCE_S)
         # A request that is under way may still succeed.
         if now - self._last_success > patience and not any(e.busy for e in self._endpoints):
@@ -281,12 +284,23 @@ class Client:
                 endpoint = min(free, key=lambda e: e.busy)
                 endpoint.busy += 1
                 return endpoint
+            self._check_pauses(now)
             pauses = [e.paused_until - now for e in self._endpoints if e.paused_until > now]
             ready = loop.create_future()
             self._waiting.append(ready)
             # asyncio.wait_for of Python 3.11 and older may swallow the cancellation that ends a run.
             await asyncio.wait([ready], timeout=min(pauses, default=None))
             ready.cancel()
+
+    def _check_pauses(self, now: float) -> None:
+        """ServerError if all servers ask for a pause that is longer than the patience."""
+        endpoint = min(self._endpoints, key=lambda e: e.asked_until)
+        pause, patience = endpoint.asked_until - now, self._config.patience_s
+        if pause > patience and not any(e.busy for e in self._endpoints):
+            raise ServerError(
+                f"{endpoint.url} asks for a pause of {pause:.0f} s, which is longer than --server.patience-s "
+                f"({patience:g}); run the same command later, or with more patience"
+            )
 
     def _release(self, endpoint: _Endpoint) -> None:
         endpoint.busy -= 1

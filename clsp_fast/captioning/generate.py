@@ -22,7 +22,7 @@ from clsp_fast import __version__, audio
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, Waveform
 from clsp_fast.captioning.answers import Answer, custom_id
 from clsp_fast.captioning.client import ServerConfig
-from clsp_fast.captioning.jobs import Counts, Request, import_answers, run_jobs, write_pending
+from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.prompt import Prompt, read_prompt
 from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows
 from clsp_fast.checks import is_positive, require
@@ -93,7 +93,8 @@ class GenerateConfig:
     audio_url: str | None = None
     """Sends the address of each file instead of the sound: "file" for file:// URLs, or the http(s) URL that
     stands for the manifest's folder. The server must be allowed to read them. A clip that is only a part of
-    its file is sent as sound."""
+    its file is sent as sound. If a file is not on this machine, a clip without start_s and channel counts as
+    the whole file, even if its duration_s is shorter."""
     rows: str = ""
     """Part of the manifest, counted from 0 without the end, such as 0:1000000: a machine's share of the work.
     Empty: all rows. Later calls can add further rows to the same folder."""
@@ -208,8 +209,10 @@ class _Source:
         self.problems: list[Problem] = []
 
     def requests(self) -> Iterator[Request]:
-        """The requests of all rows, in their order. Bodies are made later."""
+        """The requests of all rows, in their order. Bodies are made later. The counts begin anew."""
         config = self._config
+        self.left_out.clear()
+        self.problems.clear()
         for row, clip in clips_of_rows(config.manifest, [config.row_range]):
             if isinstance(clip, Problem):
                 self.left_out["bad lines"] += 1
@@ -230,12 +233,6 @@ class _Source:
             lines = [f"line {problem.line}: {problem.message}" for problem in self.problems[:1]]
             lines += [f"{text}: {count}" for text, count in self.left_out.items() if not lines]
             raise ValueError(f"{where} holds no usable clip ({', '.join(lines) or 'no lines'}); {_EXPECTED}")
-        self.reset()
-
-    def reset(self) -> None:
-        """Begins the counts again, before `requests` is called once more."""
-        self.left_out.clear()
-        self.problems.clear()
 
     def _count_long(self) -> None:
         with self._lock:
@@ -327,7 +324,7 @@ def generate(config: GenerateConfig) -> int:
     """Asks for candidate captions of every clip, or writes the requests as job files.
 
     Returns:
-        The exit code of the command: 0, or 3 if some clips have no candidates.
+        The exit code of the command: 0, or 3 if some clips have no candidates, or no request in a job file.
 
     Raises:
         ValueError, FileNotFoundError: a setting or the manifest is wrong, or the folder was begun with other
@@ -348,21 +345,21 @@ def generate(config: GenerateConfig) -> int:
             "version": __version__,
         },
     }
-    if config.answers:
-        names = (request.custom_id for request in source.requests())
-        print(f"{folder}: {import_answers(config.answers, names, folder, **job).describe()}")
+    exchange = exchange_files(
+        source.requests,
+        folder,
+        sources=config.answers,
+        write=config.jobs_only,
+        shard_rows=config.shard_rows,
+        **job,
+    )
     if config.jobs_only:
-        source.reset()
-        written = write_pending(source.requests(), folder, shard_rows=config.shard_rows, **job)
-        for path, count in written.items():
-            print(f"{path}: {count} requests")
-        if not written:
-            print(f"{folder}: no request is left")
-        return _report(source, None)
+        return _report(source, exchange.failed)
     if config.answers and not config.server.servers:
-        return 0
+        if exchange.missing:
+            print(f"{exchange.missing} requests have no answer: name servers, or write them with --jobs-only")
+        return _report(source, exchange.missing)
     config.server.require_servers()
-    source.reset()
     check = _ChoiceCheck(config)
     counts = run_jobs(
         source.requests(),
@@ -377,7 +374,7 @@ def generate(config: GenerateConfig) -> int:
     print(f"{folder}: {counts.describe()}")
     if check.short:
         print(f"answers with fewer candidates than asked: {check.short}")
-    return _report(source, counts)
+    return _report(source, counts.failed)
 
 
 def _settings(config: GenerateConfig, prompt: Prompt, facts: ManifestFacts) -> dict[str, Any]:
@@ -403,12 +400,11 @@ def _total(config: GenerateConfig, facts: ManifestFacts) -> int | None:
     return int(rows) * config.parts if facts.lines and rows > 0 else None
 
 
-def _report(source: _Source, counts: Counts | None) -> int:
-    """Says what was left out. Returns the exit code."""
+def _report(source: _Source, failed: int) -> int:
+    """Says what was left out. Returns the exit code; `failed` is the number of requests without an answer."""
     for problem in source.problems:
         print(f"line {problem.line}: {problem.message}", file=sys.stderr)
     if source.left_out:
         parts = [f"{text}: {count}" for text, count in source.left_out.items()]
         print(f"left out: {', '.join(parts)}")
-    failed = counts is not None and counts.failed > 0
-    return INCOMPLETE if failed or source.left_out["bad lines"] else 0
+    return INCOMPLETE if failed or source.left_out else 0

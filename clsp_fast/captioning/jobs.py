@@ -12,15 +12,14 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clsp_fast.audio import AudioError
 from clsp_fast.captioning.answers import (
@@ -39,6 +38,8 @@ from clsp_fast.console import Progress
 from clsp_fast.storage import files
 
 _FSYNC_S = 5.0
+_SHOWN_REASONS = 5
+_SHOWN_FILES = 10
 _FIRST_FAILURES, _FIRST_REQUESTS = 20, 10_000
 _LINES_HINT = "correct these lines of the manifest, or leave them out"
 _AUDIO_REASON = re.compile(r"\[[a-z_]+\]$")  # the end of the text of an AudioError
@@ -139,38 +140,98 @@ class Counts:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.repeated.most_common())
             lines.append(f"sent again: {reasons}")
         if self.failed:
-            reasons = "; ".join(
-                f"{count} x {self.examples[kind]}" for kind, count in self.errors.most_common(5)
-            )
-            lines.append(f"failed: {self.failed} ({reasons}); the same command sends them again")
+            lines.append(f"failed: {self.failed} ({self.reasons()}); the same command sends them again")
         return "\n".join(lines)
 
+    def reasons(self) -> str:
+        """The commonest kinds of failure: how many requests failed so, and an example of each."""
+        kinds = [
+            f"{count} x {self.examples[kind]}" for kind, count in self.errors.most_common(_SHOWN_REASONS)
+        ]
+        return "; ".join(kinds)
 
-def write_jobs(requests: Iterable[Request], path: Path) -> int:
-    """Writes requests as OpenAI batch JSONL, which `vllm run-batch` and hosted batches run.
 
-    The file appears only when it is complete. Requests that are skipped or whose body cannot be made are left
-    out, the latter with a line on standard error. Returns the number of requests written.
+class _FirstClips:
+    """Notices if the requests of the first clips all fail.
+
+    A recording that cannot be read fails at once, but an answer takes seconds. Therefore a failure counts
+    only when all requests before it have failed, too.
+
+    Args:
+        answered: whether there is an answer already; then nothing is noticed.
     """
-    count = 0
 
-    def write(temporary: Path) -> None:
-        nonlocal count
-        with temporary.open("wb") as file:
-            for request in requests:
-                try:
-                    body = request.build()
-                except (AudioError, OSError, ValueError) as error:
-                    print(f"{request.custom_id}: {error}", file=sys.stderr)
-                    continue
-                if body is not None:
-                    row = {"custom_id": request.custom_id, "method": "POST", "url": "/v1/chat/completions"}
-                    file.write(json.dumps(row | {"body": body}).encode() + b"\n")
-                    count += 1
+    def __init__(self, answered: bool) -> None:
+        self._answered = answered
+        self._waiting: dict[int, tuple[int, str, str] | None] = {}
+        self._next = 0
+        self._rows: set[int] = set()
+        self._error = self._hint = ""
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_file(path, write)
-    return count
+    def note_answer(self) -> None:
+        """Ends the watch: a request was answered."""
+        self._answered = True
+        self._waiting.clear()
+
+    def note_skip(self, place: int) -> None:
+        """Notes that a request was not sent."""
+        self._note(place, None)
+
+    def note_failure(self, place: int, name: str, error: str, hint: str = "") -> None:
+        """Notes a failure.
+
+        Args:
+            place: number of the request, from 0.
+            name: its custom_id.
+            error: what went wrong.
+            hint: what the user can do.
+
+        Raises:
+            ServerError: the requests of the first clips all failed.
+        """
+        self._note(place, (row_and_part(name)[0], error, hint))
+
+    def _note(self, place: int, failure: tuple[int, str, str] | None) -> None:
+        if self._answered or place >= _FIRST_REQUESTS:
+            return
+        self._waiting[place] = failure
+        while self._next in self._waiting:
+            failure = self._waiting.pop(self._next)
+            self._next += 1
+            if failure is None:
+                continue
+            if not self._rows:
+                _, self._error, self._hint = failure
+            self._rows.add(failure[0])
+            if len(self._rows) == _FIRST_FAILURES:
+                text = f"the requests of the first {_FIRST_FAILURES} clips all failed"
+                hint = f"; {self._hint}" if self._hint else ""
+                raise ServerError(f"{text}, the first one because of: {self._error}{hint}")
+
+
+@dataclass(slots=True)
+class Written:
+    """What `write_pending` did.
+
+    Attributes:
+        files: each job file and its number of requests.
+        counts: "failed" requests, whose body cannot be made, and "skipped" ones are in no file.
+    """
+
+    files: dict[Path, int] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+
+    def describe(self) -> str:
+        """A few lines of text."""
+        shown = list(itertools.islice(self.files.items(), _SHOWN_FILES))
+        lines = [f"{path}: {count} requests" for path, count in shown]
+        if len(shown) < len(self.files):
+            rest = sum(self.files.values()) - sum(count for _, count in shown)
+            lines.append(f"and {len(self.files) - len(shown)} more files with {rest} requests")
+        if self.counts.failed:
+            reasons = self.counts.reasons()
+            lines.append(f"left out: {self.counts.failed} requests that cannot be made ({reasons})")
+        return "\n".join(lines or ["no request is left to write"])
 
 
 def write_pending(
@@ -182,40 +243,71 @@ def write_pending(
     notes: Mapping[str, Any] | None = None,
     asked: RowRange = ALL_ROWS,
     shard_rows: int | None = None,
-) -> dict[Path, int]:
+) -> Written:
     """Writes the requests of a job that are not answered yet as job files in its folder.
+
+    They are OpenAI batch JSONL, which `vllm run-batch` and hosted batches run. A file appears only when it is
+    complete: jobs.jsonl, or jobs-00000.jsonl and so on. Job files of earlier calls are deleted. A shard
+    without requests has no file.
 
     Args:
         requests: as for `run_jobs`, like the arguments that are not listed here.
         shard_rows: rows of the manifest in a file; None: one file for all.
 
-    Returns:
-        Each file and its number of requests: jobs.jsonl, or jobs-00000.jsonl and so on. Job files of earlier
-        calls are deleted. A shard without requests has no file.
-
     Raises:
-        ValueError: the folder was begun with other settings. FolderInUse, DiskFull.
+        ValueError: the folder was begun with other settings. ServerError: no request of the first clips can
+        be made. FolderInUse, DiskFull.
     """
-    written = {}
+    written = Written()
     with files.lock_folder(folder):
         begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
         for path in (*folder.glob("jobs*.jsonl"), *folder.glob(".*.tmp")):  # of earlier and killed calls
             path.unlink()
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
             pending = (request for request in requests if not answers.is_done(request.custom_id))
+            jobs = _built(pending, written.counts, _FirstClips(answers.count > 0))
 
-            def name_of_file(request: Request) -> str:
+            def name_of_file(job: tuple[str, Body]) -> str:
                 if shard_rows is None:
                     return "jobs.jsonl"
-                return f"jobs-{row_and_part(request.custom_id)[0] // shard_rows:05d}.jsonl"
+                return f"jobs-{row_and_part(job[0])[0] // shard_rows:05d}.jsonl"
 
-            for name, group in itertools.groupby(pending, name_of_file):
-                count = write_jobs(group, folder / name)
-                if count:
-                    written[folder / name] = count
-                else:
-                    (folder / name).unlink()
+            for name, group in itertools.groupby(jobs, name_of_file):
+                written.files[folder / name] = _write_jobs(group, folder / name)
     return written
+
+
+def _built(requests: Iterable[Request], counts: Counts, first: _FirstClips) -> Iterator[tuple[str, Body]]:
+    """The ids and bodies of requests; those that fail or are skipped are counted and left out."""
+    for place, request in enumerate(requests):
+        try:
+            body = request.build()
+        except (AudioError, OSError, ValueError) as error:
+            counts.add(Answer(request.custom_id, (), (), {}, "", describe(error)))
+            first.note_failure(place, request.custom_id, describe(error), _LINES_HINT)
+            continue
+        if body is None:
+            counts.skipped += 1
+            first.note_skip(place)
+        else:
+            first.note_answer()
+            yield request.custom_id, body
+
+
+def _write_jobs(jobs: Iterable[tuple[str, Body]], path: Path) -> int:
+    """Writes a job file. Returns its number of requests."""
+    count = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal count
+        with temporary.open("wb") as file:
+            for name, body in jobs:
+                row = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
+                file.write(json.dumps(row).encode() + b"\n")
+                count += 1
+
+    files.replace_file(path, write)
+    return count
 
 
 @dataclass(slots=True)
@@ -228,6 +320,7 @@ class Imported:
         failed: lines that say that a request failed.
         unknown: answers whose custom_id is not one of the job's.
         damaged: lines that are not answers.
+        missing: requests that still have no answer.
     """
 
     added: int = 0
@@ -235,6 +328,7 @@ class Imported:
     failed: int = 0
     unknown: int = 0
     damaged: int = 0
+    missing: int = 0
 
     def describe(self) -> str:
         """One line of text."""
@@ -272,19 +366,66 @@ def import_answers(
         FileNotFoundError: there is no such file. ValueError: the folder was begun with other settings.
         FolderInUse, DiskFull.
     """
-    digests = SparseIntegers()
-    for name in names:
-        row, part = row_and_part(name)
-        digests[row * parts + part] = digest(name)
-    result = Imported()
+    digests, result = SparseIntegers(), Imported()
     with files.lock_folder(folder):
         begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
         with contextlib.closing(AnswerFile(folder, parts)) as answers:
+            for name in names:
+                row, part = row_and_part(name)
+                digests[row * parts + part] = digest(name)
+                result.missing += not answers.is_done(name)
             for path in sources:
                 with path.open("rb") as file:
                     for line in file:
                         _import_line(line, digests, answers, parts, result)
+    result.missing -= result.added
     return result
+
+
+class Exchange(NamedTuple):
+    """What `exchange_files` did.
+
+    Attributes:
+        missing: requests without an answer after the import; 0 without an import.
+        failed: requests that cannot be made and are in no job file.
+    """
+
+    missing: int
+    failed: int
+
+
+def exchange_files(
+    requests: Callable[[], Iterable[Request]],
+    folder: Path,
+    *,
+    sources: Sequence[Path],
+    write: bool,
+    names: Callable[[], Iterable[str]] | None = None,
+    shard_rows: int | None = None,
+    **job: Any,
+) -> Exchange:
+    """Does and prints what a command is asked for with --answers and --jobs-only: both run without servers.
+
+    Args:
+        requests: gives all requests of the job.
+        folder: the job's folder.
+        sources: files for `import_answers`, if any.
+        write: whether `write_pending` is called, after the import.
+        names: gives the names for `import_answers`; None: those of `requests`.
+        shard_rows: for `write_pending`.
+        job: settings, parts and so on, for both.
+    """
+    missing = failed = 0
+    if sources:
+        known = (request.custom_id for request in requests()) if names is None else names()
+        imported = import_answers(sources, known, folder, **job)
+        missing = imported.missing
+        print(f"{folder}: {imported.describe()}")
+    if write:
+        written = write_pending(requests(), folder, shard_rows=shard_rows, **job)
+        failed = written.counts.failed
+        print(written.describe())
+    return Exchange(missing, failed)
 
 
 def _import_line(
@@ -366,64 +507,6 @@ def run_jobs(
                 run.counts.seconds = time.perf_counter() - started
                 run.counts.repeated = client.repeated
     return run.counts
-
-
-class _FirstClips:
-    """Notices if the requests of the first clips all fail.
-
-    A recording that cannot be read fails at once, but an answer takes seconds. Therefore a failure counts
-    only when all requests before it have failed, too.
-
-    Args:
-        answered: whether there is an answer already; then nothing is noticed.
-    """
-
-    def __init__(self, answered: bool) -> None:
-        self._answered = answered
-        self._waiting: dict[int, tuple[int, str, str] | None] = {}
-        self._next = 0
-        self._rows: set[int] = set()
-        self._error = self._hint = ""
-
-    def note_answer(self) -> None:
-        """Ends the watch: a request was answered."""
-        self._answered = True
-        self._waiting.clear()
-
-    def note_skip(self, place: int) -> None:
-        """Notes that a request was not sent."""
-        self._note(place, None)
-
-    def note_failure(self, place: int, name: str, error: str, hint: str = "") -> None:
-        """Notes a failure.
-
-        Args:
-            place: number of the request, from 0.
-            name: its custom_id.
-            error: what went wrong.
-            hint: what the user can do.
-
-        Raises:
-            ServerError: the requests of the first clips all failed.
-        """
-        self._note(place, (row_and_part(name)[0], error, hint))
-
-    def _note(self, place: int, failure: tuple[int, str, str] | None) -> None:
-        if self._answered or place >= _FIRST_REQUESTS:
-            return
-        self._waiting[place] = failure
-        while self._next in self._waiting:
-            failure = self._waiting.pop(self._next)
-            self._next += 1
-            if failure is None:
-                continue
-            if not self._rows:
-                _, self._error, self._hint = failure
-            self._rows.add(failure[0])
-            if len(self._rows) == _FIRST_FAILURES:
-                text = f"the requests of the first {_FIRST_FAILURES} clips all failed"
-                hint = f"; {self._hint}" if self._hint else ""
-                raise ServerError(f"{text}, the first one because of: {self._error}{hint}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,11 +49,9 @@ def parse_object(text: str) -> dict[str, Any]:
     """The JSON object that is the whole answer, or the whole content of a Markdown code block.
 
     Raises:
-        BadAnswer: "empty answer" or "not a JSON object".
+        BadAnswer: "not a JSON object".
     """
     text = text.strip()
-    if not text:
-        raise BadAnswer("empty answer")
     fence = _FENCE.match(text)
     try:
         value = json.loads(fence[1] if fence else text)
@@ -90,7 +88,7 @@ def as_flag(value: object) -> bool:
 
 
 def as_integer(value: object, allowed: range) -> int:
-    """The value, if it is a whole number in the range; otherwise BadAnswer."""
+    """The value, if it is a whole number in this range; otherwise BadAnswer."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadAnswer("wrong type")
     if value not in allowed:

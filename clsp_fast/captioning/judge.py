@@ -25,12 +25,12 @@ from clsp_fast.captioning import json_answers, scores
 from clsp_fast.captioning.answers import Answer, AnswerIndex, custom_id, row_and_part
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import ManifestFacts, Sampling, read_facts, seed_of, sound_of
-from clsp_fast.captioning.jobs import Request, import_answers, run_jobs, write_pending
+from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
 from clsp_fast.captioning.rules import answer_fault, clean_answer
 from clsp_fast.captioning.sample import Kind, Sample, choose_clips
-from clsp_fast.captioning.scores import ASPECTS, PREFERENCES, SCORES, Comparison, Scores
+from clsp_fast.captioning.scores import ASPECTS, PREFERENCES, Comparison, Scores
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.storage import files
@@ -42,7 +42,7 @@ Value = TypeVar("Value")
 _OTHER_STEPS = ("generate", "verify")
 _STREAM_ROUND = 2
 _ASPECT_LINE = re.compile(rf"^- ({'|'.join(ASPECTS)}):.*$", re.MULTILINE)
-_SCORE = {"type": "integer", "enum": list(SCORES)}
+_SCORE = {"type": "integer", "enum": list(scores.SCORES)}
 _PAIR_SCHEMA = json_answers.object_schema({"better": {"type": "string", "enum": list(PREFERENCES)}})
 
 
@@ -152,12 +152,15 @@ def parse_scores(text: str, finish_reason: str, order: Round) -> NDArray[np.int6
         "out of range".
     """
     values = _parse(text, finish_reason)
-    as_score = functools.partial(json_answers.as_integer, allowed=SCORES)
     scores_SA = np.zeros((len(order.systems), len(ASPECTS)), np.int64)
     for name, system in zip(json_answers.caption_keys(len(order.systems)), order.systems, strict=True):
         entry = json_answers.member(values, name, json_answers.as_object)
-        scores_SA[system] = [json_answers.member(entry, aspect, as_score) for aspect in ASPECTS]
+        scores_SA[system] = [json_answers.member(entry, aspect, _as_score) for aspect in ASPECTS]
     return scores_SA
+
+
+def _as_score(value: object) -> int:
+    return json_answers.as_integer(value, scores.SCORES)
 
 
 def parse_preference(text: str, finish_reason: str) -> int:
@@ -278,7 +281,7 @@ def judge(config: JudgeConfig) -> int:
     """Lets a model that hears score the captions of a manifest, and compare them with those of another one.
 
     Returns:
-        The exit code of the command: 0, or 3 if some requests have no answer.
+        The exit code of the command: 0, or 3 if some requests have no answer, or cannot be written.
 
     Raises:
         ValueError, FileNotFoundError: a setting is wrong, no clip can be judged, or the folder was begun with
@@ -300,13 +303,11 @@ def judge(config: JudgeConfig) -> int:
         "parts": questions.parts,
         "notes": {"prompt": prompt.text, "version": __version__},
     }
-    if config.answers:
-        names = (request.custom_id for request in questions.requests())
-        print(f"{folder}: {import_answers(config.answers, names, folder, **job).describe()}")
+    exchange = exchange_files(
+        questions.requests, folder, sources=config.answers, write=config.jobs_only, **job
+    )
     if config.jobs_only:
-        for path, count in write_pending(questions.requests(), folder, **job).items():
-            print(f"{path}: {count} requests")
-        return 0
+        return INCOMPLETE if exchange.failed else 0
     if config.server.servers or not config.answers:
         config.server.require_servers()
         total = len(samples) * questions.parts

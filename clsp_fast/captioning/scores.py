@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ASPECTS = ("correctness", "coverage", "naturalness")
-"""What a judge scores."""
 SCORES = range(1, 6)
 """The scores that a judge may give."""
+ASPECTS = ("correctness", "coverage", "naturalness")
+"""What a judge scores from 1 to 5."""
 PREFERENCES = {"caption_1": 1, "tie": 0, "caption_2": -1}
 """What a judge can answer to a comparison, as a number: 1 if the first caption is better."""
 

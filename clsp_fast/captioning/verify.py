@@ -33,7 +33,7 @@ from clsp_fast.captioning.answers import (
 from clsp_fast.captioning.candidates import candidates_of, texts_a_request
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import Sampling, describe_tags, read_facts
-from clsp_fast.captioning.jobs import Request, import_answers, run_jobs, write_pending
+from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
 from clsp_fast.captioning.rows import RowRange, asked_rows, clips_of_rows
@@ -274,14 +274,16 @@ def verify(config: VerifyConfig) -> int:
         "parts": ATTEMPTS * checklist.candidates,
         "notes": {"prompt": prompt.text, "rules_digest": rules.digest, "version": __version__},
     }
-    if config.answers:
-        print(f"{folder}: {import_answers(config.answers, checklist.names(), folder, **job).describe()}")
+    exchange_files(
+        checklist.requests,
+        folder,
+        sources=config.answers,
+        write=config.jobs_only,
+        names=checklist.names,
+        shard_rows=config.shard_rows,
+        **job,
+    )
     if config.jobs_only:
-        written = write_pending(checklist.requests(), folder, shard_rows=config.shard_rows, **job)
-        for path, count in written.items():
-            print(f"{path}: {count} requests")
-        if not written:
-            print(f"{folder}: no request is left")
         return 0
     if config.server.servers or not config.answers:
         config.server.require_servers()

@@ -246,6 +246,24 @@ def test_a_run_in_which_everything_fails_says_so_and_stops(
         complete_many(config(server, retries=1000, patience_s=0.8, concurrency=1), 2)
 
 
+def test_a_pause_that_the_server_asks_for_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_FIRST_PATIENCE_S", 0.1)
+    with StubServer(fault=lambda body, attempt: "" if attempt > 1 else "503 0.3") as server:
+        reply, _ = complete(config(server))
+    assert reply.body is not None
+
+
+def test_a_pause_that_is_longer_than_the_patience_ends_the_run_at_once() -> None:
+    with StubServer(fault=lambda body, attempt: "503 3600") as first:
+        match = r"asks for a pause of 3600 s, which is longer than --server.patience-s \(900\); run the same"
+        with pytest.raises(ServerError, match=match):
+            complete_many(config(first, concurrency=4), 10)
+        # Another server can go on.
+        with StubServer(delay_s=0.01) as second:
+            replies, _ = complete_many(config(first, second, concurrency=2), 20)
+    assert all(reply.body for reply in replies)
+
+
 def test_the_message_of_an_error_in_any_shape() -> None:
     shapes = {
         '{"error": {"message": "nested"}}': "nested",

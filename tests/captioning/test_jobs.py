@@ -28,7 +28,6 @@ from clsp_fast.captioning.jobs import (
     Stopped,
     import_answers,
     run_jobs,
-    write_jobs,
     write_pending,
 )
 from clsp_fast.storage.files import DiskFull, FolderInUse
@@ -448,12 +447,12 @@ def as_vllm(path: Path) -> Iterator[str]:
 def test_job_files_run_elsewhere_and_their_answers_come_back(tmp_path: Path) -> None:
     folder, names = tmp_path / "job", [request.custom_id for request in requests(10)]
     written = write_pending(requests(10), folder, settings=SETTINGS, shard_rows=4)
-    assert {path.name: count for path, count in written.items()} == {
+    assert {path.name: count for path, count in written.files.items()} == {
         "jobs-00000.jsonl": 4,
         "jobs-00001.jsonl": 4,
         "jobs-00002.jsonl": 2,
     }
-    lines = [line for path in written for line in as_vllm(path)]
+    lines = [line for path in written.files for line in as_vllm(path)]
     other = json.loads(lines[0])
     strange = [
         json.dumps(other | {"custom_id": name}) + "\n"
@@ -464,6 +463,7 @@ def test_job_files_run_elsewhere_and_their_answers_come_back(tmp_path: Path) -> 
     (tmp_path / "b.jsonl").write_text("".join([lines[6], failed, '{"custom_id": "3']))
     sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     imported = import_answers(sources, names, folder, settings=SETTINGS)
+    assert imported.missing == 3
     assert imported.describe() == (
         "7 answers added, 1 already answered, 1 failed, 4 with an id that is not one of this job's, 1 damaged"
     )
@@ -471,21 +471,31 @@ def test_job_files_run_elsewhere_and_their_answers_come_back(tmp_path: Path) -> 
     (folder / ".0123.9.tmp").touch()  # a call that was killed
     # Job files of the rest replace the earlier ones; a server can also answer it.
     written = write_pending(requests(10), folder, settings=SETTINGS)
-    assert {path.name: count for path, count in written.items()} == {"jobs.jsonl": 3}
+    assert {path.name: count for path, count in written.files.items()} == {"jobs.jsonl": 3}
     assert not [*folder.glob("jobs-*"), *folder.glob(".*.tmp")]
     with StubServer() as server:
         assert run(folder, server, 10).answered == 3
     assert result(folder, 10) == expected(10)
-    assert write_pending(requests(10), folder, settings=SETTINGS) == {}
+    assert write_pending(requests(10), folder, settings=SETTINGS).describe() == "no request is left to write"
 
 
-def test_requests_that_cannot_be_built_are_not_in_a_job_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail() -> None:
-        raise OSError("a.wav is gone")
+def test_requests_that_cannot_be_built_are_not_in_a_job_file(tmp_path: Path) -> None:
+    odd = [unreadable(row) for row in range(3, 1000)]
+    odd[0] = Request("3.0/generate/a", lambda: None)
+    written = write_pending([*requests(3), *odd], tmp_path, settings=SETTINGS)
+    assert written.files == {tmp_path / "jobs.jsonl": 3}
+    assert (written.counts.failed, written.counts.skipped) == (996, 1)
+    assert written.describe().splitlines() == [
+        f"{tmp_path / 'jobs.jsonl'}: 3 requests",
+        "left out: 996 requests that cannot be made (996 x 4.wav: no such file [open])",
+    ]
+    with pytest.raises(ServerError, match=r"first 20 clips all failed, the first .* 4\.wav: no such file"):
+        write_pending(odd, tmp_path, settings=SETTINGS)
+    assert not [*tmp_path.glob("jobs*"), *tmp_path.glob(".*.tmp")]
 
-    odd = [Request("3.0/generate/a", fail), Request("4.0/generate/a", lambda: None)]
-    assert write_jobs([*requests(3), *odd], tmp_path / "jobs.jsonl") == 3
-    assert capsys.readouterr().err == "3.0/generate/a: a.wav is gone\n"
-    assert len((tmp_path / "jobs.jsonl").read_text().splitlines()) == 3
+
+def test_many_job_files_are_not_all_listed(tmp_path: Path) -> None:
+    written = write_pending(requests(40), tmp_path, settings=SETTINGS, shard_rows=2)
+    lines = written.describe().splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "and 10 more files with 20 requests"

@@ -243,6 +243,20 @@ def test_bad_answers_are_counted_and_left_out_of_the_means(manifests: tuple[Path
     assert results["scores"]["systems"]["good.jsonl"]["correctness"]["mean"] == 4
 
 
+def test_recordings_that_cannot_be_read_are_in_no_job_file(
+    manifests: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    next(manifests[0].parent.glob("clips/*")).unlink()
+    config = JudgeConfig(
+        manifest=manifests[0],
+        work=manifests[0].parent / "w",
+        server=ServerConfig(model=MODEL),
+        jobs_only=True,
+    )
+    assert judge.judge(config) == INCOMPLETE
+    assert "left out: 5 requests that cannot be made (5 x " in capsys.readouterr().out
+
+
 def test_a_comparison_needs_usable_answers_in_both_orders(manifests: tuple[Path, Path]) -> None:
     def content(body: Body) -> str:
         captions = shown(body)
