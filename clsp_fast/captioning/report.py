@@ -198,8 +198,8 @@ def _overview(counts: Mapping[str, Any]) -> Table:
     rows.append(("hours of audio", f"{hours['total']:,.2f}", ""))
     for kind in ("asked", "kept"):
         rows.append((f"  {kind}", f"{hours[kind]:,.2f}", _percent(hours[kind], hours["total"])))
-    if counts["repeated_ids"]:
-        rows.append(("repeated ids", f"{counts['repeated_ids']:,}", ""))
+    if counts["partly_answered"]:
+        rows.append(("clips answered in part", f"{counts['partly_answered']:,}", ""))
     if counts["unknown_durations"]:
         rows.append(("  clips without duration", f"{counts['unknown_durations']:,}", ""))
     rows.append(("rows of the manifest", _rows(counts["rows"]), ""))
