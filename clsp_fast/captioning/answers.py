@@ -29,6 +29,12 @@ from clsp_fast.storage import files
 from clsp_fast.storage.textfile import shown
 
 ANSWERS, RECORD = "answers.jsonl", "job.json"
+_IN_WORDS = {
+    "prompt_digest": "another --prompt",
+    "pairs_prompt_digest": "another --pairs-prompt",
+    "generate.begun": "other answers of `generate`",
+}
+"""Settings whose values mean nothing to the user, in words."""
 _LONGEST_ID = 40
 _LONGEST_LINE = 2**26
 _CUSTOM_ID = re.compile(r"(\d{1,18})\.(\d{1,9})/")
@@ -333,7 +339,7 @@ def begin(
         if _has_results(folder, record["parts"]):
             raise ValueError(
                 f"{folder} was begun with {listed(changed, separator='; ', width=400)}; choose another "
-                "folder, or repeat the earlier settings"
+                "folder (`judge`: another --name), or repeat the earlier settings"
             )
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
@@ -343,12 +349,18 @@ def begin(
 
 
 def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, each as "sampling.temperature 0.6, not 0.7"."""
+    """The settings that differ, such as "sampling.temperature 0.6, not 0.7" or "other content of m.jsonl"."""
     before, after = by_path(earlier), by_path(now)
     changes = []
     for path in {**before, **after}:
         values = before.get(path), after.get(path)
-        if values[0] != values[1]:
+        lead, _, key = path.rpartition(".")
+        if values[0] == values[1] or key == "bytes":  # the size of a file whose "sha256" differs, too
+            continue
+        if key == "sha256" or path in _IN_WORDS:
+            if None not in values:  # otherwise another setting says that the file is new
+                changes.append(_IN_WORDS.get(path) or f"other content of {before.get(f'{lead}.name')}")
+        else:
             # The lists of two settings may differ only in their last item, digests differ at their beginning.
             first, second = (shown(value, 200 if isinstance(value, list) else 40) for value in values)
             changes.append(f"{path} {first}, not {second}")

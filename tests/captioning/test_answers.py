@@ -219,17 +219,19 @@ def write_answer(folder: Path) -> None:
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
-    settings = {"seed": 0, "sampling": {"temperature": 0.6, "top_k": 20}, "manifest": {"sha256": "0" * 64}}
+    manifest = {"name": "m.jsonl", "bytes": 8, "sha256": "0"}
+    settings = {"seed": 0, "sampling": {"temperature": 0.6, "top_k": 20}, "manifest": manifest}
     begin(tmp_path, settings, parts=1, notes={"version": "1"})
     write_answer(tmp_path)
     begin(tmp_path, settings, parts=1, notes={"version": "2"})
     assert read_record(tmp_path)["version"] == "2"
-    changed = {"seed": 1, "sampling": {"temperature": 0.7, "top_k": 20}, "manifest": {"sha256": "1" * 64}}
+    changed = {"seed": 1, "sampling": {"temperature": 0.7, "top_k": 20}}
+    changed |= {"manifest": manifest | {"bytes": 9, "sha256": "1"}}
     with pytest.raises(ValueError, match="was begun with") as refusal:
         begin(tmp_path, changed, parts=2, notes={})
     assert str(refusal.value) == (
-        f"{tmp_path} was begun with seed 0, not 1; sampling.temperature 0.6, not 0.7; manifest.sha256 "
-        f"'{'0' * 36}..., not '{'1' * 36}...; parts 1, not 2; choose another folder, or repeat the earlier "
+        f"{tmp_path} was begun with seed 0, not 1; sampling.temperature 0.6, not 0.7; other content of "
+        "m.jsonl; parts 1, not 2; choose another folder (`judge`: another --name), or repeat the earlier "
         "settings"
     )
     with pytest.raises(ValueError, match=r"with sampling\.top_k 20, not None; choose"):
