@@ -62,7 +62,7 @@ def test_the_table_holds_the_counts_and_fits_80_columns(
     assert row_of(shown, "verifier: background") == ["1", "1", "14.3", "%"]
     assert row_of(shown, "verifier: absence") == ["0", "1", "14.3", "%"]
     assert row_of(shown, "hours of audio") == ["2.00"]
-    assert row_of(shown, "rows of the manifest") == ["0:"]
+    assert row_of(shown, "rows of the manifest") == ["all"]
     assert row_of(shown, "verified by") == ["verify-model"]
     assert row_of(shown, "requests answered") == ["3", "4", "7"]
     assert row_of(shown, "failures") == ["1", "0", "1"]
@@ -115,6 +115,13 @@ def test_the_cost_of_a_shard_is_divided_by_its_hours(
     shown = capsys.readouterr().out
     assert row_of(shown, "for an hour of audio") == ["1.0000"]
     assert "run `filter` again" not in shown
+
+
+def test_hours_without_durations_are_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = make_work(tmp_path, [{"id": "b", "audio": "b.wav"}], {0: [good("Ann")]})
+    assert filter(FilterConfig(work=work)) == 0
+    run(work)
+    assert row_of(capsys.readouterr().out, "hours of audio") == ["unknown"]
 
 
 def test_hours_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
