@@ -345,6 +345,8 @@ class _Filter:
                 elif candidates:
                     self.counts.clips["without captions"] += 1
                 else:
+                    if clip.duration_s is None:
+                        too_long = generate.is_longer(clip, self._longest_s)
                     self.counts.clips["too long" if too_long else "without answer"] += 1
         if not self.counts.clips["kept"]:
             raise _NoCaptions

@@ -10,7 +10,9 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from caption_jobs import CLIP, failure, good, make_verdicts, make_work
 
 from clsp_fast import __version__, caption
@@ -122,6 +124,17 @@ def test_only_the_rows_that_were_asked_for_are_counted(tmp_path: Path) -> None:
     assert (counts["clips"]["total"], counts["clips"]["without answer"]) == (7, 2)
     assert counts["audio_s"] == {"total": 50.0, "asked": 10.0, "kept": 6.0}
     assert [line["id"] for line in lines_of(work)] == ["c10", "c11", "c50"]
+
+
+def test_clips_without_a_stated_duration_are_too_long_as_for_generate(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for name, seconds in (("a", 31), ("b", 2)):
+        soundfile.write(tmp_path / f"clips/{name}.wav", np.zeros(seconds * 8000), 8000)
+    clips: list[dict[str, Any]] = [{"audio": f"clips/{name}.wav"} for name in "abc"]
+    clips += [clips[0] | {"id": "end", "start_s": 20.0}, CLIP | {"id": "d"}]
+    work = make_work(tmp_path, clips, {4: [good("Ann")]}, max_clip_s=30.0)
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
+    assert counts_of(work)["clips"] == {"total": 5, "kept": 1, "too long": 1, "without answer": 3}
 
 
 def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
