@@ -299,3 +299,8 @@ def test_damaged_lines_are_asked_again_and_end_nothing(
         assert "damaged lines in answers.jsonl, left out: 1" in capsys.readouterr().out
         if step == "verify":
             assert filter(FilterConfig(work=work)) == 0
+
+
+def test_shards_are_only_for_job_files() -> None:
+    with pytest.raises(ValueError, match="shard_rows must be given with --jobs-only, got 5"):
+        VerifyConfig(work=Path("work"), server=ServerConfig(model=MODEL), shard_rows=5)
