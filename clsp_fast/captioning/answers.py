@@ -29,10 +29,15 @@ from clsp_fast.storage import files
 from clsp_fast.storage.textfile import shown
 
 ANSWERS, RECORD = "answers.jsonl", "job.json"
+_IN_WORDS = {
+    "prompt_digest": "another --prompt",
+    "pairs_prompt_digest": "another --pairs-prompt",
+    "generate.begun": "other answers of `generate`",
+}
+"""Settings whose values mean nothing to the user, in words."""
 _LONGEST_ID = 40
 _LONGEST_LINE = 2**26
 _CUSTOM_ID = re.compile(r"(\d{1,18})\.(\d{1,9})/")
-_DONE = re.compile(rb'\{"custom_id": "(\d{1,18})\.(\d{1,9})/[^"\\]*", "error": null, ')
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,24 +172,23 @@ class Bits:
         return byte < len(self._bytes) and bool(self._bytes[byte] >> (number & 7) & 1)
 
 
-def _scan(file: Any, parts: int) -> Iterator[tuple[int, int, bool]]:
+def _scan(file: Any, parts: int) -> Iterator[tuple[int, int | None, bool]]:
     """(offset, number, whether it succeeded) of each answer; the number is row * parts + part.
 
-    Lines that are no answers of this job are left out. Their requests thus count as not answered.
+    For a damaged line, which is no answer of this job, the number is None. Its request thus counts as not
+    answered. An incomplete last line is left out.
     """
     offset = 0
     for line in file:
-        match = _DONE.match(line) if line.endswith(b"\n") else None
         try:
-            if match is not None:
-                row, part, good = int(match[1]), int(match[2]), True
-            else:
-                answer = parse_answer(line)
-                (row, part), good = row_and_part(answer.custom_id), answer.error is None
+            answer = parse_answer(line)
+            (row, part), good = row_and_part(answer.custom_id), answer.error is None
         except ValueError:
             part = parts
         if part < parts:
             yield offset, row * parts + part, good
+        elif line.endswith(b"\n"):
+            yield offset, None, False
         offset += len(line)
 
 
@@ -226,7 +230,7 @@ class AnswerIndex:
         self._places = SparseIntegers()  # offset + 1, because 0 stands for no answer
         self.rows = 0
         for offset, number, good in _scan(self._file, self._parts):
-            if good:
+            if good and number is not None:
                 self.rows = max(self.rows, number // self._parts + 1)
                 self._places[number] = self._places[number] or offset + 1
 
@@ -237,7 +241,7 @@ class AnswerIndex:
         self._file.close()
 
     def of_row(self, row: int) -> tuple[Answer, ...]:
-        """The answers of a row in the order of its parts. Failed requests are left out."""
+        """The answers of a row in the order of its parts. Failed requests and damaged lines are left out."""
         answers = []
         for number in range(row * self._parts, (row + 1) * self._parts):
             if place := self._places[number]:
@@ -335,7 +339,7 @@ def begin(
         if _has_results(folder, record["parts"]):
             raise ValueError(
                 f"{folder} was begun with {listed(changed, separator='; ', width=400)}; choose another "
-                "folder, or repeat the earlier settings"
+                "folder (`judge`: another --name), or repeat the earlier settings"
             )
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
@@ -345,12 +349,18 @@ def begin(
 
 
 def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, each as "sampling.temperature 0.6, not 0.7"."""
+    """The settings that differ, such as "sampling.temperature 0.6, not 0.7" or "other content of m.jsonl"."""
     before, after = by_path(earlier), by_path(now)
     changes = []
     for path in {**before, **after}:
         values = before.get(path), after.get(path)
-        if values[0] != values[1]:
+        lead, _, key = path.rpartition(".")
+        if values[0] == values[1] or key == "bytes":  # the size of a file whose "sha256" differs, too
+            continue
+        if key == "sha256" or path in _IN_WORDS:
+            if None not in values:  # otherwise another setting says that the file is new
+                changes.append(_IN_WORDS.get(path) or f"other content of {before.get(f'{lead}.name')}")
+        else:
             # The lists of two settings may differ only in their last item, digests differ at their beginning.
             first, second = (shown(value, 200 if isinstance(value, list) else 40) for value in values)
             changes.append(f"{path} {first}, not {second}")
@@ -372,6 +382,7 @@ class AnswerFile:
     Attributes:
         done: numbers (row * parts + part) of the requests that are answered.
         count: how many requests of the given rows are answered.
+        damaged: lines that are no answers of this job. Their requests count as not answered.
 
     Args:
         folder: the job's folder; the caller has locked it.
@@ -384,14 +395,16 @@ class AnswerFile:
         self._parts = parts
         self._first, self._end = asked[0] * parts, asked[1] * parts
         self.done = Bits()
-        self.count = 0
+        self.count = self.damaged = 0
         with files.naming_full_disk(self._path):
             self._file = self._path.open("a+b", buffering=0)
             self._size = self._end_last_line()
         self._synced = self._size
         with self._path.open("rb") as file:
             for _, number, good in _scan(file, parts):
-                if good:
+                if number is None:
+                    self.damaged += 1
+                elif good:
                     self._note_done(number)
 
     def _note_done(self, number: int) -> None:

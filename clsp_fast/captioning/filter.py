@@ -20,7 +20,7 @@ from clsp_fast import __version__
 from clsp_fast.captioning import generate, verify
 from clsp_fast.captioning.answers import ANSWERS, AnswerIndex, identity, manifest_of, read_record
 from clsp_fast.captioning.candidates import Candidate, candidates_of, texts_a_request
-from clsp_fast.captioning.ids import Digests
+from clsp_fast.captioning.ids import Digests, digest
 from clsp_fast.captioning.rows import asked_rows, clips_of_rows, rows_as_json
 from clsp_fast.captioning.rules import EMPTY, Rules, read_rules
 from clsp_fast.captioning.verify import UNVERIFIED, Verdict, Verdicts, check_manifest
@@ -35,6 +35,9 @@ from clsp_fast.storage import files
 
 CAPTIONS, COUNTS = "captions.jsonl", "filter.json"
 """What `filter` writes to the work folder: the manifest, and how many candidates were kept and dropped."""
+REPEATED_IDS = "repeated ids"
+"""What clips are counted as whose id an earlier clip of the new manifest has."""
+_NOT_DONE = ("without answer", "too long", "bad lines", REPEATED_IDS)
 NO_VERDICT = "without verdict"
 """Reason to drop a candidate: the verifier has not answered yet."""
 REPEATED = "repeated"
@@ -84,7 +87,7 @@ class FilterCounts:
 
     clips: Counter[str] = field(default_factory=Counter)
     """"total" of the rows that `generate` was asked for; "kept", "without captions" (all candidates were
-    dropped), "without answer", "too long" for `generate`, "bad lines"."""
+    dropped), "without answer", "too long" for `generate`, "bad lines", and "repeated ids"."""
     candidates: Counter[str] = field(default_factory=Counter)
     """"total", "kept" and "dropped"."""
     first_reasons: Counter[str] = field(default_factory=Counter)
@@ -104,8 +107,8 @@ class FilterCounts:
     audio_s: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "asked": 0.0, "kept": 0.0})
     """Seconds of audio in clips whose duration the manifest states. "asked" leaves out clips that are too
     long."""
-    repeated_ids: int = 0
-    """Clips of the manifest that was written whose id an earlier one has. Training reads only the first."""
+    partly_answered: int = 0
+    """Clips that lack some of the answers."""
     unknown_durations: int = 0
     """Clips whose duration the manifest does not state."""
 
@@ -146,9 +149,11 @@ class FilterCounts:
             f"{clips['kept']} of {clips['total']} clips have captions",
             f"{candidates['kept']} of {candidates['total']} candidates are kept",
         ]
-        for key in ("without captions", "without answer", "too long", "bad lines"):
+        for key in ("without captions", *_NOT_DONE):
             if clips[key]:
                 lines.append(f"{key}: {clips[key]}")
+        if self.partly_answered:
+            lines.append(f"answered in part: {self.partly_answered}")
         if self.first_reasons:
             reasons = [f"{reason} {count}" for reason, count in self.first_reasons.most_common()]
             lines.append(f"dropped, by their first reason: {', '.join(reasons)}")
@@ -219,7 +224,7 @@ def filter(config: FilterConfig) -> int:
 
     Returns:
         The exit code of the command: 0; 1 if no clip has captions, so that no manifest is written; 3 if
-        `verify` has not finished.
+        `generate` or `verify` has not finished, or if clips are too long, have a repeated id or a bad line.
 
     Raises:
         ValueError, FileNotFoundError: a setting is wrong, `generate` did not run, its manifest changed, or
@@ -251,16 +256,17 @@ def filter(config: FilterConfig) -> int:
     print(f"{path}: {job.counts.describe()}" if job.counts.clips["kept"] else job.counts.describe())
     if not job.counts.clips["kept"]:
         return 1
-    if repeated := job.counts.repeated_ids:
+    if repeated := job.counts.clips[REPEATED_IDS]:
         print(
-            f"warning: {repeated} clips have the id of an earlier clip, and training will leave them out; "
-            f"give each line of {manifest} its own id",
+            f"left out: {repeated} clips with the id of an earlier clip; give each line of {manifest} "
+            "its own id",
             file=sys.stderr,
         )
     missing = job.counts.first_reasons[NO_VERDICT]
     if missing:
         print(f"{missing} candidates have no verdict{_why_no_verdict(config.work, rules)}", file=sys.stderr)
-    return INCOMPLETE if missing else 0
+    not_done = missing or job.counts.partly_answered or any(job.counts.clips[key] for key in _NOT_DONE)
+    return INCOMPLETE if not_done else 0
 
 
 def _why_no_verdict(work: Path, rules: Rules) -> str:
@@ -299,7 +305,7 @@ class _Filter:
 
     def __init__(self, config: FilterConfig, manifest: Path, rules: Rules, record: Mapping[str, Any]) -> None:
         self._config, self._manifest, self._rules = config, manifest, rules
-        self._texts, self._rows = texts_a_request(record), asked_rows(record)
+        self._texts, self._rows, self._parts = texts_a_request(record), asked_rows(record), record["parts"]
         self._longest_s = float(record["settings"].get("max_clip_s", math.inf))
         self._verified = _has_verdicts(config.work, record)
         self._paths = AudioPaths(manifest.parent, config.work)
@@ -308,7 +314,8 @@ class _Filter:
 
     def write(self, path: Path) -> None:
         """Writes the manifest. _NoCaptions if it would be empty."""
-        work, progress, ids = self._config.work, Progress(None, "clips"), Digests()
+        work, progress = self._config.work, Progress(None, "clips")
+        repeated_ids, kept_ids = self._repeated_ids(), set[int]()
         with (
             path.open("w", encoding="ascii") as file,
             AnswerIndex(work / generate.STEP) as answers,
@@ -322,19 +329,35 @@ class _Filter:
                     self.counts.clips["bad lines"] += 1
                     continue
                 too_long = self._count_duration(clip)
-                candidates = [*candidates_of(answers.of_row(row), self._texts)]
+                clip_id = digest(clip.id)
+                if clip_id in kept_ids:
+                    self.counts.clips[REPEATED_IDS] += 1
+                    continue
+                given = answers.of_row(row)
+                self.counts.partly_answered += 0 < len(given) < self._parts
+                candidates = [*candidates_of(given, self._texts)]
                 captions = self._captions(candidates, verdicts.of_row(row) if verdicts else {})
                 if captions:
                     self.counts.keep(clip, captions)
-                    ids.add(clip.id)
+                    if clip_id in repeated_ids:
+                        kept_ids.add(clip_id)
                     file.write(json.dumps(self._line(clip, captions)) + "\n")
                 elif candidates:
                     self.counts.clips["without captions"] += 1
                 else:
+                    if clip.duration_s is None:
+                        too_long = generate.is_longer(clip, self._longest_s)
                     self.counts.clips["too long" if too_long else "without answer"] += 1
-        self.counts.repeated_ids = ids.repeated()
         if not self.counts.clips["kept"]:
             raise _NoCaptions
+
+    def _repeated_ids(self) -> set[int]:
+        """The digests of the ids that several clips have."""
+        ids = Digests()
+        for _, clip in clips_of_rows(self._manifest, self._rows):
+            if isinstance(clip, Clip):
+                ids.add(clip.id)
+        return ids.repeated_values()
 
     def _count_duration(self, clip: Clip) -> bool:
         """Counts the clip's seconds. Returns whether it was too long for `generate`."""

@@ -25,7 +25,7 @@ from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.prompt import Prompt, read_prompt
 from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows
-from clsp_fast.checks import is_positive, require
+from clsp_fast.checks import is_positive, listed, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
 from clsp_fast.data.manifest import Problem
@@ -114,6 +114,8 @@ class GenerateConfig:
             value = getattr(self, name)
             require(value is None or is_positive(value), name, "an integer > 0 or None", value)
         require(0 < self.max_clip_s < math.inf, "max_clip_s", "seconds > 0", self.max_clip_s)
+        ok = self.shard_rows is None or self.jobs_only
+        require(ok, "shard_rows", "given with --jobs-only", self.shard_rows)
         url = self.audio_url
         is_url = url is None or url == "file" or urlsplit(url).scheme in ("http", "https")
         require(is_url, "audio_url", '"file" or an http(s) URL', url)
@@ -198,6 +200,15 @@ def describe_tags(tags: Mapping[str, str], names: tuple[str, ...]) -> str:
     return "; ".join(f"{name}: {value}" for name, value in pairs if value)
 
 
+def is_longer(clip: Clip, longest_s: float) -> bool:
+    """Whether a clip that states no duration is longer, by its file. False if that cannot be read."""
+    try:
+        info = audio.info(clip.audio)
+    except (AudioError, OSError):
+        return False
+    return info.frames is not None and info.frames / info.sample_rate_hz - clip.start_s > longest_s
+
+
 class _Source:
     """The requests of a manifest, and the count of what was left out."""
 
@@ -225,14 +236,42 @@ class _Source:
                     name = custom_id(STEP, row, clip.id, part)
                     yield Request(name, functools.partial(self._body, clip, row, part))
 
-    def require_clips(self) -> None:
-        """Raises ValueError if no line of the manifest, or of its rows, can be used."""
+    def require_clips(self, lines: int) -> None:
+        """Raises ValueError if no line of the manifest, or of its rows, can be used.
+
+        Args:
+            lines: of the manifest; 0: not known.
+        """
+        config = self._config
+        if 0 < lines <= config.row_range[0]:
+            raise ValueError(
+                f"rows {config.rows}: {config.manifest} has {lines} lines, and rows count from 0"
+            )
         if next(self.requests(), None) is None:
-            config = self._config
             where = f"rows {config.rows} of {config.manifest}" if config.rows else f"{config.manifest}"
-            lines = [f"line {problem.line}: {problem.message}" for problem in self.problems[:1]]
-            lines += [f"{text}: {count}" for text, count in self.left_out.items() if not lines]
-            raise ValueError(f"{where} holds no usable clip ({', '.join(lines) or 'no lines'}); {_EXPECTED}")
+            reasons = [f"line {problem.line}: {problem.message}" for problem in self.problems[:1]]
+            reasons += [f"{text}: {count}" for text, count in self.left_out.items() if not reasons]
+            raise ValueError(
+                f"{where} holds no usable clip ({', '.join(reasons) or 'no lines'}); {_EXPECTED}"
+            )
+
+    def warn_of_unknown_tags(self) -> None:
+        """Warns of --tags that no clip has. Stops reading the manifest where each was seen once."""
+        missing = set(self._config.tags) - {*GenerateConfig.tags}
+        names: set[str] = set()
+        clips = clips_of_rows(self._config.manifest, [ALL_ROWS]) if missing else ()
+        for _, clip in clips:
+            if isinstance(clip, Clip):
+                missing -= clip.tags.keys()
+                names |= clip.tags.keys()
+            if not missing:
+                return
+        if missing:
+            print(
+                f"warning: no clip of {self._config.manifest} has the tag {listed(sorted(missing))} "
+                f"(--tags); the tags are {listed(sorted(names)) if names else 'none'}",
+                file=sys.stderr,
+            )
 
     def _count_long(self) -> None:
         with self._lock:
@@ -334,7 +373,8 @@ def generate(config: GenerateConfig) -> int:
     facts = read_facts(config.manifest)
     folder = config.work / STEP
     source = _Source(config, prompt)
-    source.require_clips()
+    source.require_clips(facts.lines)
+    source.warn_of_unknown_tags()
     job: dict[str, Any] = {
         "settings": _settings(config, prompt, facts),
         "parts": config.parts,

@@ -32,6 +32,11 @@ class Digests:
         """The digests in rising order."""
         return np.sort(np.frombuffer(self._values, np.int64)) if self._values else np.empty(0, np.int64)
 
+    def repeated_values(self) -> set[int]:
+        """The digests that were added more than once."""
+        values_N = self.sorted_values()
+        return set(values_N[1:][values_N[1:] == values_N[:-1]].tolist())
+
     def repeated(self) -> int:
         """How many ids were added that an earlier one equals."""
         values_N = self.sorted_values()

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from clsp_fast.audio import AudioError
 from clsp_fast.captioning.answers import (
+    ANSWERS,
     Answer,
     AnswerFile,
     SparseIntegers,
@@ -84,6 +85,7 @@ class Counts:
 
     Attributes:
         done_before: requests that earlier runs had answered.
+        damaged: lines of answers.jsonl that are no answers. Their requests are sent again.
         answered: requests that this run answered.
         failed: requests that failed in this run. The next run sends them again.
         skipped: requests that were not sent because their body function returned None.
@@ -99,6 +101,7 @@ class Counts:
     """
 
     done_before: int = 0
+    damaged: int = 0
     answered: int = 0
     failed: int = 0
     skipped: int = 0
@@ -133,6 +136,8 @@ class Counts:
         lines = [f"{self.answered} requests answered in {self.seconds:.1f} s, {rate:.1f} a second"]
         if self.done_before:
             lines.append(f"{self.done_before} were answered before")
+        if self.damaged:
+            lines.append(f"damaged lines in {ANSWERS}, left out: {self.damaged}")
         if self.choices:
             tokens = f"{self.prompt_tokens} tokens in, {self.completion_tokens} out"
             lines.append(f"{self.choices} texts, {self.truncated} cut at the token limit; {tokens}")
@@ -499,6 +504,7 @@ def run_jobs(
         with contextlib.closing(answers):
             progress = Progress(None if total is None else max(0, total - answers.count), noun)
             run = _Run(client, answers, progress, on_answer, threads)
+            run.counts.damaged = answers.damaged
             started = time.perf_counter()
             try:
                 asyncio.run(run.run(requests))

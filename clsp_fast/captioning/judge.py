@@ -334,9 +334,11 @@ def _settings(
     config: JudgeConfig, prompt: Prompt, pairs_prompt: Prompt | None, facts: Sequence[ManifestFacts]
 ) -> dict[str, Any]:
     """What the answers depend on. The sample may grow, because a larger one holds the smaller one."""
+    manifests = [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in facts]
     return {
         "step": STEP,
-        "manifests": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in facts],
+        "manifest": manifests[0],
+        "against": manifests[1] if len(manifests) > 1 else None,
         "model": config.server.model,
         "prompt_digest": prompt.digest,
         "pairs_prompt_digest": None if pairs_prompt is None else pairs_prompt.digest,

@@ -195,11 +195,11 @@ def _overview(counts: Mapping[str, Any]) -> Table:
             (f"  {name}", f"{counts[key][name]:,}", _percent(counts[key][name], total)) for name in names
         ]
     hours = {kind: seconds / 3600 for kind, seconds in counts["audio_s"].items()}
-    rows.append(("hours of audio", f"{hours['total']:,.2f}", ""))
-    for kind in ("asked", "kept"):
+    rows.append(("hours of audio", f"{hours['total']:,.2f}" if hours["total"] else "unknown", ""))
+    for kind in ("asked", "kept") if hours["total"] else ():
         rows.append((f"  {kind}", f"{hours[kind]:,.2f}", _percent(hours[kind], hours["total"])))
-    if counts["repeated_ids"]:
-        rows.append(("repeated ids", f"{counts['repeated_ids']:,}", ""))
+    if counts["partly_answered"]:
+        rows.append(("clips answered in part", f"{counts['partly_answered']:,}", ""))
     if counts["unknown_durations"]:
         rows.append(("  clips without duration", f"{counts['unknown_durations']:,}", ""))
     rows.append(("rows of the manifest", _rows(counts["rows"]), ""))

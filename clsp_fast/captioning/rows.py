@@ -53,7 +53,10 @@ def asked_rows(record: Mapping[str, Any]) -> list[RowRange]:
 
 
 def describe_rows(ranges: Iterable[Sequence[int | None]]) -> str:
-    """Ranges as `rows_as_json` returns them in the form of --rows: "0:1000, 5000:"."""
+    """Ranges as `rows_as_json` returns them in the form of --rows: "0:1000, 5000:", or "all"."""
+    ranges = [*ranges]
+    if ranges == [[0, None]]:
+        return "all"
     return ", ".join(f"{first}:{'' if end is None else end}" for first, end in ranges)
 
 

@@ -92,6 +92,7 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         rows = self.shard_rows
         require(rows is None or is_positive(rows), "shard_rows", "an integer > 0 or None", rows)
+        require(rows is None or self.jobs_only, "shard_rows", "given with --jobs-only", rows)
         self.server.require_model()
 
 

@@ -136,12 +136,26 @@ def test_a_damaged_line_counts_as_not_answered(tmp_path: Path) -> None:
     lines = [answer_line(f"{i}.0/x/a", Reply(200, body(str(i)))) for i in range(4)]
     with contextlib.closing(job(tmp_path)):
         pass
-    lines[1] = b"\0" * 30 + b"\n"  # as a disk leaves it that lost its power
+    half, whole = lines[1][:100], lines[1]
+    damaged = (
+        b"\0" * 30 + b"\n",  # as a disk leaves it that lost its power
+        half + b"\0" * 30 + whole[130:],
+        whole.replace(b'"choices"', b'"ch"ices"'),
+        half + b"\n",
+        half + lines[0],
+        half + whole,
+        answer_line("1.1/x/a", Reply(200, body("1"))),
+    )
+    for lines[1] in damaged:
+        (tmp_path / "answers.jsonl").write_bytes(b"".join(lines))
+        with contextlib.closing(AnswerFile(tmp_path, 1)) as answers:
+            assert [number in answers.done for number in range(4)] == [True, False, True, True]
+            assert answers.damaged == 1
+        with AnswerIndex(tmp_path) as index:
+            texts = [answer.texts for row in range(4) for answer in index.of_row(row)]
+        assert texts == [("0",), ("2",), ("3",)]
+    lines[1] = damaged[0]
     (tmp_path / "answers.jsonl").write_bytes(b"".join(lines))
-    with contextlib.closing(AnswerFile(tmp_path, 1)) as answers:
-        assert [number in answers.done for number in range(4)] == [True, False, True, True]
-    with AnswerIndex(tmp_path) as index:
-        assert [answer.texts for row in range(4) for answer in index.of_row(row)] == [("0",), ("2",), ("3",)]
     with pytest.raises(ValueError, match=r"answers\.jsonl, line 2: not an answer"):
         list(read_answers(tmp_path))
 
@@ -205,17 +219,19 @@ def write_answer(folder: Path) -> None:
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
-    settings = {"seed": 0, "sampling": {"temperature": 0.6, "top_k": 20}, "manifest": {"sha256": "0" * 64}}
+    manifest = {"name": "m.jsonl", "bytes": 8, "sha256": "0"}
+    settings = {"seed": 0, "sampling": {"temperature": 0.6, "top_k": 20}, "manifest": manifest}
     begin(tmp_path, settings, parts=1, notes={"version": "1"})
     write_answer(tmp_path)
     begin(tmp_path, settings, parts=1, notes={"version": "2"})
     assert read_record(tmp_path)["version"] == "2"
-    changed = {"seed": 1, "sampling": {"temperature": 0.7, "top_k": 20}, "manifest": {"sha256": "1" * 64}}
+    changed = {"seed": 1, "sampling": {"temperature": 0.7, "top_k": 20}}
+    changed |= {"manifest": manifest | {"bytes": 9, "sha256": "1"}}
     with pytest.raises(ValueError, match="was begun with") as refusal:
         begin(tmp_path, changed, parts=2, notes={})
     assert str(refusal.value) == (
-        f"{tmp_path} was begun with seed 0, not 1; sampling.temperature 0.6, not 0.7; manifest.sha256 "
-        f"'{'0' * 36}..., not '{'1' * 36}...; parts 1, not 2; choose another folder, or repeat the earlier "
+        f"{tmp_path} was begun with seed 0, not 1; sampling.temperature 0.6, not 0.7; other content of "
+        "m.jsonl; parts 1, not 2; choose another folder (`judge`: another --name), or repeat the earlier "
         "settings"
     )
     with pytest.raises(ValueError, match=r"with sampling\.top_k 20, not None; choose"):

@@ -10,13 +10,16 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from caption_jobs import CLIP, failure, good, make_verdicts, make_work
 
 from clsp_fast import __version__, caption
 from clsp_fast.captioning.answers import ANSWERS, custom_id
 from clsp_fast.captioning.filter import CAPTIONS, COUNTS, FilterConfig, filter
 from clsp_fast.captioning.rules import default_rules
+from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.manifest import iterate_manifest, read_manifest
 
 
@@ -96,7 +99,7 @@ def test_clips_without_answers_or_captions_are_left_out(tmp_path: Path) -> None:
     work = make_work(tmp_path, clips, {1: [good("Ann")], 2: ["short"]})
     with (work / "generate" / ANSWERS).open("a") as file:
         file.write(json.dumps(failure(custom_id("generate", 0, "a"))) + "\n")
-    assert filter(FilterConfig(work=work)) == 0
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
     assert [line["id"] for line in lines_of(work)] == ["b"]
     expected = {"total": 4, "kept": 1, "without captions": 1, "without answer": 2}
     assert counts_of(work)["clips"] == expected
@@ -109,18 +112,29 @@ def test_only_the_rows_that_were_asked_for_are_counted(tmp_path: Path) -> None:
     clips[12]["duration_s"], clips[13] = 40.0, {"no": "audio"}
     texts = {row: [good("Ann")] for row in (10, 11, 50)}
     work = make_work(tmp_path, clips, texts, asked=(10, 15), max_clip_s=30.0)
-    assert filter(FilterConfig(work=work)) == 0
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
     counts = counts_of(work)
     assert counts["rows"] == [[10, 15]]
     assert counts["clips"] == {"total": 5, "kept": 2, "too long": 1, "bad lines": 1, "without answer": 1}
     assert counts["audio_s"] == {"total": 46.0, "asked": 6.0, "kept": 4.0}
     make_work(tmp_path, clips, texts, asked=(50, 52), max_clip_s=30.0)
-    assert filter(FilterConfig(work=work)) == 0
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
     counts = counts_of(work)
     assert counts["rows"] == [[10, 15], [50, 52]]
     assert (counts["clips"]["total"], counts["clips"]["without answer"]) == (7, 2)
     assert counts["audio_s"] == {"total": 50.0, "asked": 10.0, "kept": 6.0}
     assert [line["id"] for line in lines_of(work)] == ["c10", "c11", "c50"]
+
+
+def test_clips_without_a_stated_duration_are_too_long_as_for_generate(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for name, seconds in (("a", 31), ("b", 2)):
+        soundfile.write(tmp_path / f"clips/{name}.wav", np.zeros(seconds * 8000), 8000)
+    clips: list[dict[str, Any]] = [{"audio": f"clips/{name}.wav"} for name in "abc"]
+    clips += [clips[0] | {"id": "end", "start_s": 20.0}, CLIP | {"id": "d"}]
+    work = make_work(tmp_path, clips, {4: [good("Ann")]}, max_clip_s=30.0)
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
+    assert counts_of(work)["clips"] == {"total": 5, "kept": 1, "too long": 1, "without answer": 3}
 
 
 def test_verdicts_drop_candidates_by_violation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +173,7 @@ def test_the_result_does_not_depend_on_the_order_of_answers(tmp_path: Path) -> N
         verdicts = [(row, n) for row in order for n in range(len(texts[row]))]
         random.Random(seed).shuffle(verdicts)
         make_verdicts(work, {key: ["absence"] if sum(key) % 5 == 0 else [] for key in verdicts})
-        assert filter(FilterConfig(work=work)) == 0
+        assert filter(FilterConfig(work=work)) == INCOMPLETE
         results.append(((work / CAPTIONS).read_bytes(), (work / COUNTS).read_bytes()))
     assert results[0] == results[1] == results[2]
 
@@ -290,7 +304,7 @@ def test_lhotse_cuts_become_lines(tmp_path: Path) -> None:
 def test_bad_lines_are_counted_and_names_that_are_not_utf8_survive(tmp_path: Path) -> None:
     clips = [{"no": "audio"}, CLIP | {"audio": "caf\udce9.wav"}]
     work = make_work(tmp_path, clips, {1: [good("Ann")]})
-    assert filter(FilterConfig(work=work)) == 0
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
     assert counts_of(work)["clips"]["bad lines"] == 1
     assert read_manifest(work / CAPTIONS).clips[0].audio.endswith("caf\udce9.wav")
 
@@ -308,15 +322,33 @@ def test_without_captions_an_earlier_manifest_is_kept(
     assert counts_of(work)["first_reasons"] == {"short": 1}
 
 
-def test_repeated_ids_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_ids_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips = [CLIP | {"id": name} for name in "abab"] + [CLIP | {"id": "c"}]
-    work = make_work(tmp_path, clips, {row: [good("Ann")] for row in (0, 1, 2, 4)})
-    assert filter(FilterConfig(work=work)) == 0
-    message = capsys.readouterr().err
-    assert "warning: 1 clips have the id of an earlier clip, and training will leave them out" in message
-    assert f"give each line of {tmp_path / 'm.jsonl'} its own id" in message
-    assert counts_of(work)["repeated_ids"] == 1  # the second "b" has no captions
-    assert len(read_manifest(work / CAPTIONS).problems) == 1
+    texts = {0: [good("Ann")], 1: ["short"], 2: [good("Bea")], 3: [good("Cid")], 4: [good("Dan")]}
+    work = make_work(tmp_path, clips, texts)
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
+    shown = capsys.readouterr()
+    assert "repeated ids: 1" in shown.out
+    assert "left out: 1 clips with the id of an earlier clip; give each line of" in shown.err
+    # The first "b" has no captions, so that the second one is kept.
+    lines = [(line["id"], line["finegrained_captions"][0][:3]) for line in lines_of(work)]
+    assert lines == [("a", "Ann"), ("b", "Cid"), ("c", "Dan")]
+    counts = counts_of(work)
+    assert counts["clips"] == {"total": 5, "kept": 3, "without captions": 1, "repeated ids": 1}
+    assert counts["candidates"] == {"total": 4, "kept": 3, "dropped": 1}
+    manifest = read_manifest(work / CAPTIONS)
+    assert (len(manifest.clips), manifest.problems) == (3, [])
+
+
+def test_clips_without_some_of_their_answers_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = make_work(tmp_path, [CLIP], {0: [good("Ann")]})
+    record = json.loads((work / "generate/job.json").read_text())
+    (work / "generate/job.json").write_text(json.dumps(record | {"parts": 2}))
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
+    assert "answered in part: 1" in capsys.readouterr().out
+    assert counts_of(work)["partly_answered"] == 1
 
 
 def test_rules_of_a_user_and_limits(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_a_prompt_of_the_user_with_a_system_message(manifest: Path, tmp_path: Pa
         _, user = server.bodies[1]["messages"]
         assert [part["type"] for part in user["content"]] == ["input_audio"]
         prompt.write_text("Another one.")
-        with pytest.raises(RuntimeError, match="was begun with prompt_digest"):
+        with pytest.raises(RuntimeError, match="was begun with another --prompt; choose"):
             run(manifest, tmp_path / "w", *words, "0:1")
 
 
@@ -256,7 +256,7 @@ def test_a_prompt_of_the_user_with_a_system_message(manifest: Path, tmp_path: Pa
     ("words", "match"),
     [
         (["--candidates", "3"], "was begun with candidates 5, not 3"),
-        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; choose another folder, or"),
+        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; choose another folder "),
         (["--seed", "1"], "was begun with seed 0, not 1"),
         (["--tags", "accent"], r"tags \['accent', 'speaking_rate', 'situational_tags'\], not \['accent'\];"),
     ],
@@ -267,8 +267,19 @@ def test_other_settings_are_refused(words: list[str], match: str, manifest: Path
         run(manifest, tmp_path / "w", "--jobs-only", *words)
     with manifest.open("a") as file:
         file.write("\n")
-    with pytest.raises(RuntimeError, match=r"begun with manifest\.bytes \d+, not \d+; manifest\.sha256 '"):
+    with pytest.raises(RuntimeError, match=r"begun with other content of m\.jsonl; choose"):
         run(manifest, tmp_path / "w", "--jobs-only")
+
+
+def test_tags_that_no_clip_has_are_named(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (manifest, tmp_path / "w", "--jobs-only", "--rows", "7:9", "--tags", "accent")
+    assert run(*words, "gender", "mood", "pace") == 0
+    message = "m.jsonl has the tag mood, pace (--tags); the tags are accent, gender, situational_tags"
+    assert message in capsys.readouterr().err
+    assert run(*words[:1], tmp_path / "v", *words[2:], "gender") == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_wrong_calls_name_the_fix(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,9 +295,13 @@ def test_wrong_calls_name_the_fix(manifest: Path, tmp_path: Path, capsys: pytest
     listed.write_text("clips/00000.wav\n")
     with pytest.raises(RuntimeError, match=r"list holds no usable clip \(line 1: not JSON.*such as"):
         run(listed, tmp_path / "w")
-    for rows, match in (("100:", "no lines"), ("5:6", "clips over 30 s: 1")):
+    for rows, match in (("3:4", "no lines"), ("5:6", "clips over 30 s: 1")):
         with pytest.raises(RuntimeError, match=rf"rows {rows} of .* holds no usable clip \({match}\)"):
             run(manifest, tmp_path / "w", "--rows", rows)
+    with pytest.raises(RuntimeError, match=r"rows 50:99: .*m\.jsonl has 12 lines, and rows count from 0"):
+        run(manifest, tmp_path / "w", "--rows", "50:99")
+    assert run(manifest, tmp_path / "w", "--shard-rows", "5") == 2
+    assert "shard_rows must be given with --jobs-only" in " ".join(capsys.readouterr().err.split())
     with StubServer() as server, pytest.raises(RuntimeError, match=f"it serves {MODEL}: correct --server.mo"):
         run(manifest, tmp_path / "x", "--server.servers", server.url, model="other")
     for option, value in (("--rows", "5"), ("--rows", "7:3"), ("--audio-url", "ftp://x")):

@@ -10,9 +10,11 @@ from clsp_fast.captioning.ids import Digests, digest
 def test_repeated_ids_are_counted() -> None:
     digests = Digests()
     assert digests.repeated() == 0
+    assert digests.repeated_values() == set()
     for name in ("a", "b", "a", "\udce9", "a", "\udce9"):
         digests.add(name)
     assert digests.repeated() == 3
+    assert digests.repeated_values() == {digest("a"), digest("\udce9")}
     values = digests.sorted_values().tolist()
     assert values == sorted(digest(name) for name in ("a", "a", "a", "b", "\udce9", "\udce9"))
     assert 0 <= values[0] < values[-1] < 2**63

@@ -388,6 +388,22 @@ def test_a_folder_has_one_writer_and_one_job(tmp_path: Path) -> None:
     assert len(result(tmp_path, 8)) == 8
 
 
+def test_damaged_lines_are_counted_and_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with StubServer() as server:
+        run(tmp_path, server, 20)
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[3], lines[7] = lines[3][:100] + b"\n", lines[7][:100] + lines[8]
+        path.write_bytes(b"".join(lines[:8] + lines[9:]))
+        with AnswerIndex(tmp_path) as index:
+            assert sum(bool(index.of_row(row)) for row in range(20)) == 17
+        counts = run(tmp_path, server, 20)
+        assert (counts.done_before, counts.answered, counts.damaged) == (17, 3, 2)
+        assert "damaged lines in answers.jsonl, left out: 2" in counts.describe()
+    with AnswerIndex(tmp_path) as index:
+        assert [answer.texts for row in range(20) for answer in index.of_row(row)] == expected(20)
+
+
 def test_a_full_disk_ends_the_run_and_keeps_the_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,8 +281,13 @@ def test_a_prompt_must_explain_every_aspect(tmp_path: Path) -> None:
 
 def test_another_judgement_in_the_same_folder_is_refused(manifests: tuple[Path, Path]) -> None:
     run(manifests[:1], honest, clips=1)
-    with pytest.raises(ValueError, match="choose another folder"):
+    with pytest.raises(ValueError, match=r"against\.name None, not 'poor\.jsonl'; choose another folder"):
         run(manifests, honest, clips=1)
+    with manifests[0].open("a") as file:
+        file.write("\n")
+    message = r"with other content of good\.jsonl; choose another folder \(`judge`: another --name\), or"
+    with pytest.raises(ValueError, match=message):
+        run(manifests[:1], honest, clips=1)
 
 
 def test_a_manifest_can_be_compared_with_itself(manifests: tuple[Path, Path]) -> None:

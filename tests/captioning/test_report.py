@@ -14,6 +14,7 @@ from clsp_fast import caption
 from clsp_fast.captioning.answers import ANSWERS, custom_id
 from clsp_fast.captioning.filter import COUNTS, FilterConfig, filter
 from clsp_fast.captioning.report import ReportConfig, Table, report
+from clsp_fast.console import INCOMPLETE
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def work(tmp_path: Path) -> Path:
     with (work / "generate" / ANSWERS).open("a") as file:
         file.write(json.dumps(failure(custom_id("generate", 3, "c3"))) + "\n")
     make_verdicts(work, {(0, 0): [], (0, 1): [], (1, 1): [], (2, 0): ["absence", "background"]})
-    assert filter(FilterConfig(work=work)) == 0
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
     return work
 
 
@@ -61,7 +62,7 @@ def test_the_table_holds_the_counts_and_fits_80_columns(
     assert row_of(shown, "verifier: background") == ["1", "1", "14.3", "%"]
     assert row_of(shown, "verifier: absence") == ["0", "1", "14.3", "%"]
     assert row_of(shown, "hours of audio") == ["2.00"]
-    assert row_of(shown, "rows of the manifest") == ["0:"]
+    assert row_of(shown, "rows of the manifest") == ["all"]
     assert row_of(shown, "verified by") == ["verify-model"]
     assert row_of(shown, "requests answered") == ["3", "4", "7"]
     assert row_of(shown, "failures") == ["1", "0", "1"]
@@ -97,7 +98,7 @@ def test_the_cost_of_a_shard_is_divided_by_its_hours(
     prices = ("--price-prompt", "10000")
     options: dict[str, Any] = {"max_clip_s": 1800.0}
     work = make_work(tmp_path, clips, {8: [good("Ann")]}, asked=(8, 10), **options)
-    assert filter(FilterConfig(work=work)) == 0
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
     run(work, *prices)
     shown = capsys.readouterr().out
     assert row_of(shown, "hours of audio") == ["1.00"]
@@ -109,11 +110,18 @@ def test_the_cost_of_a_shard_is_divided_by_its_hours(
     shown = capsys.readouterr().out
     assert "asked for the rows 8:10, 50:52, but `filter` counted 8:10: run `filter` again" in shown
     assert "for an hour of audio" not in shown
-    assert filter(FilterConfig(work=work)) == 0
+    assert filter(FilterConfig(work=work)) == INCOMPLETE
     run(work, *prices)
     shown = capsys.readouterr().out
     assert row_of(shown, "for an hour of audio") == ["1.0000"]
     assert "run `filter` again" not in shown
+
+
+def test_hours_without_durations_are_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = make_work(tmp_path, [{"id": "b", "audio": "b.wav"}], {0: [good("Ann")]})
+    assert filter(FilterConfig(work=work)) == 0
+    run(work)
+    assert row_of(capsys.readouterr().out, "hours of audio") == ["unknown"]
 
 
 def test_hours_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

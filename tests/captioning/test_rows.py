@@ -42,6 +42,7 @@ def test_a_record_without_rows_means_all() -> None:
     assert asked_rows({}) == [ALL_ROWS]
     assert rows_as_json([(0, 1000), (5000, math.inf)]) == [[0, 1000], [5000, None]]
     assert describe_rows([[0, 1000], [5000, None]]) == "0:1000, 5000:"
+    assert describe_rows([[0, None]]) == "all"
 
 
 @pytest.mark.parametrize("rows", [[], None, 3, [[1]], [[3, 2]], [[-1, 2]], [["a", 2]], [[0, 1, 2]]])

@@ -17,6 +17,7 @@ from stub_server import MODEL, StubServer
 
 from clsp_fast.captioning import answers, verify
 from clsp_fast.captioning.client import ServerConfig
+from clsp_fast.captioning.filter import FilterConfig, filter
 from clsp_fast.captioning.generate import GenerateConfig, generate
 from clsp_fast.captioning.prompt import Prompt
 from clsp_fast.captioning.rules import default_rules
@@ -281,3 +282,25 @@ def test_ids_of_requests_begin_with_row_and_candidate(work: Path) -> None:
     run(work, lambda body: GOOD)
     names = [answer.custom_id for answer in answers.read_answers(work / "verify")]
     assert sorted(names) == sorted(f"{r}.{n}/verify/clip{r}" for r in range(4) for n in range(3))
+
+
+def test_damaged_lines_are_asked_again_and_end_nothing(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In both folders: the candidates that remain are filtered and verified."""
+    assert run(work, lambda _: GOOD)[0] == 0
+    for step in ("verify", "generate"):
+        path = work / step / "answers.jsonl"
+        first, rest = path.read_bytes().split(b"\n", 1)
+        path.write_bytes(first[:100] + b"\n" + rest)
+        assert filter(FilterConfig(work=work)) == INCOMPLETE
+        sent = run(work, lambda _: GOOD)[1].sent.total()
+        assert sent == (1 if step == "verify" else 0)
+        assert "damaged lines in answers.jsonl, left out: 1" in capsys.readouterr().out
+        if step == "verify":
+            assert filter(FilterConfig(work=work)) == 0
+
+
+def test_shards_are_only_for_job_files() -> None:
+    with pytest.raises(ValueError, match="shard_rows must be given with --jobs-only, got 5"):
+        VerifyConfig(work=Path("work"), server=ServerConfig(model=MODEL), shard_rows=5)
