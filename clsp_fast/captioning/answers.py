@@ -318,7 +318,8 @@ def begin(
         settings: what the answers depend on.
         parts: the largest number of requests of a row.
         notes: what a later run may change, such as the version. Those of the last run are kept.
-        asked: the rows of this run. They are added to those of earlier runs.
+        asked: the rows of this run. They are added to those of earlier runs, or replace them if the job has
+            no answers and no job files.
 
     Raises:
         ValueError: the folder was begun with other settings; the message says which.
@@ -328,7 +329,8 @@ def begin(
         record = read_record(folder)
         changed = _changes({**record["settings"], "parts": record["parts"]}, {**settings, "parts": parts})
         if not changed:
-            changes = {**notes, "rows": rows_as_json(union([*asked_rows(record), asked]))}
+            earlier = asked_rows(record) if _has_results(folder, parts) else []
+            changes = {**notes, "rows": rows_as_json(union([*earlier, asked]))}
             if record != record | changes:
                 files.write_json(folder / RECORD, record | changes)
             return

@@ -260,12 +260,23 @@ def test_a_job_without_results_is_begun_anew_with_other_settings(tmp_path: Path)
 def test_rows_of_all_runs_are_recorded_and_are_no_setting(tmp_path: Path) -> None:
     begin(tmp_path, {}, parts=1, notes={}, asked=(0, 10))
     first = read_record(tmp_path)
+    write_answer(tmp_path)
     begin(tmp_path, {}, parts=1, notes={}, asked=(50, 60))
     begin(tmp_path, {}, parts=1, notes={}, asked=(5, 20))
     assert read_record(tmp_path)["rows"] == [[0, 20], [50, 60]]
     assert identity(read_record(tmp_path)) == identity(first)
     begin(tmp_path, {}, parts=1, notes={})
     assert read_record(tmp_path)["rows"] == [[0, None]]
+
+
+def test_rows_of_a_run_without_results_are_replaced(tmp_path: Path) -> None:
+    """Such as those of a run that reached no server. `filter` would count them as "without answer"."""
+    begin(tmp_path, {}, parts=1, notes={}, asked=(0, 10))
+    begin(tmp_path, {}, parts=1, notes={}, asked=(0, 2))
+    assert read_record(tmp_path)["rows"] == [[0, 2]]
+    (tmp_path / "jobs.jsonl").touch()
+    begin(tmp_path, {}, parts=1, notes={}, asked=(4, 6))
+    assert read_record(tmp_path)["rows"] == [[0, 2], [4, 6]]
 
 
 def test_answers_to_other_rows_are_not_counted(tmp_path: Path) -> None:
