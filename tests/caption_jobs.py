@@ -54,7 +54,7 @@ def make_job(
         known | {"sampling": {"temperature": 0.6}} | settings,
         parts=parts,
         notes=notes,
-        asked=asked,
+        asked=[asked],
     )
     write_rows(folder / ANSWERS, rows)
     return folder

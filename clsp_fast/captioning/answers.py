@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -307,7 +307,7 @@ def begin(
     *,
     parts: int,
     notes: Mapping[str, Any],
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (ALL_ROWS,),
 ) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
 
@@ -329,8 +329,7 @@ def begin(
         record = read_record(folder)
         changed = _changes({**record["settings"], "parts": record["parts"]}, {**settings, "parts": parts})
         if not changed:
-            earlier = asked_rows(record) if _has_results(folder, parts) else []
-            changes = {**notes, "rows": rows_as_json(union([*earlier, asked]))}
+            changes = {**notes, "rows": rows_as_json(union([*recorded_rows(folder), *asked]))}
             if record != record | changes:
                 files.write_json(folder / RECORD, record | changes)
             return
@@ -342,8 +341,20 @@ def begin(
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
     begun = datetime.now(timezone.utc).isoformat()
-    record = {"settings": settings, "parts": parts, "begun": begun, "rows": rows_as_json([asked])}
+    record = {"settings": settings, "parts": parts, "begun": begun, "rows": rows_as_json(union(asked))}
     files.write_json(folder / RECORD, record | dict(notes))
+
+
+def recorded_rows(folder: Path) -> list[RowRange]:
+    """The rows that earlier runs of a job were asked for. None if it has no answers and no job files.
+
+    Raises:
+        ValueError: its record is damaged.
+    """
+    if not (folder / RECORD).exists():
+        return []
+    record = read_record(folder)
+    return asked_rows(record) if _has_results(folder, record["parts"]) else []
 
 
 def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -381,10 +392,10 @@ class AnswerFile:
         asked: the rows that `count` counts.
     """
 
-    def __init__(self, folder: Path, parts: int, asked: RowRange = ALL_ROWS) -> None:
+    def __init__(self, folder: Path, parts: int, asked: Sequence[RowRange] = (ALL_ROWS,)) -> None:
         self._path = folder / ANSWERS
         self._parts = parts
-        self._first, self._end = asked[0] * parts, asked[1] * parts
+        self._asked = [(first * parts, end * parts) for first, end in asked]
         self.done = Bits()
         self.count = 0
         with files.naming_full_disk(self._path):
@@ -397,7 +408,8 @@ class AnswerFile:
                     self._note_done(number)
 
     def _note_done(self, number: int) -> None:
-        self.count += self._first <= number < self._end and number not in self.done
+        if number not in self.done:
+            self.count += any(first <= number < end for first, end in self._asked)
         self.done.add(number)
 
     def _end_last_line(self) -> int:

@@ -10,7 +10,7 @@ import struct
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ import numpy as np
 
 from clsp_fast import __version__, audio
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, Waveform
-from clsp_fast.captioning.answers import Answer, custom_id
+from clsp_fast.captioning.answers import Answer, custom_id, recorded_rows
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.prompt import Prompt, read_prompt
-from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows, describe_rows, rows_as_json, union
 from clsp_fast.checks import is_positive, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
@@ -97,9 +97,11 @@ class GenerateConfig:
     the whole file, even if its duration_s is shorter."""
     rows: str = ""
     """Part of the manifest, counted from 0 without the end, such as 0:1000000: a machine's share of the work.
-    Empty: all rows. Later calls can add further rows to the same folder."""
+    Empty: all rows, or with --answers those that earlier calls were asked for. Later calls can add further
+    rows to the same folder."""
     jobs_only: bool = False
-    """Sends nothing, but writes WORK/generate/jobs.jsonl with the requests, for `vllm run-batch`."""
+    """Sends nothing, but writes WORK/generate/jobs.jsonl with the requests, for `vllm run-batch`. Job files
+    of earlier calls are replaced, so the rows of those calls are included."""
     shard_rows: int | None = None
     """With --jobs-only: rows of the manifest in a job file. None: one file for all."""
     answers: tuple[Path, ...] = ()
@@ -201,8 +203,8 @@ def describe_tags(tags: Mapping[str, str], names: tuple[str, ...]) -> str:
 class _Source:
     """The requests of a manifest, and the count of what was left out."""
 
-    def __init__(self, config: GenerateConfig, prompt: Prompt) -> None:
-        self._config, self._prompt = config, prompt
+    def __init__(self, config: GenerateConfig, prompt: Prompt, rows: Sequence[RowRange]) -> None:
+        self._config, self._prompt, self._rows = config, prompt, rows
         self._limits = AudioLimits(max_s=config.max_clip_s)
         self._lock = threading.Lock()
         self.left_out: Counter[str] = Counter()
@@ -213,7 +215,7 @@ class _Source:
         config = self._config
         self.left_out.clear()
         self.problems.clear()
-        for row, clip in clips_of_rows(config.manifest, [config.row_range]):
+        for row, clip in clips_of_rows(config.manifest, self._rows):
             if isinstance(clip, Problem):
                 self.left_out["bad lines"] += 1
                 if len(self.problems) < _SHOWN_PROBLEMS:
@@ -333,12 +335,16 @@ def generate(config: GenerateConfig) -> int:
     prompt = read_prompt(STEP, config.prompt, set())
     facts = read_facts(config.manifest)
     folder = config.work / STEP
-    source = _Source(config, prompt)
-    source.require_clips()
+    earlier = recorded_rows(folder)
+    rows = earlier if config.answers and earlier and not config.rows else [config.row_range]
+    _Source(config, prompt, rows).require_clips()
+    if config.jobs_only:  # new job files replace those of earlier calls
+        rows = union([*earlier, *rows])
+    source = _Source(config, prompt, rows)
     job: dict[str, Any] = {
         "settings": _settings(config, prompt, facts),
         "parts": config.parts,
-        "asked": config.row_range,
+        "asked": rows,
         "notes": {
             "manifest_path": str(config.manifest.absolute()),
             "prompt": prompt.text,
@@ -354,6 +360,8 @@ def generate(config: GenerateConfig) -> int:
         **job,
     )
     if config.jobs_only:
+        if rows != [config.row_range]:
+            print(f"job files cover the rows of this and earlier calls: {describe_rows(rows_as_json(rows))}")
         return _report(source, exchange.failed)
     if config.answers and not config.server.servers:
         if exchange.missing:
@@ -365,7 +373,7 @@ def generate(config: GenerateConfig) -> int:
         source.requests(),
         folder,
         config.server,
-        total=_total(config, facts),
+        total=_total(rows, config.parts, facts),
         noun="requests",
         on_answer=check,
         threads=config.decode_threads,
@@ -394,10 +402,9 @@ def _settings(config: GenerateConfig, prompt: Prompt, facts: ManifestFacts) -> d
     }
 
 
-def _total(config: GenerateConfig, facts: ManifestFacts) -> int | None:
-    start, stop = config.row_range
-    rows = min(facts.lines, stop) - start
-    return int(rows) * config.parts if facts.lines and rows > 0 else None
+def _total(ranges: Sequence[RowRange], parts: int, facts: ManifestFacts) -> int | None:
+    rows = sum(max(0, min(facts.lines, end) - first) for first, end in ranges)
+    return int(rows) * parts or None
 
 
 def _report(source: _Source, failed: int) -> int:

@@ -241,7 +241,7 @@ def write_pending(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (ALL_ROWS,),
     shard_rows: int | None = None,
 ) -> Written:
     """Writes the requests of a job that are not answered yet as job files in its folder.
@@ -350,7 +350,7 @@ def import_answers(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (ALL_ROWS,),
 ) -> Imported:
     """Adds answers that another program collected, such as the output of `vllm run-batch`.
 
@@ -463,7 +463,7 @@ def run_jobs(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (ALL_ROWS,),
     total: int | None = None,
     noun: str = "requests",
     on_answer: Callable[[Answer], None] | None = None,

@@ -166,6 +166,44 @@ def test_a_second_range_in_the_same_folder(
     assert tuple(texts(work)) == (0, 1, 7, 8, 9, 10)
 
 
+def answers_to(work: Path) -> list[dict[str, Any]]:
+    """Lines with answers to the job files of a folder, as another program writes them."""
+    stub, answers = StubServer(), []
+    for path in sorted((work / "generate").glob("jobs*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            response = {"status_code": 200, "body": stub.answer(row["body"])}
+            answers.append({"custom_id": row["custom_id"], "response": response, "error": None})
+    return answers
+
+
+def test_job_files_cover_the_rows_of_earlier_calls(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "w"
+    assert run(manifest, work, "--jobs-only", "--rows", "0:2") == 0
+    assert "earlier calls" not in capsys.readouterr().out
+    assert run(manifest, work, "--jobs-only", "--rows", "7:9") == 0
+    assert "job files cover the rows of this and earlier calls: 0:2, 7:9" in capsys.readouterr().out
+    assert [answer["custom_id"].partition(".")[0] for answer in answers_to(work)] == ["0", "1", "7", "8"]
+    with pytest.raises(RuntimeError, match=r"rows 100: of .* holds no usable clip"):
+        run(manifest, work, "--jobs-only", "--rows", "100:")
+
+
+def test_an_import_without_rows_takes_those_of_earlier_calls(manifest: Path, tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    for rows in ("0:2", "7:9"):
+        assert run(manifest, work, "--jobs-only", "--rows", rows) == 0
+    answers = answers_to(work)
+    assert run(manifest, work, "--answers", write_rows(tmp_path / "a.jsonl", answers[:3])) == 3
+    assert run(manifest, work, "--answers", write_rows(tmp_path / "b.jsonl", answers[3:])) == 0
+    assert read_record(work / "generate")["rows"] == [[0, 2], [7, 9]]
+    assert tuple(texts(work)) == (0, 1, 7, 8)
+    # A new folder has no earlier calls.
+    assert run(manifest, tmp_path / "new", "--answers", tmp_path / "a.jsonl") == 3
+    assert read_record(tmp_path / "new/generate")["rows"] == [[0, None]]
+
+
 def test_job_files_and_answers_from_elsewhere(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,12 +216,7 @@ def test_job_files_and_answers_from_elsewhere(
     assert "clips/none.wav" in output
     assert errors.startswith("line 5: not JSON: ")
     assert errors.count("\n") == 1
-    stub, answers = StubServer(), []
-    for path in sorted((work / "generate").glob("jobs-*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            response = {"status_code": 200, "body": stub.answer(row["body"])}
-            answers.append({"custom_id": row["custom_id"], "response": response, "error": None})
+    answers = answers_to(work)
     path = write_rows(tmp_path / "out.jsonl", [*answers, answers[0], {"custom_id": "x", "response": {}}])
     assert run(manifest, work, "--answers", path) == 3
     output = capsys.readouterr().out
@@ -201,13 +234,8 @@ def test_the_exit_code_tells_whether_every_clip_has_candidates(
     words: tuple[str, ...], manifest: Path, tmp_path: Path
 ) -> None:
     """0 for rows 7 and 8; 3 with an unreadable, a damaged or a long clip, or without an answer."""
-    stub = StubServer()
     assert run(manifest, tmp_path / "made", "--jobs-only", "--rows", "7:11") == 0
-    answers = []
-    for line in (tmp_path / "made/generate/jobs.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        response = {"status_code": 200, "body": stub.answer(row["body"])}
-        answers.append({"custom_id": row["custom_id"], "response": response, "error": None})
+    answers = answers_to(tmp_path / "made")
     codes = {}
     with StubServer() as server:
         options = [word.replace("URL", server.url) for word in words]
