@@ -228,12 +228,11 @@ class _Source:
                     yield Request(name, functools.partial(self._body, clip, row, part))
 
     def require_clips(self) -> None:
-        """Raises ValueError if no line of the manifest, or of its rows, can be used."""
-        if next(self.requests(), None) is None:
+        """Raises ValueError if no line of the manifest, or of its rows, is a clip. It may be a long one."""
+        if next(self.requests(), None) is None and self.left_out.keys() <= {"bad lines"}:
             config = self._config
             where = f"rows {config.rows} of {config.manifest}" if config.rows else f"{config.manifest}"
             lines = [f"line {problem.line}: {problem.message}" for problem in self.problems[:1]]
-            lines += [f"{text}: {count}" for text, count in self.left_out.items() if not lines]
             raise ValueError(f"{where} holds no usable clip ({', '.join(lines) or 'no lines'}); {_EXPECTED}")
 
     def _count_long(self) -> None:

@@ -152,6 +152,17 @@ def test_rows_share_the_work(manifest: Path, tmp_path: Path) -> None:
     assert texts(tmp_path / "parts") == texts(tmp_path / "all")
 
 
+def test_rows_whose_clips_are_all_too_long_are_recorded(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "w"
+    with StubServer() as server:
+        assert run(manifest, work, "--server.servers", server.url, "--rows", "0:2") == 0
+        assert run(manifest, work, "--server.servers", server.url, "--rows", "5:6") == 3
+    assert "left out: clips over 30 s: 1" in capsys.readouterr().out
+    assert read_record(work / "generate")["rows"] == [[0, 2], [5, 6]]
+
+
 def test_a_second_range_in_the_same_folder(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +252,7 @@ def test_the_exit_code_tells_whether_every_clip_has_candidates(
         options = [word.replace("URL", server.url) for word in words]
         if words[0] == "--answers":
             options[1] = str(write_rows(tmp_path / "out.jsonl", answers[:2]))
-        for rows in ("7:9", "6:9", "4:9", "5:9", "10:12"):
+        for rows in ("7:9", "6:9", "4:9", "5:9", "10:12", "5:6"):
             codes[rows] = run(manifest, tmp_path / rows.replace(":", "-"), *options, "--rows", rows)
         if words[0] == "--answers":
             codes["7:10"] = run(manifest, tmp_path / "short", *options, "--rows", "7:10")
@@ -312,7 +323,7 @@ def test_wrong_calls_name_the_fix(manifest: Path, tmp_path: Path, capsys: pytest
     listed.write_text("clips/00000.wav\n")
     with pytest.raises(RuntimeError, match=r"list holds no usable clip \(line 1: not JSON.*such as"):
         run(listed, tmp_path / "w")
-    for rows, match in (("100:", "no lines"), ("5:6", "clips over 30 s: 1")):
+    for rows, match in (("100:", "no lines"), ("4:5", "line 5: not JSON.*")):
         with pytest.raises(RuntimeError, match=rf"rows {rows} of .* holds no usable clip \({match}\)"):
             run(manifest, tmp_path / "w", "--rows", rows)
     with StubServer() as server, pytest.raises(RuntimeError, match=f"it serves {MODEL}: correct --server.mo"):
