@@ -307,7 +307,7 @@ def begin(
     *,
     parts: int,
     notes: Mapping[str, Any],
-    asked: Sequence[RowRange] = (ALL_ROWS,),
+    asked: Sequence[RowRange] = (),
 ) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
 
@@ -318,8 +318,8 @@ def begin(
         settings: what the answers depend on.
         parts: the largest number of requests of a row.
         notes: what a later run may change, such as the version. Those of the last run are kept.
-        asked: the rows of this run. They are added to those of earlier runs, or replace them if the job has
-            no answers and no job files.
+        asked: the rows of this run; empty: none are recorded. They are added to those of earlier runs, or
+            replace them if the job has no answers and no job files.
 
     Raises:
         ValueError: the folder was begun with other settings; the message says which.
@@ -329,7 +329,9 @@ def begin(
         record = read_record(folder)
         changed = _changes({**record["settings"], "parts": record["parts"]}, {**settings, "parts": parts})
         if not changed:
-            changes = {**notes, "rows": rows_as_json(union([*recorded_rows(folder), *asked]))}
+            changes = dict(notes)
+            if asked:
+                changes["rows"] = rows_as_json(union([*recorded_rows(folder), *asked]))
             if record != record | changes:
                 files.write_json(folder / RECORD, record | changes)
             return
@@ -341,12 +343,14 @@ def begin(
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
     begun = datetime.now(timezone.utc).isoformat()
-    record = {"settings": settings, "parts": parts, "begun": begun, "rows": rows_as_json(union(asked))}
-    files.write_json(folder / RECORD, record | dict(notes))
+    record = {"settings": settings, "parts": parts, "begun": begun, **notes}
+    if asked:
+        record["rows"] = rows_as_json(union(asked))
+    files.write_json(folder / RECORD, record)
 
 
 def recorded_rows(folder: Path) -> list[RowRange]:
-    """The rows that earlier runs of a job were asked for. None if it has no answers and no job files.
+    """The rows that earlier runs of a job were asked for; empty if it has no answers and no job files.
 
     Raises:
         ValueError: its record is damaged.

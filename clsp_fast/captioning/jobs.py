@@ -241,7 +241,7 @@ def write_pending(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: Sequence[RowRange] = (ALL_ROWS,),
+    asked: Sequence[RowRange] = (),
     shard_rows: int | None = None,
 ) -> Written:
     """Writes the requests of a job that are not answered yet as job files in its folder.
@@ -350,7 +350,7 @@ def import_answers(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: Sequence[RowRange] = (ALL_ROWS,),
+    asked: Sequence[RowRange] = (),
 ) -> Imported:
     """Adds answers that another program collected, such as the output of `vllm run-batch`.
 
@@ -463,7 +463,7 @@ def run_jobs(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: Sequence[RowRange] = (ALL_ROWS,),
+    asked: Sequence[RowRange] = (),
     total: int | None = None,
     noun: str = "requests",
     on_answer: Callable[[Answer], None] | None = None,
@@ -482,7 +482,7 @@ def run_jobs(
         settings: what the answers depend on, for job.json.
         parts: the largest number of requests of a row.
         notes: what job.json also records, without comparing it.
-        asked: the rows of the manifest that `requests` come from. job.json records them, too.
+        asked: the rows of the manifest that `requests` come from, for job.json; empty: it names no rows.
         total: number of requests, for the progress line; None: not known.
         noun: what the progress line calls the requests.
         on_answer: called with each answer and failure of this run.
@@ -495,7 +495,7 @@ def run_jobs(
     client = Client(servers)
     with files.lock_folder(folder):
         begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
-        answers = AnswerFile(folder, parts, asked)
+        answers = AnswerFile(folder, parts, asked or [ALL_ROWS])
         with contextlib.closing(answers):
             progress = Progress(None if total is None else max(0, total - answers.count), noun)
             run = _Run(client, answers, progress, on_answer, threads)

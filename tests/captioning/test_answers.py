@@ -27,6 +27,7 @@ from clsp_fast.captioning.answers import (
     row_and_part,
 )
 from clsp_fast.captioning.client import Reply
+from clsp_fast.captioning.rows import ALL_ROWS
 from clsp_fast.storage.files import DiskFull
 
 
@@ -265,7 +266,7 @@ def test_rows_of_all_runs_are_recorded_and_are_no_setting(tmp_path: Path) -> Non
     begin(tmp_path, {}, parts=1, notes={}, asked=[(5, 20)])
     assert read_record(tmp_path)["rows"] == [[0, 20], [50, 60]]
     assert identity(read_record(tmp_path)) == identity(first)
-    begin(tmp_path, {}, parts=1, notes={})
+    begin(tmp_path, {}, parts=1, notes={}, asked=[ALL_ROWS])
     assert read_record(tmp_path)["rows"] == [[0, None]]
 
 

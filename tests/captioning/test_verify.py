@@ -213,6 +213,7 @@ def test_a_second_run_asks_only_what_is_missing(work: Path) -> None:
     assert [(row, number) for row, number, _ in verdicts_of(work)] == [(2, 0), (2, 1), (2, 2)]
     code, server = run(work, lambda body: GOOD)
     assert code == 0
+    assert "rows" not in answers.read_record(work / "verify")  # `generate` names them
     before = (work / "verify/answers.jsonl").read_bytes()
     assert len(verdicts_of(work)) == 12
     code, server = run(work, lambda body: GOOD)
