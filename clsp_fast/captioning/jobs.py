@@ -552,8 +552,6 @@ class _Run:
         received: list[int] = []
 
         def stop(number: int) -> None:
-            if received:  # a second signal ends the process at once; each line is written whole
-                os._exit(128 + number)
             received.append(number)
             task.cancel()
 
@@ -684,15 +682,27 @@ def _encode(request: Request) -> bytes | None:
 
 @contextlib.contextmanager
 def _signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """Calls `stop` for SIGINT and SIGTERM. Only the main thread can receive them."""
+    """Calls `stop` for the first SIGINT or SIGTERM. Only the main thread can receive them.
+
+    The second one ends the process at once. The event loop cannot notice it while the thread pool waits for a
+    recording that is being decoded, so it has a handler of its own. A line that it cuts is removed by the
+    next run.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     loop = asyncio.get_running_loop()
     previous = [signal.getsignal(number) for number in numbers]
+
+    def stop_once(number: int) -> None:
+        for each in numbers:
+            loop.remove_signal_handler(each)
+            signal.signal(each, lambda second, _: os._exit(128 + second))
+        stop(number)
+
     for number in numbers:
-        loop.add_signal_handler(number, stop, number)
+        loop.add_signal_handler(number, stop_once, number)
     try:
         yield
     finally:
