@@ -336,9 +336,12 @@ def begin(
                 files.write_json(folder / RECORD, record | changes)
             return
         if _has_results(folder, record["parts"]):
+            remedy = "choose another folder"
+            if not _has_answers(folder, record["parts"]):
+                remedy = "it has no answers: delete its job files (jobs*.jsonl) to begin anew"
             raise ValueError(
-                f"{folder} was begun with {listed(changed, separator='; ', width=400)}; choose another "
-                "folder, or repeat the earlier settings"
+                f"{folder} was begun with {listed(changed, separator='; ', width=400)}; {remedy}, or repeat "
+                "the earlier settings"
             )
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
@@ -376,8 +379,10 @@ def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _has_results(folder: Path, parts: int) -> bool:
     """Whether the job has answers, or job files whose answers may come."""
-    if any(folder.glob("jobs*.jsonl")):
-        return True
+    return any(folder.glob("jobs*.jsonl")) or _has_answers(folder, parts)
+
+
+def _has_answers(folder: Path, parts: int) -> bool:
     with contextlib.suppress(FileNotFoundError), (folder / ANSWERS).open("rb") as file:
         return any(good for _, _, good in _scan(file, parts))
     return False

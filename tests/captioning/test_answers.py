@@ -250,11 +250,11 @@ def test_a_job_without_results_is_begun_anew_with_other_settings(tmp_path: Path)
     assert read_record(tmp_path)["settings"] == {"model": "right"}
     assert read_record(tmp_path)["parts"] == 2
     (tmp_path / "jobs-00000.jsonl").touch()
-    with pytest.raises(ValueError, match="was begun with model 'right', not 'other'"):
+    with pytest.raises(ValueError, match=r"not 'other'; it has no answers: delete its job files \(j"):
         begin(tmp_path, {"model": "other"}, parts=2, notes={})
     (tmp_path / "jobs-00000.jsonl").unlink()
     write_answer(tmp_path)
-    with pytest.raises(ValueError, match="was begun with model 'right', not 'other'"):
+    with pytest.raises(ValueError, match="not 'other'; choose another folder, or repeat the earlier"):
         begin(tmp_path, {"model": "other"}, parts=2, notes={})
 
 

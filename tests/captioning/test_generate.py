@@ -295,7 +295,7 @@ def test_a_prompt_of_the_user_with_a_system_message(manifest: Path, tmp_path: Pa
     ("words", "match"),
     [
         (["--candidates", "3"], "was begun with candidates 5, not 3"),
-        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; choose another folder, or"),
+        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; it has no answers: delete"),
         (["--seed", "1"], "was begun with seed 0, not 1"),
         (["--tags", "accent"], r"tags \['accent', 'speaking_rate', 'situational_tags'\], not \['accent'\];"),
     ],
