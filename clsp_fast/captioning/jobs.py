@@ -247,8 +247,8 @@ def write_pending(
     """Writes the requests of a job that are not answered yet as job files in its folder.
 
     They are OpenAI batch JSONL, which `vllm run-batch` and hosted batches run. A file appears only when it is
-    complete: jobs.jsonl, or jobs-00000.jsonl and so on. Job files of earlier calls are deleted. A shard
-    without requests has no file.
+    complete: jobs.jsonl, or jobs-00000.jsonl and so on. Job files of earlier calls are deleted, so `requests`
+    must include those for the rows of earlier calls. A shard without requests has no file.
 
     Args:
         requests: as for `run_jobs`, like the arguments that are not listed here.
