@@ -54,7 +54,7 @@ def make_job(
         known | {"sampling": {"temperature": 0.6}} | settings,
         parts=parts,
         notes=notes,
-        asked=asked,
+        asked=[asked],
     )
     write_rows(folder / ANSWERS, rows)
     return folder
@@ -69,6 +69,7 @@ def make_work(
     reasons: Sequence[str] | None = None,
     order: Sequence[int] | None = None,
     blank_lines: int = 0,
+    candidates: int = 20,
     **settings: Any,
 ) -> Path:
     """A work folder in which each row of `texts` has one answer with these candidates.
@@ -87,8 +88,8 @@ def make_work(
         1,
         {"manifest_path": str(manifest)},
         manifest={"name": facts.name, "bytes": facts.bytes, "sha256": facts.sha256},
-        candidates=20,
-        candidates_per_request=20,
+        candidates=candidates,
+        candidates_per_request=candidates,
         **settings,
     )
     return work

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -311,7 +311,7 @@ def begin(
     *,
     parts: int,
     notes: Mapping[str, Any],
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (),
 ) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
 
@@ -322,7 +322,8 @@ def begin(
         settings: what the answers depend on.
         parts: the largest number of requests of a row.
         notes: what a later run may change, such as the version. Those of the last run are kept.
-        asked: the rows of this run. They are added to those of earlier runs.
+        asked: the rows of this run; empty: none are recorded. They are added to those of earlier runs, or
+            replace them if the job has no answers and no job files.
 
     Raises:
         ValueError: the folder was begun with other settings; the message says which.
@@ -332,20 +333,39 @@ def begin(
         record = read_record(folder)
         changed = _changes({**record["settings"], "parts": record["parts"]}, {**settings, "parts": parts})
         if not changed:
-            changes = {**notes, "rows": rows_as_json(union([*asked_rows(record), asked]))}
+            changes = dict(notes)
+            if asked:
+                changes["rows"] = rows_as_json(union([*recorded_rows(folder), *asked]))
             if record != record | changes:
                 files.write_json(folder / RECORD, record | changes)
             return
         if _has_results(folder, record["parts"]):
+            remedy = "choose another folder (`judge`: another --name)"
+            if not _has_answers(folder, record["parts"]):
+                remedy = "it has no answers: delete its job files (jobs*.jsonl) to begin anew"
             raise ValueError(
-                f"{folder} was begun with {listed(changed, separator='; ', width=400)}; choose another "
-                "folder (`judge`: another --name), or repeat the earlier settings"
+                f"{folder} was begun with {listed(changed, separator='; ', width=400)}; {remedy}, or repeat "
+                "the earlier settings"
             )
     elif (folder / ANSWERS).exists():
         raise ValueError(f"{folder} holds {ANSWERS} without {RECORD}; choose another folder")
     begun = datetime.now(timezone.utc).isoformat()
-    record = {"settings": settings, "parts": parts, "begun": begun, "rows": rows_as_json([asked])}
-    files.write_json(folder / RECORD, record | dict(notes))
+    record = {"settings": settings, "parts": parts, "begun": begun, **notes}
+    if asked:
+        record["rows"] = rows_as_json(union(asked))
+    files.write_json(folder / RECORD, record)
+
+
+def recorded_rows(folder: Path) -> list[RowRange]:
+    """The rows that earlier runs of a job were asked for; empty if it has no answers and no job files.
+
+    Raises:
+        ValueError: its record is damaged.
+    """
+    if not (folder / RECORD).exists():
+        return []
+    record = read_record(folder)
+    return asked_rows(record) if _has_results(folder, record["parts"]) else []
 
 
 def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -369,8 +389,10 @@ def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _has_results(folder: Path, parts: int) -> bool:
     """Whether the job has answers, or job files whose answers may come."""
-    if any(folder.glob("jobs*.jsonl")):
-        return True
+    return any(folder.glob("jobs*.jsonl")) or _has_answers(folder, parts)
+
+
+def _has_answers(folder: Path, parts: int) -> bool:
     with contextlib.suppress(FileNotFoundError), (folder / ANSWERS).open("rb") as file:
         return any(good for _, _, good in _scan(file, parts))
     return False
@@ -390,10 +412,10 @@ class AnswerFile:
         asked: the rows that `count` counts.
     """
 
-    def __init__(self, folder: Path, parts: int, asked: RowRange = ALL_ROWS) -> None:
+    def __init__(self, folder: Path, parts: int, asked: Sequence[RowRange] = (ALL_ROWS,)) -> None:
         self._path = folder / ANSWERS
         self._parts = parts
-        self._first, self._end = asked[0] * parts, asked[1] * parts
+        self._asked = [(first * parts, end * parts) for first, end in asked]
         self.done = Bits()
         self.count = self.damaged = 0
         with files.naming_full_disk(self._path):
@@ -408,7 +430,8 @@ class AnswerFile:
                     self._note_done(number)
 
     def _note_done(self, number: int) -> None:
-        self.count += self._first <= number < self._end and number not in self.done
+        if number not in self.done:
+            self.count += any(first <= number < end for first, end in self._asked)
         self.done.add(number)
 
     def _end_last_line(self) -> int:

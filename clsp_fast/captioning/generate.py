@@ -10,7 +10,7 @@ import struct
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ import numpy as np
 
 from clsp_fast import __version__, audio
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, Waveform
-from clsp_fast.captioning.answers import Answer, custom_id
+from clsp_fast.captioning.answers import Answer, custom_id, recorded_rows
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
 from clsp_fast.captioning.prompt import Prompt, read_prompt
-from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows
+from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows, describe_rows, rows_as_json, union
 from clsp_fast.checks import is_positive, listed, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.clips import Clip
@@ -97,9 +97,11 @@ class GenerateConfig:
     the whole file, even if its duration_s is shorter."""
     rows: str = ""
     """Part of the manifest, counted from 0 without the end, such as 0:1000000: a machine's share of the work.
-    Empty: all rows. Later calls can add further rows to the same folder."""
+    Empty: all rows, or with --answers those that earlier calls were asked for. Later calls can add further
+    rows to the same folder."""
     jobs_only: bool = False
-    """Sends nothing, but writes WORK/generate/jobs.jsonl with the requests, for `vllm run-batch`."""
+    """Sends nothing, but writes WORK/generate/jobs.jsonl with the requests, for `vllm run-batch`. Job files
+    of earlier calls are replaced, so the rows of those calls are included."""
     shard_rows: int | None = None
     """With --jobs-only: rows of the manifest in a job file. None: one file for all."""
     answers: tuple[Path, ...] = ()
@@ -212,8 +214,8 @@ def is_longer(clip: Clip, longest_s: float) -> bool:
 class _Source:
     """The requests of a manifest, and the count of what was left out."""
 
-    def __init__(self, config: GenerateConfig, prompt: Prompt) -> None:
-        self._config, self._prompt = config, prompt
+    def __init__(self, config: GenerateConfig, prompt: Prompt, rows: Sequence[RowRange]) -> None:
+        self._config, self._prompt, self._rows = config, prompt, rows
         self._limits = AudioLimits(max_s=config.max_clip_s)
         self._lock = threading.Lock()
         self.left_out: Counter[str] = Counter()
@@ -224,7 +226,7 @@ class _Source:
         config = self._config
         self.left_out.clear()
         self.problems.clear()
-        for row, clip in clips_of_rows(config.manifest, [config.row_range]):
+        for row, clip in clips_of_rows(config.manifest, self._rows):
             if isinstance(clip, Problem):
                 self.left_out["bad lines"] += 1
                 if len(self.problems) < _SHOWN_PROBLEMS:
@@ -237,7 +239,7 @@ class _Source:
                     yield Request(name, functools.partial(self._body, clip, row, part))
 
     def require_clips(self, lines: int) -> None:
-        """Raises ValueError if no line of the manifest, or of its rows, can be used.
+        """Raises ValueError if no line of the manifest, or of its rows, is a clip. It may be a long one.
 
         Args:
             lines: of the manifest; 0: not known.
@@ -247,10 +249,9 @@ class _Source:
             raise ValueError(
                 f"rows {config.rows}: {config.manifest} has {lines} lines, and rows count from 0"
             )
-        if next(self.requests(), None) is None:
+        if next(self.requests(), None) is None and self.left_out.keys() <= {"bad lines"}:
             where = f"rows {config.rows} of {config.manifest}" if config.rows else f"{config.manifest}"
             reasons = [f"line {problem.line}: {problem.message}" for problem in self.problems[:1]]
-            reasons += [f"{text}: {count}" for text, count in self.left_out.items() if not reasons]
             raise ValueError(
                 f"{where} holds no usable clip ({', '.join(reasons) or 'no lines'}); {_EXPECTED}"
             )
@@ -372,13 +373,17 @@ def generate(config: GenerateConfig) -> int:
     prompt = read_prompt(STEP, config.prompt, set())
     facts = read_facts(config.manifest)
     folder = config.work / STEP
-    source = _Source(config, prompt)
-    source.require_clips(facts.lines)
+    earlier = recorded_rows(folder)
+    rows = earlier if config.answers and earlier and not config.rows else [config.row_range]
+    _Source(config, prompt, rows).require_clips(facts.lines)
+    if config.jobs_only:  # new job files replace those of earlier calls
+        rows = union([*earlier, *rows])
+    source = _Source(config, prompt, rows)
     source.warn_of_unknown_tags()
     job: dict[str, Any] = {
         "settings": _settings(config, prompt, facts),
         "parts": config.parts,
-        "asked": config.row_range,
+        "asked": rows,
         "notes": {
             "manifest_path": str(config.manifest.absolute()),
             "prompt": prompt.text,
@@ -394,6 +399,8 @@ def generate(config: GenerateConfig) -> int:
         **job,
     )
     if config.jobs_only:
+        if rows != [config.row_range]:
+            print(f"job files cover the rows of this and earlier calls: {describe_rows(rows_as_json(rows))}")
         return _report(source, exchange.failed)
     if config.answers and not config.server.servers:
         if exchange.missing:
@@ -405,7 +412,7 @@ def generate(config: GenerateConfig) -> int:
         source.requests(),
         folder,
         config.server,
-        total=_total(config, facts),
+        total=_total(rows, config.parts, facts),
         noun="requests",
         on_answer=check,
         threads=config.decode_threads,
@@ -434,10 +441,9 @@ def _settings(config: GenerateConfig, prompt: Prompt, facts: ManifestFacts) -> d
     }
 
 
-def _total(config: GenerateConfig, facts: ManifestFacts) -> int | None:
-    start, stop = config.row_range
-    rows = min(facts.lines, stop) - start
-    return int(rows) * config.parts if facts.lines and rows > 0 else None
+def _total(ranges: Sequence[RowRange], parts: int, facts: ManifestFacts) -> int | None:
+    rows = sum(max(0, min(facts.lines, end) - first) for first, end in ranges)
+    return int(rows) * parts or None
 
 
 def _report(source: _Source, failed: int) -> int:

@@ -246,14 +246,14 @@ def write_pending(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (),
     shard_rows: int | None = None,
 ) -> Written:
     """Writes the requests of a job that are not answered yet as job files in its folder.
 
     They are OpenAI batch JSONL, which `vllm run-batch` and hosted batches run. A file appears only when it is
-    complete: jobs.jsonl, or jobs-00000.jsonl and so on. Job files of earlier calls are deleted. A shard
-    without requests has no file.
+    complete: jobs.jsonl, or jobs-00000.jsonl and so on. Job files of earlier calls are deleted, so `requests`
+    must include those for the rows of earlier calls. A shard without requests has no file.
 
     Args:
         requests: as for `run_jobs`, like the arguments that are not listed here.
@@ -355,7 +355,7 @@ def import_answers(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (),
 ) -> Imported:
     """Adds answers that another program collected, such as the output of `vllm run-batch`.
 
@@ -468,7 +468,7 @@ def run_jobs(
     settings: Mapping[str, Any],
     parts: int = 1,
     notes: Mapping[str, Any] | None = None,
-    asked: RowRange = ALL_ROWS,
+    asked: Sequence[RowRange] = (),
     total: int | None = None,
     noun: str = "requests",
     on_answer: Callable[[Answer], None] | None = None,
@@ -487,7 +487,7 @@ def run_jobs(
         settings: what the answers depend on, for job.json.
         parts: the largest number of requests of a row.
         notes: what job.json also records, without comparing it.
-        asked: the rows of the manifest that `requests` come from. job.json records them, too.
+        asked: the rows of the manifest that `requests` come from, for job.json; empty: it names no rows.
         total: number of requests, for the progress line; None: not known.
         noun: what the progress line calls the requests.
         on_answer: called with each answer and failure of this run.
@@ -500,7 +500,7 @@ def run_jobs(
     client = Client(servers)
     with files.lock_folder(folder):
         begin(folder, settings, parts=parts, notes=notes or {}, asked=asked)
-        answers = AnswerFile(folder, parts, asked)
+        answers = AnswerFile(folder, parts, asked or [ALL_ROWS])
         with contextlib.closing(answers):
             progress = Progress(None if total is None else max(0, total - answers.count), noun)
             run = _Run(client, answers, progress, on_answer, threads)
@@ -558,8 +558,6 @@ class _Run:
         received: list[int] = []
 
         def stop(number: int) -> None:
-            if received:  # a second signal ends the process at once; each line is written whole
-                os._exit(128 + number)
             received.append(number)
             task.cancel()
 
@@ -690,15 +688,27 @@ def _encode(request: Request) -> bytes | None:
 
 @contextlib.contextmanager
 def _signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """Calls `stop` for SIGINT and SIGTERM. Only the main thread can receive them."""
+    """Calls `stop` for the first SIGINT or SIGTERM. Only the main thread can receive them.
+
+    The second one ends the process at once. The event loop cannot notice it while the thread pool waits for a
+    recording that is being decoded, so it has a handler of its own. A line that it cuts is removed by the
+    next run.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     loop = asyncio.get_running_loop()
     previous = [signal.getsignal(number) for number in numbers]
+
+    def stop_once(number: int) -> None:
+        for each in numbers:
+            loop.remove_signal_handler(each)
+            signal.signal(each, lambda second, _: os._exit(128 + second))
+        stop(number)
+
     for number in numbers:
-        loop.add_signal_handler(number, stop, number)
+        loop.add_signal_handler(number, stop_once, number)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""The rows of a manifest that a job was asked for, as ranges.
+"""The rows of a manifest that `generate` was asked for, as ranges.
 
-A job's record (job.json) holds them, and every call adds its range. They are no setting of the job, because a
+Its record (job.json) holds them, and every call adds its range. They are no setting of the job, because a
 folder can take in one shard of the manifest after another.
 """
 

@@ -27,6 +27,7 @@ from clsp_fast.captioning.answers import (
     row_and_part,
 )
 from clsp_fast.captioning.client import Reply
+from clsp_fast.captioning.rows import ALL_ROWS
 from clsp_fast.storage.files import DiskFull
 
 
@@ -265,23 +266,34 @@ def test_a_job_without_results_is_begun_anew_with_other_settings(tmp_path: Path)
     assert read_record(tmp_path)["settings"] == {"model": "right"}
     assert read_record(tmp_path)["parts"] == 2
     (tmp_path / "jobs-00000.jsonl").touch()
-    with pytest.raises(ValueError, match="was begun with model 'right', not 'other'"):
+    with pytest.raises(ValueError, match=r"not 'other'; it has no answers: delete its job files \(j"):
         begin(tmp_path, {"model": "other"}, parts=2, notes={})
     (tmp_path / "jobs-00000.jsonl").unlink()
     write_answer(tmp_path)
-    with pytest.raises(ValueError, match="was begun with model 'right', not 'other'"):
+    with pytest.raises(ValueError, match="not 'other'; choose another folder, or repeat the earlier"):
         begin(tmp_path, {"model": "other"}, parts=2, notes={})
 
 
 def test_rows_of_all_runs_are_recorded_and_are_no_setting(tmp_path: Path) -> None:
-    begin(tmp_path, {}, parts=1, notes={}, asked=(0, 10))
+    begin(tmp_path, {}, parts=1, notes={}, asked=[(0, 10)])
     first = read_record(tmp_path)
-    begin(tmp_path, {}, parts=1, notes={}, asked=(50, 60))
-    begin(tmp_path, {}, parts=1, notes={}, asked=(5, 20))
+    write_answer(tmp_path)
+    begin(tmp_path, {}, parts=1, notes={}, asked=[(50, 60)])
+    begin(tmp_path, {}, parts=1, notes={}, asked=[(5, 20)])
     assert read_record(tmp_path)["rows"] == [[0, 20], [50, 60]]
     assert identity(read_record(tmp_path)) == identity(first)
-    begin(tmp_path, {}, parts=1, notes={})
+    begin(tmp_path, {}, parts=1, notes={}, asked=[ALL_ROWS])
     assert read_record(tmp_path)["rows"] == [[0, None]]
+
+
+def test_rows_of_a_run_without_results_are_replaced(tmp_path: Path) -> None:
+    """Such as those of a run that reached no server. `filter` would count them as "without answer"."""
+    begin(tmp_path, {}, parts=1, notes={}, asked=[(0, 10)])
+    begin(tmp_path, {}, parts=1, notes={}, asked=[(0, 2)])
+    assert read_record(tmp_path)["rows"] == [[0, 2]]
+    (tmp_path / "jobs.jsonl").touch()
+    begin(tmp_path, {}, parts=1, notes={}, asked=[(4, 6)])
+    assert read_record(tmp_path)["rows"] == [[0, 2], [4, 6]]
 
 
 def test_answers_to_other_rows_are_not_counted(tmp_path: Path) -> None:
@@ -291,7 +303,7 @@ def test_answers_to_other_rows_are_not_counted(tmp_path: Path) -> None:
             name = f"{row}.1/generate/a"
             answers.append(name, answer_line(name, Reply(200, body("a"))), good=True)
         assert answers.count == 4
-    with contextlib.closing(AnswerFile(tmp_path, 2, (2, 5))) as answers:
+    with contextlib.closing(AnswerFile(tmp_path, 2, [(2, 5), (7, 9)])) as answers:
         assert answers.count == 1
         assert answers.is_done("5.1/generate/a")
 

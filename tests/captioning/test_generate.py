@@ -152,6 +152,17 @@ def test_rows_share_the_work(manifest: Path, tmp_path: Path) -> None:
     assert texts(tmp_path / "parts") == texts(tmp_path / "all")
 
 
+def test_rows_whose_clips_are_all_too_long_are_recorded(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "w"
+    with StubServer() as server:
+        assert run(manifest, work, "--server.servers", server.url, "--rows", "0:2") == 0
+        assert run(manifest, work, "--server.servers", server.url, "--rows", "5:6") == 3
+    assert "left out: clips over 30 s: 1" in capsys.readouterr().out
+    assert read_record(work / "generate")["rows"] == [[0, 2], [5, 6]]
+
+
 def test_a_second_range_in_the_same_folder(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +177,44 @@ def test_a_second_range_in_the_same_folder(
     assert tuple(texts(work)) == (0, 1, 7, 8, 9, 10)
 
 
+def answers_to(work: Path) -> list[dict[str, Any]]:
+    """Lines with answers to the job files of a folder, as another program writes them."""
+    stub, answers = StubServer(), []
+    for path in sorted((work / "generate").glob("jobs*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            response = {"status_code": 200, "body": stub.answer(row["body"])}
+            answers.append({"custom_id": row["custom_id"], "response": response, "error": None})
+    return answers
+
+
+def test_job_files_cover_the_rows_of_earlier_calls(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "w"
+    assert run(manifest, work, "--jobs-only", "--rows", "0:2") == 0
+    assert "earlier calls" not in capsys.readouterr().out
+    assert run(manifest, work, "--jobs-only", "--rows", "7:9") == 0
+    assert "job files cover the rows of this and earlier calls: 0:2, 7:9" in capsys.readouterr().out
+    assert [answer["custom_id"].partition(".")[0] for answer in answers_to(work)] == ["0", "1", "7", "8"]
+    with pytest.raises(RuntimeError, match=r"rows 100: of .* holds no usable clip"):
+        run(manifest, work, "--jobs-only", "--rows", "100:")
+
+
+def test_an_import_without_rows_takes_those_of_earlier_calls(manifest: Path, tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    for rows in ("0:2", "7:9"):
+        assert run(manifest, work, "--jobs-only", "--rows", rows) == 0
+    answers = answers_to(work)
+    assert run(manifest, work, "--answers", write_rows(tmp_path / "a.jsonl", answers[:3])) == 3
+    assert run(manifest, work, "--answers", write_rows(tmp_path / "b.jsonl", answers[3:])) == 0
+    assert read_record(work / "generate")["rows"] == [[0, 2], [7, 9]]
+    assert tuple(texts(work)) == (0, 1, 7, 8)
+    # A new folder has no earlier calls.
+    assert run(manifest, tmp_path / "new", "--answers", tmp_path / "a.jsonl") == 3
+    assert read_record(tmp_path / "new/generate")["rows"] == [[0, None]]
+
+
 def test_job_files_and_answers_from_elsewhere(
     manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,12 +227,7 @@ def test_job_files_and_answers_from_elsewhere(
     assert "clips/none.wav" in output
     assert errors.startswith("line 5: not JSON: ")
     assert errors.count("\n") == 1
-    stub, answers = StubServer(), []
-    for path in sorted((work / "generate").glob("jobs-*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            response = {"status_code": 200, "body": stub.answer(row["body"])}
-            answers.append({"custom_id": row["custom_id"], "response": response, "error": None})
+    answers = answers_to(work)
     path = write_rows(tmp_path / "out.jsonl", [*answers, answers[0], {"custom_id": "x", "response": {}}])
     assert run(manifest, work, "--answers", path) == 3
     output = capsys.readouterr().out
@@ -201,19 +245,14 @@ def test_the_exit_code_tells_whether_every_clip_has_candidates(
     words: tuple[str, ...], manifest: Path, tmp_path: Path
 ) -> None:
     """0 for rows 7 and 8; 3 with an unreadable, a damaged or a long clip, or without an answer."""
-    stub = StubServer()
     assert run(manifest, tmp_path / "made", "--jobs-only", "--rows", "7:11") == 0
-    answers = []
-    for line in (tmp_path / "made/generate/jobs.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        response = {"status_code": 200, "body": stub.answer(row["body"])}
-        answers.append({"custom_id": row["custom_id"], "response": response, "error": None})
+    answers = answers_to(tmp_path / "made")
     codes = {}
     with StubServer() as server:
         options = [word.replace("URL", server.url) for word in words]
         if words[0] == "--answers":
             options[1] = str(write_rows(tmp_path / "out.jsonl", answers[:2]))
-        for rows in ("7:9", "6:9", "4:9", "5:9", "10:12"):
+        for rows in ("7:9", "6:9", "4:9", "5:9", "10:12", "5:6"):
             codes[rows] = run(manifest, tmp_path / rows.replace(":", "-"), *options, "--rows", rows)
         if words[0] == "--answers":
             codes["7:10"] = run(manifest, tmp_path / "short", *options, "--rows", "7:10")
@@ -256,7 +295,7 @@ def test_a_prompt_of_the_user_with_a_system_message(manifest: Path, tmp_path: Pa
     ("words", "match"),
     [
         (["--candidates", "3"], "was begun with candidates 5, not 3"),
-        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; choose another folder "),
+        (["--sampling.top-k", "0"], "was begun with sampling.top_k 20, not 0; it has no answers: delete"),
         (["--seed", "1"], "was begun with seed 0, not 1"),
         (["--tags", "accent"], r"tags \['accent', 'speaking_rate', 'situational_tags'\], not \['accent'\];"),
     ],
@@ -295,7 +334,7 @@ def test_wrong_calls_name_the_fix(manifest: Path, tmp_path: Path, capsys: pytest
     listed.write_text("clips/00000.wav\n")
     with pytest.raises(RuntimeError, match=r"list holds no usable clip \(line 1: not JSON.*such as"):
         run(listed, tmp_path / "w")
-    for rows, match in (("3:4", "no lines"), ("5:6", "clips over 30 s: 1")):
+    for rows, match in (("3:4", "no lines"), ("4:5", "line 5: not JSON.*")):
         with pytest.raises(RuntimeError, match=rf"rows {rows} of .* holds no usable clip \({match}\)"):
             run(manifest, tmp_path / "w", "--rows", rows)
     with pytest.raises(RuntimeError, match=r"rows 50:99: .*m\.jsonl has 12 lines, and rows count from 0"):

@@ -113,13 +113,13 @@ JOB = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}, {here!r}]
 from pathlib import Path
-from test_jobs import requests, servers, SETTINGS
+from test_jobs import {source}, servers, SETTINGS
 from clsp_fast import console
 from clsp_fast.captioning.jobs import Stopped, run_jobs
 @console.command
 def main(arguments=None):
     try:
-        run_jobs(requests({count}), Path({folder!r}), servers({url!r}), settings=SETTINGS)
+        run_jobs({source}({count}), Path({folder!r}), servers({url!r}), settings=SETTINGS)
     except Stopped as stopped:
         print(stopped)
         sys.exit(128 + stopped.signal)
@@ -127,10 +127,16 @@ main()
 """
 
 
-def start(folder: Path, url: str, count: int) -> subprocess.Popen[str]:
+def start(folder: Path, url: str, count: int, source: str = "requests") -> subprocess.Popen[str]:
     here = Path(__file__).parent
     code = JOB.format(
-        root=str(ROOT), tests=str(here.parent), here=str(here), count=count, folder=str(folder), url=url
+        root=str(ROOT),
+        tests=str(here.parent),
+        here=str(here),
+        source=source,
+        count=count,
+        folder=str(folder),
+        url=url,
     )
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True)
@@ -194,6 +200,35 @@ def test_a_signal_ends_a_run_cleanly(number: signal.Signals, tmp_path: Path) -> 
     assert counts.done_before >= 10
     assert counts.done_before + counts.answered == 300
     assert result(tmp_path, 300) == expected(300)
+
+
+def sleeping_requests(count: int) -> Iterator[Request]:
+    """Requests whose recordings take long to decode."""
+
+    def build() -> dict[str, Any]:
+        print("sleeping", flush=True)
+        time.sleep(100)
+        return body(0)
+
+    return (Request(custom_id("generate", row, "a"), build) for row in range(count))
+
+
+@pytest.mark.multiproc
+def test_a_second_signal_ends_a_run_while_a_recording_is_decoded(tmp_path: Path) -> None:
+    process = start(tmp_path, "http://127.0.0.1:9/v1", 1, "sleeping_requests")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "sleeping\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # the first signal waits for the recording
+    for _ in range(50):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+            break
+    process.kill()
+    output, _ = process.communicate()
+    assert (process.returncode, output) == (128 + signal.SIGINT, "")
 
 
 def test_a_server_that_restarts_loses_nothing(tmp_path: Path) -> None:
