@@ -135,7 +135,7 @@ def _quality(measurement: Measurement) -> str:
         return whole
     halves = [(_voice(half), half) for half in measurement.halves]
     change = ">".join(name for name, _ in halves)
-    clear = all(h.clear_voice < _WHISPERED and h.syllables > 1 for name, h in halves if name == "whisper")
+    clear = all(h.clear_voice < _WHISPERED and h.syllables() > 1 for name, h in halves if name == "whisper")
     return (change if clear else "") if has_change("quality", change) else whole
 
 
@@ -176,7 +176,14 @@ def _crosses(measurement: Measurement, change: str, medium: Band) -> bool:
 
 def _syllables(measurement: Measurement, quality: str) -> float:
     """The syllables of a clip. If the quality changes, each half is counted by its own quality."""
-    return sum(part.syllables for part in (measurement.halves if ">" in quality else [measurement.whole]))
+    return sum(_in_halves(measurement, quality)) if ">" in quality else measurement.whole.syllables(quality)
+
+
+def _in_halves(measurement: Measurement, quality: str) -> tuple[float, float]:
+    """The syllables of the first and of the second half."""
+    before, after = (quality.split(">") * 2)[:2]  # the same name twice if it does not change
+    first, second = measurement.halves
+    return first.syllables(before), second.syllables(after)
 
 
 def _speed(measurement: Measurement, bands: Bands, quality: str) -> str:
@@ -191,18 +198,19 @@ def _speed(measurement: Measurement, bands: Bands, quality: str) -> str:
     rates = (count / part.duration_s, count / _seconds_of_sound(part))
     names = {label(rate, bands.speed) for rate in rates}
     if part.duration_s >= _TWO_PART_S:
-        first, second = measurement.halves
-        more = abs(first.syllables - second.syllables)
-        slower, faster = sorted(half.syllables / _seconds_of_sound(half) for half in (first, second))
+        counts = _in_halves(measurement, quality)
+        more = abs(counts[0] - counts[1])
+        seconds = (_seconds_of_sound(half) for half in measurement.halves)
+        slower, faster = sorted(n / s for n, s in zip(counts, seconds, strict=True))
         medium = bands.speed["medium"]
         if (
             more >= _FASTER_BY
-            and min(first.syllables, second.syllables) >= _MIN_SYLLABLES
+            and min(counts) >= _MIN_SYLLABLES
             and faster >= _SPEED_CHANGE * slower
             and slower < medium[0]
             and faster > medium[1]
         ):
-            return "slow>fast" if first.syllables < second.syllables else "fast>slow"
+            return "slow>fast" if counts[0] < counts[1] else "fast>slow"
         if more >= _FASTER_BY - 1 and faster >= _SPEED_CHANGE * slower:
             return ""
     return names.pop() if len(names) == 1 else ""

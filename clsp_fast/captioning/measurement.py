@@ -49,20 +49,22 @@ class Part:
     creak: float  # share of the active frames that lie between two slow pulses, 0..1
     tilt_db: float  # power at 1-5 kHz relative to the power below 1 kHz
 
-    @property
-    def syllables(self) -> float:
-        """Estimated number of syllables: the voiced nuclei, or the share of all nuclei if this is a whisper.
+    def syllables(self, quality: str | None = None) -> float:
+        """Estimated number of syllables: the voiced nuclei, or in a whisper a share of all nuclei.
 
         In a whisper, nothing tells vowels from consonants such as "s", which are nuclei as well.
+
+        Args:
+            quality: of the voice; None: what `voice_quality` says.
         """
-        if voice_quality(self) == "whisper":
+        if (quality or voice_quality(self)) == "whisper":
             return self.nuclei / _NUCLEI_PER_WHISPERED_SYLLABLE
         return self.voiced_nuclei
 
     @property
     def syllables_per_s(self) -> float:
         """Speaking rate with its pauses."""
-        return self.syllables / max(self.duration_s, HOP_S)
+        return self.syllables() / max(self.duration_s, HOP_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

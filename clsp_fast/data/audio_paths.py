@@ -22,7 +22,7 @@ class AudioPaths:
     def __init__(self, source: Path, out: Path) -> None:
         self._out, source = out.resolve(), source.resolve()
         self._top = source if self._out.is_relative_to(source) else self._out
-        self._resolved = functools.lru_cache(1024)(Path.resolve)
+        self._resolved = functools.lru_cache(1024)(_resolved)
 
     def __call__(self, audio: str) -> str:
         """The path of a recording; `audio` is relative to the current folder."""
@@ -30,3 +30,10 @@ class AudioPaths:
         if path.is_relative_to(self._top):
             return os.path.relpath(path, self._out)
         return str(path)
+
+
+def _resolved(folder: Path) -> Path:
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError):  # links that lead in a circle
+        return folder.absolute()

@@ -139,7 +139,8 @@ def read_manifest(path: Path | str, *, need_captions: bool = True) -> Manifest:
 
     Args:
         path: the file.
-        need_captions: whether a line without captions is a problem.
+        need_captions: whether a line without captions is a problem. If so, as in training, the clips have no
+            provenance, which would double their size in memory.
 
     Raises:
         FileNotFoundError: no such file.
@@ -171,7 +172,7 @@ def iterate_manifest(
 
     Args:
         path: as for `read_manifest`.
-        need_captions: whether a line without captions is a problem.
+        need_captions: as for `read_manifest`.
         first_line: 1-based number of the line to begin with.
 
     Yields:
@@ -337,7 +338,7 @@ def _clip(text: str, folder: Path, default_id: str, need_captions: bool, unknown
         captions=captions,
         tags=tags,
         claims=claims_of(row.get("claims", {}), captions),
-        provenance=provenance_of(row.get("provenance"), captions),
+        provenance={} if need_captions else provenance_of(row.get("provenance"), captions),
     )
 
 

@@ -24,7 +24,7 @@ def stated(value: str) -> str:
 
     Those are unknown, or "other": none of the values that the data set has names for. Empty if none is left.
     """
-    items = " ".join(value.split()).split(", ")
+    items = [item.strip() for item in " ".join(value.split()).split(",")]
     return ", ".join(item for item in items if not is_unknown(item) and _plain(item) not in _OTHER)
 
 

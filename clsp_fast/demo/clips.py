@@ -278,7 +278,7 @@ def _syllables_per_s(part: Part, count: int) -> float:
 
     Foreign voices add syllables and fast ones swallow some, so neither count alone is what a listener hears.
     """
-    return math.sqrt(count * max(1.0, part.syllables)) / max(0.2, part.duration_s)
+    return math.sqrt(count * max(1.0, part.syllables())) / max(0.2, part.duration_s)
 
 
 def prompts() -> dict[str, dict[str, list[str]]]:

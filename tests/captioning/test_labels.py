@@ -152,6 +152,9 @@ def test_unvoiced_nuclei_are_syllables_only_in_a_whisper() -> None:
     assert labels(measured(**voiced))["speed"] == "medium"
     whisper = {"nuclei": 18, "voiced_nuclei": 0, "voiced": 0.0, "clear_voice": 0.0}
     assert labels(measured(**whisper))["speed"] == "medium"
+    hoarse = measured(nuclei=18, voiced_nuclei=8, clear_voice=0.3)
+    assert labels(hoarse)["speed"] == "slow"
+    assert labels(hoarse, known={"quality": "whisper"})["speed"] == "medium"
     halves: list[dict[str, Any]] = [whisper | {"nuclei": 9}, counted(8) | {"clear_voice": 0.9}]
     changing = measured(nuclei=17, voiced_nuclei=8, halves=halves)
     assert labels(changing)["quality"] == "whisper>normal"

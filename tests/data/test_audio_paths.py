@@ -29,3 +29,9 @@ def test_paths_are_relative_if_one_folder_holds_the_other(
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     name = AudioPaths(Path(source), Path(out))(audio)
     assert name == expected.format(here=tmp_path.resolve())
+
+
+def test_links_in_a_circle_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    audio = str(tmp_path / "loop/a.wav")
+    assert AudioPaths(tmp_path / "lists", tmp_path / "work")(audio) == audio

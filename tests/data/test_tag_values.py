@@ -45,6 +45,7 @@ def test_an_unknown_sex_is_measured_and_another_one_is_left_open(value: str) -> 
 def test_values_that_say_something_are_kept() -> None:
     assert stated("South\n African") == "South African"
     assert stated("sad, unknown, whispered") == "sad, whispered"
+    assert stated("sad,unknown") == "sad"
     for value in ("Indian", "unknown language", "none of these", "British, Indian", "nanny", "US"):
         assert stated(value) == value
     assert [sex_of(value) for value in ("F", "woman", " Male", "BOY", "other", "unknown", "")] == [
