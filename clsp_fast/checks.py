@@ -10,6 +10,10 @@ from typing import Any
 _LONGEST_ITEM = 160
 
 
+class WrongValue(ValueError):
+    """A setting has a value that it must not have. The message begins with the name of the setting."""
+
+
 def is_rate(value: float) -> bool:
     """Whether the value is a number in [0, 1)."""
     return isinstance(value, (int, float)) and 0.0 <= value < 1.0
@@ -21,13 +25,18 @@ def is_positive(value: object) -> bool:
 
 
 def require(ok: bool, field: str, expected: str, got: object) -> None:
-    """Raises ValueError unless `ok`; the message names the field, what was expected and what was given."""
+    """Raises WrongValue unless `ok`; the message names the field, what was expected and what was given."""
     if not ok:
-        raise ValueError(f"{field} must be {expected}, got {_shortened(repr(got))}")
+        raise WrongValue(f"{field} must be {expected}, got {_shortened(repr(got))}")
 
 
 def _shortened(text: str, longest: int = _LONGEST_ITEM) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and a noun: "1 clip", "0 clips", "1,200 clips"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(items: Sequence[str], *, separator: str = ", ", width: int = 120) -> str:

@@ -65,7 +65,8 @@ class Progress:
         self._written = now
         rate = self._done / max(1e-9, now - self._started)
         of_total = "" if self._total is None else f" of {self._total}"
-        text = f"{self._lead}{self._done}{of_total} {self._noun}, {rate:.0f} a second"
+        noun = self._noun.removesuffix("s") if (self._total or self._done) == 1 else self._noun
+        text = f"{self._lead}{self._done}{of_total} {noun}, {rate:.0f} a second"
         if self._bad:
             text += f", {self._bad} failed"
         if self._total is not None and not last:

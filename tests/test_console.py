@@ -62,6 +62,11 @@ def test_in_a_file_progress_ends_with_one_line(capsys: pytest.CaptureFixture[str
     first, last = text.splitlines()
     assert re.fullmatch(r"1 of 5 recordings, \d+ a second, \d+ s left", first)
     assert re.fullmatch(r"5 of 5 recordings, \d+ a second, 1 failed", last)
+    for total in (1, None):
+        progress = Progress(total, "recordings")
+        progress.add(1)
+        progress.end()
+    assert re.findall(r" (recordings?),", capsys.readouterr().err) == ["recording"] * 3
 
 
 def test_progress_that_ends_early_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +208,7 @@ def main(arguments=None):
 main()
 """
 FULL = "disk full: standard output: No space left on device; make room and run the same command again"
-PROGRESS = r"1 of 1 recordings, \d+ a second\n"
+PROGRESS = r"1 of 1 recording, \d+ a second\n"
 WARNING = "a library's warning, "
 
 

@@ -216,6 +216,7 @@ class _Source:
 
     def __init__(self, config: GenerateConfig, prompt: Prompt, rows: Sequence[RowRange]) -> None:
         self._config, self._prompt, self._rows = config, prompt, rows
+        self.manifest = config.manifest
         self._limits = AudioLimits(max_s=config.max_clip_s)
         self._lock = threading.Lock()
         self.left_out: Counter[str] = Counter()
@@ -449,7 +450,7 @@ def _total(ranges: Sequence[RowRange], parts: int, facts: ManifestFacts) -> int 
 def _report(source: _Source, failed: int) -> int:
     """Says what was left out. Returns the exit code; `failed` is the number of requests without an answer."""
     for problem in source.problems:
-        print(f"line {problem.line}: {problem.message}", file=sys.stderr)
+        print(f"{source.manifest}, line {problem.line}: {problem.message}", file=sys.stderr)
     if source.left_out:
         parts = [f"{text}: {count}" for text, count in source.left_out.items()]
         print(f"left out: {', '.join(parts)}")

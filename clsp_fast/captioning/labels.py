@@ -19,6 +19,8 @@ from clsp_fast.captioning.wording import ATTRIBUTES, has_change
 
 Band = tuple[float, float]
 """Lowest and highest value."""
+MIN_VALUES = 50
+"""An attribute with fewer values has the fixed bands, because quantiles of so few say little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,6 @@ _FASTER_BY = 4  # syllables: a faster half has at least so many more than the ot
 _CLEAR, _VOICED = 0.1, 0.3  # largest shares of a whisper
 _WHISPERED = 0.06  # most of a whispered half that may be periodic
 _MELODY = 2.1  # semitones: if F0 varies so much within each third, it moves all the time
-_MIN_CLIPS = 50  # with fewer clips, quantiles say little
 _LOW, _MIDDLE, _HIGH = (0, 30), (40, 60), (70, 100)  # % of the clips with a low, a middle and a high value
 
 
@@ -285,7 +286,7 @@ class CorpusValues:
 
         The gaps are never smaller than what a listener notices. No word means its opposite: a voice that
         `FIXED` calls low is never called high, for instance. Loudness is the exception, because the level
-        depends on the microphone. An attribute with fewer than 50 values has the bands of `FIXED`.
+        depends on the microphone. An attribute with fewer than `MIN_VALUES` has the bands of `FIXED`.
         """
         pitch = {sex: _quantile_bands(self._f0_hz[sex], FIXED.pitch[sex], ratio=1.06) for sex in FIXED.pitch}
         return Bands(
@@ -301,7 +302,7 @@ def _quantile_bands(
 ) -> Mapping[str, Band]:
     """Three bands. The outer ones begin at least `ratio` or `difference` away from the median."""
     known = np.array([value for value in values if not math.isnan(value)])
-    if len(known) < _MIN_CLIPS:
+    if len(known) < MIN_VALUES:
         return fixed
     median = float(np.median(known))
     below, above = (float(q) for q in np.percentile(known, [_LOW[1], _HIGH[0]]))

@@ -33,14 +33,14 @@ from clsp_fast.captioning import wording
 from clsp_fast.captioning.labels import FIXED, Bands, CorpusValues
 from clsp_fast.captioning.measure import Measurement, measure_rows, measurement_of
 from clsp_fast.captioning.wording import ATTRIBUTES
-from clsp_fast.checks import require
+from clsp_fast.checks import counted, require
 from clsp_fast.console import INCOMPLETE, Progress
 from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import KINDS, Clip
 from clsp_fast.data.manifest import Problem, read_source
 from clsp_fast.data.manifest_lines import first_row, manifest_line, refuse_other_file
-from clsp_fast.data.tag_values import is_unknown, sex_of
+from clsp_fast.data.tag_values import is_unknown, sex_of, stated
 from clsp_fast.storage import files, paths
 from clsp_fast.storage.textfile import is_text
 
@@ -64,7 +64,14 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A recording without captions: the reason as a word that can be counted, and in detail."""
+    """A recording without captions, or a bad line of the source, which names no recording.
+
+    Attributes:
+        id: of the clip, or the bad line such as "line 3".
+        audio: the recording; empty for a bad line.
+        reason: a word that can be counted.
+        detail: the reason in words.
+    """
 
     id: str
     audio: str
@@ -91,13 +98,15 @@ class Summary:
     labels: dict[str, Counter[str]] = field(default_factory=lambda: {a: Counter() for a in ATTRIBUTES})
     """For each attribute, clips by label; "" for none."""
     foreign: Counter[str] = field(default_factory=Counter)
-    """Attributes for which the source has labels that captions have no words for."""
+    """Tags of the source with values that captions have no words for."""
     left_out: list[LeftOut] = field(default_factory=list)
     """Recordings without captions."""
     problems: list[Problem] = field(default_factory=list)
     """Bad lines of the source."""
     bands: Bands = FIXED
     """What the words meant."""
+    relative: bool = False
+    """Whether the bands are those of the corpus."""
 
     @property
     def complete(self) -> bool:
@@ -108,7 +117,7 @@ class Summary:
         """Notes that a clip has no captions."""
         self.left_out.append(LeftOut(clip.id, clip.audio, reason, detail or _REASONS[reason]))
 
-    def count(self, tags: Mapping[str, str], known: Mapping[str, str], kept: Captions) -> None:
+    def count(self, clip: Clip, tags: Mapping[str, str], known: Mapping[str, str], kept: Captions) -> None:
         """Counts a clip of the manifest."""
         self.clips += 1
         self.kept_captions += any(kept)
@@ -116,7 +125,7 @@ class Summary:
         self.sex[how] += 1
         for attribute, counts in self.labels.items():
             counts[tags.get(attribute, "")] += 1
-        self.foreign.update(a for a, label in known.items() if not label and a != "sex")
+        self.foreign.update(foreign_tags(clip, known))
 
 
 def offline(
@@ -136,16 +145,18 @@ def offline(
     clip that has captions keeps them; only a kind (global, fine-grained) that is missing is written. Speaker,
     gender and tags of a manifest are kept; a gender, or a tag such as "quality": "whisper", replaces what
     would be measured. The tag "measured_labels" names those that were measured; a later run measures
-    them anew. Recordings that cannot be used are listed in OUT with the ending .left-out.jsonl.
+    them anew. Recordings that cannot be used, and bad lines of a manifest, are listed in a file beside OUT
+    whose name ends in .left-out.jsonl.
 
     Args:
         source: a folder, a recording, a manifest (.jsonl), a list with one path per line, or - for standard
             input.
         out: the manifest to write. An earlier result of this command is replaced, any other file is kept.
         bands: what "slow" or "loud" means. corpus: compared with the other clips of this source (30 % are
-            slow, 30 % fast). fixed: the same numbers for every source, those of the demo corpus; take it to
-            train on several sources, or with the demo corpus.
-        seed: of the choice of words.
+            slow, 30 % fast); where fewer than 50 clips have a value, the fixed numbers. fixed: the same
+            numbers for every source, those of the demo corpus; take it to train on several sources, or with
+            the demo corpus.
+        seed: seed of the choice of words.
         replace: write new captions for clips that have some.
         longest_s: a longer clip is left out, because one description cannot fit all of it. Parts of a
             recording are named in a manifest with start_s and duration_s.
@@ -188,6 +199,7 @@ def caption_offline(
     require(bands in ("corpus", "fixed"), "bands", '"corpus" or "fixed"', bands)
     require(0 <= seed < 2**63, "seed", "in [0, 2^63)", seed)
     require(0.5 < longest_s <= 3600, "longest_s", "in (0.5, 3600]", longest_s)
+    require(num_threads is None or num_threads >= 1, "num_threads", "an integer > 0", num_threads)
     threads = audio.check_num_threads(num_threads)
     out = Path(out)
     _check_out(out, source)
@@ -201,7 +213,7 @@ def caption_offline(
         with _Spool(out.parent) as spool:
             usable, values = _measure_all(_named(clips, source, summary), spool, longest_s, threads, summary)
             if bands == "corpus":
-                summary.bands = values.bands()
+                summary.bands, summary.relative = values.bands(), True
 
             def write_to(path: Path) -> None:
                 with path.open("w", encoding="ascii") as file:
@@ -212,8 +224,8 @@ def caption_offline(
                 if not summary.clips:
                     _write_left_out(summary)
                     raise ValueError(
-                        f"{source}: none of {len(clips)} recordings has captions: {_reasons(summary)}; "
-                        f"see {left_out_file(out)}"
+                        f"{source}: none of {counted(len(clips), 'recording')} has captions: "
+                        f"{_reasons(summary)}; see {left_out_file(out)}"
                     )
 
             files.replace_file(out, write_to)
@@ -267,7 +279,11 @@ class _Spool:
     """Rows of `measure_rows` in a temporary file, so that a large corpus needs little memory."""
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        try:
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            error.filename = str(folder)  # not the name of the temporary file
+            raise
         self._row_bytes = 0
 
     def __enter__(self) -> _Spool:
@@ -379,6 +395,22 @@ def known_labels(clip: Clip, *, with_measured: bool = False) -> dict[str, str]:
     return known
 
 
+def foreign_tags(clip: Clip, known: Mapping[str, str]) -> list[str]:
+    """The tags whose values captions have no words for, such as "sex": "alien". `known`: `known_labels`."""
+    foreign = [attribute for attribute, label in known.items() if not label and attribute != "sex"]
+    sexes = {key: clip.tags.get(key, "") for key in ("gender", "sex")}
+    return foreign + [key for key, value in sexes.items() if stated(value) and not sex_of(value)]
+
+
+def describe_foreign(counts: Mapping[str, int]) -> list[str]:
+    """A line for each tag of `foreign_tags`, from the number of clips that have it."""
+    return [
+        f'captions have no words for the tag "{tag}" of {counted(count, "clip")}: '
+        "it is kept, but not described"
+        for tag, count in counts.items()
+    ]
+
+
 def _line(
     clip: Clip,
     audio: str,
@@ -394,7 +426,7 @@ def _line(
     if not all(kept) and not _is_enough(tags):
         summary.leave_out(clip, "unclear")
         return None
-    summary.count(tags, known, kept)
+    summary.count(clip, tags, known, kept)
     written = _captions(clip, tags, kept, provenance["seed"])
     measured = [attribute for attribute in tags if attribute not in known]
     given = dict(clip.tags)
@@ -452,8 +484,9 @@ def _rounded(value: float) -> float:
 
 def _write_left_out(summary: Summary) -> None:
     path = left_out_file(summary.out)
-    if summary.left_out:
-        lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in summary.left_out)
+    bad_lines = [LeftOut(f"line {p.line}", "", "bad_line", p.message) for p in summary.problems]
+    if items := summary.left_out + bad_lines:
+        lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in items)
         files.write_text(path, "".join(lines))
     else:
         path.unlink(missing_ok=True)
@@ -467,40 +500,42 @@ def _reasons(summary: Summary) -> str:
 def describe(summary: Summary) -> str:
     """A few lines about what was done: clips, speed, labels and what was left out."""
     speed = summary.seconds / max(summary.wall_s, 1e-9)
+    clips = counted(summary.clips, "clip")
     lines = [
-        f"{summary.out}: captions for {summary.clips} clips; {summary.seconds / 3600:.2f} h of recordings in "
+        f"{summary.out}: captions for {clips}; {summary.seconds / 3600:.2f} h of recordings in "
         f"{summary.wall_s:.1f} s, {speed:,.0f} x real time"
     ]
     if summary.kept_captions:
-        lines.append(f"{summary.kept_captions} clips keep captions of the source (--replace writes new ones)")
+        kept = counted(summary.kept_captions, "clip")
+        lines.append(f"captions of the source are kept for {kept} (--replace writes new ones)")
     how = ", ".join(f"{summary.sex[how]} {how}" for how in ("from the manifest", "measured", "left open"))
     lines.append(f"source of the sex: {how}")
     for attribute, counts in summary.labels.items():
         shares = [f"{label or 'left open'} {count}" for label, count in counts.most_common()]
         lines.append(f"{attribute}: {', '.join(shares)}")
-    for attribute, count in summary.foreign.items():
-        lines.append(
-            f'{count} clips have a tag "{attribute}" that captions have no words for: kept, not described'
-        )
-    lines += _bands_in_words(summary.bands)
+    lines += describe_foreign(summary.foreign)
+    lines += _bands_in_words(summary)
+    see = f"; see {left_out_file(summary.out)}"
     if summary.left_out:
-        lines.append(f"left out: {_reasons(summary)}; see {left_out_file(summary.out)}")
+        lines.append(f"left out: {_reasons(summary)}{see}")
         for item in summary.left_out[:_MOST_SHOWN]:
             lines.append(f"  {item.audio}: {item.detail} [{item.reason}]")
     if summary.problems:
-        lines.append(f"{len(summary.problems)} bad lines in {summary.source}")
+        lines.append(f"{counted(len(summary.problems), 'bad line')} in {summary.source}{see}")
     return "\n".join(lines)
 
 
-def _bands_in_words(bands: Bands) -> list[str]:
-    tables = [(f"pitch of a {sex} voice, Hz", table) for sex, table in bands.pitch.items()]
+def _bands_in_words(summary: Summary) -> list[str]:
+    bands = summary.bands
+    tables = [(f"pitch of a {sex} voice, Hz", table, FIXED.pitch[sex]) for sex, table in bands.pitch.items()]
     tables += [
-        ("speed, syllables/s", bands.speed),
-        ("liveliness, semitones", bands.liveliness),
-        ("loudness, dB", bands.loudness),
+        ("speed, syllables/s", bands.speed, FIXED.speed),
+        ("liveliness, semitones", bands.liveliness, FIXED.liveliness),
+        ("loudness, dB", bands.loudness, FIXED.loudness),
     ]
-    return [
-        f"bands of {name}: "
-        + ", ".join(f"{label} {low:.3g} to {high:.3g}" for label, (low, high) in table.items())
-        for name, table in tables
-    ]
+    lines = []
+    for name, table, fixed in tables:
+        ranges = ", ".join(f"{label} {low:.3g} to {high:.3g}" for label, (low, high) in table.items())
+        few = f"; fixed, because fewer than {labelling.MIN_VALUES} clips have a value"
+        lines.append(f"bands of {name}: {ranges}{few if summary.relative and table is fixed else ''}")
+    return lines

@@ -19,8 +19,8 @@ import numpy as np
 
 from clsp_fast import __version__
 from clsp_fast.captioning import wording
-from clsp_fast.captioning.offline import known_labels
-from clsp_fast.checks import require
+from clsp_fast.captioning.offline import describe_foreign, foreign_tags, known_labels
+from clsp_fast.checks import counted, require
 from clsp_fast.console import INCOMPLETE
 from clsp_fast.data.audio_paths import AudioPaths
 from clsp_fast.data.captions import Captions
@@ -76,30 +76,36 @@ def tags(config: TagsConfig) -> int:
     """
     refuse_other_file(config.out, "tags")
     counts: Counter[str] = Counter()
+    foreign: Counter[str] = Counter()
     name_audio = AudioPaths(config.manifest.parent, config.out.parent)
 
     def write(path: Path) -> None:
         with path.open("w", encoding="ascii") as file:
             for number, clip in iterate_manifest(config.manifest, need_captions=False):
                 if not isinstance(clip, Clip):
-                    counts["bad lines"] += 1
-                    if counts["bad lines"] <= _MOST_SHOWN:
-                        print(f"line {number}: {clip.message}", file=sys.stderr)
+                    counts["bad line"] += 1
+                    if counts["bad line"] <= _MOST_SHOWN:
+                        print(f"{config.manifest}, line {number}: {clip.message}", file=sys.stderr)
                     continue
                 line = _line(clip, name_audio(clip.audio), config)
-                counts["clips without a usable tag" if line is None else "clips"] += 1
+                counts["no tag" if line is None else "clip"] += 1
                 if line is not None:
+                    foreign.update(foreign_tags(clip, known_labels(clip, with_measured=True)))
                     file.write(json.dumps(line) + "\n")
-        if not counts["clips"]:
+        if not counts["clip"]:
             known = ", ".join((*wording.ATTRIBUTES, *config.others))
             raise ValueError(f"{config.manifest}: no clip has a usable tag; expected one of {known}")
 
     config.out.parent.mkdir(parents=True, exist_ok=True)
     files.replace_file(config.out, write)
-    print(f"{config.out}: {counts.pop('clips')} clips with captions")
-    for name, count in counts.items():
-        print(f"left out: {count} {name}")
-    return INCOMPLETE if counts else 0
+    print(f"{config.out}: captions for {counted(counts['clip'], 'clip')}")
+    if counts["bad line"]:
+        print(f"left out: {counted(counts['bad line'], 'bad line')}")
+    if counts["no tag"]:
+        print(f"left out: {counted(counts['no tag'], 'clip')} without a usable tag")
+    for text in describe_foreign(foreign):
+        print(text)
+    return INCOMPLETE if counts["bad line"] or counts["no tag"] else 0
 
 
 def _line(clip: Clip, audio: str, config: TagsConfig) -> dict[str, Any] | None:

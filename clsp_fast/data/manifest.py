@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import IO, Any, TextIO
 
+from clsp_fast.checks import counted
 from clsp_fast.data.captions import Captions
 from clsp_fast.data.clips import (
     LONGEST_NAME,
@@ -109,12 +110,15 @@ class Manifest:
             if texts
         )
         words = sorted(len(text.split()) for clip in clips for texts in clip.captions for text in texts)
-        lines = [f"{len(clips)} clips, {len(self.problems)} bad lines"]
+        lines = [f"{counted(len(clips), 'clip')}, {counted(len(self.problems), 'bad line')}"]
         if known:
-            lines.append(f"{sum(known) / 3600:.2f} h in the {len(known)} clips that state a duration")
-        lines.append(f"{kinds['global']} clips with global captions, {kinds['fine']} with fine-grained ones")
+            lines.append(f"{counted(len(known), 'clip')} with a duration: {sum(known) / 3600:.2f} h in all")
         lines.append(
-            f"{len(words)} captions of {words[0]} to {words[-1]} words, median {words[len(words) // 2]}"
+            f"{counted(kinds['global'], 'clip')} with global captions, {kinds['fine']} with fine-grained ones"
+        )
+        lines.append(
+            f"{counted(len(words), 'caption')} of {words[0]} to {words[-1]} words, "
+            f"median {words[len(words) // 2]}"
         )
         lines += self.warnings()
         others = [_counted(key, count) for key, count in self.unknown.items() if not _similar_key(key)]
@@ -365,4 +369,4 @@ def _similar_key(key: str) -> str:
 
 def _counted(key: str, count: int) -> str:
     shown = f'"{key[:40]}"' if key.isprintable() else ascii(key[:40])
-    return f"{shown} in {count} line{'s' if count > 1 else ''}"
+    return f"{shown} in {counted(count, 'line')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clsp_fast.checks import counted
 from clsp_fast.config import DataConfig
 from clsp_fast.data.audit import audit
 from clsp_fast.data.loader import ClipFeatures
@@ -39,5 +40,6 @@ def validate(manifest: Path, *, decode: bool = False) -> int:
     for line in (*findings, *captions.findings, *(f"warning: {text}" for text in captions.warnings)):
         print(line)
     count = len(findings) + captions.count
-    print(f"{count} findings" + (f", {len(captions.warnings)} warnings" if captions.warnings else ""))
+    warned = f", {counted(len(captions.warnings), 'warning')}" if captions.warnings else ""
+    print(f"{counted(count, 'finding')}{warned}")
     return count

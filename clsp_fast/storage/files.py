@@ -147,6 +147,10 @@ def replace_file(file: Path, write_to: Callable[[Path], None], *, size: int | No
             write_to(temporary)
             flush(temporary)
             temporary.replace(file)
+        except OSError as error:
+            if error.filename == str(temporary):
+                error.filename, error.filename2 = str(file), None
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ from sample_data import write_rows
 from clsp_fast import __version__, caption, console
 from clsp_fast.captioning import offline as offline_module
 from clsp_fast.captioning import wording
+from clsp_fast.captioning.labels import FIXED
 from clsp_fast.captioning.offline import caption_offline, describe, left_out_file, offline
 from clsp_fast.captioning.rules import default_rules
 from clsp_fast.data.captions import Captions
@@ -172,7 +173,7 @@ def test_what_a_manifest_says_is_kept(
     assert (c["start_s"], c["duration_s"]) == (0.4, 1.0)
     printed = capsys.readouterr().out
     assert "1 from the manifest, 1 measured, 1 left open" in printed
-    assert '1 clips have a tag "speed" that captions have no words for' in printed
+    assert 'captions have no words for the tag "speed" of 1 clip: it is kept, but not described' in printed
 
 
 def test_captions_of_the_source_are_kept_unless_replaced(tmp_path: Path, speech: Path) -> None:
@@ -260,7 +261,12 @@ def test_bad_lines_and_repeated_recordings_are_counted(
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"audio": str(speech / "man.wav")}) + "\nnot json\n")
     assert offline(str(source), tmp_path / "out.jsonl") == console.INCOMPLETE
-    assert "line 2: not JSON" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert f"{source}, line 2: not JSON" in printed.err
+    assert f"1 bad line in {source}; see {left_out_file(tmp_path / 'out.jsonl')}" in printed.out
+    item = read(left_out_file(tmp_path / "out.jsonl"))["line 2"]
+    assert (item["audio"], item["reason"]) == ("", "bad_line")
+    assert item["detail"].startswith("not JSON")
     (tmp_path / "list.txt").write_text(f"{speech / 'man.wav'}\n" * 2)
     summary = caption_offline(str(tmp_path / "list.txt"), tmp_path / "out.jsonl")
     assert [item.reason for item in summary.left_out] == ["repeated"]
@@ -428,7 +434,7 @@ def test_the_command_returns_the_exit_code(
     with pytest.raises(SystemExit) as stopped:
         caption.main(arguments)
     assert stopped.value.code == 0
-    assert "captions for 1 clips" in capsys.readouterr().out
+    assert "captions for 1 clip;" in capsys.readouterr().out
     (row,) = read(tmp_path / "out.jsonl").values()
     assert row["provenance"]["fine"]["seed"] == 5
 
@@ -458,3 +464,31 @@ def test_the_summary_counts_every_label(tmp_path: Path, speech: Path) -> None:
     text = describe(summary)
     assert "speed: " in text
     assert "bands of speed, syllables/s: slow 0.5 to 3.15" in text
+    assert "fewer than" not in text
+
+
+def test_fixed_bands_in_place_of_those_of_a_small_corpus_are_named(tmp_path: Path, speech: Path) -> None:
+    summary = caption_offline(str(speech), tmp_path / "out.jsonl")
+    lines = [line for line in describe(summary).splitlines() if line.startswith("bands of ")]
+    assert len(lines) == 5
+    assert all(line.endswith("; fixed, because fewer than 50 clips have a value") for line in lines)
+    speed = {name: (low + 0.1, high) for name, (low, high) in FIXED.speed.items()}
+    summary.bands = dataclasses.replace(FIXED, speed=speed)
+    lines = [line for line in describe(summary).splitlines() if line.startswith("bands of ")]
+    assert [line for line in lines if "fixed" not in line] == [line for line in lines if "speed" in line]
+
+
+def test_a_sex_without_words_is_reported(tmp_path: Path, speech: Path) -> None:
+    man = str(speech / "man.wav")
+    rows = [{"id": sex, "audio": man, "tags": {"sex": sex}} for sex in ("alien", "other", "unknown", "f")]
+    source = str(write_rows(tmp_path / "in.jsonl", rows))
+    summary = caption_offline(source, tmp_path / "out.jsonl", bands="fixed")
+    assert summary.foreign == {"sex": 1}
+    assert 'no words for the tag "sex" of 1 clip' in describe(summary)
+    assert read(tmp_path / "out.jsonl")["alien"]["tags"]["sex"] == "alien"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        offline_module._Spool(tmp_path / "gone")
+    assert caught.value.filename == str(tmp_path / "gone")

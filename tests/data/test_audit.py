@@ -212,12 +212,12 @@ def test_validate_fails_for_findings_and_not_for_warnings(
     code, shown = run_validate(write_manifest(tmp_path / "m.jsonl", shifted(clips, 1)), capsys)
     assert code == 0
     assert "\nwarning: captions seem to be shifted" in shown
-    assert shown.endswith("\n0 findings, 1 warnings\n")
+    assert shown.endswith("\n0 findings, 1 warning\n")
     clips[1] = with_fine(clips[1], "label")
     code, shown = run_validate(write_manifest(tmp_path / "m.jsonl", clips), capsys)
     assert code == 1
     assert "clip clip00001: a placeholder instead of a caption: 'label'" in shown
-    assert shown.endswith("\n1 findings\n")
+    assert shown.endswith("\n1 finding\n")
 
 
 @given(

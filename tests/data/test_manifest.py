@@ -216,7 +216,7 @@ def test_every_key_that_is_read_is_known(tmp_path: Path) -> None:
 
 def test_describe_counts(tmp_path: Path) -> None:
     text = read_manifest(write(tmp_path, GOOD, "oops")).describe()
-    assert "1 clips, 1 bad lines" in text
+    assert "1 clip, 1 bad line\n" in text
     assert "3 captions of 3 to 6 words" in text
 
 

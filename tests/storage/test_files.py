@@ -415,3 +415,10 @@ def test_json_is_written_whole(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", {"x": [1, 2]})
     assert (tmp_path / "a.json").read_text() == '{\n "x": [\n  1,\n  2\n ]\n}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    file = tmp_path / "gone" / "a.txt"
+    with pytest.raises(FileNotFoundError) as caught:
+        files.write_text(file, "x")
+    assert caught.value.filename == str(file)
