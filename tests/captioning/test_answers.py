@@ -270,7 +270,7 @@ def test_a_job_without_results_is_begun_anew_with_other_settings(tmp_path: Path)
         begin(tmp_path, {"model": "other"}, parts=2, notes={})
     (tmp_path / "jobs-00000.jsonl").unlink()
     write_answer(tmp_path)
-    with pytest.raises(ValueError, match="not 'other'; choose another folder, or repeat the earlier"):
+    with pytest.raises(ValueError, match="not 'other'; choose another folder"):
         begin(tmp_path, {"model": "other"}, parts=2, notes={})
 
 
