@@ -198,7 +198,7 @@ def test_job_files_cover_the_rows_of_earlier_calls(
     assert run(manifest, work, "--jobs-only", "--rows", "7:9") == 0
     assert "job files cover the rows of this and earlier calls: 0:2, 7:9" in capsys.readouterr().out
     assert [answer["custom_id"].partition(".")[0] for answer in answers_to(work)] == ["0", "1", "7", "8"]
-    with pytest.raises(RuntimeError, match=r"rows 100: of .* holds no usable clip"):
+    with pytest.raises(RuntimeError, match=r"m\.jsonl has 12 lines, and rows count from 0"):
         run(manifest, work, "--jobs-only", "--rows", "100:")
 
 
@@ -307,7 +307,7 @@ def test_other_settings_are_refused(words: list[str], match: str, manifest: Path
         run(manifest, tmp_path / "w", "--jobs-only", *words)
     with manifest.open("a") as file:
         file.write("\n")
-    with pytest.raises(RuntimeError, match=r"begun with other content of m\.jsonl; choose"):
+    with pytest.raises(RuntimeError, match=r"begun with other content of m\.jsonl; it has no answers"):
         run(manifest, tmp_path / "w", "--jobs-only")
 
 
@@ -340,7 +340,7 @@ def test_wrong_calls_name_the_fix(manifest: Path, tmp_path: Path, capsys: pytest
     with pytest.raises(RuntimeError, match=r"rows 50:99: .*m\.jsonl has 12 lines, and rows count from 0"):
         run(manifest, tmp_path / "w", "--rows", "50:99")
     assert run(manifest, tmp_path / "w", "--shard-rows", "5") == 2
-    assert "shard_rows must be given with --jobs-only" in " ".join(capsys.readouterr().err.split())
+    assert "--shard-rows must be given with --jobs-only" in " ".join(capsys.readouterr().err.split())
     with StubServer() as server, pytest.raises(RuntimeError, match=f"it serves {MODEL}: correct --server.mo"):
         run(manifest, tmp_path / "x", "--server.servers", server.url, model="other")
     for option, value in (("--rows", "5"), ("--rows", "7:3"), ("--audio-url", "ftp://x")):
