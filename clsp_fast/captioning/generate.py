@@ -248,7 +248,7 @@ class _Source:
         config = self._config
         if 0 < lines <= config.row_range[0]:
             raise ValueError(
-                f"rows {config.rows}: {config.manifest} has {lines} lines, and rows count from 0"
+                f"{config.manifest} has {lines} lines, so no row of {config.rows}; rows count from 0"
             )
         if next(self.requests(), None) is None and self.left_out.keys() <= {"bad lines"}:
             where = f"rows {config.rows} of {config.manifest}" if config.rows else f"{config.manifest}"

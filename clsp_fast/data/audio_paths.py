@@ -35,5 +35,5 @@ class AudioPaths:
 def _resolved(folder: Path) -> Path:
     try:
         return folder.resolve()
-    except (OSError, RuntimeError):  # links that lead in a circle
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or a zero byte: no file has this path
         return folder.absolute()

@@ -56,7 +56,7 @@ class Clip:
 
 def is_path(value: object) -> TypeGuard[str]:
     """Whether a file could have this path. Paths need not be UTF-8."""
-    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME or "\0" in value:
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
         return False
     if value.isascii():
         return True
