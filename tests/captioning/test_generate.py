@@ -198,7 +198,7 @@ def test_job_files_cover_the_rows_of_earlier_calls(
     assert run(manifest, work, "--jobs-only", "--rows", "7:9") == 0
     assert "job files cover the rows of this and earlier calls: 0:2, 7:9" in capsys.readouterr().out
     assert [answer["custom_id"].partition(".")[0] for answer in answers_to(work)] == ["0", "1", "7", "8"]
-    with pytest.raises(RuntimeError, match=r"m\.jsonl has 12 lines, and rows count from 0"):
+    with pytest.raises(RuntimeError, match=r"m\.jsonl has 12 lines, so no row of 100:; rows"):
         run(manifest, work, "--jobs-only", "--rows", "100:")
 
 
