@@ -29,6 +29,7 @@ COMMANDS = (
     "clsp_fast.caption judge",
     "clsp_fast.caption offline",
     "clsp_fast.caption report",
+    "clsp_fast.caption tags",
     "clsp_fast.caption verify",
     "clsp_fast.convert reference",
     "clsp_fast.data validate",

@@ -22,8 +22,10 @@ from clsp_fast import __version__, audio
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, Waveform
 from clsp_fast.captioning.answers import Answer, custom_id, recorded_rows
 from clsp_fast.captioning.client import ServerConfig
-from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
+from clsp_fast.captioning.job_files import exchange_files
+from clsp_fast.captioning.jobs import run_jobs
 from clsp_fast.captioning.prompt import Prompt, read_prompt
+from clsp_fast.captioning.request import Request
 from clsp_fast.captioning.rows import ALL_ROWS, RowRange, clips_of_rows, describe_rows, rows_as_json, union
 from clsp_fast.checks import is_positive, listed, require
 from clsp_fast.console import INCOMPLETE

@@ -25,9 +25,11 @@ from clsp_fast.captioning import json_answers, scores
 from clsp_fast.captioning.answers import Answer, AnswerIndex, custom_id, row_and_part
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import ManifestFacts, Sampling, read_facts, seed_of, sound_of
-from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
+from clsp_fast.captioning.job_files import exchange_files
+from clsp_fast.captioning.jobs import run_jobs
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
+from clsp_fast.captioning.request import Request
 from clsp_fast.captioning.rules import answer_fault, clean_answer
 from clsp_fast.captioning.sample import Kind, Sample, choose_clips
 from clsp_fast.captioning.scores import ASPECTS, PREFERENCES, Comparison, Scores

@@ -33,9 +33,11 @@ from clsp_fast.captioning.answers import (
 from clsp_fast.captioning.candidates import candidates_of, texts_a_request
 from clsp_fast.captioning.client import ServerConfig
 from clsp_fast.captioning.generate import Sampling, describe_tags, read_facts
-from clsp_fast.captioning.jobs import Request, exchange_files, run_jobs
+from clsp_fast.captioning.job_files import exchange_files
+from clsp_fast.captioning.jobs import run_jobs
 from clsp_fast.captioning.json_answers import BadAnswer
 from clsp_fast.captioning.prompt import Prompt, read_prompt
+from clsp_fast.captioning.request import Request
 from clsp_fast.captioning.rows import RowRange, asked_rows, clips_of_rows
 from clsp_fast.captioning.rules import Rules, answer_fault, clean_answer, read_rules
 from clsp_fast.checks import is_positive, require

@@ -171,8 +171,8 @@ def test_a_second_range_in_the_same_folder(
         for rows, done in (("7:10", 3), ("0:2", 2), ("9:11", 1)):
             assert run(manifest, work, "--server.servers", server.url, "--rows", rows) == 0
             output, errors = capsys.readouterr()
-            assert f"{done} requests answered" in output
             noun = "request" if done == 1 else "requests"
+            assert f"{done} {noun} answered" in output
             assert f"{done} of {done} {noun}," in errors  # not of those that were done before
     assert read_record(work / "generate")["rows"] == [[0, 2], [7, 11]]
     assert tuple(texts(work)) == (0, 1, 7, 8, 9, 10)

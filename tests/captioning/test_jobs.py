@@ -22,14 +22,9 @@ from stub_server import MODEL, StubServer, caption, key_of
 from clsp_fast.audio import AudioError, AudioErrorReason
 from clsp_fast.captioning.answers import Answer, AnswerFile, AnswerIndex, custom_id, read_answers
 from clsp_fast.captioning.client import Client, Reply, ServerConfig, ServerError
-from clsp_fast.captioning.jobs import (
-    Counts,
-    Request,
-    Stopped,
-    import_answers,
-    run_jobs,
-    write_pending,
-)
+from clsp_fast.captioning.job_files import import_answers, write_pending
+from clsp_fast.captioning.jobs import Stopped, run_jobs
+from clsp_fast.captioning.request import Counts, Request
 from clsp_fast.storage.files import DiskFull, FolderInUse
 
 ROOT = Path(__file__).parent.parent.parent

@@ -211,11 +211,11 @@ def test_kept_captions_keep_their_provenance(tmp_path: Path, speech: Path) -> No
     one, two = (line["provenance"] for line in read(tmp_path / "kept.jsonl").values())
     assert (one["fine"], one["global"]["by"]) == (made, "offline")
     assert two == {"written_by": "offline", "global": made, "fine": made}
-    caption_offline(str(tmp_path / "kept.jsonl"), tmp_path / "again.jsonl", bands="fixed")
-    again = read(tmp_path / "again.jsonl").values()
-    assert [line["provenance"] for line in again] == [one, two]
-    caption_offline(source, tmp_path / "again.jsonl", bands="fixed", replace=True)
-    for line in read(tmp_path / "again.jsonl").values():
+    caption_offline(str(tmp_path / "kept.jsonl"), tmp_path / "second.jsonl", bands="fixed")
+    lines = read(tmp_path / "second.jsonl").values()
+    assert [line["provenance"] for line in lines] == [one, two]
+    caption_offline(source, tmp_path / "second.jsonl", bands="fixed", replace=True)
+    for line in read(tmp_path / "second.jsonl").values():
         assert line["provenance"]["fine"]["by"] == line["provenance"]["global"]["by"] == "offline"
 
 
