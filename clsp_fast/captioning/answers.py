@@ -315,7 +315,7 @@ def begin(
 ) -> None:
     """Records the settings of a job, or compares them with those of the job that the folder holds.
 
-    A job without answers and job files, such as one whose model had a wrong name, is begun anew.
+    A job without answers and job files, such as one whose model had a wrong name, starts over.
 
     Args:
         folder: the job's folder; the caller has locked it.
@@ -342,7 +342,7 @@ def begin(
         if _has_results(folder, record["parts"]):
             remedy = "choose another folder (`judge`: another --name)"
             if not _has_answers(folder, record["parts"]):
-                remedy = "it has no answers: delete its job files (jobs*.jsonl) to begin anew"
+                remedy = "it has no answers: delete its job files (jobs*.jsonl) to start over"
             raise ValueError(
                 f"{folder} was begun with {listed(changed, separator='; ', width=400)}; {remedy}, or repeat "
                 "the earlier settings"

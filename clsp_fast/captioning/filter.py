@@ -271,11 +271,11 @@ def filter(config: FilterConfig) -> int:
 
 def _why_no_verdict(work: Path, rules: Rules) -> str:
     """The end of a message: why candidates have no verdict, and what to do."""
-    digest = read_record(work / verify.STEP).get("rules_digest", rules.digest)
-    if digest == rules.digest:
+    verified_with = read_record(work / verify.STEP).get("rules_digest", rules.digest)
+    if verified_with == rules.digest:
         return " yet: run `verify` again, then `filter`"
     return (
-        f", maybe because `verify` last ran with other rules ({digest}) than `filter` ({rules.digest}): run "
+        f", maybe because `verify` last ran with other rules ({verified_with}) than `filter` ({rules.digest}): run "
         "both with the same --rules, --min-characters and --max-characters"
     )
 

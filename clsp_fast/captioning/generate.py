@@ -225,7 +225,7 @@ class _Source:
         self.problems: list[Problem] = []
 
     def requests(self) -> Iterator[Request]:
-        """The requests of all rows, in their order. Bodies are made later. The counts begin anew."""
+        """The requests of all rows, in their order. Bodies are made later. The counts start at zero."""
         config = self._config
         self.left_out.clear()
         self.problems.clear()

@@ -259,7 +259,7 @@ def test_a_damaged_or_missing_record_is_named(tmp_path: Path) -> None:
         begin(tmp_path, {}, parts=1, notes={})
 
 
-def test_a_job_without_results_is_begun_anew_with_other_settings(tmp_path: Path) -> None:
+def test_a_job_without_results_starts_over_with_other_settings(tmp_path: Path) -> None:
     begin(tmp_path, {"model": "typo"}, parts=1, notes={})
     (tmp_path / "answers.jsonl").write_bytes(answer_line("0.0/generate/a", Reply(404, None, "no model")))
     begin(tmp_path, {"model": "right"}, parts=2, notes={})
