@@ -275,8 +275,8 @@ def _why_no_verdict(work: Path, rules: Rules) -> str:
     if verified_with == rules.digest:
         return " yet: run `verify` again, then `filter`"
     return (
-        f", maybe because `verify` last ran with other rules ({verified_with}) than `filter` ({rules.digest}): run "
-        "both with the same --rules, --min-characters and --max-characters"
+        f", maybe because `verify` last ran with other rules ({verified_with}) than `filter` "
+        f"({rules.digest}): run both with the same --rules, --min-characters and --max-characters"
     )
 
 

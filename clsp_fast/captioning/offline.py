@@ -145,8 +145,8 @@ def offline(
     clip that has captions keeps them; only a kind (global, fine-grained) that is missing is written. Speaker,
     gender and tags of a manifest are kept; a gender, or a tag such as "quality": "whisper", replaces what
     would be measured. The tag "measured_labels" names those that were measured; a later run measures
-    them once more. Recordings that cannot be used, and bad lines of a manifest, are listed in a file beside OUT
-    whose name ends in .left-out.jsonl.
+    them once more. Recordings that cannot be used, and bad lines of a manifest, are listed in a file beside
+    OUT whose name ends in .left-out.jsonl.
 
     Args:
         source: a folder, a recording, a manifest (.jsonl), a list with one path per line, or - for standard
