@@ -129,6 +129,7 @@ def gain_of(dtype: torch.dtype, *gradients: Tensor) -> Tensor:
 
 
 def products(
+    kernel: str,
     audio: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -141,8 +142,8 @@ def products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient products dX = scale G Y and dY = scale G^T X, and d_scale = sum <X, G Y>.
 
-    `write` fills a panel: some rows of G, multiplied by `gain`. A panel and its fp32 product with Y (D values
-    per row) fit into `workspace_bytes`.
+    `write` launches `kernel`, which fills a panel: some rows of G, multiplied by `gain`. A panel and its fp32
+    product with Y (D values per row) fit into `workspace_bytes`.
     """
     m, n = len(audio), len(text)
     d_audio = audio.new_zeros(audio.shape if needs_audio else 0)
@@ -152,7 +153,7 @@ def products(
     if m and n:
         with on_device(audio), torch.autocast(audio.device.type, enabled=False):
             x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
-            arguments = score_arguments(x, y)
+            arguments = score_arguments(kernel, x, y)
             stride = triton.cdiv(n, 16) * 16
             row_bytes = stride * x.itemsize + 4 * audio.shape[1]
             rows = panel_rows(m, row_bytes, workspace_bytes, arguments["BM"])

@@ -315,7 +315,7 @@ def _negative_lse(
         return row_lse, column_lse
     with on_device(audio):
         x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
-        arguments = score_arguments(x, y)
+        arguments = score_arguments("lse", x, y)
         rows, columns = arguments["BM"], arguments["BN"]
         tiles_n = triton.cdiv(n, columns)
         row_bytes = 8 * tiles_n + 8 * n // rows
@@ -394,7 +394,16 @@ def _negative_lse_backward(
         )
 
     d_audio, d_text, d_scale = products(
-        audio, text, scale, gain, write, compute_dtype, workspace_bytes, needs_audio, needs_text
+        "panel",
+        audio,
+        text,
+        scale,
+        gain,
+        write,
+        compute_dtype,
+        workspace_bytes,
+        needs_audio,
+        needs_text,
     )
     d_bias_terms = (
         torch.where(lse.isneginf(), 0.0, d).sum() for lse, d in ((row_lse, d_row), (column_lse, d_column))

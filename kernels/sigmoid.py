@@ -172,7 +172,8 @@ def _negative_softplus(
     if m == 0 or n == 0:
         return out
     with on_device(audio):
-        arguments = score_arguments(operand(audio, compute_dtype), operand(text, compute_dtype))
+        x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
+        arguments = score_arguments("softplus", x, y)
         tiles_n = triton.cdiv(n, arguments["BN"])
         rows = panel_rows(m, 4 * tiles_n, workspace_bytes, arguments["BM"])
         parts = scale.new_empty(tiles_n * rows)
@@ -229,7 +230,16 @@ def _negative_softplus_backward(
         d_bias.add_(tile_sum.sum(dtype=torch.float64))
 
     d_audio, d_text, d_scale = products(
-        audio, text, scale, gain, write, compute_dtype, workspace_bytes, needs_audio, needs_text
+        "sigmoid_panel",
+        audio,
+        text,
+        scale,
+        gain,
+        write,
+        compute_dtype,
+        workspace_bytes,
+        needs_audio,
+        needs_text,
     )
     return d_audio, d_text, d_scale, (d_bias / gain).to(torch.float32)
 

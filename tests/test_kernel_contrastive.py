@@ -421,6 +421,17 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
         negative_softplus(x, y, torch.ones(1), owner)
 
 
+def test_tiles_can_be_replaced_for_a_measurement() -> None:
+    usual = _launch.tile_of("lse", 90, torch.float32)
+    wide = _launch.Tile(32, 128, 32, 4, 1)
+    with _launch.override_tiles(lse=wide):
+        assert _launch.tile_of("lse", 90, torch.float32) == wide
+        assert _launch.tile_of("panel", 90, torch.float32) == usual
+    assert _launch.tile_of("lse", 90, torch.float32) == usual
+    with pytest.raises(ValueError, match="got combine"), _launch.override_tiles(combine=wide):
+        pass
+
+
 def test_panels_fit_the_workspace() -> None:
     assert _launch.panel_rows(1000, 10, 1 << 30, 128) == 1024
     assert _launch.panel_rows(1000, 10, 5120, 128) == 512
