@@ -25,12 +25,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import contrastive, rank, sigmoid
+from . import contrastive, neighbours, rank, sigmoid
 from ._launch import OPTIONS, SIZES, TARGETS, TILES, has_descriptors, score_constants, tile_of
 
 DEPTH = 512
 SHARED_MEMORY_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-KERNELS = {**contrastive.KERNELS, **sigmoid.KERNELS, **rank.KERNELS}
+KERNELS = {**contrastive.KERNELS, **sigmoid.KERNELS, **rank.KERNELS, **neighbours.KERNELS}
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,7 +57,7 @@ def measure(
 def source(name: str, target: int, dtype: str) -> tuple[ASTSource, dict[str, Any]]:
     """The source that the launchers compile for D = 512, and the options of the compilation."""
     kernel = KERNELS[name]
-    constants = contrastive.CONSTANTS | rank.CONSTANTS
+    constants = contrastive.CONSTANTS | neighbours.CONSTANTS
     options = {}
     if name in TILES:
         tile = tile_of(name, target, DTYPES[dtype])

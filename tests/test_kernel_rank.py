@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast.kernels import _launch, rank
-from clsp_fast.kernels.rank import rank_counts, rank_counts_reference, topk, topk_reference
+from clsp_fast.kernels import _launch, neighbours, rank
+from clsp_fast.kernels.neighbours import topk, topk_reference
+from clsp_fast.kernels.rank import rank_counts, rank_counts_reference
 
 SHAPES = [(1, 1, 4), (2, 1, 3), (3, 70, 4), (33, 63, 8), (70, 150, 16), (64, 128, 32)]
 
@@ -79,11 +80,11 @@ def test_neighbours_are_those_of_a_sort(
 def test_neighbours_in_chunks_runs_and_other_dtypes(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank, "_CHUNK_ROWS", 150)
+    monkeypatch.setattr(neighbours, "_CHUNK_ROWS", 150)
     queries, database = tied(kernel_device, 40, 260, 8)
     expected = topk_reference(queries, database, 7)
     for programs in (1, 4):
-        monkeypatch.setattr(rank, "_PROGRAMS", programs)
+        monkeypatch.setattr(neighbours, "_PROGRAMS", programs)
         for q, d in ((queries, database.half()), (queries.half(), database)):
             assert all(torch.equal(a, b) for a, b in zip(topk(q, d, 7), expected, strict=True))
     assert topk(queries[:0], database, 7)[1].shape == (0, 7)
@@ -100,12 +101,12 @@ def test_a_wider_database_is_not_narrowed(kernel_device: torch.device) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy, interpreting
 @pytest.mark.parametrize("chunk_rows", [9, 2])
 def test_scores_that_overflow_are_named(
     kernel_device: torch.device, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rank, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(neighbours, "_CHUNK_ROWS", chunk_rows)
     queries, database = (torch.full((n, 4), x, device=kernel_device) for n, x in ((2, -1e30), (9, 1e30)))
     with pytest.raises(ValueError, match="overflow float32"):
         topk(queries, database, 3)
@@ -121,7 +122,7 @@ def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> 
     x, y = tied(kernel_device, 20, 33, 8)
     owner = torch.arange(33, device=kernel_device) % 20
     torch.library.opcheck(rank._rank_counts, (x, y, owner))
-    torch.library.opcheck(rank._topk_chunk, (x, y, 3))
+    torch.library.opcheck(neighbours._topk_chunk, (x, y, 3))
     compiled = torch.compile(rank_counts, fullgraph=True, backend="aot_eager")
     for result, eager in zip(compiled(x, y, owner), rank_counts(x, y, owner), strict=True):
         assert torch.equal(result, eager)
