@@ -280,11 +280,11 @@ def score_tile(
 def mask_positives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
     """A tile of logits with -inf at positive pairs (owner[j] = i), and beyond M and N."""
     row_M = tl.arange(0, BM)
-    column_N = column + tl.arange(0, BN)
-    owner_N = tl.load(owner + column_N, mask=column_N < N, other=-1) - row
+    column_N = tl.arange(0, BN)
+    owner_N = tl.load(owner + column + column_N, mask=column_N < N - column, other=-1) - row
     owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
     # Most tiles have no positive and no edge. They skip the comparison of all elements by one branch.
     if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
-        inside = (row + row_M < M)[:, None] & (column_N < N)[None, :]
+        inside = (row_M < M - row)[:, None] & (column_N < N - column)[None, :]
         s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))
     return s
