@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # torch 2.10 and 2.11 install it. Its interpreter does not work with numpy 2.4.
 TRITON, NUMPY = "triton==3.6.0", "numpy==2.3.5"
+# numpy 2.3 warns of what numpy 2.4 refuses.
+ALLOWED_WARNING = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
 FILES = [
     "test_interpreter.py",
     "test_kernel_budgets.py",
@@ -35,9 +37,11 @@ def environment(folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, TRITON, NUMPY], check=True)
-        # Packages of this environment come first on the path, then those of the running one.
+        # Packages of this environment come first on the path, then those of the running one. A plain path
+        # would do without the .pth files there, which editable installs need.
         packages = next(folder.glob("lib/python*/site-packages"))
-        (packages / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        line = f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n"
+        (packages / "rest.pth").write_text(line)
         (folder / "complete").touch()
     return python
 
@@ -52,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = ["-m", "clsp_fast.kernels.budgets", "write", "kernels", "--beside"]
     else:
         paths = [str(ROOT / "tests" / name) for name in FILES]
-        command = ["-m", "pytest", "-q", *options.arguments, *paths]
+        command = ["-m", "pytest", "-q", "-W", ALLOWED_WARNING, *options.arguments, *paths]
     return subprocess.run([str(python), *command], cwd=ROOT, env=dict(os.environ), check=False).returncode
 
 
