@@ -244,12 +244,7 @@ KERNELS = {
     "rescore": _rescore_kernel,
 }
 """The kernels that budgets.py compiles."""
-CONSTANTS = {
-    "K": MOST_NEIGHBOURS,
-    "ROWS": GROUP_ROWS,
-    "BR": _NORM_ROWS,
-    "BD": _RESCORE_DEPTH,
-}
+
 
 
 @torch.library.custom_op("clsp_fast::topk_chunk", mutates_args=())
