@@ -8,32 +8,32 @@ Shape suffixes: Q queries, N database rows, D joint dimension, K neighbours, G g
    largest score of each group of 32 rows. The groups with the largest maxima are the candidates.
 2. Rescoring: the rows of these groups get exact scores: sums in float64, rounded to float32 once.
 3. Proof: let floor_i be the least maximum among the candidates of query i. A row of another group has an
-   approximate score of at most floor_i, so an exact score of at most floor_i + margin_i. If the k-th exact score
-   is larger, then no other row can be in the answer.
-4. Queries without a proof, for example because many rows are equal, are searched by `_topk_chunk`: it compares
-   all scores in float32 (float32 operands: three TF32 products) and keeps the k best in registers.
+   approximate score of at most floor_i, so an exact score of at most floor_i + margin_i. If the k-th exact
+   score is larger, then no other row can be in the answer.
+4. Queries without a proof, for example because many rows are equal, are searched by `_topk_chunk`. It
+   compares all scores in float32 (three TF32 products for float32 operands) and keeps the k best.
 
-Scores of proved queries are within 2^-24 of the exact ones, relatively. The others are within 2^-21 of the sum
-of their products' magnitudes for float32 operands, and D 2^-22 for 16-bit ones. Each query is answered by one of
-the two kinds of score alone, so equal rows have equal scores.
+The score of a query with a proof is the exact inner product, rounded to float32. The scores of another query
+have the error of a float32 sum of D products. A query is answered by one of the two kinds of score alone, so
+equal rows have equal scores.
 
 The margin. Let x~, y~ be the rounded operands, dx = x - x~, dy = y - y~, and s~ the approximate score. Then
 
     s - <x~, y~> = <dx, y> + <x~, dy>, so |s - s~| <= |dx| |y| + |x~| |dy| + D 2^-22 |x~| |y~|
 
-The last term is for the sum: products of 16-bit numbers are exact in float32, and a sequence of D additions that
-truncate loses at most D 2^-23 of the sum of magnitudes; tensor cores add in blocks, so twice this is allowed.
-The norms are measured, not estimated: |x|, |dx| of each query, and the largest |y|, |dy| of the database.
-Operands that are out of range of float16 have infinite |dx| or |dy|, and so no proof.
+The last term is for the sum. Products of 16-bit numbers are exact in float32, and D additions that truncate
+lose at most D 2^-23 of the sum of magnitudes. Tensor cores add in blocks, so twice this is allowed. The norms
+are measured: |x|, |dx| of each query, and the largest |y|, |dy| of the database. Operands that are out of the
+range of float16 have a large |dx| or |dy|, and so no proof.
 
-Memory beyond inputs and results: a 16-bit copy of 128 MB, maxima of 64 MB, and candidates. The same call gives
-the same bits. Reading the answer needs one host synchronisation.
+Memory beyond inputs and results: a 16-bit copy of 128 MB, maxima of 64 MB, and candidates. The same call
+gives the same bits. Reading the answer takes one host synchronisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import triton
@@ -149,8 +149,8 @@ def _narrow_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """float16 copies of rows (if NARROW), and `measures` (3, N): the squared norm of the row, the squared norm of
-    its rounding error, and 1 for rows that are not finite."""
+    """Copies of rows in float16 if NARROW, and `measures` (3, N): the squared norm of a row, the squared norm
+    of its rounding error, and 1 if it is not finite."""
     i_R = tl.program_id(0) * BR + tl.arange(0, BR)
     norm_R = tl.zeros([BR], tl.float32)
     error_R = tl.zeros([BR], tl.float32)
@@ -246,7 +246,6 @@ KERNELS = {
 """The kernels that budgets.py compiles."""
 
 
-
 @torch.library.custom_op("clsp_fast::topk_chunk", mutates_args=())
 def _topk_chunk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores (Q, k), float32, and row numbers, int64, of the k best. Needs at least one query and k rows."""
@@ -278,6 +277,14 @@ def _merged(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     index, order = index.sort(dim=1)
     scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
     return scores[:, :k].contiguous(), index.gather(1, order[:, :k])
+
+
+class RowError(ValueError):
+    """A row of the database is not finite; `row` is its number."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"database_ND must be finite, got NaN or infinity in row {row}")
+        self.row = row
 
 
 class Neighbours:
@@ -329,9 +336,7 @@ class Neighbours:
         margin_Q = _margins(norms_2Q, _norms(worst[:2], database.shape[1]), database.shape[1])
         whole = -(-len(database) // GROUP_ROWS) <= self._k + _SPARE_GROUPS
         scores, index = [], []
-        for block, (maxima_QG, group_QG) in zip(
-            torch.split(self._queries, _QUERY_ROWS), best, strict=True
-        ):
+        for block, (_, group_QG) in zip(torch.split(self._queries, _QUERY_ROWS), best, strict=True):
             score, row = _rescored(block, database, group_QG, self._k)
             scores.append(score)
             index.append(row + first_row)
@@ -340,7 +345,9 @@ class Neighbours:
             ceiling_Q = floor_Q + margin_Q + 2.0**-23 * (floor_Q.abs() + margin_Q)
             self._ceiling = torch.maximum(self._ceiling, ceiling_Q)
         self._scores, self._index = _merged(
-            torch.cat([self._scores, torch.cat(scores)], 1), torch.cat([self._index, torch.cat(index)], 1), self._k
+            torch.cat([self._scores, torch.cat(scores)], 1),
+            torch.cat([self._index, torch.cat(index)], 1),
+            self._k,
         )
 
     def result(self, chunks: Chunks) -> tuple[Tensor, Tensor]:
@@ -472,8 +479,7 @@ def _refuse_row(chunks: Chunks) -> None:
     for first, chunk in chunks():
         infinite_N = ~chunk.isfinite().all(1)
         if bool(infinite_N.any()):
-            row = first + int(infinite_N.nonzero()[0])
-            raise ValueError(f"database_ND must be finite, got NaN or infinity in row {row}")
+            raise RowError(first + int(infinite_N.nonzero()[0]))
 
 
 def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,17 +9,17 @@ Shape suffixes: M audio rows, N text rows, D joint dimension, C texts of a chunk
 No positive is ahead of the target, because the target is the best positive and the first of the best. So the
 kernel compares all pairs and excludes none. It has three phases, which cost 2 M N D FLOPs and little more:
 
-- PAIRS: each text with its clip. The clips are copied in the order of their texts, so that only tiles on the
-  diagonal are computed, whatever the owners are. A tile has the scores of the pairs, and shows which texts of
-  the same tile tie with a pair.
-- TIES: each text with the clips near its own. The texts are copied in the order of their clips.
-- COUNTS: all pairs. A program keeps a column tile and runs over row tiles; it holds the counts of its columns
-  in registers. Of a tile that lies wholly before a target, all ties count; of any other tile, none do. The ties
-  in the target's tile come from the other phases.
+- PAIRS: each text with its clip. The clips are copied in the order of their texts. So only tiles on the
+  diagonal are computed, whatever the owners are. They hold the scores of the pairs, and the ties with a pair
+  among the texts of the same tile.
+- TIES: the ties with a pair among the clips of the same tile. The texts are copied in the order of clips.
+- COUNTS: all scores. A program keeps a column tile and runs over row tiles. It holds the counts of its
+  columns in registers. In a tile that lies wholly before a target, all ties count; in any other tile, none
+  do. The other phases add the ties in the target's own tile.
 
-The phases compare scores for equality, so a pair needs the same score in each, bit by bit. It has, because all
-phases run the same binary and tensor cores compute every element of a tile by the same sequence of operations.
-Counts are integers and are added without atomics.
+The phases compare scores for equality, so a pair must have the same score in each of them, bit by bit. It
+has, because they run the same binary, and a tensor core computes each element of a tile by the same
+operations. Counts are integers and are added without atomics.
 
 Memory beyond inputs and results: two workspaces of 64 MB. The same call gives the same bits.
 """
@@ -77,15 +77,12 @@ def _below(x):
     return step.to(tl.float32, bitcast=True)
 
 
-# A thread of sm_90 holds rows r and r + 8, and columns c, c + 1, c + 8 and c + 9, for many c. PACKED counts keep
-# the four columns in the bytes of one integer and add the two rows. So they need 16 registers, not 64, and the
-# threads exchange nothing until the end.
+# A thread of sm_90 holds rows r and r + 8, and columns c, c + 1, c + 8 and c + 9 for many c. PACKED counts
+# keep the four columns in the bytes of one integer, and add the two rows. So they need 16 registers instead
+# of 64, and the threads exchange nothing before the end.
 @triton.jit
 def _no_counts(BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr):
-    if PACKED:
-        return tl.zeros([BM // 16, 8, BN // 16, 4], tl.int32)
-    else:
-        return tl.zeros([BN], tl.int32)
+    return tl.zeros([BM // 16, 8, BN // 16, 4], tl.int32) if PACKED else tl.zeros([BN], tl.int32)
 
 
 @triton.jit
@@ -96,9 +93,10 @@ def _count_columns(match_MN, BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.cons
         byte_N = column_N // 8 % 2 * 2 + column_N % 2
         count = tl.where(match_MN, (1 << byte_N * 8)[None, :], 0)
         count = tl.reshape(count, [BM // 16, 2, 8, BN // 16, 2, 4, 2])
-        return tl.sum(tl.sum(tl.sum(count, 6), 4), 1)
+        count = tl.sum(tl.sum(tl.sum(count, 6), 4), 1)
     else:
-        return tl.sum(match_MN.to(tl.int32), 0)
+        count = tl.sum(match_MN.to(tl.int32), 0)
+    return count
 
 
 @triton.jit
@@ -164,7 +162,7 @@ def _rank_kernel(
             inside_M = (i_M >= column) & (i_M < column + BN) & (i_M < M)
             at = i_M.to(tl.int64)[:, None] * BN + column_N[None, :]
             tl.store(block + at, s, mask=inside_M[:, None])
-    # In these loops, `row >> 31` is 0. It makes the values of a column depend on the loop's variable. Otherwise
+    # In these loops, `row >> 31` is 0. It makes the columns' values depend on the loop's variable. Otherwise
     # the compiler would load them before the loop, and they would occupy the registers that the tile needs.
     if phase == _TIES:
         clip_N = tl.load(clip + column + column_N, mask=column + column_N < N, other=-1)
