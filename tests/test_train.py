@@ -210,7 +210,7 @@ def without_dropout() -> ModelConfig:
 
 @pytest.fixture
 def one_order_of_addition(each_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On a card, some gradients of torch and cuDNN are sums in a random order unless torch is told otherwise."""
+    """On a card, some gradients of torch and cuDNN are sums in a random order, unless this is switched on."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(each_device.type == "cuda", warn_only=True)
     yield

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bench import loss_cases
 from bench.card.record import Record
 from bench.card.timing import LIBRARY_PRODUCT, kernel_times, time_case, time_together
-from bench.loss_cases import Batch, batch
+from bench.loss_cases import Batch, sigmoid_batch
+from bench.machine import ROOT
 from bench.measure import Call, Case, Provider, relative
 from clsp_fast.loss import contrastive_loss
 
 SIZES = (8192, 32768, 65536)
 DRY_SIZES = (40,)
 LARGEST_DENSE = 32768
-KERNEL_FILES = ("contrastive", "sigmoid", "positives", "rank")
+Kind = Literal["softmax", "sigmoid"]
 # In a dry run the tensors are on the CPU, where "auto" would take the CPU engine.
 fused = partial(loss_cases.fused, implementation="triton")
 
@@ -90,42 +92,51 @@ def variants_case(size: int, device: str) -> Case:
 def measure_parts(record: Record, size: int) -> None:
     """Forward and backward pass by device events, and each part of them by the time of its kernels."""
     device = record.device
-    given = [batch(size, 1, torch.bfloat16, device.type) for _ in range(2)]
-    losses = [_loss_of(x) for x in given]
-    x = given[0]
-    calls: dict[str, list[Call]] = {
-        "forward": [_forward(y) for y in given],
-        "backward": [_backward(y, loss) for y, loss in zip(given, losses, strict=True)],
-    }
-    record.add_all(f"loss/{size}/clsp_fast", time_together(calls, device, seconds=1.0))
-    rounds = 1 if record.dry_run else 5
-    parts = kernel_times(fused(x), device, rounds=rounds, part_of=part_finder())
-    if record.dry_run:  # the profiler sees no kernels there
-        parts = {"cpu operators": _summed(parts)}
-    record.add_all(f"loss/{size}/clsp_fast/part", parts)
-    with torch.no_grad():
-        audio_MD, text_ND = x.audio_MD.detach(), x.text_ND.detach()
-        rows = min(size, 4096)
-        panel = torch.randn(rows, size, device=device, dtype=torch.bfloat16)
-        products: dict[str, list[Call]] = {
-            "panel @ text": [lambda: panel @ text_ND],
-            "panel.T @ audio": [lambda: panel.T @ audio_MD[:rows]],
+    given = [sigmoid_batch(size, torch.bfloat16, device.type) for _ in range(2)]
+    for kind, prefix in (
+        ("softmax", f"loss/{size}/clsp_fast"),
+        ("sigmoid", f"loss/{size}/sigmoid/clsp_fast"),
+    ):
+        losses = [loss_of(x, kind) for x in given]
+        calls: dict[str, list[Call]] = {
+            "forward": [_forward(x, kind) for x in given],
+            "backward": [_backward(x, loss) for x, loss in zip(given, losses, strict=True)],
         }
-        times = time_together(products, device, seconds=0.5)
-        for name, values in times.items():
-            flops = 2 * rows * size * loss_cases.DIM
-            record.add(f"loss/{size}/{rows} rows: {name}", values | {"tflops": flops / values["ms"] / 1e9})
+        record.add_all(prefix, time_together(calls, device, seconds=1.0))
+
+        def both(kind: Kind = kind) -> Any:
+            return _backward(given[0], loss_of(given[0], kind))()
+
+        rounds = 1 if record.dry_run else 5
+        parts = kernel_times(both, device, rounds=rounds, part_of=part_finder())
+        if record.dry_run:  # the profiler sees no kernels there
+            parts = {"cpu operators": _summed(parts)}
+        record.add_all(f"{prefix}/part", parts)
+    measure_products(record, given[0])
+
+
+def measure_products(record: Record, given: Batch) -> None:
+    """The two library products that follow a panel of gradients, alone."""
+    audio_MD, text_ND = given.audio_MD.detach(), given.text_ND.detach()
+    size, rows = len(text_ND), min(len(audio_MD), 4096)
+    panel = torch.randn(rows, size, device=record.device, dtype=torch.bfloat16)
+    calls: dict[str, list[Call]] = {
+        "panel @ text": [lambda: panel @ text_ND],
+        "panel.T @ audio": [lambda: panel.T @ audio_MD[:rows]],
+    }
+    flops = 2 * rows * size * loss_cases.DIM
+    for name, values in time_together(calls, record.device, seconds=0.5).items():
+        rate = {"tflops": flops / values["ms"] / 1e9} if "ms" in values else {}
+        record.add(f"loss/{size}/{rows} rows: {name}", values | rate)
 
 
 def part_finder() -> Callable[[str], str]:
     """Name of a kernel -> part: the key in KERNELS of a kernel of clsp_fast, "products" or "other"."""
     names = {}
-    for file in KERNEL_FILES:
-        try:
-            module = importlib.import_module(f"clsp_fast.kernels.{file}")
-        except ModuleNotFoundError:
-            continue
-        names |= {kernel.__name__: part for part, kernel in getattr(module, "KERNELS", {}).items()}
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        if re.search(r"^KERNELS\b", path.read_text(), re.MULTILINE):
+            kernels = importlib.import_module(f"clsp_fast.kernels.{path.stem}").KERNELS
+            names |= {kernel.__name__: part for part, kernel in kernels.items()}
 
     def part_of(name: str) -> str:
         if name in names:
@@ -142,14 +153,18 @@ def _summed(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _loss_of(given: Batch) -> torch.Tensor:
-    return contrastive_loss(given.audio_MD, given.text_ND, given.scale, implementation="triton")
+def loss_of(given: Batch, kind: Kind = "softmax") -> torch.Tensor:
+    """The fused loss of a batch."""
+    bias = given.bias if kind == "sigmoid" else None
+    return contrastive_loss(
+        given.audio_MD, given.text_ND, given.scale, logit_bias=bias, kind=kind, implementation="triton"
+    )
 
 
-def _forward(given: Batch) -> Call:
+def _forward(given: Batch, kind: Kind) -> Call:
     def call() -> torch.Tensor:
         with torch.no_grad():
-            return _loss_of(given)
+            return loss_of(given, kind)
 
     return call
 

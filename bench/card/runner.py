@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import machine
 from bench.card import record
 from clsp_fast import console
+from clsp_fast.kernels import _launch
 from clsp_fast.storage import files
 
 ROOT = machine.ROOT
@@ -32,6 +35,13 @@ DRY_RUN_DEADLINE_S = 120.0
 """Deadline of each stage in a dry run."""
 KILL_AFTER_S = 2.0
 """Seconds between the two signals that end a stage: SIGTERM and SIGKILL."""
+
+
+HIDDEN = {
+    *("area", "stage", "commit", "dirty", "peer"),
+    *("ms", "min_ms", "spread", "n", "peak_mib", "total_mib"),
+}
+"""Values of a case that are not named in the table: it shows them in columns, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,9 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
         record.run_stage(options.module, options.record, options.dry_run)
         return 0
     if not options.dry_run:
-        _check_installed_kernels()
+        if not torch.cuda.is_available():
+            raise SystemExit("no CUDA device was found; --dry-run goes through all stages on a CPU")
+        check_installed_kernels()
     options.out.mkdir(parents=True, exist_ok=True)
     computer = describe_card()
     print(machine.line(computer), flush=True)
@@ -146,7 +158,10 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
     path, log = out / f"{stage.name}.json", out / "log.txt"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.card", "--module", stage.module, "--record", str(path)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"} if dry_run else dict(os.environ)
+    environment = dict(os.environ)
+    if dry_run:
+        # With one thread, processes that share the cores with others do not wait for their threads.
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     started, log_start = time.perf_counter(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as output:
         output.write(f"\n== {stage.name}\n".encode())
@@ -215,30 +230,30 @@ def table(document: Mapping[str, Any]) -> str:
     lines = []
     for name, case in document["cases"].items():
         if "error" in case or "missing" in case:
-            lines.append(f"{name:58s} " + (case.get("error") or f"missing: {case['missing']}")[:100])
+            lines.append(f"{name:50s} " + (case.get("error") or f"missing: {case['missing']}")[:100])
             continue
-        time_ms = f"{case['ms']:10.3f} ms" if "ms" in case else " " * 13
+        time_ms = f"{case['ms']:9.3f} ms" if "ms" in case else " " * 12
         spread = f"{case['spread']:4.0%}" if "spread" in case else " " * 4
-        memory = f"{case['peak_mib']:8.0f} MiB" if "peak_mib" in case else ""
-        hidden = {"area", "stage", "commit", "dirty", "ms", "min_ms", "spread", "n", "peak_mib", "agreement"}
-        rest = [f"{key} {_short(value)}" for key, value in case.items() if key not in hidden]
-        rest = [text for text in rest if not text.endswith("...")]
-        lines.append(f"{name:58s} {time_ms} {spread} {memory} {', '.join(rest)}".rstrip())
+        memory = f"{case['peak_mib']:6.0f} MiB" if "peak_mib" in case else " " * 10
+        hidden = HIDDEN | ({"agreement"} if "ms" in case else set())
+        rest = [
+            f"{key} {_short(value)}"
+            for key, value in case.items()
+            if key not in hidden and not isinstance(value, (dict, list))
+        ]
+        lines.append(f"{name:50s} {time_ms} {spread} {memory} {', '.join(rest)}".rstrip())
     return "\n".join(
         [*lines, "", *(stage_line(name, outcome) for name, outcome in document["stages"].items())]
     )
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return "..."
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:60]
 
 
-def _check_installed_kernels() -> None:
+def check_installed_kernels() -> None:
     """Refuses to measure kernels that are not those of this folder: they come from the installed wheel."""
-    launch = __import__("clsp_fast.kernels._launch", fromlist=["_launch"])
-    folder = Path(launch.__file__).parent
+    folder = Path(_launch.__file__).parent
     differing = [
         path.name
         for path in sorted((ROOT / "kernels").glob("*.py"))
@@ -247,7 +262,8 @@ def _check_installed_kernels() -> None:
     if differing:
         names = ", ".join(differing)
         raise SystemExit(
-            f"the installed clsp_fast.kernels are not those of kernels/ ({names}): install again"
+            f"the installed clsp_fast.kernels differ from kernels/ ({names}): "
+            "make the wheels again and install them"
         )
 
 

@@ -11,7 +11,7 @@ from bench.card.record import Record
 from bench.card.timing import time_case
 from bench.measure import Case
 
-RANKS = (8192, 65536)
+RANKS = (8192, 32768, 65536)
 DRY_RANKS = (200,)
 ROWS = 1_000_000
 DRY_ROWS = 2000

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from bench.card.loss import part_finder
+from bench.card.loss import loss_of, part_finder
 from bench.card.record import Record
 from bench.card.timing import kernel_times, time_together
 from bench.loss_cases import Batch, batch
 from bench.measure import Call, one_line
 from clsp_fast.kernels._launch import Tile, override_tiles
-from clsp_fast.loss import contrastive_loss
 
 SIZE, COMPILED_SIZE = 16384, 1024
 DRY_SIZE = 40
@@ -70,10 +69,9 @@ def measure(kernel: str, given: list[Batch], record: Record) -> dict[str, Any]:
 
 def call_of(kernel: str, given: Batch) -> Call:
     """The forward pass for `lse`, the backward pass for `panel`."""
-    evaluate = partial(contrastive_loss, given.audio_MD, given.text_ND, given.scale, implementation="triton")
     if kernel == "lse":
-        return torch.no_grad()(evaluate)  # type: ignore[no-any-return]
-    inputs, loss = (given.audio_MD, given.text_ND, given.scale), evaluate()
+        return torch.no_grad()(partial(loss_of, given))  # type: ignore[no-any-return]
+    inputs, loss = (given.audio_MD, given.text_ND, given.scale), loss_of(given)
     return lambda: torch.autograd.grad(loss, inputs, retain_graph=True)
 
 
