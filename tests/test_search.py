@@ -102,6 +102,33 @@ def test_kernels_search_all_shards_in_one_pass(
         run(poisoned, model_folder, text=TEXTS)
 
 
+@pytest.mark.usefixtures("no_tf32")
+def test_both_devices_find_the_same(
+    folder: Path, model_folder: Path, each_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    add = neighbours.Neighbours.add
+
+    def recorded(self: Any, first_row: int, rows: torch.Tensor) -> None:
+        calls.append(rows.device.type)
+        add(self, first_row, rows)
+
+    monkeypatch.setattr(neighbours.Neighbours, "add", recorded)
+    settings = {"model": str(model_folder), "text": TEXTS, "k": 39}
+    results = search(SearchConfig(folder=folder, device=each_device.type, **settings))
+    expected = run(folder, model_folder, text=TEXTS, k=39)
+    for result, other in zip(results, expected, strict=True):
+        scores = {hit.id: hit.score for hit in other.hits}
+        assert {hit.id for hit in result.hits} == scores.keys()
+        values = [hit.score for hit in result.hits]
+        assert values == sorted(values, reverse=True)
+        # Embeddings of both devices differ by the roundings of the text tower.
+        assert_agrees(
+            values, [scores[hit.id] for hit in result.hits], count=1e3, dtype=np.float32, size=39**0.5
+        )
+    assert set(calls) == ({"cuda"} if each_device.type == "cuda" else set())
+
+
 @pytest.mark.multiproc
 def test_two_processes_search_their_shards(folder: Path, model_folder: Path) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
