@@ -232,6 +232,22 @@ def panel_rows(rows: int, row_bytes: int, workspace_bytes: int, step: int) -> in
     return -(-rows // (panels * step)) * step
 
 
+def split_rows(tiles_m: int, tiles_n: int, longest: int) -> tuple[int, int]:
+    """Row tiles of each program, at most `longest`, and programs of each column tile.
+
+    A program keeps a column tile and runs over row tiles. The lengths are chosen so that an H100, which runs
+    one program on each of its 132 multiprocessors, ends the last ones together.
+    """
+    fewest = triton.cdiv(tiles_m, longest)
+
+    def cost(parts: int) -> int:
+        return triton.cdiv(parts * tiles_n, 132) * triton.cdiv(tiles_m, parts)
+
+    parts = min(range(fewest, min(tiles_m, fewest + 64) + 1), key=cost)
+    run = triton.cdiv(tiles_m, parts)
+    return run, triton.cdiv(tiles_m, run)
+
+
 def tile_grid(arguments: dict[str, Any], first_row: int, stop_row: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid of a launch over a panel of rows, and the arguments that say where the panel is."""
     tiles_m = triton.cdiv(stop_row - first_row, arguments["BM"])

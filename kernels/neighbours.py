@@ -41,15 +41,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
-    GROUP,
     SIZES,
     check_operands,
     on_device,
     operand,
     score_arguments,
     score_tile,
-    tile_grid,
-    tile_position,
+    split_rows,
 )
 
 MOST_NEIGHBOURS = 32
@@ -173,12 +171,13 @@ def _narrow_kernel(
     tl.store(measures + 2 * N.to(tl.int64) + at, infinite_R.to(tl.float32), mask=i_R < N)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "groups"])
+@triton.jit(do_not_specialize=[*SIZES, "groups", "run"])
 def _maxima_kernel(
     x,
     y,
     maxima,
     groups,
+    run,
     M,
     N,
     tiles_m,
@@ -194,18 +193,21 @@ def _maxima_kernel(
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The largest score of each query and group of ROWS database rows: (M, groups)."""
-    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
-    row = tile_m * BM
-    column = tile_n * BN
-    s = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
-    if column + BN > N:
-        s = tl.where((column + tl.arange(0, BN) < N)[None, :], s, float("-inf"))
-    best = tl.max(tl.reshape(s, [BM, BN // ROWS, ROWS]), 2)
-    i_M = row + tl.arange(0, BM)
-    group_G = column // ROWS + tl.arange(0, BN // ROWS)
-    at = i_M.to(tl.int64)[:, None] * groups + group_G[None, :]
-    tl.store(maxima + at, best, mask=(i_M < M)[:, None] & (group_G < groups)[None, :])
+    """The largest score of each query and group of ROWS database rows, (M, groups), of `run` row tiles."""
+    column = tl.program_id(0) % tiles_n * BN
+    part = tl.program_id(0) // tiles_n
+    for tile in range(part * run, tl.minimum(part * run + run, tiles_m)):
+        row = tile * BM
+        s = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+        # `row >> 31` is 0; with it, the compiler does not keep the comparisons in registers during the loop.
+        j_N = column + (row >> 31) + tl.arange(0, BN)
+        if column + BN > N:
+            s = tl.where((j_N < N)[None, :], s, float("-inf"))
+        best = tl.max(tl.reshape(s, [BM, BN // ROWS, ROWS]), 2)
+        i_M = row + tl.arange(0, BM)
+        group_G = column // ROWS + tl.arange(0, BN // ROWS)
+        at = i_M.to(tl.int64)[:, None] * groups + group_G[None, :]
+        tl.store(maxima + at, best, mask=(i_M < M)[:, None] & (group_G < groups)[None, :])
 
 
 @triton.jit(do_not_specialize=["candidates", "N"])
@@ -408,7 +410,8 @@ def _margins(query_norms_2Q: Tensor, database_norms_2: Tensor, depth: int) -> Te
     x_Q, dx_Q = query_norms_2Q
     y, dy = database_norms_2
     rounded_Q = x_Q + dx_Q
-    return dx_Q * y + rounded_Q * dy + depth * 2.0**-22 * rounded_Q * (y + dy)
+    underflow = depth * 2.0**-126  # of products, and of partial sums that a card flushes to zero
+    return dx_Q * y + rounded_Q * dy + depth * 2.0**-22 * rounded_Q * (y + dy) + underflow
 
 
 def _piece_rows(database: Tensor, queries: int) -> int:
@@ -429,9 +432,12 @@ def _best_groups(
     groups = triton.cdiv(len(piece), GROUP_ROWS)
     maxima = torch.empty(len(queries), groups, device=queries.device)
     arguments = score_arguments("maxima", queries, piece)
-    grid, position = tile_grid(arguments, 0, len(queries))
-    position.pop("first_row")
-    _maxima_kernel[grid](**arguments, **position, maxima=maxima, groups=groups, ROWS=GROUP_ROWS)
+    tiles_m = triton.cdiv(len(queries), arguments["BM"])
+    tiles_n = triton.cdiv(len(piece), arguments["BN"])
+    run, parts = split_rows(tiles_m, tiles_n, tiles_m)
+    _maxima_kernel[(tiles_n * parts,)](
+        **arguments, maxima=maxima, groups=groups, run=run, tiles_m=tiles_m, tiles_n=tiles_n, ROWS=GROUP_ROWS
+    )
     maxima, group = maxima.topk(min(count, groups), 1)
     maxima, group = torch.cat([best[0], maxima], 1), torch.cat([best[1], group + first_group], 1)
     maxima, at = maxima.topk(min(count, maxima.shape[1]), 1)

@@ -41,11 +41,10 @@ from ._launch import (
     panel_rows,
     score_arguments,
     score_tile,
+    split_rows,
 )
 
 _WORKSPACE_BYTES = 64 << 20
-# Programs that run at once on an H100. It only affects the speed.
-_PROGRAMS = 132
 _LONGEST_RUN = 127
 """Row tiles of a program. In packed counts, a byte holds at most two matches a tile: 2 * 127 <= 255."""
 
@@ -280,7 +279,7 @@ def _counts(
     m, n, step = arguments["M"], arguments["N"], arguments["BM"]
     tiles_n = triton.cdiv(n, arguments["BN"])
     panel = panel_rows(m, 4 * tiles_n, _WORKSPACE_BYTES, step)
-    run, parts = _split_run(panel // step, tiles_n)
+    run, parts = split_rows(panel // step, tiles_n, _LONGEST_RUN)
     row_parts = clip_N.new_empty(tiles_n * panel)
     column_parts = clip_N.new_empty(parts, n)
     rows, columns = (torch.zeros(size, dtype=torch.int64, device=x.device) for size in (m, n))
@@ -301,18 +300,6 @@ def _counts(
         rows[first:stop] = row_count[:, : stop - first].sum(0)
         columns += column_count.sum(0)
     return rows, columns
-
-
-def _split_run(tiles_m: int, tiles_n: int) -> tuple[int, int]:
-    """Row tiles of each program, and programs of each column tile, so that the last programs end together."""
-    fewest = triton.cdiv(tiles_m, _LONGEST_RUN)
-
-    def cost(parts: int) -> int:
-        return triton.cdiv(parts * tiles_n, _PROGRAMS) * triton.cdiv(tiles_m, parts)
-
-    parts = min(range(fewest, min(tiles_m, fewest + 64) + 1), key=cost)
-    run = triton.cdiv(tiles_m, parts)
-    return run, triton.cdiv(tiles_m, run)
 
 
 def _launch(

@@ -110,7 +110,7 @@ def test_pairs_cost_one_diagonal_of_tiles_whatever_the_owners(
 
 @pytest.mark.parametrize(("tiles_m", "tiles_n"), [(1, 1), (64, 32), (256, 128), (512, 256), (5000, 1)])
 def test_runs_cover_all_tiles_and_fit_into_a_byte(tiles_m: int, tiles_n: int) -> None:
-    run, parts = rank._split_run(tiles_m, tiles_n)
+    run, parts = _launch.split_rows(tiles_m, tiles_n, 127)
     assert 1 <= run <= 127
     assert (parts - 1) * run < tiles_m <= parts * run
 
