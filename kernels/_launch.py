@@ -60,6 +60,7 @@ _WIDE = {
 }
 TILES = {
     "lse": _WIDE,
+    "starved": {target: {2: Tile(64, 128, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)} for target in TARGETS},
     "panel": _WIDE,
     "softplus": _WIDE,
     "sigmoid_panel": _WIDE,
