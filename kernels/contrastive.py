@@ -34,9 +34,13 @@ from ._launch import (
     GROUP,
     OPTIONS,
     SIZES,
+    has_positives,
+    load_owners,
+    mask_positives,
     on_device,
     operand,
     panel_rows,
+    positives_of_tile,
     score_arguments,
     score_tile,
     target_of,
@@ -182,11 +186,7 @@ def _lse_kernel(
     tile_n = tl.program_id(0) % tiles_n
     part = tl.program_id(0) // tiles_n
     column = tile_n * BN
-    # Each owner is loaded twice and reduced; otherwise, a thread would keep the owners of all its columns.
-    twice = column + tl.arange(0, BN)[:, None] + tl.zeros([1, 2], tl.int32)
-    owner_N = tl.load(owner + twice, mask=twice < N, other=-1)
-    owner_N = tl.where((owner_N >= 0) & (owner_N < M), owner_N, -1)
-    owner_N = tl.max(tl.where(twice < N, owner_N, -2).to(tl.int32), 1)
+    owner_N = load_owners(owner, column, M, N, BN)
     first_owner = tl.min(tl.where(owner_N < 0, M, owner_N), 0)
     last_owner = tl.max(owner_N, 0)
     slope = tl.load(scale) * LOG2_E
@@ -200,14 +200,9 @@ def _lse_kernel(
         e = tl.exp2(score * slope + offset)
         masked = (row + BM > M) | (column + BN > N)
         if (row <= last_owner) & (row + BM > first_owner):
-            inside_N = (owner_N >= row) & (owner_N < row + BM)
-            masked = masked | (tl.max(inside_N.to(tl.int32), 0) > 0)
+            masked = masked | has_positives(owner_N, row, BM)
         if masked:
-            row_M = tl.arange(0, BM)
-            # The row of each text's clip, relative to the tile; -1 if it is elsewhere, -2 beyond N.
-            clip_N = tl.where(owner_N < 0, owner_N, tl.maximum(owner_N - row, -1))
-            e = tl.where((row_M < M - row)[:, None], e, 0.0)
-            e = tl.where((clip_N[None, :] == row_M[:, None]) | (clip_N == -2)[None, :], 0.0, e)
+            e = mask_positives(e, owner_N, row, M, 0.0, BM)
         row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + tl.arange(0, BM)
         tl.store(row_sum + row_at, tl.sum(e, 1))
         if PAIRS:
@@ -392,11 +387,13 @@ def _panel_kernel(
     low_M, high_M = _range(row_bounds, row, BM)
     low_N, high_N = _range(column_bounds, column, BN)
     low = tl.minimum(low_M, low_N)
-    if (tl.maximum(high_M, high_N) - low < _CLOSE) & (low < float("inf")):
-        score = score_tile(
-            x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
-        )
-        e = tl.exp2(logits(score, scale, bias, owner, row, column, M, N, BM, BN, low))
+    close = (tl.maximum(high_M, high_N) - low < _CLOSE) & (low < float("inf"))
+    owner_N, masked = positives_of_tile(owner, row, column, M, N, BM, BN)
+    # The product comes before the branch, although the rare path repeats it: inside a branch, the loop would
+    # need more instructions.
+    score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+    if close:
+        e = tl.exp2(logits(score, scale, bias, owner_N, masked, row, M, BM, low))
         # A factor 2^(low - lse) is at least 2^-60, so e is at most 2^60 times a probability.
         a_M = _factors(row_pairs, row, low, BM)
         b_N = _factors(column_pairs, column, low, BN)
@@ -404,10 +401,11 @@ def _panel_kernel(
         store_gradients(panel, stride_panel, g, row - first_row, column, BM, BN)
     else:
         for part in range(column, column + BN, _PART):
-            score = score_tile(
+            owner_J, masked_J = positives_of_tile(owner, row, part, M, N, BM, _PART)
+            score_J = score_tile(
                 x_rows, y_rows, row, part, M, N, stride_x, stride_y, D, BM, _PART, BK, False, DOTS, UPCAST
             )
-            s = logits(score, scale, bias, owner, row, part, M, N, BM, _PART)
+            s = logits(score_J, scale, bias, owner_J, masked_J, row, M, BM)
             lse_M, d_M = tl.split(_load_pairs(row_pairs, row, BM))
             lse_J, d_J = tl.split(_load_pairs(column_pairs, part, _PART))
             g = d_M[:, None] * tl.exp2(s - lse_M[:, None]) + d_J[None, :] * tl.exp2(s - lse_J[None, :])
