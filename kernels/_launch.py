@@ -65,8 +65,9 @@ TILES = {
     "panel": _WIDE,
     "softplus": _WIDE,
     "sigmoid_panel": _WIDE,
-    # With 256 columns, target 90 would spill registers when it compares a tile that has positives.
-    "rank": _WIDE | {90: _WIDE[90] | {2: Tile(128, 128, 64, 8, 4)}},
+    # With a depth of 32, target 89 would spill registers.
+    "rank": _WIDE | {89: _WIDE[89] | {4: Tile(64, 128, 16, 8, 3)}},
+    "maxima": _WIDE,
     # Registers must hold the tile and the neighbours kept.
     "topk": {target: {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)} for target in TARGETS},
 }
@@ -171,6 +172,20 @@ def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
         return x_MD
     buffer = x_MD.new_empty(rows, -(-depth // step) * step)
     return buffer[:, :depth].copy_(x_MD)
+
+
+def check_operands(x: Tensor, y: Tensor) -> None:
+    """Raises ValueError or TypeError if shapes, dtypes or devices of two operands do not fit."""
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
+        raise ValueError(
+            "both sides must be matrices with the same, positive number of columns, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.dtype != y.dtype or x.dtype not in DTYPES or x.device != y.device:
+        raise TypeError(
+            "both sides must share a dtype (bfloat16, float16 or float32) and a device, "
+            f"got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
+        )
 
 
 def score_arguments(kernel: str, x_MD: Tensor, y_ND: Tensor) -> dict[str, Any]:

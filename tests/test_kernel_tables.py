@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clsp_fast.kernels import estimates, tables
+from clsp_fast.kernels import tables
 from clsp_fast.kernels.estimates import CARDS, kernel_seconds, resident_blocks, tile_clocks
 
 FOLDER = Path(__file__).parent.parent / "kernels"
@@ -28,7 +28,7 @@ def test_the_clock_follows_from_the_data_sheet() -> None:
 
 def test_the_slowest_of_product_loads_and_instructions_counts() -> None:
     product, rest = tile_clocks(H100, budget())
-    assert product == pytest.approx(2 * 128 * 256 * 512 / (0.8 * 4096))
+    assert product == pytest.approx(2 * 128 * 256 * 512 / (0.85 * 4096))
     assert rest == 800 * 8 / 4
     assert tile_clocks(H100, budget(EX2=128, RCP=1))[1] == 129 * 256 / 16
     slow = budget()
@@ -48,12 +48,16 @@ def test_blocks_of_a_multiprocessor_share_registers_memory_and_threads() -> None
 
 def test_rounds_of_tiles_count_in_full() -> None:
     product, rest = tile_clocks(H100, budget())
-    one = (estimates.START_CLOCKS + product + rest) / H100.clock_hz
+    one = (8000 + product + rest) / H100.clock_hz
     assert kernel_seconds(H100, budget(), 128 * 132, 256) == pytest.approx(one)
     assert kernel_seconds(H100, budget(), 128 * 132 + 1, 256) == pytest.approx(2 * one)
     pair = budget(registers=128, shared_bytes=100_000)
-    two = (estimates.START_CLOCKS + 2 * max(product, rest)) / H100.clock_hz
+    two = (8000 + 2 * max(product, rest)) / H100.clock_hz
     assert kernel_seconds(H100, pair, 128 * 264, 256) == pytest.approx(two)
+    several = budget()
+    several["tile"]["before"] = 0
+    product, rest = tile_clocks(H100, several)
+    assert kernel_seconds(H100, several, 1, 1) == pytest.approx((4500 + product + rest) / H100.clock_hz)
     assert kernel_seconds(H100, budget(), 128, 256, written_bytes=3.35e12) == pytest.approx(1 / 0.9)
 
 
