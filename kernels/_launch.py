@@ -59,7 +59,9 @@ _WIDE = {
     100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
 }
 TILES = {
-    "lse": _WIDE,
+    # Target 100 has the registers for the tile and the column sums only with 16 warps.
+    "lse": _WIDE | {100: _WIDE[100] | {2: Tile(128, 128, 64, 16, 4)}},
+    "starved": {target: {2: Tile(128, 64, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)} for target in TARGETS},
     "panel": _WIDE,
     "softplus": _WIDE,
     "sigmoid_panel": _WIDE,
@@ -308,14 +310,35 @@ def score_tile(
 
 
 @triton.jit
-def mask_positives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile of logits with -inf at positive pairs (owner[j] = i), and beyond M and N."""
+def load_owners(owner, column, M, N, BN: tl.constexpr):
+    """The row of each column's positive; -1 if it is none of the M rows, -2 beyond N."""
+    # Each owner is loaded twice and reduced; otherwise, a thread would keep the owners of all its columns.
+    at = column + tl.arange(0, BN)[:, None] + tl.zeros([1, 2], tl.int32)
+    owner_N = tl.load(owner + at, mask=at < N, other=-1)
+    owner_N = tl.where((owner_N >= 0) & (owner_N < M), owner_N, -1)
+    return tl.max(tl.where(at < N, owner_N, -2).to(tl.int32), 1)
+
+
+@triton.jit
+def has_positives(owner_N, row, BM: tl.constexpr):
+    """Whether a tile of BM rows from `row` has a positive pair."""
+    return tl.max(((owner_N >= row) & (owner_N < row + BM)).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def positives_of_tile(owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """The result of `load_owners`, and whether the tile has a positive pair or an edge.
+
+    Most tiles have neither. They skip the comparison of all elements.
+    """
+    owner_N = load_owners(owner, column, M, N, BN)
+    return owner_N, has_positives(owner_N, row, BM) | (row + BM > M) | (column + BN > N)
+
+
+@triton.jit
+def mask_positives(s, owner_N, row, M, fill, BM: tl.constexpr):
+    """A tile with `fill` at positive pairs, and beyond M and N."""
     row_M = tl.arange(0, BM)
-    column_N = tl.arange(0, BN)
-    owner_N = tl.load(owner + column + column_N, mask=column_N < N - column, other=-1) - row
-    owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
-    # Most tiles have no positive and no edge. They skip the comparison of all elements by one branch.
-    if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
-        inside = (row_M < M - row)[:, None] & (column_N < N - column)[None, :]
-        s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))
-    return s
+    clip_N = tl.where(owner_N < 0, owner_N, tl.maximum(owner_N - row, -1))
+    s = tl.where((row_M < M - row)[:, None], s, fill)
+    return tl.where((clip_N[None, :] == row_M[:, None]) | (clip_N == -2)[None, :], fill, s)
