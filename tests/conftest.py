@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -141,20 +140,6 @@ def no_tf32() -> Iterator[None]:
     yield
     for setting, precision in zip(settings, before, strict=True):
         setting.fp32_precision = precision
-
-
-@pytest.fixture
-def chosen_kernels(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The files of kernels that the package has imported since the test began, to run them."""
-    chosen, real = set(), importlib.import_module
-
-    def record(name: str, package: str | None = None) -> Any:
-        if name.startswith("clsp_fast.kernels."):
-            chosen.add(name.rpartition(".")[2])
-        return real(name, package)
-
-    monkeypatch.setattr(importlib, "import_module", record)
-    return chosen
 
 
 @pytest.fixture
