@@ -234,7 +234,7 @@ class _Job:
         good = [i for i in range(len(clips)) if i not in errors]
         embedding_folder.write_shard(
             self._header.shard(self._out, unit),
-            embedded[good].cpu().to(getattr(torch, self._header.dtype)).numpy(),
+            embedded.cpu()[good].to(getattr(torch, self._header.dtype)).numpy(),
         )
         rows = {i: row for row, i in enumerate(good)}
         lines = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clsp_fast import copies
 from clsp_fast.config import OptimConfig, TrainConfig
 from clsp_fast.data import Batch
 from clsp_fast.loss import contrastive_loss
@@ -42,7 +43,7 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
         # With one caption per clip, caption i describes clip i, which is the loss's default.
         text_owner=None
         if len(batch.text_owner) == len(batch.ids)
-        else batch.text_owner.to(ranks.device, non_blocking=True),
+        else copies.to_device(batch.text_owner, ranks.device),
         group=ranks.group,
         compute_dtype=torch.bfloat16 if bf16 else None,
     )
@@ -81,7 +82,8 @@ def embed_batch(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
             output = _embed_seeded(seed, model, *inputs)
         outputs.append(output)
     audio, text = (torch.cat(embeddings) for embeddings in list(zip(*outputs, strict=True))[:2])
-    return ClspOutput(audio, text[torch.cat(caption_rows).argsort().to(text.device)], model.logit_scale)
+    order = copies.to_device(torch.cat(caption_rows).argsort(), text.device)
+    return ClspOutput(audio, text[order], model.logit_scale)
 
 
 def _embed_seeded(seed: int, model: CLSP, *inputs: Tensor) -> ClspOutput:
@@ -97,9 +99,8 @@ def _embed_seeded(seed: int, model: CLSP, *inputs: Tensor) -> ClspOutput:
 def _embed(
     model: CLSP, features: Tensor, lengths: Tensor, token_ids: Tensor, attention_mask: Tensor
 ) -> ClspOutput:
-    # The copy from page-locked memory does not block the host. The model takes tokens to the device itself,
-    # after sorting them by length on the host.
-    features = features.to(model.device, non_blocking=True)
+    # The model takes tokens to the device itself, after sorting them by length on the host.
+    features = copies.to_device(features, model.device)
     return model(features, lengths, token_ids, attention_mask)  # type: ignore[no-any-return]
 
 
