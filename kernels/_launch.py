@@ -10,6 +10,7 @@ where the card has them (compute capability 9 and later), and through pointers e
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,16 +48,30 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Target -> bytes of an element -> tile. Targets are 80: A100; 89: cards with 99 KB of shared memory per block
-# (4090, L40S, 5090); 90: H100 and H200; 100: B200. budgets.json holds what each tile compiles to.
-TILES = {
+TARGETS = (80, 89, 90, 100)
+"""80: A100; 89: cards with 99 KB of shared memory per block (4090, L40S, 5090); 90: H100, H200; 100: B200."""
+
+# Target -> bytes of an element -> tile.
+_WIDE = {
     80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(128, 64, 32, 8, 3)},
     89: {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 128, 32, 8, 2)},
     90: {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 128, 32, 8, 3)},
     100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
 }
+TILES = {
+    "lse": _WIDE,
+    "panel": _WIDE,
+    "softplus": _WIDE,
+    "sigmoid_panel": _WIDE,
+    # With 256 columns, target 90 would spill registers when it compares a tile that has positives.
+    "rank": _WIDE | {90: _WIDE[90] | {2: Tile(128, 128, 64, 8, 4)}},
+    # Registers must hold the tile and the neighbours kept.
+    "topk": {target: {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)} for target in TARGETS},
+}
+"""Kernel -> target -> bytes of an element -> tile. budgets.json holds what each tile compiles to."""
 # In the interpreter a tile is a numpy array. With small tiles, tests of several tiles and edges are cheap.
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
+_overrides: dict[str, Tile] = {}
 
 # Three TF32 products for one fp32 product: a relative error of 1e-6, where one TF32 product has 1e-3. They
 # run on tensor cores; "ieee" would use scalar FMA, at less than half the speed.
@@ -73,7 +88,7 @@ def supports(device: torch.device) -> bool:
 
 
 def target_of(device: torch.device) -> int:
-    """The key of TILES for a device.
+    """The target that a device belongs to.
 
     Raises:
         ValueError: there is no kernel for the device.
@@ -89,6 +104,32 @@ def target_of(device: torch.device) -> int:
     if major in (9, 10) or (major, minor) == (8, 0):
         return major * 10
     return 89
+
+
+def tile_of(kernel: str, target: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel, by the kernel's name in KERNELS."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    return INTERPRETED_TILE if INTERPRETED else TILES[kernel][target][dtype.itemsize]
+
+
+@contextlib.contextmanager
+def override_tiles(**tiles: Tile) -> Iterator[None]:
+    """Launches and measures the named kernels with other tiles: for measurements, not thread-safe.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
+    unknown = sorted(set(tiles) - set(TILES))
+    if unknown:
+        raise ValueError(f"kernels with tiles are {', '.join(TILES)}, got {', '.join(unknown)}")
+    before = _overrides.copy()
+    _overrides.update(tiles)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
 
 
 def has_descriptors(target: int) -> bool:
@@ -117,11 +158,10 @@ def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer[:, :depth].copy_(x_MD)
 
 
-def score_arguments(x_MD: Tensor, y_ND: Tensor, tile: Tile | None = None) -> dict[str, Any]:
+def score_arguments(kernel: str, x_MD: Tensor, y_ND: Tensor) -> dict[str, Any]:
     """The arguments that all similarity kernels have. x and y must be results of `operand`."""
     target = target_of(x_MD.device)
-    if tile is None:
-        tile = INTERPRETED_TILE if INTERPRETED else TILES[target][x_MD.dtype.itemsize]
+    tile = tile_of(kernel, target, x_MD.dtype)
     x: Tensor | TensorDescriptor = x_MD
     y: Tensor | TensorDescriptor = y_ND
     if has_descriptors(target):
@@ -227,11 +267,11 @@ def score_tile(
 def mask_positives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
     """A tile of logits with -inf at positive pairs (owner[j] = i), and beyond M and N."""
     row_M = tl.arange(0, BM)
-    column_N = column + tl.arange(0, BN)
-    owner_N = tl.load(owner + column_N, mask=column_N < N, other=-1) - row
+    column_N = tl.arange(0, BN)
+    owner_N = tl.load(owner + column + column_N, mask=column_N < N - column, other=-1) - row
     owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
     # Most tiles have no positive and no edge. They skip the comparison of all elements by one branch.
     if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
-        inside = (row + row_M < M)[:, None] & (column_N < N)[None, :]
+        inside = (row_M < M - row)[:, None] & (column_N < N - column)[None, :]
         s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))
     return s

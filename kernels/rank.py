@@ -20,8 +20,6 @@ bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -30,28 +28,18 @@ from torch import Tensor
 from ._launch import (
     DTYPES,
     GROUP,
-    INTERPRETED,
-    INTERPRETED_TILE,
     SIZES,
-    TILES,
-    Tile,
     on_device,
     operand,
     panel_rows,
     score_arguments,
     score_tile,
-    target_of,
     tile_grid,
     tile_position,
 )
 
 MOST_NEIGHBOURS = 32
 """The largest k of the kernel. For a larger k, plain torch sorts the scores."""
-
-# With 256 columns, target 90 would spill registers when it compares a tile that has positives.
-RANK_TILES = TILES | {90: TILES[90] | {2: Tile(128, 128, 64, 8, 4)}}
-TOPK_TILES = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)}
-"""Bytes of an element -> tile of `_topk_kernel`. Registers must hold the tile and the neighbours kept."""
 
 _WORKSPACE_BYTES = 64 << 20
 _CHUNK_ROWS = 1 << 20
@@ -260,8 +248,7 @@ def _launch_panels(
     target_index: Tensor,
 ) -> None:
     """Launches one phase over panels of rows; phase 1 adds its counts to `rows` and `columns`."""
-    tile = INTERPRETED_TILE if INTERPRETED else RANK_TILES[target_of(x.device)][x.itemsize]
-    arguments: dict[str, Any] = score_arguments(x, y, tile)
+    arguments = score_arguments("rank", x, y)
     m, n, step = arguments["M"], arguments["N"], arguments["BM"]
     tiles_n = triton.cdiv(n, arguments["BN"])
     panel = panel_rows(m, 4 * tiles_n + 4 * n // step, _WORKSPACE_BYTES, step)
@@ -293,19 +280,19 @@ def _topk_chunk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tens
     """Scores (Q, k), float32, and row numbers, int64, of the k best. Needs at least one query and k rows."""
     with on_device(queries):
         x, y = operand(queries, queries.dtype), operand(database, queries.dtype)
-        tile = INTERPRETED_TILE if INTERPRETED else TOPK_TILES[x.itemsize]
-        arguments = score_arguments(x, y, tile)
-        tiles_m, tiles_n = triton.cdiv(len(x), tile.rows), triton.cdiv(len(y), tile.columns)
+        arguments = score_arguments("topk", x, y)
+        rows = arguments["BM"]
+        tiles_m, tiles_n = triton.cdiv(len(x), rows), triton.cdiv(len(y), arguments["BN"])
         run = triton.cdiv(tiles_n, max(1, _PROGRAMS // tiles_m))
         runs = triton.cdiv(tiles_n, run)
         width = max(2, triton.next_power_of_2(k))
-        best = x.new_empty(runs, tiles_m * tile.rows, width, dtype=torch.float32)
+        best = x.new_empty(runs, tiles_m * rows, width, dtype=torch.float32)
         index = torch.empty_like(best, dtype=torch.int32)
         _topk_kernel[(tiles_m * runs,)](
             **arguments, tiles_m=tiles_m, tiles_n=tiles_n, best=best, best_index=index, run=run, K=width
         )
-        scores, rows = (t[:, : len(x)].transpose(0, 1).flatten(1) for t in (best, index))
-        return _merged(scores, rows.to(torch.int64), k)
+        scores, places = (t[:, : len(x)].transpose(0, 1).flatten(1) for t in (best, index))
+        return _merged(scores, places.to(torch.int64), k)
 
 
 @_topk_chunk.register_fake

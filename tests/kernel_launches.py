@@ -39,7 +39,7 @@ class Driver:
 def report(target: int, dtype: str, fn: Any, compile: dict[str, Any]) -> None:
     """Prints what a launch of `fn` would compile."""
     name = next(name for name, kernel in budgets.KERNELS.items() if kernel is fn.jit_function)
-    source, options = budgets.source(fn.jit_function, target, dtype)
+    source, options = budgets.source(name, target, dtype)
     constants = {fn.jit_function.arg_names[at[0]]: value for at, value in compile["constants"].items()}
     launched = {
         "signature": compile["signature"],
@@ -77,8 +77,8 @@ def launch(target: int, dtype: str) -> None:
 
 def main() -> None:
     driver.set_active(Driver())
-    _launch.target_of = rank.target_of = lambda device: Driver.target
-    for target, dtype in itertools.product(_launch.TILES, budgets.DTYPES):
+    _launch.target_of = lambda device: Driver.target
+    for target, dtype in itertools.product(_launch.TARGETS, budgets.DTYPES):
         launch(target, dtype)
 
 

@@ -13,7 +13,7 @@ import pytest
 import triton
 
 from clsp_fast.kernels import budgets
-from clsp_fast.kernels._launch import TILES
+from clsp_fast.kernels._launch import TARGETS
 
 FOLDER = Path(__file__).parent.parent / "kernels"
 COMMITTED = json.loads((FOLDER / "budgets.json").read_text())
@@ -52,7 +52,9 @@ def test_kernels_compile_to_what_their_budget_allows(chosen: list[object]) -> No
 
 
 def test_the_budget_covers_every_kernel_and_keeps_the_promises() -> None:
-    assert list(COMMITTED["kernels"]) == [f"{target} {dtype}" for target in TILES for dtype in budgets.DTYPES]
+    assert list(COMMITTED["kernels"]) == [
+        f"{target} {dtype}" for target in TARGETS for dtype in budgets.DTYPES
+    ]
     for variant, kernels in COMMITTED["kernels"].items():
         target = int(variant.split()[0])
         assert set(kernels) == set(budgets.KERNELS)
@@ -77,7 +79,7 @@ def test_what_is_measured_is_what_is_launched() -> None:
     lines = run(Path(__file__).parent / "kernel_launches.py").splitlines()
     launches = [json.loads(line) for line in lines]
     seen = {(launch["target"], launch["dtype"], launch["kernel"]) for launch in launches}
-    assert seen == set(itertools.product(TILES, budgets.DTYPES, budgets.KERNELS))
+    assert seen == set(itertools.product(TARGETS, budgets.DTYPES, budgets.KERNELS))
     ranks: dict[tuple[int, str], list[object]] = {}
     for launch in launches:
         what = launch["target"], launch["dtype"]
