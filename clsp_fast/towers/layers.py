@@ -187,14 +187,15 @@ class RunningNorm(nn.Module):
             self.batch_moments = self.batch_moments.lerp(moments, rows / self.recorded_rows)
 
     @torch.no_grad()
-    def update_running(self) -> None:
+    def update_running(self, bad: Tensor) -> None:
         """Updates the running moments with the recorded ones. They are an average over all batches at first,
-        later over about the last 50."""
+        later over about the last 50. If the scalar `bad` is 1 instead of 0, they do not change."""
         if self.batch_moments is not None:
-            self.batches += 1
+            self.batches += 1 - bad
             weight = (1 / self.batches).clamp(min=0.02)
-            self.mean.lerp_(self.batch_moments[0], weight)
-            self.power.lerp_(self.batch_moments[1], weight)
+            for running, recorded in zip((self.mean, self.power), self.batch_moments, strict=True):
+                # Chosen with `where`: moments of a bad step may be NaN, and a weight of 0 times NaN is NaN.
+                running.copy_(torch.where(bad > 0, running, running.lerp(recorded, weight)))
             self.batch_moments = None
 
 

@@ -120,12 +120,12 @@ def _without_recording(norms: list[RunningNorm]) -> Iterator[None]:
             norm.record_moments = True
 
 
-def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
+def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> Tensor:
     """Averages the gradients over the ranks. With AdamW, clips them to `config.clip_norm`; ScaledAdam clips
     in its own step.
 
     Returns:
-        The norm of the averaged gradients before clipping.
+        The norm of the averaged gradients before clipping, a scalar on their device.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -133,13 +133,22 @@ def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if config.algorithm == "adamw":
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm, foreach=True)
-    return float(norm)
+    return norm
 
 
-def update_running_statistics(model: CLSP, ranks: Ranks) -> None:
+def flag_bad_step(loss: Tensor, norm: Tensor, ranks: Ranks) -> Tensor:
+    """1.0 if the loss or the gradient norm is not finite on any rank, else 0.0: a float32 scalar.
+
+    The flag stays on the device, so the host does not wait for the step.
+    """
+    finite = torch.stack([loss.detach(), norm]).isfinite().all()
+    return ranks.largest(finite.logical_not().to(torch.float32))
+
+
+def update_running_statistics(model: CLSP, ranks: Ranks, bad: Tensor) -> None:
     """Averages the batch's moments over the ranks, then updates the running moments with them. So the running
-    moments stay the same on all ranks."""
+    moments stay the same on all ranks. If `bad` is 1 instead of 0, they do not change."""
     norms = model.running_norms
     ranks.average([norm.batch_moments for norm in norms if norm.batch_moments is not None])
     for norm in norms:
-        norm.update_running()
+        norm.update_running(bad)
