@@ -419,7 +419,8 @@ class CLSP(nn.Module):
         Args:
             source: a folder, or the name of a repository on the Hugging Face hub (needs the extra `hub`).
             device: device of the model; None: the CPU.
-            dtype: dtype of the parameters; None: as saved.
+            dtype: dtype of the parameters; None: as saved. On a GPU, torch's settings decide whether products
+                of float32 parameters use TF32; `clsp_fast.precision.products` changes them for a while.
 
         Returns:
             The model in evaluation mode; its tokenizer is None if the folder has none.

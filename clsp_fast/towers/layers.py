@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clsp_fast import precision
+
 
 class Ragged(NamedTuple):
     """Which frames of a batch are padding. For a batch of clips of equal length, None is used instead.
@@ -225,6 +227,7 @@ def _means(x_NTC: Tensor, spans: list[tuple[Tensor, Tensor]]) -> Tensor:
     inside = [(time_T >= start[:, None]) & (time_T < stop[:, None]) for start, stop in spans]
     count = torch.stack([stop - start for start, stop in spans], dim=1).clamp(min=1)
     weights = torch.stack(inside, dim=1).to(x_NTC.dtype) / count[:, :, None].to(x_NTC.dtype)
-    # The deviation is computed from a small difference of two such means, which 16 bits would round to 0.
-    with torch.autocast(x_NTC.device.type, enabled=False):
+    # The deviation is computed from a small difference of two such means, which 16 bits or TF32 would round
+    # to 0.
+    with torch.autocast(x_NTC.device.type, enabled=False), precision.products("fp32"):
         return weights @ x_NTC
