@@ -1,5 +1,5 @@
-// Registers a CUDA device that does nothing, for tests of a CPU build of torch. Autograd needs a device guard
-// for the device of its tensors, and copies need page-locked memory.
+// Registers a CUDA device that does nothing, for tests of a CPU build of torch. Autograd needs a
+// device guard for the device of its tensors, and copies need page-locked memory.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Allocator.h>
