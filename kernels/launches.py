@@ -20,10 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from . import contrastive, rank, sigmoid
+from . import contrastive, neighbours, rank, sigmoid
 from ._launch import DTYPES, assume_target
 
-KERNELS = {**contrastive.KERNELS, **sigmoid.KERNELS, **rank.KERNELS}
+KERNELS = {**contrastive.KERNELS, **sigmoid.KERNELS, **rank.KERNELS, **neighbours.KERNELS}
 DEPTH = 512
 NAMES = dict(zip(("bf16", "fp16", "fp32"), DTYPES, strict=True))
 """Triton's name of each dtype -> the dtype."""
@@ -93,7 +93,8 @@ def _launch_all(x: Tensor, y: Tensor, owner: Tensor) -> None:
     row_M, column_N = contrastive.negative_lse(x, y, 1.0, owner)
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
     rank.rank_counts(x, y, owner)
-    rank._topk_chunk(x, y, rank.MOST_NEIGHBOURS)  # topk would read results that nothing wrote
+    neighbours._topk_chunk(x, y, neighbours.MOST_NEIGHBOURS)
+    neighbours.Neighbours(x, neighbours.MOST_NEIGHBOURS).add(0, y)  # `result` would read what nothing wrote
 
 
 class _Driver:

@@ -49,6 +49,7 @@ FILES = [
     "storage/test_model_folder.py",
     "contrastive/test_gather.py",
     "test_kernel_contrastive.py",
+    "test_kernel_neighbours.py",
     "test_kernel_rank.py",
     "test_lhotse.py",
     "test_loss.py",
