@@ -339,7 +339,11 @@ def card(counter: Counter) -> Iterator[Counter]:
             "set_device_states": lambda *_, **__: None,
         },
         triton.runtime.jit.JITFunction: {"run": run_kernel},
-        FakeTensor: {"data_ptr": lambda _: 0, "record_stream": lambda *_: None},
+        FakeTensor: {
+            "data_ptr": lambda _: 0,
+            "record_stream": lambda *_: None,
+            "tolist": lambda x: x.cpu().tolist(),
+        },
     }
     with contextlib.ExitStack() as stack:
         for owner, attributes in changes.items():
