@@ -26,9 +26,11 @@ from torch import Tensor
 
 from ._launch import INTERPRETED, OPTIONS, on_device
 
-CONSTANTS = {"BLOCK": 2048, "LANES": 128, "STEP": 32}
+BLOCK, LANES, STEP = 2048, 128, 32
 if INTERPRETED:  # a program of the interpreter costs a millisecond, an element next to nothing
-    CONSTANTS = dict.fromkeys(CONSTANTS, 512)
+    BLOCK = LANES = STEP = 512
+CONSTANTS = {"BLOCK": BLOCK, "LANES": LANES, "STEP": STEP, "WEIGHTED": True}
+"""The constants that budgets.py compiles with: those of the longest code."""
 
 
 def group_by_owner_reference(owner_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -171,6 +173,8 @@ def _count_below(keys, size, key_L, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 KERNELS = {"sort": _sort_kernel, "group": _group_kernel}
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
+POINTERS = dict.fromkeys(("sorted_owner", "sorted_index", "wrong", "order", "offset"), "*i32") | {"valid": "*i8"}
+"""Types of arguments, for budgets.py."""
 
 
 @torch.library.custom_op("clsp_fast::sort_captions", mutates_args=())
@@ -178,7 +182,7 @@ def _sort_captions(owner: Tensor, weights: Tensor | None, rows: int) -> tuple[Te
     """Owners (N,) and indices (N,) of texts, sorted in blocks; numbers of wrong owners and weights."""
     n = len(owner)
     sorted_owner, sorted_index = (owner.new_empty(n, dtype=torch.int32) for _ in range(2))
-    programs = triton.cdiv(n, CONSTANTS["LANES"])
+    programs = triton.cdiv(n, LANES)
     wrong = owner.new_empty(programs, 2, dtype=torch.int32)
     with on_device(owner):
         _sort_kernel[(programs,)](
@@ -189,7 +193,9 @@ def _sort_captions(owner: Tensor, weights: Tensor | None, rows: int) -> tuple[Te
             wrong,
             rows,
             n,
-            **CONSTANTS,
+            BLOCK=BLOCK,
+            LANES=LANES,
+            STEP=STEP,
             WEIGHTED=weights is not None,
             **OPTIONS,
         )
@@ -199,7 +205,7 @@ def _sort_captions(owner: Tensor, weights: Tensor | None, rows: int) -> tuple[Te
 @_sort_captions.register_fake
 def _(owner, weights, rows):  # type: ignore[no-untyped-def]
     empty = owner.new_empty(len(owner), dtype=torch.int32)
-    programs = (len(owner) + CONSTANTS["LANES"] - 1) // CONSTANTS["LANES"]
+    programs = triton.cdiv(len(owner), LANES)
     return empty, torch.empty_like(empty), owner.new_empty(programs, 2, dtype=torch.int32)
 
 
@@ -210,9 +216,8 @@ def _group_captions(
     """Order (N,), offsets (rows + 1,), and validity (2,)."""
     order, offset = torch.empty_like(sorted_owner), sorted_owner.new_empty(rows + 1)
     valid = sorted_owner.new_empty(2, dtype=torch.int8)
-    lanes = CONSTANTS["LANES"]
     with on_device(sorted_owner):
-        _group_kernel[(len(wrong) + triton.cdiv(rows + 1, lanes),)](
+        _group_kernel[(len(wrong) + triton.cdiv(rows + 1, LANES),)](
             sorted_owner,
             sorted_index,
             wrong,
@@ -221,8 +226,8 @@ def _group_captions(
             valid,
             rows,
             len(order),
-            BLOCK=CONSTANTS["BLOCK"],
-            LANES=lanes,
+            BLOCK=BLOCK,
+            LANES=LANES,
             **OPTIONS,
         )
     return order, offset, valid.view(torch.bool)

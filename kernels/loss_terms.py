@@ -36,7 +36,10 @@ from torch import Tensor
 from ._launch import OPTIONS, on_device
 from .grouping import captions_of, narrow, wide
 
-CONSTANTS = {"ROWS": 64, "CAPTIONS": 4, "TEXTS": 256, "TOTAL_LANES": 1024}
+ROWS, CAPTIONS, TEXTS, TOTAL_LANES = 64, 4, 256, 1024
+CONSTANTS = {"ROWS": ROWS, "CAPTIONS": CAPTIONS, "TEXTS": TEXTS, "TOTAL_LANES": TOTAL_LANES}
+CONSTANTS |= {"SIGMOID": False, "COUNTED": True, "SHARDED": True, "WEIGHT_SLOPE": True, "SMOOTHING": 0.1}
+"""The constants that budgets.py compiles with: those of the longest code."""
 
 
 def softmax_loss_reference(
@@ -346,20 +349,20 @@ def _sum(x, first, stop, LANES: tl.constexpr):
 
 
 @triton.jit
-def _product(x, y, D, LANES: tl.constexpr):
+def _product(x, y, depth, LANES: tl.constexpr):
     """Inner product of two vectors in float64."""
     total_L = tl.zeros([LANES], tl.float64)
-    for start in range(0, D, LANES):
+    for start in range(0, depth, LANES):
         at_L = start + tl.arange(0, LANES)
-        x_L = tl.load(x + at_L, mask=at_L < D, other=0.0)
-        total_L += x_L * tl.load(y + at_L, mask=at_L < D, other=0.0)
+        x_L = tl.load(x + at_L, mask=at_L < depth, other=0.0)
+        total_L += x_L * tl.load(y + at_L, mask=at_L < depth, other=0.0)
     return tl.sum(total_L, 0)
 
 
-@triton.jit(do_not_specialize=["M", "clips", "texts", "row_programs", "P", "D"])
+@triton.jit(do_not_specialize=["M", "clips", "texts", "row_programs", "P", "depth"])
 def _total_kernel(
     partial,
-    captioned,
+    counted,
     sums,
     all_sums,
     scale,
@@ -371,7 +374,7 @@ def _total_kernel(
     texts,
     row_programs,
     P,
-    D,
+    depth,
     TOTAL_LANES: tl.constexpr,
     SIGMOID: tl.constexpr,
     COUNTED: tl.constexpr,
@@ -387,7 +390,7 @@ def _total_kernel(
         text_factor = 1.0 / pairs
     else:
         if COUNTED:
-            count = tl.load(captioned)
+            count = tl.load(counted)
         else:
             count = _sum(partial + P, 0, row_programs, TOTAL_LANES)
         row_factor = 0.5 / tl.maximum(count, 1.0)
@@ -401,13 +404,13 @@ def _total_kernel(
         bias_slope += _sum(partial + P, row_programs, P, TOTAL_LANES) * text_factor
     if SMOOTHING > 0:
         if SIGMOID:
-            mean = _product(sums, all_sums + 2 * D, D, TOTAL_LANES) * (0.5 / pairs)
+            mean = _product(sums, all_sums + 2 * depth, depth, TOTAL_LANES) * (0.5 / pairs)
             share = M.to(tl.float64) / clips * 0.5
             total -= SMOOTHING * share * wide(tl.load(bias))
             bias_slope -= SMOOTHING * share
         else:
-            mean = _product(sums + D, all_sums + 2 * D, D, TOTAL_LANES) * (row_factor / texts)
-            mean += _product(sums + 2 * D, all_sums, D, TOTAL_LANES) * (0.5 / pairs)
+            mean = _product(sums + depth, all_sums + 2 * depth, depth, TOTAL_LANES) * (row_factor / texts)
+            mean += _product(sums + 2 * depth, all_sums, depth, TOTAL_LANES) * (0.5 / pairs)
         total -= SMOOTHING * mean * wide(tl.load(scale))
         scale_slope -= SMOOTHING * mean
     tl.store(loss, total.to(loss.dtype.element_ty))
@@ -417,7 +420,7 @@ def _total_kernel(
     tl.store(factors + 3, bias_slope)
 
 
-@triton.jit(do_not_specialize=["M", "N", "clips", "texts", "D"])
+@triton.jit(do_not_specialize=["M", "N", "clips", "texts", "depth"])
 def _slope_kernel(
     gradient,
     factors,
@@ -440,7 +443,7 @@ def _slope_kernel(
     N,
     clips,
     texts,
-    D,
+    depth,
     TEXTS: tl.constexpr,
     SIGMOID: tl.constexpr,
     SHARDED: tl.constexpr,
@@ -472,13 +475,13 @@ def _slope_kernel(
         # Of the products of sums in `_total_kernel`: audio, captioned audio and texts of this rank and of all.
         mean = -0.5 * SMOOTHING * scale * gradient / clips.to(tl.float64) / texts
         row_mean = -SMOOTHING * scale * row_factor / texts
-        inside_L = at_L < D
+        inside_L = at_L < depth
         zero_L = tl.zeros([TEXTS], tl.float64)
         audio_L = tl.load(sums + at_L, mask=inside_L, other=0.0)
-        captioned_L = tl.load(sums + D + at_L, mask=inside_L, other=0.0)
-        text_L = tl.load(sums + 2 * D + at_L, mask=inside_L, other=0.0)
+        captioned_L = tl.load(sums + depth + at_L, mask=inside_L, other=0.0)
+        text_L = tl.load(sums + 2 * depth + at_L, mask=inside_L, other=0.0)
         all_audio_L = tl.load(all_sums + at_L, mask=inside_L, other=0.0)
-        all_text_L = tl.load(all_sums + 2 * D + at_L, mask=inside_L, other=0.0)
+        all_text_L = tl.load(all_sums + 2 * depth + at_L, mask=inside_L, other=0.0)
         if SIGMOID:
             d_audio_L, d_captioned_L, d_text_L = mean * all_text_L, zero_L, zero_L
             d_all_audio_L, d_all_text_L = zero_L, mean * audio_L
@@ -487,14 +490,14 @@ def _slope_kernel(
             d_all_audio_L, d_all_text_L = mean * text_L, row_mean * captioned_L
         if SHARDED:
             tl.store(d_all_sums + at_L, d_all_audio_L, mask=inside_L)
-            tl.store(d_all_sums + D + at_L, zero_L, mask=inside_L)
-            tl.store(d_all_sums + 2 * D + at_L, d_all_text_L, mask=inside_L)
+            tl.store(d_all_sums + depth + at_L, zero_L, mask=inside_L)
+            tl.store(d_all_sums + 2 * depth + at_L, d_all_text_L, mask=inside_L)
         else:
             d_audio_L += d_all_audio_L
             d_text_L += d_all_text_L
         tl.store(d_sums + at_L, d_audio_L, mask=inside_L)
-        tl.store(d_sums + D + at_L, d_captioned_L, mask=inside_L)
-        tl.store(d_sums + 2 * D + at_L, d_text_L, mask=inside_L)
+        tl.store(d_sums + depth + at_L, d_captioned_L, mask=inside_L)
+        tl.store(d_sums + 2 * depth + at_L, d_text_L, mask=inside_L)
 
 
 KERNELS = {
@@ -504,6 +507,9 @@ KERNELS = {
     "loss_slopes": _slope_kernel,
 }
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
+POINTERS = dict.fromkeys(("row_slope", "pair_slope", "text_slope", "weight_slope", "factors", "partial"), "*fp64")
+POINTERS |= dict.fromkeys(("counted", "all_sums", "d_all_sums"), "*fp64")
+"""Types of arguments, for budgets.py."""
 
 
 @torch.library.custom_op("clsp_fast::softmax_terms", mutates_args=())
@@ -537,9 +543,9 @@ def _softmax_terms(
             partial,
             len(row),
             len(dot),
-            ROWS=CONSTANTS["ROWS"],
-            CAPTIONS=CONSTANTS["CAPTIONS"],
-            TEXTS=CONSTANTS["TEXTS"],
+            ROWS=ROWS,
+            CAPTIONS=CAPTIONS,
+            TEXTS=TEXTS,
             SINGLE=order is None,
             WEIGHTED=weights is not None,
             WEIGHT_SLOPE=weight_slope,
@@ -550,11 +556,11 @@ def _softmax_terms(
 
 
 def _row_programs(rows: int) -> int:
-    return (rows + CONSTANTS["ROWS"] - 1) // CONSTANTS["ROWS"]
+    return triton.cdiv(rows, ROWS)
 
 
 def _text_programs(texts: int) -> int:
-    return (texts + CONSTANTS["TEXTS"] - 1) // CONSTANTS["TEXTS"]
+    return triton.cdiv(texts, TEXTS)
 
 
 def _empty_terms(
@@ -587,7 +593,7 @@ def _sigmoid_terms(
             partial,
             len(row),
             len(dot),
-            TEXTS=CONSTANTS["TEXTS"],
+            TEXTS=TEXTS,
             SMOOTHING=smoothing,
             **OPTIONS,
         )
@@ -637,7 +643,7 @@ def _loss_total(
             row_programs,
             partial.shape[1],
             0 if sums is None else sums.shape[1],
-            TOTAL_LANES=CONSTANTS["TOTAL_LANES"],
+            TOTAL_LANES=TOTAL_LANES,
             SIGMOID=sigmoid,
             COUNTED=captioned is not None,
             SMOOTHING=smoothing,
@@ -699,7 +705,7 @@ def _loss_slopes(
             clips,
             texts,
             depth,
-            TEXTS=CONSTANTS["TEXTS"],
+            TEXTS=TEXTS,
             SIGMOID=sigmoid,
             SHARDED=sharded,
             WEIGHT_SLOPE=weights is not None,

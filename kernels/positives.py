@@ -33,8 +33,10 @@ from .grouping import captions_of, narrow, wide
 
 LARGEST_DEPTH = 8192
 """The largest joint dimension. A program holds whole rows in registers."""
-CONSTANTS = {"D": 512, "BD": 512, "BR": 4}  # those of D = 512
-_ELEMENTS = 65536 if INTERPRETED else 2048  # elements of a matrix that a program reads at once
+CONSTANTS = {"D": 512, "BD": 512, "BR": 2, "SINGLE": False, "NORMALIZE": True, "SMOOTH": True}
+CONSTANTS |= {"COPY": True, "NEEDS_AUDIO": True, "NEEDS_TEXT": True}
+"""The constants that budgets.py compiles with: those of the longest code, at D = 512."""
+_ELEMENTS = 65536 if INTERPRETED else 1024  # elements of a matrix that a program reads at once
 _SUM_PROGRAMS = 2 if INTERPRETED else 128  # the order of additions depends on this number
 
 
@@ -72,6 +74,13 @@ def _store_rows(x, row_R, inside_R, value, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _owners(owner, j_R, inside_R, M):
+    """The row of each text. A wrong owner, which the caller reports, must not lead to memory elsewhere."""
+    owner_R = tl.load(owner + j_R, mask=inside_R, other=0)
+    return tl.minimum(tl.maximum(owner_R, 0), M - 1).to(tl.int32)
+
+
+@triton.jit
 def _norm(x):
     """Euclidean norms of rows, at least 1e-12 as in torch.nn.functional.normalize."""
     return tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
@@ -103,8 +112,7 @@ def _pair_kernel(
     if program < programs:
         j_R = program * BR + tl.arange(0, BR)
         inside_R = j_R < N
-        i_R = tl.load(owner + j_R, mask=inside_R, other=0)
-        i_R = tl.minimum(tl.maximum(i_R, 0), M - 1)  # wrong owners are reported later
+        i_R = _owners(owner, j_R, inside_R, M)
         x = _load_rows(audio, i_R, inside_R, stride_audio, D, BD)
         y = _load_rows(text, j_R, inside_R, stride_text, D, BD)
         dot_R = tl.sum(x * y, 1)
@@ -178,7 +186,7 @@ def _pair_gradient_kernel(
         if NEEDS_TEXT:
             j_R = program * BR + tl.arange(0, BR)
             inside_R = j_R < N
-            i_R = tl.load(owner + j_R, mask=inside_R, other=0)
+            i_R = _owners(owner, j_R, inside_R, M)
             d_dot_R = tl.load(d_dot + j_R, mask=inside_R, other=0.0)
             g = _load_rows(d_wide_text, j_R, inside_R, D, D, BD)
             g += d_dot_R[:, None] * _load_rows(audio, i_R, inside_R, stride_audio, D, BD)
@@ -259,10 +267,13 @@ def _sums_kernel(
 
 KERNELS = {"pair": _pair_kernel, "pair_gradient": _pair_gradient_kernel, "sums": _sums_kernel}
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
+POINTERS = dict.fromkeys(("dot", "d_dot", "sums", "d_sums", "audio_norm", "text_norm"), "*fp64")
+POINTERS |= {"captioned": "*i8"}
+"""Types of arguments, for budgets.py."""
 
 
 def _depth(depth: int) -> dict[str, Any]:
-    """The constants of a joint dimension, and the number of warps: about 16 elements a thread."""
+    """The constants of a joint dimension, and the number of warps: about 8 elements a thread."""
     width = triton.next_power_of_2(depth)
     rows = max(1, _ELEMENTS // width)
     return {"D": depth, "BD": width, "BR": rows, "num_warps": 4 * max(1, width // 2048), **OPTIONS}
