@@ -305,8 +305,8 @@ def _fused_loss(
 def _module_of_positives(problem: Problem, engine: Engine) -> ModuleType:
     """The module that computes positive pairs: by kernels if the engine uses kernels, otherwise by torch."""
     if engine is not negatives:
-        kernel_positives = importlib.import_module("clsp_fast.contrastive.kernel_positives")
-        if kernel_positives.supports(problem):
-            return kernel_positives
+        triton_positives = importlib.import_module("clsp_fast.contrastive.triton_positives")
+        if triton_positives.supports(problem):
+            return triton_positives
     check_values(problem)
     return positives
