@@ -173,7 +173,9 @@ def _count_below(keys, size, key_L, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 KERNELS = {"sort": _sort_kernel, "group": _group_kernel}
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
-POINTERS = dict.fromkeys(("sorted_owner", "sorted_index", "wrong", "order", "offset"), "*i32") | {"valid": "*i8"}
+POINTERS = dict.fromkeys(("sorted_owner", "sorted_index", "wrong", "order", "offset"), "*i32") | {
+    "valid": "*i8"
+}
 """Types of arguments, for budgets.py."""
 
 
@@ -252,7 +254,8 @@ def group_by_owner(
     Returns:
         order_N: int32, the texts sorted by owner. Texts of the same owner keep their order.
         offset: int32 (M + 1,), number of texts whose owner is less than i.
-        valid: bool (2,): whether all owners are in 0..M-1, and whether no weight is negative, infinite or NaN.
+        valid: bool (2,): whether all owners are in 0..M-1, and whether all weights are finite and not
+            negative.
     """
     weights_N = None if weights_N is None else weights_N.contiguous()
     return _group_captions(*_sort_captions(owner_N.contiguous(), weights_N, rows), rows)

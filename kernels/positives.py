@@ -3,9 +3,9 @@
     dot_j = <x_{owner[j]}, y_j>                                   rows have unit norm if `normalize` is true
     dX_i += sum over captions j of clip i of d_dot_j y_j,   dY_j += d_dot_j x_{owner[j]}
 
-`order` and `offset` (grouping.py) list the captions of each clip. loss_terms.py computes the loss from the
-products. Label smoothing needs mean logits, which are products of sums of embeddings: X_i summed over all
-clips and over clips with captions, and Y_j over all texts. The gradient adds one vector to all rows.
+`order` and `offset` (grouping.py) list the captions of each clip. loss_terms.py and loss.py compute the loss
+from the products. Label smoothing needs mean logits, which are products of sums of embeddings: of all X_i, of
+the X_i of clips with captions, and of all Y_j. Their gradient adds one vector to all rows.
 
 Shape suffixes: M audio rows, N text rows, D joint dimension, R rows of a program.
 
@@ -459,7 +459,9 @@ class _Products(torch.autograd.Function):
         if d_dot is None:
             d_dot = text.new_zeros(len(text), dtype=torch.float64)
         wide_gradients, gradients = [], []
-        for x, g, needed in zip((audio, text), (d_wide_audio, d_wide_text), ctx.needs_input_grad, strict=False):
+        for x, g, needed in zip(
+            (audio, text), (d_wide_audio, d_wide_text), ctx.needs_input_grad, strict=False
+        ):
             if not needed:
                 g = None
             elif g is None:
@@ -467,7 +469,9 @@ class _Products(torch.autograd.Function):
             else:
                 g = g.contiguous()
             wide_gradients.append(g)
-            gradients.append(g if g is None or g.dtype == ctx.dtype else g.new_empty(g.shape, dtype=ctx.dtype))
+            gradients.append(
+                g if g is None or g.dtype == ctx.dtype else g.new_empty(g.shape, dtype=ctx.dtype)
+            )
         _pair_gradients(*wide_gradients, *gradients, *saved, d_dot.contiguous(), d_sums, ctx.normalize)
         return *gradients, None, None, None, None, None, None, None
 

@@ -1,8 +1,9 @@
-"""The contrastive loss from sums over negative pairs, as `clsp_fast.contrastive.positives`, by Triton kernels.
+"""The positive pairs of the contrastive loss by Triton kernels; `clsp_fast.contrastive.positives` uses torch.
 
-The functions and results are those of `positives`. The number of launches does not depend on the size of the
-batch: without smoothing and process group, 3 to 7 forward and 2 backward. The kernels check owners and
-weights, group captions by their clips, convert and normalise embeddings, and round gradients to 16 bits.
+The number of launches does not depend on the size of the batch. Forward, these are 3; with several captions
+for a clip or with weights, 3 to 4 more, which check and group the captions; with smoothing, 2 more. Backward,
+these are 2. A process group adds its exchanges. The kernels also convert and normalise embeddings, and round
+their gradients to 16 bits.
 
 Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from clsp_fast.contrastive.gather import Shards
@@ -20,8 +20,8 @@ from clsp_fast.contrastive.positives import Pairs, as_scalar
 from clsp_fast.contrastive.problem import Problem, require_owners, require_weights
 
 # Triton is optional.
-_grouping, _positives, _loss_terms = (
-    importlib.import_module(f"clsp_fast.kernels.{name}") for name in ("grouping", "positives", "loss_terms")
+_grouping, _positives, _loss = (
+    importlib.import_module(f"clsp_fast.kernels.{name}") for name in ("grouping", "positives", "loss")
 )
 
 
@@ -83,7 +83,7 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Products]:
 
 def softmax_loss(pairs: Pairs, products: Products, row_M: Tensor, column_N: Tensor) -> Tensor:
     """As `clsp_fast.contrastive.positives.softmax_loss`, from products instead of logits."""
-    loss = _loss_terms.softmax_loss(
+    loss = _loss.softmax_loss(
         row_M,
         column_N,
         products.dot_N,
@@ -98,9 +98,7 @@ def softmax_loss(pairs: Pairs, products: Products, row_M: Tensor, column_N: Tens
 
 def sigmoid_loss(pairs: Pairs, products: Products, sums_M: Tensor) -> Tensor:
     """As `clsp_fast.contrastive.positives.sigmoid_loss`, from products instead of logits."""
-    loss = _loss_terms.sigmoid_loss(
-        sums_M, products.dot_N, pairs.scale, pairs.bias, **_options(pairs, products)
-    )
+    loss = _loss.sigmoid_loss(sums_M, products.dot_N, pairs.scale, pairs.bias, **_options(pairs, products))
     return cast(Tensor, pairs.shards.sum(loss))
 
 
