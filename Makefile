@@ -9,7 +9,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt
 SOURCES += $(shell find csrc clsp_fast kernels -name __pycache__ -prune -o -type f -print)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train human test test-machines bench lint sanitize fuzz clean
+.PHONY: train human test test-machines test-triton bench lint sanitize fuzz clean
 train: .venv/.train
 	$(BIN)/python -m clsp_fast.train $(ARGS)
 
@@ -25,6 +25,10 @@ test: lint
 # 3 threads, and with lower instruction sets for MKL and oneDNN. `make test` runs a part of this.
 test-machines: .venv/.test
 	$(BIN)/python tests/machines.py $(ARGS)
+
+# Tests the kernels with triton 3.6.0, which torch 2.10 and 2.11 install. ARGS=--write rewrites its budgets.
+test-triton: .venv/.test
+	$(BIN)/python tests/triton_versions.py $(ARGS)
 
 bench: .venv/.bench
 	$(BIN)/python -m bench.run $(ARGS)

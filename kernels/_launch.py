@@ -72,6 +72,7 @@ TILES = {
 # In the interpreter a tile is a numpy array. With small tiles, tests of several tiles and edges are cheap.
 INTERPRETED_TILE = Tile(32, 64, 32, 4, 1)
 _overrides: dict[str, Tile] = {}
+_assumed_targets: list[int] = []
 
 # Three TF32 products for one fp32 product: a relative error of 1e-6, where one TF32 product has 1e-3. They
 # run on tensor cores; "ieee" would use scalar FMA, at less than half the speed.
@@ -93,6 +94,8 @@ def target_of(device: torch.device) -> int:
     Raises:
         ValueError: there is no kernel for the device.
     """
+    if _assumed_targets:
+        return _assumed_targets[-1]
     if not supports(device):
         raise ValueError(
             "Triton kernels need an NVIDIA GPU of compute capability 8.0 or later, or TRITON_INTERPRET=1, "
@@ -130,6 +133,16 @@ def override_tiles(**tiles: Tile) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(before)
+
+
+@contextlib.contextmanager
+def assume_target(target: int) -> Iterator[None]:
+    """Treats every device as `target`, to learn without a card what would be launched; not thread-safe."""
+    _assumed_targets.append(target)
+    try:
+        yield
+    finally:
+        _assumed_targets.pop()
 
 
 def has_descriptors(target: int) -> bool:
@@ -267,11 +280,11 @@ def score_tile(
 def mask_positives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
     """A tile of logits with -inf at positive pairs (owner[j] = i), and beyond M and N."""
     row_M = tl.arange(0, BM)
-    column_N = column + tl.arange(0, BN)
-    owner_N = tl.load(owner + column_N, mask=column_N < N, other=-1) - row
+    column_N = tl.arange(0, BN)
+    owner_N = tl.load(owner + column + column_N, mask=column_N < N - column, other=-1) - row
     owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
     # Most tiles have no positive and no edge. They skip the comparison of all elements by one branch.
     if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
-        inside = (row + row_M < M)[:, None] & (column_N < N)[None, :]
+        inside = (row_M < M - row)[:, None] & (column_N < N - column)[None, :]
         s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))
     return s

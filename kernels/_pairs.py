@@ -29,8 +29,8 @@ DEFAULT_WORKSPACE_BYTES = 512 << 20
 """Fits 7,900 rows of G in a 16-bit dtype, with their fp32 products, at N = 32,768 and D = 512."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-_FLOAT16_LARGEST = 2.0**14
-"""In fp16, the largest incoming gradient is scaled to this. An element of G is at most twice as large."""
+_FLOAT16_LARGEST = 2.0**13
+"""In fp16, the largest incoming gradient is scaled to this. An element of G is at most 2 / ln 2 as large."""
 COMBINED_TILES = 8
 """Number of tiles whose partial sums one step of a loop adds."""
 COMBINED_LANES = 128
@@ -38,10 +38,24 @@ COMBINED_LANES = 128
 
 
 @triton.jit
-def logits(score, scale, bias, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Base-2 logits of a tile of scores; -inf where the pair is not negative."""
-    s = score * (tl.load(scale) * LOG2_E) + tl.load(bias) * LOG2_E
+def logits(score, scale, bias, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr, less=0.0):
+    """Base-2 logits of a tile of scores, less `less`; -inf where the pair is not negative."""
+    s = score * (tl.load(scale) * LOG2_E) + (tl.load(bias) * LOG2_E - less)
     return mask_positives(s, owner, row, column, M, N, BM, BN)
+
+
+@triton.jit
+def store_gradients(panel, stride, g, row, column, BM: tl.constexpr, BN: tl.constexpr):
+    """Stores a tile of G at (row, column) of a panel, which has whole tiles.
+
+    Without a mask, a thread stores 16 bytes at a time. Elements beyond M and N are stored too; they are 0.
+    """
+    row_M = tl.arange(0, BM)
+    corner = panel + row.to(tl.int64) * stride + column
+    at = (corner + (row_M % 8).to(tl.int64) * stride)[:, None] + tl.arange(0, BN)[None, :]
+    # The same for all threads of a warp, so it takes no arithmetic of threads.
+    at += ((row_M // 8).to(tl.int64) * (8 * stride))[:, None]
+    tl.store(at, g.to(panel.dtype.element_ty))
 
 
 def check_operands(
@@ -143,7 +157,7 @@ def products(
     """The gradient products dX = scale G Y and dY = scale G^T X, and d_scale = sum <X, G Y>.
 
     `write` launches `kernel`, which fills a panel: some rows of G, multiplied by `gain`. A panel and its fp32
-    product with Y (D values per row) fit into `workspace_bytes`.
+    product with Y (D values per row) fit into `workspace_bytes`. The panel's buffer has whole tiles.
     """
     m, n = len(audio), len(text)
     d_audio = audio.new_zeros(audio.shape if needs_audio else 0)
@@ -154,7 +168,7 @@ def products(
         with on_device(audio), torch.autocast(audio.device.type, enabled=False):
             x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
             arguments = score_arguments(kernel, x, y)
-            stride = triton.cdiv(n, 16) * 16
+            stride = triton.cdiv(n, arguments["BN"]) * arguments["BN"]
             row_bytes = stride * x.itemsize + 4 * audio.shape[1]
             rows = panel_rows(m, row_bytes, workspace_bytes, arguments["BM"])
             buffer = x.new_empty(rows, stride)

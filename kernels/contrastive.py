@@ -45,6 +45,7 @@ from ._launch import (
 from ._pairs import (
     COMBINED_LANES,
     COMBINED_TILES,
+    LOG2_E,
     check_operands,
     empty_gradients,
     gain_of,
@@ -52,6 +53,7 @@ from ._pairs import (
     logits,
     products,
     save_for_backward,
+    store_gradients,
 )
 from .sigmoid import negative_softplus, negative_softplus_reference
 
@@ -64,6 +66,8 @@ _PART = tl.constexpr(32)
 # peak. Above this, a term that underflowed to zero was less than 2^-30 of the sum, and the terms of 128 rows
 # together less than 2^-23.
 _STARVED = tl.constexpr(2.0**-96)
+# A multiple of the size of every tile, and of COMBINED_LANES.
+_PADDING = 256
 # If a tile's normalisers are this close in base 2, exp2(s - low) (a_i + b_j) replaces two exponentials.
 _CLOSE = tl.constexpr(60.0)
 
@@ -193,13 +197,54 @@ def _combine_kernel(
         tl.store(state + length + i_L, sum_L, mask=inside_L)
 
 
+@triton.jit(do_not_specialize=["length"])
+def _normalisers_kernel(lse, d, gain, pairs, bounds, length, BL: tl.constexpr):
+    """Pairs (log-sum-exp, gradient times gain), and the (lowest, highest) log-sum-exp of every _PART pairs.
+
+    A pair is (+inf, 0) beyond `length`, and for a row or column without a negative pair.
+    """
+    i_L = tl.program_id(0) * BL + tl.arange(0, BL)
+    lse_L = tl.load(lse + i_L, mask=i_L < length, other=float("-inf"))
+    d_L = tl.load(d + i_L, mask=i_L < length, other=0.0) * (tl.load(gain) * LOG2_E)
+    empty_L = lse_L == float("-inf")
+    lse_L = tl.where(empty_L, float("inf"), lse_L)
+    tl.store(pairs + 2 * i_L.to(tl.int64), lse_L)
+    tl.store(pairs + 2 * i_L.to(tl.int64) + 1, tl.where(empty_L, 0.0, d_L))
+    low = tl.min(tl.reshape(lse_L, [BL // _PART, _PART]), 1)
+    high = tl.max(tl.reshape(tl.where(empty_L, float("-inf"), lse_L), [BL // _PART, _PART]), 1)
+    at = 2 * (tl.program_id(0) * (BL // _PART) + tl.arange(0, BL // _PART))
+    tl.store(bounds + at, low)
+    tl.store(bounds + at + 1, high)
+
+
 @triton.jit
-def _normaliser(lse, d, i, length):
-    """Log-sum-exp and incoming gradient of rows or columns; +inf and 0 for those without a negative pair."""
-    lse = tl.load(lse + i, mask=i < length, other=float("-inf"))
-    d = tl.load(d + i, mask=i < length, other=0.0)
-    empty = lse == float("-inf")
-    return tl.where(empty, float("inf"), lse), tl.where(empty, 0.0, d)
+def _load_pairs(pairs, first, length: tl.constexpr):
+    at = (first + tl.arange(0, length)).to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    return tl.load(pairs + at)
+
+
+@triton.jit
+def _product(a, b):
+    return a * b
+
+
+@triton.jit
+def _factors(pairs, first, low, length: tl.constexpr):
+    """d 2^(low - lse) of `length` pairs.
+
+    Each thread computes a few of them and they are exchanged, because a reduction ends where its inputs
+    are. Without the reduction, the compiler would repeat the exponential for every element of G.
+    """
+    pairs = _load_pairs(pairs, first, length)
+    lse = tl.arange(0, 2)[None, :] == 0
+    return tl.reduce(tl.where(lse, tl.exp2(low - pairs), pairs), 1, _product)
+
+
+@triton.jit
+def _range(bounds, first, length: tl.constexpr):
+    """The lowest and highest log-sum-exp of `length` pairs."""
+    at = 2 * (first // _PART + tl.arange(0, length // _PART))
+    return tl.min(tl.load(bounds + at), 0), tl.max(tl.load(bounds + at + 1), 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -211,10 +256,10 @@ def _panel_kernel(
     scale,
     bias,
     owner,
-    row_lse,
-    column_lse,
-    d_row,
-    d_column,
+    row_pairs,
+    row_bounds,
+    column_pairs,
+    column_bounds,
     panel,
     first_row,
     M,
@@ -236,42 +281,37 @@ def _panel_kernel(
     tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
     row = first_row + tile_m * BM
     column = tile_n * BN
-    i_M = row + tl.arange(0, BM)
-    j_N = column + tl.arange(0, BN)
-    lse_M, _ = _normaliser(row_lse, d_row, i_M, M)
-    lse_N, _ = _normaliser(column_lse, d_column, j_N, N)
-    low = tl.minimum(tl.min(lse_M, 0), tl.min(lse_N, 0))
-    high_M = tl.where(lse_M == float("inf"), low, lse_M)
-    high_N = tl.where(lse_N == float("inf"), low, lse_N)
-    at_M = (i_M - first_row).to(tl.int64)[:, None] * stride_panel
-    if tl.maximum(tl.max(high_M, 0), tl.max(high_N, 0)) - low < _CLOSE:
+    low_M, high_M = _range(row_bounds, row, BM)
+    low_N, high_N = _range(column_bounds, column, BN)
+    low = tl.minimum(low_M, low_N)
+    if (tl.maximum(high_M, high_N) - low < _CLOSE) & (low < float("inf")):
         score = score_tile(
             x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
         )
-        s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
-        e = tl.exp2(s - low)
-        # Loaded again, because there are too few registers to keep these during the product. A factor
-        # exp2(low - lse) is at least 2^-60, so e is at most 2^60 times a probability.
-        lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
-        lse_N, d_N = _normaliser(column_lse, d_column, j_N, N)
-        g = e * ((d_M * tl.exp2(low - lse_M))[:, None] + (d_N * tl.exp2(low - lse_N))[None, :])
-        inside = (i_M < M)[:, None] & (j_N < N)[None, :]
-        tl.store(panel + at_M + j_N[None, :], g.to(panel.dtype.element_ty), mask=inside)
+        e = tl.exp2(logits(score, scale, bias, owner, row, column, M, N, BM, BN, low))
+        # A factor 2^(low - lse) is at least 2^-60, so e is at most 2^60 times a probability.
+        a_M = _factors(row_pairs, row, low, BM)
+        b_N = _factors(column_pairs, column, low, BN)
+        g = e * (a_M[:, None] + b_N[None, :])
+        store_gradients(panel, stride_panel, g, row - first_row, column, BM, BN)
     else:
         for part in range(column, column + BN, _PART):
             score = score_tile(
                 x_rows, y_rows, row, part, M, N, stride_x, stride_y, D, BM, _PART, BK, False, DOTS, UPCAST
             )
             s = logits(score, scale, bias, owner, row, part, M, N, BM, _PART)
-            j_J = part + tl.arange(0, _PART)
-            lse_M, d_M = _normaliser(row_lse, d_row, i_M, M)
-            lse_J, d_J = _normaliser(column_lse, d_column, j_J, N)
+            lse_M, d_M = tl.split(_load_pairs(row_pairs, row, BM))
+            lse_J, d_J = tl.split(_load_pairs(column_pairs, part, _PART))
             g = d_M[:, None] * tl.exp2(s - lse_M[:, None]) + d_J[None, :] * tl.exp2(s - lse_J[None, :])
-            inside = (i_M < M)[:, None] & (j_J < N)[None, :]
-            tl.store(panel + at_M + j_J[None, :], g.to(panel.dtype.element_ty), mask=inside)
+            store_gradients(panel, stride_panel, g, row - first_row, part, BM, _PART)
 
 
-KERNELS = {"lse": _lse_kernel, "combine": _combine_kernel, "panel": _panel_kernel}
+KERNELS = {
+    "lse": _lse_kernel,
+    "combine": _combine_kernel,
+    "normalisers": _normalisers_kernel,
+    "panel": _panel_kernel,
+}
 """The kernels that budgets.py compiles."""
 CONSTANTS = {"FIRST": False, "LAST": True, "BT": COMBINED_TILES, "BL": COMBINED_LANES}
 
@@ -296,6 +336,17 @@ def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool
         BL=COMBINED_LANES,
         **OPTIONS,
     )
+
+
+def _normalisers(lse: Tensor, d: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Launches `_normalisers_kernel`. The results have whole tiles of any size up to `_PADDING`."""
+    padded = triton.cdiv(len(lse), _PADDING) * _PADDING
+    pairs, bounds = lse.new_empty(padded, 2), lse.new_empty(padded // _PART.value, 2)
+    if padded:
+        _normalisers_kernel[(padded // COMBINED_LANES,)](
+            lse, d.contiguous(), gain, pairs, bounds, len(lse), BL=COMBINED_LANES, **OPTIONS
+        )
+    return pairs, bounds
 
 
 @torch.library.custom_op("clsp_fast::negative_lse", mutates_args=())
@@ -370,20 +421,18 @@ def _negative_lse_backward(
     needs_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of audio, text, scale and bias, from the gradients of the base-2 results."""
-    # A base-2 result is a natural logarithm divided by ln 2.
-    d_row, d_column = (d.contiguous() / _LN_2 for d in (d_row, d_column))
     gain = gain_of(compute_dtype, d_row, d_column)
-    scaled = {
-        "d_row": d_row * gain,
-        "d_column": d_column * gain,
-        "row_lse": row_lse,
-        "column_lse": column_lse,
-    }
+    with on_device(audio):
+        row_pairs, row_bounds = _normalisers(row_lse, d_row, gain)
+        column_pairs, column_bounds = _normalisers(column_lse, d_column, gain)
 
     def write(panel: Tensor, grid: tuple[int], arguments: dict[str, Any], x: Tensor, y: Tensor) -> None:
         _panel_kernel[grid](
             **arguments,
-            **scaled,
+            row_pairs=row_pairs,
+            row_bounds=row_bounds,
+            column_pairs=column_pairs,
+            column_bounds=column_bounds,
             x_rows=x,
             y_rows=y,
             scale=scale,
@@ -405,10 +454,8 @@ def _negative_lse_backward(
         needs_audio,
         needs_text,
     )
-    d_bias_terms = (
-        torch.where(lse.isneginf(), 0.0, d).sum() for lse, d in ((row_lse, d_row), (column_lse, d_column))
-    )
-    return d_audio, d_text, d_scale, sum(d_bias_terms, scale.new_zeros(()))
+    d_bias = (row_pairs[:, 1].sum() + column_pairs[:, 1].sum()) / gain
+    return d_audio, d_text, d_scale, d_bias
 
 
 @_negative_lse_backward.register_fake

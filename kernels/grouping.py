@@ -29,8 +29,6 @@ from ._launch import INTERPRETED, OPTIONS, on_device
 BLOCK, LANES, STEP = 2048, 128, 32
 if INTERPRETED:  # a program of the interpreter costs a millisecond, an element next to nothing
     BLOCK = LANES = STEP = 512
-CONSTANTS = {"BLOCK": BLOCK, "LANES": LANES, "STEP": STEP, "WEIGHTED": True}
-"""The constants that budgets.py compiles with: those of the longest code."""
 
 
 def group_by_owner_reference(owner_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -173,10 +171,6 @@ def _count_below(keys, size, key_L, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 KERNELS = {"sort": _sort_kernel, "group": _group_kernel}
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
-POINTERS = dict.fromkeys(("sorted_owner", "sorted_index", "wrong", "order", "offset"), "*i32") | {
-    "valid": "*i8"
-}
-"""Types of arguments, for budgets.py."""
 
 
 @torch.library.custom_op("clsp_fast::sort_captions", mutates_args=())

@@ -32,8 +32,6 @@ from .grouping import narrow, wide
 from .loss_terms import TEXTS, row_programs, sigmoid_terms, softmax_terms, text_programs
 
 TOTAL_LANES = 1024
-CONSTANTS = {"TOTAL_LANES": TOTAL_LANES, "SIGMOID": False, "COUNTED": True, "SHARDED": True}
-"""The constants of the longest code, with which budgets.py compiles; loss_terms.py holds the others."""
 
 
 def softmax_loss_reference(
@@ -221,8 +219,6 @@ def _slope_kernel(
 
 KERNELS = {"loss_total": _total_kernel, "loss_slopes": _slope_kernel}
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
-POINTERS = dict.fromkeys(("factors", "counted", "all_sums", "d_all_sums"), "*fp64")
-"""Types of arguments, for budgets.py."""
 
 
 @torch.library.custom_op("clsp_fast::loss_total", mutates_args=())

@@ -32,9 +32,6 @@ from .grouping import captions_of, wide
 
 ROWS, CAPTIONS, TEXTS = 32, 4, 256
 """Sizes of a program: rows, captions of a row that are read at once, and texts."""
-CONSTANTS = {"ROWS": ROWS, "CAPTIONS": CAPTIONS, "TEXTS": TEXTS, "SINGLE": False, "WEIGHTED": True}
-CONSTANTS |= {"WEIGHT_SLOPE": True, "SMOOTHING": 0.1}
-"""The constants that budgets.py compiles with: those of the longest code."""
 
 
 @triton.jit
@@ -311,8 +308,6 @@ def _sigmoid_kernel(
 
 KERNELS = {"softmax_terms": _softmax_kernel, "sigmoid_terms": _sigmoid_kernel}
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
-POINTERS = dict.fromkeys(("row_slope", "pair_slope", "text_slope", "weight_slope", "partial"), "*fp64")
-"""Types of arguments, for budgets.py."""
 
 
 @torch.library.custom_op("clsp_fast::softmax_terms", mutates_args=())

@@ -33,9 +33,6 @@ from .grouping import captions_of, narrow, wide
 
 LARGEST_DEPTH = 8192
 """The largest joint dimension. A program holds whole rows in registers."""
-CONSTANTS = {"D": 512, "BD": 512, "BR": 2, "SINGLE": False, "NORMALIZE": True, "SMOOTH": True}
-CONSTANTS |= {"COPY": True, "NEEDS_AUDIO": True, "NEEDS_TEXT": True}
-"""The constants that budgets.py compiles with: those of the longest code, at D = 512."""
 _ELEMENTS = 65536 if INTERPRETED else 1024  # elements of a matrix that a program reads at once
 _SUM_PROGRAMS = 2 if INTERPRETED else 128  # the order of additions depends on this number
 
@@ -267,9 +264,6 @@ def _sums_kernel(
 
 KERNELS = {"pair": _pair_kernel, "pair_gradient": _pair_gradient_kernel, "sums": _sums_kernel}
 """The kernels that budgets.py compiles. Each operator below launches one of them, and nothing else."""
-POINTERS = dict.fromkeys(("dot", "d_dot", "sums", "d_sums", "audio_norm", "text_norm"), "*fp64")
-POINTERS |= {"captioned": "*i8"}
-"""Types of arguments, for budgets.py."""
 
 
 def _depth(depth: int) -> dict[str, Any]:

@@ -27,7 +27,15 @@ from clsp_fast.tokenizer import Tokenizer
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("clsp_fast.kernels.budgets")
+    INTERPRETER_PROBLEM = importlib.import_module("interpreter").problem()
     del os.environ["TRITON_INTERPRET"]
+else:
+    INTERPRETER_PROBLEM = ""
+
+
+def pytest_report_header() -> list[str]:
+    """Says at the start of a run why the tests of kernels will fail."""
+    return [INTERPRETER_PROBLEM] if INTERPRETER_PROBLEM else []
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +127,8 @@ def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
+        if INTERPRETER_PROBLEM:
+            pytest.fail(INTERPRETER_PROBLEM)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch.use_deterministic_algorithms(True)
     assert torch.empty(4, device=device).isnan().all()

@@ -17,7 +17,7 @@ from numerics import FEW, assert_agrees, assert_as_exact, eps, norm
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from clsp_fast.kernels import _launch, contrastive, sigmoid
+from clsp_fast.kernels import _launch, _pairs, contrastive, sigmoid
 from clsp_fast.kernels.contrastive import (
     negative_lse,
     negative_lse_reference,
@@ -419,6 +419,31 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
         negative_softplus(x, y, 1.0, owner[:3])
     with pytest.raises(ValueError, match="logit_scale must be a scalar"):
         negative_softplus(x, y, torch.ones(1), owner)
+
+
+@pytest.mark.parametrize("function", [negative_lse, negative_softplus])
+def test_panels_are_zero_beyond_the_last_row_and_column(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]
+) -> None:
+    buffers = []
+    add_product = _pairs._add_product
+
+    def recorded(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        if a.shape == (40, 70):
+            assert a._base is not None
+            buffers.append(a._base.clone())
+        return add_product(total, a, b)
+
+    monkeypatch.setattr(_pairs, "_add_product", recorded)
+    case = Case(kernel_device, (40, 70, 16), 100.0, owner=torch.zeros(70, dtype=torch.int64))
+    case.outputs(function, torch.float32)
+    (buffer,) = buffers
+    assert buffer.shape[0] > 40
+    assert buffer.shape[1] > 70
+    assert buffer[1:40, :70].any()
+    buffer[:40, :70] = 0
+    assert not buffer.any()
+    assert buffer.isfinite().all()
 
 
 def test_tiles_can_be_replaced_for_a_measurement() -> None:

@@ -1,0 +1,111 @@
+"""The estimates of kernels' times, and the tables of kernels/README.md that show them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clsp_fast.kernels import tables
+from clsp_fast.kernels.estimates import CARDS, kernel_seconds, resident_blocks, tile_clocks
+
+FOLDER = Path(__file__).parent.parent / "kernels"
+H100 = next(card for card in CARDS if card.name == "H100")
+TILE = {"rows": 128, "columns": 256, "depth": 64, "before": 200, "step": 90, "after": 600}
+
+
+def budget(registers: int = 200, shared_bytes: int = 147_456, **special: int) -> dict[str, Any]:
+    tile = {**TILE, "special": special}
+    return {"registers": registers, "shared_bytes": shared_bytes, "threads": 256, "tile": tile}
+
+
+def test_the_clock_follows_from_the_data_sheet() -> None:
+    assert H100.clock_hz == pytest.approx(989e12 / 132 / 4096)
+
+
+def test_the_slowest_of_product_loads_and_instructions_counts() -> None:
+    product, rest = tile_clocks(H100, budget())
+    assert product == pytest.approx(2 * 128 * 256 * 512 / (0.85 * 4096))
+    assert rest == 800 * 8 / 4
+    assert tile_clocks(H100, budget(EX2=128, RCP=1))[1] == 129 * 256 / 16
+    slow = budget()
+    slow["tile"]["step"] = 1000
+    assert tile_clocks(H100, slow)[0] == 8 * 1000 * 8 / 4
+    narrow = budget()
+    narrow["tile"] |= {"rows": 16, "step": 0}
+    assert tile_clocks(H100, narrow)[0] == pytest.approx((16 + 256) * 512 * 2 / 46)
+
+
+def test_blocks_of_a_multiprocessor_share_registers_memory_and_threads() -> None:
+    assert resident_blocks(H100, budget(registers=129)) == 1
+    assert resident_blocks(H100, budget(registers=128)) == 1  # 144 KB of 228 KB
+    assert resident_blocks(H100, budget(registers=128, shared_bytes=100_000)) == 2
+    assert resident_blocks(H100, budget(registers=32, shared_bytes=0)) == 8
+
+
+def test_rounds_of_tiles_count_in_full() -> None:
+    product, rest = tile_clocks(H100, budget())
+    one = (8000 + product + rest) / H100.clock_hz
+    assert kernel_seconds(H100, budget(), 128 * 132, 256) == pytest.approx(one)
+    assert kernel_seconds(H100, budget(), 128 * 132 + 1, 256) == pytest.approx(2 * one)
+    pair = budget(registers=128, shared_bytes=100_000)
+    two = (8000 + 2 * max(product, rest)) / H100.clock_hz
+    assert kernel_seconds(H100, pair, 128 * 264, 256) == pytest.approx(two)
+    several = budget()
+    several["tile"]["before"] = 0
+    product, rest = tile_clocks(H100, several)
+    assert kernel_seconds(H100, several, 1, 1) == pytest.approx((4500 + product + rest) / H100.clock_hz)
+    assert kernel_seconds(H100, budget(), 128, 256, written_bytes=3.35e12) == pytest.approx(1 / 0.9)
+
+
+def copied(folder: Path) -> Path:
+    """A kernels/ folder with the budgets and without results of cards."""
+    (folder / "kernels").mkdir()
+    for path in FOLDER.glob("budgets*.json"):
+        shutil.copy(path, folder / "kernels")
+    (folder / "bench/results").mkdir(parents=True)
+    return folder / "kernels"
+
+
+def test_measured_times_appear_when_a_card_has_written_results(tmp_path: Path) -> None:
+    kernels, results = copied(tmp_path), tmp_path / "bench/results"
+    (results / "cpu-2026-01-01.json").write_text(json.dumps({"cases": {}}))
+    before = tables.table(kernels)
+    assert "measured |" not in before
+    assert "Parts on one A100" not in before
+
+    def write(name: str, gpu: str, milliseconds: float, dry_run: bool = False) -> None:
+        cases = {
+            "loss/32768/clsp_fast/part/lse": {"area": "card", "ms": milliseconds},
+            "loss/32768/clsp_fast/part/products": {"area": "card", "ms": 2.75, "launches": 2},
+            "loss/8192/memeff": {"area": "card", "error": "too old"},
+        }
+        document = {"dry_run": dry_run, "machine": {"gpu": gpu}, "stages": {"loss": {}}, "cases": cases}
+        (results / f"{name}.json").write_text(json.dumps(document))
+
+    write("nvidia-a100-2026-02-01", "NVIDIA A100-SXM4-80GB", 7.25, dry_run=True)
+    assert tables.table(kernels) == before
+    write("nvidia-h100-2026-02-01", "NVIDIA H100 80GB HBM3", 1.25)
+    write("nvidia-h100-2026-03-01", "NVIDIA H100 80GB HBM3", 1.5)
+    lines = tables.table(kernels).splitlines()
+    heads = next(line for line in lines if line.startswith("| part |")).split(" | ")
+    cells = next(line for line in lines if line.startswith("| lse | ")).split(" | ")
+    assert cells[heads.index("M = N = 32,768: measured")] == "1.50 ms", "the newest file counts"
+    assert cells[heads.index("M = N = 8,192: measured")] == ""
+    assert [line for line in lines if line.startswith("| two products") and "2.75 ms" in line]
+    write("nvidia-a100-2026-02-01", "NVIDIA A100-SXM4-80GB", 7.25)
+    assert "Parts on one A100" in tables.table(kernels)
+
+
+def test_another_version_of_triton_has_its_own_table(tmp_path: Path) -> None:
+    kernels = copied(tmp_path)
+    other = json.loads((kernels / "budgets.json").read_text()) | {"triton": "3.0.0"}
+    for kernels_of_variant in other["kernels"].values():
+        kernels_of_variant["lse"]["spills"] = 0
+    other["kernels"]["89 fp32"]["lse"]["spills"] = 17
+    (kernels / "budgets-3.0.0.json").write_text(json.dumps(other))
+    text = tables.table(kernels).split("Under triton 3.0.0")[1]
+    assert "| lse | 0 | 17 | 0 | 0 |" in text
