@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,6 @@ def contrastive_loss_reference(
         normalize=normalize,
         group=group,
     )
-    check_values(problem)
     return _dense_loss(problem)
 
 
@@ -146,7 +145,6 @@ def contrastive_loss(
     engine = choose_engine(implementation, audio_MD)
     with torch.autocast(audio_MD.device.type, enabled=False):
         if engine is None:
-            check_values(problem)
             return _dense_loss(problem)
         return _fused_loss(problem, engine, compute_dtype or audio_MD.dtype, workspace_bytes)
 
@@ -250,6 +248,7 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
 
 def _dense_loss(problem: Problem) -> Tensor:
     """The definition, from M x N logits."""
+    check_values(problem)
     audio_MD, text_ND, owner_N, weights = _all_ranks(problem)
     dtype, smoothing = problem.dtype, problem.smoothing
     audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
@@ -299,7 +298,7 @@ def _fused_loss(
             *operands, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
         loss = module.softmax_loss(pairs, of_pairs, row_M, pairs.shards.lse_over_ranks(column_N))
-    return loss.to(problem.dtype)
+    return cast(Tensor, loss.to(problem.dtype))
 
 
 def _module_of_positives(problem: Problem, engine: Engine) -> ModuleType:

@@ -11,7 +11,7 @@ Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -93,13 +93,13 @@ def softmax_loss(pairs: Pairs, products: Products, row_M: Tensor, column_N: Tens
         groups=products.groups,
         **_options(pairs, products),
     )
-    return cast(Tensor, pairs.shards.sum(loss))
+    return pairs.shards.sum(loss)
 
 
 def sigmoid_loss(pairs: Pairs, products: Products, sums_M: Tensor) -> Tensor:
     """As `clsp_fast.contrastive.positives.sigmoid_loss`, from products instead of logits."""
     loss = _loss.sigmoid_loss(sums_M, products.dot_N, pairs.scale, pairs.bias, **_options(pairs, products))
-    return cast(Tensor, pairs.shards.sum(loss))
+    return pairs.shards.sum(loss)
 
 
 def _options(pairs: Pairs, products: Products) -> dict[str, Any]:
