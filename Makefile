@@ -1,6 +1,7 @@
 # make train: trains a model, on the demo corpus if ARGS is empty.   make test: runs every check of CI.
 # make human: the same with human speech as well, which apt-get fetches (410 MB).
 # make bench: compares throughput with other libraries, in ten minutes; ARGS='--json --plot' records it.
+# make card-wheels: prepares .card/ for a machine that has a GPU and no network; see docs/card.md.
 # Each target makes .venv and installs what it needs. It requires only python3, make and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt
 SOURCES += $(shell find csrc clsp_fast kernels -name __pycache__ -prune -o -type f -print)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train human test test-machines test-triton bench lint sanitize fuzz clean
+.PHONY: train human test test-machines test-triton bench card-wheels lint sanitize fuzz clean
 train: .venv/.train
 	$(BIN)/python -m clsp_fast.train $(ARGS)
 
@@ -32,6 +33,10 @@ test-triton: .venv/.test
 
 bench: .venv/.bench
 	$(BIN)/python -m bench.run $(ARGS)
+
+# Needs Python 3.12 (PYTHON312=/path/to/python3.12), git, pip and a C++ compiler.
+card-wheels:
+	$(PYTHON) -m bench.card.wheels
 
 lint: .venv/.test
 	$(BIN)/ruff check .

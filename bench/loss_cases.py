@@ -168,6 +168,52 @@ def linear_cross_entropy(given: Batch, *, chunked: bool) -> Call:
     return gradients(given, loss)
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """mean_i (logsumexp_j s_ij - s_i,target(i)) with s = scale X Y^T, in plain torch, for any number of rows.
+
+    A chunk of rows of the logits exists at a time. The forward pass computes the gradients as well, because
+    the logits are gone in the backward pass. Fused linear cross-entropies for language models work like this.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x_MD: Tensor, y_ND: Tensor, scale: Tensor, target_M: Tensor, rows: int
+    ) -> Tensor:
+        dx_MD, dy_ND = torch.empty_like(x_MD), torch.zeros_like(y_ND, dtype=torch.float32)
+        total, d_scale = scale.new_zeros(()), scale.new_zeros(())
+        for start in range(0, len(x_MD), rows):
+            chunk = slice(start, start + rows)
+            cosine_RN = (x_MD[chunk] @ y_ND.T).float()
+            logits_RN, target_R1 = scale * cosine_RN, target_M[chunk, None]
+            lse_R1 = logits_RN.logsumexp(1, keepdim=True)
+            total += (lse_R1 - logits_RN.gather(1, target_R1)).sum()
+            grad_RN = logits_RN.sub_(lse_R1).exp_()
+            grad_RN.scatter_add_(1, target_R1, grad_RN.new_full(target_R1.shape, -1.0))
+            d_scale += torch.linalg.vecdot(grad_RN, cosine_RN).sum()
+            grad_RN = (scale * grad_RN).to(x_MD.dtype)
+            dx_MD[chunk] = grad_RN @ y_ND
+            dy_ND += grad_RN.T @ x_MD[chunk]
+        ctx.save_for_backward(dx_MD / len(x_MD), dy_ND / len(x_MD), d_scale / len(x_MD))
+        return total / len(x_MD)
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):  # type: ignore[no-untyped-def]
+        dx_MD, dy_ND, d_scale = ctx.saved_tensors
+        return d_loss * dx_MD, (d_loss * dy_ND).to(dx_MD.dtype), d_loss * d_scale, None, None
+
+
+def chunked_cross_entropy(given: Batch, *, rows: int = 2048) -> Call:
+    """A chunked cross-entropy for each direction: how a language model's loss serves a contrastive one."""
+    owner_N = given.owner_N
+
+    def loss(audio_MD: Tensor, text_ND: Tensor, scale: Tensor) -> Tensor:
+        audio_to_text = ChunkedCrossEntropy.apply(audio_MD, text_ND, scale, owner_N, rows)
+        text_to_audio = ChunkedCrossEntropy.apply(text_ND, audio_MD, scale, owner_N, rows)
+        return (audio_to_text + text_to_audio) / 2  # type: ignore[no-any-return]
+
+    return gradients(given, loss)
+
+
 def memeff(given: Batch) -> Call:
     from memeff import MemoryEfficientCLIPLoss
 
@@ -248,6 +294,8 @@ def loss_case(
         peers.append(Provider("clsp_fast, one caption", fused_one_caption, gate=another_loss))
     if device == "cuda":
         rounded = relative(5e-2)  # they use TF32, or round to bfloat16 before the subtraction
+        if captions == 1:
+            peers.append(Provider("chunked cross-entropy", chunked_cross_entropy, gate=rounded))
         peers.append(Provider("memeff", memeff, "memeff", without_scale(rounded)))
         peers.append(Provider("Inf-CL", inf_cl, "inf-cl", rounded))
     labels = ["loss", *["cuda"] * (device == "cuda"), str(clips), *["two-captions"] * (captions == 2)]

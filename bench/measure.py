@@ -182,7 +182,7 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(case.threads)
     try:
         inputs = case.inputs()
-        calls, first_s = _calls_that_agree(case, inputs, record["providers"])
+        calls, first_s = calls_that_agree(case, inputs, record["providers"])
         with _native_threads(case.threads):
             repeats = {name: _repeats(call, first_s[name]) for name, call in calls.items()}
             times, figures = _interleave(calls, repeats, rounds, case)
@@ -199,7 +199,7 @@ def run_case(case: Case, rounds: int) -> dict[str, Any]:
     return record
 
 
-def _calls_that_agree(
+def calls_that_agree(
     case: Case, inputs: Any, results: dict[str, Any]
 ) -> tuple[dict[str, Call], dict[str, float]]:
     """Calls of the providers that are installed and agree, and the seconds that each first call took.

@@ -32,7 +32,10 @@ TOKENS = 48
 
 @dataclass(frozen=True)
 class Ragged:
-    """A batch of clips of 2 to 8 s with captions; the model's weights come from a seed."""
+    """A batch of clips of 2 to 8 s with captions; the model's weights come from a seed.
+
+    As in training, features are on the model's device, lengths and tokens on the CPU.
+    """
 
     preset: str
     features_BTF: Tensor
@@ -42,27 +45,39 @@ class Ragged:
 
     def model(self) -> CLSP:
         torch.manual_seed(0)
-        return CLSP(MODEL_PRESETS[self.preset])
+        with self.features_BTF.device:
+            return CLSP(MODEL_PRESETS[self.preset])
+
+    @property
+    def audio_s(self) -> float:
+        """Seconds of audio, without padding."""
+        return float(self.lengths_B.sum()) / 100
 
 
-def ragged(preset: str) -> Ragged:
+def ragged(
+    preset: str, clips: int = CLIPS, *, shortest: int = 200, longest: int = 800, device: str = "cpu"
+) -> Ragged:
+    """A batch of `clips` clips, whose lengths are spread evenly from `shortest` to `longest` frames."""
     generator = torch.Generator().manual_seed(0)
-    lengths_B = torch.linspace(200, 800, CLIPS).long()
-    features_BTF = torch.randn(CLIPS, 800, 128, generator=generator) * 3 - 8
-    sizes_B1 = torch.linspace(8, TOKENS, CLIPS).long()[:, None]
+    lengths_B = torch.linspace(shortest, longest, clips).long()
+    features_BTF = torch.randn(clips, longest, 128, generator=generator) * 3 - 8
+    sizes_B1 = torch.linspace(8, TOKENS, clips).long()[:, None]
     mask_BL = (torch.arange(TOKENS) < sizes_B1).long()
-    token_ids_BL = torch.randint(5, 1000, (CLIPS, TOKENS), generator=generator)
-    return Ragged(preset, features_BTF, lengths_B, token_ids_BL.where(mask_BL > 0, 1), mask_BL)
+    token_ids_BL = torch.randint(5, 1000, (clips, TOKENS), generator=generator)
+    token_ids_BL = token_ids_BL.where(mask_BL > 0, 1)
+    return Ragged(preset, features_BTF.to(device), lengths_B, token_ids_BL, mask_BL)
 
 
 # Forward of the speech tower.
 
 
-def forward(given: Ragged, *, half: bool = False) -> Call:
-    model = given.model().eval()
+def forward(given: Ragged, *, half: bool = False, model: CLSP | None = None) -> Call:
+    model = given.model() if model is None else model
+    device = given.features_BTF.device.type
 
     def call() -> Tensor:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model.eval()
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
             return model.encode_features(given.features_BTF, given.lengths_B)
 
     return call
@@ -79,12 +94,12 @@ def clip_by_clip(given: Ragged) -> Call:
     return call
 
 
-def forward_case(preset: str, **settings: Any) -> Case:
+def forward_case(preset: str, device: str = "cpu", **settings: Any) -> Case:
     return Case(
-        name=f"forward-{preset}",
+        name=f"forward-{'cuda-' * (device == 'cuda')}{preset}",
         area="model",
         what=f"speech embeddings of {CLIPS} clips of 2 to 8 s, preset {preset}",
-        inputs=partial(ragged, preset),
+        inputs=partial(ragged, preset, device=device),
         expected=lambda given: clip_by_clip(given)(),
         gate=relative(1e-4),
         providers=(
@@ -95,6 +110,7 @@ def forward_case(preset: str, **settings: Any) -> Case:
         amount=5.0 * CLIPS,
         unit="audio seconds",
         threads=2,
+        device=device,
         memory=True,
         **settings,
     )
@@ -103,15 +119,22 @@ def forward_case(preset: str, **settings: Any) -> Case:
 # A training step: forward, loss, backward, optimiser.
 
 
-def training_step(given: Ragged, *, half: bool = False) -> Call:
-    model = given.model().train()
+def training_step(given: Ragged, *, half: bool = False, model: CLSP | None = None) -> Call:
+    model = given.model() if model is None else model
     optimizer = optim.build(model, OptimConfig(lr=1e-4))
+    device = given.features_BTF.device.type
 
     def call() -> Tensor:
+        model.train()
         torch.manual_seed(1)  # the same dropout for every provider
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             output = model(given.features_BTF, given.lengths_B, given.token_ids_BL, given.mask_BL)
-        loss = contrastive_loss(output.audio.float(), output.text.float(), output.logit_scale)
+        loss = contrastive_loss(
+            output.audio.float(),
+            output.text.float(),
+            output.logit_scale,
+            compute_dtype=torch.bfloat16 if half else None,
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -120,12 +143,12 @@ def training_step(given: Ragged, *, half: bool = False) -> Call:
     return call
 
 
-def step_case(preset: str, **settings: Any) -> Case:
+def step_case(preset: str, device: str = "cpu", **settings: Any) -> Case:
     return Case(
-        name=f"step-{preset}",
+        name=f"step-{'cuda-' * (device == 'cuda')}{preset}",
         area="model",
         what=f"training step of {CLIPS} clips of 2 to 8 s and their captions, preset {preset}",
-        inputs=partial(ragged, preset),
+        inputs=partial(ragged, preset, device=device),
         expected=lambda given: training_step(given)(),
         gate=relative(1e-5),
         providers=(
@@ -135,6 +158,7 @@ def step_case(preset: str, **settings: Any) -> Case:
         amount=5.0 * CLIPS,
         unit="audio seconds",
         threads=2,
+        device=device,
         memory=True,
         **settings,
     )
@@ -265,6 +289,8 @@ CASES = (
     forward_case("small", optional=True),
     step_case("tiny"),
     step_case("small", optional=True),
+    forward_case("base", "cuda"),
+    step_case("base", "cuda"),
     text_case("small"),
     TRAIN,
 )

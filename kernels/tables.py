@@ -163,10 +163,12 @@ def _parts(budgets: dict[str, Any], measured: dict[str, dict[str, float]]) -> li
 
 def _part_rows(card: Card, budgets: dict[str, Any]) -> Iterator[tuple[str, list[str], list[float]]]:
     """Part, its cases in the results of bench.card, and an estimate in seconds for each of _SIZES."""
-    prefix = "loss/{}/clsp_fast/part/"
+    prefix, sigmoid = "loss/{}/clsp_fast/part/", "loss/{}/sigmoid/clsp_fast/part/"
     cases = {
         "lse": [prefix + "lse"],
         "panel": [prefix + "panel"],
+        "softplus": [sigmoid + "softplus"],
+        "sigmoid_panel": [sigmoid + "sigmoid_panel"],
         "rank": ["ranks/{}/bfloat16/clsp_fast"],
     }
     softmax = [0.0] * len(_SIZES)

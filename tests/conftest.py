@@ -121,6 +121,27 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def each_device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and then the card: a test that must hold on both. With the card, the test is marked `gpu`."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    device: torch.device = request.getfixturevalue("cuda")
+    return device
+
+
+@pytest.fixture
+def no_tf32() -> Iterator[None]:
+    """Full float32 on a card. By default, torch's convolutions round their operands to 11 bits there."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    yield
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
+
+
 @pytest.fixture
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The card, or the CPU with Triton's interpreter. During the test, uninitialised memory is NaN."""

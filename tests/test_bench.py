@@ -291,6 +291,14 @@ def test_the_exact_loss_is_that_of_autograd() -> None:
             assert torch.allclose(exact, autograd.double(), rtol=1e-6, atol=1e-9)
 
 
+def test_the_chunked_cross_entropy_is_the_exact_loss() -> None:
+    given = loss_cases.batch(37, 1)
+    for rows in (8, 64):
+        result = loss_cases.chunked_cross_entropy(given, rows=rows)()
+        for value, exact in zip(result, loss_cases.exact(given), strict=True):
+            assert torch.allclose(value.double(), exact, rtol=1e-4, atol=1e-7)
+
+
 def test_the_exact_sigmoid_loss_is_that_of_autograd() -> None:
     given = loss_cases.sigmoid_batch(37, torch.float64)
     for exact, autograd in zip(

@@ -16,6 +16,7 @@ from sample_data import unit
 from torch import Tensor
 
 from clsp_fast.contrastive import negatives
+from clsp_fast.contrastive.engine import choose_engine
 from clsp_fast.kernels import contrastive
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference, hard_negative_loss, loss_and_grad
 
@@ -330,6 +331,37 @@ def test_memory_is_gradients_workspace_and_copies(workspace: int, copies: int, o
         peaks.append(peak.bytes)
     # Fragments of the allocator take several MiB, but less than one more copy of the inputs, 12 MiB.
     assert min(peaks) < (2 + copies) * sum(x.nbytes for x in inputs) + workspace
+
+
+@pytest.mark.parametrize(
+    ("workspace", "more_mb", "compute_dtype"),
+    [(512 << 20, 600, None), (16 << 20, 64, None), (512 << 20, 600, torch.bfloat16)],
+)
+def test_memory_at_32k_is_workspace_and_little_more(
+    each_device: torch.device, workspace: int, more_mb: int, compute_dtype: torch.dtype | None
+) -> None:
+    on_card = each_device.type == "cuda"
+    rows = 32_768 if on_card else 300
+    inputs = [
+        F.normalize(torch.randn(rows, 512, device=each_device), dim=1).requires_grad_() for _ in range(2)
+    ]
+    scale = torch.tensor(14.3, device=each_device, requires_grad=True)
+    options = {"workspace_bytes": workspace, "compute_dtype": compute_dtype}
+    contrastive_loss(inputs[0][:256], inputs[1][:256], scale, **options).backward()
+    engine = choose_engine("auto", inputs[0])
+    assert engine is (contrastive if on_card else negatives)
+    for x in inputs:
+        x.grad = None
+    if on_card:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_card else 0
+    contrastive_loss(*inputs, scale, **options).backward()
+    peak = torch.cuda.max_memory_allocated() - before if on_card else 0
+    outputs = sum(x.grad.nbytes for x in inputs if x.grad is not None)
+    assert outputs == 2 * 4 * 512 * rows
+    copies = 0 if compute_dtype is None else 2 * compute_dtype.itemsize * 512 * rows
+    assert peak <= outputs + copies + more_mb * 1_000_000
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import wave
 from dataclasses import replace
@@ -410,3 +411,25 @@ def test_a_fresh_tiny_model_learns_a_batch_by_heart() -> None:
         optimizer.step()
     assert float(losses[0].detach()) > 2.5
     assert float(losses[-1].detach()) < 0.5
+
+
+@pytest.mark.usefixtures("no_tf32")
+def test_both_devices_embed_alike(tiny: CLSP, tmp_path: Path, each_device: torch.device) -> None:
+    paths = [write_wav(tmp_path / f"{i}.wav", speech(0.5 + 0.3 * i, seed=i)) for i in range(5)]
+    captions = ["A calm voice.", "A lively woman speaks fast, and then she whispers."]
+    model = copy.deepcopy(tiny).to(each_device)
+    for embed, settings in ((CLSP.encode_audio, {"batch_seconds": 2.5}), (CLSP.encode_text, {})):
+        items = paths if settings else captions
+        truth, plain = (embed(m, items, **settings) for m in (in_float64(tiny), tiny))
+        result = embed(model, items, **settings)
+        assert result.device.type == each_device.type
+        assert_as_exact(result, plain, truth)
+
+
+def test_both_devices_embed_alike_in_bf16(tiny: CLSP, tmp_path: Path, each_device: torch.device) -> None:
+    paths = [write_wav(tmp_path / f"{i}.wav", speech(0.5 + 0.3 * i, seed=i)) for i in range(5)]
+    truth = in_float64(tiny).encode_audio(paths)
+    with torch.autocast(each_device.type, torch.bfloat16):
+        result = copy.deepcopy(tiny).to(each_device).encode_audio(paths)
+    # Some 200 roundings one after the other, whose errors have random signs.
+    assert_agrees(result, truth, count=200**0.5, dtype=torch.bfloat16)

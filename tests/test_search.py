@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 import os
@@ -75,6 +76,28 @@ def test_search_equals_sorting_all_cosines(folder: Path, model_folder: Path) -> 
     top = run(folder, model_folder, text=TEXTS, k=5)
     assert [r.hits for r in top] == [r.hits[:5] for r in results[:2]]
     assert len(run(folder, model_folder, text=TEXTS, k=1000)[0].hits) == 39
+
+
+@pytest.mark.usefixtures("no_tf32")
+def test_both_devices_find_the_same(
+    folder: Path, model_folder: Path, each_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, calls = importlib.import_module("clsp_fast.kernels.rank"), []
+    real = kernels.topk
+    monkeypatch.setattr(kernels, "topk", lambda *args: calls.append(args[1].device.type) or real(*args))
+    settings = {"model": str(model_folder), "text": TEXTS, "k": 39}
+    results = search(SearchConfig(folder=folder, device=each_device.type, **settings))
+    expected = run(folder, model_folder, text=TEXTS, k=39)
+    for result, other in zip(results, expected, strict=True):
+        scores = {hit.id: hit.score for hit in other.hits}
+        assert {hit.id for hit in result.hits} == scores.keys()
+        values = [hit.score for hit in result.hits]
+        assert values == sorted(values, reverse=True)
+        # Embeddings of both devices differ by the roundings of the text tower.
+        assert_agrees(
+            values, [scores[hit.id] for hit in result.hits], count=1e3, dtype=np.float32, size=39**0.5
+        )
+    assert set(calls) == ({"cuda"} if each_device.type == "cuda" else set())
 
 
 @pytest.mark.multiproc

@@ -4,8 +4,10 @@ tile, in plain torch and in the extension, for any instruction set, tiles and nu
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,3 +302,35 @@ def test_the_extension_counts_nothing_on_a_side_without_rows(clips: int, texts: 
     )
     assert not ahead[0].any()
     assert not ahead[1].any()
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels' functions that are called from now on; they still run."""
+    kernels, calls = importlib.import_module("clsp_fast.kernels.rank"), []
+    for name in ("rank_counts", "topk"):
+        real = getattr(kernels, name)
+
+        def call(*args: Any, real: Any = real, name: str = name, **options: Any) -> Any:
+            calls.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(kernels, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_device_takes_its_kernels_and_agrees_with_float64(
+    each_device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = launched(monkeypatch)
+    # Small integers: every score is exact in every dtype, and many are equal.
+    audio, text = (torch.randint(-3, 4, (rows, 40)).to(dtype) for rows in (300, 701))
+    owner = torch.randint(300, (701,))
+    result = similarity.ranks(*(x.to(each_device) for x in (audio, text)), text_owner=owner.to(each_device))
+    expected = similarity.ranks_reference(audio.double(), text.double(), text_owner=owner)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(result, expected, strict=True))
+    scores, rows = similarity.topk(audio.to(each_device), text.to(each_device), 10)
+    expected_scores, expected_rows = neighbours_by_sorting(audio.double(), text.double(), 10)
+    assert torch.equal(scores.cpu().double(), expected_scores)
+    assert torch.equal(rows.cpu(), expected_rows)
+    assert calls == (["rank_counts", "topk"] if each_device.type == "cuda" else [])

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from numerics import assert_agrees
 from sample_data import write_rows
 
 import clsp_fast
@@ -200,6 +201,54 @@ def test_the_recipes_optimiser_learns_and_resumes_bit_exactly(folder: Path, tmp_
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     values = [loss for _, loss in losses(tmp_path / "whole")]
     assert sum(values[-10:]) < 0.8 * sum(values[:10])
+
+
+def without_dropout() -> ModelConfig:
+    text = dataclasses.replace(MODEL.text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return dataclasses.replace(MODEL, dropout=0.0, regularize=False, text=text)
+
+
+@pytest.fixture
+def one_order_of_addition(each_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a card, some gradients of torch and cuDNN are sums in a random order, unless this is switched on."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(each_device.type == "cuda", warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("no_tf32", "one_order_of_addition")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_both_devices_train_alike_and_resume_bit_exactly(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    each_device: torch.device,
+    precision: str,
+) -> None:
+    settings = {"device": each_device.type, "precision": precision, "model": without_dropout()}
+    settings |= {"data": {"augment": 0.0}}
+    train.train(config(folder, tmp_path / "whole", **settings))
+    real = run_module.forward
+
+    def crash(model, batch, ranks, settings):
+        if batch.step == 5:
+            raise RuntimeError("power cut")
+        return real(model, batch, ranks, settings)
+
+    monkeypatch.setattr(run_module, "forward", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.train(config(folder, tmp_path / "parts", **settings))
+    monkeypatch.setattr(run_module, "forward", real)
+    train.train(config(folder, tmp_path / "parts", **settings))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+    train.train(config(folder, tmp_path / "cpu", **settings | {"device": "cpu", "stage1_steps": 1}))
+    (_, first), *_ = losses(tmp_path / "whole")
+    (_, expected), *_ = losses(tmp_path / "cpu")
+    # The loss before the first update, after a chain of some 200 operations. Errors have random signs.
+    dtype, count = (torch.bfloat16, 200**0.5) if precision == "bf16" else (torch.float32, 200)
+    assert_agrees(first, expected, count=count, dtype=dtype)
 
 
 def test_the_model_is_the_average_of_the_weights(uninterrupted: Path) -> None:

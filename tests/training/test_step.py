@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from numerics import assert_agrees, assert_as_exact, in_float64, norm
+from numerics import assert_agrees, assert_as_exact, eps, error, in_float64, norm
 from peak_memory import peak_memory
 
 from clsp_fast.config import MODEL_PRESETS, ModelConfig, TrainConfig
@@ -21,6 +22,8 @@ from clsp_fast.training import step
 
 # Operations whose rounding errors add up: some 20 layers, forward and backward, of some 10 operations each.
 CHAIN = 1e3
+# The same in bfloat16, where the errors, of random signs, add up like the square root of their number.
+ROUNDINGS = 200**0.5
 ONE_RANK = Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -86,6 +89,36 @@ def test_parts_give_the_step_of_the_whole_batch(captions: int, micro_seconds: fl
         assert_agrees(exact_parts[name], value, count=CHAIN, size=size, name=name)
         # A batch of one clip takes another path, where sums are rounded in another order.
         assert_as_exact(parts[name], whole[name], value, size=size, name=name)
+
+
+@pytest.mark.usefixtures("no_tf32")
+@pytest.mark.parametrize("settings", [{}, {"micro_seconds": 1.3}, {"recompute_layers": True}], ids=str)
+def test_a_step_is_the_same_on_both_devices(each_device: torch.device, settings: dict[str, object]) -> None:
+    model, batch = CLSP(without_dropout()), make_batch(7, 60)
+    truth, plain = take_step(in_float64(model), batch), take_step(model, batch)
+    ranks = Ranks(0, 1, each_device, None)
+    result = take_step(copy.deepcopy(model).to(each_device), batch, ranks, **settings)
+    assert {x.device.type for x in result.values()} == {each_device.type}
+    gradient = gradient_norm(truth, model)
+    for name, value in truth.items():
+        size = gradient if name in dict(model.named_parameters()) else value
+        assert_as_exact(result[name], plain[name], value, size=size, name=name)
+
+
+def test_a_bf16_step_stays_close_on_both_devices(each_device: torch.device) -> None:
+    model, batch = CLSP(without_dropout()), make_batch(7, 60)
+    truth = take_step(in_float64(model), batch)
+    ranks = Ranks(0, 1, each_device, None)
+    result = take_step(copy.deepcopy(model).to(each_device), batch, ranks, precision="bf16")
+    gradient = gradient_norm(truth, model)
+    total = 0.0
+    for name, value in truth.items():
+        if name in dict(model.named_parameters()):
+            total += error(result[name], value) ** 2
+        else:
+            assert_agrees(result[name], value, count=ROUNDINGS, dtype=torch.bfloat16, name=name)
+    # The backward pass rounds as often as the forward pass.
+    assert total**0.5 <= 2 * ROUNDINGS * eps(torch.bfloat16) * gradient
 
 
 def _rank_main(rank: int, folder: str) -> None:

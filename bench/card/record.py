@@ -1,0 +1,65 @@
+"""What a stage measured, in a file that is complete after every case."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clsp_fast.storage import files
+
+
+@dataclass
+class Record:
+    """The cases of one stage. Each new case is written at once, so a deadline costs only later cases.
+
+    Attributes:
+        path: the JSON file, {case: values}.
+        dry_run: whether the stage runs at tiny sizes on the CPU, with kernels in Triton's interpreter.
+        cases: case -> its values, as docs/card.md describes them.
+    """
+
+    path: Path
+    dry_run: bool = False
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that is measured."""
+        return torch.device("cpu" if self.dry_run else "cuda")
+
+    def add(self, case: str, values: Mapping[str, Any]) -> None:
+        """Adds a case, or more values of a case."""
+        self.cases[case] = {**self.cases.get(case, {}), **values}
+        files.write_json(self.path, self.cases)
+
+    def add_all(self, prefix: str, cases: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds cases whose names begin with `prefix`."""
+        for case, values in cases.items():
+            self.add(f"{prefix}/{case}", values)
+
+
+def run_stage(module: str, path: Path, dry_run: bool) -> None:
+    """Runs a stage in this process: `run(record)` of the named module."""
+    record = Record(path, dry_run)
+    importlib.import_module(module).run(record)
+    if not record.cases:
+        raise SystemExit(f"{module} measured nothing")
+
+
+def read_cases(path: Path) -> dict[str, dict[str, Any]]:
+    """The cases that a stage has written.
+
+    Raises:
+        FileNotFoundError: the stage wrote no file.
+        ValueError: the file is not the record of a stage.
+    """
+    cases = json.loads(path.read_text(errors="replace"))
+    if not isinstance(cases, dict) or not all(isinstance(values, dict) for values in cases.values()):
+        raise ValueError("expected an object of objects")
+    return cases

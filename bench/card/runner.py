@@ -1,0 +1,288 @@
+"""The prepared run on a GPU: `python -m bench.card [--stages a,b] [--out DIR] [--dry-run]`.
+
+Each stage is a process with a deadline. If it fails or exceeds the deadline, what it had measured is kept,
+and the next stage begins. The results file, <card>-<date>.json, is rewritten after every stage; docs/card.md
+describes it. The exit code is 0 only if every stage held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.card import record
+from clsp_fast import console
+from clsp_fast.kernels import _launch
+from clsp_fast.storage import files
+
+ROOT = machine.ROOT
+WHEELS = ROOT / ".card"
+DRY_RUN_DEADLINE_S = 120.0
+"""Deadline of each stage in a dry run."""
+KILL_AFTER_S = 2.0
+"""Seconds between the two signals that end a stage: SIGTERM and SIGKILL."""
+
+
+HIDDEN = {
+    *("area", "stage", "commit", "dirty", "peer"),
+    *("ms", "min_ms", "spread", "n", "peak_mib", "total_mib"),
+}
+"""Values of a case that are not named in the table: it shows them in columns, or not at all."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run. `run(record)` of its module measures it."""
+
+    name: str
+    deadline_s: float
+    module: str
+    what: str
+
+
+STAGES = (
+    Stage("ceilings", 35, "bench.card.ceilings", "copy, matrix product, versions, noise"),
+    Stage("tests", 70, "bench.card.checks", "GPU tests, then the tests of kernels, loss and model"),
+    Stage("sanitizer", 45, "bench.card.sanitizer", "memcheck of the loss, ranks and top-k"),
+    Stage("loss", 85, "bench.card.loss", "loss and gradients in total and by part, beside peers"),
+    Stage("similarity", 35, "bench.card.similarity", "ranks and top-k, beside torch"),
+    Stage("model", 95, "bench.card.model", "forward pass and training step of base and xlarge"),
+    Stage("train", 40, "bench.card.train", "a short run, resumed bit for bit"),
+    Stage("sweep", 85, "bench.card.sweep", "tiles of the loss kernels at 16,384 pairs"),
+)
+
+
+@console.command
+def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = STAGES) -> int:
+    """Command line; returns the exit code."""
+    options = _parse(arguments, stages)
+    if options.module:
+        record.run_stage(options.module, options.record, options.dry_run)
+        return 0
+    if not options.dry_run:
+        if not torch.cuda.is_available():
+            raise SystemExit("no CUDA device was found; --dry-run goes through all stages on a CPU")
+        check_installed_kernels()
+    options.out.mkdir(parents=True, exist_ok=True)
+    computer = describe_card()
+    print(machine.line(computer), flush=True)
+    document = new_document(computer, options.dry_run)
+    path = options.out / f"{machine.short_name(computer)}-{document['date']}.json"
+    chosen = [stage for stage in stages if stage.name in options.stages]
+    try:
+        for stage in chosen:
+            outcome, cases = run_stage(stage, options.out, options.dry_run)
+            add_stage(document, stage, outcome, cases)
+            files.write_json(path, document)
+            print(stage_line(stage.name, outcome), flush=True)
+            if outcome["status"] == "interrupted":
+                break
+    finally:
+        print(f"\n{table(document)}\n\nwritten to {path}", flush=True)
+    if outcome["status"] == "interrupted":
+        return 130
+    return int(not all(outcome["held"] for outcome in document["stages"].values()))
+
+
+def describe_card() -> dict[str, Any]:
+    """`machine.describe`, with the versions of triton and of the driver."""
+    computer = machine.describe()
+    computer["versions"] |= {"triton": machine.version("triton"), "driver": _driver()}
+    return computer
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def new_document(computer: Mapping[str, Any], dry_run: bool) -> dict[str, Any]:
+    """The results file without stages. Outside git, the commit is the one that the wheel was built from."""
+    commit, dirty = machine.commit()
+    built_from = WHEELS / "built-from.json"
+    if commit == "unknown" and built_from.exists():
+        built = json.loads(built_from.read_text())
+        commit, dirty = built["commit"], built["dirty"]
+    date = datetime.date.today().isoformat()
+    return {
+        "format": 1,
+        "date": date,
+        "dry_run": dry_run,
+        "commit": commit,
+        "dirty": dirty,
+        "machine": computer,
+        "stages": {},
+        "cases": {},
+    }
+
+
+def add_stage(
+    document: dict[str, Any],
+    stage: Stage,
+    outcome: Mapping[str, Any],
+    cases: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Adds a stage and its cases to the results."""
+    document["stages"][stage.name] = dict(outcome)
+    shared = {"area": "card", "stage": stage.name, "commit": document["commit"], "dirty": document["dirty"]}
+    document["cases"] |= {name: {**shared, **values} for name, values in cases.items()}
+
+
+def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Runs a stage in a process and waits for its end, but not beyond its deadline.
+
+    Returns:
+        The outcome, and the cases that the stage measured. The outcome has "status": "done", "failed",
+        "deadline" or "interrupted"; "held": whether it is done and no case of clsp_fast has an error;
+        "seconds"; "deadline_s"; and, if it did not end well, "reason".
+    """
+    deadline_s = max(stage.deadline_s, DRY_RUN_DEADLINE_S) if dry_run else stage.deadline_s
+    path, log = out / f"{stage.name}.json", out / "log.txt"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench.card", "--module", stage.module, "--record", str(path)]
+    environment = dict(os.environ)
+    if dry_run:
+        # With one thread, processes that share the cores with others do not wait for their threads.
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    started, log_start = time.perf_counter(), log.stat().st_size if log.exists() else 0
+    with log.open("ab") as output:
+        output.write(f"\n== {stage.name}\n".encode())
+        output.flush()
+        process = subprocess.Popen(
+            command + ["--dry-run"] * dry_run,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            status = "failed" if process.wait(deadline_s) else "done"
+        except subprocess.TimeoutExpired:
+            status = "deadline"
+        except KeyboardInterrupt:
+            status = "interrupted"
+        _end_group(process)
+    outcome = {"status": status, "seconds": round(time.perf_counter() - started, 1), "deadline_s": deadline_s}
+    if status == "failed":
+        outcome["reason"] = f"exit code {process.returncode}: {_last_line(log, log_start)}"
+    try:
+        cases = record.read_cases(path)
+    except (OSError, ValueError) as error:
+        cases = {}
+        if status == "done":
+            outcome |= {"status": "failed", "reason": f"no readable record: {error}"}
+    if cases:
+        path.unlink()
+    bad = [name for name, values in cases.items() if "error" in values and not values.get("peer")]
+    if bad:
+        outcome.setdefault("reason", f"{', '.join(bad[:5])}: {cases[bad[0]]['error']}")
+    return outcome | {"held": outcome["status"] == "done" and not bad}, cases
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends what is left of a stage: its process, and the processes that it started."""
+    for number, wait_s in ((signal.SIGTERM, KILL_AFTER_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+    process.wait()
+
+
+def _last_line(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 20_000))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def stage_line(name: str, outcome: Mapping[str, Any]) -> str:
+    """One line about a stage, for the terminal."""
+    status = outcome["status"] if outcome["held"] or outcome["status"] != "done" else "errors"
+    time_s = f"{outcome['seconds']:.1f} of {outcome['deadline_s']:.0f} s"
+    return f"{name:11s} {status:11s} {time_s:16s} {outcome.get('reason', '')}".rstrip()
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """The cases of all stages, then the stages, as aligned lines. Lists of kernels are left out."""
+    lines = []
+    for name, case in document["cases"].items():
+        if "error" in case or "missing" in case:
+            lines.append(f"{name:50s} " + (case.get("error") or f"missing: {case['missing']}")[:100])
+            continue
+        time_ms = f"{case['ms']:9.3f} ms" if "ms" in case else " " * 12
+        spread = f"{case['spread']:4.0%}" if "spread" in case else " " * 4
+        memory = f"{case['peak_mib']:6.0f} MiB" if "peak_mib" in case else " " * 10
+        hidden = HIDDEN | ({"agreement"} if "ms" in case else set())
+        rest = [
+            f"{key} {_short(value)}"
+            for key, value in case.items()
+            if key not in hidden and not isinstance(value, (dict, list))
+        ]
+        lines.append(f"{name:50s} {time_ms} {spread} {memory} {', '.join(rest)}".rstrip())
+    return "\n".join(
+        [*lines, "", *(stage_line(name, outcome) for name, outcome in document["stages"].items())]
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:60]
+
+
+def check_installed_kernels() -> None:
+    """Refuses to measure kernels that are not those of this folder: they come from the installed wheel."""
+    folder = Path(_launch.__file__).parent
+    differing = [
+        path.name
+        for path in sorted((ROOT / "kernels").glob("*.py"))
+        if not (folder / path.name).is_file() or (folder / path.name).read_bytes() != path.read_bytes()
+    ]
+    if differing:
+        names = ", ".join(differing)
+        raise SystemExit(
+            f"the installed clsp_fast.kernels differ from kernels/ ({names}): "
+            "make the wheels again and install them"
+        )
+
+
+def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse.Namespace:
+    names = [stage.name for stage in stages]
+    parser = argparse.ArgumentParser(prog="python -m bench.card", description=__doc__)
+    parser.add_argument("--stages", default=",".join(names), help=f"default: {','.join(names)}")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs/card", help="folder of the results, default runs/card"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny sizes on the CPU, with kernels in Triton's interpreter"
+    )
+    parser.add_argument("--module", help=argparse.SUPPRESS)
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.stages = [name for name in options.stages.split(",") if name]
+    unknown = [name for name in options.stages if name not in names]
+    if unknown or not options.stages:
+        parser.error(f"unknown stage {', '.join(unknown) or 'none'}; the stages are {', '.join(names)}")
+    options.out = options.out.absolute()
+    return options

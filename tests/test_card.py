@@ -1,0 +1,278 @@
+"""The prepared run on a card: its dry run, and stages that fail, hang, or write no record."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import plot
+from bench.card import runner, timing, wheels
+from bench.card.runner import STAGES, Stage, main
+
+ROOT = Path(__file__).parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text()
+# Cases of each stage that the dry run must have, and a value that each of them must have.
+EXPECTED = {
+    "ceilings": {"ceilings/product": "tflops", "ceilings/copy": "tb_per_s", "ceilings/noise": None},
+    "tests": {"tests/gpu": "passed"},
+    "sanitizer": {"sanitizer/without the sanitizer": "passed", "sanitizer/memcheck": "missing"},
+    "loss": {
+        "loss/40/clsp_fast": "ms",
+        "loss/40/clsp_fast, second time": "ms",
+        "loss/40/dense, one product": "ms",
+        "loss/40/the recipe's and open_clip's form": "ms",
+        "loss/40/chunked cross-entropy": "ms",
+        "loss/40/memeff": "missing",
+        "loss/40/clsp_fast/forward": "peak_mib",
+        "loss/40/clsp_fast/backward": "peak_mib",
+        "loss/40/sigmoid/clsp_fast": "ms",
+        "loss/40/variants/clsp_fast, two captions": "ms",
+    },
+    "similarity": {"ranks/200/bfloat16/clsp_fast": "ms", "topk/2000/float32/torch.topk in chunks": "ms"},
+    "model": {
+        "model/tiny/forward, ragged": "audio_s_per_s",
+        "model/tiny/step, equal": "audio_s_per_s",
+        "model/tiny/step, equal, recomputed layers": "audio_s_per_s",
+        "model/tiny/step, equal: kernels": "kernels",
+        "model/depthwise convolution of 31 frames/both": "ms",
+    },
+    "train": {"train/card": "losses", "train/resumed": "equal", "train/CPU": "steps"},
+    "sweep": {"sweep/panel/32 x 64 x 32, 4 warps, 1 stages": "ms"},
+}
+FAKES = {
+    "good": "record.add('good/a', {'ms': 1.0, 'spread': 0.1, 'n': 3, 'peak_mib': 2.0})",
+    "failing": "record.add('failing/a', {'ms': 2.0}); raise RuntimeError('a fault of the card')",
+    "hanging": (
+        "record.add('hanging/a', {'ms': 3.0});"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        "record.path.with_name('child.txt').write_text(str(child.pid)); time.sleep(600)"
+    ),
+    "garbage": "record.cases['x'] = {}; record.path.write_text('[1, {')",
+    "silent": "pass",
+    "erring": "record.add('erring/a', {'error': 'disagrees'}); record.add('erring/b', {'ms': 4.0})",
+    "without_peers": "record.add('without_peers/a', {'peer': True, 'error': 'no'})",
+}
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
+    """Stages that do not measure. They keep their deadlines in a dry run."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    for name, code in FAKES.items():
+        text = f"import subprocess, sys, time\n\n\ndef run(record):\n    {code}\n"
+        (folder / f"fake_{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(runner, "DRY_RUN_DEADLINE_S", 0.0)
+    return {name: Stage(name, 60.0, f"fake_{name}", name) for name in FAKES}
+
+
+def results(out: Path) -> dict[str, Any]:
+    (path,) = out.glob("*-20*.json")
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process has ended. One that nobody has waited for still has an entry, in state Z."""
+    path = Path(f"/proc/{process}/stat")
+    return not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.slow
+def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.card", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    log = (tmp_path / "log.txt").read_text() if (tmp_path / "log.txt").exists() else ""
+    assert done.returncode == 0, done.stdout + done.stderr + log[-5000:]
+    document = results(tmp_path)
+    assert list(document["stages"]) == [stage.name for stage in STAGES] == list(EXPECTED)
+    assert document["dry_run"]
+    assert {"triton", "driver", "torch", "numpy", "python", "clsp_fast"} <= document["machine"][
+        "versions"
+    ].keys()
+    for stage, cases in EXPECTED.items():
+        assert document["stages"][stage]["held"], document["stages"][stage]
+        assert f"\n{stage} " in done.stdout
+        for name, value in cases.items():
+            case = document["cases"][name]
+            assert case["stage"] == stage
+            assert value is None or value in case, (name, case)
+            assert "ms" not in case or case["ms"] > 0
+    assert document["cases"]["train/resumed"]["equal"]
+    assert sorted(path.name for path in tmp_path.iterdir())[1:] == ["log.txt"]
+
+
+@pytest.mark.slow
+def test_a_bad_stage_costs_only_itself(
+    tmp_path: Path, fakes: dict[str, Stage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes["hanging"] = Stage("hanging", 15.0, "fake_hanging", "hangs")
+    out = tmp_path / "out"
+    assert main(["--dry-run", "--out", str(out)], stages=tuple(fakes.values())) == 1
+    document = results(out)
+    outcomes = document["stages"]
+    assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
+        "good": "done",
+        "failing": "failed",
+        "hanging": "deadline",
+        "garbage": "failed",
+        "silent": "failed",
+        "erring": "done",
+        "without_peers": "done",
+    }
+    assert [name for name, outcome in outcomes.items() if outcome["held"]] == ["good", "without_peers"]
+    assert "a fault of the card" in outcomes["failing"]["reason"]
+    assert "no readable record" in outcomes["garbage"]["reason"]
+    assert "measured nothing" in outcomes["silent"]["reason"]
+    assert outcomes["erring"]["reason"] == "erring/a: disagrees"
+    times = {name: case["ms"] for name, case in document["cases"].items() if "ms" in case}
+    assert times == {"good/a": 1.0, "failing/a": 2.0, "hanging/a": 3.0, "erring/b": 4.0}
+    assert 15.0 <= outcomes["hanging"]["seconds"] < 30.0
+    assert has_ended(int((out / "child.txt").read_text()))
+    printed = capsys.readouterr().out
+    assert "hanging     deadline" in printed
+    assert "erring      errors" in printed
+    assert "good/a" in printed
+
+
+def test_ctrl_c_keeps_what_was_done(tmp_path: Path, fakes: dict[str, Stage]) -> None:
+    out = tmp_path / "out"
+
+    def interrupt() -> None:
+        while not (out / "child.txt").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    stages = (fakes["good"], fakes["hanging"], fakes["erring"])
+    assert main(["--dry-run", "--out", str(out)], stages=stages) == 130
+    document = results(out)
+    assert {name: outcome["status"] for name, outcome in document["stages"].items()} == {
+        "good": "done",
+        "hanging": "interrupted",
+    }
+    assert document["cases"].keys() == {"good/a", "hanging/a"}
+    assert has_ended(int((out / "child.txt").read_text()))
+
+
+def test_only_the_named_stages_run(tmp_path: Path, fakes: dict[str, Stage]) -> None:
+    out = tmp_path / "out"
+    assert main(["--dry-run", "--stages", "good", "--out", str(out)], stages=tuple(fakes.values())) == 0
+    assert list(results(out)["stages"]) == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stages", "loss,los"], "unknown stage los; the stages are ceilings, tests, "),
+        (["--stages", ","], "unknown stage none"),
+    ],
+)
+def test_an_unknown_stage_is_named(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_card_the_dry_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device was found; --dry-run"):
+        main(["--out", str(tmp_path)])
+
+
+def test_kernels_that_are_not_installed_are_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    monkeypatch.setattr(runner._launch, "__file__", str(ROOT / "kernels/_launch.py"))
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    runner.check_installed_kernels()
+    with (tmp_path / "kernels/rank.py").open("a") as file:
+        file.write("\n")
+    with pytest.raises(SystemExit, match=r"differ from kernels/ \(rank.py\): make the wheels again"):
+        runner.check_installed_kernels()
+
+
+def test_the_run_takes_about_eight_minutes() -> None:
+    assert sum(stage.deadline_s for stage in STAGES) <= 500
+
+
+def test_outside_git_the_commit_is_that_of_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.machine, "commit", lambda: ("unknown", True))
+    monkeypatch.setattr(runner, "WHEELS", tmp_path)
+    assert runner.new_document({}, True)["commit"] == "unknown"
+    (tmp_path / "built-from.json").write_text('{"commit": "0123456789ab", "dirty": false}')
+    document = runner.new_document({}, True)
+    assert (document["commit"], document["dirty"]) == ("0123456789ab", False)
+
+
+def test_the_results_lie_beside_those_of_other_machines(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "bench/results", tmp_path / "results")
+    document = runner.new_document({"gpu": "NVIDIA H100"}, False)
+    outcome = {"status": "done", "held": True, "seconds": 1.0, "deadline_s": 2.0}
+    runner.add_stage(document, STAGES[0], outcome, {"ceilings/copy": {"ms": 1.5, "spread": 0.01}})
+    document["date"] = "9999-12-31"
+    (tmp_path / "results/card.json").write_text(json.dumps(document))
+    for area in ("loss", "frontend"):
+        assert plot.newest(tmp_path / "results", area) == plot.newest(ROOT / "bench/results", area)
+    assert "ceilings/copy" in runner.table(document)
+
+
+def test_a_provider_that_fails_costs_only_itself() -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    device = runner.torch.device("cpu")
+    times = timing.time_together({"a": [lambda: None], "b": [fail], "c": [lambda: None]}, device)
+    assert "out of memory" in times["b"]["error"]
+    assert all({"ms", "spread", "n", "host_ms"} <= times[name].keys() for name in "ac")
+
+
+def test_the_docs_name_every_stage_with_its_deadline() -> None:
+    text = (ROOT / "docs/card.md").read_text()
+    for stage in STAGES:
+        assert f"| `{stage.name}` | {stage.deadline_s:.0f} s |" in text
+    assert f"All deadlines together are {sum(stage.deadline_s for stage in STAGES):.0f} s." in text
+
+
+def test_every_wheel_has_a_fixed_version() -> None:
+    versions = wheels.pinned_versions()
+    packages = (*wheels.REQUIRED, *wheels.FOR_TESTS, *wheels.PEERS, *wheels.BUILD_TOOLS)
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", wheels.requirement(name, versions)) for name in packages)
+    required = re.findall(r'"(\w+)>=', re.split(r"^dependencies", PROJECT, flags=re.M)[1].split("]")[0])
+    on_the_machine = {"einops", "numpy", "safetensors", "tokenizers", "torch"}
+    assert set(required) == on_the_machine | {"soundfile", "tyro"}
+    assert {"soundfile", "tyro"} <= set(wheels.REQUIRED)
+
+
+def test_without_python_312_the_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("PYTHON312", raising=False)
+    with pytest.raises(SystemExit, match=r"needs Python 3\.12.*set PYTHON312="):
+        wheels.find_python()
+    old = tmp_path / "python3.12"
+    old.write_text("#!/bin/sh\necho 3.11\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PYTHON312", str(old))
+    with pytest.raises(SystemExit, match="is not one"):
+        wheels.find_python()
+    old.write_text("#!/bin/sh\necho 3.12\n")
+    assert wheels.find_python() == str(old)
+    monkeypatch.delenv("PYTHON312")
+    assert wheels.find_python() == str(old)
