@@ -57,9 +57,12 @@ def captions_of(offset, i_R, inside_R, SINGLE: tl.constexpr):
     SINGLE says that text i is the only caption of row i. Then there are neither `order` nor `offset`.
     """
     if SINGLE:
-        return i_R, inside_R.to(tl.int32)
-    first_R = tl.load(offset + i_R, mask=inside_R, other=0)
-    return first_R, tl.load(offset + i_R + 1, mask=inside_R, other=0) - first_R
+        first_R = i_R
+        count_R = inside_R.to(tl.int32)
+    else:
+        first_R = tl.load(offset + i_R, mask=inside_R, other=0)
+        count_R = tl.load(offset + i_R + 1, mask=inside_R, other=0) - first_R
+    return first_R, count_R
 
 
 @triton.jit

@@ -78,19 +78,21 @@ def _sums_of_weights(rows, CAPTIONS: tl.constexpr, SINGLE: tl.constexpr, WEIGHTE
     """
     count_R = rows[5]
     one_R = tl.zeros_like(count_R).to(tl.float64) + 1.0
-    if not WEIGHTED:
-        return one_R, tl.maximum(count_R, 1).to(tl.float64), count_R > 0
-    longest = tl.max(count_R, 0)
-    largest_R = one_R * 0.0
-    for start in range(0, longest, CAPTIONS):
-        weight_RC = _load_captions(rows, one_R, one_R, start, CAPTIONS, SINGLE, WEIGHTED)[4]
-        largest_R = tl.maximum(largest_R, tl.max(weight_RC, 1))
-    captioned_R = largest_R > 0
-    largest_R = tl.where(captioned_R, largest_R, 1.0)
-    total_R = one_R * 0.0
-    for start in range(0, longest, CAPTIONS):
-        weight_RC = _load_captions(rows, largest_R, one_R, start, CAPTIONS, SINGLE, WEIGHTED)[4]
-        total_R += tl.sum(tl.where(weight_RC > 0, weight_RC, 0.0), 1)
+    largest_R = one_R
+    total_R = count_R.to(tl.float64)
+    captioned_R = count_R > 0
+    if WEIGHTED:
+        longest = tl.max(count_R, 0)
+        largest_R = one_R * 0.0
+        for start in range(0, longest, CAPTIONS):
+            weight_RC = _load_captions(rows, one_R, one_R, start, CAPTIONS, SINGLE, WEIGHTED)[4]
+            largest_R = tl.maximum(largest_R, tl.max(weight_RC, 1))
+        captioned_R = largest_R > 0
+        largest_R = tl.where(captioned_R, largest_R, 1.0)
+        total_R = one_R * 0.0
+        for start in range(0, longest, CAPTIONS):
+            weight_RC = _load_captions(rows, largest_R, one_R, start, CAPTIONS, SINGLE, WEIGHTED)[4]
+            total_R += tl.sum(tl.where(weight_RC > 0, weight_RC, 0.0), 1)
     return largest_R, tl.where(captioned_R, total_R, 1.0), captioned_R
 
 
@@ -352,6 +354,7 @@ def softmax_terms(
             WEIGHTED=weights is not None,
             WEIGHT_SLOPE=weight_slope,
             SMOOTHING=smoothing,
+            maxnreg=128,  # with fewer registers, some variants would spill a few
             **OPTIONS,
         )
     return results

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ from clsp_fast.contrastive.gather import Shards
 from clsp_fast.contrastive.positives import Pairs, Positives
 from clsp_fast.contrastive.positives import softmax_loss as softmax_loss_of_torch
 from clsp_fast.contrastive.problem import Problem
+from clsp_fast.kernels import grouping, loss_terms, positives
 from clsp_fast.kernels import loss as kernels
 from clsp_fast.kernels.grouping import group_by_owner
 from clsp_fast.kernels.loss import (
@@ -23,6 +29,7 @@ from clsp_fast.kernels.loss import (
 )
 from clsp_fast.kernels.loss_terms import softmax_terms
 
+MODULES = (grouping, positives, loss_terms, kernels)
 # Triton's interpreter computes with numpy, which warns about infinities that the kernels intend.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 OWNERS = {
@@ -220,3 +227,17 @@ def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> 
     factors = kernels._loss_total(*total)[1]
     last = (scale, factors, scale, slopes, None, None, None, CLIPS, CLIPS, 4, False, 0.0)
     torch.library.opcheck(kernels._loss_slopes, last, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_variant_compiles_without_a_spill() -> None:
+    """Another process compiles, because this one may interpret kernels."""
+    script = Path(__file__).parent / "loss_launches.py"
+    settings = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=settings, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    variants = [json.loads(line) for line in done.stdout.splitlines()]
+    names = [variant["kernel"] for variant in variants]
+    assert set(names) == {name for module in MODULES for name in module.KERNELS}
+    assert names.count("softmax_terms") >= 5
+    for variant in variants:
+        assert variant["spills"] == variant["atomics"] == 0, variant
