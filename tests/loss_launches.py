@@ -36,7 +36,7 @@ def options() -> list[dict[str, Any]]:
         {"text_owner": owner, "weights": weights.requires_grad_(), "label_smoothing": 0.1},
     ]
     cases = [a | b | c for a, b, c in itertools.product(owners, kinds, smoothing)] + weighted
-    return cases + [{"normalize": True}, {"normalize": True, "text_owner": owner, "label_smoothing": 0.1}]
+    return [*cases, {"normalize": True}, {"normalize": True, "text_owner": owner, "label_smoothing": 0.1}]
 
 
 def launch_all() -> None:
