@@ -166,6 +166,17 @@ def _embed_queries(config: SearchConfig, model: CLSP) -> Tensor:
 
 def _exact(embeddings: Embeddings, queries_QD: Tensor, k: int, shards: range) -> tuple[Tensor, Tensor]:
     """The best k of some shards. The number of an embedding is shard * shard_rows + row."""
+    rows_of_shard = embeddings.header.shard_rows
+    parts = [(shard * rows_of_shard, embeddings.shards[shard]) for shard in shards]
+    parts = [(first, rows) for first, rows in parts if len(rows)]
+    try:
+        result = similarity.topk_of_parts(queries_QD, parts, min(k, sum(len(rows) for _, rows in parts)))
+    except similarity.RowError as error:
+        shard, row = divmod(error.row, rows_of_shard)
+        name = embeddings.header.shard(Path(), shard)
+        raise ValueError(f"{name}: database_ND must be finite, got NaN or infinity in row {row}") from error
+    if result is not None:
+        return result
     scores = [queries_QD.new_empty(len(queries_QD), 0)]
     numbers = [torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)]
     for shard in shards:

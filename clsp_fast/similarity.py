@@ -1,9 +1,9 @@
 """Retrieval ranks and nearest neighbours from embeddings, in tiles: the similarity matrix never exists.
 
-On CUDA, the kernels of `clsp_fast.kernels.rank` compute and compare scores. On the CPU, the C++ extension
-does so for float32 and 16-bit embeddings. All other cases run in plain torch: `ranks_reference` and
-`topk_reference`. The extension adds the D products of a score in one fixed order. So equal rows have equal
-scores, and no result depends on the number of threads.
+On CUDA, the kernels of `clsp_fast.kernels.rank` and `.neighbours` compute and compare scores. On the CPU,
+the C++ extension does so for float32 and 16-bit embeddings. All other cases run in plain torch:
+`ranks_reference` and `topk_reference`. The extension adds the D products of a score in one fixed order. So
+equal rows have equal scores, and no result depends on the number of threads.
 
 Shape suffixes: M audio rows, N text rows or database rows, Q queries, D joint dimension, R rows and C columns
 of one tile, K neighbours.
@@ -12,6 +12,7 @@ of one tile, K neighbours.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clsp_fast import _C
+from clsp_fast.row_stream import device_chunks
 
 Database: TypeAlias = Tensor | NDArray[Any]
 MOST_NEIGHBOURS = 1024
@@ -29,6 +31,14 @@ _TILE_ROWS = 1024
 _CHUNK_ROWS = 16_384
 # Multiply-adds in one call of the extension: some seconds of work. Ctrl-C has an effect only between calls.
 _WORK_AT_ONCE = 2**37
+
+
+class RowError(ValueError):
+    """A row of the database is not finite; `row` is its number."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"database_ND must be finite, got NaN or infinity in row {row}")
+        self.row = row
 
 
 class Ranks(NamedTuple):
@@ -60,7 +70,7 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
         ValueError: shapes differ, an owner is out of range, or a value is not finite.
     """
     owner_N = _check_ranks(audio_MD, text_ND, text_owner)
-    kernels = _kernels(audio_MD, text_ND)
+    kernels = _kernels("rank", audio_MD, text_ND)
     if kernels is not None:
         return Ranks(*kernels.rank_counts(audio_MD, text_ND, owner_N))
     audio_MD, text_ND = (_widened(x) for x in (audio_MD, text_ND))
@@ -121,13 +131,14 @@ def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
 def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
     """The k database rows that have the largest inner products with each query, best first; exact.
 
-    Equal scores come in the order of the database. The database is read once, in chunks, so that a
-    memory-mapped file may be larger than memory.
+    Equal scores come in the order of the database. The database is read in chunks, so that a memory-mapped
+    file may be larger than memory. It is read once, and on CUDA a second time if many scores are almost
+    equal.
 
     Args:
         queries_QD: floating (Q, D).
-        database_ND: (N, D), a floating tensor, numpy array or memmap. Each chunk is converted to the dtype
-            and device of the scores.
+        database_ND: (N, D), a floating tensor, numpy array or memmap, on any device. The search runs on the
+            device of the queries.
         k: number of neighbours, from 1 to min(1024, N).
 
     Returns:
@@ -138,14 +149,52 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
         ValueError: shapes differ, k is out of range, a value is not finite, or inner products overflow.
     """
     _check_topk(queries_QD, database_ND, k)
-    kernels = _kernels(queries_QD, database_ND)
-    if kernels is not None and k <= kernels.MOST_NEIGHBOURS:
-        scores_QK, index_QK = kernels.topk(queries_QD, database_ND, k)
-        return scores_QK, index_QK
+    kernels = _topk_kernels(queries_QD, [database_ND], k)
+    if kernels is not None:
+        return _kernel_topk(kernels, queries_QD, [(0, database_ND)], k)
+    if not _is_finite(queries_QD):
+        raise ValueError("queries_QD must be finite, got NaN or infinity")
     queries_QD = _widened(queries_QD)
     if _fits_engine(queries_QD):
         return _engine_topk(queries_QD, database_ND, k)
     return topk_reference(queries_QD, database_ND, k)
+
+
+def topk_of_parts(
+    queries_QD: Tensor, parts: Sequence[tuple[int, Database]], k: int
+) -> tuple[Tensor, Tensor] | None:
+    """`topk` by the kernels in a database of several matrices; None if the kernels do not support it.
+
+    Args:
+        queries_QD: floating (Q, D).
+        parts: the number of the first row, ascending, and the rows of each matrix.
+        k: number of neighbours, from 1 to the number of all rows.
+    """
+    for _, rows in parts:
+        _check_topk(queries_QD, rows, 1)
+    kernels = _topk_kernels(queries_QD, [rows for _, rows in parts], k)
+    return None if kernels is None or not parts else _kernel_topk(kernels, queries_QD, parts, k)
+
+
+def _topk_kernels(queries_QD: Tensor, databases: Sequence[Database], k: int) -> Any:
+    """The module of GPU kernels if it can search these databases, otherwise None."""
+    narrow = all(rows.dtype.itemsize <= 4 and rows.shape[1] > 0 for rows in databases)
+    kernels = _kernels("neighbours", queries_QD) if narrow else None
+    return kernels if kernels is not None and k <= kernels.MOST_NEIGHBOURS else None
+
+
+def _kernel_topk(
+    kernels: Any, queries_QD: Tensor, parts: Sequence[tuple[int, Database]], k: int
+) -> tuple[Tensor, Tensor]:
+    """`topk` by the kernels. Rows that are not on the device are copied there in chunks."""
+    neighbours = kernels.Neighbours(queries_QD, k)
+    for first, chunk_CD in device_chunks(parts, queries_QD.device):
+        neighbours.add(first, chunk_CD)
+    try:
+        scores_QK, index_QK = neighbours.result(lambda: device_chunks(parts, queries_QD.device))
+    except kernels.RowError as error:
+        raise RowError(error.row) from None
+    return scores_QK, index_QK
 
 
 def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +204,7 @@ def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[T
     for start in range(0, len(database_ND), _CHUNK_ROWS):
         chunk_CD = _as_tensor(database_ND[start : start + _CHUNK_ROWS]).to(queries_QD)
         if not _is_finite(chunk_CD):
-            _refuse_row(start + int((~chunk_CD.isfinite().all(1)).nonzero()[0]))
+            raise RowError(start + int((~chunk_CD.isfinite().all(1)).nonzero()[0]))
         tiles = [_best(rows_RD @ chunk_CD.T, k) for rows_RD in torch.split(queries_QD, _TILE_ROWS)]
         # The stable sort keeps equal scores in their order, and rows of earlier chunks come first.
         both_QK = torch.cat([scores_QK, torch.cat([values for values, _ in tiles])], dim=1)
@@ -188,7 +237,7 @@ def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Ten
         chunk = _float32_rows(database_ND[start : start + step])
         bad = _C.update_best(queries, chunk, first_row=start, scores=scores, index=index, num_threads=threads)
         if bad is not None:
-            _refuse_row(start + bad)
+            raise RowError(start + bad)
     if (index < 0).any():
         raise ValueError("queries_QD and database_ND are too large: their inner products overflow float32")
     return torch.from_numpy(scores), torch.from_numpy(index)
@@ -218,9 +267,9 @@ def _fits_engine(*tensors: Tensor) -> bool:
     return all(x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] > 0 for x in tensors)
 
 
-def _kernels(*tensors: Database) -> Any:
-    """The module of GPU kernels; None if it does not support the tensors or Triton is not installed."""
-    if not all(isinstance(x, Tensor) and x.is_cuda and x.dtype != torch.float64 for x in tensors):
+def _kernels(module: str, *tensors: Tensor) -> Any:
+    """A module of GPU kernels; None if it does not support the tensors or Triton is not installed."""
+    if not all(x.is_cuda and x.dtype != torch.float64 for x in tensors):
         return None
     try:
         launch = importlib.import_module("clsp_fast.kernels._launch")
@@ -228,7 +277,7 @@ def _kernels(*tensors: Database) -> Any:
         return None
     if not all(launch.supports(x.device) for x in tensors):
         return None
-    return importlib.import_module("clsp_fast.kernels.rank")
+    return importlib.import_module(f"clsp_fast.kernels.{module}")
 
 
 def _as_tensor(rows: Database) -> Tensor:
@@ -254,23 +303,34 @@ def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -
             "audio_MD and text_ND must be matrices with the same number of columns, "
             f"got {tuple(audio_MD.shape)} and {tuple(text_ND.shape)}"
         )
-    owner_N = (
-        torch.arange(n, device=audio_MD.device) if text_owner is None else text_owner.to(audio_MD.device)
-    )
-    if owner_N.shape != (n,) or (n and not 0 <= int(owner_N.min()) <= int(owner_N.max()) < m):
-        raise ValueError(f"text_owner must hold {n} indices in 0..{m - 1}")
-    if not (_is_finite(audio_MD) and _is_finite(text_ND)):
+    wrong_owner = ValueError(f"text_owner must hold {n} indices in 0..{m - 1}")
+    if text_owner is None:
+        if n > m:
+            raise wrong_owner
+        owner_N = torch.arange(n, device=audio_MD.device)
+    else:
+        owner_N = text_owner.to(audio_MD.device)
+    if owner_N.shape != (n,):
+        raise wrong_owner
+    # All facts are read at once, because each reading waits for the device. If a sum is finite, so are all
+    # values, and a sum is several times cheaper than a check of each value.
+    facts = [_sum(x).isfinite() for x in (audio_MD, text_ND)]
+    if n:
+        facts.append((owner_N >= 0).all() & (owner_N < m).all())
+    audio_is_finite, text_is_finite, *owners_fit = torch.stack(facts).tolist()
+    if not all(owners_fit):
+        raise wrong_owner
+    if not (audio_is_finite or _is_finite(audio_MD)) or not (text_is_finite or _is_finite(text_ND)):
         raise ValueError("audio_MD and text_ND must be finite, got NaN or infinity")
     return owner_N
 
 
+def _sum(x: Tensor) -> Tensor:
+    return x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def _is_finite(x: Tensor) -> bool:
-    # If the sum is finite, so are all values, and a sum is several times cheaper than a check of each value.
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
-
-
-def _refuse_row(row: int) -> None:
-    raise ValueError(f"database_ND must be finite, got NaN or infinity in row {row}")
+    return bool(_sum(x).isfinite()) or bool(x.isfinite().all())
 
 
 def _check_topk(queries_QD: Tensor, database_ND: Database, k: int) -> None:
@@ -292,5 +352,3 @@ def _check_topk(queries_QD: Tensor, database_ND: Database, k: int) -> None:
     largest = min(MOST_NEIGHBOURS, len(database_ND))
     if not 1 <= k <= largest:
         raise ValueError(f"k must be in [1, {largest}] for {len(database_ND)} rows in database_ND, got {k}")
-    if not _is_finite(queries_QD):
-        raise ValueError("queries_QD must be finite, got NaN or infinity")

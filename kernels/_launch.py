@@ -59,12 +59,15 @@ _WIDE = {
     100: {2: Tile(128, 128, 64, 8, 4), 4: Tile(128, 64, 32, 8, 3)},
 }
 TILES = {
-    "lse": _WIDE,
+    # Target 100 has the registers for the tile and the column sums only with 16 warps.
+    "lse": _WIDE | {100: _WIDE[100] | {2: Tile(128, 128, 64, 16, 4)}},
+    "starved": {target: {2: Tile(128, 64, 64, 8, 2), 4: Tile(64, 64, 32, 8, 2)} for target in TARGETS},
     "panel": _WIDE,
     "softplus": _WIDE,
     "sigmoid_panel": _WIDE,
-    # With 256 columns, target 90 would spill registers when it compares a tile that has positives.
-    "rank": _WIDE | {90: _WIDE[90] | {2: Tile(128, 128, 64, 8, 4)}},
+    # With a depth of 32, target 89 would spill registers.
+    "rank": _WIDE | {89: _WIDE[89] | {4: Tile(64, 128, 16, 8, 3)}},
+    "maxima": _WIDE,
     # Registers must hold the tile and the neighbours kept.
     "topk": {target: {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 8, 4)} for target in TARGETS},
 }
@@ -169,6 +172,20 @@ def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
         return x_MD
     buffer = x_MD.new_empty(rows, -(-depth // step) * step)
     return buffer[:, :depth].copy_(x_MD)
+
+
+def check_operands(x: Tensor, y: Tensor) -> None:
+    """Raises ValueError or TypeError if shapes, dtypes or devices of two operands do not fit."""
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
+        raise ValueError(
+            "both sides must be matrices with the same, positive number of columns, "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if x.dtype != y.dtype or x.dtype not in DTYPES or x.device != y.device:
+        raise TypeError(
+            "both sides must share a dtype (bfloat16, float16 or float32) and a device, "
+            f"got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
+        )
 
 
 def score_arguments(kernel: str, x_MD: Tensor, y_ND: Tensor) -> dict[str, Any]:
@@ -277,14 +294,35 @@ def score_tile(
 
 
 @triton.jit
-def mask_positives(s, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile of logits with -inf at positive pairs (owner[j] = i), and beyond M and N."""
+def load_owners(owner, column, M, N, BN: tl.constexpr):
+    """The row of each column's positive; -1 if it is none of the M rows, -2 beyond N."""
+    # Each owner is loaded twice and reduced; otherwise, a thread would keep the owners of all its columns.
+    at = column + tl.arange(0, BN)[:, None] + tl.zeros([1, 2], tl.int32)
+    owner_N = tl.load(owner + at, mask=at < N, other=-1)
+    owner_N = tl.where((owner_N >= 0) & (owner_N < M), owner_N, -1)
+    return tl.max(tl.where(at < N, owner_N, -2).to(tl.int32), 1)
+
+
+@triton.jit
+def has_positives(owner_N, row, BM: tl.constexpr):
+    """Whether a tile of BM rows from `row` has a positive pair."""
+    return tl.max(((owner_N >= row) & (owner_N < row + BM)).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def positives_of_tile(owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """The result of `load_owners`, and whether the tile has a positive pair or an edge.
+
+    Most tiles have neither. They skip the comparison of all elements.
+    """
+    owner_N = load_owners(owner, column, M, N, BN)
+    return owner_N, has_positives(owner_N, row, BM) | (row + BM > M) | (column + BN > N)
+
+
+@triton.jit
+def mask_positives(s, owner_N, row, M, fill, BM: tl.constexpr):
+    """A tile with `fill` at positive pairs, and beyond M and N."""
     row_M = tl.arange(0, BM)
-    column_N = tl.arange(0, BN)
-    owner_N = tl.load(owner + column + column_N, mask=column_N < N - column, other=-1) - row
-    owner_N = tl.where((owner_N >= 0) & (owner_N < BM), owner_N, -1).to(tl.int32)
-    # Most tiles have no positive and no edge. They skip the comparison of all elements by one branch.
-    if (tl.max(owner_N, 0) >= 0) | (row + BM > M) | (column + BN > N):
-        inside = (row_M < M - row)[:, None] & (column_N < N - column)[None, :]
-        s = tl.where((owner_N[None, :] != row_M[:, None]) & inside, s, float("-inf"))
-    return s
+    clip_N = tl.where(owner_N < 0, owner_N, tl.maximum(owner_N - row, -1))
+    s = tl.where((row_M < M - row)[:, None], s, fill)
+    return tl.where((clip_N[None, :] == row_M[:, None]) | (clip_N == -2)[None, :], fill, s)

@@ -38,10 +38,16 @@ COMBINED_LANES = 128
 
 
 @triton.jit
-def logits(score, scale, bias, owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr, less=0.0):
-    """Base-2 logits of a tile of scores, less `less`; -inf where the pair is not negative."""
+def logits(score, scale, bias, owner_N, masked, row, M, BM: tl.constexpr, less=0.0):
+    """Base-2 logits of a tile of scores, less `less`; -inf where the pair is not negative.
+
+    `owner_N` and `masked` are the results of `positives_of_tile`. It is called before the product, so that
+    its loads are hidden behind those of the product.
+    """
     s = score * (tl.load(scale) * LOG2_E) + (tl.load(bias) * LOG2_E - less)
-    return mask_positives(s, owner, row, column, M, N, BM, BN)
+    if masked:
+        s = mask_positives(s, owner_N, row, M, float("-inf"), BM)
+    return s
 
 
 @triton.jit

@@ -34,11 +34,16 @@ from ._launch import (
     GROUP,
     OPTIONS,
     SIZES,
+    has_positives,
+    load_owners,
+    mask_positives,
     on_device,
     operand,
     panel_rows,
+    positives_of_tile,
     score_arguments,
     score_tile,
+    target_of,
     tile_grid,
     tile_position,
 )
@@ -62,10 +67,14 @@ __all__ = ["negative_lse", "negative_lse_reference", "negative_softplus", "negat
 _LN_2 = math.log(2.0)
 # Columns of the narrow tiles that the rare exact paths use: with wider ones, registers would spill.
 _PART = tl.constexpr(32)
-# If a column's sum, relative to the tile's peak, is below this, it is recomputed relative to the column's
-# peak. Above this, a term that underflowed to zero was less than 2^-30 of the sum, and the terms of 128 rows
-# together less than 2^-23.
-_STARVED = tl.constexpr(2.0**-96)
+# A sum of `terms` exponentials is starved if it is less than `terms` times this. An exponential that
+# underflowed to zero was less than 2^-126, so in a sum that is not starved, these are less than 2^-26 of it.
+_STARVED = tl.constexpr(2.0**-100)
+_LARGEST_EXPONENT = 126
+# The forward pass has about this many programs or more, of at most so many tiles. They are constants, so that
+# results do not depend on the card.
+_PROGRAMS = 1024
+_LONGEST_RUN = 16
 # A multiple of the size of every tile, and of COMBINED_LANES.
 _PADDING = 256
 # If a tile's normalisers are this close in base 2, exp2(s - low) (a_i + b_j) replaces two exponentials.
@@ -87,24 +96,169 @@ def negative_lse_reference(
     return s_MN.logsumexp(1), s_MN.logsumexp(0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _largest_square(x, row, M, stride, D: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr):
+    """The largest squared norm of BL rows."""
+    row_L = row + tl.arange(0, BL)
+    square_L = tl.zeros([BL], tl.float32)
+    for k in range(0, D, BK):
+        k_K = k + tl.arange(0, BK)
+        inside = (row_L < M)[:, None] & (k_K < D)[None, :]
+        x_LK = tl.load(x + row_L.to(tl.int64)[:, None] * stride + k_K[None, :], mask=inside, other=0.0)
+        x_LK = x_LK.to(tl.float32)
+        square_L += tl.sum(x_LK * x_LK, 1)
+    return tl.max(square_L, 0)
+
+
+@triton.jit(do_not_specialize=["M", "N", "blocks_m"])
+def _norms_kernel(
+    x_rows,
+    y_rows,
+    squares,
+    M,
+    N,
+    blocks_m,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BL: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """The largest squared norm of every BL rows: first of x, from `blocks_m` on of y."""
+    block = tl.program_id(0)
+    if block < blocks_m:
+        tl.store(squares + block, _largest_square(x_rows, block * BL, M, stride_x, D, BL, BW))
+    else:
+        row = (block - blocks_m) * BL
+        tl.store(squares + block, _largest_square(y_rows, row, N, stride_y, D, BL, BW))
+
+
+@triton.jit(do_not_specialize=["blocks_m", "blocks", "headroom"])
+def _reference_kernel(squares, scale, bias, reference, blocks_m, blocks, headroom, BL: tl.constexpr):
+    """The reference logit, in base 2: the bias, plus what the largest logit without it is above `headroom`.
+
+    The largest logit is estimated as |scale| max |x_i| max |y_j|.
+    """
+    x_L = tl.zeros([BL], tl.float32)
+    y_L = tl.zeros([BL], tl.float32)
+    for first in range(0, blocks, BL):
+        i_L = first + tl.arange(0, BL)
+        x_L = tl.maximum(x_L, tl.load(squares + i_L, mask=i_L < blocks_m, other=0.0))
+        y_L = tl.maximum(y_L, tl.load(squares + i_L, mask=(i_L >= blocks_m) & (i_L < blocks), other=0.0))
+    largest = tl.sqrt(tl.max(x_L, 0)) * tl.sqrt(tl.max(y_L, 0)) * tl.abs(tl.load(scale) * LOG2_E)
+    tl.store(reference, tl.load(bias) * LOG2_E + tl.maximum(largest - headroom, 0.0))
+
+
+@triton.jit(do_not_specialize=[*SIZES, "run"])
 def _lse_kernel(
     x,
     y,
-    x_rows,
-    y_rows,
     scale,
     bias,
     owner,
-    row_peak,
+    reference,
     row_sum,
-    column_peak,
     column_sum,
     first_row,
     M,
     N,
     tiles_m,
     tiles_n,
+    run,
+    stride_x,
+    stride_y,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    DOTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Sums of 2^(s - reference) over negative pairs: row_sum (tiles_n, panel rows), column_sum (runs, N).
+
+    A program keeps a tile of columns and runs over `run` tiles of rows. A thread sums its part of each column
+    in registers, so that threads exchange column sums once a run. With PAIRS, it sums rows i and i + 8 of 16
+    first, which the matrix instruction leaves in one thread on every target but 100.
+    """
+    tile_n = tl.program_id(0) % tiles_n
+    part = tl.program_id(0) // tiles_n
+    column = tile_n * BN
+    owner_N = load_owners(owner, column, M, N, BN)
+    first_owner = tl.min(tl.where(owner_N < 0, M, owner_N), 0)
+    last_owner = tl.max(owner_N, 0)
+    slope = tl.load(scale) * LOG2_E
+    offset = tl.load(bias) * LOG2_E - tl.load(reference)
+    sums = tl.zeros([BM // 16, 8, BN] if PAIRS else [BM, BN], tl.float32)
+    for tile_m in tl.range(part * run, tl.minimum(part * run + run, tiles_m), flatten=FLATTEN):
+        row = first_row + tile_m * BM
+        score = score_tile(
+            x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
+        )
+        e = tl.exp2(score * slope + offset)
+        masked = (row + BM > M) | (column + BN > N)
+        if (row <= last_owner) & (row + BM > first_owner):
+            masked = masked | has_positives(owner_N, row, BM)
+        if masked:
+            e = mask_positives(e, owner_N, row, M, 0.0, BM)
+        row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + tl.arange(0, BM)
+        tl.store(row_sum + row_at, tl.sum(e, 1))
+        if PAIRS:
+            sums += tl.sum(tl.reshape(e, [BM // 16, 2, 8, BN]), 1)
+        else:
+            sums += e
+    if PAIRS:
+        sums = tl.sum(sums, 0)
+    column_N = column + tl.arange(0, BN)
+    tl.store(column_sum + part.to(tl.int64) * N + column_N, tl.sum(sums, 0), mask=column_N < N)
+
+
+@triton.jit(do_not_specialize=["terms", "T", "length", "stride"])
+def _combine_kernel(
+    sums,
+    state,
+    reference,
+    out,
+    terms,
+    T,
+    length,
+    stride,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BT: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """Adds sums over T parts in order; `state` carries the total between panels. NaN if it is starved."""
+    i_L = tl.program_id(0) * BL + tl.arange(0, BL)
+    inside_L = i_L < length
+    total_L = tl.zeros([BL], tl.float32)
+    if not FIRST:
+        total_L = tl.load(state + i_L, mask=inside_L, other=0.0)
+    for first in range(0, T, BT):
+        t_T = first + tl.arange(0, BT)
+        at = t_T.to(tl.int64)[:, None] * stride + i_L[None, :]
+        total_L += tl.sum(tl.load(sums + at, mask=(t_T < T)[:, None] & inside_L[None, :], other=0.0), 0)
+    if LAST:
+        exact_L = (total_L >= terms * _STARVED) & (total_L < float("inf"))
+        lse_L = tl.load(reference) + tl.log2(total_L)
+        tl.store(out + i_L, tl.where(exact_L, lse_L, float("nan")), mask=inside_L)
+    else:
+        tl.store(state + i_L, total_L, mask=inside_L)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "transposed"])
+def _starved_kernel(
+    x,
+    y,
+    scale,
+    bias,
+    owner,
+    lse,
+    transposed,
+    M,
+    N,
     stride_x,
     stride_y,
     D: tl.constexpr,
@@ -115,86 +269,35 @@ def _lse_kernel(
     DOTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Partial (peak, sum) of one tile's rows and columns: row_* (tiles_n, panel rows), column_* (tiles_m, N).
+    """Replaces every NaN of `lse` (M,) by the log-sum-exp of that row of x, relative to the row's peak.
 
-    The peak of a row is its maximum. All columns have the tile's maximum as their peak, so that their sums
-    reuse the rows' exponentials. If a column's sum is below _STARVED, the sums of all columns of the tile are
-    recomputed, each relative to the maximum of its column.
+    If `transposed`, x holds the texts and y the clips. A tile of rows without a NaN costs one load.
     """
-    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
-    row = first_row + tile_m * BM
-    column = tile_n * BN
-    score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
-    s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
-    peak_M = tl.max(s, 1)
-    peak = tl.max(peak_M, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    share_M = tl.exp2(peak_M - peak)
-    e = tl.exp2(s - tl.where(peak_M == float("-inf"), 0.0, peak_M)[:, None])
-    sum_N = tl.sum(e * share_M[:, None], 0)
-
-    row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + tl.arange(0, BM)
-    tl.store(row_peak + row_at, peak_M)
-    tl.store(row_sum + row_at, tl.sum(e, 1))
-    j_N = column + tl.arange(0, BN)
-    column_at = tile_m.to(tl.int64) * N
-    tl.store(column_peak + column_at + j_N, tl.zeros([BN], tl.float32) + peak, mask=j_N < N)
-    tl.store(column_sum + column_at + j_N, sum_N, mask=j_N < N)
-
-    # If the tile has one row, and it is the positive of a column, the column's sum is 0 and correct.
-    paired_N = (tl.load(owner + j_N, mask=j_N < N, other=-1) != row) | (row < M - 1)
-    starved_N = (sum_N < _STARVED) & (j_N < N) & paired_N
-    if tl.max(starved_N.to(tl.int32), 0) > 0:
-        for part in range(column, column + BN, _PART):
-            score_J = score_tile(
-                x_rows, y_rows, row, part, M, N, stride_x, stride_y, D, BM, _PART, BK, False, DOTS, UPCAST
+    row = tl.program_id(0) * BM
+    row_M = row + tl.arange(0, BM)
+    lse_M = tl.load(lse + row_M, mask=row_M < M, other=0.0)
+    starved_M = lse_M != lse_M
+    if tl.max(starved_M.to(tl.int32), 0) > 0:
+        owned_M = row_M < tl.where(transposed > 0, M, 0)
+        key_M = tl.where(owned_M, tl.load(owner + row_M, mask=owned_M, other=-1), row_M)
+        slope = tl.load(scale) * LOG2_E
+        offset = tl.load(bias) * LOG2_E
+        peak_M = tl.full([BM], float("-inf"), tl.float32)
+        sum_M = tl.zeros([BM], tl.float32)
+        for column in range(0, N, BN):
+            score = score_tile(
+                x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
             )
-            s_J = logits(score_J, scale, bias, owner, row, part, M, N, BM, _PART)
-            peak_J = tl.max(s_J, 0)
-            peak_J = tl.where(peak_J == float("-inf"), 0.0, peak_J)
-            j_J = part + tl.arange(0, _PART)
-            tl.store(column_peak + column_at + j_J, peak_J, mask=j_J < N)
-            tl.store(column_sum + column_at + j_J, tl.sum(tl.exp2(s_J - peak_J[None, :]), 0), mask=j_J < N)
-
-
-@triton.jit(do_not_specialize=["T", "length", "stride"])
-def _combine_kernel(
-    peak,
-    sums,
-    state,
-    out,
-    T,
-    length,
-    stride,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    BT: tl.constexpr,
-    BL: tl.constexpr,
-):
-    """log2 of sum_t sums[t] 2^peak[t] over tiles t in order; `state` carries (peak, sum) between panels."""
-    i_L = tl.program_id(0) * BL + tl.arange(0, BL)
-    inside_L = i_L < length
-    peak_L = tl.full([BL], float("-inf"), tl.float32)
-    sum_L = tl.zeros([BL], tl.float32)
-    if not FIRST:
-        peak_L = tl.load(state + i_L, mask=inside_L, other=float("-inf"))
-        sum_L = tl.load(state + length + i_L, mask=inside_L, other=0.0)
-    for first in range(0, T, BT):
-        t_T = first + tl.arange(0, BT)
-        at = t_T.to(tl.int64)[:, None] * stride + i_L[None, :]
-        inside = (t_T < T)[:, None] & inside_L[None, :]
-        s = tl.load(sums + at, mask=inside, other=0.0)
-        # The peak of a sum of 0 is left out: relative to it, the terms of other tiles might underflow.
-        p = tl.where(s > 0, tl.load(peak + at, mask=inside, other=float("-inf")), float("-inf"))
-        next_L = tl.maximum(peak_L, tl.max(p, 0))
-        shift_L = tl.where(next_L == float("-inf"), 0.0, next_L)
-        sum_L = sum_L * tl.exp2(peak_L - shift_L) + tl.sum(s * tl.exp2(p - shift_L[None, :]), 0)
-        peak_L = next_L
-    if LAST:
-        tl.store(out + i_L, peak_L + tl.log2(sum_L), mask=inside_L)
-    else:
-        tl.store(state + i_L, peak_L, mask=inside_L)
-        tl.store(state + length + i_L, sum_L, mask=inside_L)
+            column_N = column + tl.arange(0, BN)
+            owned_N = column_N < tl.where(transposed > 0, 0, N)
+            key_N = tl.where(owned_N, tl.load(owner + column_N, mask=owned_N, other=-1), column_N)
+            negative = (key_M[:, None] != key_N[None, :]) & (column_N < N)[None, :]
+            s = tl.where(negative, score * slope + offset, float("-inf"))
+            next_M = tl.maximum(peak_M, tl.max(s, 1))
+            shift_M = tl.where(next_M == float("-inf"), 0.0, next_M)
+            sum_M = sum_M * tl.exp2(peak_M - shift_M) + tl.sum(tl.exp2(s - shift_M[:, None]), 1)
+            peak_M = next_M
+        tl.store(lse + row_M, peak_M + tl.log2(sum_M), mask=(row_M < M) & starved_M)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -284,11 +387,13 @@ def _panel_kernel(
     low_M, high_M = _range(row_bounds, row, BM)
     low_N, high_N = _range(column_bounds, column, BN)
     low = tl.minimum(low_M, low_N)
-    if (tl.maximum(high_M, high_N) - low < _CLOSE) & (low < float("inf")):
-        score = score_tile(
-            x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
-        )
-        e = tl.exp2(logits(score, scale, bias, owner, row, column, M, N, BM, BN, low))
+    close = (tl.maximum(high_M, high_N) - low < _CLOSE) & (low < float("inf"))
+    owner_N, masked = positives_of_tile(owner, row, column, M, N, BM, BN)
+    # The product comes before the branch, although the rare path repeats it: inside a branch, the loop would
+    # need more instructions.
+    score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
+    if close:
+        e = tl.exp2(logits(score, scale, bias, owner_N, masked, row, M, BM, low))
         # A factor 2^(low - lse) is at least 2^-60, so e is at most 2^60 times a probability.
         a_M = _factors(row_pairs, row, low, BM)
         b_N = _factors(column_pairs, column, low, BN)
@@ -296,10 +401,11 @@ def _panel_kernel(
         store_gradients(panel, stride_panel, g, row - first_row, column, BM, BN)
     else:
         for part in range(column, column + BN, _PART):
-            score = score_tile(
+            owner_J, masked_J = positives_of_tile(owner, row, part, M, N, BM, _PART)
+            score_J = score_tile(
                 x_rows, y_rows, row, part, M, N, stride_x, stride_y, D, BM, _PART, BK, False, DOTS, UPCAST
             )
-            s = logits(score, scale, bias, owner, row, part, M, N, BM, _PART)
+            s = logits(score_J, scale, bias, owner_J, masked_J, row, M, BM)
             lse_M, d_M = tl.split(_load_pairs(row_pairs, row, BM))
             lse_J, d_J = tl.split(_load_pairs(column_pairs, part, _PART))
             g = d_M[:, None] * tl.exp2(s - lse_M[:, None]) + d_J[None, :] * tl.exp2(s - lse_J[None, :])
@@ -307,26 +413,70 @@ def _panel_kernel(
 
 
 KERNELS = {
+    "norms": _norms_kernel,
+    "reference": _reference_kernel,
     "lse": _lse_kernel,
     "combine": _combine_kernel,
+    "starved": _starved_kernel,
     "normalisers": _normalisers_kernel,
     "panel": _panel_kernel,
 }
 """The kernels that budgets.py compiles."""
-CONSTANTS = {"FIRST": False, "LAST": True, "BT": COMBINED_TILES, "BL": COMBINED_LANES}
+CONSTANTS = {"FIRST": False, "LAST": True, "BT": COMBINED_TILES, "BL": COMBINED_LANES, "BW": 64}
 
 
-def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool, last: bool) -> None:
-    """Launches `_combine_kernel`, which combines `peak` and `sums` (tiles, length) over the tiles into `out`.
+def lse_constants(target: int, dtype: torch.dtype) -> dict[str, bool]:
+    """The compile-time arguments that only `_lse_kernel` has.
 
-    Their second dimension may be longer than `out`; the rest is ignored.
+    A flattened loop loads the next tile's operands during the sums of this one. On target 100, and in float32
+    on target 90, it would spill registers.
+    """
+    return {
+        "FLATTEN": target < 90 or (target == 90 and dtype != torch.float32),
+        "PAIRS": target != 100,
+    }
+
+
+def _reference(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Launches the kernels that compute the reference logit."""
+    m, n, lanes = len(x), len(y), COMBINED_LANES
+    blocks_m = triton.cdiv(m, lanes)
+    blocks = blocks_m + triton.cdiv(n, lanes)
+    squares = scale.new_empty(blocks)
+    _norms_kernel[(blocks,)](
+        x,
+        y,
+        squares,
+        m,
+        n,
+        blocks_m,
+        x.stride(0),
+        y.stride(0),
+        D=x.shape[1],
+        BL=lanes,
+        BW=CONSTANTS["BW"],
+        **OPTIONS,
+    )
+    reference = scale.new_empty(())
+    headroom = _LARGEST_EXPONENT - (max(m, n) - 1).bit_length()
+    _reference_kernel[(1,)](squares, scale, bias, reference, blocks_m, blocks, headroom, BL=lanes, **OPTIONS)
+    return reference
+
+
+def _combine(
+    sums: Tensor, state: Tensor, reference: Tensor, out: Tensor, terms: int, first: bool, last: bool
+) -> None:
+    """Launches `_combine_kernel`, which adds `sums` (parts, length) of `terms` logits over the parts.
+
+    The second dimension may be longer than `out`; the rest is ignored.
     """
     length = len(out)
     _combine_kernel[(triton.cdiv(length, COMBINED_LANES),)](
-        peak,
         sums,
         state,
+        reference,
         out,
+        terms,
         len(sums),
         length,
         sums.stride(0),
@@ -335,6 +485,16 @@ def _combine(peak: Tensor, sums: Tensor, state: Tensor, out: Tensor, first: bool
         BT=COMBINED_TILES,
         BL=COMBINED_LANES,
         **OPTIONS,
+    )
+
+
+def _recompute_starved(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, owner: Tensor, lse: Tensor, transposed: bool
+) -> None:
+    """Launches `_starved_kernel`. The device decides what there is to do, so the host need not wait."""
+    arguments = score_arguments("starved", x, y)
+    _starved_kernel[(triton.cdiv(len(x), arguments["BM"]),)](
+        **arguments, scale=scale, bias=bias, owner=owner, lse=lse, transposed=int(transposed)
     )
 
 
@@ -361,41 +521,44 @@ def _negative_lse(
 ) -> tuple[Tensor, Tensor]:
     """Base-2 log-sum-exp of rows (M,) and columns (N,), fp32."""
     m, n = len(audio), len(text)
-    row_lse, column_lse = (scale.new_full((length,), -torch.inf) for length in (m, n))
     if m == 0 or n == 0:
-        return row_lse, column_lse
+        return scale.new_full((m,), -torch.inf), scale.new_full((n,), -torch.inf)
+    row_lse, column_lse = scale.new_empty(m), scale.new_empty(n)
     with on_device(audio):
         x, y = operand(audio, compute_dtype), operand(text, compute_dtype)
+        reference = _reference(x, y, scale, bias)
         arguments = score_arguments("lse", x, y)
-        rows, columns = arguments["BM"], arguments["BN"]
-        tiles_n = triton.cdiv(n, columns)
-        row_bytes = 8 * tiles_n + 8 * n // rows
-        step = rows * COMBINED_TILES
-        panel = panel_rows(m, row_bytes, workspace_bytes, step)
-        row_parts = scale.new_empty(2, tiles_n * panel)
-        column_parts = scale.new_empty(2, panel // rows, n)
-        state = scale.new_empty(2, n)
+        arguments |= lse_constants(target_of(x.device), x.dtype)
+        rows = arguments["BM"]
+        tiles_n = triton.cdiv(n, arguments["BN"])
+        run = min(_LONGEST_RUN, max(1, triton.cdiv(m, rows) * tiles_n // _PROGRAMS))
+        # With whole groups of runs, the order of additions does not depend on the workspace.
+        step = rows * run * COMBINED_TILES
+        panel = panel_rows(m, 4 * tiles_n + 4 * n // (rows * run), workspace_bytes, step)
+        row_parts = scale.new_empty(tiles_n * min(panel, triton.cdiv(m, rows) * rows))
+        column_parts = scale.new_empty(panel // (rows * run), n)
+        state = scale.new_empty(n)
         for first in range(0, m, panel):
             stop = min(first + panel, m)
-            grid, position = tile_grid(arguments, first, stop)
+            _, position = tile_grid(arguments, first, stop)
             tiles_m = position["tiles_m"]
-            row_peak, row_sum = row_parts[:, : tiles_n * tiles_m * rows].unflatten(1, (tiles_n, -1))
-            column_peak, column_sum = column_parts[:, :tiles_m]
-            _lse_kernel[grid](
+            row_sum = row_parts[: tiles_n * tiles_m * rows].view(tiles_n, -1)
+            column_sum = column_parts[: triton.cdiv(tiles_m, run)]
+            _lse_kernel[(len(column_sum) * tiles_n,)](
                 **arguments,
                 **position,
-                x_rows=x,
-                y_rows=y,
+                run=run,
                 scale=scale,
                 bias=bias,
                 owner=owner,
-                row_peak=row_peak,
+                reference=reference,
                 row_sum=row_sum,
-                column_peak=column_peak,
                 column_sum=column_sum,
             )
-            _combine(row_peak, row_sum, state, row_lse[first:stop], True, True)
-            _combine(column_peak, column_sum, state, column_lse, first == 0, stop == m)
+            _combine(row_sum, state, reference, row_lse[first:stop], n, True, True)
+            _combine(column_sum, state, reference, column_lse, m, first == 0, stop == m)
+        _recompute_starved(x, y, scale, bias, owner, row_lse, False)
+        _recompute_starved(y, x, scale, bias, owner, column_lse, True)
     return row_lse, column_lse
 
 

@@ -20,10 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from . import contrastive, grouping, loss, loss_terms, positives, rank, sigmoid
+from . import contrastive, grouping, loss, loss_terms, neighbours, positives, rank, sigmoid
 from ._launch import DTYPES, assume_target
 
-_MODULES = (contrastive, sigmoid, grouping, positives, loss_terms, loss, rank)
+_MODULES = (contrastive, sigmoid, grouping, positives, loss_terms, loss, rank, neighbours)
 KERNELS = {name: kernel for module in _MODULES for name, kernel in module.KERNELS.items()}
 DEPTH = 512
 NAMES = dict(zip(("bf16", "fp16", "fp32"), DTYPES, strict=True))
@@ -95,7 +95,8 @@ def _launch_all(x: Tensor, y: Tensor, owner: Tensor) -> None:
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
     _launch_positives(x, y, owner, row_M, column_N)
     rank.rank_counts(x, y, owner)
-    rank._topk_chunk(x, y, rank.MOST_NEIGHBOURS)  # topk would read results that nothing wrote
+    neighbours._topk_chunk(x, y, neighbours.MOST_NEIGHBOURS)
+    neighbours.Neighbours(x, neighbours.MOST_NEIGHBOURS).add(0, y)  # `result` would read what nothing wrote
 
 
 def _launch_positives(x: Tensor, y: Tensor, owner: Tensor, row_M: Tensor, column_N: Tensor) -> None:

@@ -1,24 +1,32 @@
-"""Retrieval ranks in both directions, and the k nearest rows, without M x N memory.
+"""Retrieval ranks in both directions, without M x N memory.
 
     s_ij = <x_i, y_j>; text j describes audio owner[j]
     target of a query: its best positive; of equally good ones, the first
     rank = #(s > target) + #(s = target, index < target's index), over pairs that are not positive
 
-Shape suffixes: M audio rows, N text or database rows, Q queries, D joint dimension, K neighbours, T tiles.
+Shape suffixes: M audio rows, N text rows, D joint dimension, C texts of a chunk.
 
-Ranks, 2 M N D FLOPs: one kernel is launched twice. The first launch writes the scores of positive pairs and
-skips tiles that have none. The second compares every other score with them. Both launches run the same
-binary, so a pair has the same score, bit by bit, in both. Each tile's counts are integers, and are added
-without atomics.
+No positive is ahead of the target, because the target is the best positive and the first of the best. So the
+kernel compares all pairs and excludes none. It has three phases, which cost 2 M N D FLOPs and little more:
 
-Neighbours, 2 Q N D FLOPs: each program keeps the K best rows of its queries over a run of database tiles. A
-tile costs one comparison per element, unless it holds a better score than the worst of those kept.
+- PAIRS: each text with its clip. The clips are copied in the order of their texts. So only tiles on the
+  diagonal are computed, whatever the owners are. They hold the scores of the pairs, and the ties with a pair
+  among the texts of the same tile.
+- TIES: the ties with a pair among the clips of the same tile. The texts are copied in the order of clips.
+- COUNTS: all scores. A program keeps a column tile and runs over row tiles. It holds the counts of its
+  columns in registers. In a tile that lies wholly before a target, all ties count; in any other tile, none
+  do. The other phases add the ties in the target's own tile.
 
-Memory beyond inputs and results: 64 MB of counts, O(Q K) candidates per run. The same call gives the same
-bits.
+The phases compare scores for equality, so a pair must have the same score in each of them, bit by bit. It
+has, because they run the same binary, and a tensor core computes each element of a tile by the same
+operations. Counts are integers and are added without atomics.
+
+Memory beyond inputs and results: two workspaces of 64 MB. The same call gives the same bits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -26,26 +34,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
-    DTYPES,
-    GROUP,
     SIZES,
+    check_operands,
     on_device,
     operand,
     panel_rows,
     score_arguments,
     score_tile,
-    tile_grid,
-    tile_position,
 )
 
-MOST_NEIGHBOURS = 32
-"""The largest k of the kernel. For a larger k, plain torch sorts the scores."""
-
 _WORKSPACE_BYTES = 64 << 20
-_CHUNK_ROWS = 1 << 20
-# Enough programs to fill a large card twice. It is a constant, so that results do not depend on the card.
-_PROGRAMS = 264
-_SORTED_ROWS = 16_384
+# Programs that run at once on an H100. It only affects the speed.
+_PROGRAMS = 132
+_LONGEST_RUN = 127
+"""Row tiles of a program. In packed counts, a byte holds at most two matches a tile: 2 * 127 <= 255."""
+
+_PAIRS = tl.constexpr(0)
+_TIES = tl.constexpr(1)
+_COUNTS = tl.constexpr(2)
 
 
 def rank_counts_reference(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,19 +69,6 @@ def rank_counts_reference(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tenso
     return one_way(s_MN, positive_MN), one_way(s_MN.T, positive_MN.T)
 
 
-def topk_reference(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The definition of `topk`, by sorting chunks of the database."""
-    scores_QK = queries_QD.new_empty(len(queries_QD), 0)
-    index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
-    for first in range(0, len(database_ND), _SORTED_ROWS):
-        chunk_QC = queries_QD @ database_ND[first : first + _SORTED_ROWS].to(queries_QD.dtype).T
-        order_C = torch.arange(first, first + chunk_QC.shape[1], device=chunk_QC.device)
-        scores_QK, order = torch.cat([scores_QK, chunk_QC], 1).sort(dim=1, descending=True, stable=True)
-        index_QK = torch.cat([index_QK, order_C.expand(chunk_QC.shape)], 1).gather(1, order)[:, :k]
-        scores_QK = scores_QK[:, :k]
-    return scores_QK, index_QK
-
-
 @triton.jit
 def _below(x):
     """The largest float less than x."""
@@ -84,18 +77,58 @@ def _below(x):
     return step.to(tl.float32, bitcast=True)
 
 
-# `phase` must not be specialised on its value, because both launches must run the same binary.
-@triton.jit(do_not_specialize=[*SIZES, "phase"])
+# A thread of sm_90 holds rows r and r + 8, and columns c, c + 1, c + 8 and c + 9 for many c. PACKED counts
+# keep the four columns in the bytes of one integer, and add the two rows. So they need 16 registers instead
+# of 64, and the threads exchange nothing before the end.
+@triton.jit
+def _no_counts(BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr):
+    return tl.zeros([BM // 16, 8, BN // 16, 4], tl.int32) if PACKED else tl.zeros([BN], tl.int32)
+
+
+@triton.jit
+def _count_columns(match_MN, BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr):
+    """Number of matches in each column."""
+    if PACKED:
+        column_N = tl.arange(0, BN)
+        byte_N = column_N // 8 % 2 * 2 + column_N % 2
+        count = tl.where(match_MN, (1 << byte_N * 8)[None, :], 0)
+        count = tl.reshape(count, [BM // 16, 2, 8, BN // 16, 2, 4, 2])
+        count = tl.sum(tl.sum(tl.sum(count, 6), 4), 1)
+    else:
+        count = tl.sum(match_MN.to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _store_counts(count, to, clip, column, N, low, high, BN: tl.constexpr, PACKED: tl.constexpr):
+    """Stores the counts of the columns whose clip is in [low, high)."""
+    if PACKED:
+        first = column + (tl.arange(0, BN // 16) * 16)[:, None] + (tl.arange(0, 4) * 2)[None, :]
+        for byte in tl.static_range(4):
+            at = first + byte // 2 * 8 + byte % 2
+            clip_at = tl.load(clip + at, mask=at < N, other=-2)
+            total = tl.sum(tl.sum((count >> (8 * byte)) & 255, 0), 0)
+            tl.store(to + at, total, mask=(clip_at >= low) & (clip_at < high))
+    else:
+        j_N = column + tl.arange(0, BN)
+        clip_N = tl.load(clip + j_N, mask=j_N < N, other=-2)
+        tl.store(to + j_N, count, mask=(clip_N >= low) & (clip_N < high))
+
+
+# `phase` must not be specialised on its value, because all launches must run the same binary.
+@triton.jit(do_not_specialize=[*SIZES, "phase", "run"])
 def _rank_kernel(
     x,
     y,
-    owner,
+    clip,
     pair,
     target,
     target_index,
+    block,
     row_count,
     column_count,
     phase,
+    run,
     first_row,
     M,
     N,
@@ -111,123 +144,91 @@ def _rank_kernel(
     DOTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Phase 0: scores of the tile's positives, `pair` (N,). Phase 1: counts of its rows and columns."""
-    tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
-    row = first_row + tile_m * BM
+    """PAIRS: scores `block` (N, BN) of the column tile that has the row's number.
+    TIES: per column, ties with `pair` before its clip, in the row tile of the clip: `column_count` (N,).
+    COUNTS: comparisons with `target` and `pair` by column tile and by run: `row_count`, `column_count`."""
+    PACKED: tl.constexpr = DESCRIPTORS and DOTS != "tf32x3"  # where it needs fewer registers
+    tile_n = tl.program_id(0) % tiles_n
+    part = tl.program_id(0) // tiles_n
     column = tile_n * BN
     row_M = tl.arange(0, BM)
-    i_M = row + row_M
-    j_N = column + tl.arange(0, BN)
-    owner_N = tl.load(owner + j_N, mask=j_N < N, other=-1)
-    # The row of each text's clip, relative to the tile's first row.
-    clip_N = tl.minimum(tl.maximum(owner_N, -1), M).to(tl.int32) - row
-    positives = tl.max(((clip_N >= 0) & (clip_N < BM)).to(tl.int32), 0) > 0
-    if (phase == 1) | positives:
-        s = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
-        if phase == 0:
-            score_N = tl.sum(tl.where(clip_N[None, :] == row_M[:, None], s, 0.0), 0)
-            tl.store(pair + j_N, score_N, mask=(clip_N >= 0) & (clip_N < BM))
-        else:
+    column_N = tl.arange(0, BN)
+    if phase == _PAIRS:
+        for tile in range(column // BM, tl.cdiv(tl.minimum(column + BN, N), BM)):
+            i_M = tile * BM + row_M
+            s = score_tile(
+                x, y, tile * BM, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
+            )
+            inside_M = (i_M >= column) & (i_M < column + BN) & (i_M < M)
+            at = i_M.to(tl.int64)[:, None] * BN + column_N[None, :]
+            tl.store(block + at, s, mask=inside_M[:, None])
+    # In these loops, `row >> 31` is 0. It makes the columns' values depend on the loop's variable. Otherwise
+    # the compiler would load them before the loop, and they would occupy the registers that the tile needs.
+    if phase == _TIES:
+        clip_N = tl.load(clip + column + column_N, mask=column + column_N < N, other=-1)
+        last = tl.max(clip_N, 0)
+        first_tile = tl.where(last < 0, 1, tl.min(tl.where(clip_N < 0, M, clip_N), 0) // BM)
+        for tile in range(first_tile, last // BM + 1):
+            row = tile * BM
+            s = score_tile(
+                x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
+            )
+            j_N = column + (row >> 31) + column_N
+            clip_N = tl.load(clip + j_N, mask=j_N < N, other=-1)
+            pair_N = tl.load(pair + j_N, mask=j_N < N, other=float("inf"))
+            s = tl.where(clip_N[None, :] > (row + row_M)[:, None], s, float("nan"))
+            ties = _count_columns(s == pair_N[None, :], BM, BN, PACKED)
+            _store_counts(ties, column_count, clip, column, N, row, row + BM, BN, PACKED)
+    if phase == _COUNTS:
+        count = _no_counts(BM, BN, PACKED)
+        for tile in range(part * run, tl.minimum(part * run + run, tiles_m)):
+            row = first_row + tile * BM
+            i_M = row + row_M
             target_M = tl.load(target + i_M, mask=i_M < M, other=float("inf"))
-            target_N = tl.load(pair + j_N, mask=j_N < N, other=float("inf"))
-            at_M = tl.load(target_index + i_M, mask=i_M < M, other=0)
-            if positives | (row + BM > M) | (column + BN > N):
+            target_at_M = tl.load(target_index + i_M, mask=i_M < M, other=0)
+            s = score_tile(
+                x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST
+            )
+            j_N = column + (row >> 31) + column_N
+            if (row + BM > M) | (column + BN > N):
                 s = tl.where((i_M < M)[:, None] & (j_N < N)[None, :], s, float("-inf"))
-                s = tl.where(clip_N[None, :] == row_M[:, None], float("-inf"), s)
-                bound = tl.where(j_N[None, :] < at_M[:, None], _below(target_M)[:, None], target_M[:, None])
-                count_M = tl.sum((s > bound).to(tl.int32), 1)
-                ties = (s == target_N[None, :]) & (row_M[:, None] < clip_N[None, :])
-                count_N = tl.sum(((s > target_N[None, :]) | ties).to(tl.int32), 0)
-            else:
-                # No target is in this tile. So of a row or column, either all ties count or none does.
-                target_M = tl.where(at_M > column, _below(target_M), target_M)
-                target_N = tl.where(clip_N > 0, _below(target_N), target_N)
-                count_M = tl.sum((s > target_M[:, None]).to(tl.int32), 1)
-                count_N = tl.sum((s > target_N[None, :]).to(tl.int32), 0)
-            row_at = tile_n.to(tl.int64) * tiles_m * BM + tile_m * BM + row_M
-            tl.store(row_count + row_at, count_M)
-            tl.store(column_count + tile_m.to(tl.int64) * N + j_N, count_N, mask=j_N < N)
+            clip_N = tl.load(clip + j_N, mask=j_N < N, other=-1)
+            pair_N = tl.load(pair + j_N, mask=j_N < N, other=float("inf"))
+            target_M = tl.where(target_at_M >= column + BN, _below(target_M), target_M)
+            pair_N = tl.where(clip_N >= row + BM, _below(pair_N), pair_N)
+            count_M = tl.sum((s > target_M[:, None]).to(tl.int32), 1)
+            count += _count_columns(s > pair_N[None, :], BM, BN, PACKED)
+            tl.store(row_count + tile_n.to(tl.int64) * tiles_m * BM + tile * BM + row_M, count_M)
+        _store_counts(count, column_count + part.to(tl.int64) * N, clip, column, N, -1, M, BN, PACKED)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "run"])
-def _topk_kernel(
-    x,
-    y,
-    best,
-    best_index,
-    run,
-    M,
-    N,
-    tiles_m,
-    tiles_n,
-    stride_x,
-    stride_y,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    DOTS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    K: tl.constexpr,
-):
-    """The K best, unordered, of BM queries over a run of `run` database tiles: (runs, padded queries, K)."""
-    row = tl.program_id(0) % tiles_m * BM
-    part = tl.program_id(0) // tiles_m
-    kept = tl.full([BM, K], float("-inf"), tl.float32)
-    # Free places have distinct negative indices, so that exactly one place is replaced at a time.
-    kept_index = tl.zeros([BM, K], tl.int32) - 1 - tl.arange(0, K)[None, :]
-    floor_M = tl.full([BM], float("-inf"), tl.float32)
-    for tile in range(part * run, tl.minimum(part * run + run, tiles_n)):
-        column = tile * BN
-        j_N = column + tl.arange(0, BN)
-        s = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
-        s = tl.where((j_N < N)[None, :], s, float("-inf"))
-        top_M = tl.max(s, 1)
-        while tl.max((top_M > floor_M).to(tl.int32), 0) > 0:
-            at_M = tl.min(tl.where(s == top_M[:, None], j_N[None, :], 2147483647), 1)
-            # Replaces the worst one kept; of equal ones, the last. The index of the new one is the highest.
-            worst = kept == floor_M[:, None]
-            last_M = tl.max(tl.where(worst, kept_index, -2147483648), 1)
-            place = worst & (kept_index == last_M[:, None]) & (top_M > floor_M)[:, None]
-            kept = tl.where(place, top_M[:, None], kept)
-            kept_index = tl.where(place, at_M[:, None], kept_index)
-            floor_M = tl.min(kept, 1)
-            s = tl.where(j_N[None, :] == at_M[:, None], float("-inf"), s)
-            top_M = tl.max(s, 1)
-    at = (part * tiles_m * BM + row + tl.arange(0, BM)).to(tl.int64)[:, None] * K + tl.arange(0, K)[None, :]
-    tl.store(best + at, kept)
-    tl.store(best_index + at, kept_index)
-
-
-KERNELS = {"rank": _rank_kernel, "topk": _topk_kernel}
+KERNELS = {"rank": _rank_kernel}
 """The kernels that budgets.py compiles."""
-CONSTANTS = {"K": MOST_NEIGHBOURS}
 
 
 @torch.library.custom_op("clsp_fast::rank_counts", mutates_args=())
 def _rank_counts(audio: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks of rows (M,) and columns (N,), int64; -1 without a positive."""
     m, n = len(audio), len(text)
-    rows, columns = owner.new_zeros(m), owner.new_zeros(n)
     if m == 0 or n == 0:
-        return rows - 1, columns - 1
+        return owner.new_full((m,), -1), owner.new_full((n,), -1)
     x, y = operand(audio, audio.dtype), operand(text, text.dtype)
-    pair = audio.new_full((n,), torch.inf, dtype=torch.float32)
-    order = torch.arange(n, dtype=torch.int32, device=owner.device)
+    owned = (owner >= 0) & (owner < m)
+    clip = torch.where(owned, owner, -1).to(torch.int32)
     with on_device(audio):
-        # The first launch does not read the targets. `pair` and `order` stand in for them, because arguments
-        # of other types would select another binary.
-        _launch_panels(x, y, owner, pair, 0, rows, columns, pair, order)
-        owned = (owner >= 0) & (owner < m)
+        pair, row_ties = _pairs(x, y, clip)
         # One extra row, for the texts that have no clip.
-        clip = torch.where(owned, owner, m)
-        target = pair.new_full((m + 1,), -torch.inf).scatter_reduce(0, clip, pair, "amax")
-        best = torch.where(pair == target[clip], clip, m)
-        at = order.new_full((m + 1,), n).scatter_reduce(0, best, order, "amin")
-        captioned = at[:m] < n
+        row = torch.where(owned, owner, m)
+        order = torch.arange(n, device=owner.device)
+        target = pair.new_full((m + 1,), -torch.inf).scatter_reduce(0, row, pair, "amax")
+        best = torch.where(pair == target[row], row, m)
+        at = order.new_full((m + 1,), n).scatter_reduce(0, best, order, "amin")[:m]
+        captioned = at < n
         target = torch.where(captioned, target[:m], torch.inf)
-        _launch_panels(x, y, owner, pair, 1, rows, columns, target, at)
+        pair = torch.where(owned, pair, torch.inf)
+        rows, columns = _counts(x, y, clip, pair, target, at.to(torch.int32))
+        rows += row_ties[at.clamp(max=n - 1)]
+        columns += _column_ties(x, y, clip, pair)
     return torch.where(captioned, rows, -1), torch.where(owned, columns, -1)
 
 
@@ -236,76 +237,123 @@ def _(audio, text, owner):  # type: ignore[no-untyped-def]
     return owner.new_empty(len(audio)), owner.new_empty(len(text))
 
 
-def _launch_panels(
-    x: Tensor,
-    y: Tensor,
-    owner: Tensor,
-    pair: Tensor,
-    phase: int,
-    rows: Tensor,
-    columns: Tensor,
-    target: Tensor,
-    target_index: Tensor,
-) -> None:
-    """Launches one phase over panels of rows; phase 1 adds its counts to `rows` and `columns`."""
+def _pairs(x: Tensor, y: Tensor, clip_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Per text, the score with its clip, and the number of earlier texts of the same column tile that have
+    the same score with this clip. Without a clip, both are meaningless."""
+    n, width = len(y), score_arguments("rank", x, y)["BN"]
+    pair_N = x.new_empty(n, dtype=torch.float32)
+    ties_N = clip_N.new_empty(n, dtype=torch.int64)
+    column = torch.arange(width, device=x.device)
+    chunk = panel_rows(n, 4 * width + x.stride(0) * x.itemsize, _WORKSPACE_BYTES, _chunk_step(x, y))
+    block = pair_N.new_empty(chunk, width)
+    for first in range(0, n, chunk):
+        part = slice(first, min(first + chunk, n))
+        size = part.stop - first
+        rows = _select_rows(x, clip_N[part].clamp(min=0))
+        _launch(rows, y[part], _PAIRS, {"block": block})
+        at = torch.arange(size, device=x.device)[:, None] % width
+        score = block[:size].gather(1, at)
+        pair_N[part] = score[:, 0]
+        ties_N[part] = ((block[:size] == score) & (column < at)).sum(1)
+    return pair_N, ties_N
+
+
+def _column_ties(x: Tensor, y: Tensor, clip_N: Tensor, pair_N: Tensor) -> Tensor:
+    """Per text, the number of clips before its own, of the same row tile, that have the same score."""
+    n = len(y)
+    clip_N, order_N = clip_N.sort(stable=True)
+    pair_N = pair_N[order_N]
+    ties_N = torch.zeros_like(clip_N)
+    chunk = panel_rows(n, y.stride(0) * y.itemsize, _WORKSPACE_BYTES, _chunk_step(x, y))
+    for first in range(0, n, chunk):
+        part = slice(first, first + chunk)
+        columns = _select_rows(y, order_N[part])
+        _launch(x, columns, _TIES, {"clip": clip_N[part], "pair": pair_N[part], "column_count": ties_N[part]})
+    return torch.empty_like(ties_N).index_copy(0, order_N, ties_N)
+
+
+def _counts(
+    x: Tensor, y: Tensor, clip_N: Tensor, pair_N: Tensor, target_M: Tensor, target_index_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Per row and per column, the number of scores ahead of the target, without ties in the target's tile."""
     arguments = score_arguments("rank", x, y)
     m, n, step = arguments["M"], arguments["N"], arguments["BM"]
     tiles_n = triton.cdiv(n, arguments["BN"])
-    panel = panel_rows(m, 4 * tiles_n + 4 * n // step, _WORKSPACE_BYTES, step)
-    row_parts = owner.new_empty(tiles_n * panel, dtype=torch.int32)
-    column_parts = owner.new_empty(panel // step, n, dtype=torch.int32)
+    panel = panel_rows(m, 4 * tiles_n, _WORKSPACE_BYTES, step)
+    run, parts = _split_run(panel // step, tiles_n)
+    row_parts = clip_N.new_empty(tiles_n * panel)
+    column_parts = clip_N.new_empty(parts, n)
+    rows, columns = (torch.zeros(size, dtype=torch.int64, device=x.device) for size in (m, n))
     for first in range(0, m, panel):
         stop = min(first + panel, m)
-        grid, position = tile_grid(arguments, first, stop)
-        row_count = row_parts[: grid[0] * step].view(tiles_n, -1)
-        column_count = column_parts[: position["tiles_m"]]
-        _rank_kernel[grid](
-            **arguments,
-            **position,
-            phase=phase,
-            owner=owner,
-            pair=pair,
-            target=target,
-            target_index=target_index,
-            row_count=row_count,
-            column_count=column_count,
-        )
-        if phase == 1:
-            rows[first:stop] = row_count[:, : stop - first].sum(0)
-            columns += column_count.sum(0)
+        tiles_m = triton.cdiv(stop - first, step)
+        row_count = row_parts[: tiles_n * tiles_m * step].view(tiles_n, -1)
+        column_count = column_parts[: triton.cdiv(tiles_m, run)]
+        tensors = {
+            "clip": clip_N,
+            "pair": pair_N,
+            "target": target_M,
+            "target_index": target_index_M,
+            "row_count": row_count,
+            "column_count": column_count,
+        }
+        _launch(x, y, _COUNTS, tensors, first_row=first, tiles_m=tiles_m, run=run)
+        rows[first:stop] = row_count[:, : stop - first].sum(0)
+        columns += column_count.sum(0)
+    return rows, columns
 
 
-@torch.library.custom_op("clsp_fast::topk_chunk", mutates_args=())
-def _topk_chunk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores (Q, k), float32, and row numbers, int64, of the k best. Needs at least one query and k rows."""
-    with on_device(queries):
-        x, y = operand(queries, queries.dtype), operand(database, queries.dtype)
-        arguments = score_arguments("topk", x, y)
-        rows = arguments["BM"]
-        tiles_m, tiles_n = triton.cdiv(len(x), rows), triton.cdiv(len(y), arguments["BN"])
-        run = triton.cdiv(tiles_n, max(1, _PROGRAMS // tiles_m))
-        runs = triton.cdiv(tiles_n, run)
-        width = max(2, triton.next_power_of_2(k))
-        best = x.new_empty(runs, tiles_m * rows, width, dtype=torch.float32)
-        index = torch.empty_like(best, dtype=torch.int32)
-        _topk_kernel[(tiles_m * runs,)](
-            **arguments, tiles_m=tiles_m, tiles_n=tiles_n, best=best, best_index=index, run=run, K=width
-        )
-        scores, places = (t[:, : len(x)].transpose(0, 1).flatten(1) for t in (best, index))
-        return _merged(scores, places.to(torch.int64), k)
+def _split_run(tiles_m: int, tiles_n: int) -> tuple[int, int]:
+    """Row tiles of each program, and programs of each column tile, so that the last programs end together."""
+    fewest = triton.cdiv(tiles_m, _LONGEST_RUN)
+
+    def cost(parts: int) -> int:
+        return triton.cdiv(parts * tiles_n, _PROGRAMS) * triton.cdiv(tiles_m, parts)
+
+    parts = min(range(fewest, min(tiles_m, fewest + 64) + 1), key=cost)
+    run = triton.cdiv(tiles_m, parts)
+    return run, triton.cdiv(tiles_m, run)
 
 
-@_topk_chunk.register_fake
-def _(queries, database, k):  # type: ignore[no-untyped-def]
-    scores = queries.new_empty(len(queries), k, dtype=torch.float32)
-    return scores, torch.empty_like(scores, dtype=torch.int64)
+def _launch(
+    x: Tensor,
+    y: Tensor,
+    phase: tl.constexpr,
+    tensors: dict[str, Tensor],
+    *,
+    first_row: int = 0,
+    tiles_m: int = 1,
+    run: int = 1,
+) -> None:
+    """Launches a phase. Tensors that the phase does not use are replaced by others of the same type, because
+    other types would select another binary."""
+    arguments: dict[str, Any] = score_arguments("rank", x, y)
+    tiles_n = triton.cdiv(arguments["N"], arguments["BN"])
+    integer = torch.empty(1, dtype=torch.int32, device=x.device)
+    real = torch.empty(1, dtype=torch.float32, device=x.device)
+    unused = dict.fromkeys(("clip", "target_index", "row_count", "column_count"), integer)
+    unused |= dict.fromkeys(("pair", "target", "block"), real)
+    _rank_kernel[(triton.cdiv(tiles_m, run) * tiles_n,)](
+        **arguments,
+        **unused | tensors,
+        phase=phase.value,
+        run=run,
+        first_row=first_row,
+        tiles_m=tiles_m,
+        tiles_n=tiles_n,
+    )
 
 
-def _merged(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best candidates of each row, equal ones in the order of their indices."""
-    index, order = index.sort(dim=1)
-    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k].contiguous(), index.gather(1, order[:, :k])
+def _chunk_step(x: Tensor, y: Tensor) -> int:
+    """Chunks of texts are multiples of this number, so that their tiles are those of the whole."""
+    arguments = score_arguments("rank", x, y)
+    return max(int(arguments["BM"]), int(arguments["BN"]))
+
+
+def _select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Copies of rows, with the stride of x, because another stride could select another binary."""
+    buffer = x.new_empty(len(rows), x.stride(0))[:, : x.shape[1]]
+    return torch.index_select(x, 0, rows, out=buffer)
 
 
 def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +362,7 @@ def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tupl
     Args:
         audio_MD: bfloat16, float16 or float32, (M, D), finite.
         text_ND: (N, D), same dtype and device, finite.
-        text_owner_N: int64 (N,): text j describes audio text_owner_N[j], or none if this is outside 0..M-1.
+        text_owner_N: int64 (N,); text j describes audio text_owner_N[j]; if out of range, it describes none.
 
     Returns:
         int64 (M,) and (N,): 0-based ranks, -1 if a query has no positive.
@@ -323,62 +371,10 @@ def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tupl
         ValueError: a shape is wrong, or the device is not supported.
         TypeError: a dtype is not supported.
     """
-    _check(audio_MD, text_ND)
+    check_operands(audio_MD, text_ND)
     if text_owner_N.dtype != torch.int64 or text_owner_N.shape != text_ND.shape[:1]:
         raise ValueError(
             f"text_owner_N must be int64 of shape ({len(text_ND)},), "
             f"got {text_owner_N.dtype} {tuple(text_owner_N.shape)}"
         )
     return _rank_counts(audio_MD.detach(), text_ND.detach(), text_owner_N.contiguous())
-
-
-def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k database rows of largest inner product with each query, best first, equal ones by row number.
-
-    Args:
-        queries_QD: bfloat16, float16 or float32, (Q, D), finite.
-        database_ND: (N, D), in any of these dtypes, same device, finite. Both are converted to the wider of
-            their dtypes, the database in chunks.
-        k: 1..N; above `MOST_NEIGHBOURS`, plain torch sorts the scores.
-
-    Returns:
-        Scores (Q, k), float32, and row numbers (Q, k), int64.
-
-    Raises:
-        ValueError: shapes differ, k is out of range, a database row is not finite, scores overflow, or the
-            device is not supported.
-        TypeError: a dtype is not supported.
-    """
-    dtype = torch.promote_types(queries_QD.dtype, database_ND.dtype)
-    queries_QD, database_ND = queries_QD.detach().to(dtype), database_ND.detach()
-    _check(queries_QD, database_ND[:0].to(dtype))
-    if not 1 <= k <= len(database_ND):
-        raise ValueError(f"k must be in 1..{len(database_ND)}, got {k}")
-    if k > MOST_NEIGHBOURS:
-        return topk_reference(queries_QD.float(), database_ND, k)
-    scores = queries_QD.new_empty(len(queries_QD), 0, dtype=torch.float32)
-    index = torch.empty_like(scores, dtype=torch.int64)
-    for first in range(0, len(database_ND) if len(queries_QD) else 0, _CHUNK_ROWS):
-        chunk = database_ND[first : first + _CHUNK_ROWS]
-        # If the sum is finite, so are all values. Unlike a check of each value, a sum needs no memory.
-        if not bool(chunk.sum(dtype=torch.float32).isfinite()) and not bool(chunk.isfinite().all()):
-            raise ValueError(f"database_ND must be finite, got NaN or infinity in row {first} or later")
-        chunk_scores, rows = _topk_chunk(queries_QD, chunk, min(k, len(chunk)))
-        rows = torch.where(rows < 0, rows, rows + first)  # free places stay negative
-        scores, index = _merged(torch.cat([scores, chunk_scores], 1), torch.cat([index, rows], 1), k)
-    if bool((index < 0).any()):  # fewer than k rows have a score above -infinity
-        raise ValueError("queries_QD and database_ND are too large: their inner products overflow float32")
-    return scores.reshape(-1, k), index.reshape(-1, k)
-
-
-def _check(x: Tensor, y: Tensor) -> None:
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
-        raise ValueError(
-            "both sides must be matrices with the same, positive number of columns, "
-            f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    if x.dtype != y.dtype or x.dtype not in DTYPES or x.device != y.device:
-        raise TypeError(
-            "both sides must share a dtype (bfloat16, float16 or float32) and a device, "
-            f"got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
-        )

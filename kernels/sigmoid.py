@@ -28,6 +28,7 @@ from ._launch import (
     on_device,
     operand,
     panel_rows,
+    positives_of_tile,
     score_arguments,
     score_tile,
     tile_grid,
@@ -100,8 +101,9 @@ def _softplus_kernel(
     tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
     row = first_row + tile_m * BM
     column = tile_n * BN
+    owner_N, masked = positives_of_tile(owner, row, column, M, N, BM, BN)
     score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
-    s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
+    s = logits(score, scale, bias, owner_N, masked, row, M, BM)
     # log(1 + e) = 2 atanh(z) with z = e / (2 + e) <= 1/3. This form keeps the digits of a tiny e. The
     # polynomial replaces the series 1/3 + q/5 + q^2/7 + ...; it changes the result by less than 5e-9 of it.
     e = tl.exp2(-tl.abs(s))
@@ -156,8 +158,9 @@ def _sigmoid_panel_kernel(
     tile_m, tile_n = tile_position(tiles_m, tiles_n, GROUP)
     row = first_row + tile_m * BM
     column = tile_n * BN
+    owner_N, masked = positives_of_tile(owner, row, column, M, N, BM, BN)
     score = score_tile(x, y, row, column, M, N, stride_x, stride_y, D, BM, BN, BK, DESCRIPTORS, DOTS, UPCAST)
-    s = logits(score, scale, bias, owner, row, column, M, N, BM, BN)
+    s = logits(score, scale, bias, owner_N, masked, row, M, BM)
     i_M = row + tl.arange(0, BM)
     g = tl.load(d_row + i_M, mask=i_M < M, other=0.0)[:, None] * reciprocal(1.0 + tl.exp2(-s))
     tl.store(tile_sum + tile_m * tiles_n + tile_n, tl.sum(tl.sum(g, 1), 0))

@@ -72,10 +72,10 @@ _OPERATORS = (
         "#(s > target) + #(ties before it), rows and columns",
         1,
         0,
-        "8 per tile row, column",
+        "4 per tile row",
         "rank",
     ),
-    _Operator("topk", "the k largest s_ij of each row", 1, 0, "16 per candidate", "topk"),
+    _Operator("topk", "the k largest s_ij of each row", 1, 0, "4 per 32 scores", "maxima"),
 )
 
 

@@ -52,6 +52,7 @@ FILES = [
     "test_kernel_loss.py",
     "test_kernel_loss_terms.py",
     "test_kernel_positives.py",
+    "test_kernel_neighbours.py",
     "test_kernel_rank.py",
     "test_lhotse.py",
     "test_loss.py",

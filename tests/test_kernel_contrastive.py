@@ -192,6 +192,100 @@ def test_an_exponential_that_flushes_denormals_loses_nothing(
     case.check_both()
 
 
+def starve(case: Case, rows: slice, columns: slice) -> None:
+    """Makes logits near -scale between `rows` and other columns, and `columns` and other rows; else scale."""
+    axis = torch.zeros(case.x.shape[1], device=case.x.device)
+    axis[0] = 1
+    case.x = F.normalize(axis + 0.1 * case.x, dim=1)
+    case.y = F.normalize(axis + 0.1 * case.y, dim=1)
+    case.x[rows] *= -1
+    case.y[columns] *= -1
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        (slice(3, 4), slice(0)),  # one row is far below the others
+        (slice(0), slice(68, 70)),  # two columns
+        (slice(40), slice(0)),  # every row and every column
+        (slice(20), slice(35)),  # some logits of every row and column are far above the rest
+    ],
+)
+def test_sums_that_underflow_are_recomputed(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: slice, columns: slice
+) -> None:
+    starved = []
+    recompute = contrastive._recompute_starved
+
+    def recorded(*arguments: object) -> None:
+        starved.append(int(arguments[5].isnan().sum()))  # type: ignore[attr-defined]
+        recompute(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contrastive, "_recompute_starved", recorded)
+    case = Case(kernel_device, (40, 70, 16), 200.0)
+    starve(case, rows, columns)
+    case.outputs(negative_lse, torch.float32)
+    expected = [len(range(40)[rows]), len(range(70)[columns])]
+    if expected == [40, 0]:
+        expected = [40, 70]
+    elif expected == [20, 35]:
+        expected = [0, 0]
+    assert starved == expected
+    case.check(negative_lse, negative_lse_reference)
+
+
+@pytest.mark.parametrize("scale", [-30.0, 0.0, 1e-3, 77.0, 1000.0])
+def test_any_scale(kernel_device: torch.device, scale: float) -> None:
+    case = Case(kernel_device, (40, 70, 16), scale, bias=300.0)
+    truth = case.outputs(negative_lse_reference, torch.float64)
+    for result, true in zip(case.outputs(negative_lse, torch.float32)[:2], truth[:2], strict=True):
+        # docs/derivation.md, section 5: a logit, the reference and the result are rounded.
+        assert ((result - true).abs() <= eps(torch.float32) * (FEW + 2 * (abs(scale) + 300))).all()
+
+
+def test_rows_of_very_different_norms(kernel_device: torch.device) -> None:
+    # The largest norms bound the logits by 1e10, which is far above nearly all of them.
+    case = Case(kernel_device, (40, 70, 16), 50.0)
+    case.x[7] *= 1e4
+    case.y[9] *= 1e4
+    truth = case.outputs(negative_lse_reference, torch.float64)[:2]
+    dense = case.outputs(negative_lse_reference, torch.float32)[:2]
+    results = case.outputs(negative_lse, torch.float32)[:2]
+    for result, usual, true in zip(results, dense, truth, strict=True):
+        assert ((result - true).abs() <= 2 * (usual - true).abs() + 4 * eps(torch.float32) * true.abs()).all()
+
+
+def test_only_rows_and_columns_that_meet_a_value_that_is_not_finite_are_not_finite(
+    kernel_device: torch.device,
+) -> None:
+    case = Case(kernel_device, (40, 70, 16), 50.0)
+    expected = case.outputs(negative_lse, torch.float32)[0]
+    for value in (math.nan, math.inf):
+        case.x[5, 2] = value
+        row, column = negative_lse(case.x, case.y, case.scale, case.owner, logit_bias=case.bias)
+        assert row[5].isnan()
+        others = torch.arange(40) != 5
+        assert_agrees(row[others].double(), expected[others], count=FEW + 50, dtype=torch.float32)
+        # Texts 5 and 45 describe clip 5, so they do not meet it. A logit of -infinity adds nothing.
+        meets = (case.owner != 5) & ((case.y[:, 2] > 0) | math.isnan(value))
+        assert torch.equal(~column.isfinite(), meets)
+
+
+def test_long_runs_give_the_same_bits_with_any_workspace(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = Case(kernel_device, (600, 70, 16), 100.0).outputs(negative_lse, torch.float32)
+    # A program runs over two tiles of rows, so that the smallest panel has 16 of the 19.
+    monkeypatch.setattr(contrastive, "_PROGRAMS", 16)
+    case = Case(kernel_device, (600, 70, 16), 100.0)
+    case.check(negative_lse, negative_lse_reference)
+    results = case.outputs(negative_lse, torch.float32)
+    small = case.outputs(negative_lse, torch.float32, workspace_bytes=1)
+    for result, other in zip(results[:2], small[:2], strict=True):
+        assert torch.equal(result, other)
+    assert torch.equal(results[0], short[0])
+
+
 def test_equal_embeddings(kernel_device: torch.device) -> None:
     case = Case(kernel_device, (40, 70, 16), 100.0)
     case.x, case.y = case.x[:1].repeat(40, 1), case.x[:1].repeat(70, 1)

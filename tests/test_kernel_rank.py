@@ -1,6 +1,8 @@
-"""The kernels of ranks and neighbours against a full sort, ties included: on the card or interpreted."""
+"""The kernel of ranks against a full comparison, ties included: on the card or interpreted."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsp_fast.kernels import _launch, rank
-from clsp_fast.kernels.rank import rank_counts, rank_counts_reference, topk, topk_reference
+from clsp_fast.kernels.rank import rank_counts, rank_counts_reference
 
 SHAPES = [(1, 1, 4), (2, 1, 3), (3, 70, 4), (33, 63, 8), (70, 150, 16), (64, 128, 32)]
 
@@ -18,6 +20,12 @@ def tied(device: torch.device, m: int, n: int, d: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(m + n + d)
     x, y = (torch.randint(-2, 3, (rows, d), generator=generator).float() for rows in (m, n))
     return x.to(device), y.to(device)
+
+
+def rank_counts_of_scores(scores_MN: Tensor, owner_N: Tensor) -> tuple[Tensor, Tensor]:
+    """`rank_counts_reference` for given scores."""
+    n = scores_MN.shape[1]
+    return rank_counts_reference(scores_MN, torch.eye(n, dtype=scores_MN.dtype), owner_N[:n])
 
 
 def assert_ranks(x: Tensor, y: Tensor, owner: Tensor) -> None:
@@ -44,8 +52,67 @@ def test_equal_embeddings_rank_in_the_order_of_their_index(kernel_device: torch.
     audio_to_text, text_to_audio = rank_counts(row.repeat(70, 1), row.repeat(70, 1), order)
     assert torch.equal(audio_to_text, order)
     assert torch.equal(text_to_audio, order)
-    _, index = topk(row.repeat(3, 1), row.repeat(200, 1), 20)
-    assert torch.equal(index, torch.arange(20, device=kernel_device).expand(3, 20))
+
+
+def test_equal_scores_rank_by_index_wherever_they_lie(kernel_device: torch.device) -> None:
+    """Few different rows, whose scores are no whole numbers: a pair of equal rows must have the score of its
+    copies in other tiles, bit by bit."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = (torch.randn(rows, 48).to(kernel_device, dtype) for rows in (7, 5))
+        x_copy, y_copy = torch.randint(7, (190,)), torch.randint(5, (300,))
+        scores = (x.double() @ y.double().T).cpu()[x_copy][:, y_copy]
+        for owner in (torch.arange(300) % 190, torch.randint(-1, 200, (300,)), torch.randperm(300)):
+            expected = rank_counts_of_scores(scores, owner)
+            result = rank_counts(x[x_copy], y[y_copy], owner.to(kernel_device))
+            for ranks, true in zip(result, expected, strict=True):
+                assert torch.equal(ranks.cpu(), true)
+
+
+@pytest.mark.parametrize("tile", [(32, 256, 32), (64, 32, 32), (32, 32, 16)])
+def test_tiles_of_other_sizes_give_the_same_ranks(
+    kernel_device: torch.device, tile: tuple[int, int, int]
+) -> None:
+    rows, columns, depth = tile
+    with _launch.override_tiles(rank=_launch.Tile(rows, columns, depth, 4, 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, y = (t.to(dtype) for t in tied(kernel_device, 150, 330, 32))
+            assert_ranks(x, y, torch.arange(330, device=kernel_device) // 3 % 150)
+            assert_ranks(x, y, torch.randint(-1, 200, (330,)).to(kernel_device))
+
+
+@pytest.mark.parametrize("owners", ["in order", "shuffled", "one clip", "none"])
+def test_pairs_cost_one_diagonal_of_tiles_whatever_the_owners(
+    kernel_device: torch.device, owners: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips, texts = 120, 360
+    owner = {
+        "in order": torch.arange(texts) // 3,
+        "shuffled": torch.arange(texts)[torch.randperm(texts)] // 3,
+        "one clip": torch.full((texts,), 77),
+        "none": torch.full((texts,), -1),
+    }[owners]
+    visited: list[tuple[object, object]] = []
+    score_tile = rank.score_tile
+
+    def counted(x: object, y: object, row: object, column: object, *rest: object) -> object:
+        visited.append((row, column))
+        return score_tile(x, y, row, column, *rest)
+
+    if not _launch.INTERPRETED:
+        pytest.skip("tiles are counted in the interpreter")
+    monkeypatch.setattr(rank, "score_tile", counted)
+    x, y = tied(kernel_device, clips, texts, 8)
+    assert_ranks(x, y, owner.to(kernel_device))
+    tiles = math.ceil(clips / 32) * math.ceil(texts / 64)
+    diagonal, near_clips = math.ceil(texts / 32), math.ceil(texts / 64) + math.ceil(clips / 32)
+    assert tiles + diagonal <= len(visited) <= tiles + diagonal + near_clips
+
+
+@pytest.mark.parametrize(("tiles_m", "tiles_n"), [(1, 1), (64, 32), (256, 128), (512, 256), (5000, 1)])
+def test_runs_cover_all_tiles_and_fit_into_a_byte(tiles_m: int, tiles_n: int) -> None:
+    run, parts = rank._split_run(tiles_m, tiles_n)
+    assert 1 <= run <= 127
+    assert (parts - 1) * run < tiles_m <= parts * run
 
 
 def test_ranks_in_panels_and_by_pointers(
@@ -65,63 +132,10 @@ def test_an_empty_side_has_no_positive(kernel_device: torch.device) -> None:
     assert rank_counts(x[:0], x, owner.new_zeros(3))[1].tolist() == [-1, -1, -1]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("k", [1, 7, 40])
-def test_neighbours_are_those_of_a_sort(
-    kernel_device: torch.device, shape: tuple[int, int, int], k: int
-) -> None:
-    queries, database = tied(kernel_device, *shape)
-    k = min(k, len(database))
-    for result, true in zip(topk(queries, database, k), topk_reference(queries, database, k), strict=True):
-        assert torch.equal(result, true)
-
-
-def test_neighbours_in_chunks_runs_and_other_dtypes(
-    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rank, "_CHUNK_ROWS", 150)
-    queries, database = tied(kernel_device, 40, 260, 8)
-    expected = topk_reference(queries, database, 7)
-    for programs in (1, 4):
-        monkeypatch.setattr(rank, "_PROGRAMS", programs)
-        for q, d in ((queries, database.half()), (queries.half(), database)):
-            assert all(torch.equal(a, b) for a, b in zip(topk(q, d, 7), expected, strict=True))
-    assert topk(queries[:0], database, 7)[1].shape == (0, 7)
-
-
-def test_a_wider_database_is_not_narrowed(kernel_device: torch.device) -> None:
-    queries, database = tied(kernel_device, 9, 80, 8)
-    # bfloat16 and float16 would round these differences away.
-    database += 2.0**-14 * torch.arange(80, device=kernel_device)[:, None]
-    expected = topk_reference(queries, database, 7)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert all(
-            torch.equal(a, b) for a, b in zip(topk(queries.to(dtype), database, 7), expected, strict=True)
-        )
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("chunk_rows", [9, 2])
-def test_scores_that_overflow_are_named(
-    kernel_device: torch.device, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rank, "_CHUNK_ROWS", chunk_rows)
-    queries, database = (torch.full((n, 4), x, device=kernel_device) for n, x in ((2, -1e30), (9, 1e30)))
-    with pytest.raises(ValueError, match="overflow float32"):
-        topk(queries, database, 3)
-
-
-def test_finite_rows_whose_sum_overflows_are_taken(kernel_device: torch.device) -> None:
-    queries, database = torch.ones(1, 4, device=kernel_device), torch.zeros(9, 4, device=kernel_device)
-    database[3:6, 0] = 3e38
-    assert topk(queries, database, 4)[1].tolist() == [[3, 4, 5, 0]]
-
-
-def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> None:
+def test_the_operator_is_registered_correctly(kernel_device: torch.device) -> None:
     x, y = tied(kernel_device, 20, 33, 8)
     owner = torch.arange(33, device=kernel_device) % 20
     torch.library.opcheck(rank._rank_counts, (x, y, owner))
-    torch.library.opcheck(rank._topk_chunk, (x, y, 3))
     compiled = torch.compile(rank_counts, fullgraph=True, backend="aot_eager")
     for result, eager in zip(compiled(x, y, owner), rank_counts(x, y, owner), strict=True):
         assert torch.equal(result, eager)
@@ -134,12 +148,7 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"text_owner_N must be int64 of shape \(5,\)"):
         rank_counts(x, y, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="float64"):
-        topk(x.double(), y.double(), 1)
-    with pytest.raises(ValueError, match=r"k must be in 1\.\.5"):
-        topk(x, y, 6)
-    y[3, 1] = torch.nan
-    with pytest.raises(ValueError, match="must be finite"):
-        topk(x, y, 2)
+        rank_counts(x.double(), y.double(), torch.zeros(5, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +186,3 @@ def test_a_device_without_kernels_is_known_before_a_launch(
 def test_large_sides_on_a_card(cuda: torch.device, dtype: torch.dtype) -> None:
     x, y = (t.to(dtype) for t in tied(cuda, 3000, 5001, 512))
     assert_ranks(x, y, torch.randperm(5001).to(cuda) % 3000)
-    for k in (1, 10, 32):
-        expected = topk_reference(x.float(), y.float(), k)
-        assert all(torch.equal(a, b) for a, b in zip(topk(x, y, k), expected, strict=True))

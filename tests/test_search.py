@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import json
 import os
@@ -23,8 +22,10 @@ from numerics import assert_agrees, assert_as_exact, in_float64
 from sample_data import MakeClips
 
 from clsp_fast import search as command
+from clsp_fast import similarity
 from clsp_fast.config import MODEL_PRESETS
 from clsp_fast.embed import EmbedConfig, embed
+from clsp_fast.kernels import neighbours
 from clsp_fast.model import CLSP
 from clsp_fast.search import Hit, Result, SearchConfig, page, search, table
 from clsp_fast.storage.embedding_folder import Embeddings
@@ -78,13 +79,41 @@ def test_search_equals_sorting_all_cosines(folder: Path, model_folder: Path) -> 
     assert len(run(folder, model_folder, text=TEXTS, k=1000)[0].hits) == 39
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinity, when it interprets kernels
+def test_kernels_search_all_shards_in_one_pass(
+    folder: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel_device: torch.device,
+) -> None:
+    """On the CPU, with kernels in the interpreter: the search hands over its shards as on a card."""
+    plain = run(folder, model_folder, text=TEXTS, k=9)
+    monkeypatch.setattr(similarity, "_kernels", lambda *_: neighbours)
+    by_kernels = run(folder, model_folder, text=TEXTS, k=9)
+    for result, other in zip(plain, by_kernels, strict=True):
+        assert [hit.audio for hit in result.hits] == [hit.audio for hit in other.hits]
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(folder, poisoned)
+    rows = np.load(poisoned / "shard-000002.npy")
+    rows[5, 0] = np.inf
+    np.save(poisoned / "shard-000002.npy", rows)
+    with pytest.raises(ValueError, match=r"shard-000002\.npy: .*infinity in row 5"):
+        run(poisoned, model_folder, text=TEXTS)
+
+
 @pytest.mark.usefixtures("no_tf32")
 def test_both_devices_find_the_same(
     folder: Path, model_folder: Path, each_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels, calls = importlib.import_module("clsp_fast.kernels.rank"), []
-    real = kernels.topk
-    monkeypatch.setattr(kernels, "topk", lambda *args: calls.append(args[1].device.type) or real(*args))
+    calls: list[str] = []
+    add = neighbours.Neighbours.add
+
+    def recorded(self: Any, first_row: int, rows: torch.Tensor) -> None:
+        calls.append(rows.device.type)
+        add(self, first_row, rows)
+
+    monkeypatch.setattr(neighbours.Neighbours, "add", recorded)
     settings = {"model": str(model_folder), "text": TEXTS, "k": 39}
     results = search(SearchConfig(folder=folder, device=each_device.type, **settings))
     expected = run(folder, model_folder, text=TEXTS, k=39)

@@ -4,7 +4,6 @@ tile, in plain torch and in the extension, for any instruction set, tiles and nu
 from __future__ import annotations
 
 import functools
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from numerics import assert_agrees
 from torch import Tensor
 
-from clsp_fast import _C, similarity
+from clsp_fast import _C, row_stream, similarity
+from clsp_fast.kernels import neighbours, rank
 
 
 @pytest.fixture(params=[*_C.instruction_sets(), "reference"])
@@ -156,6 +156,8 @@ def test_nan_is_refused() -> None:
 def test_wrong_shapes_and_owners_are_refused() -> None:
     with pytest.raises(ValueError, match="same number of columns"):
         similarity.ranks(torch.ones(5, 3), torch.ones(5, 4))
+    with pytest.raises(ValueError, match=r"text_owner must hold 6 indices in 0\.\.4"):
+        similarity.ranks(torch.ones(5, 3), torch.ones(6, 3))
     for owner in (torch.tensor([0, 5]), torch.tensor([-1, 0]), torch.tensor([0])):
         with pytest.raises(ValueError, match=r"text_owner must hold 2 indices in 0\.\.4"):
             similarity.ranks(torch.ones(5, 3), torch.ones(2, 3), text_owner=owner)
@@ -223,6 +225,44 @@ def test_topk_reads_a_mapped_database(tmp_path: Path, dtype: str, monkeypatch: p
     assert torch.equal(index, want_index)
     halves, _ = similarity.topk(queries.half(), torch.from_numpy(rows).bfloat16(), 1)
     assert halves.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_kernels_search_a_mapped_database_in_chunks(
+    kernel_device: torch.device, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.nn.functional.normalize(torch.randn(700, 24), dim=1).numpy().astype(dtype)
+    rows[100:600:5] = rows[7]  # copies of one row, in every chunk
+    np.save(tmp_path / "rows.npy", rows)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    chunk_rows = 256
+    monkeypatch.setattr(
+        similarity,
+        "device_chunks",
+        functools.partial(row_stream.device_chunks, buffer_bytes=chunk_rows * rows[0].nbytes),
+    )
+    queries = torch.nn.functional.normalize(torch.randn(9, 24), dim=1)
+    queries[4] = torch.from_numpy(rows[7]).float()
+    parts: list[tuple[int, similarity.Database]] = [(0, mapped[:300]), (1000, mapped[300:])]
+    scores, index = similarity._kernel_topk(neighbours, queries.to(kernel_device), parts, 6)
+    expected_scores, place = similarity.topk(queries, mapped, 6)
+    assert torch.equal(index.cpu(), torch.where(place < 300, place, place + 700))
+    assert_agrees(scores.cpu(), expected_scores, count=24, dtype=torch.float32)
+
+
+def test_the_kernels_name_a_row_of_a_later_part(kernel_device: torch.device) -> None:
+    rows = np.ones((9, 4), np.float32)
+    damaged = rows.copy()
+    damaged[5, 2] = np.nan
+    queries = torch.ones(2, 4, device=kernel_device)
+    with pytest.raises(similarity.RowError, match="NaN or infinity in row 105") as error:
+        similarity._kernel_topk(neighbours, queries, [(0, rows), (100, damaged)], 3)
+    assert error.value.row == 105
+
+
+def test_without_a_card_no_kernel_is_chosen() -> None:
+    queries, rows = torch.ones(2, 3), np.ones((5, 3), np.float32)
+    assert similarity.topk_of_parts(queries, [(0, rows)], 2) is None
 
 
 @pytest.mark.parametrize(
@@ -306,15 +346,15 @@ def test_the_extension_counts_nothing_on_a_side_without_rows(clips: int, texts: 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels' functions that are called from now on; they still run."""
-    kernels, calls = importlib.import_module("clsp_fast.kernels.rank"), []
-    for name in ("rank_counts", "topk"):
-        real = getattr(kernels, name)
+    calls: list[str] = []
+    for place, name in ((rank, "rank_counts"), (neighbours.Neighbours, "add")):
+        real = getattr(place, name)
 
         def call(*args: Any, real: Any = real, name: str = name, **options: Any) -> Any:
             calls.append(name)
             return real(*args, **options)
 
-        monkeypatch.setattr(kernels, name, call)
+        monkeypatch.setattr(place, name, call)
     return calls
 
 
@@ -333,4 +373,4 @@ def test_each_device_takes_its_kernels_and_agrees_with_float64(
     expected_scores, expected_rows = neighbours_by_sorting(audio.double(), text.double(), 10)
     assert torch.equal(scores.cpu().double(), expected_scores)
     assert torch.equal(rows.cpu(), expected_rows)
-    assert calls == (["rank_counts", "topk"] if each_device.type == "cuda" else [])
+    assert calls == (["rank_counts", "add"] if each_device.type == "cuda" else [])

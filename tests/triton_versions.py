@@ -25,6 +25,7 @@ FILES = [
     "test_interpreter.py",
     "test_kernel_budgets.py",
     "test_kernel_contrastive.py",
+    "test_kernel_neighbours.py",
     "test_kernel_rank.py",
     "test_kernel_sass.py",
 ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from bench.card.record import Record
 from bench.measure import one_line
-from clsp_fast.kernels import rank
+from clsp_fast.kernels import neighbours, rank
 from clsp_fast.loss import contrastive_loss
 
 CLIPS, TEXTS, DIM = 300, 701, 512
@@ -77,7 +77,7 @@ def launch_kernels(device: torch.device) -> None:
     loss.backward()
     # Not by way of clsp_fast.similarity, which would not take the kernels for tensors on the CPU.
     ranks = rank.rank_counts(audio_MD.detach(), text_ND.detach(), owner_N)
-    scores, _ = rank.topk(audio_MD.detach(), text_ND.detach(), 10)
+    scores, _ = neighbours.topk(audio_MD.detach(), text_ND.detach(), 10)
     values = [loss, audio_MD.grad, text_ND.grad, scale.grad, scores, *(x.float() for x in ranks)]
     if not all(bool(x.isfinite().all()) for x in values if x is not None):
         raise SystemExit("a result is not finite")
