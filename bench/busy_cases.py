@@ -29,7 +29,12 @@ from clsp_fast.data import Batch
 from clsp_fast.model import CLSP
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import optim
-from clsp_fast.training.step import average_and_clip_gradients, forward, update_running_statistics
+from clsp_fast.training.step import (
+    average_and_clip_gradients,
+    flag_bad_step,
+    forward,
+    update_running_statistics,
+)
 
 CPUS = 2
 CLIPS = 128
@@ -64,9 +69,9 @@ def training() -> Work:
         torch.manual_seed(1)
         _, loss = forward(model, batch, ranks, config)
         torch.autograd.backward(loss)
-        average_and_clip_gradients(model, ranks, config.optim)
-        optimizer.step()
-        update_running_statistics(model, ranks)
+        bad = flag_bad_step(loss, average_and_clip_gradients(model, ranks, config.optim), ranks)
+        optim.step_unless(optimizer, bad)
+        update_running_statistics(model, ranks, bad)
         optimizer.zero_grad()
         contention.adapt_waits()
         return [loss.item()]

@@ -46,7 +46,8 @@ class Ragged:
     def model(self) -> CLSP:
         torch.manual_seed(0)
         with self.features_BTF.device:
-            return CLSP(MODEL_PRESETS[self.preset])
+            model = CLSP(MODEL_PRESETS[self.preset])
+        return model.to(self.features_BTF.device)
 
     @property
     def audio_s(self) -> float:

@@ -1,7 +1,7 @@
 """Embeds recordings in batches of clips of similar length. The memory in use is bounded.
 
 A row is a whole recording, or one window of a long recording. Shape suffixes: N recordings, W rows, B rows of
-one batch, T frames, F mel bins, D joint dimension.
+one batch, R recordings of one block, K frames of one block, T frames, F mel bins, D joint dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast import contention, features
+from clsp_fast import contention, copies, features
 from clsp_fast.audio import DEFAULT_LIMITS, AudioError, AudioErrorReason, AudioLimits, Segment, as_waveform
 from clsp_fast.config import Batching
 from clsp_fast.console import Progress
@@ -39,7 +39,8 @@ _COMPRESSION = 16
 
 class Rows(NamedTuple):
     """One batch. The first `lengths_B[b]` frames of row b are features of recording `item_B[b]`, from frame
-    `start_B[b]` on. The rest of the row counts as padding."""
+    `start_B[b]` on. The rest of the row counts as padding. The features are on the model's device, everything
+    else is on the CPU."""
 
     item_B: Tensor
     start_B: Tensor
@@ -52,6 +53,7 @@ def embed_recordings(
     items: list[Any],
     batching: Batching,
     *,
+    device: torch.device,
     sample_rate: int | None = None,
     errors: Errors | None = None,
     progress: bool | Callable[[int], None] = False,
@@ -62,9 +64,10 @@ def embed_recordings(
     and scaled to unit norm.
 
     Args:
-        encode: features (B, T, F) and lengths (B,) -> (B, D).
+        encode: features (B, T, F) on `device` and lengths (B,) on the CPU -> (B, D).
         items: recordings as `features.extract_files` takes them, or waveforms.
         batching: size of the batches, and what is done with long recordings.
+        device: device of the model.
         sample_rate: rate of the waveforms in Hz; None: 16000. The rate of a file is in its header.
         errors: a dictionary that receives the error of each recording that cannot be used. The row of such a
             recording is NaN. None: the first error is raised.
@@ -77,21 +80,30 @@ def embed_recordings(
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     if progress is True:
         progress = Progress(len(items), "clips", lead="encoded ").add
-    for item_B, start_B, features_BTF, lengths_B in feature_batches(items, batching, sample_rate, errors):
-        embedded_BD = encode(features_BTF, lengths_B)
-        contention.adapt_waits()
-        bad = item_B[~embedded_BD.isfinite().all(1).cpu()].tolist()
+
+    def check(item_B: Tensor, start_B: Tensor, is_finite: Callable[[], Tensor]) -> None:
+        bad = item_B[~is_finite()].tolist()
         if bad and errors is None:
             raise ValueError(f"audio must be finite, got NaN or infinity from the clips {bad}")
         for item in bad:
             assert errors is not None
             detail = "gives an embedding that is not finite"
             errors[item] = AudioError(_name(items[item], item), AudioErrorReason.NON_FINITE, detail)
-        parts.append((item_B, start_B, lengths_B, embedded_BD))
         if progress:
             progress(int((start_B == 0).sum()))
-    if not parts:
+
+    # A batch is checked after the next one has been given to the model. So a GPU has always work to do.
+    unchecked: tuple[Tensor, Tensor, Callable[[], Tensor]] | None = None
+    for rows in feature_batches(items, batching, device, sample_rate, errors):
+        embedded_BD = encode(rows.features_BTF, rows.lengths_B)
+        contention.adapt_waits()
+        parts.append((rows.item_B, rows.start_B, rows.lengths_B, embedded_BD))
+        if unchecked is not None:
+            check(*unchecked)
+        unchecked = rows.item_B, rows.start_B, copies.read_later(embedded_BD.isfinite().all(1))
+    if unchecked is None:
         return torch.full((len(items), 0), torch.nan)
+    check(*unchecked)
     return _join_windows(*(torch.cat(column) for column in zip(*parts, strict=True)), count=len(items))
 
 
@@ -100,26 +112,36 @@ def _join_windows(
 ) -> Tensor:
     """Computes one embedding per recording. The windows of a recording are added in the order of time, so
     that the sum does not depend on how they were batched."""
+    order_W = start_W.argsort()
+    order_W = order_W[item_W[order_W].argsort(stable=True)]
+    item_W, lengths_W = item_W[order_W], lengths_W[order_W]
+    device, windows_N = embedded_WD.device, torch.bincount(item_W, minlength=count)
+    embedded_WD = embedded_WD.index_select(0, copies.to_device(order_W, device))
+    frames_N = torch.zeros_like(windows_N).index_add_(0, item_W, lengths_W)
+    weight_W = copies.to_device(lengths_W / frames_N[item_W], device).to(embedded_WD)
+
     result_ND = embedded_WD.new_full((count, embedded_WD.shape[1]), torch.nan)
-    windows_N = torch.bincount(item_W, minlength=count)
     (single_W,) = (windows_N[item_W] == 1).nonzero(as_tuple=True)
-    device = embedded_WD.device
-    result_ND[item_W[single_W].to(device)] = embedded_WD[single_W.to(device)]
+    single, items = (copies.to_device(x, device) for x in (single_W, item_W[single_W]))
+    result_ND.index_copy_(0, items, embedded_WD.index_select(0, single))
+    stop_N = windows_N.cumsum(0)
     for item in (windows_N > 1).nonzero()[:, 0].tolist():
-        (windows,) = (item_W == item).nonzero(as_tuple=True)
-        windows = windows[start_W[windows].argsort()]
-        weights = (lengths_W[windows] / lengths_W[windows].sum()).to(embedded_WD)
-        total_D = (weights[:, None] * embedded_WD[windows.to(device)]).sum(0)
+        windows = slice(int(stop_N[item] - windows_N[item]), int(stop_N[item]))
+        total_D = (weight_W[windows, None] * embedded_WD[windows]).sum(0)
         result_ND[item] = F.normalize(total_D, dim=0)
     return result_ND
 
 
 def feature_batches(
-    items: list[Any], batching: Batching, sample_rate: int | None = None, errors: Errors | None = None
+    items: list[Any],
+    batching: Batching,
+    device: torch.device,
+    sample_rate: int | None = None,
+    errors: Errors | None = None,
 ) -> Iterator[Rows]:
     """Batches of rows of similar length. While the model embeds one block of recordings, a thread decodes
-    the next block."""
-    blocks = _blocks(items)
+    the next block. The features of a block are copied to the device in one piece, and cut into rows there."""
+    blocks, uploads = _blocks(items), copies.Uploads(device)
 
     def extract_next() -> tuple[list[int], features.Features] | None:
         block = next(blocks, None)
@@ -133,7 +155,7 @@ def feature_batches(
         ahead = pool.submit(extract_next)
         while (block := ahead.result()) is not None:
             ahead = pool.submit(extract_next)
-            yield from _rows(items, *block, batching, errors)
+            yield from _rows(items, *block, batching, uploads, errors)
 
 
 def _extract_waveforms(
@@ -184,6 +206,7 @@ def _rows(
     positions: list[int],
     block: features.Features,
     batching: Batching,
+    uploads: copies.Uploads,
     errors: Errors | None,
 ) -> Iterator[Rows]:
     """Batches from the features of one block, the longest rows first."""
@@ -201,14 +224,20 @@ def _rows(
         else:
             rows += [(recording, start, stop - start) for start, stop in spans]
     rows.sort(key=lambda row: -row[2])
-    last = block.values.shape[1] - 1
+    values_RTF = uploads.upload(block.values)
+    frames_KF, frames, device = values_RTF.flatten(0, 1), values_RTF.shape[1], values_RTF.device
     while rows:
         longest = rows[0][2]
         count = max(1, int(max_frames // longest))
         recording_B, start_B, lengths_B = torch.tensor(rows[:count]).unbind(1)
-        frame_BT = (start_B[:, None] + torch.arange(longest)).clamp_(max=last)
-        values_BTF = block.values[recording_B[:, None], frame_BT]
-        yield Rows(torch.tensor(positions)[recording_B], start_B, values_BTF, lengths_B)
+        first_B = recording_B * frames
+        bounds_2B = copies.to_device(torch.stack([first_B + start_B, first_B + frames - 1]), device)
+        # A row beyond the end of its recording repeats the block's last frame.
+        index_BT = (bounds_2B[0, :, None] + torch.arange(longest, device=device)).minimum(
+            bounds_2B[1, :, None]
+        )
+        features_BTF = frames_KF.index_select(0, index_BT.flatten()).view(*index_BT.shape, -1)
+        yield Rows(torch.tensor(positions)[recording_B], start_B, features_BTF, lengths_B)
         rows = rows[count:]
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from clsp_fast import console, features
+from clsp_fast import console, features, precision
 from clsp_fast.audio import AudioError
 from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
@@ -78,6 +78,7 @@ class EmbedResult(NamedTuple):
         return not self.failed and not self.problems
 
 
+@precision.as_configured
 def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
     """Embeds recordings into a folder. Continues where an earlier call stopped.
 
@@ -234,7 +235,7 @@ class _Job:
         good = [i for i in range(len(clips)) if i not in errors]
         embedding_folder.write_shard(
             self._header.shard(self._out, unit),
-            embedded[good].cpu().to(getattr(torch, self._header.dtype)).numpy(),
+            embedded.cpu()[good].to(getattr(torch, self._header.dtype)).numpy(),
         )
         rows = {i: row for row, i in enumerate(good)}
         lines = []

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clsp_fast import console
+from clsp_fast import console, precision
 from clsp_fast.checks import listed, require
 from clsp_fast.config import EncodeConfig
 from clsp_fast.console import INCOMPLETE
@@ -102,6 +102,7 @@ class SimilarityConfig(_Config):
     category, paths relative to it."""
 
 
+@precision.as_configured
 def retrieval(config: RetrievalConfig, *, model: CLSP | None = None) -> Results:
     """Retrieval figures of a set of clips.
 
@@ -135,6 +136,7 @@ def _captions(clip: Clip, kind: str, every: bool) -> tuple[str, ...]:
     return captions if every or not captions else (captions[main_caption(clip, kind)],)
 
 
+@precision.as_configured
 def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     """Zero-shot classification figures.
 
@@ -189,6 +191,7 @@ def _classify(task: Task, audio_MD: Tensor, clips: list[Clip], model: CLSP, conf
     )
 
 
+@precision.as_configured
 def similarity(config: SimilarityConfig, *, model: CLSP | None = None) -> Results:
     """Correlation between the cosine of clip and caption and the mean rating that people gave the pair.
 

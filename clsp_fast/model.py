@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clsp_fast import contention
+from clsp_fast import contention, copies
 from clsp_fast.audio import AudioError
 from clsp_fast.batches import MIN_FRAMES, embed_recordings
 from clsp_fast.config import Batching, LongAudio, ModelChoice, ModelConfig
@@ -185,10 +185,10 @@ class CLSP(nn.Module):
         self._check_features(features, lengths, padding)
         lengths = lengths.cpu()
         frames = int(lengths.max())
-        x = features[:, :frames].to(self.device, self.dtype)
+        x = copies.to_device(features[:, :frames], self.device).to(self.dtype)
         lengths = frames_after_front(lengths)
         all_equal = bool((lengths == lengths[0]).all())
-        lengths = lengths.to(self.device, non_blocking=True)
+        lengths = copies.to_device(lengths, self.device)
         ragged = None
         if not all_equal:
             ragged = make_ragged(lengths, frames_after_front(frames), alone=padding == "alone")
@@ -213,8 +213,8 @@ class CLSP(nn.Module):
             pooled = pool_mean(hidden_BTC, hidden_lengths_B)
         else:
             hidden_statistics = pool_statistics(hidden_BTC, hidden_lengths_B)
-            features_BTF = standardise(features_BTF.to(self.device, self.dtype))
-            feature_statistics = pool_statistics(features_BTF, lengths_B.to(self.device, non_blocking=True))
+            features_BTF = standardise(copies.to_device(features_BTF, self.device).to(self.dtype))
+            feature_statistics = pool_statistics(features_BTF, copies.to_device(lengths_B, self.device))
             pooled = torch.cat([hidden_statistics, feature_statistics], dim=1)
         return _unit_norm(self.audio_transform(self.audio_projection(pooled)))
 
@@ -257,8 +257,8 @@ class CLSP(nn.Module):
         for group in groups:
             longest = int(lengths[group[-1]])
             rows = (x[group, :longest] for x in (token_ids, attention_mask))
-            parts.append(self.text_encoder(*(x.to(self.device, non_blocking=True) for x in rows)))
-        order = torch.cat(groups).argsort().to(self.device, non_blocking=True)
+            parts.append(self.text_encoder(*(copies.to_device(x, self.device) for x in rows)))
+        order = copies.to_device(torch.cat(groups).argsort(), self.device)
         return self.join_text(torch.cat(parts)[order])
 
     def join_text(self, pooled_BC: Tensor) -> Tensor:
@@ -336,6 +336,7 @@ class CLSP(nn.Module):
                 self.encode_features,
                 items,
                 batching,
+                device=self.device,
                 sample_rate=sample_rate,
                 errors=errors,
                 progress=progress,
@@ -418,7 +419,8 @@ class CLSP(nn.Module):
         Args:
             source: a folder, or the name of a repository on the Hugging Face hub (needs the extra `hub`).
             device: device of the model; None: the CPU.
-            dtype: dtype of the parameters; None: as saved.
+            dtype: dtype of the parameters; None: as saved. On a GPU, torch's settings decide whether products
+                of float32 parameters use TF32; `clsp_fast.precision.products` changes them for a while.
 
         Returns:
             The model in evaluation mode; its tokenizer is None if the folder has none.

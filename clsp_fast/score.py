@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, TextIO
 
 import torch
 
-from clsp_fast import console
+from clsp_fast import console, precision
 from clsp_fast.audio import AudioError
 from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
@@ -83,6 +83,7 @@ class ScoreResult(NamedTuple):
     before: int
 
 
+@precision.as_configured
 def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
     """Scores the lines of a file. Continues where an earlier call stopped.
 

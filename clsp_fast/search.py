@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import audio, console, features, similarity
+from clsp_fast import audio, console, features, precision, similarity
 from clsp_fast.audio import AudioError
 from clsp_fast.checks import require
 from clsp_fast.config import EncodeConfig
@@ -95,6 +95,7 @@ class Result(NamedTuple):
     hits: list[Hit]
 
 
+@precision.as_configured
 def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
     """Answers queries from a folder of embeddings, first texts and then clips.
 

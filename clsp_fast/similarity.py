@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import _C
+from clsp_fast import _C, copies
 from clsp_fast.row_stream import device_chunks
 
 Database: TypeAlias = Tensor | NDArray[Any]
@@ -309,7 +309,7 @@ def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -
             raise wrong_owner
         owner_N = torch.arange(n, device=audio_MD.device)
     else:
-        owner_N = text_owner.to(audio_MD.device)
+        owner_N = copies.to_device(text_owner, audio_MD.device)
     if owner_N.shape != (n,):
         raise wrong_owner
     # All facts are read at once, because each reading waits for the device. If a sum is finite, so are all

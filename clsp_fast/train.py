@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from clsp_fast import console
+from clsp_fast import console, precision
 from clsp_fast.checks import differences, listed
 from clsp_fast.config import TrainConfig
 from clsp_fast.data import DataError, Loader
@@ -33,6 +33,7 @@ from clsp_fast.training.parse import parse
 from clsp_fast.training.run import Interrupted, Run, fit, load_checkpoint, restore_data
 
 
+@precision.as_configured
 def train(config: TrainConfig) -> dict[str, Any]:
     """Trains the model that `config` describes. If the run folder already holds a run, resumes it; a finished
     run is only evaluated.

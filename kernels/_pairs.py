@@ -22,11 +22,17 @@ from ._launch import (
     operand,
     panel_rows,
     score_arguments,
+    target_of,
     tile_grid,
 )
 
-DEFAULT_WORKSPACE_BYTES = 512 << 20
-"""Fits 7,900 rows of G in a 16-bit dtype, with their fp32 products, at N = 32,768 and D = 512."""
+DEFAULT_WORKSPACE_BYTES = 2 << 30
+SMALL_CARD_WORKSPACE_BYTES = 544 << 20
+"""The default for target 89. It fits 8,440 rows of G in 16 bits and their products at N = 32,768, D = 512."""
+# Multiprocessors of each target's usual card. They are constants, so that results depend on the target alone.
+_MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
+# The tile of the library's products that this module counts with: rows and columns.
+_PRODUCT_TILE = (128, 256)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _FLOAT16_LARGEST = 2.0**13
@@ -106,7 +112,9 @@ def check_operands(
             raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
         scalars.append(scalar)
     compute_dtype = compute_dtype or audio.dtype
-    workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    if workspace_bytes is None:
+        small = target_of(audio.device) == 89
+        workspace_bytes = SMALL_CARD_WORKSPACE_BYTES if small else DEFAULT_WORKSPACE_BYTES
     return audio, text, scalars[0], scalars[1], owner.contiguous(), compute_dtype, workspace_bytes
 
 
@@ -148,6 +156,23 @@ def gain_of(dtype: torch.dtype, *gradients: Tensor) -> Tensor:
     return torch.where(largest > 0, _FLOAT16_LARGEST / largest, one)
 
 
+def product_rows(rows: int, row_bytes: int, workspace_bytes: int, step: int, depth: int, target: int) -> int:
+    """Number of rows of each panel of G, so that the products dX = G Y of all panels take the fewest waves.
+
+    A wave is one tile of a product on every multiprocessor. Of equally good numbers, the smallest is chosen.
+    """
+    fewest = -(-rows // panel_rows(rows, row_bytes, workspace_bytes, step))
+
+    def waves(panels: int) -> int:
+        tiles = triton.cdiv(triton.cdiv(rows, panels), _PRODUCT_TILE[0]) * triton.cdiv(
+            depth, _PRODUCT_TILE[1]
+        )
+        return panels * triton.cdiv(tiles, _MULTIPROCESSORS[target])
+
+    panels = min(range(fewest, 4 * fewest + 1), key=lambda number: (waves(number), -number))
+    return triton.cdiv(rows, panels * step) * step
+
+
 def products(
     kernel: str,
     audio: Tensor,
@@ -176,7 +201,9 @@ def products(
             arguments = score_arguments(kernel, x, y)
             stride = triton.cdiv(n, arguments["BN"]) * arguments["BN"]
             row_bytes = stride * x.itemsize + 4 * audio.shape[1]
-            rows = panel_rows(m, row_bytes, workspace_bytes, arguments["BM"])
+            rows = product_rows(
+                m, row_bytes, workspace_bytes, arguments["BM"], audio.shape[1], target_of(audio.device)
+            )
             buffer = x.new_empty(rows, stride)
             for first in range(0, m, rows):
                 stop = min(first + rows, m)

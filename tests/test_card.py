@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bench import plot
-from bench.card import runner, timing, wheels
+from bench.card import checks, runner, timing, wheels
 from bench.card.runner import STAGES, Stage, main
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,8 @@ EXPECTED = {
         "loss/40/dense, one product": "ms",
         "loss/40/the recipe's and open_clip's form": "ms",
         "loss/40/chunked cross-entropy": "ms",
-        "loss/40/memeff": "missing",
+        "loss/40/beside peers/softmax/memeff": "missing",
+        "loss/40/beside peers/sigmoid/clsp_fast": "ms",
         "loss/40/clsp_fast/forward": "peak_mib",
         "loss/40/clsp_fast/backward": "peak_mib",
         "loss/40/sigmoid/clsp_fast": "ms",
@@ -206,6 +207,14 @@ def test_kernels_that_are_not_installed_are_not_measured(
         file.write("\n")
     with pytest.raises(SystemExit, match=r"differ from kernels/ \(rank.py\): make the wheels again"):
         runner.check_installed_kernels()
+
+
+def test_every_file_with_a_test_for_a_card_is_run() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    files = set(re.findall(r"^(tests/[\w/]+\.py)::", done.stdout, re.MULTILINE))
+    assert len(files) >= 8, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {path for path in files if not checks.FOR_A_CARD.search((ROOT / path).read_text())} == set()
 
 
 def test_the_run_takes_about_eight_minutes() -> None:

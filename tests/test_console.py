@@ -106,7 +106,11 @@ def test_encoding_shows_lines_in_a_file(capsys: pytest.CaptureFixture[str]) -> N
 
     clips = [torch.zeros(3200 + 800 * i) for i in range(40)]
     batches.embed_recordings(
-        lambda x, _: torch.ones(len(x), 4), clips, Batching(batch_seconds=0.5), progress=True
+        lambda x, _: torch.ones(len(x), 4),
+        clips,
+        Batching(batch_seconds=0.5),
+        device=torch.device("cpu"),
+        progress=True,
     )
     text = capsys.readouterr().err
     assert "\r" not in text

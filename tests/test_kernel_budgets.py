@@ -79,6 +79,26 @@ def test_the_budget_covers_every_kernel_and_keeps_the_promises(version: str) -> 
                 assert all(shape.startswith(kind) for shape in budget["mma"]), what
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_code_after_a_product_is_short_on_an_h100(version: str) -> None:
+    """The tensor cores wait while it runs. An exponential and a multiplication for each element are 256."""
+    kernels = VERSIONS[version]["kernels"]["90 bf16"]
+    assert kernels["lse"]["tile"]["after"] <= 700
+    assert kernels["panel"]["tile"]["after"] <= 850
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_panels_are_stored_16_bytes_at_a_time(version: str) -> None:
+    for variant, kernels in VERSIONS[version]["kernels"].items():
+        item_bytes = budgets.NAMES[variant.split()[1]].itemsize
+        for name in ("panel", "sigmoid_panel"):
+            tile, threads = kernels[name]["tile"], kernels[name]["threads"]
+            stored = 16 * tile["stores"].get("16", 0)
+            what = f"{variant} {name}: {tile['stores']}"
+            assert stored == tile["rows"] * tile["columns"] * item_bytes // threads, what
+            assert tile["narrow_stores"] <= 1, what  # the sum of a tile
+
+
 def test_the_tables_of_the_readme_are_those_of_the_budget() -> None:
     readme = (FOLDER / "README.md").read_text()
     assert tables.with_table(readme, FOLDER) == readme

@@ -558,6 +558,20 @@ def test_panels_fit_the_workspace() -> None:
     assert _launch.panel_rows(1000, 10, 1, 128) == 128
 
 
+@pytest.mark.parametrize(
+    ("target", "rows", "expected"),
+    [(90, 8_192, 8_192), (90, 32_768, 8_192), (90, 65_536, 8_192), (80, 32_768, 6_656), (100, 65_536, 9_472)],
+)
+def test_panels_fill_whole_waves_of_products(target: int, rows: int, expected: int) -> None:
+    row_bytes = 2 * rows + 4 * 512
+    chosen = _pairs.product_rows(rows, row_bytes, 2 << 30, 128, 512, target)
+    assert chosen == expected
+    assert 2 * chosen / 128 <= _pairs._MULTIPROCESSORS[target]
+    # A smaller workspace makes smaller panels.
+    small = _pairs.product_rows(rows, row_bytes, 64 << 20, 128, 512, target)
+    assert small * row_bytes <= 64 << 20
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_wide_batches_on_a_card(cuda: torch.device, dtype: torch.dtype) -> None:

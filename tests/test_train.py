@@ -337,6 +337,54 @@ def test_stops_after_bad_steps_in_a_row(
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
 
 
+def states(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights and the optimiser's state after `step` steps, from the checkpoint."""
+    saved = checkpoint._load(run / f"checkpoints/step-{step:08d}")
+    return saved.model | saved.optim
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "scaled_adam"])
+def test_bad_steps_that_are_read_later_change_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """Losses are read after step 3, together with those of the bad steps 1 and 2."""
+    settings = config(
+        folder,
+        tmp_path / "run",
+        stage1_steps=4,
+        stage2_steps=0,
+        log_every=3,
+        save_every=1,
+        keep_checkpoints=9,
+        optim=OptimConfig(algorithm=algorithm, lr=5e-3, warmup_steps=2),
+    )
+    monkeypatch.setattr(run_module, "is_read_after", lambda run, step: step in (2, 3))
+    monkeypatch.setattr(run_module, "forward", poison(run_module.forward, {0, 1}, "loss"))
+    train.train(settings)
+    records = log.read_log(settings.run / "log.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "bad_step"] == [0, 1]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [2, 3]
+    after = {step: states(settings.run, step) for step in (1, 2, 3)}
+    for name, value in after[1].items():
+        assert torch.equal(value, after[2][name]), name
+        assert value.isfinite().all(), name
+    assert not torch.equal(after[2]["encoder_embed.out.weight"], after[3]["encoder_embed.out.weight"])
+    assert all(value.isfinite().all() for value in after[3].values())
+
+
+def test_no_checkpoint_is_written_after_too_many_bad_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "forward", poison(run_module.forward, {3, 4, 5}, "gradient"))
+    settings = config(folder, tmp_path / "run", log_every=100, save_every=2, validate_every=100)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*last: step 5"):
+        train.train(settings)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+
+
 def spoil(folder: Path, target: Path, faults: int) -> Path:
     """A manifest with a line that is not JSON, and clips that are missing, empty, text, cut, short or NaN."""
     target.mkdir()

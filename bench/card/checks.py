@@ -22,12 +22,14 @@ WHOLE_FILES = (
 )
 DRY_FILES = ("tests/test_model.py",)
 DRY_WORDS = "both_devices and bf16"
+FOR_A_CARD = re.compile(r"mark\.gpu|each_device")
+"""What a file contains if it has tests for a card. The other files need not be imported."""
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
 def run(record: Record) -> None:
     """Runs both sets of tests. A test that fails is an error of the stage."""
-    marked = [path for path in test_files() if "mark.gpu" in (ROOT / path).read_text()]
+    marked = [path for path in test_files() if FOR_A_CARD.search((ROOT / path).read_text())]
     if record.dry_run:
         add_tests(record, "tests/gpu", ["-k", DRY_WORDS, *DRY_FILES])
         return

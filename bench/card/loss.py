@@ -22,13 +22,15 @@ from clsp_fast.loss import contrastive_loss
 SIZES = (8192, 32768, 65536)
 DRY_SIZES = (40,)
 LARGEST_DENSE = 32768
+ROUNDED = relative(5e-2)
+"""Gate of peers that use TF32, or round to bfloat16 before a subtraction."""
 Kind = Literal["softmax", "sigmoid"]
 # In a dry run the tensors are on the CPU, where "auto" would take the CPU engine.
 fused = partial(loss_cases.fused, implementation="triton")
 
 
 def run(record: Record) -> None:
-    """Measures every size: total, parts, forward alone, and the other kinds of the loss."""
+    """Measures every size: total and parts, then the variants, and last the peers that compile kernels."""
     sizes = DRY_SIZES if record.dry_run else SIZES
     device = record.device.type
     for size in sizes:
@@ -37,40 +39,63 @@ def run(record: Record) -> None:
         record.add_all(f"loss/{size}/sigmoid", time_case(sigmoid_case(size, device), seconds=1.0))
     for size in sizes[:2]:
         record.add_all(f"loss/{size}/variants", time_case(variants_case(size, device), seconds=1.0))
+    for size in sizes:
+        for case in fused_peers(size, device):
+            record.add_all(f"loss/{size}/beside peers/{case.area}", time_case(case, seconds=1.0))
 
 
 def softmax_case(size: int, device: str) -> Case:
     """One caption a clip, in bfloat16. The subject is timed twice: the difference is the noise."""
-    case = loss_cases.loss_case(size, dtype=torch.bfloat16, device=device, dense_fits=size <= LARGEST_DENSE)
-    subjects = (Provider("clsp_fast", fused), Provider("clsp_fast, second time", fused))
+    case = loss_cases.loss_case(size, dtype=torch.bfloat16, device=device)
     # In bfloat16 the dense form rounds its logits, so its gradients have an error of 1 %.
-    peers = tuple(
-        replace(peer, gate=relative(5e-2)) if peer.name.startswith("dense") else peer
-        for peer in case.providers[1:]
+    dense = tuple(
+        replace(peer, gate=ROUNDED) if peer.name.startswith("dense") else peer
+        for peer in case.providers
+        if peer.name.startswith("dense") or peer.name == loss_cases.RECIPE
     )
-    if size > LARGEST_DENSE or device == "cpu":
-        rounded = relative(5e-2)
-        peers = (
-            *peers[:2],
-            Provider("chunked cross-entropy", loss_cases.chunked_cross_entropy, gate=rounded),
-            Provider("memeff", loss_cases.memeff, gate=loss_cases.without_scale(rounded)),
-            Provider("Inf-CL", loss_cases.inf_cl, gate=rounded),
-        )
-    return replace(case, providers=(*subjects, *peers))
+    providers = (
+        Provider("clsp_fast", fused),
+        Provider("clsp_fast, second time", fused),
+        *(dense if size <= LARGEST_DENSE else ()),
+        Provider("chunked cross-entropy", loss_cases.chunked_cross_entropy, gate=ROUNDED),
+    )
+    return replace(case, providers=providers)
 
 
 def sigmoid_case(size: int, device: str) -> Case:
-    """The sigmoid kind. The dense form in float32 is left out where it does not fit."""
-    case = loss_cases.sigmoid_case(
-        size, dtype=torch.bfloat16, device=device, dense_fits=size <= LARGEST_DENSE
+    """The sigmoid kind, beside the dense form in float32 where that fits."""
+    case = loss_cases.sigmoid_case(size, dtype=torch.bfloat16, device=device)
+    dense = case.providers[1:2] if size <= LARGEST_DENSE else ()
+    return replace(case, providers=(Provider("clsp_fast", _fused_sigmoid), *dense))
+
+
+def fused_peers(size: int, device: str) -> tuple[Case, Case]:
+    """Both kinds beside libraries with Triton kernels, which may take long to compile them."""
+    softmax = loss_cases.loss_case(size, dtype=torch.bfloat16, device=device)
+    sigmoid = loss_cases.sigmoid_case(size, dtype=torch.bfloat16, device=device)
+    return (
+        replace(
+            softmax,
+            area="softmax",
+            providers=(
+                Provider("clsp_fast", fused),
+                Provider("memeff", loss_cases.memeff, gate=loss_cases.without_scale(ROUNDED)),
+                Provider("Inf-CL", loss_cases.inf_cl, gate=ROUNDED),
+            ),
+        ),
+        replace(
+            sigmoid,
+            area="sigmoid",
+            providers=(
+                Provider("clsp_fast", _fused_sigmoid),
+                Provider("siglip-kernel", loss_cases.siglip_kernel, gate=ROUNDED),
+            ),
+        ),
     )
 
-    def subject(given: Batch) -> Call:
-        return fused(given, kind="sigmoid", logit_bias=given.bias)
 
-    peer = Provider("siglip-kernel", loss_cases.siglip_kernel, gate=relative(5e-2))
-    dense = case.providers[1:2] if size <= LARGEST_DENSE else ()
-    return replace(case, providers=(Provider("clsp_fast", subject), *dense, peer))
+def _fused_sigmoid(given: Batch) -> Call:
+    return fused(given, kind="sigmoid", logit_bias=given.bias)
 
 
 def variants_case(size: int, device: str) -> Case:

@@ -96,11 +96,11 @@ def check_options(compute_dtype: torch.dtype | None, workspace_bytes: int | None
 
     Raises:
         ValueError: workspace_bytes is negative.
-        TypeError: an option has the wrong type, or compute_dtype is not floating.
+        TypeError: an option has the wrong type, or no engine computes in compute_dtype.
     """
     if workspace_bytes is not None and not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be a whole number, got {workspace_bytes!r}")
     if workspace_bytes is not None and workspace_bytes < 0:
         raise ValueError(f"workspace_bytes must be at least 0, got {workspace_bytes}")
-    if compute_dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise TypeError(f"compute_dtype must be a floating dtype, got {compute_dtype}")
+    if compute_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"compute_dtype must be bfloat16, float16 or float32, got {compute_dtype}")

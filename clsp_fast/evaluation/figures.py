@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clsp_fast import contention, metrics, similarity
+from clsp_fast import contention, copies, metrics, similarity
 from clsp_fast.audio import AudioError
 from clsp_fast.config import DataConfig, EncodeConfig
 from clsp_fast.data import ClipFeatures, DataError, collate, segment
@@ -81,7 +81,7 @@ def embed_features(model: CLSP, clips: Sequence[Clip], features: ClipFeatures) -
     """
     model.eval()
     kept: list[Clip] = []
-    parts: list[Tensor] = []
+    parts: list[Callable[[], Tensor]] = []
     with torch.no_grad():
         for start in range(0, len(clips), _CLIPS_READ):
             chunk = clips[start : start + _CLIPS_READ]
@@ -90,12 +90,13 @@ def embed_features(model: CLSP, clips: Sequence[Clip], features: ClipFeatures) -
             for batch in _batches(read):
                 kept += [clip for clip, _ in batch]
                 lengths = torch.tensor([len(values) for _, values in batch])
-                values = collate([values for _, values in batch]).to(model.device)
-                parts.append(model.encode_features(values, lengths).float().cpu())
+                values = collate([values for _, values in batch])
+                embedded = model.encode_features(copies.to_device(values, model.device), lengths)
+                parts.append(copies.read_later(embedded.float()))
                 contention.adapt_waits()
     if not parts:
         raise DataError(f"no evaluation clip is readable: {dict(Counter(features.bad.values()))}")
-    return torch.cat(parts), kept
+    return torch.cat([read() for read in parts]), kept
 
 
 def _batches(read: Sequence[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, Tensor]]]:

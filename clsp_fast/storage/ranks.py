@@ -65,7 +65,8 @@ class Ranks:
         timeout = timedelta(hours=wait_hours)
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo",
+            # With gloo for tensors on the CPU, the processes exchange flags and objects without their GPUs.
+            "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
             store=_fresh_store(store, rank, world),
             rank=rank,
             world_size=world,
@@ -98,9 +99,13 @@ class Ranks:
         """For each flag, whether it is True on any rank."""
         if self.group is None:
             return list(flags)
-        largest = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
-        return [bool(flag) for flag in largest.tolist()]
+        return [bool(flag) for flag in self.largest(torch.tensor(flags, dtype=torch.int32)).tolist()]
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Replaces each element of x by its largest value on any rank, and returns x."""
+        if self.group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order. A value is anything that can be pickled."""

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clsp_fast import precision
+
 
 class Ragged(NamedTuple):
     """Which frames of a batch are padding. For a batch of clips of equal length, None is used instead.
@@ -187,14 +189,15 @@ class RunningNorm(nn.Module):
             self.batch_moments = self.batch_moments.lerp(moments, rows / self.recorded_rows)
 
     @torch.no_grad()
-    def update_running(self) -> None:
+    def update_running(self, bad: Tensor) -> None:
         """Updates the running moments with the recorded ones. They are an average over all batches at first,
-        later over about the last 50."""
+        later over about the last 50. If the scalar `bad` is 1 instead of 0, they do not change."""
         if self.batch_moments is not None:
-            self.batches += 1
+            self.batches += 1 - bad
             weight = (1 / self.batches).clamp(min=0.02)
-            self.mean.lerp_(self.batch_moments[0], weight)
-            self.power.lerp_(self.batch_moments[1], weight)
+            for running, recorded in zip((self.mean, self.power), self.batch_moments, strict=True):
+                # Chosen with `where`: moments of a bad step may be NaN, and a weight of 0 times NaN is NaN.
+                running.copy_(torch.where(bad > 0, running, running.lerp(recorded, weight)))
             self.batch_moments = None
 
 
@@ -224,6 +227,7 @@ def _means(x_NTC: Tensor, spans: list[tuple[Tensor, Tensor]]) -> Tensor:
     inside = [(time_T >= start[:, None]) & (time_T < stop[:, None]) for start, stop in spans]
     count = torch.stack([stop - start for start, stop in spans], dim=1).clamp(min=1)
     weights = torch.stack(inside, dim=1).to(x_NTC.dtype) / count[:, :, None].to(x_NTC.dtype)
-    # The deviation is computed from a small difference of two such means, which 16 bits would round to 0.
-    with torch.autocast(x_NTC.device.type, enabled=False):
+    # The deviation is computed from a small difference of two such means, which 16 bits or TF32 would round
+    # to 0.
+    with torch.autocast(x_NTC.device.type, enabled=False), precision.products("fp32"):
         return weights @ x_NTC

@@ -84,13 +84,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["scale"]
 
 
+def step_unless(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
+    """One step of the optimiser. If the scalar `bad` is 1 instead of 0, it changes no weight and no moment.
+
+    torch's fused AdamW reads such a flag on the device, so the host does not wait for it. The attribute has
+    the name that torch's gradient scaler uses.
+    """
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 @torch.no_grad()
 def update_average(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     """Adds the weights after `step` steps (from 1) to their running average.
 
     During the first `steps` steps, the average is the mean of all weights so far. Later it is an exponential
-    average with a time constant of `steps` steps. Checkpoints contain it, because it is stored in the
-    optimiser's state, as "average".
+    average with a time constant of `steps` steps. A bad step adds the unchanged weights. Checkpoints contain
+    the average, because it is stored in the optimiser's state, as "average".
     """
     updated = [(p, state) for p, state in optimizer.state.items() if state]
     fresh = [(p, state) for p, state in updated if "average" not in state]

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clsp_fast import contention, similarity
 from clsp_fast.config import TrainConfig
@@ -25,7 +26,12 @@ from clsp_fast.storage.log import RunLog
 from clsp_fast.storage.ranks import Ranks
 from clsp_fast.training import checkpoint, optim
 from clsp_fast.training.corpus import Corpus
-from clsp_fast.training.step import average_and_clip_gradients, forward, update_running_statistics
+from clsp_fast.training.step import (
+    average_and_clip_gradients,
+    flag_bad_step,
+    forward,
+    update_running_statistics,
+)
 
 
 class Interrupted(Exception):
@@ -34,6 +40,25 @@ class Interrupted(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; the same command resumes")
         self.exit_code = 128 + number
+
+
+@dataclass
+class Outcome:
+    """A step whose loss has not been read from the device yet.
+
+    Attributes:
+        step: step of the run.
+        clips: ids of its clips.
+        audio_s: seconds of audio.
+        waited_s: how long the loop waited for the batch.
+        values: loss, gradient norm, and 1 if the step was bad: float32 (3,) on the device.
+    """
+
+    step: int
+    clips: list[str]
+    audio_s: float
+    waited_s: float
+    values: Tensor
 
 
 @dataclass
@@ -56,11 +81,11 @@ class Meter:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
-    def add(self, batch: Batch, loss: float, norm: float, waited_s: float) -> None:
+    def add(self, outcome: Outcome, loss: float, norm: float) -> None:
         """Adds an applied step."""
-        self.audio_s += batch.seconds
-        self.clips += len(batch.ids)
-        self.waited_s += waited_s
+        self.audio_s += outcome.audio_s
+        self.clips += len(outcome.clips)
+        self.waited_s += outcome.waited_s
         self.losses.append(loss)
         self.norms.append(norm)
 
@@ -90,7 +115,8 @@ class Run:
         loader: the batches of this rank.
         first_step: step that this process starts with.
         bad_clips: clips that any rank could not read: id -> reason; the same on all ranks.
-        bad_steps: number of steps since the last applied one.
+        outcomes: the steps since the last call of `read_outcomes`.
+        bad_steps: number of steps since the last applied one, without `outcomes`.
         meter: sums for the next log line.
         signals: numbers of the stop signals that this process has received.
         validation_features: features of the validation clips, read once and kept.
@@ -105,6 +131,7 @@ class Run:
     loader: Loader
     first_step: int
     bad_clips: dict[str, str] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
     bad_steps: int = 0
     meter: Meter = field(default_factory=Meter)
     signals: list[int] = field(default_factory=list)
@@ -139,17 +166,18 @@ def fit(run: Run) -> None:
             torch.autograd.backward(loss)
             norm = average_and_clip_gradients(model, ranks, config.optim)
 
-            # If the loss or the gradient is not finite on one rank, no rank applies the step.
-            finite = math.isfinite(loss.item()) and math.isfinite(norm)
-            stopping, is_bad = ranks.any(bool(run.signals), not finite)
-            if is_bad:
-                record_bad_step(run, batch, loss.item(), norm)
-            else:
-                apply_gradients(run, batch.step)
-                run.meter.add(batch, loss.item(), norm, waited_s)
+            # If the loss or the gradient is not finite on one rank, no rank applies the step. The host reads
+            # this later: until then, it prepares the next steps while the GPU works.
+            bad = flag_bad_step(loss, norm, ranks)
+            apply_gradients(run, batch.step, bad)
+            values = torch.stack([loss.detach(), norm, bad])
+            run.outcomes.append(Outcome(batch.step, batch.ids, batch.seconds, waited_s, values))
             optimizer.zero_grad()
             contention.adapt_waits()
 
+            (stopping,) = ranks.any(bool(run.signals))
+            if stopping or is_read_after(run, batch.step):
+                read_outcomes(run)
             run.meter.elapsed_s += time.perf_counter() - started
             after_step(run, batch.step, output, stopping)
             started = time.perf_counter()
@@ -202,30 +230,50 @@ def learning_rate(run: Run, step: int) -> float:
     return optim.learning_rate(step, steps, steps_per_epoch, peak, config.optim)
 
 
-def apply_gradients(run: Run, step: int) -> None:
-    """Updates the weights, the running statistics of the model and the running average of the weights."""
-    run.optimizer.step()
+def apply_gradients(run: Run, step: int, bad: Tensor) -> None:
+    """Updates the weights, the running statistics of the model and the running average of the weights. If the
+    scalar `bad` is 1 instead of 0, weights and statistics do not change."""
+    optim.step_unless(run.optimizer, bad)
     with torch.no_grad():
         run.model.log_logit_scale.clamp_(0.0, math.log(run.config.max_logit_scale))
-    update_running_statistics(run.model, run.ranks)
+    update_running_statistics(run.model, run.ranks, bad)
     if run.config.optim.average_steps:
         optim.update_average(run.optimizer, step + 1, run.config.optim.average_steps)
-    run.bad_steps = 0
 
 
-def record_bad_step(run: Run, batch: Batch, loss: float, norm: float) -> None:
+def is_read_after(run: Run, step: int) -> bool:
+    """Whether `read_outcomes` is called after this step: before each log line, validation and checkpoint."""
+    config, done = run.config, step + 1
+    periods = (config.log_every, config.validate_every, config.save_every)
+    return done == run.total_steps or any(done % period == 0 for period in periods)
+
+
+def read_outcomes(run: Run) -> None:
+    """Reads losses and gradient norms from the device. Adds the applied steps to the meter, and records the
+    others; FloatingPointError if too many in a row were not applied."""
+    if not run.outcomes:
+        return
+    values = torch.stack([outcome.values for outcome in run.outcomes]).cpu().tolist()
+    for outcome, (loss, norm, bad) in zip(run.outcomes, values, strict=True):
+        if bad:
+            record_bad_step(run, outcome, loss, norm)
+        else:
+            run.bad_steps = 0
+            run.meter.add(outcome, loss, norm)
+    run.outcomes.clear()
+
+
+def record_bad_step(run: Run, outcome: Outcome, loss: float, norm: float) -> None:
     """Records a step that was not applied; FloatingPointError if there were too many in a row."""
-    by_rank = run.ranks.gather((batch.ids, loss))
+    by_rank, step = run.ranks.gather((outcome.clips, loss)), outcome.step
     clips = [clip for ids, _ in by_rank for clip in ids]
     loss = sum(rank_loss for _, rank_loss in by_rank) / run.ranks.world
-    run.log.record("bad_step", batch.step, loss=str(loss), norm=str(norm), clips=clips)
-    run.log.say(
-        f"step {batch.step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl"
-    )
+    run.log.record("bad_step", step, loss=str(loss), norm=str(norm), clips=clips)
+    run.log.say(f"step {step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl")
     run.bad_steps += 1
     if run.bad_steps >= run.config.max_bad_steps:
         raise FloatingPointError(
-            f"{run.bad_steps} steps in a row had a non-finite loss or gradient (last: step {batch.step}, "
+            f"{run.bad_steps} steps in a row had a non-finite loss or gradient (last: step {step}, "
             f"clips {', '.join(clips[:8])} ...); lower --optim.lr or look at these clips"
         )
 

@@ -2,9 +2,8 @@
 
 The size of a tensor is its root mean square. A step moves a tensor in proportion to its size, and the size
 itself is learned separately. Updates run in place over lists of tensors. The numbers per tensor (norm, size)
-are processed on the host. They take one transfer from the device per group and step, and two in every fourth
-step. The only temporary tensors are the square roots of the second moments, of about _ELEMENTS_AT_ONCE
-elements at a time.
+are processed on the host, which waits for the device once a step. The only temporary tensors are the square
+roots of the second moments, of about _ELEMENTS_AT_ONCE elements at a time.
 
 Source: Yao et al., arXiv 2310.11230, section 3.5 and appendix; icefall's recipe for its constants.
 """
@@ -46,6 +45,9 @@ class ScaledAdam(torch.optim.Optimizer):
             size, and its size is not learned. No tensor grows beyond the largest size.
         scalar_max: before each update, parameters of one element are clamped to -scalar_max .. scalar_max.
 
+    If the attribute `found_inf` is a scalar tensor other than 0, a step changes nothing. torch's fused
+    optimisers have the same attribute.
+
     The state of a parameter is "delta" (momentum), "exp_avg_sq" (second moment) and, unless it has one
     element, "sizes" (6 numbers on the host). A group has "history": steps, clipping threshold, 100 norms.
     """
@@ -65,6 +67,7 @@ class ScaledAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self.betas, self.clipping_scale, self.scalar_lr_scale = betas, clipping_scale, scalar_lr_scale
         self.eps, self.rms_range, self.scalar_max = eps, rms_range, scalar_max
+        self.found_inf: Tensor | None = None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -77,31 +80,61 @@ class ScaledAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        chosen: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         for group in self.param_groups:
             present = [p for p in group["params"] if p.grad is not None]
             if present:
-                tensors = [p for p in present if p.numel() > 1]
-                scalars = [p for p in present if p.numel() <= 1]
-                self._update(group, tensors, scalars)
+                tensors, scalars = ([p for p in present if (p.numel() > 1) == many] for many in (True, False))
+                group.setdefault("history", torch.zeros(2 + _NORMS, dtype=torch.float64))
+                chosen.append((group, tensors, scalars))
+        for parameter in (p for _, tensors, scalars in chosen for p in (*tensors, *scalars)):
+            self._begin(parameter)
+        vectors = [vector for parts in chosen for vector in self._measure(*parts)]
+        if self.found_inf is not None:
+            vectors.append(self.found_inf.reshape(1))
+        values = _to_host(vectors)
+        if self.found_inf is None or not values.pop():
+            for parts, numbers, rms in zip(chosen, values[::2], values[1::2], strict=True):
+                self._update(*parts, numbers, rms)
         return loss
 
-    def _update(self, group: dict[str, Any], tensors: list[Tensor], scalars: list[Tensor]) -> None:
-        for parameter in (*tensors, *scalars):
-            self._begin(parameter)
-        history = group.setdefault("history", torch.zeros(2 + _NORMS, dtype=torch.float64))
+    def _measure(
+        self, group: dict[str, Any], tensors: list[Tensor], scalars: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """On the device: norms of all gradients and dot products of the tensors with their gradients; and the
+        norms of the tensors, if this step learns their sizes."""
+        pairs = zip(_gradients(tensors), tensors, strict=True)
+        slopes = [torch.dot(g.flatten(), p.flatten()) for g, p in pairs]
+        numbers = torch.stack([*torch._foreach_norm(_gradients([*tensors, *scalars])), *slopes]).float()
+        learns_sizes = bool(tensors) and int(group["history"][0]) % _PERIOD == _PERIOD - 1
+        norms = torch.stack(torch._foreach_norm(tensors)) if learns_sizes else numbers.new_zeros(0)
+        return numbers, norms
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        tensors: list[Tensor],
+        scalars: list[Tensor],
+        numbers: Tensor,
+        norm_P: Tensor,
+    ) -> None:
+        """Updates a group with the numbers of `_measure`, which are on the host now."""
+        history, count = group["history"], len(tensors)
         step, (beta1, beta2) = int(history[0]), self.betas
         sizes = [self.state[p]["sizes"].cpu() for p in tensors]
         sizes_P6 = torch.stack(sizes) if sizes else torch.zeros(0, _SLOPES + _PERIOD)
-        norm_P, slope_P, scalar_norms = _norms_and_slopes(tensors, scalars)
-        norm = float(((norm_P * sizes_P6[:, _RMS]).square().sum() + scalar_norms.square().sum()).sqrt())
+        gradient_norm_P, scalar_norms, slope_P = torch.split(numbers, [count, len(scalars), count])
+        norm = float(
+            ((gradient_norm_P * sizes_P6[:, _RMS]).square().sum() + scalar_norms.square().sum()).sqrt()
+        )
         clip_factor = _clip(history, step, norm, self.clipping_scale)
         if clip_factor < 1:
             torch._foreach_mul_(_gradients([*tensors, *scalars]), clip_factor)
         torch._foreach_mul_([self.state[p]["delta"] for p in (*tensors, *scalars)], beta1)
 
         sizes_P6[:, _SLOPES + step % _PERIOD] = slope_P * clip_factor
-        if tensors and step % _PERIOD == _PERIOD - 1:
-            self._learn_sizes(group["lr"], step, tensors, sizes_P6)
+        if len(norm_P):
+            self._learn_sizes(group["lr"], step, tensors, sizes_P6, norm_P)
         correction = 1 - beta2 ** (step + 1)
         rates_P = -group["lr"] * (1 - beta1) * sizes_P6[:, _RMS].clamp(min=self.rms_range[0])
         # The recipe leaves the correction out once it is within 1 % of 1.
@@ -124,12 +157,14 @@ class ScaledAdam(torch.optim.Optimizer):
             state["sizes"] = torch.zeros(_SLOPES + _PERIOD)
             state["sizes"][_RMS] = parameter.square().mean().sqrt()
 
-    def _learn_sizes(self, lr: float, step: int, tensors: list[Tensor], sizes_P6: Tensor) -> None:
+    def _learn_sizes(
+        self, lr: float, step: int, tensors: list[Tensor], sizes_P6: Tensor, norm_P: Tensor
+    ) -> None:
         """Computes a change of each tensor's size from the size's last _PERIOD gradients, and adds it to the
         momentum."""
         smallest, largest = self.rms_range
         counts_P = torch.tensor([float(p.numel()) for p in tensors]).sqrt()
-        rms_P = torch.stack(torch._foreach_norm(tensors)).cpu() / counts_P
+        rms_P = norm_P / counts_P
         sizes_P6[:, _RMS] = rms_P
         slopes_P4 = sizes_P6[:, _SLOPES:]
         beta = self.betas[1] ** _PERIOD
@@ -166,15 +201,13 @@ def eden(step: int, epoch: float, *, batches: float, epochs: float, warmup: int,
     return float(by_batches * by_epochs * warm_up)
 
 
-def _norms_and_slopes(tensors: list[Tensor], scalars: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """On the host: norms of the tensors' gradients, dot products of gradient and tensor, and norms of the
-    scalars' gradients."""
-    norms = torch._foreach_norm(_gradients([*tensors, *scalars]))
-    pairs = zip(_gradients(tensors), tensors, strict=True)
-    slopes = [torch.dot(g.flatten(), p.flatten()) for g, p in pairs]
-    values = torch.stack([*norms, *slopes]).float().cpu()
-    count = len(tensors)
-    return values[:count], values[len(norms) :], values[count : len(norms)]
+def _to_host(vectors: list[Tensor]) -> list[Tensor]:
+    """The vectors on the host, by one transfer. It is in float64, which holds the values of every dtype."""
+    if not vectors:
+        return []
+    values = torch.cat([vector.to(torch.float64) for vector in vectors]).cpu()
+    parts = torch.split(values, [len(vector) for vector in vectors])
+    return [part.to(vector.dtype) for part, vector in zip(parts, vectors, strict=True)]
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:

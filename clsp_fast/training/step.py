@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clsp_fast import copies
 from clsp_fast.config import OptimConfig, TrainConfig
 from clsp_fast.data import Batch
 from clsp_fast.loss import contrastive_loss
@@ -42,7 +43,7 @@ def forward(model: CLSP, batch: Batch, ranks: Ranks, config: TrainConfig) -> tup
         # With one caption per clip, caption i describes clip i, which is the loss's default.
         text_owner=None
         if len(batch.text_owner) == len(batch.ids)
-        else batch.text_owner.to(ranks.device, non_blocking=True),
+        else copies.to_device(batch.text_owner, ranks.device),
         group=ranks.group,
         compute_dtype=torch.bfloat16 if bf16 else None,
     )
@@ -81,7 +82,8 @@ def embed_batch(model: CLSP, batch: Batch, micro_seconds: float) -> ClspOutput:
             output = _embed_seeded(seed, model, *inputs)
         outputs.append(output)
     audio, text = (torch.cat(embeddings) for embeddings in list(zip(*outputs, strict=True))[:2])
-    return ClspOutput(audio, text[torch.cat(caption_rows).argsort().to(text.device)], model.logit_scale)
+    order = copies.to_device(torch.cat(caption_rows).argsort(), text.device)
+    return ClspOutput(audio, text[order], model.logit_scale)
 
 
 def _embed_seeded(seed: int, model: CLSP, *inputs: Tensor) -> ClspOutput:
@@ -97,9 +99,8 @@ def _embed_seeded(seed: int, model: CLSP, *inputs: Tensor) -> ClspOutput:
 def _embed(
     model: CLSP, features: Tensor, lengths: Tensor, token_ids: Tensor, attention_mask: Tensor
 ) -> ClspOutput:
-    # The copy from page-locked memory does not block the host. The model takes tokens to the device itself,
-    # after sorting them by length on the host.
-    features = features.to(model.device, non_blocking=True)
+    # The model takes tokens to the device itself, after sorting them by length on the host.
+    features = copies.to_device(features, model.device)
     return model(features, lengths, token_ids, attention_mask)  # type: ignore[no-any-return]
 
 
@@ -119,12 +120,12 @@ def _without_recording(norms: list[RunningNorm]) -> Iterator[None]:
             norm.record_moments = True
 
 
-def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> float:
+def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -> Tensor:
     """Averages the gradients over the ranks. With AdamW, clips them to `config.clip_norm`; ScaledAdam clips
     in its own step.
 
     Returns:
-        The norm of the averaged gradients before clipping.
+        The norm of the averaged gradients before clipping, a scalar on their device.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -132,13 +133,22 @@ def average_and_clip_gradients(model: CLSP, ranks: Ranks, config: OptimConfig) -
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if config.algorithm == "adamw":
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm, foreach=True)
-    return float(norm)
+    return norm
 
 
-def update_running_statistics(model: CLSP, ranks: Ranks) -> None:
+def flag_bad_step(loss: Tensor, norm: Tensor, ranks: Ranks) -> Tensor:
+    """1.0 if the loss or the gradient norm is not finite on any rank, else 0.0: a float32 scalar.
+
+    The flag stays on the device, so the host does not wait for the step.
+    """
+    finite = torch.stack([loss.detach(), norm]).isfinite().all()
+    return ranks.largest(finite.logical_not().to(torch.float32))
+
+
+def update_running_statistics(model: CLSP, ranks: Ranks, bad: Tensor) -> None:
     """Averages the batch's moments over the ranks, then updates the running moments with them. So the running
-    moments stay the same on all ranks."""
+    moments stay the same on all ranks. If `bad` is 1 instead of 0, they do not change."""
     norms = model.running_norms
     ranks.average([norm.batch_moments for norm in norms if norm.batch_moments is not None])
     for norm in norms:
-        norm.update_running()
+        norm.update_running(bad)

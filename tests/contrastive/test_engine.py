@@ -66,7 +66,8 @@ def test_the_engine_of_the_cpu_is_chosen(name: str, dtype: torch.dtype, engine: 
     [
         ({"workspace_bytes": -1}, ValueError, "workspace_bytes must be at least 0"),
         ({"workspace_bytes": "1GB"}, TypeError, "workspace_bytes must be a whole number"),
-        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating dtype"),
+        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be bfloat16, float16 or float32"),
+        ({"compute_dtype": torch.float64}, TypeError, "or float32, got torch.float64"),
     ],
 )
 def test_options_are_checked_on_every_device(options: dict, error: type[Exception], match: str) -> None:

@@ -107,3 +107,23 @@ def test_a_closure_and_missing_gradients() -> None:
     assert optimizer.step(closure) == 3.0
     assert (used < 1).all()
     assert torch.equal(unused, torch.ones(3))
+
+
+def test_a_flagged_step_changes_nothing() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.tensor(1.0))]
+    optimizer = ScaledAdam(parameters, lr=0.1)
+
+    def step(gradient: float, flag: float | None) -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.found_inf = None if flag is None else torch.tensor(flag)
+        optimizer.step()
+        states = [x.clone() for p in parameters for x in optimizer.state[p].values()]
+        return (
+            [p.detach().clone() for p in parameters] + states + [optimizer.param_groups[0]["history"].clone()]
+        )
+
+    before = step(1.0, None)
+    for value, same in zip(step(float("nan"), 1.0), before, strict=True):
+        assert torch.equal(value, same)
+    assert not torch.equal(step(1.0, 0.0)[0], before[0])
