@@ -15,17 +15,19 @@ Shape suffixes: M audio rows, N text rows, D joint dimension, B clips, K texts o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clsp_fast.contrastive import negatives, positives
 from clsp_fast.contrastive.engine import Engine, Implementation, check_options, choose_engine
 from clsp_fast.contrastive.gather import Shards
-from clsp_fast.contrastive.positives import make_pairs, sigmoid_loss, softmax_loss
-from clsp_fast.contrastive.problem import Kind, Problem, check_problem
+from clsp_fast.contrastive.problem import Kind, Problem, check_problem, check_values
 
 
 def contrastive_loss_reference(
@@ -248,6 +250,7 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
 
 def _dense_loss(problem: Problem) -> Tensor:
     """The definition, from M x N logits."""
+    check_values(problem)
     audio_MD, text_ND, owner_N, weights = _all_ranks(problem)
     dtype, smoothing = problem.dtype, problem.smoothing
     audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
@@ -284,16 +287,27 @@ def _fused_loss(
     problem: Problem, engine: Engine, compute_dtype: torch.dtype, workspace_bytes: int | None
 ) -> Tensor:
     """The loss from an engine's sums over negative pairs and from the float64 positive pairs."""
-    pairs, positives = make_pairs(problem)
+    module = _module_of_positives(problem, engine)
+    pairs, of_pairs = module.make_pairs(problem)
     operands = pairs.against_all_texts()
     if problem.kind == "sigmoid":
         sums_M = engine.negative_softplus(
             *operands, logit_bias=pairs.bias, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
-        loss = sigmoid_loss(pairs, positives, sums_M)
+        loss = module.sigmoid_loss(pairs, of_pairs, sums_M)
     else:
         row_M, column_N = engine.negative_lse(
             *operands, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
-        loss = softmax_loss(pairs, positives, row_M, pairs.shards.lse_over_ranks(column_N))
-    return loss.to(problem.dtype)
+        loss = module.softmax_loss(pairs, of_pairs, row_M, pairs.shards.lse_over_ranks(column_N))
+    return cast(Tensor, loss.to(problem.dtype))
+
+
+def _module_of_positives(problem: Problem, engine: Engine) -> ModuleType:
+    """The module that computes positive pairs: by kernels if the engine uses kernels, otherwise by torch."""
+    if engine is not negatives:
+        triton_positives = importlib.import_module("clsp_fast.contrastive.triton_positives")
+        if triton_positives.supports(problem):
+            return triton_positives
+    check_values(problem)
+    return positives

@@ -20,10 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from . import contrastive, neighbours, rank, sigmoid
+from . import contrastive, grouping, loss, loss_terms, neighbours, positives, rank, sigmoid
 from ._launch import DTYPES, assume_target
 
-KERNELS = {**contrastive.KERNELS, **sigmoid.KERNELS, **rank.KERNELS, **neighbours.KERNELS}
+_MODULES = (contrastive, sigmoid, grouping, positives, loss_terms, loss, rank, neighbours)
+KERNELS = {name: kernel for module in _MODULES for name, kernel in module.KERNELS.items()}
 DEPTH = 512
 NAMES = dict(zip(("bf16", "fp16", "fp32"), DTYPES, strict=True))
 """Triton's name of each dtype -> the dtype."""
@@ -92,9 +93,33 @@ def _launch_all(x: Tensor, y: Tensor, owner: Tensor) -> None:
     """Calls the launcher of every kernel in KERNELS."""
     row_M, column_N = contrastive.negative_lse(x, y, 1.0, owner)
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
+    _launch_positives(x, y, owner, row_M, column_N)
     rank.rank_counts(x, y, owner)
     neighbours._topk_chunk(x, y, neighbours.MOST_NEIGHBOURS)
     neighbours.Neighbours(x, neighbours.MOST_NEIGHBOURS).add(0, y)  # `result` would read what nothing wrote
+
+
+def _launch_positives(x: Tensor, y: Tensor, owner: Tensor, row_M: Tensor, column_N: Tensor) -> None:
+    """Calls the launchers of all kernels of positive pairs, in the variants that have the longest code."""
+    weights = torch.ones(len(y), requires_grad=True)
+    order, offset, _ = grouping.group_by_owner(owner, len(x), weights)
+    scale, one = torch.ones(()), torch.ones((), dtype=torch.float64)
+    options = {"groups": (order, offset), "weights_N": weights}
+    products = positives.pair_products(
+        x, y, owner, **options, dtype=torch.float32, normalize=True, smooth=True
+    )
+    loss.softmax_loss(
+        row_M.detach(),
+        column_N.detach(),
+        products.dot_N,
+        scale,
+        **options,
+        smoothing=0.1,
+        sums_3D=products.sums_3D,
+        all_sums_3D=products.sums_3D,
+        sum_over_ranks=lambda count: one,
+    ).backward()
+    loss_terms.sigmoid_terms(row_M.detach(), products.dot_N.detach(), scale, scale, 0.1)
 
 
 class _Driver:

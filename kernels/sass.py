@@ -208,10 +208,11 @@ def store_widths(opcodes: Counter[str]) -> dict[int, int]:
 def tile_cost(code: str, elements: int) -> TileCost | None:
     """The cost of a common tile; None for a kernel without a matrix product.
 
-    A path does the work of a tile if it contains the block with the most exponentials. A rare path that
-    repeats the product computes a part of the tile at a time, with fewer exponentials in a block. In a kernel
-    without exponentials, a path must compare at least half of the `elements`, the number of the tile's
-    elements that a thread holds. Half, because some targets compare three values by one instruction.
+    A path does the work of a tile if one of its blocks has an exponential for each of the `elements`, the
+    number of the tile's elements that a thread holds; or as many as any block has, if no block has so many.
+    In a kernel without exponentials, a path must compare at least half of the elements. Half, because some
+    targets compare three values by one instruction. A rare path that repeats the product computes a part of
+    the tile at a time. If it does enough work in spite of that, it has fewer 16-byte stores than the common.
 
     Raises:
         ValueError: no path from a product does this work.
@@ -221,7 +222,8 @@ def tile_cost(code: str, elements: int) -> TileCost | None:
         return None
     exponentials = [_number(_EXPONENTIAL, block) for block in graph]
     if largest := max(exponentials):
-        walk = _Walk(graph, [int(number == largest) for number in exponentials], 1)
+        whole = min(largest, elements)
+        walk = _Walk(graph, [int(number >= whole) for number in exponentials], 1)
     else:
         walk = _Walk(graph, [_number(_COMPARISON, block) for block in graph], elements // 2)
     costs = [
@@ -230,8 +232,7 @@ def tile_cost(code: str, elements: int) -> TileCost | None:
     if not costs:
         raise ValueError(f"no path from a product does the work of {elements} elements a thread")
     # A program of several tiles also has paths to the end of the kernel, after its last tile.
-    repeated = [cost for cost in costs if cost.before == 0]
-    return min(repeated or costs, key=lambda cost: cost.after)
+    return min(costs, key=lambda cost: (-store_widths(cost.opcodes).get(16, 0), cost.before > 0, cost.after))
 
 
 def _number(work: re.Pattern[str], block: Block) -> int:

@@ -49,6 +49,9 @@ FILES = [
     "storage/test_model_folder.py",
     "contrastive/test_gather.py",
     "test_kernel_contrastive.py",
+    "test_kernel_loss.py",
+    "test_kernel_loss_terms.py",
+    "test_kernel_positives.py",
     "test_kernel_neighbours.py",
     "test_kernel_rank.py",
     "test_lhotse.py",
@@ -69,6 +72,7 @@ FILES = [
     "test_similarity.py",
     "training/test_step.py",
     "contrastive/test_sums.py",
+    "contrastive/test_triton_positives.py",
     "test_train.py",
     "towers/test_zipformer.py",
 ]

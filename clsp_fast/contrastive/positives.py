@@ -58,8 +58,9 @@ class Pairs(NamedTuple):
 
     def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This rank's audio, all ranks' texts, the scale, and owners relative to this rank's first clip."""
-        first = self.shards.first_clip
-        owner_N = self.shards.all_of_texts(self.problem.owner_N + first) - first
+        owner_N, first = self.problem.owner_N, self.shards.first_clip
+        if self.shards.group is not None:
+            owner_N = self.shards.all_of_texts(owner_N + first) - first
         return self.audio_MD, self.shards.all_texts(self.text_ND), self.scale, owner_N
 
 
@@ -93,8 +94,8 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
         audio_MD, text_ND = normalise(audio_MD, dtype), normalise(text_ND, dtype)
     else:
         audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
-    scale = _scalar(problem.scale, audio_MD)
-    bias = _scalar(problem.bias if problem.kind == "sigmoid" else 0.0, audio_MD)
+    scale = as_scalar(problem.scale, audio_MD)
+    bias = as_scalar(problem.bias if problem.kind == "sigmoid" else 0.0, audio_MD)
     mean_text_D = mean_audio_D = None
     if problem.smoothing > 0:
         mean_text_D = shards.sum(text_ND.sum(0)) / shards.total_texts
@@ -111,7 +112,7 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
     )
 
 
-def _scalar(x: Tensor | float, like: Tensor) -> Tensor:
+def as_scalar(x: Tensor | float, like: Tensor) -> Tensor:
     """A scalar tensor of the dtype and on the device of `like`."""
     if isinstance(x, Tensor):
         return x.to(like.device, like.dtype)

@@ -65,7 +65,7 @@ def check_problem(
     normalize: bool,
     group: dist.ProcessGroup | None,
 ) -> Problem:
-    """The arguments of `contrastive_loss` as a `Problem`.
+    """The arguments of `contrastive_loss` as a `Problem`. `check_values` checks the elements of tensors.
 
     Raises:
         ValueError: a shape, range or name is wrong; the message names the argument.
@@ -122,7 +122,6 @@ def _check_weights(weights: Tensor, n: int, kind: Kind, device: torch.device) ->
             f"weights must be floating of shape ({n},) on {device}, "
             f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
         )
-    _require_on_device(((weights >= 0) & weights.isfinite()).all(), "weights must be finite and not negative")
 
 
 def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device) -> Tensor:
@@ -135,8 +134,30 @@ def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device
         raise ValueError(
             f"text_owner must be int64 of shape ({n},), got {text_owner.dtype} {tuple(text_owner.shape)}"
         )
-    _require_on_device(((text_owner >= 0) & (text_owner < m)).all(), f"text_owner must lie in 0..{m - 1}")
     return text_owner.to(device)
+
+
+def check_values(problem: Problem) -> None:
+    """Checks owners and weights. On CUDA the host does not wait for the result; a later call raises.
+
+    Raises:
+        ValueError: an owner is not a clip, or a weight is negative or not finite.
+    """
+    owner_N, weights, clips = problem.owner_N, problem.weights, len(problem.audio_MD)
+    if not problem.one_caption_each:
+        require_owners(((owner_N >= 0) & (owner_N < clips)).all(), clips)
+    if weights is not None:
+        require_weights(((weights >= 0) & weights.isfinite()).all())
+
+
+def require_owners(valid: Tensor, clips: int) -> None:
+    """Raises ValueError unless `valid`, a boolean scalar, says that all owners are clips."""
+    _require_on_device(valid, f"text_owner must lie in 0..{clips - 1}")
+
+
+def require_weights(valid: Tensor) -> None:
+    """Raises ValueError unless `valid`, a boolean scalar, says that all weights are right."""
+    _require_on_device(valid, "weights must be finite and not negative")
 
 
 def _require_on_device(condition: Tensor, message: str) -> None:
