@@ -29,9 +29,8 @@ def device_chunks(
     the current stream. It need not wait for this work.
 
     Args:
-        parts: the number of the first row, and the rows (N, D), of one or more matrices. A part that is on
-        the
-            device already is not copied and not divided.
+        parts: the number of the first row, and the rows (N, D), of one or more matrices. A part that is
+            already on the device is neither copied nor divided.
         device: where the chunks go.
         buffer_bytes: size of each of the four buffers.
     """
