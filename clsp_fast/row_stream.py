@@ -74,7 +74,7 @@ class _Buffers:
         if self._cuda:
             self._copied[turn].synchronize()  # the copy before the last one, which read this pinned buffer
         if isinstance(rows, Tensor):
-            host.copy_(rows)
+            host.copy_(rows.detach())
         else:
             np.copyto(host.numpy(), rows)
         with torch.cuda.stream(self._stream) if self._cuda else nullcontext():

@@ -66,6 +66,15 @@ def test_rows_on_the_device_are_not_copied(kernel_device: torch.device) -> None:
     assert chunk is rows
 
 
+def test_rows_that_require_gradients_are_copied_without_them() -> None:
+    rows = torch.randn(5, 3, requires_grad=True)
+    buffers = row_stream._Buffers(5, 3, torch.float32, torch.device("cpu"))
+    chunk = buffers.copy(rows)
+    assert torch.equal(chunk, rows)
+    assert not chunk.requires_grad
+    assert not buffers._host.requires_grad
+
+
 @pytest.mark.gpu
 def test_bfloat16_rows_of_the_host_are_copied(cuda: torch.device) -> None:
     rows = torch.randn(50, 4, dtype=torch.bfloat16)
