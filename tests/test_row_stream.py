@@ -47,6 +47,23 @@ def test_parts_of_several_dtypes_and_widths(kernel_device: torch.device) -> None
         assert chunk.dtype == (torch.float32 if first >= 100 else torch.float16)
 
 
+def test_buffers_are_no_larger_than_the_longest_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    class Recorded(row_stream._Buffers):
+        def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+            sizes.append((rows, columns))
+            super().__init__(rows, columns, dtype, device)
+
+    monkeypatch.setattr(row_stream, "_Buffers", Recorded)
+    lengths = [3, 0, 10, 7]
+    parts: list[tuple[int, Rows]] = [(100 * i, np.ones((n, 4), np.float32)) for i, n in enumerate(lengths)]
+    parts.append((400, np.ones((200, 6), np.float32)))
+    chunks = all_rows(parts, torch.device("cpu"), 50 * 6 * 4)
+    assert sizes == [(10, 4), (50, 6)]
+    assert [len(chunk) for _, chunk in chunks] == [3, 10, 7, 50, 50, 50, 50]
+
+
 def test_two_buffers_take_turns() -> None:
     """The chunk before the last one is intact while the next one is copied."""
     buffers = row_stream._Buffers(2, 3, torch.float32, torch.device("cpu"))
