@@ -98,3 +98,25 @@ def test_bfloat16_rows_of_the_host_are_copied(cuda: torch.device) -> None:
     chunks = all_rows([(0, rows)], cuda, 80)
     assert len(chunks) == 5
     assert torch.equal(torch.cat([chunk for _, chunk in chunks]), rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", ["copies", "uses"])
+def test_copies_and_uses_wait_for_each_other(cuda: torch.device, late: str) -> None:
+    """Delays one of the two streams. If the code waited for one event too few, a chunk would have the values
+    of another one."""
+    cycles = 20_000_000  # some 10 ms, in which the host launches the work on many chunks
+    buffers = row_stream._Buffers(2, 1024, torch.float32, cuda)
+    results = []
+    for i in range(8):
+        if late == "copies":
+            with torch.cuda.stream(buffers._stream):
+                torch.cuda._sleep(cycles)
+        chunk = buffers.copy(np.full((2, 1024), float(i + 1), np.float32))
+        if late == "uses":
+            torch.cuda._sleep(cycles)
+        results.append(chunk.clone())
+        buffers.used()
+    torch.cuda.synchronize()
+    for i, result in enumerate(results):
+        assert (result == i + 1).all()
