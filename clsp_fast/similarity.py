@@ -62,7 +62,7 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
 
     Args:
         audio_MD: floating (M, D).
-        text_ND: floating (N, D), same dtype and device.
+        text_ND: floating (N, D), same dtype and device. Inner products must not overflow.
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
 
     Raises:
@@ -129,7 +129,10 @@ def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
 
 
 def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
-    """The k database rows that have the largest inner products with each query, best first; exact.
+    """The k database rows that have the largest inner products with each query, best first.
+
+    The search is exact: no row is left out. A score has the rounding error of a float32 sum of D products,
+    about 1e-6 |x| |y|, so rows whose scores differ by less may come in another order.
 
     Equal scores come in the order of the database. The database is read in chunks, so that a memory-mapped
     file may be larger than memory. It is read once, and on CUDA a second time if many scores are almost

@@ -13,16 +13,18 @@ Shape suffixes: Q queries, N database rows, D joint dimension, K neighbours, G g
 4. Queries without a proof, for example because many rows are equal, are searched by `_topk_chunk`. It
    compares all scores in float32 (three TF32 products for float32 operands) and keeps the k best.
 
-The score of a query with a proof is the exact inner product, rounded to float32. The scores of another query
-have the error of a float32 sum of D products. A query is answered by one of the two kinds of score alone, so
-equal rows have equal scores.
+The score of a query with a proof is a sum in float64, rounded to float32. The scores of another query have
+the error of a float32 sum of D products, about 1e-6 |x| |y|. So rows whose scores differ by less may come in
+another order, and the last one may be replaced by one as good. A query is answered by one of the two kinds
+of score alone, so equal rows have equal scores.
 
 The margin. Let x~, y~ be the rounded operands, dx = x - x~, dy = y - y~, and s~ the approximate score. Then
 
     s - <x~, y~> = <dx, y> + <x~, dy>, so |s - s~| <= |dx| |y| + |x~| |dy| + D 2^-22 |x~| |y~|
 
 The last term is for the sum. Products of 16-bit numbers are exact in float32, and D additions that truncate
-lose at most D 2^-23 of the sum of magnitudes. Tensor cores add in blocks, so twice this is allowed. The norms
+lose at most D 2^-23 of the sum of magnitudes. Tensor cores add in blocks, so twice this is allowed. It also
+covers the error of the float64 sum, which is at most D 2^-53 |x| |y|. The norms
 are measured: |x|, |dx| of each query, and the largest |y|, |dy| of the database. Operands that are out of the
 range of float16 have a large |dx| or |dy|, and so no proof.
 

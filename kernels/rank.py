@@ -348,7 +348,7 @@ def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tupl
 
     Args:
         audio_MD: bfloat16, float16 or float32, (M, D), finite.
-        text_ND: (N, D), same dtype and device, finite.
+        text_ND: (N, D), same dtype and device, finite. The products must not overflow float32.
         text_owner_N: int64 (N,); text j describes audio text_owner_N[j]; if out of range, it describes none.
 
     Returns:
