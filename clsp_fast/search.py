@@ -69,7 +69,7 @@ class SearchConfig(EncodeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.text or self.clip), "text or clip", "at least one query", "none")
-        require(1 <= self.k <= similarity.MOST_NEIGHBOURS, "k", "in [1, 1024]", self.k)
+        require(1 <= self.k <= similarity.LARGEST_K, "k", "in [1, 1024]", self.k)
         known = self.index == "exact" or (self.index.startswith("faiss:") and len(self.index) > 6)
         require(known, "index", '"exact" or "faiss:<factory string>"', self.index)
         fits = self.index_file is None or self.index != "exact"

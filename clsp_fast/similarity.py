@@ -24,7 +24,7 @@ from clsp_fast import _C, copies
 from clsp_fast.row_stream import device_chunks
 
 Database: TypeAlias = Tensor | NDArray[Any]
-MOST_NEIGHBOURS = 1024
+LARGEST_K = 1024
 """The largest k of `topk`."""
 
 _TILE_ROWS = 1024
@@ -181,9 +181,9 @@ def topk_of_parts(
 
 def _topk_kernels(queries_QD: Tensor, databases: Sequence[Database], k: int) -> Any:
     """The module of GPU kernels if it can search these databases, otherwise None."""
-    narrow = all(rows.dtype.itemsize <= 4 and rows.shape[1] > 0 for rows in databases)
-    kernels = _kernels("neighbours", queries_QD) if narrow else None
-    return kernels if kernels is not None and k <= kernels.MOST_NEIGHBOURS else None
+    supported = all(rows.dtype.itemsize <= 4 and rows.shape[1] > 0 for rows in databases)
+    kernels = _kernels("neighbours", queries_QD) if supported else None
+    return kernels if kernels is not None and k <= kernels.LARGEST_K else None
 
 
 def _kernel_topk(
@@ -193,10 +193,7 @@ def _kernel_topk(
     neighbours = kernels.Neighbours(queries_QD, k)
     for first, chunk_CD in device_chunks(parts, queries_QD.device):
         neighbours.add(first, chunk_CD)
-    try:
-        scores_QK, index_QK = neighbours.result(lambda: device_chunks(parts, queries_QD.device))
-    except kernels.RowError as error:
-        raise RowError(error.row) from None
+    scores_QK, index_QK = neighbours.result(lambda: device_chunks(parts, queries_QD.device), RowError)
     return scores_QK, index_QK
 
 
@@ -352,6 +349,6 @@ def _check_topk(queries_QD: Tensor, database_ND: Database, k: int) -> None:
         )
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k must be an integer, got {type(k).__name__}")
-    largest = min(MOST_NEIGHBOURS, len(database_ND))
+    largest = min(LARGEST_K, len(database_ND))
     if not 1 <= k <= largest:
         raise ValueError(f"k must be in [1, {largest}] for {len(database_ND)} rows in database_ND, got {k}")

@@ -95,8 +95,8 @@ def _launch_all(x: Tensor, y: Tensor, owner: Tensor) -> None:
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
     _launch_positives(x, y, owner, row_M, column_N)
     rank.rank_counts(x, y, owner)
-    neighbours._topk_chunk(x, y, neighbours.MOST_NEIGHBOURS)
-    neighbours.Neighbours(x, neighbours.MOST_NEIGHBOURS).add(0, y)  # `result` would read what nothing wrote
+    neighbours._topk_chunk(x, y, neighbours.LARGEST_K)
+    neighbours.Neighbours(x, neighbours.LARGEST_K).add(0, y)  # `result` would read what nothing wrote
 
 
 def _launch_positives(x: Tensor, y: Tensor, owner: Tensor, row_M: Tensor, column_N: Tensor) -> None:

@@ -53,37 +53,22 @@ from ._launch import (
     split_rows,
 )
 
-MOST_NEIGHBOURS = 32
-"""The largest k of the kernels. For a larger k, plain torch sorts the scores."""
+LARGEST_K = 32
+"""The largest k."""
 GROUP_ROWS = 32
 """Rows of the database that share one maximum."""
 Chunks: TypeAlias = Callable[[], Iterable[tuple[int, Tensor]]]
-"""Reads the database again: numbers of first rows, and rows."""
+"""Yields the chunks of the database from the first one on: the number of its first row, and its rows."""
 
 _SPARE_GROUPS = 6
-"""Candidate groups beyond k, so that the k-th score can be clearly above the floor."""
 _NARROW_BYTES = 128 << 20
 _MAXIMA_BYTES = 64 << 20
 _QUERY_ROWS = 4096
 _CHUNK_ROWS = 1 << 20
 # Enough programs to fill a large card twice. It is a constant, so that results do not depend on the card.
 _PROGRAMS = 264
-_SORTED_ROWS = 16_384
 _NORM_ROWS, _NORM_DEPTH = 16, 128
 _RESCORE_DEPTH = 64
-
-
-def topk_reference(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The definition of `topk`, by sorting chunks of the database."""
-    scores_QK = queries_QD.new_empty(len(queries_QD), 0)
-    index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=queries_QD.device)
-    for first in range(0, len(database_ND), _SORTED_ROWS):
-        chunk_QC = queries_QD @ database_ND[first : first + _SORTED_ROWS].to(queries_QD.dtype).T
-        order_C = torch.arange(first, first + chunk_QC.shape[1], device=chunk_QC.device)
-        scores_QK, order = torch.cat([scores_QK, chunk_QC], 1).sort(dim=1, descending=True, stable=True)
-        index_QK = torch.cat([index_QK, order_C.expand(chunk_QC.shape)], 1).gather(1, order)[:, :k]
-        scores_QK = scores_QK[:, :k]
-    return scores_QK, index_QK
 
 
 @triton.jit(do_not_specialize=[*SIZES, "run"])
@@ -284,14 +269,6 @@ def _merged(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores[:, :k].contiguous(), index.gather(1, order[:, :k])
 
 
-class RowError(ValueError):
-    """A row of the database is not finite; `row` is its number."""
-
-    def __init__(self, row: int) -> None:
-        super().__init__(f"database_ND must be finite, got NaN or infinity in row {row}")
-        self.row = row
-
-
 class Neighbours:
     """The k nearest rows of a database that arrives in chunks. Queries: a float dtype of the kernels, (Q, D).
 
@@ -299,11 +276,13 @@ class Neighbours:
     """
 
     def __init__(self, queries_QD: Tensor, k: int) -> None:
-        if not 1 <= k <= MOST_NEIGHBOURS:
-            raise ValueError(f"k must be in 1..{MOST_NEIGHBOURS}, got {k}")
+        if not 1 <= k <= LARGEST_K:
+            raise ValueError(f"k must be in 1..{LARGEST_K}, got {k}")
         check_operands(queries_QD, queries_QD)
         self._queries = operand(queries_QD.detach(), queries_QD.dtype)
         self._k = k
+        # More groups than k, so that the k-th score can be clearly above the floor.
+        self._candidates = k + _SPARE_GROUPS
         self._narrowed: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         count, device = len(queries_QD), queries_QD.device
         self._scores = torch.empty(count, 0, device=device)
@@ -336,10 +315,10 @@ class Neighbours:
             piece, measures = _narrowed(database[start : start + step], work)
             worst = torch.maximum(worst, measures.amax(1))
             for i, block in enumerate(blocks):
-                best[i] = _best_groups(block, piece, start // GROUP_ROWS, best[i], self._k + _SPARE_GROUPS)
+                best[i] = _best_groups(block, piece, start // GROUP_ROWS, best[i], self._candidates)
         self._infinite[1] = torch.maximum(self._infinite[1], worst[2])
         margin_Q = _margins(norms_2Q, _norms(worst[:2], database.shape[1]), database.shape[1])
-        whole = -(-len(database) // GROUP_ROWS) <= self._k + _SPARE_GROUPS
+        whole = -(-len(database) // GROUP_ROWS) <= self._candidates
         scores, index = [], []
         for block, (_, group_QG) in zip(torch.split(self._queries, _QUERY_ROWS), best, strict=True):
             score, row = _rescored(block, database, group_QG, self._k)
@@ -355,15 +334,16 @@ class Neighbours:
             self._k,
         )
 
-    def result(self, chunks: Chunks) -> tuple[Tensor, Tensor]:
+    def result(self, chunks: Chunks, row_error: Callable[[int], Exception]) -> tuple[Tensor, Tensor]:
         """Scores (Q, k), float32, and row numbers (Q, k), int64, best first.
 
         Args:
-            chunks: reads the database again. It is called only for queries without a proof, and to name a row
-                that is not finite.
+            chunks: yields all chunks that `add` was given. It is called only for queries without a proof, and
+                to name a row that is not finite.
+            row_error: makes the exception for a database row that is not finite, from its number.
 
         Raises:
-            ValueError: a query or a database row is not finite, or scores overflow float32.
+            ValueError: a query is not finite, or scores overflow float32.
         """
         if len(self._queries) == 0:
             return self._scores.new_empty(0, self._k), self._index.new_empty(0, self._k)
@@ -373,7 +353,7 @@ class Neighbours:
         if query_is_infinite:
             raise ValueError("queries_QD must be finite, got NaN or infinity")
         if row_is_infinite:
-            _refuse_row(chunks)
+            raise row_error(_infinite_row(chunks))
         if unproved:
             at_Q = unproved_Q.nonzero()[:, 0]
             self._scores[at_Q], self._index[at_Q] = _scan(self._queries[at_Q], chunks(), self._k)
@@ -486,11 +466,13 @@ def _scan(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int) -> tupl
     return scores, index
 
 
-def _refuse_row(chunks: Chunks) -> None:
+def _infinite_row(chunks: Chunks) -> int:
+    """The number of the first row that is not finite."""
     for first, chunk in chunks():
         infinite_N = ~chunk.isfinite().all(1)
         if bool(infinite_N.any()):
-            raise RowError(first + int(infinite_N.nonzero()[0]))
+            return first + int(infinite_N.nonzero()[0])
+    raise RuntimeError("the database has changed during the search")
 
 
 def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -499,7 +481,7 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
     Args:
         queries_QD: bfloat16, float16 or float32, (Q, D), finite.
         database_ND: (N, D), in any of these dtypes, same device, finite.
-        k: 1..N; above `MOST_NEIGHBOURS`, plain torch sorts the scores.
+        k: 1..min(32, N).
 
     Returns:
         Scores (Q, k), float32, and row numbers (Q, k), int64.
@@ -512,10 +494,13 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
     dtype = torch.promote_types(queries_QD.dtype, database_ND.dtype)
     database_ND = database_ND.detach()
     check_operands(queries_QD.detach().to(dtype), database_ND[:0].to(dtype))
-    if not 1 <= k <= len(database_ND):
-        raise ValueError(f"k must be in 1..{len(database_ND)}, got {k}")
-    if k > MOST_NEIGHBOURS:
-        return topk_reference(queries_QD.detach().float(), database_ND, k)
+    largest = min(LARGEST_K, len(database_ND))
+    if not 1 <= k <= largest:
+        raise ValueError(f"k must be in 1..{largest}, got {k}")
     neighbours = Neighbours(queries_QD, k)
     neighbours.add(0, database_ND)
-    return neighbours.result(lambda: [(0, database_ND)])
+    return neighbours.result(lambda: [(0, database_ND)], _row_error)
+
+
+def _row_error(row: int) -> ValueError:
+    return ValueError(f"row {row} of database_ND is not finite")

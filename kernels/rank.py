@@ -258,7 +258,7 @@ def _pairs(x: Tensor, y: Tensor, clip_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _column_ties(x: Tensor, y: Tensor, clip_N: Tensor, pair_N: Tensor) -> Tensor:
-    """Per text, the number of clips before its own, of the same row tile, that have the same score."""
+    """Per text, the number of earlier clips in the row tile of its clip that have the same score."""
     n = len(y)
     clip_N, order_N = clip_N.sort(stable=True)
     pair_N = pair_N[order_N]

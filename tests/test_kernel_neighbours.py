@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsp_fast.kernels import neighbours
-from clsp_fast.kernels.neighbours import Neighbours, RowError, topk, topk_reference
+from clsp_fast.kernels.neighbours import Neighbours, topk
+from clsp_fast.similarity import topk_reference
 
 SHAPES = [(1, 1, 4), (2, 1, 3), (3, 70, 4), (33, 63, 8), (70, 150, 16), (64, 128, 32), (9, 700, 24)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +56,7 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("k", [1, 7, 40])
+@pytest.mark.parametrize("k", [1, 7, 32])
 def test_neighbours_are_those_of_a_sort(
     kernel_device: torch.device, shape: tuple[int, int, int], k: int
 ) -> None:
@@ -207,11 +208,8 @@ def test_rows_that_are_not_finite_are_named(
     queries, database = (t.to(dtype) for t in spread(kernel_device, 3, 1500, 20))
     queries[:, 3:] = 0  # zeros must not hide the row
     database[1234, 7] = bad
-    with pytest.raises(
-        RowError, match="database_ND must be finite, got NaN or infinity in row 1234"
-    ) as caught:
+    with pytest.raises(ValueError, match="row 1234 of database_ND is not finite"):
         topk(queries, database, 5)
-    assert caught.value.row == 1234
     database[1234, 7] = 0
     queries[1, 2] = bad
     with pytest.raises(ValueError, match="queries_QD must be finite"):
@@ -228,7 +226,7 @@ def test_a_database_in_chunks_gives_the_result_of_the_whole(
     nearest = Neighbours(queries, 9)
     for first, chunk in chunks:
         nearest.add(first, chunk)
-    scores, index = nearest.result(lambda: chunks)
+    scores, index = nearest.result(lambda: chunks, IndexError)
     assert [len(rows) for rows in scanned] == [1]
     others = [0, 1, 3, 4, 5, 6]
     expected = exact_topk(queries, database, 9)
@@ -251,6 +249,8 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
         topk(x, y, 6)
     with pytest.raises(ValueError, match=r"k must be in 1\.\.32"):
         Neighbours(x, 33)
+    with pytest.raises(ValueError, match=r"k must be in 1\.\.32"):
+        topk(x, y.repeat(10, 1), 33)
 
 
 @pytest.mark.gpu
