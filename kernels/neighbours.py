@@ -281,8 +281,9 @@ class Neighbours:
         check_operands(queries_QD, queries_QD)
         self._queries = operand(queries_QD.detach(), queries_QD.dtype)
         self._k = k
-        # More groups than k, so that the k-th score can be clearly above the floor.
-        self._candidates = k + _SPARE_GROUPS
+        # More groups than k, so that the k-th score can be clearly above the floor. The more neighbours, the
+        # closer are their scores.
+        self._candidates = k + max(_SPARE_GROUPS, k // 2)
         self._narrowed: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         count, device = len(queries_QD), queries_QD.device
         self._scores = torch.empty(count, 0, device=device)

@@ -136,6 +136,18 @@ def test_ordinary_neighbours_are_exact_and_proved(
     assert not scanned
 
 
+def test_many_neighbours_have_many_spare_groups(kernel_device: torch.device, scanned: list[Tensor]) -> None:
+    """The best rows of all groups are closer to each other than numbers of float16."""
+    best = 1 - 4e-5 * torch.arange(60, device=kernel_device)
+    database = torch.zeros(60, 32, 8, device=kernel_device)
+    database[:, 5, 0] = best
+    queries = torch.eye(8, device=kernel_device)[:1]
+    scores, index = topk(queries, database.flatten(0, 1), 32)
+    assert torch.equal(scores[0], best[:32])
+    assert index[0].tolist() == list(range(5, 32 * 32, 32))
+    assert not scanned
+
+
 def test_only_queries_without_a_proof_are_scanned(kernel_device: torch.device, scanned: list[Tensor]) -> None:
     queries, database = spread(kernel_device, 6, 2000, 24)
     # 400 rows, in many groups, are almost equal to query 4: float16 cannot tell them apart.
