@@ -211,6 +211,10 @@ def topk_reference(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[T
         index_QK = torch.cat([index_QK, torch.cat([index for _, index in tiles]) + start], dim=1)
         scores_QK, order_QK = (x[:, :k] for x in both_QK.sort(dim=1, descending=True, stable=True))
         index_QK = index_QK.gather(1, order_QK)
+    if not _is_finite(scores_QK):
+        raise ValueError(
+            f"queries_QD and database_ND are too large: their inner products overflow {scores_QK.dtype}"
+        )
     return scores_QK, index_QK
 
 
@@ -238,7 +242,7 @@ def _engine_topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Ten
         bad = _C.update_best(queries, chunk, first_row=start, scores=scores, index=index, num_threads=threads)
         if bad is not None:
             raise RowError(start + bad)
-    if (index < 0).any():
+    if not np.isfinite(scores).all():  # -infinity: fewer than k rows have a score above it
         raise ValueError("queries_QD and database_ND are too large: their inner products overflow float32")
     return torch.from_numpy(scores), torch.from_numpy(index)
 

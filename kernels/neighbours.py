@@ -69,6 +69,7 @@ _CHUNK_ROWS = 1 << 20
 _PROGRAMS = 264
 _NORM_ROWS, _NORM_DEPTH = 16, 128
 _RESCORE_DEPTH = 64
+_OVERFLOW = "queries_QD and database_ND are too large: their inner products overflow float32"
 
 
 @triton.jit(do_not_specialize=[*SIZES, "run"])
@@ -348,13 +349,18 @@ class Neighbours:
         """
         if len(self._queries) == 0:
             return self._scores.new_empty(0, self._k), self._index.new_empty(0, self._k)
-        unproved_Q = ~(self._scores[:, -1] > self._ceiling)
-        flags = torch.cat([self._infinite, unproved_Q.sum(dtype=torch.float32)[None]])
-        query_is_infinite, row_is_infinite, unproved = flags.tolist()
+        proved_Q = self._scores[:, -1] > self._ceiling  # so it is not -infinity
+        unproved_Q = ~proved_Q
+        overflows_Q = proved_Q & (self._scores[:, 0] == torch.inf)
+        counts_2 = torch.stack([unproved_Q, overflows_Q]).sum(1, dtype=torch.float32)
+        flags = torch.cat([self._infinite, counts_2])
+        query_is_infinite, row_is_infinite, unproved, overflows = flags.tolist()
         if query_is_infinite:
             raise ValueError("queries_QD must be finite, got NaN or infinity")
         if row_is_infinite:
             raise row_error(_infinite_row(chunks))
+        if overflows:
+            raise ValueError(_OVERFLOW)
         if unproved:
             at_Q = unproved_Q.nonzero()[:, 0]
             self._scores[at_Q], self._index[at_Q] = _scan(self._queries[at_Q], chunks(), self._k)
@@ -462,8 +468,8 @@ def _scan(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int) -> tupl
             part_scores, rows = _topk_chunk(queries.to(dtype), part, min(k, len(part)))
             rows = torch.where(rows < 0, rows, rows + first + start)  # free places stay negative
             scores, index = _merged(torch.cat([scores, part_scores], 1), torch.cat([index, rows], 1), k)
-    if bool((index < 0).any()):  # fewer than k rows have a score above -infinity
-        raise ValueError("queries_QD and database_ND are too large: their inner products overflow float32")
+    if not bool(scores.isfinite().all()):  # -infinity: fewer than k rows have a score above it
+        raise ValueError(_OVERFLOW)
     return scores, index
 
 

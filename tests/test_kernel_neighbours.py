@@ -104,6 +104,18 @@ def test_scores_that_overflow_are_named(
 
 
 @QUIET
+@pytest.mark.parametrize("value", [1e30, 6e18])
+def test_infinite_scores_are_refused(kernel_device: torch.device, value: float) -> None:
+    """Some scores are +infinity. With the smaller value, sums of two products are finite."""
+    queries, database = (torch.full((n, 4), value, device=kernel_device) for n in (2, 600))
+    queries[0] = 1
+    database[::2, 3] = -value
+    assert topk(queries[:1], database, 3)[1].tolist() == [[1, 3, 5]]
+    with pytest.raises(ValueError, match="overflow float32"):
+        topk(queries * 2.0, database * 2.0, 3)
+
+
+@QUIET
 def test_finite_rows_whose_sum_overflows_are_taken(kernel_device: torch.device) -> None:
     queries, database = torch.ones(1, 4, device=kernel_device), torch.zeros(9, 4, device=kernel_device)
     database[3:6, 0] = 3e38
