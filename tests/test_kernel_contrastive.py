@@ -234,6 +234,34 @@ def test_sums_that_underflow_are_recomputed(
     case.check(negative_lse, negative_lse_reference)
 
 
+@pytest.mark.parametrize("norm", [1.0, 16.0])
+def test_sums_starve_beyond_the_documented_scale(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, norm: float
+) -> None:
+    def limit(rows: int) -> float:
+        """The scale in docs/derivation.md, section 4."""
+        return (226 - math.ceil(math.log2(rows))) * math.log(2) / norm
+
+    assert round(limit(32_768) * norm) == 146
+    starved = []
+    recompute = contrastive._recompute_starved
+
+    def recorded(*arguments: object) -> None:
+        starved.append(int(arguments[5].isnan().sum()))  # type: ignore[attr-defined]
+        recompute(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contrastive, "_recompute_starved", recorded)
+    # All negative pairs have the logit 0. M = N = 33, so L = 33.
+    unit = torch.eye(33, 40, device=kernel_device)
+    for factor, expected in ((0.99, [0, 0]), (1.01, [33, 33])):
+        starved.clear()
+        scale = torch.tensor(factor * limit(33), device=kernel_device)
+        row, column = negative_lse(norm * unit, unit, scale, torch.arange(33, device=kernel_device))
+        assert starved == expected
+        for result in (row, column):
+            assert_agrees(result, torch.full((33,), 32.0).log(), count=FEW + 2 * 160, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("scale", [-30.0, 0.0, 1e-3, 77.0, 1000.0])
 def test_any_scale(kernel_device: torch.device, scale: float) -> None:
     case = Case(kernel_device, (40, 70, 16), scale, bias=300.0)
