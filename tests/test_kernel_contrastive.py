@@ -6,6 +6,7 @@ Their formulas are those of docs/derivation.md, sections 3 and 4.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -566,6 +567,26 @@ def test_panels_are_zero_beyond_the_last_row_and_column(
     buffer[:40, :70] = 0
     assert not buffer.any()
     assert buffer.isfinite().all()
+
+
+def test_one_panel_has_a_product_at_a_time(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[weakref.ref[Tensor]] = []
+    add_product = _pairs._add_product
+
+    def recorded(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        assert [ref() for ref in products] == [None] * len(products)
+        result = add_product(total, a, b)
+        if total is None:
+            products.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(_pairs, "_add_product", recorded)
+    Case(kernel_device, (70, 150, 40), 20.0).outputs(negative_lse, torch.float32, workspace_bytes=1)
+    # A panel has one row of tiles.
+    target = _launch.target_of(kernel_device)
+    assert len(products) == -(-70 // _launch.tile_of("panel", target, torch.float32).rows)
 
 
 def test_tiles_can_be_replaced_for_a_measurement() -> None:
