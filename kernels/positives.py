@@ -513,7 +513,8 @@ def pair_products(
         smooth: whether to compute the sums of embeddings.
     """
     audio_MD, text_ND = (x if x.stride(1) == 1 else x.contiguous() for x in (audio_MD, text_ND))
-    order, offset = (None, None) if groups is None else groups
+    order, offset = (None, None) if groups is None else (x.contiguous() for x in groups)
     weights_N = None if weights_N is None else weights_N.detach().contiguous()
     options = (order, offset, weights_N, dtype or audio_MD.dtype, normalize, smooth)
-    return Products(*_Products.apply(audio_MD, text_ND, owner_N, *options))  # type: ignore[no-untyped-call]
+    products = _Products.apply(audio_MD, text_ND, owner_N.contiguous(), *options)  # type: ignore[no-untyped-call]
+    return Products(*products)
