@@ -452,6 +452,8 @@ class _Products(torch.autograd.Function):
         audio, text = saved[:2]
         if d_dot is None:
             d_dot = text.new_zeros(len(text), dtype=torch.float64)
+        if d_sums is not None:
+            d_sums = d_sums.contiguous()
         wide_gradients, gradients = [], []
         for x, g, needed in zip(
             (audio, text), (d_wide_audio, d_wide_text), ctx.needs_input_grad, strict=False
@@ -459,7 +461,7 @@ class _Products(torch.autograd.Function):
             if not needed:
                 g = None
             elif g is None:
-                g = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+                g = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
             else:
                 g = g.contiguous()
             wide_gradients.append(g)

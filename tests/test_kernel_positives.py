@@ -150,6 +150,16 @@ def test_sums_of_embeddings_and_their_gradient(kernel_device: torch.device, weig
         assert_agrees(gradient, exact, count=FEW, dtype=torch.float32)
 
 
+def test_gradients_of_sums_may_have_gaps(kernel_device: torch.device) -> None:
+    leaves = [torch.randn(n, 12, device=kernel_device).requires_grad_() for n in (7, 7)]
+    owner_N = torch.arange(7, device=kernel_device)
+    sums_3D = pair_products(*leaves, owner_N, smooth=True).sums_3D
+    assert sums_3D is not None
+    # The gradient of a sum is one number that is read for all elements.
+    for gradient, expected in zip(torch.autograd.grad(sums_3D.sum(), leaves), (2, 1), strict=True):
+        assert bool((gradient == expected).all())
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradcheck(kernel_device: torch.device, normalize: bool) -> None:
     owner_N = torch.tensor([1, 0, 1, 1], device=kernel_device)
