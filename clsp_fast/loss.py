@@ -2,8 +2,8 @@
 
 A loss is computed in three parts. `check_problem` checks the arguments. An engine sums over the M N - N
 negative pairs: `clsp_fast.contrastive.negatives` on the CPU, `clsp_fast.kernels.contrastive` on CUDA.
-`clsp_fast.contrastive.positives` adds the N positive pairs in float64. docs/derivation.md derives the
-formulas.
+`clsp_fast.contrastive.positives`, or `triton_positives` on CUDA, adds the N positive pairs in float64.
+docs/derivation.md derives the formulas.
 
 On the CPU, the relative error of a float32 gradient is at most (8 + 2 logit_scale) eps, with eps = 2^-23:
 8.1e-6 at a scale of 30 and 2.5e-5 at 100. The gradient of the scale is a sum in which terms of opposite sign
@@ -286,23 +286,24 @@ def _fused_loss(
 ) -> Tensor:
     """The loss from an engine's sums over negative pairs and from the float64 positive pairs."""
     module = _module_of_positives(problem, engine)
-    pairs, of_pairs = module.make_pairs(problem)
+    pairs, positive_products = module.make_pairs(problem)
     operands = pairs.against_all_texts()
     if problem.kind == "sigmoid":
         sums_M = engine.negative_softplus(
             *operands, logit_bias=pairs.bias, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
-        loss = module.sigmoid_loss(pairs, of_pairs, sums_M)
+        loss = module.sigmoid_loss(pairs, positive_products, sums_M)
     else:
         row_M, column_N = engine.negative_lse(
             *operands, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
-        loss = module.softmax_loss(pairs, of_pairs, row_M, pairs.shards.lse_over_ranks(column_N))
+        column_N = pairs.shards.lse_over_ranks(column_N)
+        loss = module.softmax_loss(pairs, positive_products, row_M, column_N)
     return cast(Tensor, loss.to(problem.dtype))
 
 
 def _module_of_positives(problem: Problem, engine: Engine) -> ModuleType:
-    """The module that computes positive pairs: by kernels if the engine uses kernels, otherwise by torch."""
+    """The module for positive pairs: by kernels if the engine uses kernels, otherwise by torch."""
     if engine is not negatives:
         triton_positives = importlib.import_module("clsp_fast.contrastive.triton_positives")
         if triton_positives.supports(problem):

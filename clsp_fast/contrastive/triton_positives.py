@@ -1,9 +1,9 @@
 """The positive pairs of the contrastive loss by Triton kernels; `clsp_fast.contrastive.positives` uses torch.
 
-The number of launches does not depend on the size of the batch. Forward, these are 3; with several captions
-for a clip or with weights, 3 to 4 more, which check and group the captions; with smoothing, 2 more. Backward,
-these are 2. A process group adds its exchanges. The kernels also convert and normalise embeddings, and round
-their gradients to 16 bits.
+The number of launches does not depend on the size of the batch. The forward pass has 3. If a clip has
+several captions or if there are weights, 3 to 4 more check and group the captions. Smoothing adds 2. The
+backward pass has 2. A process group adds its exchanges. The kernels also convert and normalise embeddings,
+and round their gradients to 16 bits.
 
 Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 """
