@@ -98,7 +98,7 @@ def test_nothing_waits_for_the_card_and_no_count_rises(group: str) -> None:
     assert measured.keys() == expected
     if torch.__version__.partition("+")[0] == GOLDEN["torch"]:  # the counts of other versions may differ
         risen = [rise for case, parts in measured.items() for rise in rises(case, parts)]
-        assert not risen, "if this is worth it, run `python tests/fake_cuda.py write`"
+        assert not risen, "if the rise is intended, run `python tests/fake_cuda.py write`"
 
 
 def test_every_committed_case_is_measured() -> None:
