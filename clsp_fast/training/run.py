@@ -33,7 +33,6 @@ from clsp_fast.training.step import (
     update_running_statistics,
 )
 
-
 _READ_EVERY = 20
 """Losses are read from the device at least after every so many steps. A run that cannot go on stops then."""
 
@@ -193,8 +192,8 @@ def fit(run: Run) -> None:
 def unread_outcomes_recorded(run: Run) -> Iterator[None]:
     """If an exception leaves this context, the bad steps that have not been read yet are recorded.
 
-    The other ranks may have ended, so each rank uses only its own values. If the device has failed, its values
-    are lost, and the exception is raised all the same.
+    The other ranks may have ended, so each rank uses only its own values. If the device has failed, its
+    values are lost, and the exception is raised all the same.
     """
     try:
         yield
