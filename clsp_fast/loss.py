@@ -96,6 +96,8 @@ def contrastive_loss(
         audio_MD: floating (M, D); rows usually have unit norm.
         text_ND: floating (N, D), same dtype and device.
         logit_scale: scalar tensor or float, the multiplier itself (not its logarithm); may require gradient.
+            With kind="softmax" on CUDA, the forward pass may compute all logits three times if logit_scale
+            max |audio_i| max |text_j| exceeds about 146 (docs/derivation.md, section 4).
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
         weights: floating (N,), finite and non-negative; softmax only. They are the caption weights of the
             audio->text targets, and are normalised per audio. In text->audio, every text counts once.
@@ -110,15 +112,11 @@ def contrastive_loss(
         implementation: "cpu" and "triton" are the engines. "triton" needs CUDA tensors, or any tensors with
             TRITON_INTERPRET=1. "reference" is the dense definition. "auto" takes the engine of the tensors'
             device, or the definition if no engine supports the tensors.
-        workspace_bytes: bound of temporary memory, without the float32 copies of embeddings that have 16 bits
-            or are normalised here. The CPU engine keeps as many logits as fit for the backward pass and
-            recomputes the others; CUDA recomputes all. Default: 256 MiB on the CPU; 2 GiB on CUDA, of which a
-            batch of 32,768 uses 554 MB on an H100, and 544 MiB on consumer cards. The CPU engine uses 15 MB
-            at D = 512 even if the bound is smaller.
-        compute_dtype: dtype of the operands of matrix products on CUDA: bfloat16, which is fast on tensor
-            cores, float16 or float32; default: that of the embeddings. Rows are rounded to this dtype after
-            `normalize`. The CPU engine ignores it. Sums are in float32 (float64 for float64 embeddings),
-            positive pairs in float64.
+        workspace_bytes: bound of temporary memory (docs/derivation.md, section 6); default: 256 MiB on the
+            CPU, 2 GiB on CUDA, but 544 MiB on consumer cards.
+        compute_dtype: dtype of the operands of matrix products on CUDA: bfloat16, float16 or float32;
+            default: that of the embeddings. Rows are rounded to it after `normalize`. The CPU engine ignores
+            it. Sums are in float32 (float64 for float64 embeddings), positive pairs in float64.
 
     Returns:
         Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU engine's results

@@ -216,6 +216,7 @@ def products(
                     if needs_audio:
                         torch.mul(product, factor, out=d_audio[first:stop])
                     d_scale += _sum(product.mul_(x[first:stop]))
+                    del product  # so that the next panel's product does not need more memory
                 if needs_text:
                     _add_product(d_text, panel.T, x[first:stop])
             if needs_text and not needs_audio:

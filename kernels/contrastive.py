@@ -18,7 +18,7 @@ Two library products give dX = scale G Y and dY = scale G^T X. Memory beyond inp
 atomics, so the same call gives the same bits. The workspace does not change the bits of the forward pass.
 
 Inside the kernels, logits and log-sum-exps are in base 2 (times log2 e), because the hardware computes exp2.
-Source: arXiv 2103.00020 (loss), 2303.15343 (sigmoid), online softmax arXiv 1805.02867.
+Source: arXiv 2103.00020 (loss), 2303.15343 (sigmoid), 1805.02867 (the running maximum of starved sums).
 """
 
 from __future__ import annotations
