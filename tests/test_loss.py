@@ -370,9 +370,13 @@ def test_memory_at_32k_is_workspace_and_little_more(
     assert peak <= gradients + operands + panel + vectors + rounding
 
 
-def test_second_derivatives_are_refused() -> None:
-    audio, text = (unit(3, 4).requires_grad_() for _ in range(2))
-    (gradient,) = torch.autograd.grad(contrastive_loss(audio, text, 5.0), audio, create_graph=True)
+@INTERPRETED
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+def test_second_derivatives_are_refused(kernel_device: torch.device, implementation: str) -> None:
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = (unit(3, 4).to(device, torch.float32).requires_grad_() for _ in range(2))
+    loss = contrastive_loss(audio, text, 5.0, implementation=implementation)
+    (gradient,) = torch.autograd.grad(loss, audio, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         torch.autograd.grad(gradient.square().sum(), audio)
 
