@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bench import plot
-from bench.card import checks, runner, timing, wheels
+from bench.card import checks, record, runner, timing, wheels
 from bench.card.runner import STAGES, Stage, main
 
 ROOT = Path(__file__).parent.parent
@@ -214,7 +214,78 @@ def test_every_file_with_a_test_for_a_card_is_run() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     files = set(re.findall(r"^(tests/[\w/]+\.py)::", done.stdout, re.MULTILINE))
     assert len(files) >= 8, done.stdout[-2000:] + done.stderr[-2000:]
-    assert {path for path in files if not checks.FOR_A_CARD.search((ROOT / path).read_text())} == set()
+    assert files <= set(checks.files_with(checks.FOR_A_CARD))
+
+
+def test_every_file_whose_tests_launch_kernels_is_run() -> None:
+    # These compile kernels and measure the result, without a card.
+    compilers = {"test_kernel_budgets.py", "test_kernel_sass.py", "test_kernel_tables.py"}
+    kernels = {path.name for path in (ROOT / "tests").glob("test_kernel_*.py")} - compilers
+    files = checks.whole_files()
+    names = {Path(path).name for path in files}
+    assert kernels | {"test_row_stream.py", "test_triton_positives.py", "test_loss.py"} <= names
+    assert not names & compilers
+    assert len(set(files)) == len(files)
+    assert all((ROOT / path).exists() for path in files)
+
+
+SLOW_TESTS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("i", range(2))
+def test_good(i):
+    pass
+
+def test_bad():
+    assert False, "a wrong result"
+
+def test_hanging():
+    time.sleep(600)
+"""
+
+
+def test_tests_that_do_not_end_cost_no_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
+    monkeypatch.setattr(checks, "WORKERS", 2)
+    results = record.Record(tmp_path / "record.json")
+    words = ["--rootdir", str(tmp_path), str(tmp_path / "test_slow.py")]
+    started = time.monotonic()
+    checks.add_tests(results, "tests/gpu", words, 10.0)
+    assert time.monotonic() - started < 20
+    case = record.read_cases(results.path)["tests/gpu"]
+    assert case["exit_code"] is None
+    assert (case["passed"], case["failed"]) == (2, 1)
+    assert case["error"].startswith("not finished after 10 s: ")
+    assert [name for name in case["failures"] if "test_bad" in name] == case["failures"] != []
+    assert "a wrong result" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "counts", "bad"),
+    [
+        ("", {}, []),
+        ("a.py::t[x y] PASSED [ 50%]\na.py::u FAILED  [100%]\n", {"passed": 1, "failed": 1}, ["a.py::u"]),
+        (
+            "[gw0] [ 50%] PASSED a.py::t \n[gw1] [100%] ERROR a.py::u \n"
+            "FAILED a.py::v - x\n= 1 failed, 7 passed =",
+            {"failed": 1, "passed": 7},
+            ["FAILED a.py::v"],
+        ),
+    ],
+)
+def test_outcomes_are_read_from_what_pytest_prints(text: str, counts: dict[str, int], bad: list[str]) -> None:
+    assert checks.read_tests(text) == (counts, bad)
+
+
+def test_a_stage_knows_when_it_ends(tmp_path: Path, fakes: dict[str, Stage]) -> None:
+    code = "record.add('a', {'left_s': record.left_s})"
+    (tmp_path / "modules/fake_good.py").write_text(f"def run(record):\n    {code}\n")
+    outcome, cases = runner.run_stage(fakes["good"], tmp_path, dry_run=True)
+    assert outcome["held"]
+    assert 0 < cases["a"]["left_s"] < 60
 
 
 def test_the_run_takes_about_eight_minutes() -> None:

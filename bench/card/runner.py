@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
@@ -56,7 +57,7 @@ class Stage:
 
 STAGES = (
     Stage("ceilings", 35, "bench.card.ceilings", "copy, matrix product, versions, noise"),
-    Stage("tests", 70, "bench.card.checks", "GPU tests, then the tests of kernels, loss and model"),
+    Stage("tests", 80, "bench.card.checks", "GPU tests, then the tests of kernels, loss and model"),
     Stage("sanitizer", 45, "bench.card.sanitizer", "memcheck of the loss, ranks and top-k"),
     Stage("loss", 85, "bench.card.loss", "loss and gradients in total and by part, beside peers"),
     Stage("similarity", 35, "bench.card.similarity", "ranks and top-k, beside torch"),
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
     """Command line; returns the exit code."""
     options = _parse(arguments, stages)
     if options.module:
-        record.run_stage(options.module, options.record, options.dry_run)
+        record.run_stage(options.module, options.record, options.dry_run, options.ends_at)
         return 0
     if not options.dry_run:
         if not torch.cuda.is_available():
@@ -158,6 +159,7 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
     path, log = out / f"{stage.name}.json", out / "log.txt"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.card", "--module", stage.module, "--record", str(path)]
+    command += ["--ends-at", str(time.time() + deadline_s)]
     environment = dict(os.environ)
     if dry_run:
         # With one thread, processes that share the cores with others do not wait for their threads.
@@ -279,6 +281,7 @@ def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse
     )
     parser.add_argument("--module", help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--ends-at", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.stages = [name for name in options.stages.split(",") if name]
     unknown = [name for name in options.stages if name not in names]
