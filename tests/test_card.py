@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,12 +13,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench import plot
-from bench.card import checks, record, runner, timing, wheels
+from bench.card import checks, record, runner, sanitizer, timing, train, wheels
 from bench.card.runner import STAGES, Stage, main
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +280,72 @@ def test_tests_that_do_not_end_cost_no_outcome(
 )
 def test_outcomes_are_read_from_what_pytest_prints(text: str, counts: dict[str, int], bad: list[str]) -> None:
     assert checks.read_tests(text) == (counts, bad)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("sleep 600", {"error": "not finished after 2 s"}),
+        ("echo 'ERROR SUMMARY: 0 errors'", {"passed": True, "errors": 0}),
+        ("echo 'ERROR SUMMARY: 2 errors'; exit 9", {"error": "exit code 9: ERROR SUMMARY: 2 errors"}),
+    ],
+)
+def test_the_sanitizer_has_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: dict[str, Any]
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sanitizer.sys, "executable", shutil.which("true"))
+    results = record.Record(tmp_path / "record.json", ends_at=time.time() + sanitizer.MARGIN_S + 2.4)
+    sanitizer.run(results)
+    assert record.read_cases(results.path)["sanitizer/memcheck"] == expected
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([0.0], None),
+        ([0.5, 0.0], "the resumed model differs by 5.0e-01: only the resumed run differs"),
+        ([0.5, 0.25], "the resumed model differs by 5.0e-01: two runs without a break differ as well"),
+    ],
+)
+def test_a_resumed_run_that_differs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differences: list[float], expected: str | None
+) -> None:
+    whole = train.settings(tmp_path, tmp_path / "whole", "cpu", 4, dry_run=True)
+    for step in (2, 4):
+        (whole.run / f"checkpoints/step-{step}").mkdir(parents=True)
+    monkeypatch.setattr(train, "_train", lambda config: 0.0)
+    monkeypatch.setattr(train, "largest_difference", lambda *_: differences.pop(0))
+    values = train.compare_resumed(whole)
+    assert values["equal"] == (expected is None)
+    assert values.get("error") == expected
+
+
+def test_runs_that_are_compared_add_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = runner.torch
+    orders = []
+
+    def finish(config: Any) -> float:
+        orders.append((config.run.name, torch.are_deterministic_algorithms_enabled()))
+        rows = [{"step": 1, "loss": 2.0, "audio_s_per_s": 3.0, "data_wait": 0.0}]
+        config.run.mkdir()
+        (config.run / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return 1.0
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(train, "_train", finish)
+    monkeypatch.setattr(train, "compare_resumed", lambda whole: {"equal": True})
+    monkeypatch.setattr(train, "recordings", lambda count: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(
+        train, "_run_on_the_cpu", lambda config: contextlib.nullcontext(subprocess.Popen("true"))
+    )
+    train.run(record.Record(tmp_path / "record.json", dry_run=True))
+    assert orders == [("fast", False), ("whole", True)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_stage_knows_when_it_ends(tmp_path: Path, fakes: dict[str, Stage]) -> None:
