@@ -324,6 +324,10 @@ def test_a_resumed_run_that_differs_is_an_error(
     assert values.get("error") == expected
 
 
+def test_cublas_is_repeatable_from_the_first_product() -> None:
+    assert "CUBLAS_WORKSPACE_CONFIG" in os.environ
+
+
 def test_runs_that_are_compared_add_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = runner.torch
     orders = []
