@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,11 +61,26 @@ class Record:
 
 
 def run_stage(module: str, path: Path, dry_run: bool, ends_at: float) -> None:
-    """Runs a stage in this process: `run(record)` of the named module."""
+    """Runs `run(record)` of a module in this process, whose standard input is a pipe of the runner."""
+    end_with_the_runner()
     record = Record(path, dry_run, ends_at)
     importlib.import_module(module).run(record)
     if not record.cases:
         raise SystemExit(f"{module} measured nothing")
+
+
+def end_with_the_runner() -> None:
+    """Kills this stage and the processes that it started when the runner's end of the pipe is closed."""
+    pipe = os.dup(0)
+    # No process that the stage starts may wait for the runner.
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def read_cases(path: Path) -> dict[str, dict[str, Any]]:

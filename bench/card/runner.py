@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
     chosen = [stage for stage in stages if stage.name in options.stages]
     try:
         for stage in chosen:
-            outcome, cases = run_stage(stage, options.out, options.dry_run)
+            with _signals_like_ctrl_c():
+                outcome, cases = run_stage(stage, options.out, options.dry_run)
             add_stage(document, stage, outcome, cases)
             files.write_json(path, document)
             print(stage_line(stage.name, outcome), flush=True)
@@ -97,6 +98,18 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
     if outcome["status"] == "interrupted":
         return 130
     return int(not all(outcome["held"] for outcome in document["stages"].values()))
+
+
+@contextlib.contextmanager
+def _signals_like_ctrl_c() -> Iterator[None]:
+    """In this context, SIGTERM and SIGHUP raise KeyboardInterrupt, unless they are ignored (nohup)."""
+    numbers = [x for x in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_card() -> dict[str, Any]:
@@ -172,7 +185,8 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
             command + ["--dry-run"] * dry_run,
             stdout=output,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            # The stage ends itself when this pipe is closed, so it does not outlive a runner that was killed.
+            stdin=subprocess.PIPE,
             cwd=ROOT,
             env=environment,
             start_new_session=True,
@@ -184,6 +198,8 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
         except KeyboardInterrupt:
             status = "interrupted"
         _end_group(process)
+        assert process.stdin is not None
+        process.stdin.close()
     outcome = {"status": status, "seconds": round(time.perf_counter() - started, 1), "deadline_s": deadline_s}
     if status == "failed":
         outcome["reason"] = f"exit code {process.returncode}: {_last_line(log, log_start)}"
