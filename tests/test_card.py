@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from bench import plot
-from bench.card import checks, record, runner, sanitizer, timing, train, wheels
+from bench.card import checks, loss, record, runner, sanitizer, timing, train, wheels
 from bench.card.runner import STAGES, Stage, main
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +168,26 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path, fakes: dict[str, Stage]) -> 
     }
     assert document["cases"].keys() == {"good/a", "hanging/a"}
     assert has_ended(int((out / "child.txt").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_no_stage_outlives_the_run(tmp_path: Path, fakes: dict[str, Stage], number: signal.Signals) -> None:
+    code = "import sys; from bench.card.runner import *;"
+    code += f"sys.exit(main(['--dry-run', '--out', {str(tmp_path)!r}], stages=({fakes['hanging']!r},)))"
+    child = tmp_path / "child.txt"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while not (child.exists() and child.read_text()):
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(30) == (130 if number != signal.SIGKILL else -number)
+    if number != signal.SIGKILL:
+        assert results(tmp_path)["stages"]["hanging"]["status"] == "interrupted"
+        assert results(tmp_path)["cases"].keys() == {"hanging/a"}
+    stops_at = time.monotonic() + 10
+    while not has_ended(int(child.read_text())):
+        assert time.monotonic() < stops_at
+        time.sleep(0.05)
 
 
 def test_only_the_named_stages_run(tmp_path: Path, fakes: dict[str, Stage]) -> None:
@@ -393,6 +413,39 @@ def test_a_provider_that_fails_costs_only_itself() -> None:
     times = timing.time_together({"a": [lambda: None], "b": [fail], "c": [lambda: None]}, device)
     assert "out of memory" in times["b"]["error"]
     assert all({"ms", "spread", "n", "host_ms"} <= times[name].keys() for name in "ac")
+
+
+def test_a_call_that_waits_for_the_host_is_marked() -> None:
+    assert timing.host_bound({"ms": 0.4, "host_ms": 0.35})
+    assert not timing.host_bound({"ms": 0.4, "host_ms": 0.3})
+    # The host queues this call while the buffer is overwritten.
+    assert not timing.host_bound({"ms": 0.1, "host_ms": 0.19})
+    case = {"ms": 0.4, "host_ms": 0.35, "host_bound": True}
+    assert "host_bound True" in runner.table({"cases": {"a": case}, "stages": {}})
+
+
+def test_the_first_time_holds_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    memory = timing._peak_memory
+    monkeypatch.setattr(timing, "_wait", lambda device: events.append("wait"))
+    monkeypatch.setattr(timing, "_peak_memory", lambda *words: events.append("time") or memory(*words))
+    copies = [lambda: events.append("a"), lambda: events.append("b")]
+    timing.time_together({"x": copies}, runner.torch.device("cpu"))
+    assert events[:5] == ["a", "b", "wait", "time", "a"]
+
+
+def test_the_products_are_those_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = loss.sigmoid_batch(40, runner.torch.bfloat16, "cpu")
+    add, calls = loss._pairs._add_product, []
+
+    def recorded(total: Any, a: Any, b: Any) -> Any:
+        calls.append((None if total is None else total.dtype, a.dtype, b.dtype))
+        return add(total, a, b)
+
+    monkeypatch.setattr(loss._pairs, "_add_product", recorded)
+    loss.measure_products(record.Record(tmp_path / "record.json", dry_run=True), given)
+    float32, bf16 = runner.torch.float32, runner.torch.bfloat16
+    assert set(calls) == {(None, bf16, bf16), (float32, bf16, bf16)}
 
 
 def test_the_docs_name_every_stage_with_its_deadline() -> None:
