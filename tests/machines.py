@@ -54,6 +54,7 @@ FILES = [
     "test_kernel_positives.py",
     "test_kernel_neighbours.py",
     "test_kernel_rank.py",
+    "test_kernel_tables.py",
     "test_lhotse.py",
     "test_loss.py",
     "test_metrics.py",

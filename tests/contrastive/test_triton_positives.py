@@ -81,6 +81,17 @@ def test_equals_the_dense_definition(kernel_device: torch.device, name: str, dty
         )
 
 
+def test_owners_and_weights_may_have_gaps(kernel_device: torch.device) -> None:
+    audio, text = (unit(n, 24).to(kernel_device, torch.float32) for n in (CLIPS, 12))
+    owner = torch.randint(CLIPS, (12, 2), device=kernel_device)[:, 0]
+    options = {"text_owner": owner, "weights": torch.rand(24, device=kernel_device)[::2]}
+    scale = torch.tensor(8.0, device=kernel_device)
+    result = results(audio, text, scale, options, "triton", None)
+    options = {name: x.contiguous() for name, x in options.items()}
+    expected = results(audio, text, scale, options, "triton", None)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 def test_weights_may_learn(kernel_device: torch.device) -> None:
     owner = torch.tensor([0, 0, 2, 1, 2], device=kernel_device)
     audio, text = (unit(n, 8).to(kernel_device, torch.float32) for n in (3, 5))
