@@ -29,20 +29,24 @@ def device_chunks(
     the current stream. It need not wait for this work.
 
     Args:
-        parts: the number of the first row, and the rows (N, D), of one or more matrices. A part that is on
-        the
-            device already is not copied and not divided.
+        parts: the number of the first row, and the rows (N, D), of one or more matrices. A part that is
+            already on the device is neither copied nor divided.
         device: where the chunks go.
-        buffer_bytes: size of each of the four buffers.
+        buffer_bytes: largest size of each of the four buffers.
     """
+    longest: dict[tuple[int, torch.dtype], int] = {}
+    for _, rows in parts:
+        longest[_kind(rows)] = max(longest.get(_kind(rows), 1), len(rows))
     buffers: _Buffers | None = None
     for first, rows in parts:
         if isinstance(rows, Tensor) and rows.device == device:
             yield first, rows
             continue
-        step = max(1, buffer_bytes // max(1, rows.shape[1] * _dtype(rows).itemsize))
+        columns, dtype = _kind(rows)
+        step = max(1, buffer_bytes // max(1, columns * dtype.itemsize))
+        step = min(step, longest[columns, dtype])
         if buffers is None or not buffers.fit(rows):
-            buffers = _Buffers(step, rows.shape[1], _dtype(rows), device)
+            buffers = _Buffers(step, columns, dtype, device)
         for start in range(0, len(rows), step):
             yield first + start, buffers.copy(rows[start : start + step])
             buffers.used()
@@ -66,7 +70,7 @@ class _Buffers:
 
     def fit(self, rows: Rows) -> bool:
         """Whether the buffers have the width and dtype of these rows."""
-        return self._host.shape[2] == rows.shape[1] and self._host.dtype == _dtype(rows)
+        return (self._host.shape[2], self._host.dtype) == _kind(rows)
 
     def copy(self, rows: Rows) -> Tensor:
         """Starts the copy of some rows. Work of the current stream waits for it."""
@@ -75,7 +79,7 @@ class _Buffers:
         if self._cuda:
             self._copied[turn].synchronize()  # the copy before the last one, which read this pinned buffer
         if isinstance(rows, Tensor):
-            host.copy_(rows)
+            host.copy_(rows.detach())
         else:
             np.copyto(host.numpy(), rows)
         with torch.cuda.stream(self._stream) if self._cuda else nullcontext():
@@ -99,5 +103,8 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-def _dtype(rows: Rows) -> torch.dtype:
-    return rows.dtype if isinstance(rows, Tensor) else torch.from_numpy(np.empty(0, rows.dtype)).dtype
+def _kind(rows: Rows) -> tuple[int, torch.dtype]:
+    """The number of columns and the dtype."""
+    if isinstance(rows, Tensor):
+        return rows.shape[1], rows.dtype
+    return rows.shape[1], torch.from_numpy(np.empty(0, rows.dtype)).dtype

@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import (
+    OPTIONS,
     SIZES,
     check_operands,
     on_device,
@@ -395,6 +396,7 @@ def _narrowed(rows_ND: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         NARROW=narrow is not rows_ND,
         BR=_NORM_ROWS,
         BD=_RESCORE_DEPTH,
+        **OPTIONS,
     )
     return narrow, measures
 
@@ -460,6 +462,7 @@ def _rescored(queries: Tensor, database: Tensor, group_QG: Tensor, k: int) -> tu
         D=queries.shape[1],
         ROWS=GROUP_ROWS,
         BD=_RESCORE_DEPTH,
+        **OPTIONS,
     )
     rows = group_QG[:, :, None] * GROUP_ROWS + torch.arange(GROUP_ROWS, device=group_QG.device)
     return _merged(scores.flatten(1), rows.flatten(1), min(k, len(database)))

@@ -377,7 +377,10 @@ def _pair_gradients(
     d_sums: Tensor | None,
     normalize: bool,
 ) -> None:
-    """Writes d_audio and d_text, which may be d_wide_audio and d_wide_text. None needs no gradient."""
+    """Writes d_audio and d_text, which may be the tensors d_wide_audio and d_wide_text.
+
+    They are None for embeddings that need no gradient.
+    """
     constants = _depth(audio.shape[1])
     sides = ((text, d_text), (audio, d_audio))
     programs = sum(triton.cdiv(len(x), constants["BR"]) for x, d_x in sides if d_x is not None)

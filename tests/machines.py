@@ -64,6 +64,7 @@ FILES = [
     "towers/test_layers.py",
     "training/test_optim.py",
     "test_parity.py",
+    "test_precision.py",
     "contrastive/test_positives.py",
     "test_resample.py",
     "towers/test_roberta.py",

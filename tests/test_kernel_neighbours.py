@@ -225,10 +225,10 @@ def test_a_database_in_chunks_gives_the_result_of_the_whole(
     database[1:2200:7] = database[0]  # too many for a proof, if they are the nearest
     queries[2] = database[0]
     chunks = [(first, database[first : first + 600]) for first in range(0, 2500, 600)]
-    found = Neighbours(queries, 9)
+    nearest = Neighbours(queries, 9)
     for first, chunk in chunks:
-        found.add(first, chunk)
-    scores, index = found.result(lambda: chunks)
+        nearest.add(first, chunk)
+    scores, index = nearest.result(lambda: chunks)
     assert [len(rows) for rows in scanned] == [1]
     others = [0, 1, 3, 4, 5, 6]
     expected = exact_topk(queries, database, 9)

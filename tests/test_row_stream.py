@@ -47,6 +47,23 @@ def test_parts_of_several_dtypes_and_widths(kernel_device: torch.device) -> None
         assert chunk.dtype == (torch.float32 if first >= 100 else torch.float16)
 
 
+def test_buffers_are_no_larger_than_the_longest_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    class Recorded(row_stream._Buffers):
+        def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+            sizes.append((rows, columns))
+            super().__init__(rows, columns, dtype, device)
+
+    monkeypatch.setattr(row_stream, "_Buffers", Recorded)
+    lengths = [3, 0, 10, 7]
+    parts: list[tuple[int, Rows]] = [(100 * i, np.ones((n, 4), np.float32)) for i, n in enumerate(lengths)]
+    parts.append((400, np.ones((200, 6), np.float32)))
+    chunks = all_rows(parts, torch.device("cpu"), 50 * 6 * 4)
+    assert sizes == [(10, 4), (50, 6)]
+    assert [len(chunk) for _, chunk in chunks] == [3, 10, 7, 50, 50, 50, 50]
+
+
 def test_two_buffers_take_turns() -> None:
     """The chunk before the last one is intact while the next one is copied."""
     buffers = row_stream._Buffers(2, 3, torch.float32, torch.device("cpu"))
@@ -66,9 +83,40 @@ def test_rows_on_the_device_are_not_copied(kernel_device: torch.device) -> None:
     assert chunk is rows
 
 
+def test_rows_that_require_gradients_are_copied_without_them() -> None:
+    rows = torch.randn(5, 3, requires_grad=True)
+    buffers = row_stream._Buffers(5, 3, torch.float32, torch.device("cpu"))
+    chunk = buffers.copy(rows)
+    assert torch.equal(chunk, rows)
+    assert not chunk.requires_grad
+    assert not buffers._host.requires_grad
+
+
 @pytest.mark.gpu
 def test_bfloat16_rows_of_the_host_are_copied(cuda: torch.device) -> None:
     rows = torch.randn(50, 4, dtype=torch.bfloat16)
     chunks = all_rows([(0, rows)], cuda, 80)
     assert len(chunks) == 5
     assert torch.equal(torch.cat([chunk for _, chunk in chunks]), rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("late", ["copies", "uses"])
+def test_copies_and_uses_wait_for_each_other(cuda: torch.device, late: str) -> None:
+    """Delays one of the two streams. If the code waited for one event too few, a chunk would have the values
+    of another one."""
+    cycles = 20_000_000  # some 10 ms, in which the host launches the work on many chunks
+    buffers = row_stream._Buffers(2, 1024, torch.float32, cuda)
+    results = []
+    for i in range(8):
+        if late == "copies":
+            with torch.cuda.stream(buffers._stream):
+                torch.cuda._sleep(cycles)
+        chunk = buffers.copy(np.full((2, 1024), float(i + 1), np.float32))
+        if late == "uses":
+            torch.cuda._sleep(cycles)
+        results.append(chunk.clone())
+        buffers.used()
+    torch.cuda.synchronize()
+    for i, result in enumerate(results):
+        assert (result == i + 1).all()
