@@ -92,7 +92,7 @@ def embed_recordings(
         if progress:
             progress(int((start_B == 0).sum()))
 
-    # A batch is checked after the next one has been given to the model. So a GPU has always work to do.
+    # A batch is checked after the next one has been given to the model. So a GPU always has work.
     unchecked: tuple[Tensor, Tensor, Callable[[], Tensor]] | None = None
     for rows in feature_batches(items, batching, device, sample_rate, errors):
         embedded_BD = encode(rows.features_BTF, rows.lengths_B)

@@ -587,7 +587,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     max_bad_steps: int = 3
-    """Training stops after this many steps in a row with a non-finite loss or gradient."""
+    """Training stops after this many steps in a row with a non-finite loss or gradient. Losses are read at
+    each log line, and at least every 20 steps. So up to 20 steps may follow before training stops."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (extra [tensorboard])."""
 

@@ -12,10 +12,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copies a tensor to a device.
 
     A GPU copies it in the order of its work, while the host goes on. That needs page-locked memory: a tensor
-    of the CPU in other memory is copied into such memory first.
+    of the CPU in other memory, or with gaps, is copied into such memory without gaps first.
     """
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
+    x = x.contiguous()
     return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
 
 

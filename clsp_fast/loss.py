@@ -2,8 +2,8 @@
 
 A loss is computed in three parts. `check_problem` checks the arguments. An engine sums over the M N - N
 negative pairs: `clsp_fast.contrastive.negatives` on the CPU, `clsp_fast.kernels.contrastive` on CUDA.
-`clsp_fast.contrastive.positives` adds the N positive pairs in float64. docs/derivation.md derives the
-formulas.
+`clsp_fast.contrastive.positives`, or `triton_positives` on CUDA, adds the N positive pairs in float64.
+docs/derivation.md derives the formulas.
 
 On the CPU, the relative error of a float32 gradient is at most (8 + 2 logit_scale) eps, with eps = 2^-23:
 8.1e-6 at a scale of 30 and 2.5e-5 at 100. The gradient of the scale is a sum in which terms of opposite sign
@@ -96,6 +96,8 @@ def contrastive_loss(
         audio_MD: floating (M, D); rows usually have unit norm.
         text_ND: floating (N, D), same dtype and device.
         logit_scale: scalar tensor or float, the multiplier itself (not its logarithm); may require gradient.
+            With kind="softmax" on CUDA, the forward pass may compute all logits three times if logit_scale
+            max |audio_i| max |text_j| exceeds about 146 (docs/derivation.md, section 4).
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
         weights: floating (N,), finite and non-negative; softmax only. They are the caption weights of the
             audio->text targets, and are normalised per audio. In text->audio, every text counts once.
@@ -110,15 +112,11 @@ def contrastive_loss(
         implementation: "cpu" and "triton" are the engines. "triton" needs CUDA tensors, or any tensors with
             TRITON_INTERPRET=1. "reference" is the dense definition. "auto" takes the engine of the tensors'
             device, or the definition if no engine supports the tensors.
-        workspace_bytes: bound of temporary memory, without the float32 copies of embeddings that have 16 bits
-            or are normalised here. The CPU engine keeps as many logits as fit for the backward pass and
-            recomputes the others; CUDA recomputes all. Default: 256 MiB on the CPU; 2 GiB on CUDA, of which a
-            batch of 32,768 uses 554 MB on an H100, and 544 MiB on consumer cards. The CPU engine uses 15 MB
-            at D = 512 even if the bound is smaller.
-        compute_dtype: dtype of the operands of matrix products on CUDA: bfloat16, which is fast on tensor
-            cores, float16 or float32; default: that of the embeddings. Rows are rounded to this dtype after
-            `normalize`. The CPU engine ignores it. Sums are in float32 (float64 for float64 embeddings),
-            positive pairs in float64.
+        workspace_bytes: bound of temporary memory (docs/derivation.md, section 6); default: 256 MiB on the
+            CPU, 2 GiB on CUDA, but 544 MiB on consumer cards.
+        compute_dtype: dtype of the operands of matrix products on CUDA: bfloat16, float16 or float32;
+            default: that of the embeddings. Rows are rounded to it after `normalize`. The CPU engine ignores
+            it. Sums are in float32 (float64 for float64 embeddings), positive pairs in float64.
 
     Returns:
         Scalar tensor, float32 (float64 for float64 embeddings); differentiable once. The CPU engine's results
@@ -288,23 +286,24 @@ def _fused_loss(
 ) -> Tensor:
     """The loss from an engine's sums over negative pairs and from the float64 positive pairs."""
     module = _module_of_positives(problem, engine)
-    pairs, of_pairs = module.make_pairs(problem)
+    pairs, positive_products = module.make_pairs(problem)
     operands = pairs.against_all_texts()
     if problem.kind == "sigmoid":
         sums_M = engine.negative_softplus(
             *operands, logit_bias=pairs.bias, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
-        loss = module.sigmoid_loss(pairs, of_pairs, sums_M)
+        loss = module.sigmoid_loss(pairs, positive_products, sums_M)
     else:
         row_M, column_N = engine.negative_lse(
             *operands, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes
         )
-        loss = module.softmax_loss(pairs, of_pairs, row_M, pairs.shards.lse_over_ranks(column_N))
+        column_N = pairs.shards.lse_over_ranks(column_N)
+        loss = module.softmax_loss(pairs, positive_products, row_M, column_N)
     return cast(Tensor, loss.to(problem.dtype))
 
 
 def _module_of_positives(problem: Problem, engine: Engine) -> ModuleType:
-    """The module that computes positive pairs: by kernels if the engine uses kernels, otherwise by torch."""
+    """The module for positive pairs: by kernels if the engine uses kernels, otherwise by torch."""
     if engine is not negatives:
         triton_positives = importlib.import_module("clsp_fast.contrastive.triton_positives")
         if triton_positives.supports(problem):

@@ -311,7 +311,7 @@ def score_tile(
 
 @triton.jit
 def load_owners(owner, column, M, N, BN: tl.constexpr):
-    """The row of each column's positive; -1 if it is none of the M rows, -2 beyond N."""
+    """The row of each column's positive pair, (BN,) int32: -1 if it is none of the M rows, -2 beyond N."""
     # Each owner is loaded twice and reduced; otherwise, a thread would keep the owners of all its columns.
     at = column + tl.arange(0, BN)[:, None] + tl.zeros([1, 2], tl.int32)
     owner_N = tl.load(owner + at, mask=at < N, other=-1)
@@ -327,9 +327,9 @@ def has_positives(owner_N, row, BM: tl.constexpr):
 
 @triton.jit
 def positives_of_tile(owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """The result of `load_owners`, and whether the tile has a positive pair or an edge.
+    """The result of `load_owners`, and a boolean scalar: whether the tile has a positive pair or an edge.
 
-    Most tiles have neither. They skip the comparison of all elements.
+    Most tiles have neither, and skip the comparison of all elements.
     """
     owner_N = load_owners(owner, column, M, N, BN)
     return owner_N, has_positives(owner_N, row, BM) | (row + BM > M) | (column + BN > N)
@@ -337,7 +337,7 @@ def positives_of_tile(owner, row, column, M, N, BM: tl.constexpr, BN: tl.constex
 
 @triton.jit
 def mask_positives(s, owner_N, row, M, fill, BM: tl.constexpr):
-    """A tile with `fill` at positive pairs, and beyond M and N."""
+    """The tile s (BM, BN) with `fill` at positive pairs, and beyond M and N."""
     row_M = tl.arange(0, BM)
     clip_N = tl.where(owner_N < 0, owner_N, tl.maximum(owner_N - row, -1))
     s = tl.where((row_M < M - row)[:, None], s, fill)

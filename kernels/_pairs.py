@@ -45,10 +45,10 @@ COMBINED_LANES = 128
 
 @triton.jit
 def logits(score, scale, bias, owner_N, masked, row, M, BM: tl.constexpr, less=0.0):
-    """Base-2 logits of a tile of scores, less `less`; -inf where the pair is not negative.
+    """Base-2 logits of a tile of scores, minus `less`; -inf where the pair is not negative.
 
-    `owner_N` and `masked` are the results of `positives_of_tile`. It is called before the product, so that
-    its loads are hidden behind those of the product.
+    `owner_N` and `masked` are the results of `positives_of_tile`. Call it before the product, so that its
+    loads run at the same time as those of the product.
     """
     s = score * (tl.load(scale) * LOG2_E) + (tl.load(bias) * LOG2_E - less)
     if masked:
@@ -58,14 +58,15 @@ def logits(score, scale, bias, owner_N, masked, row, M, BM: tl.constexpr, less=0
 
 @triton.jit
 def store_gradients(panel, stride, g, row, column, BM: tl.constexpr, BN: tl.constexpr):
-    """Stores a tile of G at (row, column) of a panel, which has whole tiles.
+    """Stores a tile g (BM, BN) of G at (row, column) of a panel, rounded to the panel's dtype.
 
-    Without a mask, a thread stores 16 bytes at a time. Elements beyond M and N are stored too; they are 0.
+    The panel has whole tiles, so elements beyond M and N, which are 0, are stored too. No mask is needed, and
+    a thread stores 16 bytes at a time.
     """
     row_M = tl.arange(0, BM)
     corner = panel + row.to(tl.int64) * stride + column
     at = (corner + (row_M % 8).to(tl.int64) * stride)[:, None] + tl.arange(0, BN)[None, :]
-    # The same for all threads of a warp, so it takes no arithmetic of threads.
+    # This term is the same for all threads of a warp, so it is computed once for the warp.
     at += ((row_M // 8).to(tl.int64) * (8 * stride))[:, None]
     tl.store(at, g.to(panel.dtype.element_ty))
 
@@ -216,6 +217,7 @@ def products(
                     if needs_audio:
                         torch.mul(product, factor, out=d_audio[first:stop])
                     d_scale += _sum(product.mul_(x[first:stop]))
+                    del product  # so that the next panel's product does not need more memory
                 if needs_text:
                     _add_product(d_text, panel.T, x[first:stop])
             if needs_text and not needs_audio:

@@ -18,7 +18,7 @@ Two library products give dX = scale G Y and dY = scale G^T X. Memory beyond inp
 atomics, so the same call gives the same bits. The workspace does not change the bits of the forward pass.
 
 Inside the kernels, logits and log-sum-exps are in base 2 (times log2 e), because the hardware computes exp2.
-Source: arXiv 2103.00020 (loss), 2303.15343 (sigmoid), online softmax arXiv 1805.02867.
+Source: arXiv 2103.00020 (loss), 2303.15343 (sigmoid), 1805.02867 (the running maximum of starved sums).
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def _norms_kernel(
 
 @triton.jit(do_not_specialize=["blocks_m", "blocks", "headroom"])
 def _reference_kernel(squares, scale, bias, reference, blocks_m, blocks, headroom, BL: tl.constexpr):
-    """The reference logit, in base 2: the bias, plus what the largest logit without it is above `headroom`.
+    """The reference logit, in base 2: bias + max(largest - headroom, 0).
 
-    The largest logit is estimated as |scale| max |x_i| max |y_j|.
+    `largest`, a bound of the logits without bias, is |scale| max |x_i| max |y_j|.
     """
     x_L = tl.zeros([BL], tl.float32)
     y_L = tl.zeros([BL], tl.float32)
@@ -336,8 +336,8 @@ def _product(a, b):
 def _factors(pairs, first, low, length: tl.constexpr):
     """d 2^(low - lse) of `length` pairs.
 
-    Each thread computes a few of them and they are exchanged, because a reduction ends where its inputs
-    are. Without the reduction, the compiler would repeat the exponential for every element of G.
+    Each thread computes a few of them, and the threads exchange the results, because of the reduction.
+    Without it, the compiler would repeat the exponential for every element of G.
     """
     pairs = _load_pairs(pairs, first, length)
     lse = tl.arange(0, 2)[None, :] == 0
@@ -492,7 +492,7 @@ def _combine(
 def _recompute_starved(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, owner: Tensor, lse: Tensor, transposed: bool
 ) -> None:
-    """Launches `_starved_kernel`. The device decides what there is to do, so the host need not wait."""
+    """Launches `_starved_kernel`, which finds the starved sums on the device. The host does not wait."""
     arguments = score_arguments("starved", x, y)
     _starved_kernel[(triton.cdiv(len(x), arguments["BM"]),)](
         **arguments, scale=scale, bias=bias, owner=owner, lse=lse, transposed=int(transposed)

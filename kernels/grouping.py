@@ -7,11 +7,11 @@
 Shape suffixes: M audio rows, N text rows, L lanes of a program, S texts of one step.
 
 The first kernel sorts blocks of BLOCK texts by counting: the rank of a text is the number of texts of its
-block that come before it. The second kernel adds, for each text, the number of texts of all other blocks that
-come before it, which a binary search finds in each sorted block. This takes N BLOCK comparisons and at most
+block that come before it. The second kernel adds the number of texts of all other blocks that come before it.
+A binary search finds this number in each sorted block. All this takes N BLOCK comparisons and at most
 (M + N) (N / BLOCK) log2(BLOCK) loads: little beside the M N D products of the loss. A block that lies wholly
-before or behind the texts of a program is not searched. The host does not wait for the device, no kernel uses
-atomics, and the result is unique, so it has the same bits in every run.
+before or behind the texts of a program is not searched. The host does not wait for the device. No kernel uses
+atomics, and only one result is right, so it has the same bits in every run.
 
 An owner outside 0..M-1 belongs to no clip. The kernels also check owners and weights, because a separate
 check would cost up to five launches.

@@ -460,8 +460,9 @@ def softmax_loss(
             the loss, a sum over the ranks.
     """
     totals = totals or (len(row_M), len(column_N))
-    tensors = (row_M.contiguous(), column_N.contiguous(), dot_N, scale, bias, weights_N, sums_3D, all_sums_3D)
-    loss = _Loss.apply(*tensors, groups or (None, None), totals, smoothing, sum_over_ranks)  # type: ignore[no-untyped-call]
+    tensors = _without_gaps(row_M, column_N, dot_N, scale, bias, weights_N, sums_3D, all_sums_3D)
+    order, offset = (None, None) if groups is None else _without_gaps(*groups)
+    loss = _Loss.apply(*tensors, (order, offset), totals, smoothing, sum_over_ranks)  # type: ignore[no-untyped-call]
     return cast(Tensor, loss)
 
 
@@ -482,6 +483,11 @@ def sigmoid_loss(
     The arguments are those of `softmax_loss`; `bias` counts here.
     """
     totals = totals or (len(row_M), len(dot_N))
-    tensors = (row_M.contiguous(), None, dot_N, scale, bias, None, sums_3D, all_sums_3D)
+    tensors = _without_gaps(row_M, None, dot_N, scale, bias, None, sums_3D, all_sums_3D)
     loss = _Loss.apply(*tensors, (None, None), totals, smoothing, sum_over_ranks)  # type: ignore[no-untyped-call]
     return cast(Tensor, loss)
+
+
+def _without_gaps(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The kernels read elements that follow each other in memory. Gradients reach the given tensors."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)

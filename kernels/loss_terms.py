@@ -55,7 +55,7 @@ def _sigmoid(x):
 def _load_captions(
     rows, largest_R, total_R, start, CAPTIONS: tl.constexpr, SINGLE: tl.constexpr, WEIGHTED: tl.constexpr
 ):
-    """Some captions of each row: number in the row, text, product, logit, and share (-1 outside the row)."""
+    """The next captions of each row: number in the row, text, product, logit, share (-1 outside the row)."""
     dot, weight, order, scale, first_R, count_R = rows
     k_C = start + tl.arange(0, CAPTIONS)
     inside = k_C[None, :] < count_R[:, None]
@@ -72,7 +72,7 @@ def _load_captions(
 
 @triton.jit
 def _sums_of_weights(rows, CAPTIONS: tl.constexpr, SINGLE: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Of each row: the largest weight, the sum of weights divided by it, and whether a weight is positive.
+    """For each row: the largest weight, the sum of weights divided by it, whether a weight is positive.
 
     The division comes first, because a sum of finite weights could overflow.
     """
@@ -107,8 +107,10 @@ def _peak_and_rest(
     SINGLE: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """The largest of first_logit and a row's accepted (or rejected) logits, and sum exp(logit - largest) over
-    all but one largest. That one is the last; its number in the row is the third result, -1 for first_logit.
+    """The peak of first_logit and of a row's accepted (or rejected) logits, and two more results.
+
+    The second is sum exp(logit - peak) over all logits except the last one that is equal to the peak. The
+    third is the number of that logit in the row; -1 for first_logit.
     """
     longest = tl.max(rows[5], 0)
     peak_R = first_logit_R

@@ -377,7 +377,10 @@ def _pair_gradients(
     d_sums: Tensor | None,
     normalize: bool,
 ) -> None:
-    """Writes d_audio and d_text, which may be d_wide_audio and d_wide_text. None needs no gradient."""
+    """Writes d_audio and d_text, which may be the tensors d_wide_audio and d_wide_text.
+
+    They are None for embeddings that need no gradient.
+    """
     constants = _depth(audio.shape[1])
     sides = ((text, d_text), (audio, d_audio))
     programs = sum(triton.cdiv(len(x), constants["BR"]) for x, d_x in sides if d_x is not None)
@@ -452,6 +455,8 @@ class _Products(torch.autograd.Function):
         audio, text = saved[:2]
         if d_dot is None:
             d_dot = text.new_zeros(len(text), dtype=torch.float64)
+        if d_sums is not None:
+            d_sums = d_sums.contiguous()
         wide_gradients, gradients = [], []
         for x, g, needed in zip(
             (audio, text), (d_wide_audio, d_wide_text), ctx.needs_input_grad, strict=False
@@ -459,7 +464,7 @@ class _Products(torch.autograd.Function):
             if not needed:
                 g = None
             elif g is None:
-                g = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+                g = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
             else:
                 g = g.contiguous()
             wide_gradients.append(g)
@@ -513,7 +518,8 @@ def pair_products(
         smooth: whether to compute the sums of embeddings.
     """
     audio_MD, text_ND = (x if x.stride(1) == 1 else x.contiguous() for x in (audio_MD, text_ND))
-    order, offset = (None, None) if groups is None else groups
+    order, offset = (None, None) if groups is None else (x.contiguous() for x in groups)
     weights_N = None if weights_N is None else weights_N.detach().contiguous()
     options = (order, offset, weights_N, dtype or audio_MD.dtype, normalize, smooth)
-    return Products(*_Products.apply(audio_MD, text_ND, owner_N, *options))  # type: ignore[no-untyped-call]
+    products = _Products.apply(audio_MD, text_ND, owner_N.contiguous(), *options)  # type: ignore[no-untyped-call]
+    return Products(*products)

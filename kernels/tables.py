@@ -45,7 +45,7 @@ _OPERATORS = (
         "log-sum-exp over owner[j] != i, rows and columns",
         1,
         0,
-        "16 per tile row, column",
+        "8 per tile row",
         "lse",
     ),
     _Operator("negative_lse, backward", _LSE_BACKWARD, 3, 6, "6 M N", "panel", 2, 2),

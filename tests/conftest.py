@@ -22,6 +22,8 @@ from clsp_fast.config import MODEL_PRESETS
 from clsp_fast.model import CLSP
 from clsp_fast.tokenizer import Tokenizer
 
+# torch reads this variable when the process first calls cuBLAS. Deterministic algorithms need it on a card.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Without a card, kernels run in Triton's interpreter. Triton and each kernel read the variable when they are
 # first imported, so they are imported here, before any test: budgets imports every kernel.
 if not torch.cuda.is_available():
@@ -145,7 +147,6 @@ def no_tf32() -> Iterator[None]:
 @pytest.fixture
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The card, or the CPU with Triton's interpreter. During the test, uninitialised memory is NaN."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         if INTERPRETER_PROBLEM:

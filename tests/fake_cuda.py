@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clsp_fast import features, search, similarity
+from clsp_fast import copies, features, search, similarity
 from clsp_fast.config import MODEL_PRESETS, TRAIN_PRESETS, OptimConfig
 from clsp_fast.data.loader import Batch, _page_locked
 from clsp_fast.loss import contrastive_loss
@@ -279,7 +279,8 @@ for thousands in (8, 32, 65):
 def mistakes(counter: Counter) -> None:
     """One mistake of each kind."""
     x, host = on_card(4), torch.ones(4, 512)
-    rows = torch.tensor([1, 2])
+    rows, locked = torch.tensor([1, 2]), host.pin_memory()
+    narrow = locked[:, :8]
     counter.begin()
     with counter.part("item"):
         x.sum().item()
@@ -293,8 +294,20 @@ def mistakes(counter: Counter) -> None:
         host.pin_memory().to(CARD)
     with counter.part("index"):
         x[rows]
+    with counter.part("gaps"):
+        narrow.to(CARD, non_blocking=True)
+    with counter.part("dtype"):
+        locked.to(CARD, torch.bfloat16, non_blocking=True)
+    with counter.part("stream"):
+        torch.cuda.current_stream().synchronize()
+    with counter.part("device"):
+        torch.cuda.synchronize()
+    with counter.part("event"):
+        torch.cuda.Event().synchronize()
     with counter.part("mismatch"):
         x + host
+    with counter.part("library"):
+        copies.to_device(narrow, CARD)
     with counter.part("faultless"):
         (x + host.pin_memory().to(CARD, non_blocking=True)).to("cpu", non_blocking=True)
 

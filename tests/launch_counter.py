@@ -9,10 +9,13 @@ on the CPU are real. A `Counter` sees every operation, and counts:
   a long list of tensors). They count as one.
 - Bytes: each tensor that an operation reads, and each that it writes. An expanded tensor counts with the size
   of its memory. A Triton kernel counts each of its tensors once.
-- Copies: the bytes of copies between host and card. A copy blocks the host unless it is non-blocking and the
-  memory on the host is page-locked.
-- Synchronisations: operations whose result the host waits for, such as `item()`. Waiting for an event does
-  not count, because the GPU may have more work after the event.
+- Copies: the bytes of copies between host and card. A copy blocks the host unless it is non-blocking, the
+  memory on the host is page-locked and without gaps, and the dtype stays the same. Otherwise torch makes
+  another copy on the host first, which is not page-locked.
+- Synchronisations: operations whose result the host waits for, such as `item()`, and waits for a stream or
+  for the card.
+- Event waits: waits of the host for an event. They count apart, because the GPU may have more work after the
+  event.
 
 Import this module before torch, in a child process: it adds a CUDA device to torch.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -38,6 +42,8 @@ _TESTS = Path(__file__).parent
 _TORCH = Path(importlib.util.find_spec("torch").origin).parent
 _PACKAGE = Path(importlib.util.find_spec("clsp_fast").origin).parent
 _GUARD = _TESTS / "fake_cuda_guard.cpp"
+NOT_COMPILED = 77
+"""Exit status of a process that could not compile the device for its version of torch."""
 
 
 def load_guard() -> None:
@@ -48,25 +54,35 @@ def load_guard() -> None:
     library = (
         Path(tempfile.gettempdir()) / f"clsp-fast-{os.getuid()}-{hashlib.sha256(key).hexdigest()[:16]}.so"
     )
-    if not library.exists():
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        include = f"-I{_TORCH / 'include'}"
-        command = [
-            "g++",
-            "-std=c++20",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            include,
-            str(_GUARD),
-            "-o",
-            str(unfinished),
-        ]
-        subprocess.run(command, check=True)
-        unfinished.replace(library)
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may compile it now
+        if not library.exists():
+            compile_guard(library)
     for name in ("libc10.so", "libtorch_cpu.so"):  # the guard uses their symbols
         ctypes.CDLL(str(_TORCH / "lib" / name), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library))
+
+
+def compile_guard(library: Path) -> None:
+    """Compiles the device. A failure ends the process with NOT_COMPILED and the compiler's messages."""
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    include = f"-I{_TORCH / 'include'}"
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        include,
+        str(_GUARD),
+        "-o",
+        str(unfinished),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stderr, file=sys.stderr)
+        sys.exit(NOT_COMPILED)
+    unfinished.replace(library)
 
 
 load_guard()
@@ -110,6 +126,19 @@ def caller() -> str:
     return " < ".join(lines) or "autograd"
 
 
+def has_no_gaps(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill one piece of memory, in any order of its dimensions."""
+    sizes = sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    )
+    elements = 1
+    for stride, size in sizes:
+        if stride != elements:
+            return False
+        elements *= size
+    return True
+
+
 def _bytes(tensor: Tensor) -> int:
     if tensor.numel() and 0 in tensor.stride():
         return tensor.untyped_storage().nbytes()
@@ -138,6 +167,7 @@ class Figures:
         bytes: bytes that they read and write.
         copied: bytes of copies between host and card.
         syncs: lines at which the host waits for the card -> how often.
+        event_waits: lines at which the host waits for an event -> how often.
         blocking: lines with a copy that blocks the host -> how often.
         mismatches: lines that mix CPU tensors with tensors on the card -> how often.
     """
@@ -146,6 +176,7 @@ class Figures:
     bytes: int = 0
     copied: int = 0
     syncs: Counts[str] = field(default_factory=Counts)
+    event_waits: Counts[str] = field(default_factory=Counts)
     blocking: Counts[str] = field(default_factory=Counts)
     mismatches: Counts[str] = field(default_factory=Counts)
 
@@ -199,9 +230,8 @@ class Counter(TorchDispatchMode):
         if name == "aten::_to_copy" and fakes and device is not None and not to_card:
             return self._copy_to_host(args[0], kwargs)
         if name == "aten::copy_" and fakes and not isinstance(args[0], FakeTensor):
-            args[0].copy_(
-                self._copy_to_host(args[1], {"non_blocking": args[0].is_pinned() and args[2:] == (True,)})
-            )
+            direct = args[0].is_pinned() and has_no_gaps(args[0]) and args[2:] == (True,)
+            args[0].copy_(self._copy_to_host(args[1], {"non_blocking": direct}))
             return args[0]
         if name.startswith("clsp_fast::"):
             with self:
@@ -251,10 +281,15 @@ class Counter(TorchDispatchMode):
         if is_copy:
             (source,) = real
             self.now.copied += _bytes(source)
-            asynchronous = kwargs.get("non_blocking") or args[2:] == (True,)
-            if not asynchronous or not source.is_pinned():
-                kind = "a copy that is not non_blocking" if not asynchronous else "memory is not page-locked"
-                self.now.blocking[f"{caller()}: {kind}, {tuple(source.shape)}"] += 1
+            dtype = kwargs.get("dtype") or (args[0].dtype if name == "aten::copy_" else source.dtype)
+            reasons = {
+                "a copy that is not non_blocking": not (kwargs.get("non_blocking") or args[2:] == (True,)),
+                "memory is not page-locked": not source.is_pinned(),
+                "memory has gaps": not has_no_gaps(source),
+                "a copy to another dtype": dtype != source.dtype,
+            }
+            for reason in [text for text, holds in reasons.items() if holds][:1]:
+                self.now.blocking[f"{caller()}: {reason}, {tuple(source.shape)}"] += 1
         elif large := [x for x in real if x.ndim > 0]:
             shape = tuple(large[0].shape)
             if name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_"):
@@ -281,16 +316,35 @@ def _guess(tensor: Tensor) -> bool | int | float:
     return 0.0 if tensor.is_floating_point() else 1
 
 
+class _Event:
+    """An event of the fake card. Only the host's waits for it do something: they are counted."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+
+    def record(self, *_: Any) -> None:
+        """Nothing is recorded."""
+
+    def synchronize(self) -> None:
+        """Counts a wait for an event."""
+        self._counter.now.event_waits[f"{caller()}: event"] += 1
+
+
 class _Stream:
-    """A stream or an event that does nothing."""
+    """A stream of the fake card. Only the host's waits for it do something: they are counted."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device = CARD
+    def __init__(self, counter: Counter) -> None:
+        self._counter, self.device = counter, CARD
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("record", "synchronize", "wait", "wait_event", "wait_stream", "query", "record_event"):
-            return lambda *_: self
-        raise AttributeError(name)
+    def wait_event(self, event: _Event) -> None:
+        """The card waits, not the host."""
+
+    def wait_stream(self, stream: _Stream) -> None:
+        """The card waits, not the host."""
+
+    def synchronize(self) -> None:
+        """Counts a synchronisation."""
+        self._counter.now.syncs[f"{caller()}: synchronize"] += 1
 
 
 @contextlib.contextmanager
@@ -317,10 +371,10 @@ def card(counter: Counter) -> Iterator[Counter]:
         torch.cuda: {
             "_is_in_bad_fork": lambda: False,
             "current_device": lambda: 0,
-            "current_stream": _Stream,
+            "current_stream": lambda *_: _Stream(counter),
             "device": nothing,
             "device_count": lambda: 1,
-            "Event": _Stream,
+            "Event": lambda **_: _Event(counter),
             "get_device_capability": lambda *_: (9, 0),
             "get_device_name": lambda *_: "fake",
             "get_device_properties": lambda *_: properties,
@@ -331,7 +385,8 @@ def card(counter: Counter) -> Iterator[Counter]:
             "max_memory_allocated": lambda *_: 0,
             "set_device": lambda *_: None,
             "stream": nothing,
-            "Stream": _Stream,
+            "synchronize": lambda *_: _Stream(counter).synchronize(),
+            "Stream": lambda *_: _Stream(counter),
         },
         torch.random: {"_seed_custom_device": lambda *_: None, "fork_rng": nothing},
         torch.utils.checkpoint: {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,12 +13,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench import plot
-from bench.card import checks, runner, timing, wheels
+from bench.card import checks, loss, record, runner, sanitizer, timing, train, wheels
 from bench.card.runner import STAGES, Stage, main
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +170,26 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path, fakes: dict[str, Stage]) -> 
     assert has_ended(int((out / "child.txt").read_text()))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_no_stage_outlives_the_run(tmp_path: Path, fakes: dict[str, Stage], number: signal.Signals) -> None:
+    code = "import sys; from bench.card.runner import *;"
+    code += f"sys.exit(main(['--dry-run', '--out', {str(tmp_path)!r}], stages=({fakes['hanging']!r},)))"
+    child = tmp_path / "child.txt"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while not (child.exists() and child.read_text()):
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(30) == (130 if number != signal.SIGKILL else -number)
+    if number != signal.SIGKILL:
+        assert results(tmp_path)["stages"]["hanging"]["status"] == "interrupted"
+        assert results(tmp_path)["cases"].keys() == {"hanging/a"}
+    stops_at = time.monotonic() + 10
+    while not has_ended(int(child.read_text())):
+        assert time.monotonic() < stops_at
+        time.sleep(0.05)
+
+
 def test_only_the_named_stages_run(tmp_path: Path, fakes: dict[str, Stage]) -> None:
     out = tmp_path / "out"
     assert main(["--dry-run", "--stages", "good", "--out", str(out)], stages=tuple(fakes.values())) == 0
@@ -214,7 +236,162 @@ def test_every_file_with_a_test_for_a_card_is_run() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     files = set(re.findall(r"^(tests/[\w/]+\.py)::", done.stdout, re.MULTILINE))
     assert len(files) >= 8, done.stdout[-2000:] + done.stderr[-2000:]
-    assert {path for path in files if not checks.FOR_A_CARD.search((ROOT / path).read_text())} == set()
+    assert files <= set(checks.files_with(checks.FOR_A_CARD))
+
+
+def test_every_file_whose_tests_launch_kernels_is_run() -> None:
+    # These compile kernels and measure the result, without a card.
+    compilers = {"test_kernel_budgets.py", "test_kernel_sass.py", "test_kernel_tables.py"}
+    kernels = {path.name for path in (ROOT / "tests").glob("test_kernel_*.py")} - compilers
+    files = checks.whole_files()
+    names = {Path(path).name for path in files}
+    assert kernels | {"test_row_stream.py", "test_triton_positives.py", "test_loss.py"} <= names
+    assert not names & compilers
+    assert len(set(files)) == len(files)
+    assert all((ROOT / path).exists() for path in files)
+
+
+SLOW_TESTS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("i", range(2))
+def test_good(i):
+    pass
+
+def test_bad():
+    assert False, "a wrong result"
+
+def test_hanging():
+    time.sleep(600)
+"""
+
+
+def test_tests_that_do_not_end_cost_no_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
+    monkeypatch.setattr(checks, "WORKERS", 2)
+    printed: list[str] = []
+    echo = checks._echo
+
+    def recorded(reader: Any) -> str:
+        printed.append(echo(reader))
+        return printed[-1]
+
+    def now() -> float:
+        # The time is over when all tests but the last one have ended, however slow this machine is.
+        return 600.0 * (checks.read_tests("".join(printed)).counts == {"passed": 2, "failed": 1})
+
+    monkeypatch.setattr(checks, "_echo", recorded)
+    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
+    results = record.Record(tmp_path / "record.json")
+    words = ["--rootdir", str(tmp_path), str(tmp_path / "test_slow.py")]
+    checks.add_tests(results, "tests/gpu", words, 600.0)
+    case = record.read_cases(results.path)["tests/gpu"]
+    assert case["exit_code"] is None
+    assert (case["passed"], case["failed"]) == (2, 1)
+    assert case["error"].startswith("not finished after 600 s: ")
+    assert [name for name in case["failures"] if "test_bad" in name] == case["failures"] != []
+    assert "a wrong result" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "counts", "bad"),
+    [
+        ("", {}, []),
+        ("a.py::t[x y] PASSED [ 50%]\na.py::u FAILED  [100%]\n", {"passed": 1, "failed": 1}, ["a.py::u"]),
+        (
+            "[gw0] [ 50%] PASSED a.py::t \n[gw1] [100%] ERROR a.py::u \n"
+            "FAILED a.py::v - x\n= 1 failed, 7 passed =",
+            {"failed": 1, "passed": 7},
+            ["FAILED a.py::v"],
+        ),
+    ],
+)
+def test_outcomes_are_read_from_what_pytest_prints(text: str, counts: dict[str, int], bad: list[str]) -> None:
+    assert checks.read_tests(text) == (counts, bad)
+
+
+@pytest.mark.parametrize(
+    ("left_s", "code", "expected"),
+    [
+        (2.0, "sleep 600", {"error": "not finished after S s"}),
+        (60.0, "echo 'ERROR SUMMARY: 0 errors'", {"passed": True, "errors": 0}),
+        (60.0, "echo 'ERROR SUMMARY: 2 errors'; exit 9", {"error": "exit code 9: ERROR SUMMARY: 2 errors"}),
+    ],
+)
+def test_the_sanitizer_has_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_s: float, code: str, expected: dict[str, Any]
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sanitizer.sys, "executable", shutil.which("true"))
+    results = record.Record(tmp_path / "record.json", ends_at=time.time() + sanitizer.MARGIN_S + left_s)
+    sanitizer.run(results)
+    case = record.read_cases(results.path)["sanitizer/memcheck"]
+    if "error" in case:
+        case["error"] = re.sub(r"after [012] s", "after S s", case["error"])
+    assert case == expected
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([0.0], None),
+        ([0.5, 0.0], "the resumed model differs by 5.0e-01: only the resumed run differs"),
+        ([0.5, 0.25], "the resumed model differs by 5.0e-01: two runs without a break differ as well"),
+    ],
+)
+def test_a_resumed_run_that_differs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differences: list[float], expected: str | None
+) -> None:
+    whole = train.settings(tmp_path, tmp_path / "whole", "cpu", 4, dry_run=True)
+    for step in (2, 4):
+        (whole.run / f"checkpoints/step-{step}").mkdir(parents=True)
+    monkeypatch.setattr(train, "_train", lambda config: 0.0)
+    monkeypatch.setattr(train, "largest_difference", lambda *_: differences.pop(0))
+    values = train.compare_resumed(whole)
+    assert values["equal"] == (expected is None)
+    assert values.get("error") == expected
+
+
+def test_cublas_is_repeatable_from_the_first_product() -> None:
+    assert "CUBLAS_WORKSPACE_CONFIG" in os.environ
+
+
+def test_runs_that_are_compared_add_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = runner.torch
+    orders = []
+
+    def finish(config: Any) -> float:
+        orders.append((config.run.name, torch.are_deterministic_algorithms_enabled()))
+        rows = [{"step": 1, "loss": 2.0, "audio_s_per_s": 3.0, "data_wait": 0.0}]
+        config.run.mkdir()
+        (config.run / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return 1.0
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(train, "_train", finish)
+    monkeypatch.setattr(train, "compare_resumed", lambda whole: {"equal": True})
+    monkeypatch.setattr(train, "recordings", lambda count: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(
+        train, "_run_on_the_cpu", lambda config: contextlib.nullcontext(subprocess.Popen("true"))
+    )
+    train.run(record.Record(tmp_path / "record.json", dry_run=True))
+    assert orders == [("fast", False), ("whole", True)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_stage_knows_when_it_ends(tmp_path: Path, fakes: dict[str, Stage]) -> None:
+    code = "record.add('a', {'left_s': record.left_s})"
+    (tmp_path / "modules/fake_good.py").write_text(f"def run(record):\n    {code}\n")
+    outcome, cases = runner.run_stage(fakes["good"], tmp_path, dry_run=True)
+    assert outcome["held"]
+    assert 0 < cases["a"]["left_s"] < 60
 
 
 def test_the_run_takes_about_eight_minutes() -> None:
@@ -250,6 +427,39 @@ def test_a_provider_that_fails_costs_only_itself() -> None:
     times = timing.time_together({"a": [lambda: None], "b": [fail], "c": [lambda: None]}, device)
     assert "out of memory" in times["b"]["error"]
     assert all({"ms", "spread", "n", "host_ms"} <= times[name].keys() for name in "ac")
+
+
+def test_a_call_that_waits_for_the_host_is_marked() -> None:
+    assert timing.host_bound({"ms": 0.4, "host_ms": 0.35})
+    assert not timing.host_bound({"ms": 0.4, "host_ms": 0.3})
+    # The host queues this call while the buffer is overwritten.
+    assert not timing.host_bound({"ms": 0.1, "host_ms": 0.19})
+    case = {"ms": 0.4, "host_ms": 0.35, "host_bound": True}
+    assert "host_bound True" in runner.table({"cases": {"a": case}, "stages": {}})
+
+
+def test_the_first_time_holds_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    memory = timing._peak_memory
+    monkeypatch.setattr(timing, "_wait", lambda device: events.append("wait"))
+    monkeypatch.setattr(timing, "_peak_memory", lambda *words: events.append("time") or memory(*words))
+    copies = [lambda: events.append("a"), lambda: events.append("b")]
+    timing.time_together({"x": copies}, runner.torch.device("cpu"))
+    assert events[:5] == ["a", "b", "wait", "time", "a"]
+
+
+def test_the_products_are_those_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = loss.sigmoid_batch(40, runner.torch.bfloat16, "cpu")
+    add, calls = loss._pairs._add_product, []
+
+    def recorded(total: Any, a: Any, b: Any) -> Any:
+        calls.append((None if total is None else total.dtype, a.dtype, b.dtype))
+        return add(total, a, b)
+
+    monkeypatch.setattr(loss._pairs, "_add_product", recorded)
+    loss.measure_products(record.Record(tmp_path / "record.json", dry_run=True), given)
+    float32, bf16 = runner.torch.float32, runner.torch.bfloat16
+    assert set(calls) == {(None, bf16, bf16), (float32, bf16, bf16)}
 
 
 def test_the_docs_name_every_stage_with_its_deadline() -> None:

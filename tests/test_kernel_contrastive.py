@@ -6,6 +6,7 @@ Their formulas are those of docs/derivation.md, sections 3 and 4.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -232,6 +233,34 @@ def test_sums_that_underflow_are_recomputed(
         expected = [0, 0]
     assert starved == expected
     case.check(negative_lse, negative_lse_reference)
+
+
+@pytest.mark.parametrize("norm", [1.0, 16.0])
+def test_sums_starve_beyond_the_documented_scale(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, norm: float
+) -> None:
+    def limit(rows: int) -> float:
+        """The scale in docs/derivation.md, section 4."""
+        return (226 - math.ceil(math.log2(rows))) * math.log(2) / norm
+
+    assert round(limit(32_768) * norm) == 146
+    starved = []
+    recompute = contrastive._recompute_starved
+
+    def recorded(*arguments: object) -> None:
+        starved.append(int(arguments[5].isnan().sum()))  # type: ignore[attr-defined]
+        recompute(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contrastive, "_recompute_starved", recorded)
+    # All negative pairs have the logit 0. M = N = 33, so L = 33.
+    unit = torch.eye(33, 40, device=kernel_device)
+    for factor, expected in ((0.99, [0, 0]), (1.01, [33, 33])):
+        starved.clear()
+        scale = torch.tensor(factor * limit(33), device=kernel_device)
+        row, column = negative_lse(norm * unit, unit, scale, torch.arange(33, device=kernel_device))
+        assert starved == expected
+        for result in (row, column):
+            assert_agrees(result, torch.full((33,), 32.0).log(), count=FEW + 2 * 160, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("scale", [-30.0, 0.0, 1e-3, 77.0, 1000.0])
@@ -538,6 +567,26 @@ def test_panels_are_zero_beyond_the_last_row_and_column(
     buffer[:40, :70] = 0
     assert not buffer.any()
     assert buffer.isfinite().all()
+
+
+def test_one_panel_has_a_product_at_a_time(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[weakref.ref[Tensor]] = []
+    add_product = _pairs._add_product
+
+    def recorded(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        assert [ref() for ref in products] == [None] * len(products)
+        result = add_product(total, a, b)
+        if total is None:
+            products.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(_pairs, "_add_product", recorded)
+    Case(kernel_device, (70, 150, 40), 20.0).outputs(negative_lse, torch.float32, workspace_bytes=1)
+    # A panel has one row of tiles.
+    target = _launch.target_of(kernel_device)
+    assert len(products) == -(-70 // _launch.tile_of("panel", target, torch.float32).rows)
 
 
 def test_tiles_can_be_replaced_for_a_measurement() -> None:

@@ -158,6 +158,34 @@ def test_one_caption_each_needs_no_groups(kernel_device: torch.device) -> None:
         assert_agrees(value, exact, count=FEW, dtype=value.dtype)
 
 
+def with_gaps(x: Tensor) -> Tensor:
+    """The same numbers, with other numbers between them."""
+    return torch.stack([x, torch.full_like(x, 7)], x.ndim).select(x.ndim, 0)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_every_argument_may_have_gaps(kernel_device: torch.device, kind: str) -> None:
+    owner_N = torch.tensor(OWNERS["several"], device=kernel_device)
+    groups = group_by_owner(owner_N, CLIPS)[:2]
+    values = [x.to(kernel_device).detach() for x in inputs(len(owner_N))]
+    weights_N = torch.rand(len(owner_N), dtype=torch.float64, device=kernel_device)
+    sums_3D, all_sums_3D = (torch.randn(3, 5, dtype=torch.float64, device=kernel_device) for _ in range(2))
+    results = []
+    for change in (Tensor.clone, with_gaps):
+        row_M, column_N, dot_N, scale, weights, sums, all_sums = leaves = [
+            change(x).detach().requires_grad_() for x in (*values, weights_N, sums_3D, all_sums_3D)
+        ]
+        options: dict[str, Any] = {"sums_3D": sums, "all_sums_3D": all_sums, "smoothing": 0.1}
+        if kind == "softmax":
+            options |= {"weights_N": weights, "groups": tuple(change(x) for x in groups)}
+            loss = softmax_loss(row_M, column_N, dot_N, scale, **options)
+        else:
+            leaves = [row_M, dot_N, scale, sums, all_sums]
+            loss = sigmoid_loss(row_M, dot_N, scale, scale * 0.1, **options)
+        results.append(gradients(loss, leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("texts", [1, 4, 600])
 def test_sigmoid_equals_its_definition(kernel_device: torch.device, texts: int) -> None:
     row_M, _, dot_N, scale = (x.to(kernel_device).detach().requires_grad_() for x in inputs(texts))

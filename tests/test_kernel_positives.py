@@ -109,6 +109,19 @@ def test_rows_may_have_gaps_and_any_length(kernel_device: torch.device) -> None:
         assert_agrees(result.dot_N, expected, count=FEW, size=2)
 
 
+def test_owners_and_groups_may_have_gaps(kernel_device: torch.device) -> None:
+    owner_N = torch.randint(7, (20, 2), device=kernel_device)[:, 1]
+    groups = [x.repeat_interleave(2)[::2] for x in group_by_owner(owner_N, 7)[:2]]
+    leaves = [torch.randn(n, 12, device=kernel_device).requires_grad_() for n in (7, 20)]
+    result = pair_products(*leaves, owner_N, groups=(groups[0], groups[1]))
+    expected = pair_products_reference(*leaves, owner_N)
+    assert_agrees(result.dot_N, expected, count=FEW, size=12)
+    gradients = torch.autograd.grad(result.dot_N.sin().sum(), leaves)
+    truth = torch.autograd.grad(expected.sin().sum(), leaves)
+    for gradient, exact in zip(gradients, truth, strict=True):
+        assert_agrees(gradient, exact, count=FEW, dtype=torch.float32)
+
+
 def test_rows_of_zeros_stay_finite(kernel_device: torch.device) -> None:
     audio_MD = torch.zeros(2, 4, device=kernel_device, requires_grad=True)
     text_ND = torch.randn(2, 4, device=kernel_device)
@@ -135,6 +148,16 @@ def test_sums_of_embeddings_and_their_gradient(kernel_device: torch.device, weig
     truth = torch.autograd.grad((expected * slope_3D).sum(), (audio_MD, text_ND))
     for gradient, exact in zip(gradients, truth, strict=True):
         assert_agrees(gradient, exact, count=FEW, dtype=torch.float32)
+
+
+def test_gradients_of_sums_may_have_gaps(kernel_device: torch.device) -> None:
+    leaves = [torch.randn(n, 12, device=kernel_device).requires_grad_() for n in (7, 7)]
+    owner_N = torch.arange(7, device=kernel_device)
+    sums_3D = pair_products(*leaves, owner_N, smooth=True).sums_3D
+    assert sums_3D is not None
+    # The gradient of a sum is one number that is read for all elements.
+    for gradient, expected in zip(torch.autograd.grad(sums_3D.sum(), leaves), (2, 1), strict=True):
+        assert bool((gradient == expected).all())
 
 
 @pytest.mark.parametrize("normalize", [False, True])

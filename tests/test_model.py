@@ -33,6 +33,8 @@ def inputs(io: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # about 10 operations, and the table holds cosines of up to 24 times the angle. test_zipformer.py compares the
 # tower with its formulas in float64.
 TABLE_ROUNDINGS = 10 * 24
+# Operations, one after the other, that compute an embedding: some 20 layers of some 10.
+CHAIN = 200
 
 
 def test_embeddings_match_the_recorded_ones(recorded: tuple[CLSP, dict[str, Tensor]]) -> None:
@@ -423,7 +425,11 @@ def test_both_devices_embed_alike(tiny: CLSP, tmp_path: Path, each_device: torch
         truth, plain = (embed(m, items, **settings) for m in (in_float64(tiny), tiny))
         result = embed(model, items, **settings)
         assert result.device.type == each_device.type
-        assert_as_exact(result, plain, truth)
+        if each_device.type == "cpu":
+            assert_as_exact(result, plain, truth)
+        else:
+            # A card computes by other algorithms, so the CPU's error is no measure of its error.
+            assert_agrees(result, truth, count=CHAIN, dtype=torch.float32)
 
 
 def test_both_devices_embed_alike_in_bf16(tiny: CLSP, tmp_path: Path, each_device: torch.device) -> None:
@@ -431,5 +437,5 @@ def test_both_devices_embed_alike_in_bf16(tiny: CLSP, tmp_path: Path, each_devic
     truth = in_float64(tiny).encode_audio(paths)
     with torch.autocast(each_device.type, torch.bfloat16):
         result = copy.deepcopy(tiny).to(each_device).encode_audio(paths)
-    # Some 200 roundings one after the other, whose errors have random signs.
-    assert_agrees(result, truth, count=200**0.5, dtype=torch.bfloat16)
+    # The errors, of random signs, add up like the square root of their number.
+    assert_agrees(result, truth, count=CHAIN**0.5, dtype=torch.bfloat16)

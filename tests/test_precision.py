@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import FEW, assert_agrees, eps, error, norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clsp_fast import embed, precision
 from clsp_fast.config import ModelChoice, TrainConfig
@@ -63,16 +65,67 @@ def test_a_command_computes_with_its_precision(
     assert settings() == before
 
 
-def test_statistics_are_exact_in_a_run_with_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, str]] = []
-    product = torch.Tensor.__matmul__
+@pytest.mark.parametrize("name", ["tf32", "fp32"])
+def test_statistics_are_exact_whatever_the_setting(each_device: torch.device, name: str) -> None:
+    """The deviation is a thirtieth of the mean. TF32 would round 1/50 and 1/31 by 2e-4 of their value. That
+    changes the variance, of 0.01, by 2e-3."""
+    x, lengths = torch.randn(3, 50, 4) * 0.1 + 3, torch.tensor([50, 31, 20])
+    truth = layers.pool_statistics(x.double(), lengths)
+    with precision.products(name):
+        result = layers.pool_statistics(x.to(each_device), lengths.to(each_device)).cpu()
+    mean, deviation = truth[:, :4], truth[:, 4:8]
+    assert_agrees(result[:, :4], mean, count=50, dtype=torch.float32)
+    # The variance is the difference of the power and the squared mean: 150 roundings of values of about 9. An
+    # error of the variance is divided by twice the deviation.
+    assert error(result[:, 4:8], deviation) <= norm(
+        150 * eps(torch.float32) * mean.square() / (2 * deviation)
+    )
 
-    def matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.append(settings())
-        return product(x, y)
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+class Operations(TorchDispatchMode):
+    """Notes the names of torch's operations in this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_product_without_tf32_needs_no_matrix_product_in_either_pass() -> None:
+    weights, x = torch.rand(2, 3, 9), torch.randn(2, 9, 4, requires_grad=True)
+    grad = torch.randn(2, 3, 4)
+    with Operations() as operations:
+        product = layers.products_without_tf32(weights, x)
+        product.backward(grad)
+    assert "aten::mul" in operations.names
+    assert not operations.names & {"aten::bmm", "aten::mm", "aten::addmm", "aten::baddbmm"}
+    assert_agrees(
+        product.detach(), weights.double() @ x.detach().double(), count=FEW * 9, dtype=torch.float32
+    )
+    assert_agrees(x.grad, weights.double().mT @ grad.double(), count=FEW * 9, dtype=torch.float32)
+
+
+def test_pooling_reads_and_changes_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that a forward pass changes for a while is wrong in other threads, in the backward pass and
+    in a compiled function."""
+    changes: list[str] = []
+    monkeypatch.setattr(precision, "products", changes.append)
+    x, lengths = torch.randn(2, 9, 4), torch.tensor([9, 5])
+    compiled = torch.compile(layers.pool_statistics, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, lengths), layers.pool_statistics(x, lengths))
+    assert not changes
+
+
+def test_older_settings_of_tf32_raise_in_its_context() -> None:
+    """As the docstring says."""
     with precision.products("tf32"):
-        layers.pool_statistics(torch.randn(2, 9, 4), torch.tensor([9, 5]))
-    assert len(seen) == 3
-    assert set(seen) == {("ieee", "ieee")}
+        for read in (
+            lambda: torch.backends.cuda.matmul.allow_tf32,
+            torch.get_float32_matmul_precision,
+        ):
+            with pytest.raises(RuntimeError, match="torch"):
+                read()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -31,6 +31,7 @@ from clsp_fast.search import Hit, Result, SearchConfig, page, search, table
 from clsp_fast.storage.embedding_folder import Embeddings
 
 TEXTS = ("A calm voice.", "She whispers, fast.")
+INFINITY = r"shard-000002\.npy: .*infinity in row 5"
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +89,33 @@ def test_kernels_search_all_shards_in_one_pass(
     kernel_device: torch.device,
 ) -> None:
     """On the CPU, with kernels in the interpreter: the search hands over its shards as on a card."""
+    if kernel_device.type == "cuda":
+        pytest.skip("the search is on the CPU, and kernels are compiled here: the tests below use the card")
     plain = run(folder, model_folder, text=TEXTS, k=9)
     monkeypatch.setattr(similarity, "_kernels", lambda *_: neighbours)
     by_kernels = run(folder, model_folder, text=TEXTS, k=9)
     for result, other in zip(plain, by_kernels, strict=True):
         assert [hit.audio for hit in result.hits] == [hit.audio for hit in other.hits]
-    poisoned = tmp_path / "poisoned"
+    with pytest.raises(ValueError, match=INFINITY):
+        run(with_infinity(folder, tmp_path), model_folder, text=TEXTS)
+
+
+def test_both_devices_name_the_row_with_infinity(
+    folder: Path, model_folder: Path, tmp_path: Path, each_device: torch.device
+) -> None:
+    settings = {"model": str(model_folder), "text": TEXTS, "device": each_device.type}
+    with pytest.raises(ValueError, match=INFINITY):
+        search(SearchConfig(folder=with_infinity(folder, tmp_path), **settings))
+
+
+def with_infinity(folder: Path, target: Path) -> Path:
+    """A copy of the folder with infinity in row 5 of the third shard."""
+    poisoned = target / "poisoned"
     shutil.copytree(folder, poisoned)
     rows = np.load(poisoned / "shard-000002.npy")
     rows[5, 0] = np.inf
     np.save(poisoned / "shard-000002.npy", rows)
-    with pytest.raises(ValueError, match=r"shard-000002\.npy: .*infinity in row 5"):
-        run(poisoned, model_folder, text=TEXTS)
+    return poisoned
 
 
 @pytest.mark.usefixtures("no_tf32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -209,15 +210,16 @@ def without_dropout() -> ModelConfig:
 
 
 @pytest.fixture
-def one_order_of_addition(each_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_order_of_addition(each_device: torch.device) -> Iterator[None]:
     """On a card, some gradients of torch and cuDNN are sums in a random order, unless this is switched on."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(each_device.type == "cuda", warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("no_tf32", "one_order_of_addition")
+# torch warns of each operator that has no fixed order.
+@pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_devices_train_alike_and_resume_bit_exactly(
     folder: Path,
@@ -312,6 +314,19 @@ def poison(real: Callable, steps: set[int], where: str) -> Callable:
     return forward
 
 
+def poison_moments(steps: set[int]) -> Callable:
+    """`update_running_statistics` that receives moments of NaN in some of its calls."""
+    real, calls = run_module.update_running_statistics, itertools.count()
+
+    def update(model, ranks, bad):
+        if next(calls) in steps:
+            for norm in model.running_norms:
+                norm.batch_moments = norm.batch_moments * float("nan")
+        real(model, ranks, bad)
+
+    return update
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_changes_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -345,7 +360,7 @@ def states(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("algorithm", ["adamw", "scaled_adam"])
 def test_bad_steps_that_are_read_later_change_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, each_device: torch.device
 ) -> None:
     """Losses are read after step 3, together with those of the bad steps 1 and 2."""
     settings = config(
@@ -356,9 +371,11 @@ def test_bad_steps_that_are_read_later_change_nothing(
         log_every=3,
         save_every=1,
         keep_checkpoints=9,
-        optim=OptimConfig(algorithm=algorithm, lr=5e-3, warmup_steps=2),
+        optim=OptimConfig(algorithm=algorithm, lr=5e-3, warmup_steps=2, average_steps=3),
+        device=each_device.type,
     )
     monkeypatch.setattr(run_module, "is_read_after", lambda run, step: step in (2, 3))
+    monkeypatch.setattr(run_module, "update_running_statistics", poison_moments({0, 1}))
     monkeypatch.setattr(run_module, "forward", poison(run_module.forward, {0, 1}, "loss"))
     train.train(settings)
     records = log.read_log(settings.run / "log.jsonl")
@@ -370,6 +387,58 @@ def test_bad_steps_that_are_read_later_change_nothing(
         assert value.isfinite().all(), name
     assert not torch.equal(after[2]["encoder_embed.out.weight"], after[3]["encoder_embed.out.weight"])
     assert all(value.isfinite().all() for value in after[3].values())
+
+
+def test_bad_steps_are_recorded_if_the_run_fails_before_they_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned = poison(run_module.forward, {1, 2}, "loss")
+
+    def forward(model, batch, ranks, settings):
+        if batch.step == 4:
+            raise torch.OutOfMemoryError("no memory is left")
+        return poisoned(model, batch, ranks, settings)
+
+    monkeypatch.setattr(run_module, "forward", forward)
+    settings = config(folder, tmp_path / "run", log_every=100, save_every=100, validate_every=100)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        train.train(settings)
+    records = [r for r in log.read_log(tmp_path / "run/log.jsonl") if r["kind"] == "bad_step"]
+    assert [(r["step"], r["loss"], len(r["clips"])) for r in records] == [(1, "nan", 8), (2, "nan", 8)]
+
+
+def test_the_error_of_a_run_is_raised_even_if_its_outcomes_cannot_be_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error of a GPU, all reads fail."""
+
+    def forward(*_: object) -> object:
+        raise ValueError("the first error")
+
+    monkeypatch.setattr(run_module, "forward", forward)
+    monkeypatch.setattr(run_module, "read_values", lambda run: 1 / 0)
+    with pytest.raises(ValueError, match="the first error"):
+        train.train(config(folder, tmp_path / "run"))
+
+
+def test_outcomes_are_read_every_20_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a run with rare log lines would compute for hours although no step is applied."""
+    poisoned, steps = poison(run_module.forward, set(range(100)), "loss"), []
+
+    def forward(model, batch, ranks, settings):
+        steps.append(batch.step)
+        return poisoned(model, batch, ranks, settings)
+
+    monkeypatch.setattr(run_module, "forward", forward)
+    rarely = {"log_every": 100, "save_every": 100, "validate_every": 100}
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row.*last: step 2"):
+        train.train(config(folder, tmp_path / "run", stage1_steps=30, stage2_steps=0, **rarely))
+    assert steps == list(range(20))
+    # The run ends because of step 2. The bad steps after it say nothing new.
+    records = log.read_log(tmp_path / "run/log.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "bad_step"] == [0, 1, 2]
 
 
 def test_no_checkpoint_is_written_after_too_many_bad_steps(

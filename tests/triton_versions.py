@@ -21,14 +21,7 @@ ROOT = Path(__file__).parent.parent
 TRITON, NUMPY = "triton==3.6.0", "numpy==2.3.5"
 # numpy 2.3 warns of what numpy 2.4 refuses.
 ALLOWED_WARNING = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
-FILES = [
-    "test_interpreter.py",
-    "test_kernel_budgets.py",
-    "test_kernel_contrastive.py",
-    "test_kernel_neighbours.py",
-    "test_kernel_rank.py",
-    "test_kernel_sass.py",
-]
+FILES = ["test_interpreter.py", *sorted(path.name for path in Path(__file__).parent.glob("test_kernel_*.py"))]
 
 
 def environment(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from bench.card.timing import LIBRARY_PRODUCT, kernel_times, time_case, time_tog
 from bench.loss_cases import Batch, sigmoid_batch
 from bench.machine import ROOT
 from bench.measure import Call, Case, Provider, relative
+from clsp_fast.kernels import _pairs
 from clsp_fast.loss import contrastive_loss
 
 SIZES = (8192, 32768, 65536)
@@ -141,13 +142,14 @@ def measure_parts(record: Record, size: int) -> None:
 
 
 def measure_products(record: Record, given: Batch) -> None:
-    """The two library products that follow a panel of gradients, alone."""
+    """The two library products that follow a panel of gradients, alone, as the loss calls them."""
     audio_MD, text_ND = given.audio_MD.detach(), given.text_ND.detach()
     size, rows = len(text_ND), min(len(audio_MD), 4096)
     panel = torch.randn(rows, size, device=record.device, dtype=torch.bfloat16)
+    total_ND = torch.zeros(text_ND.shape, device=record.device)
     calls: dict[str, list[Call]] = {
-        "panel @ text": [lambda: panel @ text_ND],
-        "panel.T @ audio": [lambda: panel.T @ audio_MD[:rows]],
+        "panel @ text": [lambda: _pairs._add_product(None, panel, text_ND)],
+        "panel.T @ audio": [lambda: _pairs._add_product(total_ND, panel.T, audio_MD[:rows])],
     }
     flops = 2 * rows * size * loss_cases.DIM
     for name, values in time_together(calls, record.device, seconds=0.5).items():

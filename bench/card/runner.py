@@ -11,12 +11,13 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Stage:
 
 STAGES = (
     Stage("ceilings", 35, "bench.card.ceilings", "copy, matrix product, versions, noise"),
-    Stage("tests", 70, "bench.card.checks", "GPU tests, then the tests of kernels, loss and model"),
+    Stage("tests", 80, "bench.card.checks", "GPU tests, then the tests of kernels, loss and model"),
     Stage("sanitizer", 45, "bench.card.sanitizer", "memcheck of the loss, ranks and top-k"),
     Stage("loss", 85, "bench.card.loss", "loss and gradients in total and by part, beside peers"),
     Stage("similarity", 35, "bench.card.similarity", "ranks and top-k, beside torch"),
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
     """Command line; returns the exit code."""
     options = _parse(arguments, stages)
     if options.module:
-        record.run_stage(options.module, options.record, options.dry_run)
+        record.run_stage(options.module, options.record, options.dry_run, options.ends_at)
         return 0
     if not options.dry_run:
         if not torch.cuda.is_available():
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
     chosen = [stage for stage in stages if stage.name in options.stages]
     try:
         for stage in chosen:
-            outcome, cases = run_stage(stage, options.out, options.dry_run)
+            with _signals_like_ctrl_c():
+                outcome, cases = run_stage(stage, options.out, options.dry_run)
             add_stage(document, stage, outcome, cases)
             files.write_json(path, document)
             print(stage_line(stage.name, outcome), flush=True)
@@ -96,6 +98,18 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
     if outcome["status"] == "interrupted":
         return 130
     return int(not all(outcome["held"] for outcome in document["stages"].values()))
+
+
+@contextlib.contextmanager
+def _signals_like_ctrl_c() -> Iterator[None]:
+    """In this context, SIGTERM and SIGHUP raise KeyboardInterrupt, unless they are ignored (nohup)."""
+    numbers = [x for x in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_card() -> dict[str, Any]:
@@ -158,6 +172,7 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
     path, log = out / f"{stage.name}.json", out / "log.txt"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.card", "--module", stage.module, "--record", str(path)]
+    command += ["--ends-at", str(time.time() + deadline_s)]
     environment = dict(os.environ)
     if dry_run:
         # With one thread, processes that share the cores with others do not wait for their threads.
@@ -170,7 +185,8 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
             command + ["--dry-run"] * dry_run,
             stdout=output,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            # The stage ends itself when this pipe is closed, so it does not outlive a runner that was killed.
+            stdin=subprocess.PIPE,
             cwd=ROOT,
             env=environment,
             start_new_session=True,
@@ -182,6 +198,8 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
         except KeyboardInterrupt:
             status = "interrupted"
         _end_group(process)
+        assert process.stdin is not None
+        process.stdin.close()
     outcome = {"status": status, "seconds": round(time.perf_counter() - started, 1), "deadline_s": deadline_s}
     if status == "failed":
         outcome["reason"] = f"exit code {process.returncode}: {_last_line(log, log_start)}"
@@ -279,6 +297,7 @@ def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse
     )
     parser.add_argument("--module", help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--ends-at", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.stages = [name for name in options.stages.split(",") if name]
     unknown = [name for name in options.stages if name not in names]

@@ -1,8 +1,10 @@
 """Times on a card: device events, medians of interleaved rounds, inputs that are not in the cache.
 
-Before each timed call a buffer larger than the L2 cache is overwritten. So the call finds none of its inputs
-in the cache, and the host has queued the call before the device begins it. The events then measure the
-device. The time that the host needs to queue a call is recorded as `host_ms`.
+Before each timed call a buffer larger than the L2 cache is overwritten, so the call finds none of its inputs
+in the cache. The time that the host needs to queue a call is recorded as `host_ms`. If the host queues the
+call while the device still overwrites the buffer (FLUSH_MS), the events measure the device alone. If it takes
+longer, the device may wait for the host within the call: then `ms` includes these waits, and a call of which
+most is the host's time is marked as `host_bound`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ from bench.measure import Call, Case, calls_that_agree, one_line, summary
 FEWEST, MOST = 5, 40
 """Rounds of a comparison; between these, as many as fit into its time."""
 FLUSHED_BYTES = 2**30
-"""Size of the buffer that is overwritten before a call: a third of a millisecond on an H100."""
+"""Size of the buffer that is overwritten before a call."""
+FLUSH_MS = 0.2
+"""A card needs at least this long to overwrite the buffer: an H200, at 4.8 TB/s, 0.22 ms."""
+HOST_SHARE = 0.8
+"""A call is marked as `host_bound` if the host needs more than this part of its time."""
 LIBRARY_PRODUCT = re.compile("gemm|cutlass|nvjet|xmma|cublas|wgmma", re.IGNORECASE)
 
 
@@ -42,14 +48,17 @@ def time_together(
 
     Returns:
         Provider -> "ms", the median; "min_ms"; "spread", the distance of the quartiles divided by the median;
-        "n", the number of rounds; "host_ms"; "peak_mib", the peak of the memory that the call allocated, and
-        "total_mib", that peak with all that was allocated before. A provider that fails has "error" instead.
+        "n", the number of rounds; "host_ms"; "host_bound", if it is; "peak_mib", the peak of the memory that
+        the call allocated, and "total_mib", that peak with all that was allocated before. A provider that
+        fails has "error" instead.
     """
     results: dict[str, dict[str, Any]] = {}
     first_s = {}
     for name, copies in calls.items():
         try:
-            copies[0]()  # compiles kernels and loads libraries
+            for call in copies:
+                call()  # compiles kernels and loads libraries
+            _wait(device)
             started = time.perf_counter()
             results[name] = _peak_memory(copies[0], device)
             first_s[name] = time.perf_counter() - started
@@ -73,7 +82,14 @@ def time_together(
             "n": rounds,
             "host_ms": statistics.median(host_ms),
         }
+        if device.type == "cuda" and host_bound(results[name]):
+            results[name]["host_bound"] = True
     return results
+
+
+def host_bound(values: Mapping[str, Any]) -> bool:
+    """Whether the time of a call on a card is mostly that of the host, which queues it."""
+    return bool(values["host_ms"] > max(FLUSH_MS, HOST_SHARE * values["ms"]))
 
 
 def time_case(

@@ -45,7 +45,7 @@ class Pairs(NamedTuple):
         audio_MD: this rank's audio, normalised if `problem.normalize` is true.
         text_ND: this rank's texts, normalised if `problem.normalize` is true.
         scale: scalar.
-        bias: scalar; 0 for the softmax kind, where a bias cancels and would only cost digits of the logits.
+        bias: scalar; None for the softmax kind, where it cancels and would only cost digits of the logits.
         shards: how much of the batch each rank has.
     """
 
@@ -53,7 +53,7 @@ class Pairs(NamedTuple):
     audio_MD: Tensor
     text_ND: Tensor
     scale: Tensor
-    bias: Tensor
+    bias: Tensor | None
     shards: Shards
 
     def against_all_texts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,7 +105,8 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
     # All results of `dots` require a gradient if any input does. Embeddings that need none are not replaced.
     audio_MD = products.audio_MD if audio_MD.requires_grad else audio_MD
     text_ND = products.text_ND if text_ND.requires_grad else text_ND
-    return Pairs(problem, audio_MD, text_ND, scale, bias, shards), Positives(
+    pairs = Pairs(problem, audio_MD, text_ND, scale, bias if problem.kind == "sigmoid" else None, shards)
+    return pairs, Positives(
         scale * products.pair_N + bias,
         None if products.mean_M is None else scale * products.mean_M + bias,
         None if products.mean_N is None else scale * products.mean_N + bias,

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-# On the CPU, small parts stay in the cache. On CUDA, each part is a few launches, so parts are large.
-_ROWS_AT_ONCE = {"cpu": 512, "cuda": 32_768}
+_ROWS_AT_ONCE = 512
+"""Rows of a part on the CPU, where small parts stay in the cache."""
+_ELEMENTS_AT_ONCE = 1 << 24
+"""Elements of a part on CUDA. Each part is a few launches, so parts are large: 128 MB in float64."""
 _SHORT = 1024
 """torch uses a single thread for tensors of up to this many elements."""
 _LEAST_NORM = 1e-12
@@ -113,7 +115,9 @@ def total(x_B: Tensor) -> Tensor:
 
 def _parts(x_BD: Tensor) -> Iterator[slice]:
     """Slices of the rows of x."""
-    step = _ROWS_AT_ONCE["cuda" if x_BD.is_cuda else "cpu"]
+    step = _ROWS_AT_ONCE
+    if x_BD.is_cuda:
+        step = max(step, _ELEMENTS_AT_ONCE // x_BD.shape[1])
     return (slice(start, start + step) for start in range(0, len(x_BD), step))
 
 

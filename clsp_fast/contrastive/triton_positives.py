@@ -1,9 +1,9 @@
 """The positive pairs of the contrastive loss by Triton kernels; `clsp_fast.contrastive.positives` uses torch.
 
-The number of launches does not depend on the size of the batch. Forward, these are 3; with several captions
-for a clip or with weights, 3 to 4 more, which check and group the captions; with smoothing, 2 more. Backward,
-these are 2. A process group adds its exchanges. The kernels also convert and normalise embeddings, and round
-their gradients to 16 bits.
+The number of launches does not depend on the size of the batch. The forward pass has 3. If a clip has
+several captions or if there are weights, 3 to 4 more check and group the captions. Smoothing adds 2. The
+backward pass has 2. A process group adds its exchanges. The kernels also convert and normalise embeddings,
+and round their gradients to 16 bits.
 
 Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 """
@@ -11,7 +11,7 @@ Shape suffixes: M audio rows, N text rows of this rank, D joint dimension.
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -25,20 +25,18 @@ _grouping, _positives, _loss = (
 )
 
 
-class Products(NamedTuple):
-    """What the loss needs of positive pairs.
+class GroupedProducts(NamedTuple):
+    """The products of positive pairs, and which of them belong to the same clip.
 
     Attributes:
         dot_N: float64, product of each text and its audio.
         groups: order and offsets of the captions of each clip; None if there is one caption for each clip.
         sums_3D: sums of embeddings, which label smoothing needs; otherwise None.
-        bias: None if no bias was given and none is needed.
     """
 
     dot_N: Tensor
     groups: tuple[Tensor, Tensor] | None
     sums_3D: Tensor | None
-    bias: Tensor | None
 
 
 def supports(problem: Problem) -> bool:
@@ -46,7 +44,7 @@ def supports(problem: Problem) -> bool:
     return problem.audio_MD.shape[1] <= int(_positives.LARGEST_DEPTH)
 
 
-def make_pairs(problem: Problem) -> tuple[Pairs, Products]:
+def make_pairs(problem: Problem) -> tuple[Pairs, GroupedProducts]:
     """The embeddings in `Problem.dtype`, and the products of their positive pairs.
 
     Compute the rest of the loss from the embeddings in `Pairs`. The backward pass then adds the gradients of
@@ -74,21 +72,21 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Products]:
     # All results require a gradient if any input does. Embeddings that need none are cut off.
     wide_audio_MD = products.audio_MD if audio_MD.requires_grad else products.audio_MD.detach()
     wide_text_ND = products.text_ND if text_ND.requires_grad else products.text_ND.detach()
-    scale, bias = as_scalar(problem.scale, wide_audio_MD), None
-    if problem.kind == "sigmoid" or isinstance(problem.bias, Tensor):
-        bias = as_scalar(problem.bias, wide_audio_MD)
-    pairs = Pairs(problem, wide_audio_MD, wide_text_ND, scale, scale if bias is None else bias, shards)
-    return pairs, Products(products.dot_N, groups, products.sums_3D, bias)
+    scale = as_scalar(problem.scale, wide_audio_MD)
+    bias = as_scalar(problem.bias, wide_audio_MD) if problem.kind == "sigmoid" else None
+    pairs = Pairs(problem, wide_audio_MD, wide_text_ND, scale, bias, shards)
+    return pairs, GroupedProducts(products.dot_N, groups, products.sums_3D)
 
 
-def softmax_loss(pairs: Pairs, products: Products, row_M: Tensor, column_N: Tensor) -> Tensor:
+def softmax_loss(pairs: Pairs, products: GroupedProducts, row_M: Tensor, column_N: Tensor) -> Tensor:
     """As `clsp_fast.contrastive.positives.softmax_loss`, from products instead of logits."""
+    bias = pairs.problem.bias
     loss = _loss.softmax_loss(
         row_M,
         column_N,
         products.dot_N,
         pairs.scale,
-        bias=products.bias,
+        bias=as_scalar(bias, pairs.scale) if isinstance(bias, Tensor) else None,
         weights_N=pairs.problem.weights,
         groups=products.groups,
         **_options(pairs, products),
@@ -96,13 +94,14 @@ def softmax_loss(pairs: Pairs, products: Products, row_M: Tensor, column_N: Tens
     return pairs.shards.sum(loss)
 
 
-def sigmoid_loss(pairs: Pairs, products: Products, sums_M: Tensor) -> Tensor:
+def sigmoid_loss(pairs: Pairs, products: GroupedProducts, sums_M: Tensor) -> Tensor:
     """As `clsp_fast.contrastive.positives.sigmoid_loss`, from products instead of logits."""
-    loss = _loss.sigmoid_loss(sums_M, products.dot_N, pairs.scale, pairs.bias, **_options(pairs, products))
+    bias = cast(Tensor, pairs.bias)
+    loss = _loss.sigmoid_loss(sums_M, products.dot_N, pairs.scale, bias, **_options(pairs, products))
     return pairs.shards.sum(loss)
 
 
-def _options(pairs: Pairs, products: Products) -> dict[str, Any]:
+def _options(pairs: Pairs, products: GroupedProducts) -> dict[str, Any]:
     shards, sums_3D = pairs.shards, products.sums_3D
     sharded = shards.group is not None
     return {

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clsp_fast import precision
-
 
 class Ragged(NamedTuple):
     """Which frames of a batch are padding. For a batch of clips of equal length, None is used instead.
@@ -229,5 +227,13 @@ def _means(x_NTC: Tensor, spans: list[tuple[Tensor, Tensor]]) -> Tensor:
     weights = torch.stack(inside, dim=1).to(x_NTC.dtype) / count[:, :, None].to(x_NTC.dtype)
     # The deviation is computed from a small difference of two such means, which 16 bits or TF32 would round
     # to 0.
-    with torch.autocast(x_NTC.device.type, enabled=False), precision.products("fp32"):
+    with torch.autocast(x_NTC.device.type, enabled=False):
+        if x_NTC.device.type == "cuda" and x_NTC.dtype == torch.float32:
+            return products_without_tf32(weights, x_NTC)
         return weights @ x_NTC
+
+
+def products_without_tf32(x_NST: Tensor, y_NTC: Tensor) -> Tensor:
+    """x @ y (N, S, C), whatever torch's settings of TF32 are, also in the backward pass. Needs a temporary
+    tensor of S times the size of y."""
+    return (x_NST[:, :, :, None] * y_NTC[:, None]).sum(2)

@@ -33,6 +33,9 @@ from clsp_fast.training.step import (
     update_running_statistics,
 )
 
+_READ_EVERY = 20
+"""Losses are read from the device at least after every so many steps. A run that cannot go on stops then."""
+
 
 class Interrupted(Exception):
     """A signal asked the run to stop; the checkpoint has been written."""
@@ -50,7 +53,7 @@ class Outcome:
         step: step of the run.
         clips: ids of its clips.
         audio_s: seconds of audio.
-        waited_s: how long the loop waited for the batch.
+        waited_s: how long the host waited for the batch.
         values: loss, gradient norm, and 1 if the step was bad: float32 (3,) on the device.
     """
 
@@ -67,7 +70,9 @@ class Meter:
 
     Attributes:
         elapsed_s: time of all steps, without logging, validation and checkpoints.
-        waited_s: the part of elapsed_s in which the loop waited for batches of applied steps.
+        waited_s: the part of elapsed_s in which the host waited for batches of applied steps. A GPU may still
+            have worked on earlier steps in this time, so this part is only an upper limit of what faster
+            reading would save.
         audio_s: seconds of audio trained on.
         clips: clips trained on.
         losses: loss of each applied step.
@@ -153,7 +158,7 @@ def fit(run: Run) -> None:
         Interrupted: a signal came; the state was saved.
     """
     config, model, optimizer, ranks = run.config, run.model, run.optimizer, run.ranks
-    with stop_signals(run.signals):
+    with stop_signals(run.signals), unread_outcomes_recorded(run):
         started = time.perf_counter()
         for batch in run.loader.batches(run.first_step, run.total_steps):
             waited_s = time.perf_counter() - started
@@ -181,6 +186,23 @@ def fit(run: Run) -> None:
             run.meter.elapsed_s += time.perf_counter() - started
             after_step(run, batch.step, output, stopping)
             started = time.perf_counter()
+
+
+@contextlib.contextmanager
+def unread_outcomes_recorded(run: Run) -> Iterator[None]:
+    """If an exception leaves this context, the bad steps that have not been read yet are recorded.
+
+    The other ranks may have ended, so each rank uses only its own values. If the device has failed, its
+    values are lost, and the exception is raised all the same.
+    """
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(Exception):
+            for outcome, loss, norm, bad in read_values(run):
+                if bad:
+                    record_bad_step(run, outcome.step, loss, norm, outcome.clips)
+        raise
 
 
 @contextlib.contextmanager
@@ -242,36 +264,49 @@ def apply_gradients(run: Run, step: int, bad: Tensor) -> None:
 
 
 def is_read_after(run: Run, step: int) -> bool:
-    """Whether `read_outcomes` is called after this step: before each log line, validation and checkpoint."""
+    """Whether `read_outcomes` is called after this step: before each log line, validation and checkpoint, and
+    at least every `_READ_EVERY` steps."""
     config, done = run.config, step + 1
     periods = (config.log_every, config.validate_every, config.save_every)
-    return done == run.total_steps or any(done % period == 0 for period in periods)
+    is_due = done == run.total_steps or any(done % period == 0 for period in periods)
+    return is_due or len(run.outcomes) >= _READ_EVERY
 
 
 def read_outcomes(run: Run) -> None:
     """Reads losses and gradient norms from the device. Adds the applied steps to the meter, and records the
     others; FloatingPointError if too many in a row were not applied."""
-    if not run.outcomes:
-        return
-    values = torch.stack([outcome.values for outcome in run.outcomes]).cpu().tolist()
-    for outcome, (loss, norm, bad) in zip(run.outcomes, values, strict=True):
+    for outcome, loss, norm, bad in read_values(run):
         if bad:
-            record_bad_step(run, outcome, loss, norm)
+            by_rank = run.ranks.gather((outcome.clips, loss))
+            clips = [clip for ids, _ in by_rank for clip in ids]
+            loss = sum(rank_loss for _, rank_loss in by_rank) / run.ranks.world
+            record_bad_step(run, outcome.step, loss, norm, clips)
+            count_bad_step(run, outcome.step, clips)
         else:
             run.bad_steps = 0
             run.meter.add(outcome, loss, norm)
-    run.outcomes.clear()
 
 
-def record_bad_step(run: Run, outcome: Outcome, loss: float, norm: float) -> None:
-    """Records a step that was not applied; FloatingPointError if there were too many in a row."""
-    by_rank, step = run.ranks.gather((outcome.clips, loss)), outcome.step
-    clips = [clip for ids, _ in by_rank for clip in ids]
-    loss = sum(rank_loss for _, rank_loss in by_rank) / run.ranks.world
+def read_values(run: Run) -> Iterator[tuple[Outcome, float, float, bool]]:
+    """Reads the outcomes of this rank: (outcome, loss, gradient norm, whether the step was bad). Each outcome
+    is removed from the run before it is given out."""
+    if run.outcomes:
+        rows = torch.stack([outcome.values for outcome in run.outcomes]).cpu().tolist()
+        for loss, norm, bad in rows:
+            yield run.outcomes.pop(0), loss, norm, bool(bad)
+
+
+def record_bad_step(run: Run, step: int, loss: float, norm: float, clips: list[str]) -> None:
+    """Records a step that was not applied."""
     run.log.record("bad_step", step, loss=str(loss), norm=str(norm), clips=clips)
     run.log.say(f"step {step}: loss {loss}, gradient norm {norm}: not applied; its clips are in log.jsonl")
+
+
+def count_bad_step(run: Run, step: int, clips: list[str]) -> None:
+    """Counts a step that was not applied; FloatingPointError if there were too many in a row."""
     run.bad_steps += 1
     if run.bad_steps >= run.config.max_bad_steps:
+        run.outcomes.clear()  # the run ends with this step, so the later ones are not reported
         raise FloatingPointError(
             f"{run.bad_steps} steps in a row had a non-finite loss or gradient (last: step {step}, "
             f"clips {', '.join(clips[:8])} ...); lower --optim.lr or look at these clips"

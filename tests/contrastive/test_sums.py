@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numerics import FEW, eps
 from sample_data import unit
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clsp_fast.contrastive import sums
 from clsp_fast.contrastive.gather import Shards
@@ -72,6 +73,15 @@ def test_no_bit_depends_on_the_number_of_threads_with_many_captions_a_clip() -> 
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     assert same_for_any_threads(compute)
+
+
+@pytest.mark.parametrize(("depth", "rows"), [(512, 32_768), (8192, 2048), (16_384, 1024), (1 << 20, 512)])
+def test_a_part_on_a_card_has_a_bounded_size(depth: int, rows: int) -> None:
+    with FakeTensorMode():
+        x_BD = torch.empty(100_000, depth, device="cuda")
+    parts = list(sums._parts(x_BD))
+    assert parts[0] == slice(0, rows)
+    assert len(parts) == -(-100_000 // rows)
 
 
 def test_total_is_the_sum() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sample_data import unit
 from torch import Tensor
 
 from clsp_fast.contrastive import positives, triton_positives
+from clsp_fast.contrastive.problem import Kind, check_problem
 from clsp_fast.loss import contrastive_loss, contrastive_loss_reference
 
 # Triton's interpreter computes with numpy, which warns about infinities that the kernels intend.
@@ -79,6 +81,51 @@ def test_equals_the_dense_definition(kernel_device: torch.device, name: str, dty
         assert_as_exact(
             value, rounded, exact, dtype=value.dtype, size=norm(exact) if value is result[0] else gradient
         )
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("module", [positives, triton_positives])
+def test_only_the_sigmoid_kind_has_a_bias(
+    kernel_device: torch.device, module: ModuleType, kind: Kind
+) -> None:
+    audio = unit(CLIPS, 8).to(kernel_device, torch.float32)
+    bias = torch.tensor(-3.0, device=kernel_device)
+    for logit_bias in (None, bias):
+        problem = check_problem(
+            audio,
+            audio,
+            5.0,
+            text_owner=None,
+            weights=None,
+            logit_bias=logit_bias,
+            label_smoothing=0.0,
+            kind=kind,
+            normalize=False,
+            group=None,
+        )
+        pairs = module.make_pairs(problem)[0]
+        if kind == "softmax":
+            assert pairs.bias is None
+        else:
+            assert pairs.bias == (0 if logit_bias is None else bias)
+
+
+def test_a_bias_that_cancels_gets_the_gradient_zero(kernel_device: torch.device) -> None:
+    audio = unit(CLIPS, 8).to(kernel_device, torch.float32)
+    bias = torch.tensor(-3.0, device=kernel_device, requires_grad=True)
+    loss = contrastive_loss(audio, audio, 5.0, logit_bias=bias, implementation="triton")
+    assert torch.autograd.grad(loss, bias)[0] == 0
+
+
+def test_owners_and_weights_may_have_gaps(kernel_device: torch.device) -> None:
+    audio, text = (unit(n, 24).to(kernel_device, torch.float32) for n in (CLIPS, 12))
+    owner = torch.randint(CLIPS, (12, 2), device=kernel_device)[:, 0]
+    options = {"text_owner": owner, "weights": torch.rand(24, device=kernel_device)[::2]}
+    scale = torch.tensor(8.0, device=kernel_device)
+    result = results(audio, text, scale, options, "triton", None)
+    options = {name: x.contiguous() for name, x in options.items()}
+    expected = results(audio, text, scale, options, "triton", None)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_weights_may_learn(kernel_device: torch.device) -> None:

@@ -102,7 +102,11 @@ def test_a_step_is_the_same_on_both_devices(each_device: torch.device, settings:
     gradient = gradient_norm(truth, model)
     for name, value in truth.items():
         size = gradient if name in dict(model.named_parameters()) else value
-        assert_as_exact(result[name], plain[name], value, size=size, name=name)
+        if each_device.type == "cpu":
+            assert_as_exact(result[name], plain[name], value, size=size, name=name)
+        else:
+            # A card computes by other algorithms, so the CPU's error is no measure of its error.
+            assert_agrees(result[name], value, count=CHAIN, dtype=torch.float32, size=size, name=name)
 
 
 def test_a_bf16_step_stays_close_on_both_devices(each_device: torch.device) -> None:
