@@ -2,7 +2,8 @@
 
 `python tests/fake_cuda.py` prints the figures of all cases as JSON; `python tests/fake_cuda.py "step*"
 "topk*"` those of some. `python tests/fake_cuda.py write` writes the counts to tests/golden/cuda_counts.json,
-with which test_cuda_counts.py compares them. launch_counter.py says what is counted and how.
+with which test_cuda_counts.py compares them. The installed package is measured: run `pip install .` first.
+launch_counter.py says what is counted and how.
 """
 
 from __future__ import annotations

@@ -172,7 +172,9 @@ def test_ctrl_c_keeps_what_was_done(tmp_path: Path, fakes: dict[str, Stage]) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_stage_outlives_the_run(tmp_path: Path, fakes: dict[str, Stage], number: signal.Signals) -> None:
-    code = "import sys; from bench.card.runner import *;"
+    # Under nohup, a child would ignore SIGHUP.
+    code = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL);"
+    code += "from bench.card.runner import *;"
     code += f"sys.exit(main(['--dry-run', '--out', {str(tmp_path)!r}], stages=({fakes['hanging']!r},)))"
     child = tmp_path / "child.txt"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
@@ -180,7 +182,10 @@ def test_no_stage_outlives_the_run(tmp_path: Path, fakes: dict[str, Stage], numb
             time.sleep(0.05)
             assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(30) == (130 if number != signal.SIGKILL else -number)
+        try:
+            assert process.wait(30) == (130 if number != signal.SIGKILL else -number)
+        finally:
+            process.kill()
     if number != signal.SIGKILL:
         assert results(tmp_path)["stages"]["hanging"]["status"] == "interrupted"
         assert results(tmp_path)["cases"].keys() == {"hanging/a"}
