@@ -213,13 +213,13 @@ def products(
                 panel = buffer[: stop - first, :n]
                 # d_scale follows from either product: from this one, unless only the text needs a gradient.
                 if needs_audio or not needs_text:
-                    product = _add_product(None, panel, y)
+                    product = add_product(None, panel, y)
                     if needs_audio:
                         torch.mul(product, factor, out=d_audio[first:stop])
                     d_scale += _sum(product.mul_(x[first:stop]))
                     del product  # so that the next panel's product does not need more memory
                 if needs_text:
-                    _add_product(d_text, panel.T, x[first:stop])
+                    add_product(d_text, panel.T, x[first:stop])
             if needs_text and not needs_audio:
                 d_scale += _sum(d_text * y)
     return d_audio, d_text.mul_(factor).to(text.dtype), (d_scale / gain).to(torch.float32)
@@ -230,7 +230,7 @@ def _sum(product: Tensor) -> Tensor:
     return product.sum(1).sum(dtype=torch.float64)
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total += a b, or a b if total is None. Sums are in fp32 for operands of any dtype."""
     if a.dtype == torch.float32 or not a.is_cuda:
         a, b = a.float(), b.float()

@@ -39,13 +39,13 @@ def group_by_owner_reference(owner_N: Tensor, rows: int) -> tuple[Tensor, Tensor
 
 
 @triton.jit
-def wide(x):
+def to_float64(x):
     """x in float64. The interpreter converts 16-bit numbers correctly only to float32."""
     return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
+def from_float64(x, dtype: tl.constexpr):
     """A float64 number in another dtype. It is rounded to float32 before it is rounded to 16 bits."""
     return x if dtype == tl.float64 else x.to(tl.float32).to(dtype)
 
@@ -105,7 +105,7 @@ def _sort_kernel(
     tl.store(wrong + 2 * program, tl.sum((wrong_L & inside_L).to(tl.int32), 0))
     count = 0
     if WEIGHTED:
-        weight_L = wide(tl.load(weight + j_L, mask=inside_L, other=0.0))
+        weight_L = to_float64(tl.load(weight + j_L, mask=inside_L, other=0.0))
         right_L = (weight_L >= 0) & (weight_L < float("inf"))
         count = tl.sum((inside_L & ~right_L).to(tl.int32), 0)
     tl.store(wrong + 2 * program + 1, count)

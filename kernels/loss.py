@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS, on_device
-from .grouping import narrow, wide
-from .loss_terms import TEXTS, row_programs, sigmoid_terms, softmax_terms, text_programs
+from .grouping import from_float64, to_float64
+from .loss_terms import TEXTS, count_row_programs, count_text_programs, sigmoid_terms, softmax_terms
 
 TOTAL_LANES = 1024
 
@@ -123,12 +123,12 @@ def _total_kernel(
         if SIGMOID:
             mean = _product(sums, all_sums + 2 * depth, depth, TOTAL_LANES) * (0.5 / pairs)
             share = M.to(tl.float64) / clips * 0.5
-            total -= SMOOTHING * share * wide(tl.load(bias))
+            total -= SMOOTHING * share * to_float64(tl.load(bias))
             bias_slope -= SMOOTHING * share
         else:
             mean = _product(sums + depth, all_sums + 2 * depth, depth, TOTAL_LANES) * (row_factor / texts)
             mean += _product(sums + 2 * depth, all_sums, depth, TOTAL_LANES) * (0.5 / pairs)
-        total -= SMOOTHING * mean * wide(tl.load(scale))
+        total -= SMOOTHING * mean * to_float64(tl.load(scale))
         scale_slope -= SMOOTHING * mean
     tl.store(loss, total.to(loss.dtype.element_ty))
     tl.store(factors, row_factor)
@@ -169,10 +169,10 @@ def _slope_kernel(
 ):
     """All slopes times the incoming gradient."""
     at_L = tl.program_id(0) * TEXTS + tl.arange(0, TEXTS)
-    gradient = wide(tl.load(gradient))
+    gradient = to_float64(tl.load(gradient))
     row_factor = tl.load(factors) * gradient
     text_factor = tl.load(factors + 1) * gradient
-    scale = wide(tl.load(scale))
+    scale = to_float64(tl.load(scale))
     slope_L = tl.load(text_slope + at_L, mask=at_L < N, other=0.0)
     d_dot_L = (slope_L + SMOOTHING) * text_factor
     d_row_L = tl.zeros_like(slope_L) + row_factor
@@ -184,7 +184,7 @@ def _slope_kernel(
     tl.store(d_dot + at_L, d_dot_L * scale, mask=at_L < N)
     if WEIGHT_SLOPE:
         d_weight_L = tl.load(weight_slope + at_L, mask=at_L < N, other=0.0) * row_factor
-        tl.store(d_weight + at_L, narrow(d_weight_L, d_weight.dtype.element_ty), mask=at_L < N)
+        tl.store(d_weight + at_L, from_float64(d_weight_L, d_weight.dtype.element_ty), mask=at_L < N)
     if tl.program_id(0) == 0:
         tl.store(d_scale, (tl.load(factors + 2) * gradient).to(d_scale.dtype.element_ty))
         tl.store(d_bias, (tl.load(factors + 3) * gradient).to(d_bias.dtype.element_ty))
@@ -294,7 +294,7 @@ def _loss_slopes(
     row_slope, pair_slope, text_slope, weight_slope = slopes * 4 if sigmoid else slopes
     depth = 0 if sums is None else sums.shape[1]
     with on_device(factors):
-        _slope_kernel[(text_programs(max(rows, len(text_slope), depth)),)](
+        _slope_kernel[(count_text_programs(max(rows, len(text_slope), depth)),)](
             gradient,
             factors,
             scale,
@@ -391,7 +391,7 @@ class _Loss(torch.autograd.Function):
             scale,
             scale if bias is None else bias,
             len(row),
-            0 if column is None else row_programs(len(row)),
+            0 if column is None else count_row_programs(len(row)),
             *totals,
             column is None,
             smoothing,

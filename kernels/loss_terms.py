@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import OPTIONS, on_device
-from .grouping import captions_of, wide
+from .grouping import captions_of, to_float64
 
 ROWS, CAPTIONS, TEXTS = 32, 4, 256
 """Sizes of a program: rows, captions of a row that are read at once, and texts."""
@@ -65,7 +65,7 @@ def _load_captions(
     dot_RC = tl.load(dot + j_RC, mask=inside, other=0.0)
     share_RC = tl.zeros_like(dot_RC) + 1.0
     if WEIGHTED:
-        share_RC = wide(tl.load(weight + j_RC, mask=inside, other=0.0))
+        share_RC = to_float64(tl.load(weight + j_RC, mask=inside, other=0.0))
     share_RC = share_RC / largest_R[:, None] / total_R[:, None]
     return k_C, j_RC, dot_RC, dot_RC * scale, tl.where(inside, share_RC, -1.0)
 
@@ -156,7 +156,7 @@ def _row_terms(
     SMOOTHING: tl.constexpr,
 ):
     """Loss of rows, whether they count, and slopes with respect to the scale. Stores all other slopes."""
-    row_R = wide(tl.load(row + i_R, mask=i_R < M, other=float("-inf")))
+    row_R = to_float64(tl.load(row + i_R, mask=i_R < M, other=float("-inf")))
     nothing_R = tl.zeros_like(row_R)
     none_R = nothing_R + float("-inf")
     largest_R, total_R, captioned_R = _sums_of_weights(rows, CAPTIONS, SINGLE, WEIGHTED)
@@ -245,7 +245,7 @@ def _softmax_kernel(
     programs = (M + ROWS - 1) // ROWS
     partial += program
     P = tl.num_programs(0)
-    scale = wide(tl.load(scale))
+    scale = to_float64(tl.load(scale))
     if program < programs:
         i_R = program * ROWS + tl.arange(0, ROWS)
         first_R, count_R = captions_of(offset, i_R, i_R < M, SINGLE)
@@ -271,7 +271,7 @@ def _softmax_kernel(
         j_L = (program - programs) * TEXTS + tl.arange(0, TEXTS)
         inside_L = j_L < N
         dot_L = tl.load(dot + j_L, mask=inside_L, other=0.0)
-        column_L = wide(tl.load(column + j_L, mask=inside_L, other=float("-inf")))
+        column_L = to_float64(tl.load(column + j_L, mask=inside_L, other=float("-inf")))
         gap_L = column_L - dot_L * scale
         slope_L = -_sigmoid(gap_L)
         tl.store(text_slope + j_L, slope_L, mask=inside_L)
@@ -299,12 +299,12 @@ def _sigmoid_kernel(
     P = tl.num_programs(0)
     at_L = program * TEXTS + tl.arange(0, TEXTS)
     dot_L = tl.load(dot + at_L, mask=at_L < N, other=0.0)
-    s_L = dot_L * wide(tl.load(scale)) + wide(tl.load(bias))
+    s_L = dot_L * to_float64(tl.load(scale)) + to_float64(tl.load(bias))
     slope_L = -_sigmoid(-s_L)
     tl.store(text_slope + at_L, slope_L, mask=at_L < N)
     slope_L = tl.where(at_L < N, slope_L + SMOOTHING, 0.0)
     loss_L = tl.where(at_L < N, _softplus(-s_L) + SMOOTHING * s_L, 0.0)
-    loss_L += wide(tl.load(row + at_L, mask=at_L < M, other=0.0))
+    loss_L += to_float64(tl.load(row + at_L, mask=at_L < M, other=0.0))
     tl.store(partial, tl.sum(loss_L, 0))
     tl.store(partial + P, tl.sum(slope_L, 0))
     tl.store(partial + 2 * P, tl.sum(slope_L * dot_L, 0))
@@ -362,18 +362,18 @@ def softmax_terms(
     return results
 
 
-def row_programs(rows: int) -> int:
+def count_row_programs(rows: int) -> int:
     return triton.cdiv(rows, ROWS)
 
 
-def text_programs(texts: int) -> int:
+def count_text_programs(texts: int) -> int:
     return triton.cdiv(texts, TEXTS)
 
 
 def _empty_terms(
     row: Tensor, dot: Tensor, weight_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    programs = row_programs(len(row)) + text_programs(len(dot))
+    programs = count_row_programs(len(row)) + count_text_programs(len(dot))
     row_slope = dot.new_empty(len(row))
     slope_of_weights = dot.new_empty(len(dot) if weight_slope else 0)
     return (
@@ -414,7 +414,7 @@ def sigmoid_terms(
 
 
 def _empty_sigmoid_terms(row: Tensor, dot: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dot), dot.new_empty(3, text_programs(max(len(row), len(dot))))
+    return torch.empty_like(dot), dot.new_empty(3, count_text_programs(max(len(row), len(dot))))
 
 
 @sigmoid_terms.register_fake

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import INTERPRETED, OPTIONS, on_device
-from .grouping import captions_of, narrow, wide
+from .grouping import captions_of, from_float64, to_float64
 
 LARGEST_DEPTH = 8192
 """The largest joint dimension. A program holds whole rows in registers."""
@@ -60,14 +60,14 @@ def _mask(inside_R, D: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def _load_rows(x, row_R, inside_R, stride, D: tl.constexpr, BD: tl.constexpr):
     """Rows in float64; 0 outside."""
-    return wide(tl.load(x + _at(row_R, stride, BD), mask=_mask(inside_R, D, BD), other=0.0))
+    return to_float64(tl.load(x + _at(row_R, stride, BD), mask=_mask(inside_R, D, BD), other=0.0))
 
 
 @triton.jit
 def _store_rows(x, row_R, inside_R, value, D: tl.constexpr, BD: tl.constexpr):
     """Stores float64 rows in a matrix without gaps."""
     at = _at(row_R, D, BD)
-    tl.store(x + at, narrow(value, x.dtype.element_ty), mask=_mask(inside_R, D, BD))
+    tl.store(x + at, from_float64(value, x.dtype.element_ty), mask=_mask(inside_R, D, BD))
 
 
 @triton.jit
@@ -246,7 +246,9 @@ def _sums_kernel(
                 j_R = first_R + k
                 if not SINGLE:
                     j_R = tl.load(order + j_R, mask=k < count_R, other=0)
-                largest_R = tl.maximum(largest_R, wide(tl.load(weight + j_R, mask=k < count_R, other=0.0)))
+                largest_R = tl.maximum(
+                    largest_R, to_float64(tl.load(weight + j_R, mask=k < count_R, other=0.0))
+                )
             captioned_R = largest_R > 0
         tl.store(captioned + i_R, captioned_R.to(tl.int8), mask=inside_R)
         x = _load_rows(audio, i_R, inside_R, stride_audio, D, BD)

@@ -455,13 +455,13 @@ def test_the_first_time_holds_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_products_are_those_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = loss.sigmoid_batch(40, runner.torch.bfloat16, "cpu")
-    add, calls = loss._pairs._add_product, []
+    add, calls = loss._pairs.add_product, []
 
     def recorded(total: Any, a: Any, b: Any) -> Any:
         calls.append((None if total is None else total.dtype, a.dtype, b.dtype))
         return add(total, a, b)
 
-    monkeypatch.setattr(loss._pairs, "_add_product", recorded)
+    monkeypatch.setattr(loss._pairs, "add_product", recorded)
     loss.measure_products(record.Record(tmp_path / "record.json", dry_run=True), given)
     float32, bf16 = runner.torch.float32, runner.torch.bfloat16
     assert set(calls) == {(None, bf16, bf16), (float32, bf16, bf16)}

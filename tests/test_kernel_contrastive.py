@@ -549,7 +549,7 @@ def test_panels_are_zero_beyond_the_last_row_and_column(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]
 ) -> None:
     buffers = []
-    add_product = _pairs._add_product
+    add_product = _pairs.add_product
 
     def recorded(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         if a.shape == (40, 70):
@@ -557,7 +557,7 @@ def test_panels_are_zero_beyond_the_last_row_and_column(
             buffers.append(a._base.clone())
         return add_product(total, a, b)
 
-    monkeypatch.setattr(_pairs, "_add_product", recorded)
+    monkeypatch.setattr(_pairs, "add_product", recorded)
     case = Case(kernel_device, (40, 70, 16), 100.0, owner=torch.zeros(70, dtype=torch.int64))
     case.outputs(function, torch.float32)
     (buffer,) = buffers
@@ -573,7 +573,7 @@ def test_one_panel_has_a_product_at_a_time(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     products: list[weakref.ref[Tensor]] = []
-    add_product = _pairs._add_product
+    add_product = _pairs.add_product
 
     def recorded(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         assert [ref() for ref in products] == [None] * len(products)
@@ -582,7 +582,7 @@ def test_one_panel_has_a_product_at_a_time(
             products.append(weakref.ref(result))
         return result
 
-    monkeypatch.setattr(_pairs, "_add_product", recorded)
+    monkeypatch.setattr(_pairs, "add_product", recorded)
     Case(kernel_device, (70, 150, 40), 20.0).outputs(negative_lse, torch.float32, workspace_bytes=1)
     # A panel has one row of tiles.
     target = _launch.target_of(kernel_device)

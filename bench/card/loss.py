@@ -148,8 +148,8 @@ def measure_products(record: Record, given: Batch) -> None:
     panel = torch.randn(rows, size, device=record.device, dtype=torch.bfloat16)
     total_ND = torch.zeros(text_ND.shape, device=record.device)
     calls: dict[str, list[Call]] = {
-        "panel @ text": [lambda: _pairs._add_product(None, panel, text_ND)],
-        "panel.T @ audio": [lambda: _pairs._add_product(total_ND, panel.T, audio_MD[:rows])],
+        "panel @ text": [lambda: _pairs.add_product(None, panel, text_ND)],
+        "panel.T @ audio": [lambda: _pairs.add_product(total_ND, panel.T, audio_MD[:rows])],
     }
     flops = 2 * rows * size * loss_cases.DIM
     for name, values in time_together(calls, record.device, seconds=0.5).items():
