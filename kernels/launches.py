@@ -68,7 +68,9 @@ class Launch:
         )
 
 
-def launches(target: int, dtype: str, rows: int = _ROWS, columns: int = _COLUMNS) -> dict[str, list[Launch]]:
+def launches(
+    target: int, dtype: str, rows: int = _ROWS, columns: int = _COLUMNS, smoothing: float = 0.1
+) -> dict[str, list[Launch]]:
     """Kernel -> its different compilations, for inputs of D = 512. Some kernels are compiled more than once.
 
     Replaces triton's driver, so call it in a process that does nothing else. The results of the launchers are
@@ -82,24 +84,26 @@ def launches(target: int, dtype: str, rows: int = _ROWS, columns: int = _COLUMNS
         x, y = (
             torch.zeros(length, DEPTH, dtype=NAMES[dtype], requires_grad=True) for length in (rows, columns)
         )
-        _launch_all(x, y, torch.arange(columns) % rows)
+        _launch_all(x, y, torch.arange(columns) % rows, smoothing)
     missing = [name for name, compilations in recorded.items() if not compilations]
     if missing:
         raise RuntimeError(f"_launch_all of kernels/launches.py launches no {', '.join(missing)}")
     return recorded
 
 
-def _launch_all(x: Tensor, y: Tensor, owner: Tensor) -> None:
+def _launch_all(x: Tensor, y: Tensor, owner: Tensor, smoothing: float) -> None:
     """Calls the launcher of every kernel in KERNELS."""
     row_M, column_N = contrastive.negative_lse(x, y, 1.0, owner)
     (row_M.sum() + column_N.sum() + contrastive.negative_softplus(x, y, 1.0, owner).sum()).backward()
-    _launch_positives(x, y, owner, row_M, column_N)
+    _launch_positives(x, y, owner, row_M, column_N, smoothing)
     rank.rank_counts(x, y, owner)
     neighbours._topk_chunk(x, y, neighbours.LARGEST_K)
     neighbours.Neighbours(x, neighbours.LARGEST_K).add(0, y)  # `result` would read what nothing wrote
 
 
-def _launch_positives(x: Tensor, y: Tensor, owner: Tensor, row_M: Tensor, column_N: Tensor) -> None:
+def _launch_positives(
+    x: Tensor, y: Tensor, owner: Tensor, row_M: Tensor, column_N: Tensor, smoothing: float
+) -> None:
     """Calls the launchers of all kernels of positive pairs, in the variants that have the longest code."""
     weights = torch.ones(len(y), requires_grad=True)
     order, offset, _ = grouping.group_by_owner(owner, len(x), weights)
@@ -114,12 +118,12 @@ def _launch_positives(x: Tensor, y: Tensor, owner: Tensor, row_M: Tensor, column
         products.dot_N,
         scale,
         **options,
-        smoothing=0.1,
+        smoothing=smoothing,
         sums_3D=products.sums_3D,
         all_sums_3D=products.sums_3D,
         sum_over_ranks=lambda count: one,
     ).backward()
-    loss_terms.sigmoid_terms(row_M.detach(), products.dot_N.detach(), scale, scale, 0.1)
+    loss_terms.sigmoid_terms(row_M.detach(), products.dot_N.detach(), scale, scale, smoothing)
 
 
 class _Driver:

@@ -95,10 +95,11 @@ def _total_kernel(
     row_programs,
     P,
     depth,
+    smoothing: tl.float64,
     TOTAL_LANES: tl.constexpr,
     SIGMOID: tl.constexpr,
     COUNTED: tl.constexpr,
-    SMOOTHING: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):
     """The loss, and `factors`: of row terms, of text terms, then the slopes of the scale and of the bias.
 
@@ -119,17 +120,17 @@ def _total_kernel(
     bias_slope = scale_slope * 0.0
     if SIGMOID:
         bias_slope += _sum(partial + P, row_programs, P, TOTAL_LANES) * text_factor
-    if SMOOTHING > 0:
+    if SMOOTH:
         if SIGMOID:
             mean = _product(sums, all_sums + 2 * depth, depth, TOTAL_LANES) * (0.5 / pairs)
             share = M.to(tl.float64) / clips * 0.5
-            total -= SMOOTHING * share * to_float64(tl.load(bias))
-            bias_slope -= SMOOTHING * share
+            total -= smoothing * share * to_float64(tl.load(bias))
+            bias_slope -= smoothing * share
         else:
             mean = _product(sums + depth, all_sums + 2 * depth, depth, TOTAL_LANES) * (row_factor / texts)
             mean += _product(sums + 2 * depth, all_sums, depth, TOTAL_LANES) * (0.5 / pairs)
-        total -= SMOOTHING * mean * to_float64(tl.load(scale))
-        scale_slope -= SMOOTHING * mean
+        total -= smoothing * mean * to_float64(tl.load(scale))
+        scale_slope -= smoothing * mean
     tl.store(loss, total.to(loss.dtype.element_ty))
     tl.store(factors, row_factor)
     tl.store(factors + 1, text_factor)
@@ -161,11 +162,12 @@ def _slope_kernel(
     clips,
     texts,
     depth,
+    smoothing: tl.float64,
     TEXTS: tl.constexpr,
     SIGMOID: tl.constexpr,
     SHARDED: tl.constexpr,
     WEIGHT_SLOPE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):
     """All slopes times the incoming gradient."""
     at_L = tl.program_id(0) * TEXTS + tl.arange(0, TEXTS)
@@ -174,7 +176,7 @@ def _slope_kernel(
     text_factor = tl.load(factors + 1) * gradient
     scale = to_float64(tl.load(scale))
     slope_L = tl.load(text_slope + at_L, mask=at_L < N, other=0.0)
-    d_dot_L = (slope_L + SMOOTHING) * text_factor
+    d_dot_L = (slope_L + smoothing) * text_factor
     d_row_L = tl.zeros_like(slope_L) + row_factor
     if not SIGMOID:
         tl.store(d_column + at_L, (-slope_L * text_factor).to(d_column.dtype.element_ty), mask=at_L < N)
@@ -188,10 +190,10 @@ def _slope_kernel(
     if tl.program_id(0) == 0:
         tl.store(d_scale, (tl.load(factors + 2) * gradient).to(d_scale.dtype.element_ty))
         tl.store(d_bias, (tl.load(factors + 3) * gradient).to(d_bias.dtype.element_ty))
-    if SMOOTHING > 0:
+    if SMOOTH:
         # The gradients of the products of sums in `_total_kernel`.
-        mean = -0.5 * SMOOTHING * scale * gradient / clips.to(tl.float64) / texts
-        row_mean = -SMOOTHING * scale * row_factor / texts
+        mean = -0.5 * smoothing * scale * gradient / clips.to(tl.float64) / texts
+        row_mean = -smoothing * scale * row_factor / texts
         inside_L = at_L < depth
         zero_L = tl.zeros([TEXTS], tl.float64)
         audio_L = tl.load(sums + at_L, mask=inside_L, other=0.0)
@@ -255,10 +257,11 @@ def _loss_total(
             row_programs,
             partial.shape[1],
             0 if sums is None else sums.shape[1],
+            smoothing,
             TOTAL_LANES=TOTAL_LANES,
             SIGMOID=sigmoid,
             COUNTED=captioned is not None,
-            SMOOTHING=smoothing,
+            SMOOTH=sums is not None,
             **OPTIONS,
         )
     return loss, factors
@@ -317,11 +320,12 @@ def _loss_slopes(
             clips,
             texts,
             depth,
+            smoothing,
             TEXTS=TEXTS,
             SIGMOID=sigmoid,
             SHARDED=sharded,
             WEIGHT_SLOPE=weights is not None,
-            SMOOTHING=smoothing,
+            SMOOTH=sums is not None,
             **OPTIONS,
         )
     return results

@@ -9,6 +9,8 @@ docs/derivation.md, section 2, derives the formulas and explains the names. row_
 over negative pairs that contrastive.py and sigmoid.py compute, dot_j the products that positives.py computes.
 `order` and `offset` (grouping.py) list the captions of each row. In the softmax kind, the bias cancels and is
 left out. Smoothing adds e (target logit - mean logit) to each term. The mean logits are left to loss.py.
+Kernels take e as a number, so that a schedule of e compiles nothing new. Its annotation as float64 keeps
+triton from rounding it to float32.
 
 Shape suffixes: M audio rows, N text rows, R rows of a program, C captions of one step, L lanes, P programs.
 
@@ -149,11 +151,11 @@ def _row_terms(
     pair_slope,
     weight_slope,
     M,
+    smoothing,
     CAPTIONS: tl.constexpr,
     SINGLE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WEIGHT_SLOPE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
 ):
     """Loss of rows, whether they count, and slopes with respect to the scale. Stores all other slopes."""
     row_R = to_float64(tl.load(row + i_R, mask=i_R < M, other=float("-inf")))
@@ -198,18 +200,18 @@ def _row_terms(
         # For the peak, softmax - share would lose its digits. The sum over the other captions does not.
         is_peak = k_C[None, :] == place_R[:, None]
         slope_RC = tl.where(is_peak, -others_R[:, None], softmax_RC - share_RC)
-        slope_RC += SMOOTHING * share_RC - wrong_R[:, None] * softmax_RC
+        slope_RC += smoothing * share_RC - wrong_R[:, None] * softmax_RC
         rejected_RC = wrong_share_R[:, None] * tl.exp(s_RC - rejected_R[:, None])
         slope_RC = tl.where(share_RC > 0, slope_RC, tl.where(share_RC == 0, rejected_RC, 0.0))
         scale_slope_R += tl.sum(slope_RC * dot_RC, 1)
         tl.store(pair_slope + j_RC, slope_RC, mask=share_RC >= 0)
         if WEIGHT_SLOPE:
             below_RC = (peak_R[:, None] - s_RC) + log_rest_R[:, None] - cross_entropy_R[:, None]
-            below_RC += SMOOTHING * (s_RC - target_R[:, None])
+            below_RC += smoothing * (s_RC - target_R[:, None])
             below_RC = tl.where(captioned_R[:, None], below_RC, 0.0) / total_R[:, None] / largest_R[:, None]
             tl.store(weight_slope + j_RC, below_RC, mask=share_RC >= 0)
     tl.store(row_slope + i_R, wrong_share_R * tl.exp(row_R - rejected_R), mask=i_R < M)
-    loss_R = _softplus(gap_R) + cross_entropy_R + SMOOTHING * target_R
+    loss_R = _softplus(gap_R) + cross_entropy_R + smoothing * target_R
     return tl.where(captioned_R, loss_R, 0.0), captioned_R.to(tl.float64), scale_slope_R
 
 
@@ -229,13 +231,13 @@ def _softmax_kernel(
     partial,
     M,
     N,
+    smoothing: tl.float64,
     ROWS: tl.constexpr,
     CAPTIONS: tl.constexpr,
     TEXTS: tl.constexpr,
     SINGLE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WEIGHT_SLOPE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
 ):
     """Slopes, and partial sums (3, P): loss, rows with captions, slope of the scale.
 
@@ -258,11 +260,11 @@ def _softmax_kernel(
             pair_slope,
             weight_slope,
             M,
+            smoothing,
             CAPTIONS,
             SINGLE,
             WEIGHTED,
             WEIGHT_SLOPE,
-            SMOOTHING,
         )
         tl.store(partial, tl.sum(loss_R, 0))
         tl.store(partial + P, tl.sum(captioned_R, 0))
@@ -275,9 +277,9 @@ def _softmax_kernel(
         gap_L = column_L - dot_L * scale
         slope_L = -_sigmoid(gap_L)
         tl.store(text_slope + j_L, slope_L, mask=inside_L)
-        tl.store(partial, tl.sum(_softplus(gap_L) + SMOOTHING * (dot_L * scale), 0))
+        tl.store(partial, tl.sum(_softplus(gap_L) + smoothing * (dot_L * scale), 0))
         tl.store(partial + P, 0.0)
-        tl.store(partial + 2 * P, tl.sum((slope_L + SMOOTHING) * dot_L, 0))
+        tl.store(partial + 2 * P, tl.sum((slope_L + smoothing) * dot_L, 0))
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -290,8 +292,8 @@ def _sigmoid_kernel(
     partial,
     M,
     N,
+    smoothing: tl.float64,
     TEXTS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
 ):
     """Slopes of the logits, and partial sums (3, P): loss, slope of the bias, slope of the scale."""
     program = tl.program_id(0)
@@ -302,8 +304,8 @@ def _sigmoid_kernel(
     s_L = dot_L * to_float64(tl.load(scale)) + to_float64(tl.load(bias))
     slope_L = -_sigmoid(-s_L)
     tl.store(text_slope + at_L, slope_L, mask=at_L < N)
-    slope_L = tl.where(at_L < N, slope_L + SMOOTHING, 0.0)
-    loss_L = tl.where(at_L < N, _softplus(-s_L) + SMOOTHING * s_L, 0.0)
+    slope_L = tl.where(at_L < N, slope_L + smoothing, 0.0)
+    loss_L = tl.where(at_L < N, _softplus(-s_L) + smoothing * s_L, 0.0)
     loss_L += to_float64(tl.load(row + at_L, mask=at_L < M, other=0.0))
     tl.store(partial, tl.sum(loss_L, 0))
     tl.store(partial + P, tl.sum(slope_L, 0))
@@ -349,13 +351,13 @@ def softmax_terms(
             partial,
             len(row),
             len(dot),
+            smoothing,
             ROWS=ROWS,
             CAPTIONS=CAPTIONS,
             TEXTS=TEXTS,
             SINGLE=order is None,
             WEIGHTED=weights is not None,
             WEIGHT_SLOPE=weight_slope,
-            SMOOTHING=smoothing,
             maxnreg=128,  # with fewer registers, some variants would spill a few
             **OPTIONS,
         )
@@ -406,8 +408,8 @@ def sigmoid_terms(
             partial,
             len(row),
             len(dot),
+            smoothing,
             TEXTS=TEXTS,
-            SMOOTHING=smoothing,
             **OPTIONS,
         )
     return text_slope, partial

@@ -1,6 +1,6 @@
 """Prints what the launchers would compile, as JSON lines: target, dtype, kernel -> keys of its compilations.
 
-Each line holds the keys for three pairs of sizes. They must not depend on the sizes.
+Each line holds the keys for three batches: rows, columns and label smoothing. They must not depend on these.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from clsp_fast.kernels._launch import TARGETS
 from clsp_fast.kernels.launches import NAMES, launches
 
-SIZES = ((300, 701), (1, 1), (304, 4096))
+BATCHES = ((300, 701, 0.1), (1, 1, 1.0), (304, 4096, 0.25))
 
 
 def main() -> None:
@@ -19,9 +19,9 @@ def main() -> None:
         keys = [
             {
                 name: sorted(launch.key for launch in compiled)
-                for name, compiled in launches(target, dtype, *sizes).items()
+                for name, compiled in launches(target, dtype, *batch).items()
             }
-            for sizes in SIZES
+            for batch in BATCHES
         ]
         print(json.dumps({"target": target, "dtype": dtype, "keys": keys}))
 

@@ -2,7 +2,7 @@
 
 The interpreter runs kernels as Python. So it accepts types that the compiler refuses, and a variant that only
 the interpreter has run may not compile. Each printed line is the JSON of one compiled variant: kernel,
-constants, registers and spills.
+constants, type of the label smoothing, registers and spills.
 
     python tests/loss_launches.py [TARGET]
 """
@@ -62,7 +62,8 @@ def main(target: int) -> None:
         for launch in recorded[name]:
             measured = budgets._measure(launch)
             constants = {k: v for k, v in launch.constants.items() if isinstance(v, int | float)}
-            line = {"kernel": name, "constants": constants}
+            smoothing = launch.source.signature.get("smoothing")
+            line = {"kernel": name, "constants": constants, "smoothing": smoothing}
             print(
                 json.dumps(line | {key: measured[key] for key in ("registers", "spills", "atomics")}),
                 flush=True,

@@ -106,7 +106,9 @@ def test_the_tables_of_the_readme_are_those_of_the_budget() -> None:
         assert budgets.as_json(committed) == path.read_text()
 
 
-def test_launches_compile_the_same_for_all_sizes_and_each_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_compile_the_same_for_every_batch_and_each_tile_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two launches of the ranks must also share a binary: scores of both are compared."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # no launch may depend on triton's default
     lines = [json.loads(line) for line in run(Path(__file__).parent / "kernel_launches.py").splitlines()]

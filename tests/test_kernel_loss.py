@@ -266,6 +266,9 @@ def test_every_variant_compiles_without_a_spill() -> None:
     variants = [json.loads(line) for line in done.stdout.splitlines()]
     names = [variant["kernel"] for variant in variants]
     assert set(names) == {name for module in MODULES for name in module.KERNELS}
-    assert names.count("softmax_terms") >= 5
+    assert names.count("softmax_terms") >= 4
     for variant in variants:
         assert variant["spills"] == variant["atomics"] == 0, variant
+        # Triton would round a number to float32, and compiling it in would take a binary for each value.
+        is_smoothed = variant["kernel"] in (*loss_terms.KERNELS, *kernels.KERNELS)
+        assert variant["smoothing"] == ("fp64" if is_smoothed else None), variant
