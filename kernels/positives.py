@@ -379,15 +379,18 @@ def _pair_gradients(
     d_sums: Tensor | None,
     normalize: bool,
 ) -> None:
-    """Writes d_audio and d_text, which may be the tensors d_wide_audio and d_wide_text.
+    """Writes d_audio and d_text: d_wide_audio and d_wide_text plus the gradients of pairs and sums.
 
-    They are None for embeddings that need no gradient.
+    Where d_wide_* is None, the gradients are added to d_audio or d_text in place. Where d_audio or d_text is
+    None, the embeddings need no gradient.
     """
     constants = _depth(audio.shape[1])
     sides = ((text, d_text), (audio, d_audio))
     programs = sum(triton.cdiv(len(x), constants["BR"]) for x, d_x in sides if d_x is not None)
     if not programs:
         return
+    d_wide_audio = d_audio if d_wide_audio is None else d_wide_audio
+    d_wide_text = d_text if d_wide_text is None else d_wide_text
     with on_device(audio):
         _pair_gradient_kernel[(programs,)](
             *(d_dot if x is None else x for x in (d_wide_audio, d_wide_text, d_audio, d_text)),
@@ -469,10 +472,9 @@ class _Products(torch.autograd.Function):
                 g = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
             else:
                 g = g.contiguous()
-            wide_gradients.append(g)
-            gradients.append(
-                g if g is None or g.dtype == ctx.dtype else g.new_empty(g.shape, dtype=ctx.dtype)
-            )
+            in_place = g is None or g.dtype == ctx.dtype
+            wide_gradients.append(None if in_place else g)
+            gradients.append(g if in_place else g.new_empty(g.shape, dtype=ctx.dtype))
         _pair_gradients(*wide_gradients, *gradients, *saved, d_dot.contiguous(), d_sums, ctx.normalize)
         return *gradients, None, None, None, None, None, None, None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from numerics import FEW, assert_agrees
@@ -187,3 +190,36 @@ def test_the_operators_are_registered_correctly(kernel_device: torch.device) -> 
     torch.library.opcheck(
         positives._embedding_sums, (audio_MD, text_ND, None, order_N, offset), test_utils=tests
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True)])
+def test_the_library_passes_gradients_as_their_operator_is_registered(
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    learns: tuple[bool, bool],
+) -> None:
+    """A tensor that the operator changes must not be passed for another argument, too."""
+    operator, calls = positives._pair_gradients, []
+
+    def checked(*arguments: Any) -> None:
+        torch.library.opcheck(
+            operator, copy.deepcopy(arguments), test_utils=("test_schema", "test_faketensor")
+        )
+        places: dict[bool, set[int]] = {False: set(), True: set()}
+        for argument, value in zip(operator._opoverload._schema.arguments, arguments, strict=True):
+            if isinstance(value, Tensor) and value.numel():
+                places[argument.is_write].add(value.data_ptr())
+        assert len(places[True]) == sum(learns)
+        assert not places[True] & places[False]
+        calls.append(operator(*arguments))
+
+    monkeypatch.setattr(positives, "_pair_gradients", checked)
+    leaves = [
+        torch.randn(n, 8, device=kernel_device).to(dtype).requires_grad_(needed)
+        for n, needed in zip((7, 7), learns, strict=True)
+    ]
+    owner_N = torch.tensor(OWNERS["several"], device=kernel_device)
+    with_rest(*compute(*leaves, owner_N, torch.float32)[:3]).backward()
+    assert calls == [None]
