@@ -26,6 +26,7 @@ OPTIONS = [
     {"one_caption": True},
     {"normalize": True},
     {"kind": "sigmoid", "label_smoothing": 0.2},
+    {"weights": True, "label_smoothing": 0.2},
 ]
 
 
