@@ -221,7 +221,10 @@ def products(
                 if needs_text:
                     add_product(d_text, panel.T, x[first:stop])
             if needs_text and not needs_audio:
-                d_scale += _sum(d_text * y)
+                del buffer, panel  # so that the next products fit into the workspace
+                step = max(rows, workspace_bytes // (4 * audio.shape[1]))
+                for first in range(0, n, step):
+                    d_scale += _sum(d_text[first : first + step] * y[first : first + step])
     return d_audio, d_text.mul_(factor).to(text.dtype), (d_scale / gain).to(torch.float32)
 
 

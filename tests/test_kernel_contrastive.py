@@ -589,6 +589,35 @@ def test_one_panel_has_a_product_at_a_time(
     assert len(products) == -(-70 // _launch.tile_of("panel", target, torch.float32).rows)
 
 
+@pytest.mark.parametrize("function", [negative_lse, negative_softplus])
+@pytest.mark.parametrize("learns", ["audio", "text"])
+def test_the_gradient_of_the_scale_needs_no_more_than_the_workspace(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, function: Callable[..., object], learns: str
+) -> None:
+    lengths = []
+    real = _pairs._sum
+
+    def recorded(product: Tensor) -> Tensor:
+        lengths.append(len(product))
+        return real(product)
+
+    monkeypatch.setattr(_pairs, "_sum", recorded)
+    case = Case(kernel_device, (300, 400, 40), 20.0)
+    x, y = (t.clone().requires_grad_(name == learns) for name, t in (("audio", case.x), ("text", case.y)))
+    gradients = []
+    for workspace_bytes in (None, 1):
+        scale = case.scale.clone().requires_grad_()
+        results = function(x, y, scale, case.owner, workspace_bytes=workspace_bytes)
+        results[0].sum().backward() if isinstance(results, tuple) else results.sum().backward()
+        gradients.append(scale.grad)
+    assert_agrees(gradients[1], gradients[0], count=FEW, dtype=torch.float32)
+    # At first everything fits. Then a product has as many rows as a tile, the fewest possible.
+    target = _launch.target_of(kernel_device)
+    rows = _launch.tile_of("panel", target, torch.float32).rows
+    expected = 300 if learns == "audio" else 400
+    assert lengths == [expected] + [min(rows, expected - first) for first in range(0, expected, rows)]
+
+
 def test_tiles_can_be_replaced_for_a_measurement() -> None:
     usual = _launch.tile_of("lse", 90, torch.float32)
     wide = _launch.Tile(32, 128, 32, 4, 1)
