@@ -188,6 +188,23 @@ def check_operands(x: Tensor, y: Tensor) -> None:
         )
 
 
+def check_argument(
+    name: str, x: Tensor | None, dtype: torch.dtype | None, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Raises ValueError if x, which may be None, has another dtype, shape or device.
+
+    If `dtype` is None, x may have any floating dtype.
+    """
+    if x is None:
+        return
+    right = x.is_floating_point() if dtype is None else x.dtype == dtype
+    if not right or x.shape != shape or x.device != device:
+        raise ValueError(
+            f"{name} must be {dtype or 'floating'} of shape {shape} on {device}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+
+
 def score_arguments(kernel: str, x_MD: Tensor, y_ND: Tensor) -> dict[str, Any]:
     """The arguments that all similarity kernels have. x and y must be results of `operand`."""
     target = target_of(x_MD.device)
@@ -311,7 +328,10 @@ def score_tile(
 
 @triton.jit
 def load_owners(owner, column, M, N, BN: tl.constexpr):
-    """The row of each column's positive pair, (BN,) int32: -1 if it is none of the M rows, -2 beyond N."""
+    """The row of each column's positive pair, (BN,) int32: -1 if it is none of the M rows, -2 beyond N.
+
+    `owner` points to int64 (N,); `column` is the tile's first.
+    """
     # Each owner is loaded twice and reduced; otherwise, a thread would keep the owners of all its columns.
     at = column + tl.arange(0, BN)[:, None] + tl.zeros([1, 2], tl.int32)
     owner_N = tl.load(owner + at, mask=at < N, other=-1)
@@ -329,7 +349,8 @@ def has_positives(owner_N, row, BM: tl.constexpr):
 def positives_of_tile(owner, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr):
     """The result of `load_owners`, and a boolean scalar: whether the tile has a positive pair or an edge.
 
-    Most tiles have neither, and skip the comparison of all elements.
+    The tile is (BM, BN) at (row, column), int32 scalars. Most tiles have neither a positive pair nor an edge,
+    and skip the comparison of all elements.
     """
     owner_N = load_owners(owner, column, M, N, BN)
     return owner_N, has_positives(owner_N, row, BM) | (row + BM > M) | (column + BN > N)

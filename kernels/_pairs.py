@@ -58,8 +58,9 @@ def logits(score, scale, bias, owner_N, masked, row, M, BM: tl.constexpr, less=0
 
 @triton.jit
 def store_gradients(panel, stride, g, row, column, BM: tl.constexpr, BN: tl.constexpr):
-    """Stores a tile g (BM, BN) of G at (row, column) of a panel, rounded to the panel's dtype.
+    """Stores a tile g (BM, BN) of G, fp32, at (row, column) of a panel, rounded to the panel's dtype.
 
+    `panel` points to bf16, fp16 or fp32 rows that are `stride` elements apart; row and column are int32.
     The panel has whole tiles, so elements beyond M and N, which are 0, are stored too. No mask is needed, and
     a thread stores 16 bytes at a time.
     """

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, OPTIONS, on_device
+from ._launch import INTERPRETED, OPTIONS, check_argument, on_device
 
 BLOCK, LANES, STEP = 2048, 128, 32
 if INTERPRETED:  # a program of the interpreter costs a millisecond, an element next to nothing
@@ -36,6 +36,18 @@ def group_by_owner_reference(owner_N: Tensor, rows: int) -> tuple[Tensor, Tensor
     sorted_N, order_N = owner_N.clamp(-1, rows).sort(stable=True)
     clip_M = torch.arange(rows + 1, device=owner_N.device)
     return order_N.to(torch.int32), torch.searchsorted(sorted_N, clip_M).to(torch.int32)
+
+
+def check_groups(groups: tuple[Tensor, Tensor] | None, rows: int, texts: int, device: torch.device) -> None:
+    """Raises ValueError unless `groups` fits the numbers of rows and texts."""
+    if groups is None:
+        if rows != texts:
+            raise ValueError(
+                f"without groups, each row must have one text, got {rows} rows and {texts} texts"
+            )
+        return
+    for name, x, length in zip(("order", "offset"), groups, (texts, rows + 1), strict=True):
+        check_argument(f"{name} of groups", x, torch.int32, (length,), device)
 
 
 @triton.jit
@@ -244,8 +256,8 @@ def group_by_owner(
     """Texts grouped by the clip that they describe, and whether owners and weights are right.
 
     Args:
-        owner_N: int64 (N,), the clip of each text; N is at least 1.
-        rows: number of clips, M.
+        owner_N: int64 (N,), the clip of each text; N >= 1.
+        rows: number of clips, M >= 1.
         weights_N: floating (N,), same device.
 
     Returns:
@@ -253,6 +265,15 @@ def group_by_owner(
         offset: int32 (M + 1,), number of texts whose owner is less than i.
         valid: bool (2,): whether all owners are in 0..M-1, and whether all weights are finite and not
             negative.
+
+    Raises:
+        ValueError: a shape, dtype, device or number is wrong. The values on the device are not checked.
     """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    if owner_N.ndim != 1 or not len(owner_N):
+        raise ValueError(f"owner_N must be of shape (N,) with N >= 1, got {tuple(owner_N.shape)}")
+    check_argument("owner_N", owner_N, torch.int64, (len(owner_N),), owner_N.device)
+    check_argument("weights_N", weights_N, None, (len(owner_N),), owner_N.device)
     weights_N = None if weights_N is None else weights_N.contiguous()
     return _group_captions(*_sort_captions(owner_N.contiguous(), weights_N, rows), rows)

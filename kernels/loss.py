@@ -20,15 +20,15 @@ Source: arXiv 2601.03065 (multi-positive targets), 2303.15343 (sigmoid).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import OPTIONS, on_device
-from .grouping import from_float64, to_float64
+from ._launch import OPTIONS, check_argument, on_device
+from .grouping import check_groups, from_float64, to_float64
 from .loss_terms import TEXTS, count_row_programs, count_text_programs, sigmoid_terms, softmax_terms
 
 TOTAL_LANES = 1024
@@ -272,6 +272,19 @@ def _(partial, *rest):  # type: ignore[no-untyped-def]
     return partial.new_empty((), dtype=rest[-1]), partial.new_empty(4)
 
 
+class _Slopes(NamedTuple):
+    """The results of `_loss_slopes`: gradients of the first inputs of `_Loss`; empty if not needed."""
+
+    row_M: Tensor
+    column_N: Tensor
+    dot_N: Tensor
+    scale: Tensor
+    bias: Tensor
+    weights_N: Tensor
+    sums_3D: Tensor
+    all_sums_3D: Tensor
+
+
 @torch.library.custom_op("clsp_fast::loss_slopes", mutates_args=())
 def _loss_slopes(
     gradient: Tensor,
@@ -287,12 +300,11 @@ def _loss_slopes(
     sharded: bool,
     smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of row, column, products, scale, bias, weights, sums and all sums; empty if not needed.
+    """The tensors of `_Slopes`.
 
     `slopes` are the results of `softmax_terms` without the sums, or the slopes of `sigmoid_terms` alone.
     """
     results = _empty_slopes(scale, slopes, sums, weights, rows, sharded)
-    d_row, d_column, d_dot, d_scale, d_bias, d_weights, d_sums, d_all_sums = results
     sigmoid = len(slopes) == 1
     row_slope, pair_slope, text_slope, weight_slope = slopes * 4 if sigmoid else slopes
     depth = 0 if sums is None else sums.shape[1]
@@ -307,14 +319,7 @@ def _loss_slopes(
             weight_slope,
             factors if sums is None else sums,
             factors if all_sums is None else all_sums,
-            d_row,
-            d_column,
-            d_dot,
-            d_scale,
-            d_bias,
-            d_weights,
-            d_sums,
-            d_all_sums,
+            *results,
             rows,
             len(text_slope),
             clips,
@@ -328,7 +333,7 @@ def _loss_slopes(
             SMOOTH=sums is not None,
             **OPTIONS,
         )
-    return results
+    return results[:]  # the operator must return a plain tuple
 
 
 def _empty_slopes(
@@ -338,24 +343,24 @@ def _empty_slopes(
     weights: Tensor | None,
     rows: int,
     sharded: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Slopes:
     text_slope = slopes[-2 if len(slopes) > 1 else 0]
     texts, like = len(text_slope), text_slope if sums is None else sums
-    return (
-        scale.new_empty(rows),
-        scale.new_empty(texts if len(slopes) > 1 else 0),
-        torch.empty_like(text_slope),
-        torch.empty_like(scale),
-        torch.empty_like(scale),
-        text_slope.new_empty(0) if weights is None else torch.empty_like(weights),
-        like.new_empty(0 if sums is None else sums.shape),
-        like.new_empty(sums.shape if sums is not None and sharded else 0),
+    return _Slopes(
+        row_M=scale.new_empty(rows),
+        column_N=scale.new_empty(texts if len(slopes) > 1 else 0),
+        dot_N=torch.empty_like(text_slope),
+        scale=torch.empty_like(scale),
+        bias=torch.empty_like(scale),
+        weights_N=text_slope.new_empty(0) if weights is None else torch.empty_like(weights),
+        sums_3D=like.new_empty(0 if sums is None else sums.shape),
+        all_sums_3D=like.new_empty(sums.shape if sums is not None and sharded else 0),
     )
 
 
 @_loss_slopes.register_fake
 def _(gradient, factors, scale, slopes, sums, all_sums, weights, rows, clips, texts, sharded, smoothing):  # type: ignore[no-untyped-def]
-    return _empty_slopes(scale, slopes, sums, weights, rows, sharded)
+    return _empty_slopes(scale, slopes, sums, weights, rows, sharded)[:]
 
 
 class _Loss(torch.autograd.Function):
@@ -408,7 +413,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         factors, scale, sums, all_sums, weights, *slopes = ctx.saved_tensors
-        gradients = _loss_slopes(
+        results = _loss_slopes(
             gradient,
             factors,
             scale,
@@ -421,7 +426,7 @@ class _Loss(torch.autograd.Function):
             all_sums is not None,
             ctx.smoothing,
         )
-        needs = ctx.needs_input_grad[:8]
+        gradients, needs = _Slopes(*results), ctx.needs_input_grad[:8]
         return (
             *(g if need else None for g, need in zip(gradients, needs, strict=True)),
             None,
@@ -449,20 +454,28 @@ def softmax_loss(
     """The loss with kind="softmax", in the dtype of `scale`; differentiable once.
 
     Args:
-        row_M: log-sum-exp of each row's negatives; its dtype is that of `scale`, as is that of column_N.
-        column_N: log-sum-exp of each text's negatives.
+        row_M: log-sum-exp of each row's negatives, in the dtype of `scale`; M >= 1.
+        column_N: log-sum-exp of each text's negatives, in the dtype of `scale`; N >= 1.
         dot_N: float64, the products of `pair_products`.
-        scale: scalar.
-        bias: scalar that receives the gradient 0, since it cancels.
+        scale: floating scalar.
+        bias: scalar in the dtype of `scale` that receives the gradient 0, since it cancels.
         weights_N: floating, finite and not negative; default: all captions of a row have the same weight.
         groups: order and offsets of `group_by_owner`; None if text j is the only text of row j, for all rows.
         totals: number of clips and of texts, over all ranks; default: those of this rank.
         smoothing: share of each target that is spread evenly over all candidates.
-        sums_3D, all_sums_3D: the sums of `pair_products`, of this rank and of all ranks, if there is
-            smoothing. Without `all_sums_3D`, there is one rank.
+        sums_3D, all_sums_3D: float64 (3, D), the sums of `pair_products`, of this rank and of all ranks, if
+            there is smoothing. Without `all_sums_3D`, there is one rank.
         sum_over_ranks: sums a float64 scalar over the ranks. Then the result is float64: this rank's part of
             the loss, a sum over the ranks.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or smoothing is not in [0, 1), or there is smoothing
+            but no `sums_3D`. The values on the device are not checked.
     """
+    _check_vectors(row_M, column_N, dot_N, scale, bias)
+    check_argument("weights_N", weights_N, None, (len(dot_N),), dot_N.device)
+    check_groups(groups, len(row_M), len(dot_N), dot_N.device)
+    _check_smoothing(smoothing, sums_3D, all_sums_3D, dot_N.device)
     totals = totals or (len(row_M), len(column_N))
     tensors = _without_gaps(row_M, column_N, dot_N, scale, bias, weights_N, sums_3D, all_sums_3D)
     order, offset = (None, None) if groups is None else _without_gaps(*groups)
@@ -484,8 +497,10 @@ def sigmoid_loss(
 ) -> Tensor:
     """The loss with kind="sigmoid", from sums (M,) of softplus over each row's negatives.
 
-    The arguments are those of `softmax_loss`; `bias` counts here.
+    The arguments and errors are those of `softmax_loss`; `bias` counts here.
     """
+    _check_vectors(row_M, None, dot_N, scale, bias)
+    _check_smoothing(smoothing, sums_3D, all_sums_3D, dot_N.device)
     totals = totals or (len(row_M), len(dot_N))
     tensors = _without_gaps(row_M, None, dot_N, scale, bias, None, sums_3D, all_sums_3D)
     loss = _Loss.apply(*tensors, (None, None), totals, smoothing, sum_over_ranks)  # type: ignore[no-untyped-call]
@@ -495,3 +510,32 @@ def sigmoid_loss(
 def _without_gaps(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The kernels read elements that follow each other in memory. Gradients reach the given tensors."""
     return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _check_vectors(
+    row_M: Tensor, column_N: Tensor | None, dot_N: Tensor, scale: Tensor, bias: Tensor | None
+) -> None:
+    if row_M.ndim != 1 or dot_N.ndim != 1 or not len(row_M) or not len(dot_N):
+        raise ValueError(
+            "row_M and dot_N must be of shape (M,) and (N,) with M >= 1 and N >= 1, "
+            f"got {tuple(row_M.shape)} and {tuple(dot_N.shape)}"
+        )
+    device = dot_N.device
+    check_argument("dot_N", dot_N, torch.float64, (len(dot_N),), device)
+    check_argument("scale", scale, None, (), device)
+    check_argument("bias", bias, scale.dtype, (), device)
+    check_argument("row_M", row_M, scale.dtype, (len(row_M),), device)
+    check_argument("column_N", column_N, scale.dtype, (len(dot_N),), device)
+
+
+def _check_smoothing(
+    smoothing: float, sums_3D: Tensor | None, all_sums_3D: Tensor | None, device: torch.device
+) -> None:
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+    if sums_3D is None:
+        if smoothing > 0 or all_sums_3D is not None:
+            raise ValueError("with smoothing or all_sums_3D, sums_3D must be given")
+        return
+    for name, x in (("sums_3D", sums_3D), ("all_sums_3D", all_sums_3D)):
+        check_argument(name, x, torch.float64, (3, *sums_3D.shape[1:2]), device)

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, OPTIONS, on_device
-from .grouping import captions_of, from_float64, to_float64
+from ._launch import INTERPRETED, OPTIONS, check_argument, on_device
+from .grouping import captions_of, check_groups, from_float64, to_float64
 
 LARGEST_DEPTH = 8192
 """The largest joint dimension. A program holds whole rows in registers."""
@@ -520,10 +520,34 @@ def pair_products(
         dtype: of the returned embeddings, which are widened to it; default: that of audio_MD.
         normalize: whether rows are scaled to unit norm. The products have the digits of the rows before that.
         smooth: whether to compute the sums of embeddings.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong. The values on the device are not checked.
     """
+    _check_pairs(audio_MD, text_ND, owner_N, groups, weights_N)
     audio_MD, text_ND = (x if x.stride(1) == 1 else x.contiguous() for x in (audio_MD, text_ND))
     order, offset = (None, None) if groups is None else (x.contiguous() for x in groups)
     weights_N = None if weights_N is None else weights_N.detach().contiguous()
     options = (order, offset, weights_N, dtype or audio_MD.dtype, normalize, smooth)
     products = _Products.apply(audio_MD, text_ND, owner_N.contiguous(), *options)  # type: ignore[no-untyped-call]
     return Products(*products)
+
+
+def _check_pairs(
+    audio_MD: Tensor,
+    text_ND: Tensor,
+    owner_N: Tensor,
+    groups: tuple[Tensor, Tensor] | None,
+    weights_N: Tensor | None,
+) -> None:
+    for name, x in (("audio_MD", audio_MD), ("text_ND", text_ND)):
+        if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape or x.shape[1] > LARGEST_DEPTH:
+            raise ValueError(
+                f"{name} must be a floating, non-empty matrix of at most {LARGEST_DEPTH} columns, "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
+    (rows, depth), device, texts = audio_MD.shape, audio_MD.device, len(text_ND)
+    check_argument("text_ND", text_ND, audio_MD.dtype, (texts, depth), device)
+    check_argument("owner_N", owner_N, torch.int64, (texts,), device)
+    check_argument("weights_N", weights_N, None, (texts,), device)
+    check_groups(groups, rows, texts, device)
