@@ -87,12 +87,14 @@ class _Path(NamedTuple):
         cost: number of instructions.
         complete: whether it does the work of a tile.
         returns: whether it ends with the product, and not with the kernel.
+        final: whether it ends where no thread goes on.
         trail: its last block and, nested in the same way, those before it.
     """
 
     cost: int
     complete: bool
     returns: bool
+    final: bool
     trail: _Trail
 
     @property
@@ -270,7 +272,8 @@ class _Walk:
             work = min(self.needed, work + self.work[number])
             trail = (number, trail)
             if number == product or block.exits:
-                yield _Path(cost, work == self.needed, number == product, trail)
+                final = block.exits and not block.following
+                yield _Path(cost, work == self.needed, number == product, final, trail)
             if number != product:
                 for successor in block.following:
                     heapq.heappush(heap, (cost, next(order), work, successor, trail))
@@ -279,7 +282,8 @@ class _Walk:
         """The cost of a tile whose product ends with block `product`, if a path does the work of a tile."""
         paths = sorted(self.paths(self.graph[product].following, product), key=lambda path: path.cost)
         step = next(
-            (path for path in paths if path.returns and not path.complete), _Path(0, False, True, None)
+            (path for path in paths if path.returns and not path.complete),
+            _Path(0, False, True, False, None),
         )
         complete = [path for path in paths if path.complete]
         if tile := next((path for path in complete if path.returns), None):
@@ -291,8 +295,9 @@ class _Walk:
             start = next(path for path in self.paths([0], product) if path.returns).blocks
             first = next(at for at, number in enumerate(start) if self.graph[number].has_product)
             before = sum(len(self.graph[number].instructions) for number in start[: first + 1])
-            path = complete[0].blocks
-            yield TileCost(step.cost, before, complete[0].cost, self._opcodes(path), path)
+            # Some threads may go on after a predicated EXIT, for example to store.
+            tile = next((path for path in complete if path.final), complete[0])
+            yield TileCost(step.cost, before, tile.cost, self._opcodes(tile.blocks), tile.blocks)
 
     def _opcodes(self, path: Iterable[int]) -> Counter[str]:
         return opcode_counts(i for number in path for i in self.graph[number].instructions)

@@ -46,19 +46,30 @@ def test_a_program_of_several_tiles_is_counted_from_product_to_product_without_a
 
 
 def test_the_path_passes_the_whole_tile_and_not_a_part_that_repeats_the_product() -> None:
-    part = ["HMMA.16816.F32 R8, R16, R12, R8", "MUFU.EX2 R8, R8", "STG.E [R2.64], R8", "@P2 BRA 0x80", "EXIT"]
+    part = ["HMMA.16816.F32 R8, R16, R12, R8", "MUFU.EX2 R8, R8", "STG.E [R2.64], R8", "@P2 BRA 0x90", "EXIT"]
     tile = [
         "HMMA.16816.F32 R4, R16, R12, R4",
         "@P0 BRA 0x0",
         *["MUFU.EX2 R4, R4"] * 4,
         "STG.E.128 [R2.64], R4",
     ]
-    cost = tile_cost(code([*tile, "@!P1 EXIT", *part]), elements=4)
+    cost = tile_cost(code([*tile, "@P1 BRA 0x90", "EXIT", *part]), elements=4)
     assert cost is not None
-    assert (cost.step, cost.before, cost.after) == (2, 1, 7)
+    assert (cost.step, cost.before, cost.after) == (2, 1, 8)
     assert store_widths(cost.opcodes) == {16: 1}
     with pytest.raises(ValueError, match="does the work of 4 elements"):
         tile_cost(code(["HMMA.16816.F32 R4, R16, R12, R4", "EXIT"]), elements=4)
+
+
+def test_a_path_goes_on_after_an_exit_that_only_some_threads_take() -> None:
+    tile = ["HMMA.16816.F32 R4, R16, R12, R4", *["MUFU.EX2 R4, R4"] * 4, "@P0 EXIT"]
+    cost = tile_cost(code([*tile, "STG.E [R2.64], R4", "EXIT"]), elements=4)
+    assert cost is not None
+    assert cost.after == 7
+    assert store_widths(cost.opcodes) == {4: 1}
+    cost = tile_cost(code([*tile, "BRA 0x60"]), elements=4)
+    assert cost is not None
+    assert cost.after == 5, "no other path ends"
 
 
 def test_comparisons_of_the_product_with_infinity_are_no_work_of_the_tile() -> None:
