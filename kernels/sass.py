@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, TypeAlias
@@ -20,10 +20,10 @@ _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _ADDRESS = re.compile(r"\b0x([0-9a-f]+)$")
 _MATRIX = re.compile(r"(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b")
 _ENDS = ("EXIT", "RET", "BPT", "KILL")
-# Work that is done once for each element of a tile: its exponential or, without one, its comparison.
 _EXPONENTIAL = re.compile(r"MUFU\.EX2\b")
-# The product of fp32 operands compares them with infinity, and that is no work of the tile.
-_COMPARISON = re.compile(r"FSETP\.[GL][TE]U?\b(?!.*INF)|FMNMX3?\b")
+# Scores are compared with numbers in registers. Comparisons with infinity belong to the product of fp32
+# operands, and comparisons with zero to the thresholds of the ranks.
+_COMPARISON = re.compile(r"FSETP\.[GL][TE]U?\b(?!.*(?:INF|RZ))|FMNMX3?\b")
 _WIDTH = re.compile(r"\.(U?[SU]?8|U?[SU]?16|32|64|128)\b")
 
 
@@ -207,14 +207,23 @@ def store_widths(opcodes: Counter[str]) -> dict[int, int]:
     return dict(sorted(widths.items()))
 
 
-def tile_cost(code: str, elements: int) -> TileCost | None:
+def exponentials(code: Iterable[Instruction]) -> int:
+    """Number of exponentials that a thread computes."""
+    return sum(_EXPONENTIAL.match(instruction.text) is not None for instruction in code)
+
+
+def comparisons(code: Iterable[Instruction]) -> int:
+    """Number of times that a thread compares two scores. The maximum of three takes two comparisons."""
+    matches = [_COMPARISON.match(instruction.text) for instruction in code]
+    return sum(2 if match[0] == "FMNMX3" else 1 for match in matches if match)
+
+
+def tile_cost(code: str, work: Callable[[Iterable[Instruction]], int], needed: int) -> TileCost | None:
     """The cost of a common tile; None for a kernel without a matrix product.
 
-    A path does the work of a tile if one of its blocks has an exponential for each of the `elements`, the
-    number of the tile's elements that a thread holds; or as many as any block has, if no block has so many.
-    In a kernel without exponentials, a path must compare at least half of the elements. Half, because some
-    targets compare three values by one instruction. A rare path that repeats the product computes a part of
-    the tile at a time. If it does enough work in spite of that, it has fewer 16-byte stores than the common.
+    A path does the work of a tile if it has `needed` instructions that `work` counts: `exponentials` or
+    `comparisons`. A rare path that repeats the product computes a part of the tile at a time. If it does
+    enough work in spite of that, it has fewer 16-byte stores than the common.
 
     Raises:
         ValueError: no path from a product does this work.
@@ -222,23 +231,14 @@ def tile_cost(code: str, elements: int) -> TileCost | None:
     graph = blocks(code)
     if not any(block.has_product for block in graph):
         return None
-    exponentials = [_number(_EXPONENTIAL, block) for block in graph]
-    if largest := max(exponentials):
-        whole = min(largest, elements)
-        walk = _Walk(graph, [int(number >= whole) for number in exponentials], 1)
-    else:
-        walk = _Walk(graph, [_number(_COMPARISON, block) for block in graph], elements // 2)
+    walk = _Walk(graph, [work(block.instructions) for block in graph], needed)
     costs = [
         cost for number, block in enumerate(graph) if block.has_product for cost in walk.from_product(number)
     ]
     if not costs:
-        raise ValueError(f"no path from a product does the work of {elements} elements a thread")
+        raise ValueError(f"no path from a product has the {needed} {work.__name__} of a tile")
     # A program of several tiles also has paths to the end of the kernel, after its last tile.
     return min(costs, key=lambda cost: (-store_widths(cost.opcodes).get(16, 0), cost.before > 0, cost.after))
-
-
-def _number(work: re.Pattern[str], block: Block) -> int:
-    return sum(work.match(instruction.text) is not None for instruction in block.instructions)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from clsp_fast.kernels._launch import TARGETS, TILES
 FOLDER = Path(__file__).parent.parent / "kernels"
 FILES = {path: json.loads(path.read_text()) for path in sorted(FOLDER.glob("budgets*.json"))}
 VERSIONS = {committed["triton"]: committed for committed in FILES.values()}
-COMMITTED = FILES[FOLDER / "budgets.json"]
+EXPONENTIALS = ("lse", "starved", "panel", "softplus", "sigmoid_panel")
 
 
 def run(*arguments: object) -> str:
@@ -77,6 +77,18 @@ def test_the_budget_covers_every_kernel_and_keeps_the_promises(version: str) -> 
                 kind = {80: "HMMA", 89: "HMMA", 90: "HGMMA.64x", 100: "UTC"}[target]
                 assert budget["mma"], what
                 assert all(shape.startswith(kind) for shape in budget["mma"]), what
+            if name in EXPONENTIALS:
+                elements = budget["tile"]["rows"] * budget["tile"]["columns"] // budget["threads"]
+                assert budget["tile"]["special"]["EX2"] >= elements, what
+
+
+def test_warps_that_cover_more_than_a_tile_hold_its_elements_several_times() -> None:
+    layout = "#mma{} = #ttg.nvidia_mma<{{versionMajor = 2, warpsPerCTA = [8, {}], instrShape = [16, 8]}}>\n"
+    assert budgets.element_copies(128, 64, "") == 1
+    assert budgets.element_copies(128, 64, layout.format("", 1)) == 1
+    assert budgets.element_copies(64, 64, layout.format("", 1)) == 2
+    assert budgets.element_copies(64, 4, layout.format("", 1)) == 4
+    assert budgets.element_copies(64, 8, layout.format("", 1) + layout.format("1", 2)) == 2
 
 
 @pytest.mark.parametrize("version", VERSIONS)
