@@ -83,7 +83,8 @@ def disassembled(compiled: Any) -> tuple[str, int]:
 def _measure(launch: Launch) -> dict[str, Any]:
     compiled = launch.compile()
     code, registers = disassembled(compiled)
-    opcodes = sass.opcode_counts(sass.instructions(code))
+    all_code = sass.instructions(code)
+    opcodes = sass.opcode_counts(all_code)
     cost = _tile_cost(launch, compiled, code)
     tile = None
     if cost is not None:
@@ -105,6 +106,7 @@ def _measure(launch: Launch) -> dict[str, Any]:
         "tma_loads": _count(opcodes, "UTMALDG"),
         "async_copies": sum(n for o, n in opcodes.items() if o.startswith("LDGSTS") and ".128" in o),
         "narrow_copies": sum(n for o, n in opcodes.items() if o.startswith("LDGSTS") and ".128" not in o),
+        "flushed_comparisons": sass.flushed_comparisons(all_code),
         "atomics": _count(opcodes, "ATOM", "ATOMG", "RED", "REDG"),
         **_kinds(opcodes),
         "tile": tile,

@@ -24,6 +24,7 @@ _EXPONENTIAL = re.compile(r"MUFU\.EX2\b")
 # Scores are compared with numbers in registers. Comparisons with infinity belong to the product of fp32
 # operands, and comparisons with zero to the thresholds of the ranks.
 _COMPARISON = re.compile(r"FSETP\.[GL][TE]U?\b(?!.*(?:INF|RZ))|FMNMX3?\b")
+_FLUSHED = re.compile(r"(?:FSETP?|FMNMX3?)\.(?:\w+\.)*FTZ\b")
 _WIDTH = re.compile(r"\.(U?[SU]?8|U?[SU]?16|32|64|128)\b")
 
 
@@ -216,6 +217,11 @@ def comparisons(code: Iterable[Instruction]) -> int:
     """Number of times that a thread compares two scores. The maximum of three takes two comparisons."""
     matches = [_COMPARISON.match(instruction.text) for instruction in code]
     return sum(2 if match[0] == "FMNMX3" else 1 for match in matches if match)
+
+
+def flushed_comparisons(code: Iterable[Instruction]) -> int:
+    """Number of comparisons of floats that take denormals for zero."""
+    return sum(_FLUSHED.match(instruction.text) is not None for instruction in code)
 
 
 def tile_cost(code: str, work: Callable[[Iterable[Instruction]], int], needed: int) -> TileCost | None:

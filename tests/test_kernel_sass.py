@@ -16,6 +16,7 @@ from clsp_fast.kernels.sass import (
     blocks,
     comparisons,
     exponentials,
+    flushed_comparisons,
     instructions,
     opcode_counts,
     store_widths,
@@ -122,6 +123,21 @@ def test_a_path_does_all_of_the_work_and_not_most_of_it(
     assert cost.after == len(less) + 1 + len(whole) + 1
     with pytest.raises(ValueError, match=f"has the 5 {work.__name__}"):
         tile_cost(code([*part, *whole, "EXIT"]), work, 5)
+
+
+def test_comparisons_that_flush_denormals_are_counted() -> None:
+    lines = [
+        "FSETP.GT.FTZ.AND P1, PT, R4, R5, PT",
+        "FMNMX.FTZ R4, R4, R5, !PT",
+        "@P0 FSET.BF.GT.FTZ.AND R4, R4, R5",
+    ]
+    kept = [
+        "FSETP.GT.AND P1, PT, R4, R5, PT",
+        "FMNMX R4, R4, R5, !PT",
+        "F2I.FTZ.U R4, R5",
+        "FADD.FTZ R4, R4, R5",
+    ]
+    assert flushed_comparisons(instructions(code([*lines, *kept]))) == 3
 
 
 def test_a_kernel_without_a_product_has_no_tile() -> None:
