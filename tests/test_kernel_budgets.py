@@ -18,6 +18,7 @@ from clsp_fast.kernels._launch import TARGETS, TILES
 FOLDER = Path(__file__).parent.parent / "kernels"
 FILES = {path: json.loads(path.read_text()) for path in sorted(FOLDER.glob("budgets*.json"))}
 VERSIONS = {committed["triton"]: committed for committed in FILES.values()}
+LIMITED = ("registers", "spills", "shared_bytes", "atomics", "narrow_copies", "flushed_comparisons")
 EXPONENTIALS = ("lse", "starved", "panel", "softplus", "sigmoid_panel")
 
 
@@ -48,10 +49,8 @@ def test_kernels_compile_to_what_their_budget_allows(chosen: list[object]) -> No
         for name, measurement in kernels.items():
             budget = VERSIONS[triton.__version__]["kernels"][variant][name]
             what = f"{variant} {name}"
-            for key in ("registers", "spills", "shared_bytes", "atomics", "narrow_copies"):
+            for key in LIMITED:
                 assert measurement[key] <= budget[key], f"{what}: {key}"
-            if name == "rank":  # the number below a score of 0 is a denormal
-                assert measurement["flushed_comparisons"] == 0, what
             assert measurement["mma"] == budget["mma"], what
             assert measurement["tma_loads"] >= budget["tma_loads"], what
             # A tile is what repeats. A kernel without one is measured by its whole code.
@@ -73,6 +72,8 @@ def test_the_budget_covers_every_kernel_and_keeps_the_promises(version: str) -> 
             assert budget["spills"] == budget["atomics"] == budget["narrow_copies"] == 0, what
             assert budget["shared_bytes"] <= budgets.SHARED_MEMORY_BYTES[target], what
             assert budget["registers"] <= 255, what
+            if name == "rank":  # it compares scores with the number below 0, which is a denormal
+                assert budget["flushed_comparisons"] == 0, what
             assert (budget["tile"] is None) == (name not in TILES), what
             if name in TILES:
                 assert (budget["tma_loads"] > 0) == (target >= 90), what
