@@ -33,6 +33,16 @@ from .tables import with_table
 
 DTYPES = tuple(NAMES)
 SHARED_MEMORY_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+_LAYOUT = r"nvidia_mma<\{.*?warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)"
+# Kernel -> the least work for each element of a tile. Kernels that are not here compute one exponential, and
+# `panel` and `starved` a few more for their rows and columns. The maximum of n scores takes n - 1 comparisons
+# and, if threads share the scores, a few more that depend on the layout of the tile. In `maxima`, n is 32. In
+# `topk`, n is a row, which at least two threads share, so there is at least one comparison for each element.
+_WORK = {
+    "rank": (sass.comparisons, 2.0),
+    "topk": (sass.comparisons, 1.0),
+    "maxima": (sass.comparisons, 31 / 32),
+}
 
 
 def measure(
@@ -73,8 +83,9 @@ def disassembled(compiled: Any) -> tuple[str, int]:
 def _measure(launch: Launch) -> dict[str, Any]:
     compiled = launch.compile()
     code, registers = disassembled(compiled)
-    opcodes = sass.opcode_counts(sass.instructions(code))
-    cost = sass.tile_cost(code, launch.elements)
+    all_code = sass.instructions(code)
+    opcodes = sass.opcode_counts(all_code)
+    cost = _tile_cost(launch, compiled, code)
     tile = None
     if cost is not None:
         tile = {
@@ -95,10 +106,30 @@ def _measure(launch: Launch) -> dict[str, Any]:
         "tma_loads": _count(opcodes, "UTMALDG"),
         "async_copies": sum(n for o, n in opcodes.items() if o.startswith("LDGSTS") and ".128" in o),
         "narrow_copies": sum(n for o, n in opcodes.items() if o.startswith("LDGSTS") and ".128" not in o),
+        "flushed_comparisons": sass.flushed_comparisons(all_code),
         "atomics": _count(opcodes, "ATOM", "ATOMG", "RED", "REDG"),
         **_kinds(opcodes),
         "tile": tile,
     }
+
+
+def _tile_cost(launch: Launch, compiled: Any, code: str) -> sass.TileCost | None:
+    work, amount = _WORK.get(launch.kernel, (sass.exponentials, 1.0))
+    rows, columns = launch.constants.get("BM", 0), launch.constants.get("BN", 0)
+    copies = element_copies(rows, columns, compiled.asm["ttgir"])
+    return sass.tile_cost(code, work, round(amount * launch.elements * copies))
+
+
+def element_copies(rows: int, columns: int, layouts: str) -> int:
+    """Number of threads that hold the same element of a tile, read from the layouts of the compiled kernel.
+
+    It is more than one if the warps cover more rows or columns than the tile has.
+    """
+    copies = []
+    for layout in re.findall(_LAYOUT, layouts):
+        warps_down, warps_across, height, width = map(int, layout)
+        copies.append(max(1, warps_down * height // rows) * max(1, warps_across * width // columns))
+    return min(copies, default=1)
 
 
 def _kinds(opcodes: Counter[str]) -> dict[str, Any]:
@@ -124,8 +155,9 @@ def _count(opcodes: Counter[str], *names: str) -> int:
 def listing(kernel: str, target: int, dtype: str) -> str:
     """The blocks of a kernel: address, instructions and their kinds; * marks the common path of a tile."""
     launch = launches(target, dtype)[kernel][0]
-    code, registers = disassembled(launch.compile())
-    cost = sass.tile_cost(code, launch.elements)
+    compiled = launch.compile()
+    code, registers = disassembled(compiled)
+    cost = _tile_cost(launch, compiled, code)
     lines = [f"{kernel} sm_{target} {dtype}: {registers} registers"]
     if cost is not None:
         lines.append(f"instructions of a common tile: {cost.before} before, {cost.after} after the product")

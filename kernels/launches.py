@@ -58,7 +58,7 @@ class Launch:
 
     @property
     def elements(self) -> int:
-        """Elements of a tile of scores that a thread holds; 0 if the kernel has no such tile."""
+        """Elements of a tile of scores for each thread; 0 if the kernel has no such tile."""
         return self.constants.get("BM", 0) * self.constants.get("BN", 0) // self.threads
 
     def compile(self) -> Any:

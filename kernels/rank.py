@@ -70,7 +70,7 @@ def rank_counts_reference(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tenso
 
 @triton.jit
 def _below(x):
-    """The largest float less than x."""
+    """The largest float less than x. Below 0, it is a denormal, which comparisons must not take for 0."""
     bits = x.to(tl.int32, bitcast=True)
     step = tl.where(x > 0, bits - 1, tl.where(x < 0, bits + 1, -2147483647))
     return step.to(tl.float32, bitcast=True)

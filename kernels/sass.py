@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, TypeAlias
@@ -20,10 +20,11 @@ _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _ADDRESS = re.compile(r"\b0x([0-9a-f]+)$")
 _MATRIX = re.compile(r"(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b")
 _ENDS = ("EXIT", "RET", "BPT", "KILL")
-# Work that is done once for each element of a tile: its exponential or, without one, its comparison.
 _EXPONENTIAL = re.compile(r"MUFU\.EX2\b")
-# The product of fp32 operands compares them with infinity, and that is no work of the tile.
-_COMPARISON = re.compile(r"FSETP\.[GL][TE]U?\b(?!.*INF)|FMNMX3?\b")
+# Scores are compared with numbers in registers. Comparisons with infinity belong to the product of fp32
+# operands, and comparisons with zero to the thresholds of the ranks.
+_COMPARISON = re.compile(r"FSETP\.[GL][TE]U?\b(?!.*(?:INF|RZ))|FMNMX3?\b")
+_FLUSHED = re.compile(r"(?:FSETP?|FMNMX3?)\.(?:\w+\.)*FTZ\b")
 _WIDTH = re.compile(r"\.(U?[SU]?8|U?[SU]?16|32|64|128)\b")
 
 
@@ -87,12 +88,14 @@ class _Path(NamedTuple):
         cost: number of instructions.
         complete: whether it does the work of a tile.
         returns: whether it ends with the product, and not with the kernel.
+        final: whether it ends where no thread goes on.
         trail: its last block and, nested in the same way, those before it.
     """
 
     cost: int
     complete: bool
     returns: bool
+    final: bool
     trail: _Trail
 
     @property
@@ -205,14 +208,28 @@ def store_widths(opcodes: Counter[str]) -> dict[int, int]:
     return dict(sorted(widths.items()))
 
 
-def tile_cost(code: str, elements: int) -> TileCost | None:
+def exponentials(code: Iterable[Instruction]) -> int:
+    """Number of exponentials that a thread computes."""
+    return sum(_EXPONENTIAL.match(instruction.text) is not None for instruction in code)
+
+
+def comparisons(code: Iterable[Instruction]) -> int:
+    """Number of times that a thread compares two scores. The maximum of three takes two comparisons."""
+    matches = [_COMPARISON.match(instruction.text) for instruction in code]
+    return sum(2 if match[0] == "FMNMX3" else 1 for match in matches if match)
+
+
+def flushed_comparisons(code: Iterable[Instruction]) -> int:
+    """Number of comparisons of floats that take denormals for zero."""
+    return sum(_FLUSHED.match(instruction.text) is not None for instruction in code)
+
+
+def tile_cost(code: str, work: Callable[[Iterable[Instruction]], int], needed: int) -> TileCost | None:
     """The cost of a common tile; None for a kernel without a matrix product.
 
-    A path does the work of a tile if one of its blocks has an exponential for each of the `elements`, the
-    number of the tile's elements that a thread holds; or as many as any block has, if no block has so many.
-    In a kernel without exponentials, a path must compare at least half of the elements. Half, because some
-    targets compare three values by one instruction. A rare path that repeats the product computes a part of
-    the tile at a time. If it does enough work in spite of that, it has fewer 16-byte stores than the common.
+    A path does the work of a tile if it has `needed` instructions that `work` counts: `exponentials` or
+    `comparisons`. A rare path that repeats the product computes a part of the tile at a time. If it does
+    enough work in spite of that, it has fewer 16-byte stores than the common.
 
     Raises:
         ValueError: no path from a product does this work.
@@ -220,23 +237,14 @@ def tile_cost(code: str, elements: int) -> TileCost | None:
     graph = blocks(code)
     if not any(block.has_product for block in graph):
         return None
-    exponentials = [_number(_EXPONENTIAL, block) for block in graph]
-    if largest := max(exponentials):
-        whole = min(largest, elements)
-        walk = _Walk(graph, [int(number >= whole) for number in exponentials], 1)
-    else:
-        walk = _Walk(graph, [_number(_COMPARISON, block) for block in graph], elements // 2)
+    walk = _Walk(graph, [work(block.instructions) for block in graph], needed)
     costs = [
         cost for number, block in enumerate(graph) if block.has_product for cost in walk.from_product(number)
     ]
     if not costs:
-        raise ValueError(f"no path from a product does the work of {elements} elements a thread")
+        raise ValueError(f"no path from a product has the {needed} {work.__name__} of a tile")
     # A program of several tiles also has paths to the end of the kernel, after its last tile.
     return min(costs, key=lambda cost: (-store_widths(cost.opcodes).get(16, 0), cost.before > 0, cost.after))
-
-
-def _number(work: re.Pattern[str], block: Block) -> int:
-    return sum(work.match(instruction.text) is not None for instruction in block.instructions)
 
 
 @dataclass(frozen=True)
@@ -270,7 +278,8 @@ class _Walk:
             work = min(self.needed, work + self.work[number])
             trail = (number, trail)
             if number == product or block.exits:
-                yield _Path(cost, work == self.needed, number == product, trail)
+                final = block.exits and not block.following
+                yield _Path(cost, work == self.needed, number == product, final, trail)
             if number != product:
                 for successor in block.following:
                     heapq.heappush(heap, (cost, next(order), work, successor, trail))
@@ -279,7 +288,8 @@ class _Walk:
         """The cost of a tile whose product ends with block `product`, if a path does the work of a tile."""
         paths = sorted(self.paths(self.graph[product].following, product), key=lambda path: path.cost)
         step = next(
-            (path for path in paths if path.returns and not path.complete), _Path(0, False, True, None)
+            (path for path in paths if path.returns and not path.complete),
+            _Path(0, False, True, False, None),
         )
         complete = [path for path in paths if path.complete]
         if tile := next((path for path in complete if path.returns), None):
@@ -291,8 +301,9 @@ class _Walk:
             start = next(path for path in self.paths([0], product) if path.returns).blocks
             first = next(at for at, number in enumerate(start) if self.graph[number].has_product)
             before = sum(len(self.graph[number].instructions) for number in start[: first + 1])
-            path = complete[0].blocks
-            yield TileCost(step.cost, before, complete[0].cost, self._opcodes(path), path)
+            # Some threads may go on after a predicated EXIT, for example to store.
+            tile = next((path for path in complete if path.final), complete[0])
+            yield TileCost(step.cost, before, tile.cost, self._opcodes(tile.blocks), tile.blocks)
 
     def _opcodes(self, path: Iterable[int]) -> Counter[str]:
         return opcode_counts(i for number in path for i in self.graph[number].instructions)

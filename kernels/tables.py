@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ def table(folder: Path) -> str:
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("budgets-*.json"))]
     budgets = json.loads((folder / "budgets.json").read_text())
     measured = card_times(folder.parent / "bench/results")
-    parts = [_operators(budgets), _parts(budgets, measured), _compiled(budgets)]
+    parts = [_timed(measured), _operators(budgets), _parts(budgets, measured), _compiled(budgets)]
     parts += [_other_version(other) for other in files]
     text = "\n\n".join("\n".join(part) for part in parts)
     return f"{_BEGIN}\n{text}\n{_END}"
@@ -97,17 +98,28 @@ def with_table(readme: str, folder: Path) -> str:
 
 
 def card_times(results: Path) -> dict[str, dict[str, float]]:
-    """Card -> case -> milliseconds, from the newest file that `python -m bench.card` wrote on that card."""
+    """Card -> case -> milliseconds, from the newest file that `python -m bench.card` wrote on that card.
+
+    A card that is not in CARDS has the name that its driver reports.
+    """
     times: dict[str, dict[str, float]] = {}
     for path in sorted(results.glob("*.json"), key=lambda path: path.stem[-10:]):
         document = json.loads(path.read_text())
         if "stages" not in document or document["dry_run"]:
             continue
-        for card in CARDS:
-            if card.name in document["machine"]["gpu"]:
-                cases = document["cases"].items()
-                times[card.name] = {case: values["ms"] for case, values in cases if "ms" in values}
+        gpu = document["machine"]["gpu"]
+        # A GH200 is no H200.
+        name = next((card.name for card in CARDS if re.search(rf"\b{card.name}\b", gpu)), gpu)
+        times[name] = {case: values["ms"] for case, values in document["cases"].items() if "ms" in values}
     return times
+
+
+def _timed(measured: dict[str, dict[str, float]]) -> list[str]:
+    """Says which cards have timed a kernel."""
+    cards = sorted(card for card, times in measured.items() if any("/clsp_fast" in case for case in times))
+    if not cards:
+        return ["No kernel has been timed on a card yet, so no estimate is confirmed."]
+    return [f"Cards that have timed kernels: {', '.join(cards)}."]
 
 
 def _operators(budgets: dict[str, Any]) -> list[str]:
@@ -151,9 +163,11 @@ def _parts(budgets: dict[str, Any], measured: dict[str, dict[str, float]]) -> li
         heads = [f"M = N = {size:,}: {kind}" for size in _SIZES for kind in kinds]
         lines += ["", f"Parts on one {card.name}, bf16, estimates as above:", "", *_head(["part", *heads])]
         for part, cases, estimates in _part_rows(card, budgets):
+            if not times and not estimates:
+                continue
             cells = [part]
-            for size, seconds in zip(_SIZES, estimates, strict=True):
-                cells.append(_ms(seconds))
+            for at, size in enumerate(_SIZES):
+                cells.append(_ms(estimates[at]) if estimates else "")
                 if times:
                     known = [times[case.format(size)] for case in cases if case.format(size) in times]
                     cells.append(f"{sum(known):.2f} ms" if cases and len(known) == len(cases) else "")
@@ -162,14 +176,13 @@ def _parts(budgets: dict[str, Any], measured: dict[str, dict[str, float]]) -> li
 
 
 def _part_rows(card: Card, budgets: dict[str, Any]) -> Iterator[tuple[str, list[str], list[float]]]:
-    """Part, its cases in the results of bench.card, and an estimate in seconds for each of _SIZES."""
+    """Part, its cases in the results of bench.card, and an estimate in seconds for each of _SIZES, if any."""
     prefix, sigmoid = "loss/{}/clsp_fast/part/", "loss/{}/sigmoid/clsp_fast/part/"
     cases = {
         "lse": [prefix + "lse"],
         "panel": [prefix + "panel"],
         "softplus": [sigmoid + "softplus"],
         "sigmoid_panel": [sigmoid + "sigmoid_panel"],
-        "rank": ["ranks/{}/bfloat16/clsp_fast"],
     }
     softmax = [0.0] * len(_SIZES)
     for operator in _OPERATORS:
@@ -184,6 +197,8 @@ def _part_rows(card: Card, budgets: dict[str, Any]) -> Iterator[tuple[str, list[
             yield "two products of torch", [prefix + "products"], library
             yield "softmax loss, both ways", ["loss/{}/clsp_fast"], softmax
             yield "its bound", [], [bound_seconds(card, 8 * n**2 * DEPTH, 6 * n**2) for n in _SIZES]
+        if operator.kernel == "rank":  # bench.card does not time the kernel alone
+            yield "ranks, whole call", ["ranks/{}/bfloat16/clsp_fast"], []
 
 
 def _compiled(budgets: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import NOT_COMPILED
 
 import clsp_fast
 
@@ -25,8 +26,6 @@ CASES: dict[str, dict[str, dict[str, int]]] = GOLDEN["cases"]
 KINDS = ("syncs", "event_waits", "blocking", "mismatches")
 WAITS = {"loss*": 0, "ranks*": 1, "topk 10 of*": 1, "search 3 shards": 3}
 """Cases -> how often they may wait for the card, with any version of torch."""
-NOT_COMPILED = 77
-"""The exit status of launch_counter.py if the fake card cannot be compiled for the installed torch."""
 IS_COUNTED_TORCH = torch.__version__.partition("+")[0] == GOLDEN["torch"]
 """Whether the counts were made with the installed version. Those of others may differ."""
 Parts = dict[str, dict[str, Any]]

@@ -6,12 +6,22 @@ tiles in a loop: the maxima of their rows. Both were compiled for sm_80.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from sample_data import GOLDEN
 
-from clsp_fast.kernels.sass import blocks, instructions, opcode_counts, store_widths, tile_cost
+from clsp_fast.kernels.sass import (
+    Instruction,
+    blocks,
+    comparisons,
+    exponentials,
+    flushed_comparisons,
+    instructions,
+    opcode_counts,
+    store_widths,
+    tile_cost,
+)
 
 TILE, TILES = ((GOLDEN / f"{name}.sass").read_text() for name in ("tile", "tiles"))
 
@@ -22,7 +32,7 @@ def code(lines: Sequence[str]) -> str:
 
 
 def test_a_program_of_one_tile_is_counted_up_to_the_product_and_from_it_to_the_end() -> None:
-    cost = tile_cost(TILE, elements=8)
+    cost = tile_cost(TILE, exponentials, 8)
     assert cost is not None
     assert cost.step == 0x390 // 16 - 0x2A0 // 16 + 1  # the loop
     assert cost.before == 0x370 // 16 + 1  # the first product is at 0x370, without a jump before it
@@ -36,7 +46,7 @@ def test_a_program_of_one_tile_is_counted_up_to_the_product_and_from_it_to_the_e
 
 
 def test_a_program_of_several_tiles_is_counted_from_product_to_product_without_a_step() -> None:
-    cost = tile_cost(TILES, elements=8)
+    cost = tile_cost(TILES, comparisons, 8)
     assert cost is not None
     assert (cost.step, cost.before) == (16, 0)
     to_the_branch, from_the_branch = (0x640 - 0x470) // 16 + 1, (0x460 - 0x2B0) // 16 + 1
@@ -46,33 +56,92 @@ def test_a_program_of_several_tiles_is_counted_from_product_to_product_without_a
 
 
 def test_the_path_passes_the_whole_tile_and_not_a_part_that_repeats_the_product() -> None:
-    part = ["HMMA.16816.F32 R8, R16, R12, R8", "MUFU.EX2 R8, R8", "STG.E [R2.64], R8", "@P2 BRA 0x80", "EXIT"]
+    part = ["HMMA.16816.F32 R8, R16, R12, R8", "MUFU.EX2 R8, R8", "STG.E [R2.64], R8", "@P2 BRA 0x90", "EXIT"]
     tile = [
         "HMMA.16816.F32 R4, R16, R12, R4",
         "@P0 BRA 0x0",
         *["MUFU.EX2 R4, R4"] * 4,
         "STG.E.128 [R2.64], R4",
     ]
-    cost = tile_cost(code([*tile, "@!P1 EXIT", *part]), elements=4)
+    cost = tile_cost(code([*tile, "@P1 BRA 0x90", "EXIT", *part]), exponentials, 4)
     assert cost is not None
-    assert (cost.step, cost.before, cost.after) == (2, 1, 7)
+    assert (cost.step, cost.before, cost.after) == (2, 1, 8)
     assert store_widths(cost.opcodes) == {16: 1}
-    with pytest.raises(ValueError, match="does the work of 4 elements"):
-        tile_cost(code(["HMMA.16816.F32 R4, R16, R12, R4", "EXIT"]), elements=4)
+    with pytest.raises(ValueError, match="no path from a product has the 4 exponentials"):
+        tile_cost(code(["HMMA.16816.F32 R4, R16, R12, R4", "EXIT"]), exponentials, 4)
 
 
-def test_comparisons_of_the_product_with_infinity_are_no_work_of_the_tile() -> None:
+def test_a_path_goes_on_after_an_exit_that_only_some_threads_take() -> None:
+    tile = ["HMMA.16816.F32 R4, R16, R12, R4", *["MUFU.EX2 R4, R4"] * 4, "@P0 EXIT"]
+    cost = tile_cost(code([*tile, "STG.E [R2.64], R4", "EXIT"]), exponentials, 4)
+    assert cost is not None
+    assert cost.after == 7
+    assert store_widths(cost.opcodes) == {4: 1}
+    cost = tile_cost(code([*tile, "BRA 0x60"]), exponentials, 4)
+    assert cost is not None
+    assert cost.after == 5, "no other path ends"
+
+
+def test_comparisons_with_infinity_and_zero_are_no_work_of_the_tile() -> None:
     step = ["FSETP.GEU.AND P3, PT, |R1|, +INF , PT"] * 4 + [
         "HMMA.1688.F32.TF32 R4, R1, R2, R4",
         "@P0 BRA 0x0",
     ]
-    cost = tile_cost(code([*step, "FMNMX R4, R4, R5, !PT", "FMNMX R4, R4, R6, !PT", "EXIT"]), elements=4)
+    cost = tile_cost(code([*step, "FMNMX R4, R4, R5, !PT", "FMNMX R4, R4, R6, !PT", "EXIT"]), comparisons, 2)
     assert cost is not None
     assert (cost.step, cost.after) == (6, 4)
+    lines = [
+        "FSETP.GT.AND P1, PT, R4, RZ, PT",
+        "FSETP.GT.AND P1, PT, R4, R5, PT",
+        "FSETP.NEU.AND P1, PT, R4, R5",
+    ]
+    assert comparisons(instructions(code(lines))) == 1
+
+
+@pytest.mark.parametrize(
+    ("work", "whole", "less"),
+    [
+        (exponentials, ["MUFU.EX2 R4, R4"] * 4, ["MUFU.EX2 R4, R4"] * 2),
+        (comparisons, ["FMNMX3 R4, R4, R5, R6, !PT"] * 2, ["FMNMX3 R4, R4, R5, R6, !PT"]),
+        (comparisons, ["FSETP.GT.AND P1, PT, R4, R5, PT"] * 4, ["FMNMX R4, R4, R5, !PT"] * 3),
+    ],
+    ids=["exponentials", "maxima of three", "comparisons"],
+)
+def test_a_path_does_all_of_the_work_and_not_most_of_it(
+    work: Callable[[Iterable[Instruction]], int], whole: list[str], less: list[str]
+) -> None:
+    part = ["HMMA.16816.F32 R4, R16, R12, R4", "@P0 BRA 0x60", *less, "EXIT"]
+    part += ["NOP"] * (6 - len(part))  # to 0x60
+    cost = tile_cost(code([*part, *whole, "EXIT"]), work, 4)
+    assert cost is not None
+    assert cost.after == 1 + len(whole) + 1
+    # Two blocks of a path add up.
+    cost = tile_cost(
+        code([part[0], *less, "@P1 BRA 0x0", *whole, "EXIT"]), work, 4 + work(instructions(code(less)))
+    )
+    assert cost is not None
+    assert cost.after == len(less) + 1 + len(whole) + 1
+    with pytest.raises(ValueError, match=f"has the 5 {work.__name__}"):
+        tile_cost(code([*part, *whole, "EXIT"]), work, 5)
+
+
+def test_comparisons_that_flush_denormals_are_counted() -> None:
+    lines = [
+        "FSETP.GT.FTZ.AND P1, PT, R4, R5, PT",
+        "FMNMX.FTZ R4, R4, R5, !PT",
+        "@P0 FSET.BF.GT.FTZ.AND R4, R4, R5",
+    ]
+    kept = [
+        "FSETP.GT.AND P1, PT, R4, R5, PT",
+        "FMNMX R4, R4, R5, !PT",
+        "F2I.FTZ.U R4, R5",
+        "FADD.FTZ R4, R4, R5",
+    ]
+    assert flushed_comparisons(instructions(code([*lines, *kept]))) == 3
 
 
 def test_a_kernel_without_a_product_has_no_tile() -> None:
-    assert tile_cost(code(["MUFU.EX2 R4, R4", "STG.E [R2.64], R4", "EXIT"]), elements=1) is None
+    assert tile_cost(code(["MUFU.EX2 R4, R4", "STG.E [R2.64], R4", "EXIT"]), exponentials, 1) is None
 
 
 def test_branches_calls_and_ends_lead_to_the_right_blocks() -> None:

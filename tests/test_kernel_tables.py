@@ -76,12 +76,15 @@ def test_measured_times_appear_when_a_card_has_written_results(tmp_path: Path) -
     before = tables.table(kernels)
     assert "measured |" not in before
     assert "Parts on one A100" not in before
+    assert "No kernel has been timed on a card yet, so" in before
+    assert "whole call" not in before
 
     def write(name: str, gpu: str, milliseconds: float, dry_run: bool = False) -> None:
         cases = {
             "loss/32768/clsp_fast/part/lse": {"area": "card", "ms": milliseconds},
             "loss/32768/clsp_fast/part/products": {"area": "card", "ms": 2.75, "launches": 2},
             "loss/8192/memeff": {"area": "card", "error": "too old"},
+            "ranks/32768/bfloat16/clsp_fast": {"area": "card", "ms": 3 * milliseconds},
         }
         document = {"dry_run": dry_run, "machine": {"gpu": gpu}, "stages": {"loss": {}}, "cases": cases}
         (results / f"{name}.json").write_text(json.dumps(document))
@@ -90,14 +93,27 @@ def test_measured_times_appear_when_a_card_has_written_results(tmp_path: Path) -
     assert tables.table(kernels) == before
     write("nvidia-h100-2026-02-01", "NVIDIA H100 80GB HBM3", 1.25)
     write("nvidia-h100-2026-03-01", "NVIDIA H100 80GB HBM3", 1.5)
-    lines = tables.table(kernels).splitlines()
+    lines = tables.table(kernels).split("Parts on one H100")[1].split("Compiled by")[0].splitlines()
     heads = next(line for line in lines if line.startswith("| part |")).split(" | ")
     cells = next(line for line in lines if line.startswith("| lse | ")).split(" | ")
     assert cells[heads.index("M = N = 32,768: measured")] == "1.50 ms", "the newest file counts"
     assert cells[heads.index("M = N = 8,192: measured")] == ""
     assert [line for line in lines if line.startswith("| two products") and "2.75 ms" in line]
+    at = heads.index("M = N = 32,768: estimate")
+    rows = {line.split(" | ")[0]: line.split(" | ")[at : at + 2] for line in lines if line.startswith("| r")}
+    assert rows["| rank"][0].endswith(" ms")
+    assert rows["| rank"][1] == "", "the call is not the kernel"
+    assert rows["| ranks, whole call"] == ["", "4.50 ms"]
     write("nvidia-a100-2026-02-01", "NVIDIA A100-SXM4-80GB", 7.25)
-    assert "Parts on one A100" in tables.table(kernels)
+    write("nvidia-h200-2026-03-01", "NVIDIA H200", 1.125)
+    write("nvidia-gh200-2026-04-01", "NVIDIA GH200 480GB", 1.0)
+    text = tables.table(kernels)
+    assert "Parts on one A100" in text
+    lse = next(
+        line for line in text.split("Parts on one H200")[1].splitlines() if line.startswith("| lse | ")
+    )
+    assert lse.split(" | ")[at + 1] == "1.12 ms"
+    assert "Cards that have timed kernels: A100, H100, H200, NVIDIA GH200 480GB." in text
 
 
 def test_another_version_of_triton_has_its_own_table(tmp_path: Path) -> None:
