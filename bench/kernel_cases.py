@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 from bench import loss_cases, similarity_cases
-from bench.measure import Case, Report
+from bench.measure import Report
 
 BUDGETS = Path(__file__).parent.parent / "kernels/budgets.json"
-# Dense bf16 peak in TFLOP/s and memory bandwidth in TB/s, from the data sheets: A100 80 GB, H100 SXM, B200.
-CARDS = {"A100": (312.0, 2.0), "H100": (989.0, 3.35), "B200": (2250.0, 8.0)}
 
 
 def budgets(path: Path = BUDGETS) -> list[tuple[str, ...]]:
@@ -34,17 +32,14 @@ def budgets(path: Path = BUDGETS) -> list[tuple[str, ...]]:
 
 def bounds() -> list[tuple[str, ...]]:
     """Lower bound of each GPU case's time: FLOPs at the card's peak, or bytes at its bandwidth."""
-    rows: list[tuple[str, ...]] = [("case", "GFLOP", "MB", *(f"{card}, at least" for card in CARDS))]
+    from clsp_fast.kernels.estimates import CARDS, bound_seconds  # needs triton
+
+    rows: list[tuple[str, ...]] = [("case", "GFLOP", "MB", *(f"{card.name}, at least" for card in CARDS))]
     cases = [c for c in (*loss_cases.CASES, *similarity_cases.CASES) if c.device == "cuda"]
     for case in cases:
-        times = [f"{1e3 * bound_s(case, *card):.3g} ms" for card in CARDS.values()]
+        times = [f"{1e3 * bound_seconds(card, case.flops, case.bytes):.3g} ms" for card in CARDS]
         rows.append((case.name, f"{case.flops / 1e9:,.0f}", f"{case.bytes / 1e6:,.0f}", *times))
     return rows
-
-
-def bound_s(case: Case, peak_tflops: float, memory_tbps: float) -> float:
-    """A lower bound of the seconds that a call takes."""
-    return max(case.flops / (peak_tflops * 1e12), case.bytes / (memory_tbps * 1e12))
 
 
 CASES = (
