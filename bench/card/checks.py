@@ -15,6 +15,7 @@ from typing import NamedTuple, TextIO
 
 from bench.card.record import Record
 from bench.machine import ROOT
+from bench.measure import one_line
 
 WORKERS = 8
 MARGIN_S = 5.0
@@ -31,6 +32,16 @@ ALSO_WHOLE = ("tests/test_model.py", "tests/training/test_step.py")
 """Files without such tests that use the card all the same."""
 DRY_FILES = ("tests/test_model.py",)
 DRY_WORDS = "both_devices and bf16"
+EXIT_CODES = {
+    2: "interrupted, or a file could not be imported",
+    3: "an internal error",
+    4: "wrong usage",
+    5: "no test was selected",
+}
+"""What pytest's exit codes mean."""
+ERROR = re.compile(r"E +(?=\S)|INTERNALERROR> (?=\w*Error\b)|ERROR: |(?=.*: error: )|(?=.*No module named)")
+"""How a line of pytest's output begins if it names an error."""
+SUMMARY = re.compile(r"(FAILED|ERROR) \S")
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "error", "SKIPPED": "skipped"}
 WORDS = "|".join(OUTCOMES)
@@ -88,10 +99,24 @@ def add_tests(record: Record, case: str, arguments: list[str], budget_s: float) 
     if exit_code is None:
         so_far = ", ".join(f"{count} {name}" for name, count in tests.counts.items()) or "no test"
         values |= {"error": f"not finished after {budget_s:.0f} s: {so_far}", "failures": tests.bad}
-    elif exit_code:
+    elif exit_code == 1 and tests.bad:
         names = ", ".join(tests.bad[:3])
         values |= {"error": f"{len(tests.bad)} tests failed: {names}", "failures": tests.bad}
+    elif exit_code:
+        values |= {"error": without_tests(exit_code, text), "failures": tests.bad}
     record.replace(case, values)
+
+
+def without_tests(exit_code: int, text: str) -> str:
+    """What pytest's exit code means, and the last line of its output that names an error."""
+    lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
+    last = ERROR.sub("", next((line for line in reversed(lines) if ERROR.match(line)), lines[-1]), count=1)
+    if exit_code < 0:
+        what = f"pytest was killed by signal {-exit_code}"
+    else:
+        meaning = f" ({EXIT_CODES[exit_code]})" if exit_code in EXIT_CODES else ""
+        what = f"pytest ended with exit code {exit_code}{meaning}"
+    return one_line(f"{what}: {last.strip()}")
 
 
 def run_for(command: list[str], budget_s: float, environment: dict[str, str]) -> tuple[int | None, str]:
@@ -137,5 +162,5 @@ def read_tests(text: str) -> Tests:
     last = (text.splitlines() or [""])[-1]
     counts = {name.rstrip("s"): int(count) for count, name in COUNT.findall(last)}
     bad = [name for name, outcome in reported.items() if outcome in ("failed", "error")]
-    summary = [line.split(" - ")[0] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    summary = [line.split(" - ")[0] for line in text.splitlines() if SUMMARY.match(line)]
     return Tests(counts or dict(Counter(reported.values())), summary or bad)

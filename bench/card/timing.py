@@ -30,7 +30,8 @@ FEWEST, MOST = 5, 40
 FLUSHED_BYTES = 2**30
 """Size of the buffer that is overwritten before a call."""
 FLUSH_MS = 0.2
-"""A card needs at least this long to overwrite the buffer: an H200, at 4.8 TB/s, 0.22 ms."""
+"""An H100 or H200 needs about this long to overwrite the buffer, or longer. This is an estimate from the
+bandwidth, 1 GiB at 4.8 TB/s or less: 0.22 ms. A B200, at 8 TB/s, needs 0.13 ms."""
 HOST_SHARE = 0.8
 """A call is marked as `host_bound` if the host needs more than this part of its time."""
 LIBRARY_PRODUCT = re.compile("gemm|cutlass|nvjet|xmma|cublas|wgmma", re.IGNORECASE)
@@ -49,8 +50,8 @@ def time_together(
     Returns:
         Provider -> "ms", the median; "min_ms"; "spread", the distance of the quartiles divided by the median;
         "n", the number of rounds; "host_ms"; "host_bound", if it is; "peak_mib", the peak of the memory that
-        the call allocated, and "total_mib", that peak with all that was allocated before. A provider that
-        fails has "error" instead.
+        the call allocated, and "total_mib", that peak plus the memory that was in use before the call. A
+        provider that fails has "error" instead.
     """
     results: dict[str, dict[str, Any]] = {}
     first_s = {}
