@@ -2,6 +2,9 @@
 
 import sys
 
-from bench.card.runner import main
+from bench.card import needs
+
+needs.check(needs.ALWAYS)
+from bench.card.runner import main  # noqa: E402
 
 sys.exit(main())
