@@ -1,8 +1,8 @@
 """The prepared run on a GPU: `python -m bench.card [--stages a,b] [--out DIR] [--dry-run]`.
 
 Each stage is a process with a deadline. If it fails or exceeds the deadline, what it had measured is kept,
-and the next stage begins. The results file, <card>-<date>.json, is rewritten after every stage; docs/card.md
-describes it. The exit code is 0 only if every stage held.
+and the next stage begins. Every run writes a results file of a new name, which is complete after every
+stage; docs/card.md describes it. The exit code is 0 only if every stage held.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import datetime
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.card import record
+from bench.card import needs, provenance, record
 from clsp_fast import console
 from clsp_fast.kernels import _launch
 from clsp_fast.storage import files
@@ -43,6 +45,9 @@ HIDDEN = {
     *("ms", "min_ms", "spread", "n", "peak_mib", "total_mib"),
 }
 """Values of a case that are not named in the table: it shows them in columns, or not at all."""
+SAME = ("format", "date", "dry_run", "commit", "dirty", "code", "machine")
+"""What the results of two runs must share before one takes over stages of the other."""
+ERROR_LINE = re.compile(r"(?=\S).*?\b(\w*error|\w*exception|fatal)\b|terminate called", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -74,30 +79,61 @@ def main(arguments: Sequence[str] | None = None, *, stages: Sequence[Stage] = ST
     if options.module:
         record.run_stage(options.module, options.record, options.dry_run, options.ends_at)
         return 0
+    chosen = [stage for stage in stages if stage.name in options.stages]
+    if "tests" in options.stages:
+        needs.check(needs.FOR_TESTS, "; or leave the stage tests out with --stages")
     if not options.dry_run:
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device was found; --dry-run goes through all stages on a CPU")
         check_installed_kernels()
-    options.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock_folder(options.out))
+        except files.FolderInUse as error:
+            raise SystemExit(f"bench.card: {error}") from None
+        except OSError as error:
+            raise SystemExit(
+                f"bench.card: cannot write to {options.out}: {error.strerror}; name another folder with --out"
+            ) from error
+        stack.enter_context(_signals_like_ctrl_c())
+        try:
+            return run_stages(chosen, options.out, options.dry_run)
+        except KeyboardInterrupt:
+            return 130
+        except files.DiskFull:
+            raise
+        except OSError as error:
+            raise SystemExit(f"bench.card: {error}") from error
+
+
+def run_stages(stages: Sequence[Stage], out: Path, dry_run: bool) -> int:
+    """Runs stages, writes the results and prints them; returns the exit code."""
     computer = describe_card()
     print(machine.line(computer), flush=True)
-    document = new_document(computer, options.dry_run)
-    path = options.out / f"{machine.short_name(computer)}-{document['date']}.json"
-    chosen = [stage for stage in stages if stage.name in options.stages]
+    document = new_document(computer, dry_run)
+    path, earlier = new_results_file(out, document)
+    for file in earlier:
+        kept = keep_stages(document, file, [stage.name for stage in stages])
+        print(f"kept from {file.name}: {', '.join(kept) or 'nothing'}", flush=True)
+    files.write_json(path, document)
+    held, unwritten = [], ""
     try:
-        for stage in chosen:
-            with _signals_like_ctrl_c():
-                outcome, cases = run_stage(stage, options.out, options.dry_run)
+        for stage in stages:
+            unwritten = stage.name
+            outcome, cases = run_stage(stage, path, dry_run)
             add_stage(document, stage, outcome, cases)
             files.write_json(path, document)
+            unwritten = ""
+            if cases:
+                record_of(stage, path).unlink()
+            held.append(outcome["held"])
             print(stage_line(stage.name, outcome), flush=True)
             if outcome["status"] == "interrupted":
-                break
+                return 130
     finally:
-        print(f"\n{table(document)}\n\nwritten to {path}", flush=True)
-    if outcome["status"] == "interrupted":
-        return 130
-    return int(not all(outcome["held"] for outcome in document["stages"].values()))
+        lacking = f", without the stage {unwritten}" if unwritten else ""
+        print(f"\n{table(document)}\n\nwritten to {path}{lacking}", flush=True)
+    return int(not all(held))
 
 
 @contextlib.contextmanager
@@ -129,23 +165,48 @@ def _driver() -> str:
 
 
 def new_document(computer: Mapping[str, Any], dry_run: bool) -> dict[str, Any]:
-    """The results file without stages. Outside git, the commit is the one that the wheel was built from."""
-    commit, dirty = machine.commit()
-    built_from = WHEELS / "built-from.json"
-    if commit == "unknown" and built_from.exists():
-        built = json.loads(built_from.read_text())
-        commit, dirty = built["commit"], built["dirty"]
-    date = datetime.date.today().isoformat()
+    """The results without stages."""
+    wheel = provenance.read_wheel(WHEELS / "built-from.json")
     return {
         "format": 1,
-        "date": date,
+        "date": datetime.date.today().isoformat(),
         "dry_run": dry_run,
-        "commit": commit,
-        "dirty": dirty,
+        **provenance.identify(ROOT, machine.commit(), wheel),
         "machine": computer,
         "stages": {},
         "cases": {},
     }
+
+
+def new_results_file(out: Path, document: Mapping[str, Any]) -> tuple[Path, list[Path]]:
+    """A name that no file has, and the files of earlier runs on the same day, the last run first."""
+    name = machine.short_name(document["machine"]) + "-dry-run" * document["dry_run"]
+    path, earlier = out / f"{name}-{document['date']}.json", []
+    while path.exists():
+        earlier.insert(0, path)
+        path = out / f"{name}-run-{len(earlier) + 1}-{document['date']}.json"
+    return path, earlier
+
+
+def keep_stages(document: dict[str, Any], earlier: Path, without: Sequence[str]) -> list[str]:
+    """Adds the stages of an earlier run to the results, except those in `without` or in the results.
+
+    Returns:
+        Names of the added stages: none if the file is damaged, or if it belongs to other code or another
+        machine.
+    """
+    try:
+        other = json.loads(earlier.read_text())
+        if any(other[key] != document[key] for key in SAME):
+            return []
+        names = other["stages"].keys() - document["stages"].keys() - set(without)
+        stages = {name: dict(outcome) for name, outcome in other["stages"].items() if name in names}
+        cases = {name: case for name, case in other["cases"].items() if case["stage"] in stages}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+    document["stages"] |= stages
+    document["cases"] |= cases
+    return list(stages)
 
 
 def add_stage(
@@ -160,8 +221,18 @@ def add_stage(
     document["cases"] |= {name: {**shared, **values} for name, values in cases.items()}
 
 
-def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def record_of(stage: Stage, path: Path) -> Path:
+    """The file with a stage's cases while it runs, beside the results file `path`."""
+    return path.with_name(f"{stage.name}-{path.name}")
+
+
+def run_stage(stage: Stage, path: Path, dry_run: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Runs a stage in a process and waits for its end, but not beyond its deadline.
+
+    Args:
+        stage: the stage.
+        path: the results file. The stage writes its record and log.txt beside it.
+        dry_run: whether to measure tiny sizes on the CPU.
 
     Returns:
         The outcome, and the cases that the stage measured. The outcome has "status": "done", "failed",
@@ -169,16 +240,20 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
         "seconds"; "deadline_s"; and, if it did not end well, "reason".
     """
     deadline_s = max(stage.deadline_s, DRY_RUN_DEADLINE_S) if dry_run else stage.deadline_s
-    path, log = out / f"{stage.name}.json", out / "log.txt"
-    path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.card", "--module", stage.module, "--record", str(path)]
+    cases_file, log = record_of(stage, path), path.with_name("log.txt")
+    command = [sys.executable, "-m", "bench.card", "--module", stage.module, "--record", str(cases_file)]
     command += ["--ends-at", str(time.time() + deadline_s)]
-    environment = dict(os.environ)
-    if dry_run:
-        # With one thread, processes that share the cores with others do not wait for their threads.
-        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     started, log_start = time.perf_counter(), log.stat().st_size if log.exists() else 0
-    with log.open("ab") as output:
+    with (
+        # What the stage leaves there when it is killed is removed with the folder.
+        tempfile.TemporaryDirectory(prefix="clsp-card-", ignore_cleanup_errors=True) as temporary,
+        files.naming_full_disk(log),
+        log.open("ab") as output,
+    ):
+        environment = os.environ | {"TMPDIR": temporary}
+        if dry_run:
+            # With one thread, processes that share the cores with others do not wait for their threads.
+            environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         output.write(f"\n== {stage.name}\n".encode())
         output.flush()
         process = subprocess.Popen(
@@ -202,15 +277,13 @@ def run_stage(stage: Stage, out: Path, dry_run: bool) -> tuple[dict[str, Any], d
         process.stdin.close()
     outcome = {"status": status, "seconds": round(time.perf_counter() - started, 1), "deadline_s": deadline_s}
     if status == "failed":
-        outcome["reason"] = f"exit code {process.returncode}: {_last_line(log, log_start)}"
+        outcome["reason"] = failure(process.returncode, _last_lines(log, log_start))
     try:
-        cases = record.read_cases(path)
+        cases = record.read_cases(cases_file)
     except (OSError, ValueError) as error:
         cases = {}
         if status == "done":
             outcome |= {"status": "failed", "reason": f"no readable record: {error}"}
-    if cases:
-        path.unlink()
     bad = [name for name, values in cases.items() if "error" in values and not values.get("peer")]
     if bad:
         outcome.setdefault("reason", f"{', '.join(bad[:5])}: {cases[bad[0]]['error']}")
@@ -229,11 +302,32 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _last_line(log: Path, start: int) -> str:
+def _last_lines(log: Path, start: int) -> list[str]:
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - 20_000))
         lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+    return [line.rstrip()[:300] for line in lines if line.strip()]
+
+
+def failure(exit_code: int, lines: Sequence[str]) -> str:
+    """Why a process failed: its exit code or signal, and the last line of its output, if that is a reason.
+
+    The last line of a warning is its source code, which is indented. If a signal killed the process, only an
+    error is a reason.
+    """
+    last = lines[-1] if lines else ""
+    if exit_code < 0:
+        what, reason = f"killed by signal {-exit_code}", last if is_error(last) else ""
+    else:
+        what, reason = f"exit code {exit_code}", last
+        if last[:1].isspace() or "Warning:" in last:
+            reason = next(filter(is_error, reversed(lines)), "")
+    return f"{what}: {reason}" if reason else what
+
+
+def is_error(line: str) -> bool:
+    """Whether a line of a log names an error."""
+    return ERROR_LINE.match(line) is not None and "Warning:" not in line
 
 
 def stage_line(name: str, outcome: Mapping[str, Any]) -> str:
@@ -299,9 +393,10 @@ def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ends-at", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.stages = [name for name in options.stages.split(",") if name]
+    options.stages = [name.strip() for name in options.stages.split(",") if name.strip()]
     unknown = [name for name in options.stages if name not in names]
     if unknown or not options.stages:
-        parser.error(f"unknown stage {', '.join(unknown) or 'none'}; the stages are {', '.join(names)}")
+        problem = f"unknown stage {', '.join(unknown)}" if unknown else "--stages names no stage"
+        parser.error(f"{problem}; the stages are {', '.join(names)}")
     options.out = options.out.absolute()
     return options
