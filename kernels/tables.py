@@ -18,6 +18,10 @@ _ROWS = 32_768
 _SIZES = (8192, 32_768, 65_536)
 
 
+class FileError(ValueError):
+    """A file is damaged or of another kind. The message names it."""
+
+
 class _Operator(NamedTuple):
     """An operator, as the tables describe it.
 
@@ -81,14 +85,25 @@ _OPERATORS = (
 
 
 def table(folder: Path) -> str:
-    """The generated part of the README.md in `folder`, from its budgets and from results of cards, if any."""
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("budgets-*.json"))]
-    budgets = json.loads((folder / "budgets.json").read_text())
+    """The generated part of the README.md in `folder`, from its budgets and from results of cards, if any.
+
+    Raises:
+        FileError: a file is damaged.
+    """
+    files = [_read(path) for path in sorted(folder.glob("budgets-*.json"))]
+    budgets = _read(folder / "budgets.json")
     measured = card_times(folder.parent / "bench/results")
     parts = [_timed(measured), _operators(budgets), _parts(budgets, measured), _compiled(budgets)]
     parts += [_other_version(other) for other in files]
     text = "\n\n".join("\n".join(part) for part in parts)
     return f"{_BEGIN}\n{text}\n{_END}"
+
+
+def check_readme(readme: Path) -> None:
+    """Raises FileError if a file is not a README.md with generated tables."""
+    text = readme.read_text() if readme.is_file() else ""
+    if not 0 <= text.find(_BEGIN) < text.find(_END):
+        raise FileError(f"{readme} has no generated tables; give the folder kernels/ of a checkout")
 
 
 def with_table(readme: str, folder: Path) -> str:
@@ -98,28 +113,71 @@ def with_table(readme: str, folder: Path) -> str:
 
 
 def card_times(results: Path) -> dict[str, dict[str, float]]:
-    """Card -> case -> milliseconds, from the newest file that `python -m bench.card` wrote on that card.
+    """Card -> case -> milliseconds, from the files of `python -m bench.card` in a folder.
 
-    A card that is not in CARDS has the name that its driver reports.
+    If several files of a card have timed a case, the newest of them counts. Dry runs and files of other
+    programs are left out. A card that is not in CARDS has the name that its driver reports.
+
+    Raises:
+        FileError: a file is damaged.
     """
     times: dict[str, dict[str, float]] = {}
-    for path in sorted(results.glob("*.json"), key=lambda path: path.stem[-10:]):
-        document = json.loads(path.read_text())
-        if "stages" not in document or document["dry_run"]:
-            continue
-        gpu = document["machine"]["gpu"]
-        # A GH200 is no H200.
-        name = next((card.name for card in CARDS if re.search(rf"\b{card.name}\b", gpu)), gpu)
-        times[name] = {case: values["ms"] for case, values in document["cases"].items() if "ms" in values}
+    for _, card, cases in sorted(_card_files(results), key=lambda file: file[0]):
+        times.setdefault(card, {}).update(cases)
     return times
+
+
+def _card_files(results: Path) -> Iterator[tuple[tuple[str, str], str, dict[str, float]]]:
+    """(date, file name), card, and the milliseconds of each timed case, for each run on a card."""
+    for path in results.glob("*.json"):
+        document = _read(path)
+        if "stages" not in document:  # results of bench.run
+            continue
+        try:
+            if document["dry_run"]:
+                continue
+            gpu, date = document["machine"]["gpu"], str(document["date"])
+            timed = {
+                case: float(values["ms"]) for case, values in document["cases"].items() if "ms" in values
+            }
+            # A GH200 is no H200.
+            card = next((card.name for card in CARDS if re.search(rf"\b{card.name}\b", gpu)), gpu)
+        except KeyError as error:
+            raise FileError(f"{path}: damaged results of bench.card, {error} is missing") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise FileError(f"{path}: damaged results of bench.card, {error}") from error
+        yield (date, path.name), card, timed
+
+
+def cards_without_column(folder: Path) -> list[str]:
+    """Names of cards that have results but no column in the tables of `folder`."""
+    return sorted(set(card_times(folder.parent / "bench/results")) - {card.name for card in CARDS})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise FileError(f"{path}: damaged, {error}") from error
+    if not isinstance(document, dict):
+        raise FileError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
 
 
 def _timed(measured: dict[str, dict[str, float]]) -> list[str]:
     """Says which cards have timed a kernel."""
-    cards = sorted(card for card, times in measured.items() if any("/clsp_fast" in case for case in times))
+    cards = sorted(card for card, times in measured.items() if _has_kernels(times))
     if not cards:
         return ["No kernel has been timed on a card yet, so no estimate is confirmed."]
-    return [f"Cards that have timed kernels: {', '.join(cards)}."]
+    names = {card.name for card in CARDS}
+    cells = [card if card in names else f"{card} (it has no column below)" for card in cards]
+    return [
+        f"Cards that have timed kernels: {', '.join(cells)}. A measured time is the newest in bench/results."
+    ]
+
+
+def _has_kernels(times: dict[str, float]) -> bool:
+    return any("/clsp_fast" in case for case in times)
 
 
 def _operators(budgets: dict[str, Any]) -> list[str]:
@@ -157,6 +215,7 @@ def _parts(budgets: dict[str, Any], measured: dict[str, dict[str, float]]) -> li
     lines: list[str] = []
     for card in CARDS:
         times = measured.get(card.name, {})
+        times = times if _has_kernels(times) else {}
         if not times and card.name != "H100":
             continue
         kinds = ("estimate", "measured") if times else ("estimate",)
@@ -202,15 +261,22 @@ def _part_rows(card: Card, budgets: dict[str, Any]) -> Iterator[tuple[str, list[
 
 
 def _compiled(budgets: dict[str, Any]) -> list[str]:
-    heads = ["kernel", "target", "dtype", "registers", "spills", "shared KB", "matrix instruction"]
-    heads += ["TMA loads", "16-byte async copies", "tile", "instructions", "stores by bytes", "exp2"]
+    heads = ["kernel", "target", "dtype", "registers a thread", "spills", "shared KB", "matrix instruction"]
+    heads += ["TMA loads", "16-byte async copies", "tile", "instructions", "stores", "exp2"]
     lines = [
-        f"Compiled by triton {budgets['triton']}, D = {DEPTH}; spills are local loads and stores. Target 89 "
-        "stands for cards with 99 KB of shared memory per block. Instructions are those that a warp executes "
-        "for a common tile: before its product + in a step of the product + after it. A program of several "
-        "tiles has 0 before. The step is 0 if the compiler unrolled the product. Stores and exponentials are "
-        "those after the product or, in a kernel without one, all of the code. A row is true for every dtype "
-        "that it names.",
+        f"Compiled by triton {budgets['triton']}, D = {DEPTH}. Target 89 stands for cards with 99 KB of "
+        "shared memory per block. A row is true for every dtype that it names.",
+        "",
+        "- spills: loads and stores of registers that did not fit.",
+        "- tile: rows x columns of a tile of scores. Kernels that compute no tiles have empty cells here and "
+        "in the next column.",
+        "- instructions: those that a warp executes for a common tile, before its product + in each step of "
+        "the product + after it. In a program of several tiles the first number is 0, because what it does "
+        "once is not counted. The second is 0 if the compiler unrolled the product or its last step. The "
+        "instructions of the product are then in the third number if a program computes several tiles; "
+        "otherwise, they are not counted.",
+        "- stores, exp2: stores to memory (4 x 16 B: a thread stores 16 bytes four times) and exponentials, "
+        "after the product or, in a kernel without one, in all of the code.",
         "",
         *_head(heads),
     ]
@@ -219,7 +285,7 @@ def _compiled(budgets: dict[str, Any]) -> list[str]:
         m = budgets["kernels"][f"{target} {dtype}"][name]
         tile = m["tile"]
         kinds = tile or m
-        stores = [f"{number} of {width}" for width, number in kinds["stores"].items()]
+        stores = [f"{number} x {width} B" for width, number in kinds["stores"].items()]
         stores += [f"{kinds['tma_stores']} by TMA"] if kinds["tma_stores"] else []
         cells = (
             m["registers"],
