@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clsp_fast.kernels import tables
-from clsp_fast.kernels.estimates import CARDS, kernel_seconds, resident_blocks, tile_clocks
+from clsp_fast.kernels.estimates import CARDS, kernel_seconds, product_clocks, resident_blocks, rest_clocks
 
 FOLDER = Path(__file__).parent.parent / "kernels"
 H100 = next(card for card in CARDS if card.name == "H100")
@@ -28,16 +28,22 @@ def test_the_clock_follows_from_the_data_sheet() -> None:
 
 
 def test_the_slowest_of_product_loads_and_instructions_counts() -> None:
-    product, rest = tile_clocks(H100, budget())
-    assert product == pytest.approx(2 * 128 * 256 * 512 / (0.85 * 4096))
-    assert rest == 800 * 8 / 4
-    assert tile_clocks(H100, budget(EX2=128, RCP=1))[1] == 129 * 256 / 16
+    cores, loads, instructions = product_clocks(H100, budget())
+    assert cores == pytest.approx(2 * 128 * 256 * 512 / (0.85 * 4096))
+    assert loads == pytest.approx((128 + 256) * 512 * 2 / 46)
+    assert instructions == 8 * 90 * 8 / 4
+    assert cores > loads > instructions
+    assert rest_clocks(H100, budget(EX2=128, RCP=1)) == (800 * 8 / 4, 129 * 256 / 16)
     slow = budget()
     slow["tile"]["step"] = 1000
-    assert tile_clocks(H100, slow)[0] == 8 * 1000 * 8 / 4
-    narrow = budget()
+    narrow = budget(EX2=128)
     narrow["tile"] |= {"rows": 16, "step": 0}
-    assert tile_clocks(H100, narrow)[0] == pytest.approx((16 + 256) * 512 * 2 / 46)
+    for changed, product, rest in (
+        (slow, 8 * 1000 * 8 / 4, 800 * 8 / 4),
+        (narrow, (16 + 256) * 512 * 2 / 46, 128 * 256 / 16),
+    ):
+        seconds = (8000 + product + rest) / H100.clock_hz
+        assert kernel_seconds(H100, changed, 16, 256) == pytest.approx(seconds)
 
 
 def test_blocks_of_a_multiprocessor_share_registers_memory_and_threads() -> None:
@@ -48,7 +54,7 @@ def test_blocks_of_a_multiprocessor_share_registers_memory_and_threads() -> None
 
 
 def test_rounds_of_tiles_count_in_full() -> None:
-    product, rest = tile_clocks(H100, budget())
+    product, rest = product_clocks(H100, budget())[0], rest_clocks(H100, budget())[0]
     one = (8000 + product + rest) / H100.clock_hz
     assert kernel_seconds(H100, budget(), 128 * 132, 256) == pytest.approx(one)
     assert kernel_seconds(H100, budget(), 128 * 132 + 1, 256) == pytest.approx(2 * one)
@@ -57,7 +63,7 @@ def test_rounds_of_tiles_count_in_full() -> None:
     assert kernel_seconds(H100, pair, 128 * 264, 256) == pytest.approx(two)
     several = budget()
     several["tile"]["before"] = 0
-    product, rest = tile_clocks(H100, several)
+    rest = rest_clocks(H100, several)[0]
     assert kernel_seconds(H100, several, 1, 1) == pytest.approx((4500 + product + rest) / H100.clock_hz)
     assert kernel_seconds(H100, budget(), 128, 256, written_bytes=3.35e12) == pytest.approx(1 / 0.9)
 
@@ -168,6 +174,22 @@ def test_a_damaged_budget_is_named(tmp_path: Path) -> None:
 def test_results_of_other_benchmarks_are_ignored() -> None:
     assert list((FOLDER.parent / "bench/results").glob("*.json"))
     assert "Intel" not in str(tables.card_times(FOLDER.parent / "bench/results"))
+
+
+def test_the_terms_of_an_estimate_give_its_time(tmp_path: Path) -> None:
+    """As kernels/README.md says for lse on an H100, where a multiprocessor holds one block."""
+    lines = tables.table(copied(tmp_path)).splitlines()
+    heads = next(line for line in lines if line.startswith("| kernel | card |")).strip("| ").split(" | ")
+    cells = next(line for line in lines if line.startswith("| lse | H100 |")).strip("| ").split(" | ")
+    row = dict(zip(heads, cells, strict=True))
+    kinds = ("start", "product", "rest")
+    clocks = {
+        kind: max(float(row[head].replace(",", "")) for head in heads if head.startswith(kind))
+        for kind in kinds
+    }
+    assert row["blocks"] == "1"
+    seconds = int(row["rounds"]) * sum(clocks.values()) / H100.clock_hz
+    assert row["time"] == f"{1e3 * seconds:.2f} ms"
 
 
 def test_another_version_of_triton_has_its_own_table(tmp_path: Path) -> None:
