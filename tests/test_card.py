@@ -187,7 +187,10 @@ def test_no_stage_outlives_the_run(tmp_path: Path, fakes: dict[str, Stage], numb
     code += "from bench.card.runner import *;"
     code += f"sys.exit(main(['--dry-run', '--out', {str(tmp_path)!r}], stages=({fakes['hanging']!r},)))"
     child = tmp_path / "child.txt"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    # A runner that is killed leaves a temporary folder.
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) as process:
         while not (child.exists() and child.read_text()):
             time.sleep(0.05)
             assert process.poll() is None
