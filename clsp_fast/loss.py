@@ -24,10 +24,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clsp_fast.arguments import require_alike, require_scalar
 from clsp_fast.contrastive import negatives, positives
 from clsp_fast.contrastive.engine import Engine, Implementation, check_options, choose_engine
 from clsp_fast.contrastive.gather import Shards
-from clsp_fast.contrastive.problem import Kind, Problem, check_problem, check_values
+from clsp_fast.contrastive.problem import (
+    Kind,
+    Problem,
+    check_embeddings,
+    check_problem,
+    check_scalars,
+    check_values,
+)
 
 
 def contrastive_loss_reference(
@@ -186,6 +194,8 @@ def loss_and_grad(
 
     Source: arXiv 2101.06983 (gradient cache).
     """
+    check_embeddings(audio_MD, text_ND)
+    check_scalars(logit_scale, logit_bias)
     wide = torch.promote_types(audio_MD.dtype, torch.float32)
     with torch.inference_mode(False), torch.enable_grad():
         scalars = [
@@ -221,23 +231,16 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
         Scalar tensor, float32 (float64 for float64 embeddings).
 
     Raises:
-        ValueError: the shapes do not fit together.
-        TypeError: dtypes or devices differ.
+        ValueError: the shapes do not fit together, or the batch is empty.
+        TypeError: an argument has the wrong type or dtype, or dtypes or devices differ.
     """
-    if (
-        text_BKD.ndim != 3
-        or audio_BD.ndim != 2
-        or text_BKD.shape[::2] != audio_BD.shape
-        or text_BKD.shape[1] < 2
-    ):
+    require_alike("audio_BD", audio_BD, "text_BKD", text_BKD)
+    require_scalar("logit_scale", logit_scale)
+    fits = audio_BD.ndim == 2 and text_BKD.ndim == 3 and text_BKD.shape[::2] == audio_BD.shape
+    if not fits or 0 in audio_BD.shape or text_BKD.shape[1] < 2:
         raise ValueError(
-            "audio_BD must have shape (B, D) and text_BKD (B, K >= 2, D), "
+            "audio_BD must have shape (B, D) and text_BKD (B, K >= 2, D), neither empty, "
             f"got {tuple(audio_BD.shape)} and {tuple(text_BKD.shape)}"
-        )
-    if audio_BD.dtype != text_BKD.dtype or audio_BD.device != text_BKD.device:
-        raise TypeError(
-            "audio_BD and text_BKD must share dtype and device, "
-            f"got {audio_BD.dtype} on {audio_BD.device} and {text_BKD.dtype} on {text_BKD.device}"
         )
     dtype = torch.promote_types(audio_BD.dtype, torch.float32)
     with torch.autocast(audio_BD.device.type, enabled=False):
