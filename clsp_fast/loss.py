@@ -36,6 +36,7 @@ from clsp_fast.contrastive.problem import (
     check_scalars,
     check_values,
 )
+from clsp_fast.contrastive.sums import norms, without_overflow
 
 
 def contrastive_loss_reference(
@@ -109,7 +110,8 @@ def contrastive_loss(
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
         weights: floating (N,), finite and non-negative; softmax only. They are the caption weights of the
             audio->text targets, and are normalised per audio. In text->audio, every text counts once.
-        logit_bias: scalar added to all logits. In the softmax kind it cancels.
+        logit_bias: scalar added to all logits. With kind="softmax" it would cancel, so it is ignored, even if
+            it is not finite; its gradient is 0.
         label_smoothing: in [0, 1): share of each target that is spread evenly over all candidates (with
             kind="sigmoid", over the two outcomes of a pair).
         kind: "softmax" (CLIP, CLSP) or "sigmoid" (SigLIP).
@@ -256,21 +258,24 @@ def _dense_loss(problem: Problem) -> Tensor:
     dtype, smoothing = problem.dtype, problem.smoothing
     audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
     if problem.normalize:
-        audio_MD, text_ND = F.normalize(audio_MD), F.normalize(text_ND)
-    logits_MN = problem.scale * (audio_MD @ text_ND.T) + problem.bias
+        rows = (without_overflow(x, norms(x, dtype)) for x in (audio_MD, text_ND))
+        audio_MD, text_ND = (F.normalize(x) for x in rows)
+    logits_MN = problem.scale * (audio_MD @ text_ND.T)
     m, n = logits_MN.shape
     positive_MN = owner_N == torch.arange(m, device=owner_N.device)[:, None]
     if problem.kind == "sigmoid":
         targets_MN = positive_MN.to(dtype) * (1 - smoothing) + smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits_MN, targets_MN)
-    targets_MN = positive_MN.to(dtype) * (1.0 if weights is None else weights.to(dtype))
+        return F.binary_cross_entropy_with_logits(logits_MN + problem.bias, targets_MN)
+    targets_MN = positive_MN.to(dtype) if weights is None else positive_MN * weights
+    targets_MN = without_overflow(targets_MN, targets_MN.to(dtype).sum(1)).to(dtype)
     total_M = targets_MN.sum(1)
     captioned_M = total_M > 0
     targets_MN = targets_MN / torch.where(captioned_M, total_M, 1.0)[:, None]
     targets_MN = targets_MN * (1 - smoothing) + smoothing / n
     rows_M = -(targets_MN * F.log_softmax(logits_MN, dim=1)).sum(1)[captioned_M]
     columns = F.cross_entropy(logits_MN.T, owner_N, label_smoothing=smoothing)
-    return (rows_M.sum() / max(1, rows_M.numel()) + columns) / 2
+    loss = (rows_M.sum() / max(1, rows_M.numel()) + columns) / 2
+    return (loss + problem.ignored_bias).to(dtype)
 
 
 def _all_ranks(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

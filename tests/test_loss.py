@@ -141,6 +141,88 @@ def test_kernels_equal_the_dense_definition(options: dict, kernel_device: torch.
         assert_as_exact(result, plain, truth, size=norm(truth) if truth is results[2][0] else gradient)
 
 
+ENGINES = ["cpu", "reference", pytest.param("triton", marks=INTERPRETED)]
+
+
+@pytest.mark.parametrize("implementation", ENGINES)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 2.0**65),
+        (torch.float32, 2.0**127),
+        (torch.bfloat16, 2.0**65),
+        (torch.float64, 2.0**513),
+    ],
+)
+def test_rows_are_normalised_even_if_their_norms_overflow(
+    kernel_device: torch.device, implementation: str, dtype: torch.dtype, size: float
+) -> None:
+    if implementation == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels have no float64")
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = unit(7, 12).to(dtype), unit(7, 12).to(dtype)
+    audio[::2] = audio[::2] / audio[::2].abs().amax(1, keepdim=True) * size
+    options: dict[str, Any] = {"text_owner": torch.arange(7), "label_smoothing": 0.1, "normalize": True}
+    options["compute_dtype"] = torch.float32
+    directions = audio.double()
+    directions[::2] /= size
+    truth = loss_and_grad(directions, text.double(), 20.0, implementation="reference", **options)
+    plain = loss_and_grad(directions.to(dtype), text, 20.0, implementation="reference", **options)
+    options["text_owner"] = options["text_owner"].to(device)
+    result = loss_and_grad(audio.to(device), text.to(device), 20.0, implementation=implementation, **options)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert_as_exact(result.loss.cpu(), plain.loss, truth.loss, dtype=wide, size=20)
+    assert_as_exact(result.text_ND.cpu(), plain.text_ND, truth.text_ND, dtype=dtype, size=20)
+    if size < 2.0**126:  # otherwise the gradient of a huge row underflows
+        gradient = result.audio_MD.cpu().double()
+        gradient[::2] *= size
+        assert_as_exact(gradient, plain.audio_MD, truth.audio_MD, dtype=dtype, size=20)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo
+def test_norms_that_overflow_are_found_in_a_compiled_loss_too() -> None:
+    audio, text = (unit(7, 12, dtype=torch.float32) for _ in range(2))
+
+    def loss(audio: Tensor) -> Tensor:
+        return contrastive_loss(audio, text, 10.0, normalize=True)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_agrees(compiled(audio * 2.0**65), loss(audio), count=100, dtype=torch.float32, size=10)
+
+
+@pytest.mark.parametrize("implementation", ENGINES)
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 3e38), (torch.float64, 1e308)])
+def test_sums_of_weights_may_overflow(
+    kernel_device: torch.device, implementation: str, dtype: torch.dtype, largest: float
+) -> None:
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = (unit(n, 12, dtype=torch.float32).to(device) for n in (4, 7))
+    owner = torch.tensor([0, 0, 0, 1, 1, 2, 3], device=device)
+    weights = torch.tensor([1, 0.5, 1, 1, 0, 1e-3, 1e-20], dtype=dtype, device=device)
+    options: dict[str, Any] = {"text_owner": owner, "implementation": implementation}
+    huge = contrastive_loss(audio, text, 10.0, weights=weights * largest, **options)
+    plain = contrastive_loss(audio, text, 10.0, weights=weights, **options)
+    assert_agrees(huge.cpu(), plain.cpu(), count=100, dtype=torch.float32, size=10)
+
+
+@pytest.mark.parametrize("implementation", ENGINES)
+@pytest.mark.parametrize("bias", [3.0, 1e10, 1e300, -math.inf, math.nan])
+def test_the_softmax_kind_ignores_the_bias(
+    kernel_device: torch.device, implementation: str, bias: float
+) -> None:
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = (unit(5, 12, dtype=torch.float32).to(device) for _ in range(2))
+    for options in ({}, {"label_smoothing": 0.1}):
+        plain = loss_and_grad(audio, text, 10.0, implementation=implementation, **options)
+        for given in (bias, torch.tensor(bias, dtype=torch.float64, device=device)):
+            result = loss_and_grad(
+                audio, text, 10.0, logit_bias=given, implementation=implementation, **options
+            )
+            assert all(torch.equal(a, b) for a, b in zip(result[:4], plain[:4], strict=True))
+            assert result.loss.dtype == torch.float32
+            assert result.logit_bias == 0
+
+
 def test_autocast_changes_nothing() -> None:
     audio, text = unit(9, 16, dtype=torch.float32), unit(9, 16, dtype=torch.float32)
     negative = text.view(9, 1, 16).repeat(1, 2, 1)

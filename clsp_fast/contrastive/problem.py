@@ -31,7 +31,7 @@ class Problem:
         audio_MD: embeddings of this rank's clips, as the caller passed them.
         text_ND: embeddings of this rank's texts, in the same dtype.
         scale: the multiplier of the logits.
-        bias: the number added to all logits.
+        bias: the number added to all logits of the sigmoid kind; the softmax kind ignores it.
         owner_N: int64, the audio row that each text describes.
         weights: caption weights (N,); None if all captions of a clip have the same weight.
         smoothing: share of each target that is spread evenly over all candidates.
@@ -58,6 +58,12 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """The dtype of the computation and of the loss: float32, or float64 for float64 embeddings."""
         return torch.promote_types(self.audio_MD.dtype, torch.float32)
+
+    @property
+    def ignored_bias(self) -> Tensor | float:
+        """A summand 0 for the softmax kind, where the bias cancels: even the gradient of a bias that is not
+        finite is 0."""
+        return self.bias.reshape(1)[:0].sum() if isinstance(self.bias, Tensor) else 0.0
 
 
 def check_problem(
