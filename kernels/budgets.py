@@ -6,6 +6,7 @@
     python -m clsp_fast.kernels.budgets write kernels --beside    adds the budgets of another triton version
     python -m clsp_fast.kernels.budgets tables kernels    rewrites kernels/README.md alone
 
+`write` and `tables` refuse a folder that differs from the installed kernels, because these are measured.
 The compiler of the triton package compiles each kernel ahead of time, and its disassembler reads the result.
 D is 512 and strides are multiples of 16, as in training; k is the largest that the kernel supports. Counts
 are numbers of instructions in the code, not of executions, except those of `tile`.
@@ -16,20 +17,27 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import triton
+try:
+    import triton
+except ModuleNotFoundError as error:
+    if error.name != "triton" or __name__ != "__main__":
+        raise
+    sys.exit("triton is missing: pip install 'clsp_fast[triton]'")
 
 from . import sass
-from ._launch import TARGETS
+from ._launch import INTERPRETED, TARGETS
 from .launches import KERNELS, NAMES, Launch, launches
-from .tables import with_table
+from .tables import FileError, cards_without_column, check_readme, with_table
 
 DTYPES = tuple(NAMES)
 SHARED_MEMORY_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -191,34 +199,89 @@ def as_json(budgets: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    options = _parser().parse_args(arguments)
+    if INTERPRETED and options.command != "tables":
+        sys.exit("kernels are not compiled while TRITON_INTERPRET=1: unset it")
+    try:
+        if options.command == "measure":
+            print(json.dumps(measure(options.targets, options.dtypes, options.kernels)))
+        elif options.command == "blocks":
+            print(listing(options.kernel, options.target, options.dtype))
+        else:
+            _rewrite(options.folder, budgets=options.command == "write", beside=options.beside)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at exit
+        sys.exit(1)
+    except (OSError, FileError) as error:
+        sys.exit(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m clsp_fast.kernels.budgets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    selection = commands.add_parser("measure")
-    selection.add_argument("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS)
-    selection.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    selection.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    one = commands.add_parser("blocks")
-    one.add_argument("kernel", choices=KERNELS)
-    one.add_argument("target", type=int, choices=TARGETS)
-    one.add_argument("dtype", choices=DTYPES)
-    writer = commands.add_parser("write")
-    writer.add_argument("folder", type=Path)
+    selection = commands.add_parser("measure", help="print measurements as JSON")
+    for name, values, what in (
+        ("targets", TARGETS, "compute capabilities, times 10"),
+        ("dtypes", DTYPES, "dtypes of the embeddings"),
+        ("kernels", tuple(KERNELS), "names of kernels"),
+    ):
+        selection.add_argument(
+            f"--{name}",
+            type=type(values[0]),
+            nargs="+",
+            choices=values,
+            default=values,
+            metavar=name[:-1].upper(),
+            help=f"{what}: any of {', '.join(map(str, values))}; default: all",
+        )
+    one = commands.add_parser("blocks", help="print the blocks of a kernel's code")
+    one.add_argument("kernel", choices=KERNELS, metavar="KERNEL", help=", ".join(KERNELS))
+    one.add_argument("target", type=int, choices=TARGETS, help="compute capability, times 10")
+    one.add_argument("dtype", choices=DTYPES, help="dtype of the embeddings")
+    writer = commands.add_parser("write", help="compile everything; rewrite budgets.json and README.md")
     writer.add_argument("--beside", action="store_true", help="write budgets-VERSION.json instead")
-    commands.add_parser("tables").add_argument("folder", type=Path)
-    options = parser.parse_args(arguments)
-    if options.command == "measure":
-        print(json.dumps(measure(options.targets, options.dtypes, options.kernels)))
-    elif options.command == "blocks":
-        print(listing(options.kernel, options.target, options.dtype))
-    else:
-        if options.command == "write":
-            budgets = {"triton": triton.__version__, "kernels": measure()}
-            name = f"budgets-{triton.__version__}.json" if options.beside else "budgets.json"
-            (options.folder / name).write_text(as_json(budgets))
-        readme = options.folder / "README.md"
-        readme.write_text(with_table(readme.read_text(), options.folder))
+    tables = commands.add_parser("tables", help="rewrite README.md alone, from budgets and results of cards")
+    tables.set_defaults(beside=False)
+    for command in (writer, tables):
+        command.add_argument("folder", type=Path, help="the folder kernels/ of a checkout")
+    return parser
+
+
+def _rewrite(folder: Path, *, budgets: bool, beside: bool) -> None:
+    """Rewrites the tables of README.md and, if `budgets`, first the budgets of the installed triton."""
+    folder = folder.absolute()  # bench/results lies beside it
+    readme = folder / "README.md"
+    # Before the compilation, which takes minutes.
+    check_readme(readme)
+    _check_installed(folder)
+    without_column = cards_without_column(folder)
+    if budgets:
+        name = f"budgets-{triton.__version__}.json" if beside else "budgets.json"
+        text = as_json({"triton": triton.__version__, "kernels": measure()})
+        (folder / name).write_text(text)
+    readme.write_text(with_table(readme.read_text(), folder))
+    for card in without_column:
+        print(f"bench/results has times of {card}, for which the tables have no column")
+
+
+def _check_installed(folder: Path) -> None:
+    """Refuses to describe a folder whose code is not what is installed, because the latter is measured."""
+    installed = Path(__file__).parent
+    differing = [
+        path.name
+        for path in sorted(folder.glob("*.py"))
+        if not (installed / path.name).is_file() or (installed / path.name).read_bytes() != path.read_bytes()
+    ]
+    if differing:
+        raise FileError(
+            f"{folder} differs from the installed clsp_fast.kernels, which are measured, in "
+            f"{', '.join(differing)}: install first (pip install .)"
+        )
 
 
 if __name__ == "__main__":

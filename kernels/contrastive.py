@@ -659,9 +659,9 @@ def negative_lse(
             gradient products follow torch's float32 precision setting.
         workspace_bytes: bound of the memory for partial sums, for panels of G and for products with them,
             default 2 GiB, or 544 MiB on cards with 99 KB of shared memory per block. Panels of G are as small
-            as they can be without more waves of product tiles: at N = 32,768 and D = 512 on an H100, they use
-            554 MB. A panel has at least eight runs of row tiles in the forward pass and one row of tiles in
-            the backward pass, even if these exceed the bound.
+            as they can be without more waves of product tiles: 554 MB (counted) for M = N = 32,768 and
+            D = 512 on an H100. A panel has at least eight runs of row tiles in the forward pass and one row
+            of tiles in the backward pass, even if these exceed the bound.
 
     Returns:
         float32 (M,) and (N,), natural logarithms; -inf if a row or column has no negative pair.

@@ -90,31 +90,43 @@ def resident_blocks(card: Card, budget: Budget) -> int:
     )
 
 
-def tile_clocks(card: Card, budget: Budget) -> tuple[float, float]:
-    """Clocks of a multiprocessor for the product of a tile, and for the instructions before and after it."""
-    tile, warps = budget["tile"], budget["threads"] // 32
+def product_clocks(card: Card, budget: Budget) -> tuple[float, float, float]:
+    """Clocks of a multiprocessor for the product of a tile: tensor cores, loads from L2, instructions."""
+    tile = budget["tile"]
     rows, columns = tile["rows"], tile["columns"]
-    product = max(
+    return (
         2 * rows * columns * DEPTH / (PRODUCT_SHARE * card.product_flops),
         (rows + columns) * DEPTH * _BYTES / L2_BYTES_PER_CLOCK,
-        DEPTH / tile["depth"] * tile["step"] * warps / _WARP_INSTRUCTIONS_PER_CLOCK,
+        DEPTH / tile["depth"] * tile["step"] * budget["threads"] / 32 / _WARP_INSTRUCTIONS_PER_CLOCK,
     )
-    rest = max(
-        (tile["before"] + tile["after"]) * warps / _WARP_INSTRUCTIONS_PER_CLOCK,
-        sum(tile["special"].values()) * budget["threads"] / _SPECIAL_PER_CLOCK,
+
+
+def rest_clocks(card: Card, budget: Budget) -> tuple[float, float]:
+    """Clocks before and after the product of a tile: instructions, and special functions alone."""
+    tile, threads = budget["tile"], budget["threads"]
+    return (
+        (tile["before"] + tile["after"]) * threads / 32 / _WARP_INSTRUCTIONS_PER_CLOCK,
+        sum(tile["special"].values()) * threads / _SPECIAL_PER_CLOCK,
     )
-    return product, rest
+
+
+def start_clocks(budget: Budget) -> int:
+    """Clocks until the pipeline of the product is full."""
+    return FIRST_TILE_CLOCKS if budget["tile"]["before"] else NEXT_TILE_CLOCKS
+
+
+def rounds_of(card: Card, budget: Budget, rows: int, columns: int) -> int:
+    """Number of rounds. In a round, each multiprocessor computes as many tiles as it holds blocks."""
+    tile = budget["tile"]
+    tiles = -(-rows // tile["rows"]) * -(-columns // tile["columns"])
+    return -(-tiles // (card.processors * resident_blocks(card, budget)))
 
 
 def kernel_seconds(card: Card, budget: Budget, rows: int, columns: int, written_bytes: float = 0) -> float:
     """Expected time of a kernel over all tiles of (rows, columns), which writes `written_bytes` to memory."""
-    tile = budget["tile"]
-    product, rest = tile_clocks(card, budget)
+    product, rest = max(product_clocks(card, budget)), max(rest_clocks(card, budget))
     blocks = resident_blocks(card, budget)
-    tiles = -(-rows // tile["rows"]) * -(-columns // tile["columns"])
-    rounds = -(-tiles // (card.processors * blocks))
     # With two blocks, one computes its product while the other executes other instructions.
     clocks = product + rest if blocks == 1 else blocks * max(product, rest)
-    start = FIRST_TILE_CLOCKS if tile["before"] else NEXT_TILE_CLOCKS
-    seconds = rounds * (start + clocks) / card.clock_hz
+    seconds = rounds_of(card, budget, rows, columns) * (start_clocks(budget) + clocks) / card.clock_hz
     return max(seconds, written_bytes / (MEMORY_SHARE * card.memory_tbps * 1e12))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,19 @@ LIMITED = ("registers", "spills", "shared_bytes", "atomics", "narrow_copies", "f
 EXPONENTIALS = ("lse", "starved", "panel", "softplus", "sigmoid_panel")
 
 
-def run(*arguments: object) -> str:
-    """The output of another process. This process may interpret kernels, and then it cannot compile them."""
+BUDGETS = ("-m", "clsp_fast.kernels.budgets")
+
+
+def process(*arguments: object, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    """Another process. This process may interpret kernels, and then it cannot compile them."""
     command = [sys.executable, *map(str, arguments)]
-    settings = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    settings = os.environ | {"TRITON_INTERPRET": interpret}
+    return subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+
+
+def run(*arguments: object) -> str:
+    """The output of another process, which must succeed."""
+    done = process(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -42,7 +51,7 @@ CHOSEN.append(["--dtypes", "fp32", "--kernels", "panel", "rank"])
 def test_kernels_compile_to_what_their_budget_allows(chosen: list[object]) -> None:
     if triton.__version__ not in VERSIONS:
         pytest.skip(f"the budgets are of triton {' and '.join(VERSIONS)}, not {triton.__version__}")
-    measured = json.loads(run("-m", "clsp_fast.kernels.budgets", "measure", *chosen))
+    measured = json.loads(run(*BUDGETS, "measure", *chosen))
     assert measured
     for variant, kernels in measured.items():
         assert kernels
@@ -119,6 +128,74 @@ def test_the_tables_of_the_readme_are_those_of_the_budget() -> None:
     assert tables.with_table(readme, FOLDER) == readme
     for path, committed in FILES.items():
         assert budgets.as_json(committed) == path.read_text()
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of kernels/, with an empty folder of results beside it."""
+    shutil.copytree(FOLDER, folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "bench/results").mkdir(parents=True)
+    return folder / "kernels"
+
+
+def test_a_wrong_folder_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "measure", lambda: pytest.fail("it was measured"))
+    monkeypatch.setattr(budgets, "INTERPRETED", False)
+    kernels = checkout(tmp_path)
+    (tmp_path / "README.md").write_text("# Another page")
+    for folder in (tmp_path / "kernel", tmp_path):
+        with pytest.raises(SystemExit, match="has no generated tables; give the folder kernels/ of"):
+            budgets.main(["write", str(folder)])
+    with (kernels / "rank.py").open("a") as file:
+        file.write("\n")
+    (kernels / "new.py").touch()
+    for command in ("write", "tables"):
+        with pytest.raises(SystemExit, match=r"in new.py, rank.py: install first \(pip install .\)"):
+            budgets.main([command, str(kernels)])
+    shutil.copy(FOLDER / "rank.py", kernels)
+    (kernels / "new.py").unlink()
+    damaged = tmp_path / "bench/results/nvidia-h100-2026-01-01.json"
+    damaged.write_text("{")
+    with pytest.raises(SystemExit, match=f"{damaged}: damaged"):
+        budgets.main(["write", str(kernels)])
+
+
+def test_a_card_without_a_column_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = checkout(tmp_path)
+    cases = {"loss/8192/clsp_fast": {"ms": 1.0}}
+    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"):
+        document = {"dry_run": False, "date": "", "machine": {"gpu": gpu}, "stages": {}, "cases": cases}
+        (tmp_path / f"bench/results/{gpu}.json").write_text(json.dumps(document))
+    monkeypatch.chdir(kernels)
+    budgets.main(["tables", "."])
+    assert capsys.readouterr().out == (
+        "bench/results has times of NVIDIA GeForce RTX 4090, for which the tables have no column\n"
+    )
+    assert "timed kernels: H100, NVIDIA GeForce RTX 4090 (it has" in (kernels / "README.md").read_text()
+
+
+def test_what_prevents_a_measurement_is_said_in_a_line() -> None:
+    done = process(*BUDGETS, "blocks", "add", 90, "bf16", interpret="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "kernels are not compiled while TRITON_INTERPRET=1: unset it\n"
+    without_triton = "import runpy, sys; sys.modules['triton'] = None; runpy.run_module({!r}, run_name={!r})"
+    done = process("-c", without_triton.format(BUDGETS[1], "__main__"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "triton is missing: pip install 'clsp_fast[triton]'\n"
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly() -> None:
+    command = [sys.executable, *BUDGETS, "blocks", "add", "90", "bf16"]
+    settings = os.environ | {"TRITON_INTERPRET": "0"}
+    with subprocess.Popen(command, stdout=-1, stderr=-1, env=settings, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        writer.stdout.close()
+        assert writer.stderr.read() == ""
+    assert writer.returncode == 1
 
 
 def test_launches_compile_the_same_for_every_batch_and_each_tile_once(
