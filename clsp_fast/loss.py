@@ -110,7 +110,7 @@ def contrastive_loss(
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
         weights: floating (N,), finite and non-negative; softmax only. They are the caption weights of the
             audio->text targets, and are normalised per audio. In text->audio, every text counts once.
-        logit_bias: scalar added to all logits. kind="softmax", where it cancels, ignores it; its gradient is 0.
+        logit_bias: scalar added to all logits. kind="softmax" ignores it (it cancels); its gradient is 0.
         label_smoothing: in [0, 1): share of each target that is spread evenly over all candidates (with
             kind="sigmoid", over the two outcomes of a pair).
         kind: "softmax" (CLIP, CLSP) or "sigmoid" (SigLIP).
