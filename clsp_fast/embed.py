@@ -102,7 +102,7 @@ def embed(config: EmbedConfig, *, model: CLSP | None = None) -> EmbedResult:
         clips, problems = read_source(config.source)
         model = load_model(config, ranks.device) if model is None else model
         header = EmbeddingHeader(
-            model=model.fingerprint(),
+            model=model.fingerprint(config.precision),
             frontend=features.identity(),
             dim=model.config.joint_dim,
             dtype=config.dtype,
@@ -185,7 +185,10 @@ class _Job:
         for name in EmbeddingHeader.__dataclass_fields__:
             was, now = getattr(old, name), getattr(self._header, name)
             if was != now:
-                raise ValueError(f"{self._out} was begun with {name} {was}, not {now}; choose another folder")
+                fix = "give the same --model and --precision, or " if name == "model" else ""
+                raise ValueError(
+                    f"{self._out} was begun with {name} {was}, not {now}; {fix}choose another folder"
+                )
 
     def _split_index(self) -> None:
         """Splits the index of a finished folder into parts, because its list may have grown."""

@@ -119,7 +119,7 @@ def retrieval(config: RetrievalConfig, *, model: CLSP | None = None) -> Results:
     described = [clip for clip in clips if any(texts[kind][clip.id] for kind in kinds)]
     require(bool(described), "source", f"clips with {' or '.join(kinds)} captions", str(config.source))
     audio_MD, kept, bad = figures.embed_audio(model, described, config)
-    results = _results("retrieval", model, len(kept), bad)
+    results = _results("retrieval", config, model, len(kept), bad)
     for kind, captions in texts.items():
         rows = [i for i, clip in enumerate(kept) if captions[clip.id]]
         if rows:
@@ -157,7 +157,7 @@ def zeroshot(config: ZeroshotConfig, *, model: CLSP | None = None) -> Results:
     require(bool(labelled), "source", f"clips with a label of the tasks in the tags {fields}", config.source)
     model = _model(config, model)
     audio_MD, kept, bad = figures.embed_audio(model, labelled, config)
-    results = _results("zeroshot", model, len(kept), bad)
+    results = _results("zeroshot", config, model, len(kept), bad)
     for task in tasks:
         left_out = Counter(clip.tags.get(task.field, "none") for clip in clips if task.label_of(clip) is None)
         results["zeroshot"][task.name] = _classify(task, audio_MD, kept, model, config) | {
@@ -219,7 +219,7 @@ def similarity(config: SimilarityConfig, *, model: CLSP | None = None) -> Result
     text_ND = model.encode_text([caption for _, caption, _ in pairs]).float().cpu()
     cosine_N = (audio_MD[[row_of[clip] for clip, _, _ in pairs]] * text_ND).sum(1).double().numpy()
     mean_N = np.array([np.mean([value for _, value in ratings[pair]]) for pair in pairs])
-    results = _results("similarity", model, len(kept), bad)
+    results = _results("similarity", config, model, len(kept), bad)
     categories = sorted({category for _, _, category in pairs})
     for name in ("all", *(categories if len(categories) > 1 else ())):
         rows = [i for i, pair in enumerate(pairs) if name in ("all", pair[2])]
@@ -243,8 +243,9 @@ def _model(config: EncodeConfig, model: CLSP | None) -> CLSP:
         return load_model(config, ranks.device)
 
 
-def _results(kind: str, model: CLSP, count: int, bad: Mapping[str, str]) -> Results:
-    return {"kind": kind, "model": model.fingerprint(), "n": count, "bad": dict(bad), kind: {}}
+def _results(kind: str, config: EncodeConfig, model: CLSP, count: int, bad: Mapping[str, str]) -> Results:
+    fingerprint = model.fingerprint(config.precision)
+    return {"kind": kind, "model": fingerprint, "n": count, "bad": dict(bad), kind: {}}
 
 
 @console.command

@@ -24,10 +24,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clsp_fast.arguments import require_alike, require_scalar
 from clsp_fast.contrastive import negatives, positives
 from clsp_fast.contrastive.engine import Engine, Implementation, check_options, choose_engine
 from clsp_fast.contrastive.gather import Shards
-from clsp_fast.contrastive.problem import Kind, Problem, check_problem, check_values
+from clsp_fast.contrastive.problem import (
+    Kind,
+    Problem,
+    check_embeddings,
+    check_problem,
+    check_scalars,
+    check_values,
+)
+from clsp_fast.contrastive.sums import norms, without_overflow
 
 
 def contrastive_loss_reference(
@@ -101,7 +110,7 @@ def contrastive_loss(
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
         weights: floating (N,), finite and non-negative; softmax only. They are the caption weights of the
             audio->text targets, and are normalised per audio. In text->audio, every text counts once.
-        logit_bias: scalar added to all logits. In the softmax kind it cancels.
+        logit_bias: scalar added to all logits. kind="softmax" ignores it (it cancels); its gradient is 0.
         label_smoothing: in [0, 1): share of each target that is spread evenly over all candidates (with
             kind="sigmoid", over the two outcomes of a pair).
         kind: "softmax" (CLIP, CLSP) or "sigmoid" (SigLIP).
@@ -186,6 +195,8 @@ def loss_and_grad(
 
     Source: arXiv 2101.06983 (gradient cache).
     """
+    check_embeddings(audio_MD, text_ND)
+    check_scalars(logit_scale, logit_bias)
     wide = torch.promote_types(audio_MD.dtype, torch.float32)
     with torch.inference_mode(False), torch.enable_grad():
         scalars = [
@@ -221,23 +232,16 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
         Scalar tensor, float32 (float64 for float64 embeddings).
 
     Raises:
-        ValueError: the shapes do not fit together.
-        TypeError: dtypes or devices differ.
+        ValueError: the shapes do not fit together, or the batch is empty.
+        TypeError: an argument has the wrong type or dtype, or dtypes or devices differ.
     """
-    if (
-        text_BKD.ndim != 3
-        or audio_BD.ndim != 2
-        or text_BKD.shape[::2] != audio_BD.shape
-        or text_BKD.shape[1] < 2
-    ):
+    require_alike("audio_BD", audio_BD, "text_BKD", text_BKD)
+    require_scalar("logit_scale", logit_scale)
+    fits = audio_BD.ndim == 2 and text_BKD.ndim == 3 and text_BKD.shape[::2] == audio_BD.shape
+    if not fits or 0 in audio_BD.shape or text_BKD.shape[1] < 2:
         raise ValueError(
-            "audio_BD must have shape (B, D) and text_BKD (B, K >= 2, D), "
+            "audio_BD must have shape (B, D) and text_BKD (B, K >= 2, D), neither empty, "
             f"got {tuple(audio_BD.shape)} and {tuple(text_BKD.shape)}"
-        )
-    if audio_BD.dtype != text_BKD.dtype or audio_BD.device != text_BKD.device:
-        raise TypeError(
-            "audio_BD and text_BKD must share dtype and device, "
-            f"got {audio_BD.dtype} on {audio_BD.device} and {text_BKD.dtype} on {text_BKD.device}"
         )
     dtype = torch.promote_types(audio_BD.dtype, torch.float32)
     with torch.autocast(audio_BD.device.type, enabled=False):
@@ -253,21 +257,24 @@ def _dense_loss(problem: Problem) -> Tensor:
     dtype, smoothing = problem.dtype, problem.smoothing
     audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
     if problem.normalize:
-        audio_MD, text_ND = F.normalize(audio_MD), F.normalize(text_ND)
-    logits_MN = problem.scale * (audio_MD @ text_ND.T) + problem.bias
+        rows = (without_overflow(x, norms(x, dtype)) for x in (audio_MD, text_ND))
+        audio_MD, text_ND = (F.normalize(x) for x in rows)
+    logits_MN = problem.scale * (audio_MD @ text_ND.T)
     m, n = logits_MN.shape
     positive_MN = owner_N == torch.arange(m, device=owner_N.device)[:, None]
     if problem.kind == "sigmoid":
         targets_MN = positive_MN.to(dtype) * (1 - smoothing) + smoothing / 2
-        return F.binary_cross_entropy_with_logits(logits_MN, targets_MN)
-    targets_MN = positive_MN.to(dtype) * (1.0 if weights is None else weights.to(dtype))
+        return F.binary_cross_entropy_with_logits(logits_MN + problem.bias, targets_MN)
+    targets_MN = positive_MN.to(dtype) if weights is None else positive_MN * weights
+    targets_MN = without_overflow(targets_MN, targets_MN.to(dtype).sum(1)).to(dtype)
     total_M = targets_MN.sum(1)
     captioned_M = total_M > 0
     targets_MN = targets_MN / torch.where(captioned_M, total_M, 1.0)[:, None]
     targets_MN = targets_MN * (1 - smoothing) + smoothing / n
     rows_M = -(targets_MN * F.log_softmax(logits_MN, dim=1)).sum(1)[captioned_M]
     columns = F.cross_entropy(logits_MN.T, owner_N, label_smoothing=smoothing)
-    return (rows_M.sum() / max(1, rows_M.numel()) + columns) / 2
+    loss = (rows_M.sum() / max(1, rows_M.numel()) + columns) / 2
+    return (loss + problem.ignored_bias).to(dtype)
 
 
 def _all_ranks(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -447,12 +447,18 @@ class CLSP(nn.Module):
         """
         model_folder.write_model(Path(path), self.config, self.state_dict(), self._tokenizer_json)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the architecture, the weights with their dtypes, and the tokenizer.
+    def fingerprint(self, precision: str = "fp32") -> str:
+        """SHA-256 of the architecture, the weights with their dtypes, the tokenizer, and the use of TF32.
 
         Stored embeddings and results use it as the name of the model that made them.
+
+        Args:
+            precision: that of the command. "tf32" gives a fingerprint of its own, because the weights have
+                the same dtype as with "fp32".
         """
-        return model_folder.fingerprint(self.config, self.state_dict(), self._tokenizer_json)
+        return model_folder.fingerprint(
+            self.config, self.state_dict(), self._tokenizer_json, tf32=precision == "tf32"
+        )
 
     @property
     def _tokenizer_json(self) -> str | None:

@@ -14,20 +14,26 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from clsp_fast.checks import require
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def products(precision: str) -> Iterator[None]:
-    """In this context, float32 products and convolutions use TF32 if `precision` is "tf32", and no TF32
-    otherwise. Afterwards, torch has its former settings. On the CPU nothing changes.
+    """In this context, float32 products and convolutions use TF32 if `precision` is "tf32", and no TF32 if it
+    is "fp32" or "bf16". Afterwards, torch has its former settings. On the CPU nothing changes.
 
     The settings belong to the process: other threads compute with them too. With "tf32", torch's older
     functions for the same settings raise RuntimeError if they are called in this context, for example
     `torch.backends.cuda.matmul.allow_tf32` and `torch.get_float32_matmul_precision()`.
     `torch.backends.cuda.matmul.fp32_precision` works everywhere.
+
+    Raises:
+        ValueError: precision is none of the three.
     """
+    require(precision in ("fp32", "tf32", "bf16"), "precision", '"fp32", "tf32" or "bf16"', precision)
     kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
     try:

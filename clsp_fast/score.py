@@ -111,7 +111,7 @@ def score(config: ScoreConfig, *, model: CLSP | None = None) -> ScoreResult:
         _check_kind(pairs, config.pairs)
         base = Path() if from_stdin else Path(config.pairs).parent
         model = load_model(config, ranks.device) if model is None else model
-        model_hash = model.fingerprint()[:16]
+        model_hash = model.fingerprint(config.precision)[:16]
         todo, before, failed = _lines(pairs.file, config.shard), 0, 0
         if config.scores == "-":
             out: IO[bytes] = sys.stdout.buffer

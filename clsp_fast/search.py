@@ -116,7 +116,7 @@ def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
         embeddings = Embeddings(config.folder)
         require(len(embeddings) > 0, "folder", "a folder with embeddings", config.folder)
         model = load_model(config, ranks.device) if model is None else model
-        _check_made_by(embeddings, model, config.folder)
+        _check_made_by(embeddings, model.fingerprint(config.precision), config.folder)
         queries_QD = _embed_queries(config, model)
         k = min(config.k, len(embeddings))
         if exact:
@@ -137,8 +137,7 @@ def search(config: SearchConfig, *, model: CLSP | None = None) -> list[Result]:
     ]
 
 
-def _check_made_by(embeddings: Embeddings, model: CLSP, path: Path) -> None:
-    fingerprint = model.fingerprint()
+def _check_made_by(embeddings: Embeddings, fingerprint: str, path: Path) -> None:
     if embeddings.header.model != fingerprint:
         raise ValueError(
             f"{path} was made with the model {embeddings.header.model[:16]}..., "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clsp_fast import _C, copies
+from clsp_fast.arguments import as_integer, owner_of_texts, require_alike, require_floating
 from clsp_fast.row_stream import device_chunks
 
 Database: TypeAlias = Tensor | NDArray[Any]
@@ -66,7 +67,8 @@ def ranks(audio_MD: Tensor, text_ND: Tensor, *, text_owner: Tensor | None = None
         text_owner: int64 (N,): text j describes audio text_owner[j]; default arange(N), which needs N <= M.
 
     Raises:
-        TypeError: embeddings are not floating or differ in dtype or device, or text_owner is not int64.
+        TypeError: embeddings are not floating or differ in dtype or device, or text_owner is not an int64
+            tensor.
         ValueError: shapes differ, an owner is out of range, or a value is not finite.
     """
     owner_N = _check_ranks(audio_MD, text_ND, text_owner)
@@ -92,6 +94,8 @@ def _ranks_one_way(
     queries_QD: Tensor, items_ND: Tensor, query_label_Q: Tensor, item_label_N: Tensor
 ) -> Tensor:
     """Rank of each query's best positive. A positive is an item whose label equals the query's."""
+    if not len(items_ND):
+        return torch.full((len(queries_QD),), -1, device=queries_QD.device)
     index_N = torch.arange(len(items_ND), device=items_ND.device)
     tiles = []
     for start in range(0, len(queries_QD), _TILE_ROWS):
@@ -111,7 +115,7 @@ def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
     owner = owner_N.numpy().astype(np.int32)
     text_score, audio_score, audio_index = _C.rank_targets(audio, text, owner, num_threads=threads)
     ahead_M, ahead_N = np.zeros(len(audio), np.int64), np.zeros(len(text), np.int64)
-    step = max(1, _WORK_AT_ONCE // audio.size) if audio.size else len(text)
+    step = max(1, _WORK_AT_ONCE // max(1, audio.size))
     for start in range(0, len(text), step):
         part = slice(start, start + step)
         _C.count_ahead(
@@ -128,7 +132,7 @@ def _engine_ranks(audio_MD: Tensor, text_ND: Tensor, owner_N: Tensor) -> Ranks:
     return Ranks(torch.from_numpy(ahead_M), torch.from_numpy(ahead_N))
 
 
-def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Tensor]:
+def topk(queries_QD: Tensor, database_ND: Database, k: SupportsIndex) -> tuple[Tensor, Tensor]:
     """The k database rows that have the largest inner products with each query, best first.
 
     The search is exact: no row is left out. A score has the rounding error of a float32 sum of D products,
@@ -140,8 +144,8 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
 
     Args:
         queries_QD: floating (Q, D).
-        database_ND: (N, D), a floating tensor, numpy array or memmap, on any device. The search runs on the
-            device of the queries.
+        database_ND: (N, D), a floating tensor on any device, or a numpy array or memmap of 16, 32 or 64 bits,
+            with N >= 1. The search runs on the device of the queries.
         k: number of neighbours, from 1 to min(1024, N).
 
     Returns:
@@ -149,9 +153,10 @@ def topk(queries_QD: Tensor, database_ND: Database, k: int) -> tuple[Tensor, Ten
 
     Raises:
         TypeError: a dtype is not floating, or k is not an integer.
-        ValueError: shapes differ, k is out of range, a value is not finite, or inner products overflow.
+        ValueError: shapes differ, the database is empty, k is out of range, a value is not finite, or inner
+            products overflow.
     """
-    _check_topk(queries_QD, database_ND, k)
+    k = _check_topk(queries_QD, database_ND, k)
     kernels = _topk_kernels(queries_QD, [database_ND], k)
     if kernels is not None:
         return _kernel_topk(kernels, queries_QD, [(0, database_ND)], k)
@@ -291,31 +296,10 @@ def _as_tensor(rows: Database) -> Tensor:
 
 def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -> Tensor:
     """Checks the arguments of `ranks` and returns the owners, given or default."""
-    if not audio_MD.is_floating_point() or (audio_MD.dtype, audio_MD.device) != (
-        text_ND.dtype,
-        text_ND.device,
-    ):
-        raise TypeError(
-            "audio_MD and text_ND must be floating and share dtype and device, "
-            f"got {audio_MD.dtype} on {audio_MD.device} and {text_ND.dtype} on {text_ND.device}"
-        )
-    if text_owner is not None and text_owner.dtype != torch.int64:
-        raise TypeError(f"text_owner must be int64, got {text_owner.dtype}")
+    require_alike("audio_MD", audio_MD, "text_ND", text_ND)
+    _check_columns("audio_MD", audio_MD, "text_ND", text_ND)
     m, n = len(audio_MD), len(text_ND)
-    if audio_MD.ndim != 2 or text_ND.ndim != 2 or audio_MD.shape[1] != text_ND.shape[1]:
-        raise ValueError(
-            "audio_MD and text_ND must be matrices with the same number of columns, "
-            f"got {tuple(audio_MD.shape)} and {tuple(text_ND.shape)}"
-        )
-    wrong_owner = ValueError(f"text_owner must hold {n} indices in 0..{m - 1}")
-    if text_owner is None:
-        if n > m:
-            raise wrong_owner
-        owner_N = torch.arange(n, device=audio_MD.device)
-    else:
-        owner_N = copies.to_device(text_owner, audio_MD.device)
-    if owner_N.shape != (n,):
-        raise wrong_owner
+    owner_N = copies.to_device(owner_of_texts(text_owner, m, n, audio_MD.device), audio_MD.device)
     # All facts are read at once, because each reading waits for the device. If a sum is finite, so are all
     # values, and a sum is several times cheaper than a check of each value.
     facts = [_sum(x).isfinite() for x in (audio_MD, text_ND)]
@@ -323,7 +307,7 @@ def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -
         facts.append((owner_N >= 0).all() & (owner_N < m).all())
     audio_is_finite, text_is_finite, *owners_fit = torch.stack(facts).tolist()
     if not all(owners_fit):
-        raise wrong_owner
+        raise ValueError(f"text_owner must lie in 0..{m - 1}")
     if not (audio_is_finite or _is_finite(audio_MD)) or not (text_is_finite or _is_finite(text_ND)):
         raise ValueError("audio_MD and text_ND must be finite, got NaN or infinity")
     return owner_N
@@ -337,22 +321,29 @@ def _is_finite(x: Tensor) -> bool:
     return bool(_sum(x).isfinite()) or bool(x.isfinite().all())
 
 
-def _check_topk(queries_QD: Tensor, database_ND: Database, k: int) -> None:
-    floating = (
-        database_ND.dtype.kind == "f"
-        if isinstance(database_ND, np.ndarray)
-        else (isinstance(database_ND, Tensor) and database_ND.is_floating_point())
-    )
-    if not floating or not isinstance(queries_QD, Tensor) or not queries_QD.is_floating_point():
-        kinds = [f"{type(x).__name__} of {getattr(x, 'dtype', '?')}" for x in (queries_QD, database_ND)]
-        raise TypeError(f"queries_QD and database_ND must be floating, got {kinds[0]} and {kinds[1]}")
-    if queries_QD.ndim != 2 or database_ND.ndim != 2 or queries_QD.shape[1] != database_ND.shape[1]:
+def _check_columns(first: str, a: Database, second: str, b: Database) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
-            "queries_QD and database_ND must be matrices with the same number of columns, "
-            f"got {tuple(queries_QD.shape)} and {tuple(database_ND.shape)}"
+            f"{first} and {second} must be matrices with the same number of columns, "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}")
-    largest = min(LARGEST_K, len(database_ND))
+
+
+def _check_topk(queries_QD: Tensor, database_ND: Database, k: SupportsIndex) -> int:
+    """Checks the arguments of `topk` and returns k."""
+    require_floating("queries_QD", queries_QD)
+    if not isinstance(database_ND, np.ndarray):
+        require_floating("database_ND", database_ND, "a torch.Tensor or numpy array")
+    elif database_ND.dtype not in (np.float16, np.float32, np.float64):
+        raise TypeError(
+            "database_ND must be float16, float32 or float64 in this machine's byte order, "
+            f"got {database_ND.dtype}"
+        )
+    _check_columns("queries_QD", queries_QD, "database_ND", database_ND)
+    k, rows = as_integer("k", k), len(database_ND)
+    if rows == 0:
+        raise ValueError("database_ND must have a row or more, got none")
+    largest = min(LARGEST_K, rows)
     if not 1 <= k <= largest:
-        raise ValueError(f"k must be in [1, {largest}] for {len(database_ND)} rows in database_ND, got {k}")
+        raise ValueError(f"k must be in [1, {largest}] for {rows} rows in database_ND, got {k}")
+    return k

@@ -41,7 +41,7 @@ BOXES = {
     "features": {"features", "lhotse", "parity"},
     "audio": {"audio", "sndfile"},
     "loss": {"loss", "similarity"},
-    "basics": {"checks", "contention", "copies", "metrics", "precision", "row_stream"},
+    "basics": {"arguments", "checks", "contention", "copies", "metrics", "precision", "row_stream"},
     "engine": {"_C"},
 }
 # Titles of the boxes that are neither a room nor named after a module.

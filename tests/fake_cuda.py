@@ -225,7 +225,7 @@ def search_case(counter: Counter) -> None:
     """A search through a folder of three shards."""
     model = model_of("tiny").eval()
     model._tokenizer = Tokenizer.train(WORDS * 5, 300)
-    model.fingerprint = lambda: "fake"  # type: ignore[method-assign]
+    model.fingerprint = lambda precision: "fake"  # type: ignore[method-assign]
     header = EmbeddingHeader(model="fake", frontend=features.identity(), dim=model.config.joint_dim)
     with tempfile.TemporaryDirectory() as name:
         folder, lines = Path(name), [header.to_line()]

@@ -135,8 +135,12 @@ def test_a_folder_of_another_model_list_or_setting_is_refused(
         other.audio_projection[1].bias[0] += 1e-3
     config = EmbedConfig(source=str(tmp_path / "clips"), out=tmp_path / "out", device="cpu")
     before = contents(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"was begun with model \w{64}, not \w{64}; choose another folder"):
+    message = r"was begun with model \w{64}, not \w{64}; give the same --model and --precision, or choose"
+    with pytest.raises(ValueError, match=message):
         embed(config, model=other)
+    for precision in ("tf32", "bf16"):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "clips", tmp_path / "out", model_folder, precision=precision)
     for change in ({"dtype": "float16"}, {"long_audio": "whole"}, {"window_s": 10}, {"shard_rows": 3}):
         with pytest.raises(ValueError, match=f"was begun with {next(iter(change))}"):
             run(tmp_path / "clips", tmp_path / "out", model_folder, **change)

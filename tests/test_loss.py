@@ -6,7 +6,10 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,6 +139,88 @@ def test_kernels_equal_the_dense_definition(options: dict, kernel_device: torch.
     gradient = norm([norm(x) for x in results[2][1:]])
     for result, plain, truth in zip(*results, strict=True):
         assert_as_exact(result, plain, truth, size=norm(truth) if truth is results[2][0] else gradient)
+
+
+ENGINES = ["cpu", "reference", pytest.param("triton", marks=INTERPRETED)]
+
+
+@pytest.mark.parametrize("implementation", ENGINES)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 2.0**65),
+        (torch.float32, 2.0**127),
+        (torch.bfloat16, 2.0**65),
+        (torch.float64, 2.0**513),
+    ],
+)
+def test_rows_are_normalised_even_if_their_norms_overflow(
+    kernel_device: torch.device, implementation: str, dtype: torch.dtype, size: float
+) -> None:
+    if implementation == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels have no float64")
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = unit(7, 12).to(dtype), unit(7, 12).to(dtype)
+    audio[::2] = audio[::2] / audio[::2].abs().amax(1, keepdim=True) * size
+    options: dict[str, Any] = {"text_owner": torch.arange(7), "label_smoothing": 0.1, "normalize": True}
+    options["compute_dtype"] = torch.float32
+    directions = audio.double()
+    directions[::2] /= size
+    truth = loss_and_grad(directions, text.double(), 20.0, implementation="reference", **options)
+    plain = loss_and_grad(directions.to(dtype), text, 20.0, implementation="reference", **options)
+    options["text_owner"] = options["text_owner"].to(device)
+    result = loss_and_grad(audio.to(device), text.to(device), 20.0, implementation=implementation, **options)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert_as_exact(result.loss.cpu(), plain.loss, truth.loss, dtype=wide, size=20)
+    assert_as_exact(result.text_ND.cpu(), plain.text_ND, truth.text_ND, dtype=dtype, size=20)
+    if size < 2.0**126:  # otherwise the gradient of a huge row underflows
+        gradient = result.audio_MD.cpu().double()
+        gradient[::2] *= size
+        assert_as_exact(gradient, plain.audio_MD, truth.audio_MD, dtype=dtype, size=20)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo
+def test_norms_that_overflow_are_found_in_a_compiled_loss_too() -> None:
+    audio, text = (unit(7, 12, dtype=torch.float32) for _ in range(2))
+
+    def loss(audio: Tensor) -> Tensor:
+        return contrastive_loss(audio, text, 10.0, normalize=True)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_agrees(compiled(audio * 2.0**65), loss(audio), count=100, dtype=torch.float32, size=10)
+
+
+@pytest.mark.parametrize("implementation", ENGINES)
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 3e38), (torch.float64, 1e308)])
+def test_sums_of_weights_may_overflow(
+    kernel_device: torch.device, implementation: str, dtype: torch.dtype, largest: float
+) -> None:
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = (unit(n, 12, dtype=torch.float32).to(device) for n in (4, 7))
+    owner = torch.tensor([0, 0, 0, 1, 1, 2, 3], device=device)
+    weights = torch.tensor([1, 0.5, 1, 1, 0, 1e-3, 1e-20], dtype=dtype, device=device)
+    options: dict[str, Any] = {"text_owner": owner, "implementation": implementation}
+    huge = contrastive_loss(audio, text, 10.0, weights=weights * largest, **options)
+    plain = contrastive_loss(audio, text, 10.0, weights=weights, **options)
+    assert_agrees(huge.cpu(), plain.cpu(), count=100, dtype=torch.float32, size=10)
+
+
+@pytest.mark.parametrize("implementation", ENGINES)
+@pytest.mark.parametrize("bias", [3.0, 1e10, 1e300, -math.inf, math.nan])
+def test_the_softmax_kind_ignores_the_bias(
+    kernel_device: torch.device, implementation: str, bias: float
+) -> None:
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = (unit(5, 12, dtype=torch.float32).to(device) for _ in range(2))
+    for options in ({}, {"label_smoothing": 0.1}):
+        plain = loss_and_grad(audio, text, 10.0, implementation=implementation, **options)
+        for given in (bias, torch.tensor(bias, dtype=torch.float64, device=device)):
+            result = loss_and_grad(
+                audio, text, 10.0, logit_bias=given, implementation=implementation, **options
+            )
+            assert all(torch.equal(a, b) for a, b in zip(result[:4], plain[:4], strict=True))
+            assert result.loss.dtype == torch.float32
+            assert result.logit_bias == 0
 
 
 def test_autocast_changes_nothing() -> None:
@@ -411,7 +496,14 @@ BAD = [
     ({"text_ND": torch.zeros(3, 4, dtype=torch.float64)}, TypeError, "must share dtype and device"),
     ({"text_ND": torch.zeros(4, 4)}, ValueError, "text_owner must be given"),
     ({"text_owner": torch.tensor([0, 1, 3])}, ValueError, "text_owner must lie in 0..2"),
-    ({"text_owner": torch.tensor([0.0, 1, 2])}, ValueError, "text_owner must be int64 of shape (3,)"),
+    ({"text_owner": torch.tensor([0.0, 1, 2])}, TypeError, "text_owner must be int64 of shape (3,)"),
+    ({"text_owner": torch.tensor([0, 1])}, ValueError, "text_owner must be int64 of shape (3,)"),
+    ({"text_owner": np.array([0, 1, 2])}, TypeError, "text_owner must be a torch.Tensor, got ndarray"),
+    ({"audio_MD": [[0.0] * 4] * 3}, TypeError, "audio_MD must be a torch.Tensor, got list"),
+    ({"text_ND": np.zeros((3, 4))}, TypeError, "text_ND must be a torch.Tensor, got ndarray"),
+    ({"weights": [1.0, 1.0, 1.0]}, TypeError, "weights must be a torch.Tensor, got list"),
+    ({"weights": torch.ones(3).int()}, TypeError, "weights must be floating"),
+    ({"weights": torch.ones(2)}, ValueError, "weights must be of shape (3,) on cpu, got (2,) on cpu"),
     ({"weights": torch.tensor([1.0, -1, 2])}, ValueError, "weights must be finite and not negative"),
     ({"weights": torch.ones(3), "kind": "sigmoid"}, ValueError, "weights must be None"),
     ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be in [0, 1)"),
@@ -420,20 +512,57 @@ BAD = [
     ({"implementation": "triton"}, ValueError, 'implementation="triton" needs CUDA tensors, got cpu'),
     ({"logit_scale": torch.ones(1)}, ValueError, "logit_scale must be a scalar"),
     ({"logit_bias": torch.ones(3)}, ValueError, "logit_bias must be a scalar"),
+    ({"logit_scale": "14"}, TypeError, "logit_scale must be a number or a scalar tensor, got '14'"),
+    ({"logit_scale": torch.tensor(1j)}, TypeError, "logit_scale must be real, got torch.complex64"),
+    ({"logit_bias": [0.0]}, TypeError, "logit_bias must be a number or a scalar tensor, got [0.0]"),
+    ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got None"),
+    ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a number, got '0.1'"),
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD)
+@pytest.mark.parametrize(
+    ("function", "change", "error", "message"),
+    [
+        (function, *case)
+        for function in (contrastive_loss, contrastive_loss_reference, loss_and_grad)
+        for case in BAD
+        if function is not contrastive_loss_reference or "implementation" not in case[0]
+    ],
+)
 def test_names_the_wrong_argument(
-    monkeypatch: pytest.MonkeyPatch, change: dict, error: type[Exception], message: str
+    monkeypatch: pytest.MonkeyPatch, function: Callable, change: dict, error: type[Exception], message: str
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = {"audio_MD": torch.zeros(3, 4), "text_ND": torch.zeros(3, 4), "logit_scale": 10.0} | change
     with pytest.raises(error, match=re.escape(message)):
-        contrastive_loss(**arguments)
+        function(**arguments)
 
 
-def test_hard_negative_loss_refuses_wrong_shapes() -> None:
-    for text_shape in ((3, 1, 4), (3, 4), (2, 2, 4), (3, 2, 5)):
-        with pytest.raises(ValueError, match="text_BKD"):
-            hard_negative_loss(torch.zeros(3, 4), torch.zeros(*text_shape), 10.0)
+@pytest.mark.parametrize("implementation", ["auto", "cpu", "reference"])
+def test_a_dtype_of_8_bits_is_refused(implementation: str) -> None:
+    narrow = torch.zeros(3, 4).to(torch.float8_e5m2)
+    with pytest.raises(TypeError, match=r"audio_MD must be floating .* got torch\.float8_e5m2"):
+        contrastive_loss(narrow, narrow, 10.0, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("audio", "text", "scale", "error", "message"),
+    [
+        *(
+            (torch.zeros(3, 4), torch.zeros(*shape), 10.0, ValueError, "text_BKD")
+            for shape in ((3, 1, 4), (3, 4), (2, 2, 4), (3, 2, 5))
+        ),
+        (torch.zeros(0, 4), torch.zeros(0, 2, 4), 10.0, ValueError, r"neither empty, got \(0, 4\)"),
+        (torch.zeros(3, 0), torch.zeros(3, 2, 0), 10.0, ValueError, r"neither empty, got \(3, 0\)"),
+        (torch.ones(3, 4).int(), torch.ones(3, 2, 4).int(), 10.0, TypeError, "audio_BD must be floating"),
+        (torch.zeros(3, 4), [[[0.0] * 4] * 2] * 3, 10.0, TypeError, "text_BKD must be a torch.Tensor"),
+        (torch.zeros(3, 4), torch.zeros(3, 2, 4).double(), 10.0, TypeError, "must share dtype and device"),
+        (torch.zeros(3, 4), torch.zeros(3, 2, 4), "10", TypeError, "logit_scale must be a number"),
+        (torch.zeros(3, 4), torch.zeros(3, 2, 4), torch.ones(1), ValueError, "logit_scale must be a scalar"),
+    ],
+)
+def test_hard_negative_loss_names_the_wrong_argument(
+    audio: Tensor, text: Tensor, scale: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        hard_negative_loss(audio, text, scale)

@@ -34,6 +34,9 @@ def test_a_context_sets_both_kinds_of_products_and_restores_them(name: str, expe
     with pytest.raises(KeyError), precision.products("tf32"):
         raise KeyError
     assert settings() == before
+    message = 'precision must be "fp32", "tf32" or "bf16", got \'bf17\''
+    with pytest.raises(ValueError, match=message), precision.products("bf17"):
+        pass
 
 
 def test_tf32_is_off_unless_it_is_asked_for() -> None:

@@ -140,8 +140,9 @@ def test_scores_of_other_pairs_or_models_are_not_continued(
     out = tmp_path / "scores.jsonl"
     run(pairs, out, model_folder)
     before = out.read_bytes()
-    with pytest.raises(ValueError, match=r"was begun with the model \w{16}, not \w{16}"):
-        run(pairs, out, model_folder, precision="bf16")
+    for precision in ("tf32", "bf16"):
+        with pytest.raises(ValueError, match=r"was begun with the model \w{16}, not \w{16}"):
+            run(pairs, out, model_folder, precision=precision)
     with pytest.raises(ValueError, match="line 2, does not belong to these pairs"):
         run(pairs, out, model_folder, shard="1/2")
     pairs.write_text(pairs.read_text().replace('"mine": [1]', '"mine": [2]'))

@@ -245,6 +245,8 @@ def test_what_does_not_fit_is_named(
     other = CLSP.from_pretrained(model_folder, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"was made with the model \w{16}\.\.\., this one is"):
         search(SearchConfig(folder=folder, text=TEXTS, device="cpu"), model=other)
+    with pytest.raises(ValueError, match="give the same --model and --precision"):
+        run(folder, model_folder, text=TEXTS, precision="tf32")
     with pytest.raises(FileNotFoundError, match=r"no index\.jsonl"):
         run(tmp_path, model_folder, text=TEXTS)
     with pytest.raises(command.AudioError, match=r"missing\.wav"):

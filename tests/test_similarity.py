@@ -156,22 +156,32 @@ def test_nan_is_refused() -> None:
 def test_wrong_shapes_and_owners_are_refused() -> None:
     with pytest.raises(ValueError, match="same number of columns"):
         similarity.ranks(torch.ones(5, 3), torch.ones(5, 4))
-    with pytest.raises(ValueError, match=r"text_owner must hold 6 indices in 0\.\.4"):
+    with pytest.raises(ValueError, match="audio_MD and text_ND must be matrices"):
+        similarity.ranks(torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"more texts \(6\) than clips \(5\)"):
         similarity.ranks(torch.ones(5, 3), torch.ones(6, 3))
-    for owner in (torch.tensor([0, 5]), torch.tensor([-1, 0]), torch.tensor([0])):
-        with pytest.raises(ValueError, match=r"text_owner must hold 2 indices in 0\.\.4"):
+    for owner, message in (
+        (torch.tensor([0, 5]), r"text_owner must lie in 0\.\.4"),
+        (torch.tensor([-1, 0]), r"text_owner must lie in 0\.\.4"),
+        (torch.tensor([0]), r"text_owner must be int64 of shape \(2,\), got torch.int64 \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
             similarity.ranks(torch.ones(5, 3), torch.ones(2, 3), text_owner=owner)
 
 
 def test_wrong_types_are_named() -> None:
     audio, text = torch.ones(5, 3), torch.ones(2, 3)
     for other in (text.double(), text.half(), text.to("meta")):
-        with pytest.raises(
-            TypeError, match="audio_MD and text_ND must be floating and share dtype and device"
-        ):
+        with pytest.raises(TypeError, match="audio_MD and text_ND must share dtype and device"):
             similarity.ranks(audio, other)
-    with pytest.raises(TypeError, match="must be floating"):
+    with pytest.raises(TypeError, match=r"audio_MD must be floating .* got torch.int32"):
         similarity.ranks(audio.int(), text.int())
+    with pytest.raises(TypeError, match=r"text_ND must be floating .* got torch.float8_e4m3fn"):
+        similarity.ranks(audio, text.to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=r"audio_MD must be a torch.Tensor, got list"):
+        similarity.ranks(audio.tolist(), text)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"text_owner must be a torch.Tensor, got ndarray"):
+        similarity.ranks(audio, text, text_owner=np.array([0, 1]))  # type: ignore[arg-type]
     for owner in (torch.tensor([0.0, 1.9]), torch.tensor([True, False])):
         with pytest.raises(TypeError, match="text_owner must be int64"):
             similarity.ranks(audio, text, text_owner=owner)
@@ -273,11 +283,16 @@ def test_without_a_card_no_kernel_is_chosen() -> None:
         (torch.zeros(2, 3), torch.zeros(5, 3), 6, r"k must be in \[1, 5\] for 5 rows .* got 6"),
         (torch.zeros(2, 3), torch.zeros(2000, 3), 1025, r"k must be in \[1, 1024\]"),
         (torch.zeros(2, 3), torch.zeros(5, 3), 0, "got 0"),
-        (torch.zeros(2, 3), torch.zeros(0, 3), 1, r"k must be in \[1, 0\]"),
+        (torch.zeros(2, 3), torch.zeros(0, 3), 1, "database_ND must have a row or more, got none"),
         (torch.zeros(2, 3), torch.zeros(5, 3), 1.0, "k must be an integer, got float"),
-        (torch.zeros(2, 3).int(), torch.zeros(5, 3), 1, "must be floating, got Tensor of torch.int32"),
-        (torch.zeros(2, 3), np.zeros((5, 3), np.int8), 1, "and ndarray of int8"),
-        (torch.zeros(2, 3), [[0.0, 0.0, 0.0]], 1, "and list of"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), True, "k must be an integer, got bool"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), np.float32(1), "k must be an integer, got float32"),
+        (torch.zeros(2, 3).int(), torch.zeros(5, 3), 1, "queries_QD must be floating .* got torch.int32"),
+        (np.zeros((2, 3)), torch.zeros(5, 3), 1, "queries_QD must be a torch.Tensor, got ndarray"),
+        (torch.zeros(2, 3), np.zeros((5, 3), np.int8), 1, "database_ND must be float16, .* got int8"),
+        (torch.zeros(2, 3), np.zeros((5, 3), ">f4"), 1, "database_ND must be .* byte order, got >f4"),
+        (torch.zeros(2, 3), np.zeros((5, 3), np.longdouble), 1, "database_ND must be float16, float32 or"),
+        (torch.zeros(2, 3), [[0.0, 0.0, 0.0]], 1, "database_ND must be a torch.Tensor or .* got list"),
         (torch.full((2, 3), torch.nan), torch.zeros(5, 3), 1, "queries_QD must be finite"),
         (torch.zeros(2, 3), torch.tensor([[0.0, 0, 0], [0, -torch.inf, 0]]), 1, "infinity in row 1"),
     ],
@@ -286,6 +301,28 @@ def test_without_a_card_no_kernel_is_chosen() -> None:
 def test_topk_names_what_is_wrong(queries: object, database: object, k: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         similarity.topk(queries, database, k)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clips", [0, 3])
+def test_nothing_has_no_rank_and_no_query_has_no_neighbour(dtype: torch.dtype, clips: int) -> None:
+    audio, none = torch.ones(clips, 4, dtype=dtype), torch.ones(0, 4, dtype=dtype)
+    result = similarity.ranks(audio, none)
+    assert result.audio_to_text.tolist() == [-1] * clips
+    assert result.text_to_audio.tolist() == []
+    assert result.audio_to_text.dtype == result.text_to_audio.dtype == torch.int64
+    scores, rows = similarity.topk(none, torch.ones(5, 4, dtype=dtype), 2)
+    assert scores.shape == rows.shape == (0, 2)
+    assert (scores.dtype, rows.dtype) == (dtype, torch.int64)
+
+
+@pytest.mark.usefixtures("implementation")
+def test_k_may_be_an_integer_of_numpy() -> None:
+    rows = torch.randn(5, 3)
+    for result, expected in zip(
+        similarity.topk(rows, rows, np.int64(2)), similarity.topk(rows, rows, 2), strict=True
+    ):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("value", [-1e30, 1e30])

@@ -73,8 +73,7 @@ def choose_engine(implementation: Implementation, embeddings: Tensor) -> Engine 
         raise ValueError(
             f'implementation="triton" needs CUDA tensors, got {device}; or set TRITON_INTERPRET=1'
         )
-    cpu_dtype = embeddings.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if implementation == "cpu" or (implementation == "auto" and device == "cpu" and cpu_dtype):
+    if implementation == "cpu" or (implementation == "auto" and device == "cpu"):
         return negatives
     if implementation == "reference" or (implementation == "auto" and device != "cuda"):
         return None

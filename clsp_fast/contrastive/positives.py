@@ -30,10 +30,12 @@ from clsp_fast.contrastive.sums import (
     dots,
     lse_by_owner,
     normalise,
+    norms,
     of_owner,
     softplus,
     sum_by_owner,
     total,
+    without_overflow,
 )
 
 
@@ -87,6 +89,8 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
     audio_MD, text_ND, dtype = problem.audio_MD, problem.text_ND, problem.dtype
     # 16-bit embeddings are sent as they are. 16 bits cannot represent rows that are normalised here.
     sent_dtype = dtype if problem.normalize else audio_MD.dtype
+    if problem.normalize:
+        audio_MD, text_ND = (without_overflow(x, norms(x, dtype)) for x in (audio_MD, text_ND))
     shards = Shards.agree(problem.group, len(audio_MD), len(text_ND), audio_MD.device, sent_dtype)
     raw = (audio_MD.detach(), text_ND.detach()) if problem.normalize else None
     # Gradients of positive and negative pairs nearly cancel, so they are added before rounding to 16 bits.
@@ -141,7 +145,7 @@ def softmax_loss(pairs: Pairs, positives: Positives, row_M: Tensor, column_N: Te
         rows_M = rows_M + problem.smoothing * captioned_M * (targets_M - positives.mean_M)
     captioned = shards.sum(captioned_M.sum()).clamp(min=1)
     loss = shards.sum(total(rows_M) / captioned + total(columns_N) / shards.total_texts) / 2
-    return loss + 0.0 * problem.bias  # the bias cancels: its gradient is 0
+    return loss + problem.ignored_bias
 
 
 def sigmoid_loss(pairs: Pairs, positives: Positives, sums_M: Tensor) -> Tensor:

@@ -12,6 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clsp_fast.arguments import (
+    owner_of_texts,
+    require_alike,
+    require_floating,
+    require_number,
+    require_scalar,
+)
+
 Kind = Literal["softmax", "sigmoid"]
 
 
@@ -23,7 +31,7 @@ class Problem:
         audio_MD: embeddings of this rank's clips, as the caller passed them.
         text_ND: embeddings of this rank's texts, in the same dtype.
         scale: the multiplier of the logits.
-        bias: the number added to all logits.
+        bias: the number added to all logits of the sigmoid kind; the softmax kind ignores it.
         owner_N: int64, the audio row that each text describes.
         weights: caption weights (N,); None if all captions of a clip have the same weight.
         smoothing: share of each target that is spread evenly over all candidates.
@@ -51,6 +59,12 @@ class Problem:
         """The dtype of the computation and of the loss: float32, or float64 for float64 embeddings."""
         return torch.promote_types(self.audio_MD.dtype, torch.float32)
 
+    @property
+    def ignored_bias(self) -> Tensor | float:
+        """A summand 0 for the softmax kind, where the bias cancels: even the gradient of a bias that is not
+        finite is 0."""
+        return self.bias.reshape(1)[:0].sum() if isinstance(self.bias, Tensor) else 0.0
+
 
 def check_problem(
     audio_MD: Tensor,
@@ -71,10 +85,9 @@ def check_problem(
         ValueError: a shape, range or name is wrong; the message names the argument.
         TypeError: an argument has the wrong type or dtype.
     """
-    _check_embeddings(audio_MD, text_ND)
-    for name, scalar in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if isinstance(scalar, Tensor) and scalar.ndim:
-            raise ValueError(f"{name} must be a scalar, got shape {tuple(scalar.shape)}")
+    check_embeddings(audio_MD, text_ND)
+    check_scalars(logit_scale, logit_bias)
+    require_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if kind not in ("softmax", "sigmoid"):
@@ -87,7 +100,7 @@ def check_problem(
         text_ND=text_ND,
         scale=logit_scale,
         bias=0.0 if logit_bias is None else logit_bias,
-        owner_N=_check_owner(text_owner, m, n, audio_MD.device),
+        owner_N=owner_of_texts(text_owner, m, n, audio_MD.device).to(audio_MD.device),
         weights=weights,
         smoothing=label_smoothing,
         kind=kind,
@@ -97,44 +110,33 @@ def check_problem(
     )
 
 
-def _check_embeddings(audio_MD: Tensor, text_ND: Tensor) -> None:
+def check_embeddings(audio_MD: Tensor, text_ND: Tensor) -> None:
+    """Raises TypeError or ValueError unless dtypes, devices and shapes are those of two sets of rows."""
+    require_alike("audio_MD", audio_MD, "text_ND", text_ND)
     for name, value in (("audio_MD", audio_MD), ("text_ND", text_ND)):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {value.dtype}")
         if value.ndim != 2 or 0 in value.shape:
             raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(value.shape)}")
     if audio_MD.shape[1] != text_ND.shape[1]:
         raise ValueError(
             f"text_ND must have {audio_MD.shape[1]} columns like audio_MD, got {text_ND.shape[1]}"
         )
-    if audio_MD.dtype != text_ND.dtype or audio_MD.device != text_ND.device:
-        raise TypeError(
-            "audio_MD and text_ND must share dtype and device, "
-            f"got {audio_MD.dtype} on {audio_MD.device} and {text_ND.dtype} on {text_ND.device}"
-        )
+
+
+def check_scalars(logit_scale: Tensor | float, logit_bias: Tensor | float | None) -> None:
+    """Raises TypeError or ValueError unless the multiplier and the bias, if there is one, are scalars."""
+    require_scalar("logit_scale", logit_scale)
+    if logit_bias is not None:
+        require_scalar("logit_bias", logit_bias)
 
 
 def _check_weights(weights: Tensor, n: int, kind: Kind, device: torch.device) -> None:
     if kind == "sigmoid":
         raise ValueError('weights must be None with kind="sigmoid": every pair counts once')
-    if weights.shape != (n,) or not weights.is_floating_point() or weights.device != device:
+    require_floating("weights", weights)
+    if weights.shape != (n,) or weights.device != device:
         raise ValueError(
-            f"weights must be floating of shape ({n},) on {device}, "
-            f"got {weights.dtype} {tuple(weights.shape)} on {weights.device}"
+            f"weights must be of shape ({n},) on {device}, got {tuple(weights.shape)} on {weights.device}"
         )
-
-
-def _check_owner(text_owner: Tensor | None, m: int, n: int, device: torch.device) -> Tensor:
-    """Checks the owners and returns them, given or default."""
-    if text_owner is None:
-        if n > m:
-            raise ValueError(f"text_owner must be given when there are more texts ({n}) than clips ({m})")
-        return torch.arange(n, device=device)
-    if text_owner.dtype != torch.int64 or text_owner.shape != (n,):
-        raise ValueError(
-            f"text_owner must be int64 of shape ({n},), got {text_owner.dtype} {tuple(text_owner.shape)}"
-        )
-    return text_owner.to(device)
 
 
 def check_values(problem: Problem) -> None:

@@ -74,6 +74,30 @@ def normalise(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, _Normalise.apply(x_BD, dtype))  # type: ignore[no-untyped-call]
 
 
+def without_overflow(x_BD: Tensor, size_B: Tensor) -> Tensor:
+    """Divides each row whose size is infinite by its largest absolute value, and leaves the other rows.
+
+    Args:
+        x_BD: floating.
+        size_B: the norm or the sum of each row, which may have overflowed.
+
+    Returns:
+        x_BD itself if no size is infinite; on CUDA a copy, because the host does not wait for the sizes.
+    """
+    overflows_B = size_B.isinf()
+    if not (x_BD.is_cuda or torch.compiler.is_compiling() or bool(overflows_B.any())):
+        return x_BD
+    dtype = torch.promote_types(x_BD.dtype, size_B.dtype)
+    largest_B = torch.linalg.vector_norm(x_BD.detach(), ord=torch.inf, dim=1, dtype=dtype)
+    return x_BD / torch.where(overflows_B, largest_B, 1.0)[:, None]
+
+
+def norms(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norms (B,) of rows in `dtype`, without gradient."""
+    norm_B: Tensor = torch.linalg.vector_norm(x_BD.detach(), dim=1, dtype=dtype)
+    return norm_B
+
+
 def sum_by_owner(x_N: Tensor, owner_N: Tensor, rows: int) -> Tensor:
     """Sum of each owner's numbers, (rows,)."""
     return cast(Tensor, _SumByOwner.apply(x_N, owner_N, rows))  # type: ignore[no-untyped-call]

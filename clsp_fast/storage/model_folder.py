@@ -150,14 +150,18 @@ def write_model(
     )
 
 
-def fingerprint(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None) -> str:
-    """SHA-256 of the architecture, of every tensor with its dtype, and of tokenizer.json, if there is one."""
+def fingerprint(
+    config: ModelConfig, state: Mapping[str, Tensor], tokenizer: str | None, *, tf32: bool = False
+) -> str:
+    """SHA-256 of the architecture, of every tensor with its dtype, of tokenizer.json, if there is one, and of
+    the word "tf32", if products use TF32."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     digest.update((tokenizer or "").encode())
+    digest.update(b"tf32" if tf32 else b"")
     return digest.hexdigest()
 
 

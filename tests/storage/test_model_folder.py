@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from clsp_fast.config import MODEL_PRESETS
 from clsp_fast.model import CLSP
+from clsp_fast.storage import model_folder as folders
 
 CAPTIONS = ["A calm, low-pitched male voice.", "A lively woman speaks fast."]
 
@@ -35,6 +37,19 @@ def test_folder_round_trip_is_exact(tiny: CLSP, tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in restored.parameters())
     assert torch.equal(restored.encode_text(CAPTIONS), tiny.encode_text(CAPTIONS))
     assert CLSP.from_pretrained(str(tmp_path / "m"), dtype=torch.float64).dtype == torch.float64
+
+
+def test_fingerprints_stay_and_only_tf32_has_its_own(tiny: CLSP) -> None:
+    """With other fingerprints, folders of embeddings that exist already would be refused."""
+    weights = torch.arange(6.0).view(2, 3)
+    cases = [
+        ("8471bf3246177d9675758f7490577f78a691c6e6a4b56191fb815915075bb017", weights, None),
+        ("adb4a7b40d7f49f6744819fcde0a7094554f0e73c530908ae80528d5c1877691", weights.bfloat16(), '{"a":1}'),
+    ]
+    for expected, weights, tokenizer in cases:
+        assert folders.fingerprint(MODEL_PRESETS["tiny"], {"w": weights}, tokenizer) == expected
+    assert tiny.fingerprint() == tiny.fingerprint("fp32") == tiny.fingerprint("bf16")
+    assert tiny.fingerprint("tf32") != tiny.fingerprint()
 
 
 def test_folder_without_tokenizer_still_encodes_audio(tiny: CLSP, tmp_path: Path) -> None:
