@@ -263,26 +263,33 @@ class _Walk:
     def paths(self, starts: Iterable[int], product: int) -> Iterator[_Path]:
         """Cheapest paths that end with block `product`, or with the kernel before they reach that block.
 
-        Yields at most one path for each end and amount of work, which is capped at `needed`.
+        The work of a block counts once on a path: a rare loop repeats a part of the tile, and its work must
+        not add up to that of a tile. No kernel does the common work of its tile in such a loop. Yields at
+        most one path for each end and set of blocks that work; all sets that do enough count as one.
         """
         order = count()
-        heap: list[tuple[int, int, int, int, _Trail]] = [(0, next(order), 0, start, None) for start in starts]
-        done: set[tuple[int, int]] = set()
+        heap: list[tuple[int, int, frozenset[int], int, _Trail]] = [
+            (0, next(order), frozenset(), start, None) for start in starts
+        ]
+        done: set[tuple[int, frozenset[int] | None]] = set()
         while heap:
-            cost, _, work, number, trail = heapq.heappop(heap)
-            if (number, work) in done:
+            cost, _, working, number, trail = heapq.heappop(heap)
+            if self.work[number]:
+                working |= {number}
+            complete = sum(self.work[block] for block in working) >= self.needed
+            state = (number, None if complete else working)
+            if state in done:
                 continue
-            done.add((number, work))
+            done.add(state)
             block = self.graph[number]
             cost += len(block.instructions)
-            work = min(self.needed, work + self.work[number])
             trail = (number, trail)
             if number == product or block.exits:
                 final = block.exits and not block.following
-                yield _Path(cost, work == self.needed, number == product, final, trail)
+                yield _Path(cost, complete, number == product, final, trail)
             if number != product:
                 for successor in block.following:
-                    heapq.heappush(heap, (cost, next(order), work, successor, trail))
+                    heapq.heappush(heap, (cost, next(order), working, successor, trail))
 
     def from_product(self, product: int) -> Iterator[TileCost]:
         """The cost of a tile whose product ends with block `product`, if a path does the work of a tile."""

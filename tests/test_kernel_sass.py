@@ -71,6 +71,26 @@ def test_the_path_passes_the_whole_tile_and_not_a_part_that_repeats_the_product(
         tile_cost(code(["HMMA.16816.F32 R4, R16, R12, R4", "EXIT"]), exponentials, 4)
 
 
+def test_a_rare_loop_does_not_add_up_to_a_tile() -> None:
+    start = ["HMMA.16816.F32 R4, R16, R12, R4", "@P0 BRA 0x50"]
+    loop = ["MUFU.EX2 R4, R4", "@P1 BRA 0x20", "EXIT"]
+    tile = [*["MUFU.EX2 R4, R4"] * 4, *["FADD R4, R4, R5"] * 20, "EXIT"]
+    cost = tile_cost(code([*start, *loop, *tile]), exponentials, 4)
+    assert cost is not None
+    assert (cost.after, cost.path) == (1 + len(tile), (1, 4))
+    with pytest.raises(ValueError, match="no path from a product has the 4 exponentials"):
+        tile_cost(code([*start, *loop, "EXIT"]), exponentials, 4)
+
+
+def test_blocks_of_a_loop_that_do_different_work_add_up() -> None:
+    start = ["HMMA.16816.F32 R4, R16, R12, R4", "@P0 BRA 0x40"]
+    short = ["MUFU.EX2 R4, R4", "BRA 0x70"]
+    long = ["MUFU.EX2 R5, R5", "NOP", "NOP"]
+    cost = tile_cost(code([*start, *short, *long, "@P1 BRA 0x20", "EXIT"]), exponentials, 2)
+    assert cost is not None
+    assert cost.after == 1 + len(long) + 1 + len(short) + 1 + 1
+
+
 def test_a_path_goes_on_after_an_exit_that_only_some_threads_take() -> None:
     tile = ["HMMA.16816.F32 R4, R16, R12, R4", *["MUFU.EX2 R4, R4"] * 4, "@P0 EXIT"]
     cost = tile_cost(code([*tile, "STG.E [R2.64], R4", "EXIT"]), exponentials, 4)
