@@ -60,11 +60,12 @@ class Card:
 
 
 CARDS = (
-    Card("A100", 80, 312, 2.0, 108, 2048, 164 << 10),
-    Card("H100", 90, 989, 3.35, 132, 4096, 228 << 10),
-    Card("H200", 90, 989, 4.8, 132, 4096, 228 << 10),
+    Card("A100", 80, 312, 2.0, 108, 2048, 164 << 10),  # 80 GB, SXM
+    Card("H100", 90, 989, 3.35, 132, 4096, 228 << 10),  # 80 GB, SXM
+    Card("H200", 90, 989, 4.8, 132, 4096, 228 << 10),  # SXM
     Card("B200", 100, 2250, 8.0, 148, 8192, 228 << 10),
 )
+"""Other variants of these cards, such as PCIe, are other cards: tables.py gives them no column."""
 
 
 def bound_seconds(card: Card, flops: float, memory_bytes: float) -> float:

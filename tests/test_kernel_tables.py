@@ -141,6 +141,44 @@ def test_a_newer_file_replaces_only_the_cases_that_it_timed(tmp_path: Path) -> N
     assert tables.card_times(tmp_path) == {"H100": {lse: 1.0, panel: 2.5, "ceilings/copy": 3.0}}
 
 
+def test_runs_of_a_day_are_ordered_by_their_number(tmp_path: Path) -> None:
+    gpu, lse = "NVIDIA H100 80GB HBM3", "loss/8192/clsp_fast/part/lse"
+    write_results(tmp_path, "nvidia-h100-2026-02-01", gpu, {lse: {"ms": 1.0}})
+    write_results(tmp_path, "nvidia-h100-run-10-2026-02-01", gpu, {lse: {"ms": 10.0}})
+    write_results(tmp_path, "nvidia-h100-run-9-2026-02-01", gpu, {lse: {"ms": 9.0}})
+    assert tables.card_times(tmp_path) == {"H100": {lse: 10.0}}
+    renamed = tmp_path / "nvidia-h100-2026-02-01.json"
+    renamed.write_text(json.dumps(json.loads(renamed.read_text()) | {"run": 11}))
+    assert tables.card_times(tmp_path) == {"H100": {lse: 1.0}}
+    write_results(tmp_path, "nvidia-h100-2026-02-02", gpu, {lse: {"ms": 2.0}})
+    assert tables.card_times(tmp_path) == {"H100": {lse: 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "card"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA A100-SXM-64GB", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM2e", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+    ],
+)
+def test_only_the_variant_of_the_estimate_gets_a_column(tmp_path: Path, gpu: str, card: str | None) -> None:
+    write_results(tmp_path, "results-2026-02-01", gpu, {"ceilings/copy": {"ms": 3.0}})
+    assert list(tables.card_times(tmp_path)) == [card or gpu]
+
+
 COMPLETE = {"stages": {}, "dry_run": False, "date": "", "machine": {"gpu": "NVIDIA H100"}, "cases": {}}
 
 
@@ -152,6 +190,7 @@ COMPLETE = {"stages": {}, "dry_run": False, "date": "", "machine": {"gpu": "NVID
         ({"stages": {}}, "damaged results of bench.card, 'dry_run' is missing"),
         (COMPLETE | {"machine": {}}, "damaged results of bench.card, 'gpu' is missing"),
         (COMPLETE | {"machine": []}, "damaged results of bench.card, "),
+        (COMPLETE | {"run": "second"}, "damaged results of bench.card, "),
         (COMPLETE | {"machine": {"gpu": None}}, "damaged results of bench.card, "),
         (COMPLETE | {"cases": {"a": {"ms": None}}}, "damaged results of bench.card, "),
         (COMPLETE | {"cases": {"a": 1}}, "damaged results of bench.card, "),
