@@ -174,32 +174,42 @@ def operand(x_MD: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer[:, :depth].copy_(x_MD)
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Raises TypeError if x is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
 def check_operands(x: Tensor, y: Tensor) -> None:
-    """Raises ValueError or TypeError if shapes, dtypes or devices of two operands do not fit."""
+    """Raises TypeError if dtypes of two operands do not fit, and ValueError if shapes or devices do not."""
+    check_tensor("each side", x)
+    check_tensor("each side", y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
         raise ValueError(
             "both sides must be matrices with the same, positive number of columns, "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if x.dtype != y.dtype or x.dtype not in DTYPES or x.device != y.device:
+    if x.dtype != y.dtype or x.dtype not in DTYPES:
         raise TypeError(
-            "both sides must share a dtype (bfloat16, float16 or float32) and a device, "
-            f"got {x.dtype} on {x.device} and {y.dtype} on {y.device}"
+            f"both sides must share a dtype (bfloat16, float16 or float32), got {x.dtype} and {y.dtype}"
         )
+    if x.device != y.device:
+        raise ValueError(f"both sides must be on one device, got {x.device} and {y.device}")
 
 
 def check_argument(
     name: str, x: Tensor | None, dtype: torch.dtype | None, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    """Raises ValueError if x, which may be None, has another dtype, shape or device.
-
-    If `dtype` is None, x may have any floating dtype.
+    """Raises TypeError if x, which may be None, is no tensor of the dtype; ValueError if the shape or device
+    differs. If `dtype` is None, x may have any floating dtype.
     """
     if x is None:
         return
+    check_tensor(name, x)
     right = x.is_floating_point() if dtype is None else x.dtype == dtype
     if not right or x.shape != shape or x.device != device:
-        raise ValueError(
+        error = ValueError if right else TypeError
+        raise error(
             f"{name} must be {dtype or 'floating'} of shape {shape} on {device}, "
             f"got {x.dtype} {tuple(x.shape)} on {x.device}"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._launch import (
     DTYPES,
+    check_tensor,
     mask_positives,
     on_device,
     operand,
@@ -82,6 +83,8 @@ def check_operands(
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype, int]:
     """Checks the arguments and returns the operators' arguments, scalars as fp32 tensors on the device."""
+    for name, x in (("audio_MD", audio), ("text_ND", text), ("text_owner_N", owner)):
+        check_tensor(name, x)
     if audio.ndim != 2 or text.ndim != 2 or audio.shape[1] != text.shape[1] or audio.shape[1] == 0:
         raise ValueError(
             "audio_MD and text_ND must be matrices with the same, positive number of columns, "
@@ -93,7 +96,8 @@ def check_operands(
             f"float32, got {audio.dtype}, {text.dtype} and {compute_dtype}"
         )
     if owner.dtype != torch.int64 or owner.shape != text.shape[:1]:
-        raise ValueError(
+        error = ValueError if owner.dtype == torch.int64 else TypeError
+        raise error(
             f"text_owner_N must be int64 of shape ({len(text)},), got {owner.dtype} {tuple(owner.shape)}"
         )
     if not audio.device == text.device == owner.device:

@@ -668,7 +668,7 @@ def negative_lse(
 
     Raises:
         ValueError: a shape is wrong, or the device is not supported.
-        TypeError: a dtype is not supported.
+        TypeError: an argument is no tensor, or its dtype is not supported.
     """
     operands = check_operands(
         audio_MD, text_ND, logit_scale, text_owner_N, logit_bias, compute_dtype, workspace_bytes

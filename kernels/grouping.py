@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, OPTIONS, check_argument, on_device
+from ._launch import INTERPRETED, OPTIONS, check_argument, check_tensor, on_device
 
 BLOCK, LANES, STEP = 2048, 128, 32
 if INTERPRETED:  # a program of the interpreter costs a millisecond, an element next to nothing
@@ -39,7 +39,7 @@ def group_by_owner_reference(owner_N: Tensor, rows: int) -> tuple[Tensor, Tensor
 
 
 def check_groups(groups: tuple[Tensor, Tensor] | None, rows: int, texts: int, device: torch.device) -> None:
-    """Raises ValueError unless `groups` fits the numbers of rows and texts."""
+    """Raises TypeError or ValueError unless `groups` fits the numbers of rows and texts."""
     if groups is None:
         if rows != texts:
             raise ValueError(
@@ -267,10 +267,12 @@ def group_by_owner(
             negative.
 
     Raises:
-        ValueError: a shape, dtype, device or number is wrong. The values on the device are not checked.
+        TypeError: an argument is no tensor or has a wrong dtype.
+        ValueError: a shape, device or number is wrong. The values on the device are not checked.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
+    check_tensor("owner_N", owner_N)
     if owner_N.ndim != 1 or not len(owner_N):
         raise ValueError(f"owner_N must be of shape (N,) with N >= 1, got {tuple(owner_N.shape)}")
     check_argument("owner_N", owner_N, torch.int64, (len(owner_N),), owner_N.device)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import OPTIONS, check_argument, on_device
+from ._launch import OPTIONS, check_argument, check_tensor, on_device
 from .grouping import check_groups, from_float64, to_float64
 from .loss_terms import TEXTS, count_row_programs, count_text_programs, sigmoid_terms, softmax_terms
 
@@ -469,8 +469,9 @@ def softmax_loss(
             the loss, a sum over the ranks.
 
     Raises:
-        ValueError: a shape, dtype or device is wrong, or smoothing is not in [0, 1), or there is smoothing
-            but no `sums_3D`. The values on the device are not checked.
+        TypeError: an argument is no tensor or has a wrong dtype.
+        ValueError: a shape or device is wrong, or smoothing is not in [0, 1), or there is smoothing but no
+            `sums_3D`. The values on the device are not checked.
     """
     _check_vectors(row_M, column_N, dot_N, scale, bias)
     check_argument("weights_N", weights_N, None, (len(dot_N),), dot_N.device)
@@ -515,6 +516,8 @@ def _without_gaps(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _check_vectors(
     row_M: Tensor, column_N: Tensor | None, dot_N: Tensor, scale: Tensor, bias: Tensor | None
 ) -> None:
+    check_tensor("row_M", row_M)
+    check_tensor("dot_N", dot_N)
     if row_M.ndim != 1 or dot_N.ndim != 1 or not len(row_M) or not len(dot_N):
         raise ValueError(
             "row_M and dot_N must be of shape (M,) and (N,) with M >= 1 and N >= 1, "
@@ -537,5 +540,6 @@ def _check_smoothing(
         if smoothing > 0 or all_sums_3D is not None:
             raise ValueError("with smoothing or all_sums_3D, sums_3D must be given")
         return
+    check_tensor("sums_3D", sums_3D)
     for name, x in (("sums_3D", sums_3D), ("all_sums_3D", all_sums_3D)):
         check_argument(name, x, torch.float64, (3, *sums_3D.shape[1:2]), device)

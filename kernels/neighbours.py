@@ -34,8 +34,9 @@ gives the same bits. Reading the answer takes one host synchronisation.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import torch
 import triton
@@ -46,6 +47,7 @@ from ._launch import (
     OPTIONS,
     SIZES,
     check_operands,
+    check_tensor,
     on_device,
     operand,
     score_arguments,
@@ -277,8 +279,7 @@ class Neighbours:
     """
 
     def __init__(self, queries_QD: Tensor, k: int) -> None:
-        if not 1 <= k <= LARGEST_K:
-            raise ValueError(f"k must be in 1..{LARGEST_K}, got {k}")
+        k = _checked_k(k, LARGEST_K)
         check_operands(queries_QD, queries_QD)
         self._queries = operand(queries_QD.detach(), queries_QD.dtype)
         self._k = k
@@ -296,6 +297,7 @@ class Neighbours:
     def add(self, first_row: int, database_ND: Tensor) -> None:
         """Searches rows of the database; `first_row` is the number of the first one. The caller may overwrite
         the rows after the launched work has ended."""
+        check_tensor("database_ND", database_ND)
         if len(database_ND) == 0 or len(self._queries) == 0:
             return
         check_operands(self._queries, database_ND.detach()[:0].to(self._queries.dtype))
@@ -496,17 +498,26 @@ def topk(queries_QD: Tensor, database_ND: Tensor, k: int) -> tuple[Tensor, Tenso
     Raises:
         ValueError: shapes differ, k is out of range, a value is not finite, scores overflow, or the device is
             not supported.
-        TypeError: a dtype is not supported.
+        TypeError: an argument is no tensor, its dtype is not supported, or k is no integer.
     """
+    check_tensor("queries_QD", queries_QD)
+    check_tensor("database_ND", database_ND)
     dtype = torch.promote_types(queries_QD.dtype, database_ND.dtype)
     database_ND = database_ND.detach()
     check_operands(queries_QD.detach().to(dtype), database_ND[:0].to(dtype))
-    largest = min(LARGEST_K, len(database_ND))
-    if not 1 <= k <= largest:
-        raise ValueError(f"k must be in 1..{largest}, got {k}")
+    k = _checked_k(k, min(LARGEST_K, len(database_ND)))
     neighbours = Neighbours(queries_QD, k)
     neighbours.add(0, database_ND)
     return neighbours.result(lambda: [(0, database_ND)], _row_error)
+
+
+def _checked_k(k: SupportsIndex, largest: int) -> int:
+    if isinstance(k, bool) or not isinstance(k, SupportsIndex):
+        raise TypeError(f"k must be an integer, got {type(k).__name__}")
+    k = operator.index(k)
+    if not 1 <= k <= largest:
+        raise ValueError(f"k must be in 1..{largest}, got {k}")
+    return k
 
 
 def _row_error(row: int) -> ValueError:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, OPTIONS, check_argument, on_device
+from ._launch import INTERPRETED, OPTIONS, check_argument, check_tensor, on_device
 from .grouping import captions_of, check_groups, from_float64, to_float64
 
 LARGEST_DEPTH = 8192
@@ -522,7 +522,8 @@ def pair_products(
         smooth: whether to compute the sums of embeddings.
 
     Raises:
-        ValueError: a shape, dtype or device is wrong. The values on the device are not checked.
+        TypeError: an argument is no tensor or has a wrong dtype.
+        ValueError: a shape or device is wrong. The values on the device are not checked.
     """
     _check_pairs(audio_MD, text_ND, owner_N, groups, weights_N)
     audio_MD, text_ND = (x if x.stride(1) == 1 else x.contiguous() for x in (audio_MD, text_ND))
@@ -541,7 +542,10 @@ def _check_pairs(
     weights_N: Tensor | None,
 ) -> None:
     for name, x in (("audio_MD", audio_MD), ("text_ND", text_ND)):
-        if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape or x.shape[1] > LARGEST_DEPTH:
+        check_tensor(name, x)
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
+        if x.ndim != 2 or 0 in x.shape or x.shape[1] > LARGEST_DEPTH:
             raise ValueError(
                 f"{name} must be a floating, non-empty matrix of at most {LARGEST_DEPTH} columns, "
                 f"got {x.dtype} {tuple(x.shape)}"

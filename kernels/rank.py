@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ._launch import (
     SIZES,
+    check_argument,
     check_operands,
     on_device,
     operand,
@@ -356,12 +357,8 @@ def rank_counts(audio_MD: Tensor, text_ND: Tensor, text_owner_N: Tensor) -> tupl
 
     Raises:
         ValueError: a shape is wrong, or the device is not supported.
-        TypeError: a dtype is not supported.
+        TypeError: an argument is no tensor, or its dtype is not supported.
     """
     check_operands(audio_MD, text_ND)
-    if text_owner_N.dtype != torch.int64 or text_owner_N.shape != text_ND.shape[:1]:
-        raise ValueError(
-            f"text_owner_N must be int64 of shape ({len(text_ND)},), "
-            f"got {text_owner_N.dtype} {tuple(text_owner_N.shape)}"
-        )
+    check_argument("text_owner_N", text_owner_N, torch.int64, (len(text_ND),), text_ND.device)
     return _rank_counts(audio_MD.detach(), text_ND.detach(), text_owner_N.contiguous())

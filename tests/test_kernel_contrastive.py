@@ -540,6 +540,10 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
         negative_lse(x.double(), y.double(), 1.0, owner)
     with pytest.raises(ValueError, match=r"text_owner_N must be int64 of shape \(5,\)"):
         negative_softplus(x, y, 1.0, owner[:3])
+    with pytest.raises(TypeError, match=r"text_owner_N must be int64 of shape \(5,\), got torch.int32"):
+        negative_softplus(x, y, 1.0, owner.int())
+    with pytest.raises(TypeError, match=r"text_owner_N must be a torch.Tensor, got list"):
+        negative_lse(x, y, 1.0, [0] * 5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="logit_scale must be a scalar"):
         negative_softplus(x, y, torch.ones(1), owner)
 

@@ -58,13 +58,15 @@ def test_one_wrong_weight_among_many_is_seen(
 
 def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
     owner_N = torch.zeros(3, dtype=torch.int64, device=kernel_device)
-    for arguments, message in (
-        ((owner_N, 0), "rows must be at least 1, got 0"),
-        ((owner_N[:0], 2), r"owner_N must be of shape \(N,\) with N >= 1, got \(0,\)"),
-        ((owner_N[None], 2), r"owner_N must be of shape \(N,\) with N >= 1, got \(1, 3\)"),
-        ((owner_N.int(), 2), "owner_N must be torch.int64 .* got torch.int32"),
-        ((owner_N, 2, owner_N), r"weights_N must be floating of shape \(3,\) .* got torch.int64"),
-        ((owner_N, 2, torch.ones(2, device=kernel_device)), r"weights_N must be .* got torch.float32 \(2,\)"),
+    for error, arguments, message in (
+        (ValueError, (owner_N, 0), "rows must be at least 1, got 0"),
+        (ValueError, (owner_N[:0], 2), r"owner_N must be of shape \(N,\) with N >= 1, got \(0,\)"),
+        (ValueError, (owner_N[None], 2), r"owner_N must be of shape \(N,\) with N >= 1, got \(1, 3\)"),
+        (TypeError, (owner_N.tolist(), 2), "owner_N must be a torch.Tensor, got list"),
+        (TypeError, (owner_N.int(), 2), "owner_N must be torch.int64 .* got torch.int32"),
+        (TypeError, (owner_N, 2, [1.0] * 3), "weights_N must be a torch.Tensor, got list"),
+        (TypeError, (owner_N, 2, owner_N), r"weights_N must be floating of shape \(3,\) .* got torch.int64"),
+        (ValueError, (owner_N, 2, torch.ones(2, device=kernel_device)), r"weights_N .* torch.float32 \(2,\)"),
     ):
-        with pytest.raises(ValueError, match=message):
-            group_by_owner(*arguments)
+        with pytest.raises(error, match=message):
+            group_by_owner(*arguments)  # type: ignore[arg-type]

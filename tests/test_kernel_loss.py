@@ -255,36 +255,48 @@ def test_sums_get_the_gradient_zero_without_smoothing(kernel_device: torch.devic
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("error", "changes", "message"),
     [
-        ({"row_M": torch.ones(CLIPS)}, "row_M must be torch.float64 .* got torch.float32"),
-        ({"row_M": torch.ones(1, CLIPS)}, r"row_M and dot_N must be of shape \(M,\) and \(N,\) .* \(1, 7\)"),
-        ({"dot_N": torch.ones(0)}, r"row_M and dot_N .* N >= 1, got \(7,\) and \(0,\)"),
-        ({"dot_N": torch.ones(CLIPS)}, "dot_N must be torch.float64 .* got torch.float32"),
-        ({"scale": torch.ones(1)}, r"scale must be floating of shape \(\) .* \(1,\)"),
-        ({"bias": torch.ones(())}, "bias must be torch.float64 .* got torch.float32"),
-        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
-        ({"smoothing": 0.1}, "with smoothing or all_sums_3D, sums_3D must be given"),
+        (TypeError, {"row_M": [1.0] * CLIPS}, "row_M must be a torch.Tensor, got list"),
+        (TypeError, {"scale": 1.0}, "scale must be a torch.Tensor, got float"),
+        (TypeError, {"sums_3D": [1.0]}, "sums_3D must be a torch.Tensor, got list"),
+        (TypeError, {"row_M": torch.ones(CLIPS)}, "row_M must be torch.float64 .* got torch.float32"),
         (
+            ValueError,
+            {"row_M": torch.ones(1, CLIPS)},
+            r"row_M and dot_N must be of shape \(M,\) and \(N,\) .* \(1, 7\)",
+        ),
+        (ValueError, {"dot_N": torch.ones(0)}, r"row_M and dot_N .* N >= 1, got \(7,\) and \(0,\)"),
+        (TypeError, {"dot_N": torch.ones(CLIPS)}, "dot_N must be torch.float64 .* got torch.float32"),
+        (ValueError, {"scale": torch.ones(1)}, r"scale must be floating of shape \(\) .* \(1,\)"),
+        (TypeError, {"bias": torch.ones(())}, "bias must be torch.float64 .* got torch.float32"),
+        (ValueError, {"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
+        (ValueError, {"smoothing": 0.1}, "with smoothing or all_sums_3D, sums_3D must be given"),
+        (
+            ValueError,
             {"sums_3D": torch.ones(2, 5).double()},
             r"sums_3D must be torch.float64 of shape \(3, 5\) .* \(2, 5\)",
         ),
-        ({"column_N": torch.ones(3).double()}, r"column_N must be torch.float64 of shape \(7,\) .* \(3,\)"),
-        ({"weights_N": torch.ones(3)}, r"weights_N must be floating of shape \(7,\) .* \(3,\)"),
-        ({"row_M": torch.ones(3).double()}, "without groups, .* got 3 rows and 7 texts"),
+        (
+            ValueError,
+            {"column_N": torch.ones(3).double()},
+            r"column_N must be torch.float64 of shape \(7,\) .* \(3,\)",
+        ),
+        (ValueError, {"weights_N": torch.ones(3)}, r"weights_N must be floating of shape \(7,\) .* \(3,\)"),
+        (ValueError, {"row_M": torch.ones(3).double()}, "without groups, .* got 3 rows and 7 texts"),
     ],
 )
 def test_wrong_arguments_are_named(
-    kernel_device: torch.device, changes: dict[str, Any], message: str
+    kernel_device: torch.device, error: type[Exception], changes: dict[str, Any], message: str
 ) -> None:
     names = ("row_M", "column_N", "dot_N", "scale")
     arguments = dict(zip(names, (x.detach() for x in inputs(CLIPS)), strict=True)) | changes
     arguments = {k: v.to(kernel_device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         softmax_loss(**arguments)
     if set(changes) <= {"dot_N", "scale", "bias", "smoothing", "sums_3D"}:  # both kinds check these
         del arguments["column_N"]
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             sigmoid_loss(**{"bias": arguments["scale"]} | arguments)
 
 

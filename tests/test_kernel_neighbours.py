@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -269,6 +270,20 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
         topk(x, y[:, :3], 1)
     with pytest.raises(TypeError, match="float64"):
         topk(x.double(), y.double(), 1)
+    for k in (2.0, True, "2"):
+        with pytest.raises(TypeError, match=f"k must be an integer, got {type(k).__name__}"):
+            topk(x, y, k)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"k must be an integer, got {type(k).__name__}"):
+            Neighbours(x, k)  # type: ignore[arg-type]
+    assert_same(topk(x, y, np.int64(2)), topk(x, y, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"queries_QD must be a torch.Tensor, got list"):
+        topk([[1.0]], y, 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"database_ND must be a torch.Tensor, got ndarray"):
+        topk(x, y.cpu().numpy(), 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"each side must be a torch.Tensor, got ndarray"):
+        Neighbours(x.cpu().numpy(), 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"database_ND must be a torch.Tensor, got ndarray"):
+        Neighbours(x, 1).add(0, y.cpu().numpy())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"k must be in 1\.\.5"):
         topk(x, y, 6)
     with pytest.raises(ValueError, match=r"k must be in 1\.\.32"):

@@ -180,46 +180,64 @@ def test_the_longest_row_fits(kernel_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("error", "changes", "message"),
     [
-        ({"audio_MD": torch.ones(3, 8193)}, r"audio_MD must be .* at most 8192 columns, got .* \(3, 8193\)"),
-        ({"audio_MD": torch.ones(3, 8).int()}, "audio_MD must be a floating, .* got torch.int32"),
         (
+            ValueError,
+            {"audio_MD": torch.ones(3, 8193)},
+            r"audio_MD must be .* at most 8192 columns, got .* \(3, 8193\)",
+        ),
+        (TypeError, {"audio_MD": [1.0]}, "audio_MD must be a torch.Tensor, got list"),
+        (TypeError, {"weights_N": [1, 2, 3]}, "weights_N must be a torch.Tensor, got list"),
+        (TypeError, {"audio_MD": torch.ones(3, 8).int()}, "audio_MD must be floating, got torch.int32"),
+        (
+            ValueError,
             {"audio_MD": torch.ones(0, 8)},
             r"audio_MD must be a floating, non-empty .* got torch.float32 \(0, 8\)",
         ),
         (
+            ValueError,
             {"text_ND": torch.ones(8)},
             r"text_ND must be a floating, non-empty matrix .* got torch.float32 \(8,\)",
         ),
-        ({"text_ND": torch.ones(4, 7)}, r"text_ND must be torch.float32 of shape \(4, 8\) .* \(4, 7\)"),
-        ({"text_ND": torch.ones(4, 8).half()}, "text_ND must be torch.float32 .* got torch.float16"),
-        ({"owner_N": torch.zeros(4)}, "owner_N must be torch.int64 .* got torch.float32"),
         (
+            ValueError,
+            {"text_ND": torch.ones(4, 7)},
+            r"text_ND must be torch.float32 of shape \(4, 8\) .* \(4, 7\)",
+        ),
+        (
+            TypeError,
+            {"text_ND": torch.ones(4, 8).half()},
+            "text_ND must be torch.float32 .* got torch.float16",
+        ),
+        (TypeError, {"owner_N": torch.zeros(4)}, "owner_N must be torch.int64 .* got torch.float32"),
+        (
+            ValueError,
             {"weights_N": torch.ones(3)},
             r"weights_N must be floating of shape \(4,\) .* got torch.float32 \(3,\)",
         ),
-        ({"groups": None}, "without groups, each row must have one text, got 3 rows and 4 texts"),
+        (ValueError, {"groups": None}, "without groups, each row must have one text, got 3 rows and 4 texts"),
         (
+            ValueError,
             {"groups": (torch.zeros(4).int(), torch.zeros(3).int())},
             r"offset of groups must be torch.int32 of shape \(4,\) .* \(3,\)",
         ),
     ],
 )
 def test_wrong_arguments_are_named(
-    kernel_device: torch.device, changes: dict[str, Any], message: str
+    kernel_device: torch.device, error: type[Exception], changes: dict[str, Any], message: str
 ) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "audio_MD": torch.ones(3, 8),
         "text_ND": torch.ones(4, 8),
         "owner_N": torch.zeros(4, dtype=torch.int64),
         "groups": (torch.zeros(4).int(), torch.zeros(4).int()),
     }
-    on_device = {
-        name: x.to(kernel_device) if isinstance(x, Tensor) else x and tuple(y.to(kernel_device) for y in x)
-        for name, x in (arguments | changes).items()
-    }
-    with pytest.raises(ValueError, match=message):
+    arguments |= changes
+    if arguments["groups"]:
+        arguments["groups"] = tuple(x.to(kernel_device) for x in arguments["groups"])
+    on_device = {k: v.to(kernel_device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(error, match=message):
         pair_products(**on_device)
 
 

@@ -145,7 +145,13 @@ def test_wrong_arguments_are_named(kernel_device: torch.device) -> None:
     x, y = tied(kernel_device, 3, 5, 4)
     with pytest.raises(ValueError, match="same, positive number of columns"):
         rank_counts(x, y[:, :3], torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"text_owner_N must be int64 of shape \(5,\)"):
+    with pytest.raises(TypeError, match=r"text_owner_N must be torch.int64 .* got torch.int32"):
+        rank_counts(x, y, torch.zeros(5, dtype=torch.int32, device=kernel_device))
+    with pytest.raises(TypeError, match=r"text_owner_N must be a torch.Tensor, got list"):
+        rank_counts(x, y, [0, 0, 1, 1, 2])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"each side must be a torch.Tensor, got ndarray"):
+        rank_counts(x, y.cpu().numpy(), torch.zeros(5, dtype=torch.int64))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"text_owner_N must be torch.int64 of shape \(5,\)"):
         rank_counts(x, y, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="float64"):
         rank_counts(x.double(), y.double(), torch.zeros(5, dtype=torch.int64))
