@@ -17,10 +17,10 @@ Budget = Mapping[str, Any]
 # Assumptions. Large products of cuBLAS reach about 80 % of the data sheet's peak: power limits the clock.
 LIBRARY_SHARE = 0.8
 MEMORY_SHARE = 0.9
-# Published Triton products on an H100 reach 502 TFLOP/s, and 564 if a program computes several tiles, at
-# K = 1,024; 741 at K = 2,048 and 791 at K = 4,096. So the product takes 85 % of the peak rate, and a tile of
-# 128 x 256 takes 5,000 to 13,000 clocks more; their epilogues need about 1,000 of these. Several tiles a
-# program save 3,500. The other cards are assumed to be like the H100.
+# Published products on Hopper cards reach 502 TFLOP/s, and 564 if a program computes several tiles, at
+# K = 1,024; 741 at K = 2,048 and 791 at K = 4,096 (kernels/README.md names the sources). So the product takes
+# 85 % of the peak rate, and a tile of 128 x 256 takes 5,000 to 13,000 clocks more; their epilogues need about
+# 1,000 of these. Several tiles a program save 3,500. The other cards are assumed to be like the H100.
 PRODUCT_SHARE = 0.85
 FIRST_TILE_CLOCKS, NEXT_TILE_CLOCKS = 8000, 4500
 """From the start of a tile to a full pipeline: in a program of one tile, and in one of several tiles."""
