@@ -42,15 +42,17 @@ from .tables import FileError, cards_without_column, check_readme, with_table
 DTYPES = tuple(NAMES)
 SHARED_MEMORY_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _LAYOUT = r"nvidia_mma<\{.*?warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)"
-# Kernel -> the least work for each element of a tile. Kernels that are not here compute one exponential, and
-# `panel` and `starved` a few more for their rows and columns. The maximum of n scores takes n - 1 comparisons
-# and, if threads share the scores, a few more that depend on the layout of the tile. In `maxima`, n is 32. In
-# `topk`, n is a row, which at least two threads share, so there is at least one comparison for each element.
+# Kernel -> the least work for each element of a tile.
 _WORK = {
+    # A score is compared with the target of its row and with that of its column.
     "rank": (sass.comparisons, 2.0),
+    # The maximum of n scores takes n - 1 comparisons; two or more threads share a row, so a row takes n.
     "topk": (sass.comparisons, 1.0),
+    # The maximum of 32 scores takes 31 comparisons, or more if threads share them.
     "maxima": (sass.comparisons, 31 / 32),
 }
+# All other kernels: one exponential. `panel` and `starved` compute a few more for their rows and columns.
+_OTHER_WORK = (sass.exponentials, 1.0)
 
 
 def measure(
@@ -122,7 +124,7 @@ def _measure(launch: Launch) -> dict[str, Any]:
 
 
 def _tile_cost(launch: Launch, compiled: Any, code: str) -> sass.TileCost | None:
-    work, amount = _WORK.get(launch.kernel, (sass.exponentials, 1.0))
+    work, amount = _WORK.get(launch.kernel, _OTHER_WORK)
     rows, columns = launch.constants.get("BM", 0), launch.constants.get("BN", 0)
     copies = element_copies(rows, columns, compiled.asm["ttgir"])
     return sass.tile_cost(code, work, round(amount * launch.elements * copies))
