@@ -15,8 +15,8 @@ Shape suffixes: Q queries, N database rows, D joint dimension, K neighbours, G g
 
 The score of a query with a proof is a sum in float64, rounded to float32. The scores of another query have
 the error of a float32 sum of D products, about 1e-6 |x| |y|. So rows whose scores differ by less may come in
-another order, and the last one may be replaced by one as good. A query is answered by one of the two kinds
-of score alone, so equal rows have equal scores.
+another order, and the last one may be replaced by a row whose score differs by less than this error. A query
+is answered by one of the two kinds of score alone, so equal rows have equal scores.
 
 The margin. Let x~, y~ be the rounded operands, dx = x - x~, dy = y - y~, and s~ the approximate score. Then
 
@@ -24,9 +24,9 @@ The margin. Let x~, y~ be the rounded operands, dx = x - x~, dy = y - y~, and s~
 
 The last term is for the sum. Products of 16-bit numbers are exact in float32, and D additions that truncate
 lose at most D 2^-23 of the sum of magnitudes. Tensor cores add in blocks, so twice this is allowed. It also
-covers the error of the float64 sum, which is at most D 2^-53 |x| |y|. The norms
-are measured: |x|, |dx| of each query, and the largest |y|, |dy| of the database. Operands that are out of the
-range of float16 have a large |dx| or |dy|, and so no proof.
+covers the error of the float64 sum, which is at most D 2^-53 |x| |y|. The norms are measured: |x|, |dx| of
+each query, and the largest |y|, |dy| of the database. Operands that are out of the range of float16 have a
+large |dx| or |dy|, and so no proof.
 
 Memory beyond inputs and results: a 16-bit copy of 128 MB, maxima of 64 MB, and candidates. The same call
 gives the same bits. Reading the answer takes one host synchronisation.
