@@ -256,7 +256,53 @@ def test_no_run_changes_the_results_of_another(
     assert times(second) == {"good/a": 1.0, "erring/a": 2.0, "silent/a": 1.0}
     assert times(last) == {"good/a": 1.0, "erring/a": 2.0, "silent/a": 3.0, "failing/a": 3.0}
     assert last["stages"].keys() == {"good", "erring", "silent", "failing"}
-    assert f"kept from {first}: good, silent\n" in capsys.readouterr().out
+    assert f"taken over from {first}: good, silent, erring\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_ends_early_keeps_the_stages_it_did_not_reach(
+    tmp_path: Path, run_fake: Any, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    class Killed(BaseException):
+        """SIGKILL leaves the files as they are at that moment."""
+
+    def end(stage: Stage, path: Path, dry_run: bool) -> Any:
+        assert times(json.loads(path.read_text())) == {"good/a": 1.0, "erring/a": 1.0, "silent/a": 1.0}
+        if killed:
+            raise Killed
+        outcome = {"status": "interrupted", "held": False, "seconds": 1.0, "deadline_s": 9.0}
+        runner.record_of(stage, path).write_text("{}")
+        return outcome, {"good/b": {"ms": 2.0}}
+
+    assert run_fake("good,erring,silent") == 0
+    monkeypatch.setattr(runner, "run_stage", end)
+    with contextlib.suppress(Killed):
+        assert run_fake("good,erring,silent") == 130
+    _, last = all_results(tmp_path / "out").values()
+    assert last["stages"].keys() == {"good", "erring", "silent"}
+    first = {"good/a": 1.0} if killed else {"good/b": 2.0}
+    assert times(last) == {**first, "erring/a": 1.0, "silent/a": 1.0}
+    assert last["stages"]["good"]["status"] == ("done" if killed else "interrupted")
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_the_results_of_the_run_before(tmp_path: Path, fakes: dict[str, Stage]) -> None:
+    out = tmp_path / "out"
+    stages = tuple(fakes[name] for name in ("hanging", "good", "without_peers"))
+    assert main(["--dry-run", "--out", str(out), "--stages", "good,without_peers"], stages=stages) == 0
+    code = "import sys; from bench.card.runner import *;"
+    code += f"sys.exit(main(['--dry-run', '--out', {str(out)!r}], stages={stages!r}))"
+    command = [sys.executable, "-c", code]
+    child = out / "child.txt"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) as process:
+        while not child.exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.kill()
+    before, last = all_results(out).values()
+    assert last["stages"] == before["stages"] != {}
+    assert last["cases"] == before["cases"] != {}
 
 
 @pytest.mark.parametrize("change", ["damaged", "code", "machine", "cases"])
@@ -321,7 +367,9 @@ def test_on_a_full_disk_no_stage_is_said_to_be_written(
     assert list(results(tmp_path / "out")["stages"]) == ["good"]
     (kept,) = (tmp_path / "out").glob("erring-*.json")
     assert json.loads(kept.read_text()) == {"erring/a": {"ms": 1.0}}
-    assert re.search(r"written to \S+\.json, without the stage erring\n", capsys.readouterr().out)
+    assert re.search(
+        r"written to \S+\.json, without the new result of the stage erring\n", capsys.readouterr().out
+    )
 
 
 def test_nothing_of_a_killed_stage_stays_in_the_temporary_folder(

@@ -113,8 +113,8 @@ def run_stages(stages: Sequence[Stage], out: Path, dry_run: bool) -> int:
     document = new_document(computer, dry_run)
     path, earlier = new_results_file(out, document)
     for file in earlier:
-        kept = keep_stages(document, file, [stage.name for stage in stages])
-        print(f"kept from {file.name}: {', '.join(kept) or 'nothing'}", flush=True)
+        kept = keep_stages(document, file)
+        print(f"taken over from {file.name}: {', '.join(kept) or 'nothing'}", flush=True)
     files.write_json(path, document)
     held, unwritten = [], ""
     try:
@@ -131,7 +131,7 @@ def run_stages(stages: Sequence[Stage], out: Path, dry_run: bool) -> int:
             if outcome["status"] == "interrupted":
                 return 130
     finally:
-        lacking = f", without the stage {unwritten}" if unwritten else ""
+        lacking = f", without the new result of the stage {unwritten}" if unwritten else ""
         print(f"\n{table(document)}\n\nwritten to {path}{lacking}", flush=True)
     return int(not all(held))
 
@@ -188,8 +188,8 @@ def new_results_file(out: Path, document: Mapping[str, Any]) -> tuple[Path, list
     return path, earlier
 
 
-def keep_stages(document: dict[str, Any], earlier: Path, without: Sequence[str]) -> list[str]:
-    """Adds the stages of an earlier run to the results, except those in `without` or in the results.
+def keep_stages(document: dict[str, Any], earlier: Path) -> list[str]:
+    """Adds the stages of an earlier run to the results, except those in the results.
 
     Returns:
         Names of the added stages: none if the file is damaged, or if it belongs to other code or another
@@ -199,7 +199,7 @@ def keep_stages(document: dict[str, Any], earlier: Path, without: Sequence[str])
         other = json.loads(earlier.read_text())
         if any(other[key] != document[key] for key in SAME):
             return []
-        names = other["stages"].keys() - document["stages"].keys() - set(without)
+        names = other["stages"].keys() - document["stages"].keys()
         stages = {name: dict(outcome) for name, outcome in other["stages"].items() if name in names}
         cases = {name: case for name, case in other["cases"].items() if case["stage"] in stages}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -215,8 +215,12 @@ def add_stage(
     outcome: Mapping[str, Any],
     cases: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Adds a stage and its cases to the results."""
+    """Adds a stage and its cases to the results, in place of those of an earlier run."""
+    document["stages"].pop(stage.name, None)
     document["stages"][stage.name] = dict(outcome)
+    document["cases"] = {
+        name: case for name, case in document["cases"].items() if case["stage"] != stage.name
+    }
     shared = {"area": "card", "stage": stage.name, "commit": document["commit"], "dirty": document["dirty"]}
     document["cases"] |= {name: {**shared, **values} for name, values in cases.items()}
 
