@@ -305,7 +305,7 @@ def test_a_killed_run_leaves_the_results_of_the_run_before(tmp_path: Path, fakes
     assert last["cases"] == before["cases"] != {}
 
 
-@pytest.mark.parametrize("change", ["damaged", "code", "machine", "cases"])
+@pytest.mark.parametrize("change", ["damaged", "code", "machine", "wheel", "cases"])
 def test_results_that_do_not_fit_stay_where_they_are(tmp_path: Path, run_fake: Any, change: str) -> None:
     out = tmp_path / "out"
     run_fake("good")
@@ -722,12 +722,18 @@ def test_the_code_that_is_measured_is_named(
     if changed:
         (checkout / changed).write_text("2")
     built = provenance.read_wheel(checkout / "built-from.json")
+    assert built
     for commit in ("unknown", "ffffffffffff"):
         document = provenance.identify(checkout, (commit, False), built)
         expected = ("0123456789ab", dirty) if commit == "unknown" else (commit, False)
         assert (document["commit"], document["dirty"]) == expected
         assert document["code"] == provenance.digest(checkout)
-        of_the_wheel = {"commit": "0123456789ab", "dirty": False, "same_compiled_files": wheel}
+        of_the_wheel = {
+            "commit": "0123456789ab",
+            "dirty": False,
+            "code": built.code,
+            "same_compiled_files": wheel,
+        }
         assert document.get("wheel") == (of_the_wheel if changed else None)
     without = provenance.identify(checkout, ("unknown", True), None)
     assert (without["commit"], without["dirty"]) == ("unknown", None)

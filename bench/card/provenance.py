@@ -87,5 +87,10 @@ def identify(root: Path, checkout: tuple[str, bool], wheel: Wheel | None) -> dic
     document: dict[str, Any] = {"commit": commit, "dirty": dirty, "code": code}
     if wheel and wheel.code != code:
         compiled = wheel.compiled == digest(root, COMPILED)
-        document["wheel"] = {"commit": wheel.commit, "dirty": wheel.dirty, "same_compiled_files": compiled}
+        document["wheel"] = {
+            "commit": wheel.commit,
+            "dirty": wheel.dirty,
+            "code": wheel.code,
+            "same_compiled_files": compiled,
+        }
     return document

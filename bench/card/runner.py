@@ -45,7 +45,7 @@ HIDDEN = {
     *("ms", "min_ms", "spread", "n", "peak_mib", "total_mib"),
 }
 """Values of a case that are not named in the table: it shows them in columns, or not at all."""
-SAME = ("format", "date", "dry_run", "commit", "dirty", "code", "machine")
+SAME = ("format", "date", "dry_run", "commit", "dirty", "code", "wheel", "machine")
 """What the results of two runs must share before one takes over stages of the other."""
 ERROR_LINE = re.compile(r"(?=\S).*?\b(\w*error|\w*exception|fatal)\b|terminate called", re.IGNORECASE)
 
@@ -197,7 +197,7 @@ def keep_stages(document: dict[str, Any], earlier: Path) -> list[str]:
     """
     try:
         other = json.loads(earlier.read_text())
-        if any(other[key] != document[key] for key in SAME):
+        if any(other.get(key) != document.get(key) for key in SAME):
             return []
         names = other["stages"].keys() - document["stages"].keys()
         stages = {name: dict(outcome) for name, outcome in other["stages"].items() if name in names}
