@@ -90,9 +90,10 @@ def results(out: Path) -> dict[str, Any]:
 
 def all_results(out: Path) -> dict[str, dict[str, Any]]:
     """File name -> results, in the order of the runs."""
-    names = sorted((path.name for path in out.glob("*.json")), key=lambda name: ("-run-" in name[:-15], name))
     stages = tuple(f"{name}-" for name in (*EXPECTED, *FAKES))
-    return {name: json.loads((out / name).read_text()) for name in names if not name.startswith(stages)}
+    paths = [path for path in out.glob("*.json") if not path.name.startswith(stages)]
+    documents = {path.name: json.loads(path.read_text()) for path in paths}
+    return dict(sorted(documents.items(), key=lambda item: (item[1]["date"], item[1]["run"])))
 
 
 def has_ended(process: int) -> bool:
@@ -257,6 +258,16 @@ def test_no_run_changes_the_results_of_another(
     assert times(last) == {"good/a": 1.0, "erring/a": 2.0, "silent/a": 3.0, "failing/a": 3.0}
     assert last["stages"].keys() == {"good", "erring", "silent", "failing"}
     assert f"taken over from {first}: good, silent, erring\n" in capsys.readouterr().out
+
+
+def test_every_run_of_a_day_has_a_number(tmp_path: Path, run_fake: Any) -> None:
+    for i in range(1, 12):
+        run_fake("good", float(i))
+    documents = all_results(tmp_path / "out")
+    assert [document["run"] for document in documents.values()] == list(range(1, 12))
+    assert [times(document)["good/a"] for document in documents.values()] == list(range(1, 12))
+    names = [re.search(r"-run-(\d+)-\d{4}", name) for name in documents]
+    assert [int(match[1]) if match else 1 for match in names] == list(range(1, 12))
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -112,6 +112,7 @@ def run_stages(stages: Sequence[Stage], out: Path, dry_run: bool) -> int:
     print(machine.line(computer), flush=True)
     document = new_document(computer, dry_run)
     path, earlier = new_results_file(out, document)
+    document["run"] = len(earlier) + 1
     for file in earlier:
         kept = keep_stages(document, file)
         print(f"taken over from {file.name}: {', '.join(kept) or 'nothing'}", flush=True)
@@ -170,6 +171,7 @@ def new_document(computer: Mapping[str, Any], dry_run: bool) -> dict[str, Any]:
     return {
         "format": 1,
         "date": datetime.date.today().isoformat(),
+        "run": 1,
         "dry_run": dry_run,
         **provenance.identify(ROOT, machine.commit(), wheel),
         "machine": computer,
