@@ -22,6 +22,7 @@ import pytest
 from bench import plot
 from bench.card import checks, loss, needs, provenance, record, runner, sanitizer, timing, train, wheels
 from bench.card.runner import STAGES, Stage, main
+from clsp_fast.kernels import estimates
 from clsp_fast.storage import files as storage
 
 ROOT = Path(__file__).parent.parent
@@ -885,6 +886,11 @@ def test_the_speeds_in_the_docs_follow_from_their_parts() -> None:
     assert len(rows) == 2
     for *parts_ms, speed in rows:
         assert 800e3 / sum(map(int, parts_ms)) == pytest.approx(int(speed.replace(",", "")), rel=0.02)
+    cards = {card.name: card for card in estimates.CARDS}
+    for name in ("H100", "H200"):
+        product = round(estimates.LIBRARY_SHARE * cards[name].peak_tflops, -1)
+        copy = estimates.MEMORY_SHARE * cards[name].memory_tbps
+        assert f"{product:.0f} TFLOP/s and {copy:.1f} TB/s on an {name}" in re.sub(r"\s+", " ", text)
     for gb_per_s, time_ms in ((4800, "0.22"), (3350, "0.32"), (8000, "0.13")):
         assert f"{timing.FLUSHED_BYTES / gb_per_s / 1e6:.2f}" == time_ms
         assert f"{time_ms} ms" in text
