@@ -711,7 +711,10 @@ def test_the_run_takes_about_eight_minutes() -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with one file of each kind, and the built-from.json of a wheel that was built from it."""
-    for name in ("CMakeLists.txt", "csrc/a.cpp", "kernels/a.py", "clsp_fast/towers/a.py", "bench/card/a.py"):
+    for name in (
+        *("CMakeLists.txt", "pyproject.toml", "csrc/a.cpp", "kernels/a.py"),
+        *("clsp_fast/towers/a.py", "clsp_fast/evaluation/tasks.json", "bench/card/a.py"),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     provenance.write_wheel(tmp_path / "built-from.json", tmp_path, "0123456789ab", False)
@@ -724,8 +727,10 @@ def checkout(tmp_path: Path) -> Path:
         (None, False, None),
         ("clsp_fast/towers/a.py", True, True),
         ("bench/card/a.py", True, True),
+        ("clsp_fast/evaluation/tasks.json", True, True),
         ("csrc/a.cpp", True, False),
         ("kernels/a.py", True, False),
+        ("pyproject.toml", True, False),
     ],
 )
 def test_the_code_that_is_measured_is_named(
@@ -757,6 +762,48 @@ def test_a_damaged_note_about_the_wheel_is_named(tmp_path: Path, content: str) -
     (tmp_path / "built-from.json").write_text(content)
     with pytest.raises(SystemExit, match=r"built-from\.json is damaged or old: run `make card-wheels` again"):
         provenance.read_wheel(tmp_path / "built-from.json")
+
+
+def test_every_file_of_the_package_is_in_the_digest_of_the_code() -> None:
+    files = {path for pattern in provenance.CODE for path in ROOT.glob(pattern)}
+    # Neither changes what is measured.
+    files |= {ROOT / "clsp_fast/_C.pyi", ROOT / "clsp_fast/py.typed"}
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "clsp_fast", "csrc"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode == 128:
+        pytest.skip("not in git")
+    assert {ROOT / name for name in done.stdout.split("\0") if name} <= files
+
+
+@pytest.mark.parametrize(
+    ("changed", "differs"),
+    [
+        (None, False),
+        ("docs/a.md", False),
+        ("docs/new.md", False),
+        ("clsp_fast/ignored.py", False),
+        ("clsp_fast/new/new.py", True),
+        ("clsp_fast/evaluation/tasks.json", True),
+        ("clsp_fast/towers/a.py", True),
+        ("csrc/new.h", True),
+        ("pyproject.toml", True),
+    ],
+)
+def test_a_wheel_is_dirty_if_its_code_is(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, changed: str | None, differs: bool
+) -> None:
+    (checkout / "docs").mkdir()
+    (checkout / "docs/a.md").write_text("1")
+    (checkout / ".gitignore").write_text("ignored.py\n")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "a")):
+        subprocess.run(["git", *words], cwd=checkout, check=True)
+    if changed:
+        (checkout / changed).parent.mkdir(exist_ok=True)
+        (checkout / changed).write_text("2")
+    monkeypatch.setattr(wheels, "ROOT", checkout)
+    assert wheels.code_differs() == differs
 
 
 def test_the_results_lie_beside_those_of_other_machines(tmp_path: Path) -> None:

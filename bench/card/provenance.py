@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-COMPILED = ("CMakeLists.txt", "csrc/*", "kernels/*.py")
-"""Files that a run takes from the wheel."""
-CODE = (*COMPILED, "clsp_fast/**/*.py", "bench/**/*.py")
+COMPILED = ("CMakeLists.txt", "pyproject.toml", "csrc/*", "kernels/*.py")
+"""Files that a run takes from the wheel, and the settings of its build."""
+CODE = (*COMPILED, *(f"clsp_fast/**/*.{kind}" for kind in ("py", "json", "txt")), "bench/**/*.py")
+"""Patterns that mean the same to `Path.glob` and to git's `:(glob)`."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Wheel:
 
     Attributes:
         commit: the commit of the checkout.
-        dirty: whether files of the checkout differed from it.
+        dirty: whether the checkout's code differed from it.
         code: digest of CODE.
         compiled: digest of COMPILED.
     """
