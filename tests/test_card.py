@@ -408,6 +408,30 @@ def test_nothing_of_a_killed_stage_stays_in_the_temporary_folder(
             ["CUDA error: unspecified launch failure"],
             "killed by signal 6: CUDA error: unspecified launch failure",
         ),
+        (-15, ["ValueError: an earlier one", "step 3"], "killed by signal 15"),
+        (
+            -11,
+            [
+                "step 3",
+                "Fatal Python error: Segmentation fault",
+                "Current thread 0x00007f (most recent call first):",
+                '  File "a.py", line 3 in f',
+                "Extension modules: numpy._core._multiarray_umath, torch._C (total: 2)",
+            ],
+            "killed by signal 11: Fatal Python error: Segmentation fault",
+        ),
+        (
+            -6,
+            [
+                "terminate called after throwing an instance of 'c10::Error'",
+                "  what():  CUDA error: an illegal memory access was encountered",
+                "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+                "Exception raised from c10_cuda_check_implementation at x.cpp:43 (most recent call first):",
+                "frame #0: c10::Error::Error(c10::SourceLocation) + 0x80 (0x7f in libc10.so)",
+            ],
+            "killed by signal 6: terminate called after throwing an instance of 'c10::Error'; "
+            "what():  CUDA error: an illegal memory access was encountered",
+        ),
         (1, ["ValueError: no", "a.py:1: UserWarning: an error", "  warn()"], "exit code 1: ValueError: no"),
         (1, ["ValueError: no", "fake measured nothing"], "exit code 1: fake measured nothing"),
         (3, ["  indented"], "exit code 3"),

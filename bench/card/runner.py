@@ -48,6 +48,10 @@ HIDDEN = {
 SAME = ("format", "date", "dry_run", "commit", "dirty", "code", "wheel", "machine")
 """What the results of two runs must share before one takes over stages of the other."""
 ERROR_LINE = re.compile(r"(?=\S).*?\b(\w*error|\w*exception|fatal)\b|terminate called", re.IGNORECASE)
+FRAME = re.compile(r"frame #\d+|Exception raised from ")
+"""How a line of a C++ stack trace begins. It may contain the names of errors."""
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+"""Signals that a process seldom sends to itself: earlier errors in its output are not why it ended."""
 
 
 @dataclass(frozen=True)
@@ -319,21 +323,31 @@ def failure(exit_code: int, lines: Sequence[str]) -> str:
     """Why a process failed: its exit code or signal, and the last line of its output, if that is a reason.
 
     The last line of a warning is its source code, which is indented. If a signal killed the process, only an
-    error is a reason.
+    error is a reason; if the process crashed, it is the last error, which a stack trace may follow.
     """
     last = lines[-1] if lines else ""
     if exit_code < 0:
-        what, reason = f"killed by signal {-exit_code}", last if is_error(last) else ""
+        what = f"killed by signal {-exit_code}"
+        reason = last_error(lines[-1:] if -exit_code in FROM_OUTSIDE else lines)
     else:
         what, reason = f"exit code {exit_code}", last
         if last[:1].isspace() or "Warning:" in last:
-            reason = next(filter(is_error, reversed(lines)), "")
+            reason = last_error(lines)
     return f"{what}: {reason}" if reason else what
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """The last line that names an error, with what a C++ exception says in the line after it; else ""."""
+    for i in reversed(range(len(lines))):
+        if is_error(lines[i]):
+            message = next((line.strip() for line in lines[i + 1 : i + 2]), "")
+            return f"{lines[i]}; {message}" if message.startswith("what():") else lines[i]
+    return ""
 
 
 def is_error(line: str) -> bool:
     """Whether a line of a log names an error."""
-    return ERROR_LINE.match(line) is not None and "Warning:" not in line
+    return bool(ERROR_LINE.match(line)) and not FRAME.match(line) and "Warning:" not in line
 
 
 def stage_line(name: str, outcome: Mapping[str, Any]) -> str:
