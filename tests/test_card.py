@@ -430,7 +430,7 @@ def test_nothing_of_a_killed_stage_stays_in_the_temporary_folder(
                 "frame #0: c10::Error::Error(c10::SourceLocation) + 0x80 (0x7f in libc10.so)",
             ],
             "killed by signal 6: terminate called after throwing an instance of 'c10::Error'; "
-            "what():  CUDA error: an illegal memory access was encountered",
+            "what(): CUDA error: an illegal memory access was encountered",
         ),
         (1, ["ValueError: no", "a.py:1: UserWarning: an error", "  warn()"], "exit code 1: ValueError: no"),
         (1, ["ValueError: no", "fake measured nothing"], "exit code 1: fake measured nothing"),
@@ -621,6 +621,21 @@ def test_outcomes_are_read_from_what_pytest_prints(text: str, counts: dict[str, 
             2,
             "a.py:1: in <module>\nE   ImportError: x\n\nERROR a.py\n! Interrupted: 1 error !\n= 1 error =",
             "exit code 2 (interrupted, or a file could not be imported): ImportError: x",
+        ),
+        (
+            2,
+            "a.py:1: in f\nE   ImportError: x\nb.py:2: in g\nE   assert 1 == 2\nE    +  where 1 = f()",
+            "exit code 2 (interrupted, or a file could not be imported): assert 1 == 2",
+        ),
+        (
+            2,
+            "E   AssertionError: not close\nE   \nE   Mismatched: 1 / 3\nE   Greatest: 2\nERROR a.py",
+            "exit code 2 (interrupted, or a file could not be imported): AssertionError: not close",
+        ),
+        (
+            2,
+            'E     File "a.py", line 1\nE       def f(\nE            ^\nE   SyntaxError: never closed',
+            "exit code 2 (interrupted, or a file could not be imported): SyntaxError: never closed",
         ),
         (3, "INTERNALERROR> KeyError: 1\n\n= no tests ran =", "exit code 3 (an internal error): KeyError: 1"),
         (

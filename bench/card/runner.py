@@ -340,8 +340,8 @@ def last_error(lines: Sequence[str]) -> str:
     """The last line that names an error, with what a C++ exception says in the line after it; else ""."""
     for i in reversed(range(len(lines))):
         if is_error(lines[i]):
-            message = next((line.strip() for line in lines[i + 1 : i + 2]), "")
-            return f"{lines[i]}; {message}" if message.startswith("what():") else lines[i]
+            message = "".join(lines[i + 1 : i + 2]).split()
+            return f"{lines[i]}; {' '.join(message)}" if message[:1] == ["what():"] else lines[i]
     return ""
 
 
