@@ -1,5 +1,5 @@
-"""Checks of tensors and numbers that callers pass. An error names the argument, what was expected and what
-was given."""
+"""Checks of the arguments of losses and retrieval: types, dtypes and shapes. An error
+names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def require_floating(name: str, value: Any, expected: str = "a torch.Tensor") ->
         raise TypeError(f"{name} must be floating (16, 32 or 64 bits), got {value.dtype}")
 
 
-def require_alike(first: str, a: Any, second: str, b: Any) -> None:
+def require_same_kind(first: str, a: Any, second: str, b: Any) -> None:
     """Raises TypeError unless the values are floating tensors of the same dtype, on the same device."""
     require_floating(first, a)
     require_floating(second, b)

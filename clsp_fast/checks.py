@@ -1,4 +1,4 @@
-"""Checks arguments, and writes lists and differences of values as one line of an error message."""
+"""Checks settings, and writes lists and differences of values as one line of an error message."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def require(ok: bool, field: str, expected: str, got: object) -> None:
     """Raises WrongValue unless `ok`; the message names the field, what was expected and what was given."""
     if not ok:
         raise WrongValue(f"{field} must be {expected}, got {_shortened(repr(got))}")
+
+
+def check_precision(precision: str) -> None:
+    """Raises WrongValue unless the name is one of the three that `--precision` knows."""
+    require(precision in ("fp32", "tf32", "bf16"), "precision", '"fp32", "tf32" or "bf16"', precision)
 
 
 def _shortened(text: str, longest: int = _LONGEST_ITEM) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from clsp_fast.checks import is_positive, is_rate, reject_unknown_keys, require
+from clsp_fast.checks import check_precision, is_positive, is_rate, reject_unknown_keys, require
 
 __all__ = [
     "MODEL_PRESETS",
@@ -43,10 +43,6 @@ MAX_LAYERS = 1000
 """Most layers and stacks of a tower. Without limits, a hostile file could describe an endless model."""
 MAX_SIZE = 2**24
 """Largest value of the other sizes of a tower: channels, heads, tokens and so on."""
-
-
-def _check_precision(precision: str) -> None:
-    require(precision in ("fp32", "tf32", "bf16"), "precision", '"fp32", "tf32" or "bf16"', precision)
 
 
 def _is_size(value: object) -> bool:
@@ -520,7 +516,7 @@ class ModelChoice:
     (relative error 5e-4, faster than fp32)."""
 
     def __post_init__(self) -> None:
-        _check_precision(self.precision)
+        check_precision(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -600,7 +596,7 @@ class TrainConfig:
         steps = self.stage1_steps + self.stage2_steps
         require(steps > 0, "stage1_steps + stage2_steps", "positive", steps)
         require(self.max_logit_scale >= 1, "max_logit_scale", "at least 1", self.max_logit_scale)
-        _check_precision(self.precision)
+        check_precision(self.precision)
         require(
             0 <= self.micro_seconds < math.inf, "micro_seconds", "finite and at least 0", self.micro_seconds
         )

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clsp_fast.arguments import require_alike, require_scalar
+from clsp_fast.arguments import require_same_kind, require_scalar
 from clsp_fast.contrastive import negatives, positives
 from clsp_fast.contrastive.engine import Engine, Implementation, check_options, choose_engine
 from clsp_fast.contrastive.gather import Shards
@@ -36,7 +36,7 @@ from clsp_fast.contrastive.problem import (
     check_scalars,
     check_values,
 )
-from clsp_fast.contrastive.sums import norms, without_overflow
+from clsp_fast.contrastive.sums import without_overflow
 
 
 def contrastive_loss_reference(
@@ -235,7 +235,7 @@ def hard_negative_loss(audio_BD: Tensor, text_BKD: Tensor, logit_scale: Tensor |
         ValueError: the shapes do not fit together, or the batch is empty.
         TypeError: an argument has the wrong type or dtype, or dtypes or devices differ.
     """
-    require_alike("audio_BD", audio_BD, "text_BKD", text_BKD)
+    require_same_kind("audio_BD", audio_BD, "text_BKD", text_BKD)
     require_scalar("logit_scale", logit_scale)
     fits = audio_BD.ndim == 2 and text_BKD.ndim == 3 and text_BKD.shape[::2] == audio_BD.shape
     if not fits or 0 in audio_BD.shape or text_BKD.shape[1] < 2:
@@ -257,7 +257,7 @@ def _dense_loss(problem: Problem) -> Tensor:
     dtype, smoothing = problem.dtype, problem.smoothing
     audio_MD, text_ND = audio_MD.to(dtype), text_ND.to(dtype)
     if problem.normalize:
-        rows = (without_overflow(x, norms(x, dtype)) for x in (audio_MD, text_ND))
+        rows = (without_overflow(x, dtype) for x in (audio_MD, text_ND))
         audio_MD, text_ND = (F.normalize(x) for x in rows)
     logits_MN = problem.scale * (audio_MD @ text_ND.T)
     m, n = logits_MN.shape
@@ -265,8 +265,13 @@ def _dense_loss(problem: Problem) -> Tensor:
     if problem.kind == "sigmoid":
         targets_MN = positive_MN.to(dtype) * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logits_MN + problem.bias, targets_MN)
-    targets_MN = positive_MN.to(dtype) if weights is None else positive_MN * weights
-    targets_MN = without_overflow(targets_MN, targets_MN.to(dtype).sum(1)).to(dtype)
+    targets_MN = positive_MN.to(dtype)
+    if weights is not None:
+        # Weights are first divided by the clip's largest: their sum could overflow, and float32 rounds tiny
+        # float64 weights to 0.
+        targets_MN = positive_MN * weights
+        largest_M1 = targets_MN.detach().amax(1, keepdim=True)
+        targets_MN = (targets_MN / torch.where(largest_M1 > 0, largest_M1, 1.0)).to(dtype)
     total_M = targets_MN.sum(1)
     captioned_M = total_M > 0
     targets_MN = targets_MN / torch.where(captioned_M, total_M, 1.0)[:, None]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clsp_fast import contention, copies
 from clsp_fast.audio import AudioError
 from clsp_fast.batches import MIN_FRAMES, embed_recordings
+from clsp_fast.checks import check_precision
 from clsp_fast.config import Batching, LongAudio, ModelChoice, ModelConfig
 from clsp_fast.storage import model_folder
 from clsp_fast.tokenizer import Tokenizer
@@ -453,9 +454,13 @@ class CLSP(nn.Module):
         Stored embeddings and results use it as the name of the model that made them.
 
         Args:
-            precision: that of the command. "tf32" gives a fingerprint of its own, because the weights have
-                the same dtype as with "fp32".
+            precision: "fp32", "tf32" or "bf16", as the option of the commands. "tf32" gives another
+                fingerprint, because the weights have the same dtype as with "fp32".
+
+        Raises:
+            ValueError: precision is none of the three.
         """
+        check_precision(precision)
         return model_folder.fingerprint(
             self.config, self.state_dict(), self._tokenizer_json, tf32=precision == "tf32"
         )

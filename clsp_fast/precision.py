@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from clsp_fast.checks import require
+from clsp_fast.checks import check_precision
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def products(precision: str) -> Iterator[None]:
     Raises:
         ValueError: precision is none of the three.
     """
-    require(precision in ("fp32", "tf32", "bf16"), "precision", '"fp32", "tf32" or "bf16"', precision)
+    check_precision(precision)
     kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
     try:

@@ -231,7 +231,10 @@ def _resume(file: IO[bytes], todo: Iterator[_Line], model_hash: str, path: Path)
         if line is None or (record.get("line"), pair) != (line.number, line.row):
             raise ValueError(f"{path}, line {done + 1}, does not belong to these pairs; choose another file")
         if record.get("model") != model_hash:
-            raise ValueError(f"{path} was begun with the model {record.get('model')}, not {model_hash}")
+            raise ValueError(
+                f"{path} was begun with the model {record.get('model')}, not {model_hash}; "
+                "give the same --model and --precision, or choose another file"
+            )
         done, failed, size = done + 1, failed + ("error" in record), size + len(text)
     file.truncate(size)
     return done, failed

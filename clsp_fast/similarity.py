@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clsp_fast import _C, copies
-from clsp_fast.arguments import as_integer, owner_of_texts, require_alike, require_floating
+from clsp_fast.arguments import as_integer, owner_of_texts, require_floating, require_same_kind
 from clsp_fast.row_stream import device_chunks
 
 Database: TypeAlias = Tensor | NDArray[Any]
@@ -296,9 +296,11 @@ def _as_tensor(rows: Database) -> Tensor:
 
 def _check_ranks(audio_MD: Tensor, text_ND: Tensor, text_owner: Tensor | None) -> Tensor:
     """Checks the arguments of `ranks` and returns the owners, given or default."""
-    require_alike("audio_MD", audio_MD, "text_ND", text_ND)
+    require_same_kind("audio_MD", audio_MD, "text_ND", text_ND)
     _check_columns("audio_MD", audio_MD, "text_ND", text_ND)
     m, n = len(audio_MD), len(text_ND)
+    if n and not m:
+        raise ValueError(f"audio_MD must have a row or more, because text_ND has {n}; got none")
     owner_N = copies.to_device(owner_of_texts(text_owner, m, n, audio_MD.device), audio_MD.device)
     # All facts are read at once, because each reading waits for the device. If a sum is finite, so are all
     # values, and a sum is several times cheaper than a check of each value.

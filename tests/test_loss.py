@@ -18,7 +18,7 @@ from peak_memory import peak_memory
 from sample_data import unit
 from torch import Tensor
 
-from clsp_fast.contrastive import negatives
+from clsp_fast.contrastive import negatives, sums
 from clsp_fast.contrastive.engine import choose_engine
 from clsp_fast.kernels import contrastive
 from clsp_fast.kernels._launch import target_of, tile_of
@@ -180,14 +180,35 @@ def test_rows_are_normalised_even_if_their_norms_overflow(
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo
-def test_norms_that_overflow_are_found_in_a_compiled_loss_too() -> None:
-    audio, text = (unit(7, 12, dtype=torch.float32) for _ in range(2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_that_overflow_are_found_in_a_compiled_loss_too(dtype: torch.dtype) -> None:
+    audio, text = (unit(7, 12, dtype=dtype) for _ in range(2))
 
     def loss(audio: Tensor) -> Tensor:
         return contrastive_loss(audio, text, 10.0, normalize=True)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert_agrees(compiled(audio * 2.0**65), loss(audio), count=100, dtype=torch.float32, size=10)
+    rows = [audio.clone().requires_grad_(), (audio * 2.0**65).requires_grad_()]
+    losses = [compiled(x) for x in rows]
+    assert_agrees(losses[1], losses[0], count=100, dtype=torch.float32, size=10)
+    plain, scaled = (torch.autograd.grad(value, x)[0] for value, x in zip(losses, rows, strict=True))
+    assert_agrees(scaled.float() * 2.0**65, plain.float(), count=100, dtype=dtype, size=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ordinary_rows_stay_as_they_are_where_a_compiler_divides_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where the host does not wait to learn whether a norm overflows."""
+    rows = unit(7, 12, dtype=dtype)
+    assert sums.without_overflow(rows, torch.float32) is rows
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(sums.without_overflow(rows, torch.float32), rows)
+    rows[3] *= 2.0**65
+    divided = sums.without_overflow(rows, torch.float32)
+    assert divided.dtype == dtype
+    assert 1 <= divided[3].abs().max() < 2
+    assert torch.equal(divided[:3], rows[:3])
 
 
 @pytest.mark.parametrize("implementation", ENGINES)
@@ -203,6 +224,21 @@ def test_sums_of_weights_may_overflow(
     huge = contrastive_loss(audio, text, 10.0, weights=weights * largest, **options)
     plain = contrastive_loss(audio, text, 10.0, weights=weights, **options)
     assert_agrees(huge.cpu(), plain.cpu(), count=100, dtype=torch.float32, size=10)
+
+
+@pytest.mark.parametrize("implementation", ENGINES)
+@pytest.mark.parametrize("smallest", [1e-30, 1e-300])
+def test_weights_may_be_tiny(kernel_device: torch.device, implementation: str, smallest: float) -> None:
+    """Float32 holds none of them. Only the ratios of one clip's weights matter."""
+    device = kernel_device if implementation == "triton" else "cpu"
+    audio, text = (unit(n, 12, dtype=torch.float32).to(device) for n in (4, 7))
+    owner = torch.tensor([0, 0, 0, 1, 1, 2, 3], device=device)
+    weights = torch.tensor([1, 0.5, 1, 1, 0, 1e-3, 1e-20], dtype=torch.float64, device=device)
+    options: dict[str, Any] = {"text_owner": owner, "implementation": implementation}
+    plain = contrastive_loss(audio, text, 10.0, weights=weights, **options)
+    for tiny in (weights * smallest, torch.where(owner == 2, smallest, weights)):
+        loss = contrastive_loss(audio, text, 10.0, weights=tiny, **options)
+        assert_agrees(loss.cpu(), plain.cpu(), count=100, dtype=torch.float32, size=10)
 
 
 @pytest.mark.parametrize("implementation", ENGINES)

@@ -167,6 +167,9 @@ def test_wrong_shapes_and_owners_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             similarity.ranks(torch.ones(5, 3), torch.ones(2, 3), text_owner=owner)
+    for options in ({}, {"text_owner": torch.tensor([0, 0])}):
+        with pytest.raises(ValueError, match="audio_MD must have a row or more, because text_ND has 2"):
+            similarity.ranks(torch.ones(0, 3), torch.ones(2, 3), **options)
 
 
 def test_wrong_types_are_named() -> None:

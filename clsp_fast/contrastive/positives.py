@@ -30,7 +30,6 @@ from clsp_fast.contrastive.sums import (
     dots,
     lse_by_owner,
     normalise,
-    norms,
     of_owner,
     softplus,
     sum_by_owner,
@@ -90,7 +89,7 @@ def make_pairs(problem: Problem) -> tuple[Pairs, Positives]:
     # 16-bit embeddings are sent as they are. 16 bits cannot represent rows that are normalised here.
     sent_dtype = dtype if problem.normalize else audio_MD.dtype
     if problem.normalize:
-        audio_MD, text_ND = (without_overflow(x, norms(x, dtype)) for x in (audio_MD, text_ND))
+        audio_MD, text_ND = (without_overflow(x, dtype) for x in (audio_MD, text_ND))
     shards = Shards.agree(problem.group, len(audio_MD), len(text_ND), audio_MD.device, sent_dtype)
     raw = (audio_MD.detach(), text_ND.detach()) if problem.normalize else None
     # Gradients of positive and negative pairs nearly cancel, so they are added before rounding to 16 bits.

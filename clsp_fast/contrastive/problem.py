@@ -14,9 +14,9 @@ from torch import Tensor
 
 from clsp_fast.arguments import (
     owner_of_texts,
-    require_alike,
     require_floating,
     require_number,
+    require_same_kind,
     require_scalar,
 )
 
@@ -112,7 +112,7 @@ def check_problem(
 
 def check_embeddings(audio_MD: Tensor, text_ND: Tensor) -> None:
     """Raises TypeError or ValueError unless dtypes, devices and shapes are those of two sets of rows."""
-    require_alike("audio_MD", audio_MD, "text_ND", text_ND)
+    require_same_kind("audio_MD", audio_MD, "text_ND", text_ND)
     for name, value in (("audio_MD", audio_MD), ("text_ND", text_ND)):
         if value.ndim != 2 or 0 in value.shape:
             raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(value.shape)}")

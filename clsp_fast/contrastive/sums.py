@@ -74,22 +74,20 @@ def normalise(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, _Normalise.apply(x_BD, dtype))  # type: ignore[no-untyped-call]
 
 
-def without_overflow(x_BD: Tensor, size_B: Tensor) -> Tensor:
-    """Divides each row whose size is infinite by its largest absolute value, and leaves the other rows.
-
-    Args:
-        x_BD: floating.
-        size_B: the norm or the sum of each row, which may have overflowed.
+def without_overflow(x_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Divides each row whose norm overflows `dtype` by a power of two, which makes its largest absolute value
+    1 to 2; leaves the other rows.
 
     Returns:
-        x_BD itself if no size is infinite; on CUDA a copy, because the host does not wait for the sizes.
+        x_BD itself if no norm overflows; on CUDA a copy, because the host does not wait for the norms.
     """
-    overflows_B = size_B.isinf()
+    overflows_B = norms(x_BD, dtype).isinf()
     if not (x_BD.is_cuda or torch.compiler.is_compiling() or bool(overflows_B.any())):
         return x_BD
-    dtype = torch.promote_types(x_BD.dtype, size_B.dtype)
-    largest_B = torch.linalg.vector_norm(x_BD.detach(), ord=torch.inf, dim=1, dtype=dtype)
-    return x_BD / torch.where(overflows_B, largest_B, 1.0)[:, None]
+    wide = torch.promote_types(x_BD.dtype, dtype)
+    largest_B = torch.linalg.vector_norm(x_BD.detach(), ord=torch.inf, dim=1, dtype=wide)
+    power_B = largest_B / (2 * torch.frexp(largest_B).mantissa)
+    return x_BD / torch.where(overflows_B, power_B, 1.0).to(x_BD.dtype)[:, None]
 
 
 def norms(x_BD: Tensor, dtype: torch.dtype) -> Tensor:

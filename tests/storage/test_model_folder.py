@@ -50,6 +50,8 @@ def test_fingerprints_stay_and_only_tf32_has_its_own(tiny: CLSP) -> None:
         assert folders.fingerprint(MODEL_PRESETS["tiny"], {"w": weights}, tokenizer) == expected
     assert tiny.fingerprint() == tiny.fingerprint("fp32") == tiny.fingerprint("bf16")
     assert tiny.fingerprint("tf32") != tiny.fingerprint()
+    with pytest.raises(ValueError, match="precision must be"):
+        tiny.fingerprint("TF32")
 
 
 def test_folder_without_tokenizer_still_encodes_audio(tiny: CLSP, tmp_path: Path) -> None:
