@@ -22,6 +22,7 @@ import pytest
 from bench import plot
 from bench.card import checks, loss, needs, provenance, record, runner, sanitizer, timing, train, wheels
 from bench.card.runner import STAGES, Stage, main
+from clsp_fast.kernels import estimates
 from clsp_fast.storage import files as storage
 
 ROOT = Path(__file__).parent.parent
@@ -90,9 +91,10 @@ def results(out: Path) -> dict[str, Any]:
 
 def all_results(out: Path) -> dict[str, dict[str, Any]]:
     """File name -> results, in the order of the runs."""
-    names = sorted((path.name for path in out.glob("*.json")), key=lambda name: ("-run-" in name[:-15], name))
     stages = tuple(f"{name}-" for name in (*EXPECTED, *FAKES))
-    return {name: json.loads((out / name).read_text()) for name in names if not name.startswith(stages)}
+    paths = [path for path in out.glob("*.json") if not path.name.startswith(stages)]
+    documents = {path.name: json.loads(path.read_text()) for path in paths}
+    return dict(sorted(documents.items(), key=lambda item: (item[1]["date"], item[1]["run"])))
 
 
 def has_ended(process: int) -> bool:
@@ -256,10 +258,66 @@ def test_no_run_changes_the_results_of_another(
     assert times(second) == {"good/a": 1.0, "erring/a": 2.0, "silent/a": 1.0}
     assert times(last) == {"good/a": 1.0, "erring/a": 2.0, "silent/a": 3.0, "failing/a": 3.0}
     assert last["stages"].keys() == {"good", "erring", "silent", "failing"}
-    assert f"kept from {first}: good, silent\n" in capsys.readouterr().out
+    assert f"taken over from {first}: good, silent, erring\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["damaged", "code", "machine", "cases"])
+def test_every_run_of_a_day_has_a_number(tmp_path: Path, run_fake: Any) -> None:
+    for i in range(1, 12):
+        run_fake("good", float(i))
+    documents = all_results(tmp_path / "out")
+    assert [document["run"] for document in documents.values()] == list(range(1, 12))
+    assert [times(document)["good/a"] for document in documents.values()] == list(range(1, 12))
+    names = [re.search(r"-run-(\d+)-\d{4}", name) for name in documents]
+    assert [int(match[1]) if match else 1 for match in names] == list(range(1, 12))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_ends_early_keeps_the_stages_it_did_not_reach(
+    tmp_path: Path, run_fake: Any, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    class Killed(BaseException):
+        """SIGKILL leaves the files as they are at that moment."""
+
+    def end(stage: Stage, path: Path, dry_run: bool) -> Any:
+        assert times(json.loads(path.read_text())) == {"good/a": 1.0, "erring/a": 1.0, "silent/a": 1.0}
+        if killed:
+            raise Killed
+        outcome = {"status": "interrupted", "held": False, "seconds": 1.0, "deadline_s": 9.0}
+        runner.record_of(stage, path).write_text("{}")
+        return outcome, {"good/b": {"ms": 2.0}}
+
+    assert run_fake("good,erring,silent") == 0
+    monkeypatch.setattr(runner, "run_stage", end)
+    with contextlib.suppress(Killed):
+        assert run_fake("good,erring,silent") == 130
+    _, last = all_results(tmp_path / "out").values()
+    assert last["stages"].keys() == {"good", "erring", "silent"}
+    first = {"good/a": 1.0} if killed else {"good/b": 2.0}
+    assert times(last) == {**first, "erring/a": 1.0, "silent/a": 1.0}
+    assert last["stages"]["good"]["status"] == ("done" if killed else "interrupted")
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_the_results_of_the_run_before(tmp_path: Path, fakes: dict[str, Stage]) -> None:
+    out = tmp_path / "out"
+    stages = tuple(fakes[name] for name in ("hanging", "good", "without_peers"))
+    assert main(["--dry-run", "--out", str(out), "--stages", "good,without_peers"], stages=stages) == 0
+    code = "import sys; from bench.card.runner import *;"
+    code += f"sys.exit(main(['--dry-run', '--out', {str(out)!r}], stages={stages!r}))"
+    command = [sys.executable, "-c", code]
+    child = out / "child.txt"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) as process:
+        while not child.exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.kill()
+    before, last = all_results(out).values()
+    assert last["stages"] == before["stages"] != {}
+    assert last["cases"] == before["cases"] != {}
+
+
+@pytest.mark.parametrize("change", ["damaged", "code", "machine", "wheel", "cases"])
 def test_results_that_do_not_fit_stay_where_they_are(tmp_path: Path, run_fake: Any, change: str) -> None:
     out = tmp_path / "out"
     run_fake("good")
@@ -321,7 +379,9 @@ def test_on_a_full_disk_no_stage_is_said_to_be_written(
     assert list(results(tmp_path / "out")["stages"]) == ["good"]
     (kept,) = (tmp_path / "out").glob("erring-*.json")
     assert json.loads(kept.read_text()) == {"erring/a": {"ms": 1.0}}
-    assert re.search(r"written to \S+\.json, without the stage erring\n", capsys.readouterr().out)
+    assert re.search(
+        r"written to \S+\.json, without the new result of the stage erring\n", capsys.readouterr().out
+    )
 
 
 def test_nothing_of_a_killed_stage_stays_in_the_temporary_folder(
@@ -347,6 +407,30 @@ def test_nothing_of_a_killed_stage_stays_in_the_temporary_folder(
             -6,
             ["CUDA error: unspecified launch failure"],
             "killed by signal 6: CUDA error: unspecified launch failure",
+        ),
+        (-15, ["ValueError: an earlier one", "step 3"], "killed by signal 15"),
+        (
+            -11,
+            [
+                "step 3",
+                "Fatal Python error: Segmentation fault",
+                "Current thread 0x00007f (most recent call first):",
+                '  File "a.py", line 3 in f',
+                "Extension modules: numpy._core._multiarray_umath, torch._C (total: 2)",
+            ],
+            "killed by signal 11: Fatal Python error: Segmentation fault",
+        ),
+        (
+            -6,
+            [
+                "terminate called after throwing an instance of 'c10::Error'",
+                "  what():  CUDA error: an illegal memory access was encountered",
+                "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+                "Exception raised from c10_cuda_check_implementation at x.cpp:43 (most recent call first):",
+                "frame #0: c10::Error::Error(c10::SourceLocation) + 0x80 (0x7f in libc10.so)",
+            ],
+            "killed by signal 6: terminate called after throwing an instance of 'c10::Error'; "
+            "what(): CUDA error: an illegal memory access was encountered",
         ),
         (1, ["ValueError: no", "a.py:1: UserWarning: an error", "  warn()"], "exit code 1: ValueError: no"),
         (1, ["ValueError: no", "fake measured nothing"], "exit code 1: fake measured nothing"),
@@ -538,6 +622,21 @@ def test_outcomes_are_read_from_what_pytest_prints(text: str, counts: dict[str, 
             "a.py:1: in <module>\nE   ImportError: x\n\nERROR a.py\n! Interrupted: 1 error !\n= 1 error =",
             "exit code 2 (interrupted, or a file could not be imported): ImportError: x",
         ),
+        (
+            2,
+            "a.py:1: in f\nE   ImportError: x\nb.py:2: in g\nE   assert 1 == 2\nE    +  where 1 = f()",
+            "exit code 2 (interrupted, or a file could not be imported): assert 1 == 2",
+        ),
+        (
+            2,
+            "E   AssertionError: not close\nE   \nE   Mismatched: 1 / 3\nE   Greatest: 2\nERROR a.py",
+            "exit code 2 (interrupted, or a file could not be imported): AssertionError: not close",
+        ),
+        (
+            2,
+            'E     File "a.py", line 1\nE       def f(\nE            ^\nE   SyntaxError: never closed',
+            "exit code 2 (interrupted, or a file could not be imported): SyntaxError: never closed",
+        ),
         (3, "INTERNALERROR> KeyError: 1\n\n= no tests ran =", "exit code 3 (an internal error): KeyError: 1"),
         (
             4,
@@ -651,7 +750,10 @@ def test_the_run_takes_about_eight_minutes() -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with one file of each kind, and the built-from.json of a wheel that was built from it."""
-    for name in ("CMakeLists.txt", "csrc/a.cpp", "kernels/a.py", "clsp_fast/towers/a.py", "bench/card/a.py"):
+    for name in (
+        *("CMakeLists.txt", "pyproject.toml", "csrc/a.cpp", "kernels/a.py"),
+        *("clsp_fast/towers/a.py", "clsp_fast/evaluation/tasks.json", "bench/card/a.py"),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     provenance.write_wheel(tmp_path / "built-from.json", tmp_path, "0123456789ab", False)
@@ -664,8 +766,10 @@ def checkout(tmp_path: Path) -> Path:
         (None, False, None),
         ("clsp_fast/towers/a.py", True, True),
         ("bench/card/a.py", True, True),
+        ("clsp_fast/evaluation/tasks.json", True, True),
         ("csrc/a.cpp", True, False),
         ("kernels/a.py", True, False),
+        ("pyproject.toml", True, False),
     ],
 )
 def test_the_code_that_is_measured_is_named(
@@ -674,12 +778,18 @@ def test_the_code_that_is_measured_is_named(
     if changed:
         (checkout / changed).write_text("2")
     built = provenance.read_wheel(checkout / "built-from.json")
+    assert built
     for commit in ("unknown", "ffffffffffff"):
         document = provenance.identify(checkout, (commit, False), built)
         expected = ("0123456789ab", dirty) if commit == "unknown" else (commit, False)
         assert (document["commit"], document["dirty"]) == expected
         assert document["code"] == provenance.digest(checkout)
-        of_the_wheel = {"commit": "0123456789ab", "dirty": False, "same_compiled_files": wheel}
+        of_the_wheel = {
+            "commit": "0123456789ab",
+            "dirty": False,
+            "code": built.code,
+            "same_compiled_files": wheel,
+        }
         assert document.get("wheel") == (of_the_wheel if changed else None)
     without = provenance.identify(checkout, ("unknown", True), None)
     assert (without["commit"], without["dirty"]) == ("unknown", None)
@@ -691,6 +801,48 @@ def test_a_damaged_note_about_the_wheel_is_named(tmp_path: Path, content: str) -
     (tmp_path / "built-from.json").write_text(content)
     with pytest.raises(SystemExit, match=r"built-from\.json is damaged or old: run `make card-wheels` again"):
         provenance.read_wheel(tmp_path / "built-from.json")
+
+
+def test_every_file_of_the_package_is_in_the_digest_of_the_code() -> None:
+    files = {path for pattern in provenance.CODE for path in ROOT.glob(pattern)}
+    # Neither changes what is measured.
+    files |= {ROOT / "clsp_fast/_C.pyi", ROOT / "clsp_fast/py.typed"}
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "clsp_fast", "csrc"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode == 128:
+        pytest.skip("not in git")
+    assert {ROOT / name for name in done.stdout.split("\0") if name} <= files
+
+
+@pytest.mark.parametrize(
+    ("changed", "differs"),
+    [
+        (None, False),
+        ("docs/a.md", False),
+        ("docs/new.md", False),
+        ("clsp_fast/ignored.py", False),
+        ("clsp_fast/new/new.py", True),
+        ("clsp_fast/evaluation/tasks.json", True),
+        ("clsp_fast/towers/a.py", True),
+        ("csrc/new.h", True),
+        ("pyproject.toml", True),
+    ],
+)
+def test_a_wheel_is_dirty_if_its_code_is(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, changed: str | None, differs: bool
+) -> None:
+    (checkout / "docs").mkdir()
+    (checkout / "docs/a.md").write_text("1")
+    (checkout / ".gitignore").write_text("ignored.py\n")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "a")):
+        subprocess.run(["git", *words], cwd=checkout, check=True)
+    if changed:
+        (checkout / changed).parent.mkdir(exist_ok=True)
+        (checkout / changed).write_text("2")
+    monkeypatch.setattr(wheels, "ROOT", checkout)
+    assert wheels.code_differs() == differs
 
 
 def test_the_results_lie_beside_those_of_other_machines(tmp_path: Path) -> None:
@@ -820,6 +972,11 @@ def test_the_speeds_in_the_docs_follow_from_their_parts() -> None:
     assert len(rows) == 2
     for *parts_ms, speed in rows:
         assert 800e3 / sum(map(int, parts_ms)) == pytest.approx(int(speed.replace(",", "")), rel=0.02)
+    cards = {card.name: card for card in estimates.CARDS}
+    for name in ("H100", "H200"):
+        product = round(estimates.LIBRARY_SHARE * cards[name].peak_tflops, -1)
+        copy = estimates.MEMORY_SHARE * cards[name].memory_tbps
+        assert f"{product:.0f} TFLOP/s and {copy:.1f} TB/s on an {name}" in re.sub(r"\s+", " ", text)
     for gb_per_s, time_ms in ((4800, "0.22"), (3350, "0.32"), (8000, "0.13")):
         assert f"{timing.FLUSHED_BYTES / gb_per_s / 1e6:.2f}" == time_ms
         assert f"{time_ms} ms" in text

@@ -41,6 +41,9 @@ EXIT_CODES = {
 """What pytest's exit codes mean."""
 ERROR = re.compile(r"E +(?=\S)|INTERNALERROR> (?=\w*Error\b)|ERROR: |(?=.*: error: )|(?=.*No module named)")
 """How a line of pytest's output begins if it names an error."""
+DETAIL = re.compile(r"E( |$)")
+"""How a line begins that belongs to the report of an exception."""
+EXCEPTION = re.compile(r"E +[\w.]*(Error|Exception)\b")
 SUMMARY = re.compile(r"(FAILED|ERROR) \S")
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "error", "SKIPPED": "skipped"}
@@ -108,15 +111,29 @@ def add_tests(record: Record, case: str, arguments: list[str], budget_s: float) 
 
 
 def without_tests(exit_code: int, text: str) -> str:
-    """What pytest's exit code means, and the last line of its output that names an error."""
+    """What pytest's exit code means, and the last error of its output, without the details below it."""
     lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
-    last = ERROR.sub("", next((line for line in reversed(lines) if ERROR.match(line)), lines[-1]), count=1)
+    last = ERROR.sub("", reported_error(lines), count=1)
     if exit_code < 0:
         what = f"pytest was killed by signal {-exit_code}"
     else:
         meaning = f" ({EXIT_CODES[exit_code]})" if exit_code in EXIT_CODES else ""
         what = f"pytest ended with exit code {exit_code}{meaning}"
     return one_line(f"{what}: {last.strip()}")
+
+
+def reported_error(lines: list[str]) -> str:
+    """The last line that names an error, else the last line.
+
+    The last line of an exception's report may be a detail. In a report, the line that names the exception
+    counts instead, or, if none does, the first line.
+    """
+    end = next((i for i in reversed(range(len(lines))) if ERROR.match(lines[i])), len(lines) - 1)
+    start = end
+    while start > 0 and DETAIL.match(lines[start]) and DETAIL.match(lines[start - 1]):
+        start -= 1
+    report = lines[start : end + 1]
+    return next(filter(EXCEPTION.match, report), report[0])
 
 
 def run_for(command: list[str], budget_s: float, environment: dict[str, str]) -> tuple[int | None, str]:

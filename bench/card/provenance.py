@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-COMPILED = ("CMakeLists.txt", "csrc/*", "kernels/*.py")
-"""Files that a run takes from the wheel."""
-CODE = (*COMPILED, "clsp_fast/**/*.py", "bench/**/*.py")
+COMPILED = ("CMakeLists.txt", "pyproject.toml", "csrc/*", "kernels/*.py")
+"""Files that a run takes from the wheel, and the settings of its build."""
+CODE = (*COMPILED, *(f"clsp_fast/**/*.{kind}" for kind in ("py", "json", "txt")), "bench/**/*.py")
+"""Patterns that mean the same to `Path.glob` and to git's `:(glob)`."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Wheel:
 
     Attributes:
         commit: the commit of the checkout.
-        dirty: whether files of the checkout differed from it.
+        dirty: whether the checkout's code differed from it.
         code: digest of CODE.
         compiled: digest of COMPILED.
     """
@@ -87,5 +88,10 @@ def identify(root: Path, checkout: tuple[str, bool], wheel: Wheel | None) -> dic
     document: dict[str, Any] = {"commit": commit, "dirty": dirty, "code": code}
     if wheel and wheel.code != code:
         compiled = wheel.compiled == digest(root, COMPILED)
-        document["wheel"] = {"commit": wheel.commit, "dirty": wheel.dirty, "same_compiled_files": compiled}
+        document["wheel"] = {
+            "commit": wheel.commit,
+            "dirty": wheel.dirty,
+            "code": wheel.code,
+            "same_compiled_files": compiled,
+        }
     return document

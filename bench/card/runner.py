@@ -45,9 +45,13 @@ HIDDEN = {
     *("ms", "min_ms", "spread", "n", "peak_mib", "total_mib"),
 }
 """Values of a case that are not named in the table: it shows them in columns, or not at all."""
-SAME = ("format", "date", "dry_run", "commit", "dirty", "code", "machine")
+SAME = ("format", "date", "dry_run", "commit", "dirty", "code", "wheel", "machine")
 """What the results of two runs must share before one takes over stages of the other."""
 ERROR_LINE = re.compile(r"(?=\S).*?\b(\w*error|\w*exception|fatal)\b|terminate called", re.IGNORECASE)
+FRAME = re.compile(r"frame #\d+|Exception raised from ")
+"""How a line of a C++ stack trace begins. It may contain the names of errors."""
+FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+"""Signals that a process seldom sends to itself: earlier errors in its output are not why it ended."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,10 @@ def run_stages(stages: Sequence[Stage], out: Path, dry_run: bool) -> int:
     print(machine.line(computer), flush=True)
     document = new_document(computer, dry_run)
     path, earlier = new_results_file(out, document)
+    document["run"] = len(earlier) + 1
     for file in earlier:
-        kept = keep_stages(document, file, [stage.name for stage in stages])
-        print(f"kept from {file.name}: {', '.join(kept) or 'nothing'}", flush=True)
+        kept = keep_stages(document, file)
+        print(f"taken over from {file.name}: {', '.join(kept) or 'nothing'}", flush=True)
     files.write_json(path, document)
     held, unwritten = [], ""
     try:
@@ -131,7 +136,7 @@ def run_stages(stages: Sequence[Stage], out: Path, dry_run: bool) -> int:
             if outcome["status"] == "interrupted":
                 return 130
     finally:
-        lacking = f", without the stage {unwritten}" if unwritten else ""
+        lacking = f", without the new result of the stage {unwritten}" if unwritten else ""
         print(f"\n{table(document)}\n\nwritten to {path}{lacking}", flush=True)
     return int(not all(held))
 
@@ -170,6 +175,7 @@ def new_document(computer: Mapping[str, Any], dry_run: bool) -> dict[str, Any]:
     return {
         "format": 1,
         "date": datetime.date.today().isoformat(),
+        "run": 1,
         "dry_run": dry_run,
         **provenance.identify(ROOT, machine.commit(), wheel),
         "machine": computer,
@@ -188,8 +194,8 @@ def new_results_file(out: Path, document: Mapping[str, Any]) -> tuple[Path, list
     return path, earlier
 
 
-def keep_stages(document: dict[str, Any], earlier: Path, without: Sequence[str]) -> list[str]:
-    """Adds the stages of an earlier run to the results, except those in `without` or in the results.
+def keep_stages(document: dict[str, Any], earlier: Path) -> list[str]:
+    """Adds the stages of an earlier run to the results, except those in the results.
 
     Returns:
         Names of the added stages: none if the file is damaged, or if it belongs to other code or another
@@ -197,9 +203,9 @@ def keep_stages(document: dict[str, Any], earlier: Path, without: Sequence[str])
     """
     try:
         other = json.loads(earlier.read_text())
-        if any(other[key] != document[key] for key in SAME):
+        if any(other.get(key) != document.get(key) for key in SAME):
             return []
-        names = other["stages"].keys() - document["stages"].keys() - set(without)
+        names = other["stages"].keys() - document["stages"].keys()
         stages = {name: dict(outcome) for name, outcome in other["stages"].items() if name in names}
         cases = {name: case for name, case in other["cases"].items() if case["stage"] in stages}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -215,8 +221,12 @@ def add_stage(
     outcome: Mapping[str, Any],
     cases: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Adds a stage and its cases to the results."""
+    """Adds a stage and its cases to the results, in place of those of an earlier run."""
+    document["stages"].pop(stage.name, None)
     document["stages"][stage.name] = dict(outcome)
+    document["cases"] = {
+        name: case for name, case in document["cases"].items() if case["stage"] != stage.name
+    }
     shared = {"area": "card", "stage": stage.name, "commit": document["commit"], "dirty": document["dirty"]}
     document["cases"] |= {name: {**shared, **values} for name, values in cases.items()}
 
@@ -313,21 +323,31 @@ def failure(exit_code: int, lines: Sequence[str]) -> str:
     """Why a process failed: its exit code or signal, and the last line of its output, if that is a reason.
 
     The last line of a warning is its source code, which is indented. If a signal killed the process, only an
-    error is a reason.
+    error is a reason; if the process crashed, it is the last error, which a stack trace may follow.
     """
     last = lines[-1] if lines else ""
     if exit_code < 0:
-        what, reason = f"killed by signal {-exit_code}", last if is_error(last) else ""
+        what = f"killed by signal {-exit_code}"
+        reason = last_error(lines[-1:] if -exit_code in FROM_OUTSIDE else lines)
     else:
         what, reason = f"exit code {exit_code}", last
         if last[:1].isspace() or "Warning:" in last:
-            reason = next(filter(is_error, reversed(lines)), "")
+            reason = last_error(lines)
     return f"{what}: {reason}" if reason else what
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """The last line that names an error, with what a C++ exception says in the line after it; else ""."""
+    for i in reversed(range(len(lines))):
+        if is_error(lines[i]):
+            message = "".join(lines[i + 1 : i + 2]).split()
+            return f"{lines[i]}; {' '.join(message)}" if message[:1] == ["what():"] else lines[i]
+    return ""
 
 
 def is_error(line: str) -> bool:
     """Whether a line of a log names an error."""
-    return ERROR_LINE.match(line) is not None and "Warning:" not in line
+    return bool(ERROR_LINE.match(line)) and not FRAME.match(line) and "Warning:" not in line
 
 
 def stage_line(name: str, outcome: Mapping[str, Any]) -> str:

@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import Call, Case, calls_that_agree, one_line, summary
 
-FEWEST, MOST = 5, 40
-"""Rounds of a comparison; between these, as many as fit into its time."""
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
+"""A comparison has as many rounds between these as fit into its time."""
 FLUSHED_BYTES = 2**30
 """Size of the buffer that is overwritten before a call."""
 FLUSH_MS = 0.2
@@ -45,7 +45,7 @@ def time_together(
     Args:
         calls: provider -> the same call on several copies of the inputs, which take turns.
         device: the device that the calls use.
-        seconds: time for all rounds together, if FEWEST rounds do not need more.
+        seconds: time for all rounds together, if MIN_ROUNDS do not need more.
 
     Returns:
         Provider -> "ms", the median; "min_ms"; "spread", the distance of the quartiles divided by the median;
@@ -66,7 +66,7 @@ def time_together(
         except Exception as error:  # another provider's time is still worth having
             results[name] = {"error": one_line(repr(error))}
     total_s = max(sum(first_s.values()), 1e-6)
-    rounds = 2 if device.type == "cpu" else min(MOST, max(FEWEST, int(seconds / total_s)))
+    rounds = 2 if device.type == "cpu" else min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / total_s)))
     flushed = torch.empty(FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in first_s}
     gc.collect()

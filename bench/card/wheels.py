@@ -127,8 +127,13 @@ def build(python: str, versions: dict[str, str], folder: Path) -> None:
         command = (str(tools / "bin/pip"), "wheel", "--quiet", "--no-build-isolation", "--no-deps")
         _run(*command, "--wheel-dir", str(folder), str(source), environment=environment)
     commit = _git("rev-parse", "--short=12", "HEAD").strip()
-    dirty = bool(_git("status", "--porcelain", "--untracked-files=no").strip())
-    provenance.write_wheel(folder / "built-from.json", ROOT, commit, dirty)
+    provenance.write_wheel(folder / "built-from.json", ROOT, commit, code_differs())
+
+
+def code_differs() -> bool:
+    """Whether the code in the wheel is not that of the commit; new files that git does not ignore count."""
+    paths = [f":(glob){pattern}" for pattern in provenance.CODE]
+    return bool(_git("status", "--porcelain", "--untracked-files=normal", "--", *paths).strip())
 
 
 def copy_sources(target: Path) -> None:
