@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +163,15 @@ def test_a_bad_stage_costs_only_itself(
     assert "good/a" in printed
 
 
+@pytest.fixture
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """A shell starts background processes with SIGINT ignored, and this process would inherit it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_ctrl_c_keeps_what_was_done(tmp_path: Path, fakes: dict[str, Stage]) -> None:
     out = tmp_path / "out"
 
