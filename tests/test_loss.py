@@ -172,11 +172,13 @@ def test_rows_are_normalised_even_if_their_norms_overflow(
     result = loss_and_grad(audio.to(device), text.to(device), 20.0, implementation=implementation, **options)
     wide = torch.promote_types(dtype, torch.float32)
     assert_as_exact(result.loss.cpu(), plain.loss, truth.loss, dtype=wide, size=20)
-    assert_as_exact(result.text_ND.cpu(), plain.text_ND, truth.text_ND, dtype=dtype, size=20)
+    # In 16 bits, the rounding of the result counts, not that of its terms. Triton's interpreter truncates.
+    terms = None if dtype == torch.bfloat16 else 20
+    assert_as_exact(result.text_ND.cpu(), plain.text_ND, truth.text_ND, dtype=dtype, size=terms)
     if size < 2.0**126:  # otherwise the gradient of a huge row underflows
         gradient = result.audio_MD.cpu().double()
         gradient[::2] *= size
-        assert_as_exact(gradient, plain.audio_MD, truth.audio_MD, dtype=dtype, size=20)
+        assert_as_exact(gradient, plain.audio_MD, truth.audio_MD, dtype=dtype, size=terms)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo
@@ -190,9 +192,10 @@ def test_norms_that_overflow_are_found_in_a_compiled_loss_too(dtype: torch.dtype
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     rows = [audio.clone().requires_grad_(), (audio * 2.0**65).requires_grad_()]
     losses = [compiled(x) for x in rows]
-    assert_agrees(losses[1], losses[0], count=100, dtype=torch.float32, size=10)
+    # All factors are powers of two, so nothing is rounded otherwise.
+    assert_agrees(losses[1], losses[0], count=FEW, dtype=torch.float32)
     plain, scaled = (torch.autograd.grad(value, x)[0] for value, x in zip(losses, rows, strict=True))
-    assert_agrees(scaled.float() * 2.0**65, plain.float(), count=100, dtype=dtype, size=10)
+    assert_agrees(scaled.float() * 2.0**65, plain.float(), count=FEW, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
