@@ -203,6 +203,20 @@ def starve(case: Case, rows: slice, columns: slice) -> None:
     case.y[columns] *= -1
 
 
+@pytest.fixture
+def starved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of sums that each call of `_recompute_starved` finds starved: of rows, then of columns."""
+    numbers: list[int] = []
+    recompute = contrastive._recompute_starved
+
+    def recorded(*arguments: object) -> None:
+        numbers.append(int(arguments[5].isnan().sum()))  # type: ignore[attr-defined]
+        recompute(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contrastive, "_recompute_starved", recorded)
+    return numbers
+
+
 @pytest.mark.parametrize(
     ("rows", "columns"),
     [
@@ -213,16 +227,8 @@ def starve(case: Case, rows: slice, columns: slice) -> None:
     ],
 )
 def test_sums_that_underflow_are_recomputed(
-    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, rows: slice, columns: slice
+    kernel_device: torch.device, starved: list[int], rows: slice, columns: slice
 ) -> None:
-    starved = []
-    recompute = contrastive._recompute_starved
-
-    def recorded(*arguments: object) -> None:
-        starved.append(int(arguments[5].isnan().sum()))  # type: ignore[attr-defined]
-        recompute(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(contrastive, "_recompute_starved", recorded)
     case = Case(kernel_device, (40, 70, 16), 200.0)
     starve(case, rows, columns)
     case.outputs(negative_lse, torch.float32)
@@ -237,21 +243,13 @@ def test_sums_that_underflow_are_recomputed(
 
 @pytest.mark.parametrize("norm", [1.0, 16.0])
 def test_sums_starve_beyond_the_documented_scale(
-    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, norm: float
+    kernel_device: torch.device, starved: list[int], norm: float
 ) -> None:
     def limit(rows: int) -> float:
         """The scale in docs/derivation.md, section 4."""
         return (226 - math.ceil(math.log2(rows))) * math.log(2) / norm
 
     assert round(limit(32_768) * norm) == 146
-    starved = []
-    recompute = contrastive._recompute_starved
-
-    def recorded(*arguments: object) -> None:
-        starved.append(int(arguments[5].isnan().sum()))  # type: ignore[attr-defined]
-        recompute(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(contrastive, "_recompute_starved", recorded)
     # All negative pairs have the logit 0. M = N = 33, so L = 33.
     unit = torch.eye(33, 40, device=kernel_device)
     for factor, expected in ((0.99, [0, 0]), (1.01, [33, 33])):
