@@ -1,5 +1,7 @@
-"""Checks of the arguments of losses and retrieval: types, dtypes and shapes. An error
-names the argument, what was expected and what was given."""
+"""Checks of the arguments of losses and retrieval: types, dtypes and shapes.
+
+An error names the argument, what was expected and what was given.
+"""
 
 from __future__ import annotations
 

@@ -116,8 +116,8 @@ def compare_resumed(whole: TrainConfig) -> dict[str, Any]:
     _train(repeated)
     without_break = largest_difference(whole.run, repeated.run)
     values |= {"equal": False, "difference": difference, "difference_without_break": without_break}
-    who = "two runs without a break differ as well" if without_break else "only the resumed run differs"
-    return values | {"error": f"the resumed model differs by {difference:.1e}: {who}"}
+    cause = "two runs without a break differ as well" if without_break else "only the resumed run differs"
+    return values | {"error": f"the resumed model differs by {difference:.1e}: {cause}"}
 
 
 @contextlib.contextmanager
